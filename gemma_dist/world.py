@@ -1,0 +1,84 @@
+"""The processes of a run: rank, world size and the three exchanges that the rest of the package needs.
+
+One process is rank 0 of 1, so every command also runs without a launcher. `accelerate launch`, `torchrun` and
+Slurm all leave RANK and WORLD_SIZE in the environment; these are the only places that are read.
+"""
+
+import datetime
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# Longer than any one rank may lead another: building a 31B model from a slow disk, or saving it.
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This process's number on its node, from 0: which GPU it owns."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes work on this run, all nodes together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def connect() -> None:
+    """Join the process group (NCCL beside gloo with GPUs, gloo without). Nothing to do for one process, or twice.
+
+    Training leaves this to accelerate; evaluation calls it.
+    """
+    import torch
+
+    if world_size() == 1 or torch.distributed.is_initialized():
+        return
+    gpus = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
+    if gpus:
+        torch.cuda.set_device(local_rank())
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=COLLECTIVE_TIMEOUT)
+
+
+def disconnect() -> None:
+    """Leave the process group, if there is one."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every rank has come here."""
+    if world_size() > 1:
+        import torch
+
+        torch.distributed.barrier()
+
+
+def gather_objects(item: Any) -> list[Any]:
+    """Every rank's `item`, in rank order, on every rank. For small things: reports and errors, not tensors."""
+    if world_size() == 1:
+        return [item]
+    import torch
+
+    gathered: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(gathered, item)
+    return gathered
+
+
+def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:
+    """Add the counts of all ranks, key by key. Exact for integers: nothing is averaged here."""
+    total: dict[str, float] = {}
+    for part in gather_objects(dict(counts)):
+        for key, value in part.items():
+            total[key] = total.get(key, 0) + value
+    return total
+
+
+def my_share(items: Iterable[Any]) -> list[Any]:
+    """The items of this rank: number i goes to rank i mod world size, by global rank (two nodes never repeat work)."""
+    return [item for index, item in enumerate(items) if index % world_size() == rank()]
