@@ -1,0 +1,1 @@
+"""From raw rows to the tensors of a micro-batch: parse, shard, order, encode, collate."""

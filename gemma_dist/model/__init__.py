@@ -1,0 +1,1 @@
+"""Gemma 4 itself: loading it for training or evaluation, and a tiny real one for demos, tests and benchmarks."""

@@ -1,0 +1,218 @@
+"""A tiny but real Gemma 4: transformers' own classes with random weights, a tokenizer and processor made on the spot.
+
+It has everything that makes the large ones hard: sliding and full attention with two head sizes, KV sharing and
+per-layer embeddings (`e4b`), bidirectional attention over images and K = V (`31b`), experts (`26b`), clipped vision
+linears, soft-capped logits, the newest chat template. So whatever holds on it holds for a reason.
+"""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gemma_dist.errors import ConfigError
+
+STYLES = ("e4b", "31b", "26b")
+
+# Gemma's control tokens in the roles that its processor and template give them.
+NAMED_TOKENS = {
+    "boi_token": "<|image>",
+    "image_token": "<|image|>",
+    "eoi_token": "<image|>",
+    "boa_token": "<|audio>",
+    "audio_token": "<|audio|>",
+    "eoa_token": "<audio|>",
+    "sot_token": "<|turn>",
+    "eot_token": "<turn|>",
+    "std_token": "<|tool>",
+    "etd_token": "<tool|>",
+    "stc_token": "<|tool_call>",
+    "etc_token": "<tool_call|>",
+    "str_token": "<|tool_response>",
+    "etr_token": "<tool_response|>",
+    "soc_token": "<|channel>",
+    "eoc_token": "<channel|>",
+    "think_token": "<|think|>",
+    "escape_token": '<|"|>',
+}
+
+DEFAULT_CORPUS = (
+    "call:run_sql{query:select month, sum(total) from sales where quarter = 'Q2' group by month}",
+    "response:run_sql{value:month total\nApril 412\nMay 398\nJune 455}",
+    "declaration:get_weather{description:The weather of a city.,parameters:{properties:{city:{description:Name of the "
+    "city.,type:STRING}},required:[city],type:OBJECT}}",
+    "You look after the sales figures. The user asks, the model calls a tool, the tool answers with a chart.",
+    "model\nuser\nsystem\nthought\ntrue false null 0 1 2 3 4 5 6 7 8 9",
+)
+
+
+def write_tiny_model(
+    out: Path,
+    *,
+    style: str = "e4b",
+    corpus: Iterable[str] = DEFAULT_CORPUS,
+    vocab_size: int = 1024,
+    hidden_size: int = 128,
+    chat_template: str | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> None:
+    """Write a model folder (config, safetensors, tokenizer, processor, template) to `out`, complete or not at all.
+
+    Args:
+        style: `e4b` (KV sharing, per-layer embeddings), `31b` (bidirectional images, K = V) or `26b` (and experts).
+        corpus: lines that the byte-level BPE tokenizer learns its merges from.
+        vocab_size: the largest vocabulary; a small corpus gives fewer merges and so a smaller one.
+        hidden_size: width of the language model; heads and MLP follow it.
+        chat_template: Jinja text; the newest template that TRL ships when absent.
+
+    Raises:
+        ConfigError: an unknown style, or `out` exists and is not empty.
+    """
+    import torch
+    from transformers import Gemma4ForConditionalGeneration, GenerationConfig
+
+    if style not in STYLES:
+        raise ConfigError(f"--style {style!r} is not known; use one of {', '.join(STYLES)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already; remove it or name another folder")
+
+    processor = tiny_processor(corpus, vocab_size=vocab_size, chat_template=chat_template)
+    tokenizer = processor.tokenizer
+    torch.manual_seed(seed)
+    model = Gemma4ForConditionalGeneration(tiny_config(tokenizer, style=style, hidden_size=hidden_size))
+    stops = ["<eos>", "<turn|>", "<|tool_response>"]
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids(stops),
+    )
+
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.to(getattr(torch, dtype)).save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    if out.exists():
+        out.rmdir()
+    temporary.rename(out)
+
+
+def tiny_processor(corpus: Iterable[str], *, vocab_size: int, chat_template: str | None) -> Any:
+    """A real `Gemma4Processor` (at most 70 soft tokens an image) around a BPE tokenizer trained on `corpus`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import Gemma4Processor, PreTrainedTokenizerFast
+    from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
+    from transformers.models.gemma4.image_processing_gemma4 import Gemma4ImageProcessor
+    from transformers.models.gemma4.video_processing_gemma4 import Gemma4VideoProcessor
+    from trl.chat_template_utils import gemma4_v5_chat_template
+
+    bpe = Tokenizer(models.BPE())
+    # Digits one by one, as in Gemma: numbers are copied digit by digit.
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *NAMED_TOKENS.values(), "<|video|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_without_control_tokens(corpus, specials), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        extra_special_tokens=NAMED_TOKENS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+    return Gemma4Processor(
+        feature_extractor=Gemma4AudioFeatureExtractor(),
+        image_processor=Gemma4ImageProcessor(max_soft_tokens=70),
+        video_processor=Gemma4VideoProcessor(),
+        tokenizer=tokenizer,
+        chat_template=chat_template or gemma4_v5_chat_template,
+        image_seq_length=70,
+    )
+
+
+def _without_control_tokens(corpus: Iterable[str], specials: list[str]) -> Iterator[str]:
+    """Lines cut at control tokens, so that no merge is spent on pieces of their names."""
+    for line in corpus:
+        for token in specials:
+            line = line.replace(token, "\x00")
+        yield from filter(None, line.split("\x00"))
+
+
+def tiny_config(tokenizer: Any, *, style: str, hidden_size: int) -> Any:
+    """The `Gemma4Config` of a style, for the vocabulary of `tokenizer`."""
+    from transformers import Gemma4Config
+
+    vocab_size = len(tokenizer)
+    text: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": 8 * hidden_size // 3,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "sliding_window": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": hidden_size // 4,
+        "global_head_dim": hidden_size // 2,  # full layers have the larger heads, as in the real ones
+        "max_position_embeddings": 8192,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    if style == "e4b":
+        text |= {
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": vocab_size,
+        }
+    else:
+        text |= {
+            "use_bidirectional_attention": "vision",
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+        }
+    if style == "26b":
+        text |= {
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": hidden_size // 2,
+        }
+    vision = {
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 24,
+        "position_embedding_size": 1024,
+        "use_clipped_linears": style == "e4b",
+        "standardize": style != "e4b",
+    }
+    ids = {
+        f"{name}_id": tokenizer.convert_tokens_to_ids(NAMED_TOKENS[name])
+        for name in ("boi_token", "image_token", "eoi_token", "boa_token", "audio_token")
+    }
+    return Gemma4Config(
+        text_config=text,
+        vision_config=vision,
+        audio_config=None,
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
+        eoa_token_index=tokenizer.convert_tokens_to_ids("<audio|>"),
+        **ids,
+    )
