@@ -57,6 +57,7 @@ class DataConfig(Section):
     chat_template: str | None = Field(
         None, description="A Jinja file, or the name of a template revision (gemma4_v5); absent: the model's own."
     )
+    enable_thinking: bool = Field(False, description="Render with the template's switch that asks for reasoning.")
     max_length: int | None = Field(
         None, gt=0, description="Longest trajectory, in tokens, text and images together; absent: no limit."
     )
@@ -288,11 +289,11 @@ def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
             f"train.global_batch_size: global batch {total} is not a multiple of {world_size} ranks x {micro} "
             f"micro-batch = {at_once}; use {f'{below} or ' if below else ''}{above}"
         )
-    if accumulation and accumulation * at_once != total:
+    if accumulation and (made := at_once * accumulation) != total:
         raise ConfigError(
-            f"train.gradient_accumulation_steps: {world_size} ranks x {micro} micro-batch x {accumulation} accumulation "
-            f"= {at_once * accumulation}, but train.global_batch_size is {total}; leave gradient_accumulation_steps out "
-            f"(it becomes {total // at_once}) or set global_batch_size: {at_once * accumulation}"
+            f"train.gradient_accumulation_steps: {world_size} ranks x {micro} micro-batch x {accumulation} steps "
+            f"= {made}, but train.global_batch_size is {total}; leave gradient_accumulation_steps out (it becomes "
+            f"{total // at_once}) or set global_batch_size: {made}"
         )
     return BatchPlan(world_size, micro, total // at_once, total)
 
