@@ -319,13 +319,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return _validated(RunConfig, values, problems, origin=str(path))
 
 
-def load_section(kind: type[S], name: str, values: Mapping[str, Any]) -> S:
-    """One section from a verb's options, which are called `name` in messages; None leaves a setting at its default."""
-    given = {key: value for key, value in values.items() if value is not None}
+def load_section(kind: type[S], options: Mapping[str, Any]) -> S:
+    """A section of its own, from the options of a verb (`max_length` stands for --max-length in messages)."""
     try:
-        return kind.model_validate(given)
+        return kind.model_validate(dict(options))
     except ValidationError as error:
-        raise ConfigError("\n".join(_messages(error, prefix=(name,)))) from None
+        raise ConfigError(
+            "\n".join(
+                f"--{str(item['loc'][0]).replace('_', '-')} {item['input']}: {item['msg']}. "
+                f"{kind.model_fields[str(item['loc'][0])].description}"
+                for item in error.errors()
+            )
+        ) from None
 
 
 def _validated(kind: type[S], values: dict[str, Any], problems: list[str], *, origin: str) -> S:
@@ -344,10 +349,10 @@ def _validated(kind: type[S], values: dict[str, Any], problems: list[str], *, or
     return config
 
 
-def _messages(error: ValidationError, prefix: tuple[str, ...] = ()) -> Iterator[str]:
+def _messages(error: ValidationError) -> Iterator[str]:
     """Pydantic's findings as `dotted.key = value: rule (what the setting means)`."""
     for item in error.errors():
-        key = ".".join(str(part) for part in (*prefix, *item["loc"]))
+        key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "value_error" and not item["loc"]:
             yield from str(item["ctx"]["error"]).splitlines()  # our own cross-checks name their keys themselves
         elif item["type"] == "missing":

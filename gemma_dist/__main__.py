@@ -1,0 +1,50 @@
+"""`gemma-dist` and `python -m gemma_dist`: run a verb, and turn what goes wrong into an exit code.
+
+0: done. 2: something the user can mend, said in plain words. 1: a bug of ours, with its traceback.
+"""
+
+import errno
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from gemma_dist import world
+from gemma_dist.cli import cli
+from gemma_dist.errors import GemmaDistError
+from gemma_dist.report import start_logging
+
+# What the file system says to a user: a missing file, a forbidden folder, a full disk.
+USER_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code. Each of several ranks says its own error, with its number."""
+    start_logging()
+    try:
+        result = cli.main(arguments, prog_name="gemma-dist", standalone_mode=False)
+        return result if isinstance(result, int) else 0  # click returns the code of --help and --version
+    except click.ClickException as error:
+        error.show()
+    except click.Abort:
+        return 130
+    except GemmaDistError as error:
+        _say(f"error: {error}")
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in USER_ERRNOS:
+            _say(f"error: {error.filename or 'disk'}: {error.strerror}")
+        else:
+            _say(traceback.format_exc() + "This is a bug in gemma_dist: please report it with the lines above.")
+            return 1
+    return 2
+
+
+def _say(message: str) -> None:
+    """Print to stderr; one of several ranks puts its number before each line."""
+    prefix = f"[rank {world.rank()}] " if world.world_size() > 1 else ""
+    print("\n".join(prefix + line for line in message.splitlines()), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

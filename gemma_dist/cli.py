@@ -1,0 +1,199 @@
+"""The command line, in the order of the walk: make a model, shard, inspect, check, train, evaluate, merge.
+
+A verb reads its options and calls one function of another module. Nothing heavy is imported before a verb runs, not
+even the settings, which need pydantic: so `--help` answers at once.
+"""
+
+import json
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import click
+
+from gemma_dist import __version__
+
+EXISTING = click.Path(exists=True, path_type=Path)
+NEW = click.Path(path_type=Path)
+
+
+class Walk(click.Group):
+    """Verbs in the order in which they are used, and written below."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+class Verb(click.Command):
+    """A command that offers settings of config.py as options; they are looked up when the verb is called."""
+
+    def __init__(self, *args: Any, settings: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.settings = settings
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        if self.settings is not None:
+            self.params += _options_of(self.settings)
+            self.settings = None
+        return super().get_params(ctx)
+
+
+def _options_of(section: str) -> list[click.Parameter]:
+    """One option for each setting of a section, with the name, values, default and sentence that config.py gives it."""
+    from gemma_dist import config
+
+    options: list[click.Parameter] = []
+    for name, field in getattr(config, section).model_fields.items():
+        if name == "train":  # the shards of a recipe: the verbs take their data as an argument
+            continue
+        kind = field.annotation
+        if get_origin(kind) is types.UnionType:
+            kind = get_args(kind)[0]
+        options.append(
+            click.Option(
+                ["--" + name.replace("_", "-")],
+                type=click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind,
+                is_flag=kind is bool,
+                default=field.default,
+                show_default=field.default is not None,
+                help=field.description,
+            )
+        )
+    return options
+
+
+@click.group(cls=Walk, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Fine-tune Gemma 4 on tool calling: from trajectories in JSONL to a merged checkpoint."""
+
+
+@cli.command()
+@click.argument("out", type=NEW)
+@click.option(
+    "--style", type=click.Choice(["e4b", "31b", "26b"]), default="e4b", show_default=True, help="Which Gemma 4."
+)
+def tiny(out: Path, style: str) -> None:
+    """Write a tiny Gemma 4 with random weights and its processor to OUT."""
+    from gemma_dist.model.tiny import write_tiny_model
+
+    write_tiny_model(out, style=style)
+
+
+@cli.command(cls=Verb, settings="DataConfig")
+@click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=EXISTING)
+@click.option("--out", required=True, type=NEW, help="Folder of the shards; must not hold any yet.")
+@click.option("--model", required=True, help="Folder or hub name of the model whose tokens are counted.")
+@click.option("--skip-invalid", is_flag=True, help="Put refused rows into OUT/rejected.jsonl instead of stopping.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
+def shard(inputs: tuple[Path, ...], out: Path, model: str, skip_invalid: bool, as_json: bool, **settings: Any) -> None:
+    """Check trajectories and write them as shards.
+
+    INPUT is JSONL, parquet or a datasets folder; OUT gets parquet files and a manifest.
+    """
+    from gemma_dist.config import DataConfig, load_section
+    from gemma_dist.data.shards import run_shard
+
+    report = run_shard(list(inputs), out, model, load_section(DataConfig, settings), skip_invalid)
+    click.echo(json.dumps(report.to_json()) if as_json else report.summary())
+
+
+@cli.command(cls=Verb, settings="DataConfig")
+@click.argument("data", type=EXISTING)
+@click.option("--model", required=True, help="Folder or hub name of the model that would see the row.")
+@click.option("--row", type=click.IntRange(min=0), default=0, show_default=True, help="Number of the row, from 0.")
+@click.option("--json", "as_json", is_flag=True, help="Print ids, labels (-100: not trained) and tokens as JSON.")
+def inspect(data: Path, model: str, row: int, as_json: bool, **settings: Any) -> None:
+    """Show one row as the model sees it, trained tokens coloured.
+
+    DATA is a JSONL file or a shard folder.
+    """
+    from gemma_dist.config import DataConfig, load_section
+    from gemma_dist.data.inspect import inspect_row
+
+    inspection = inspect_row(data, model, row, load_section(DataConfig, settings))
+    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    click.echo(json.dumps(inspection.to_json()) if as_json else inspection.render(color))
+
+
+# Words like --learning-rate go to the overrides, which say how such a thing is written here.
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("config", type=NEW)
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "--world-size", type=click.IntRange(min=1), help="Number of ranks to reckon with; default: those running."
+)
+def check(config: Path, overrides: tuple[str, ...], world_size: int | None) -> None:
+    """Show the run that CONFIG describes, without running it.
+
+    Settings, batch arithmetic, data, and what trains. KEY=VALUE changes a setting, as in `train`.
+    """
+    from gemma_dist import world
+    from gemma_dist.check import describe_run
+    from gemma_dist.config import load_config
+
+    description = describe_run(load_config(config, overrides), world_size or world.world_size())
+    if world.rank() == 0:
+        click.echo(description)
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("config", type=NEW)
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1, type=click.UNPROCESSED)
+def train(config: Path, overrides: tuple[str, ...]) -> None:
+    """Train as the recipe CONFIG says.
+
+    Alone, or on many processes under `accelerate launch --config_file ... -m gemma_dist train CONFIG`. KEY=VALUE changes a setting of the recipe: learning_rate=1e-4, or lora.r=8 with its section.
+    """
+    from gemma_dist.config import load_config
+
+    settings = load_config(
+        config, overrides
+    )  # before torch is loaded: a typing error should cost a second, not a minute
+    from gemma_dist.train import run
+
+    run.train(settings)
+
+
+@cli.command(cls=Verb, settings="EvaluateConfig")
+@click.option("--model", required=True, help="Folder or hub name of the model.")
+@click.option("--adapter", type=EXISTING, help="Folder of a LoRA adapter to put on it.")
+@click.option("--data", required=True, type=EXISTING, help="Held-out trajectories: a JSONL file or a shard folder.")
+@click.option("--out", required=True, type=NEW, help="Folder for report.json and samples.jsonl.")
+@click.option("--limit", type=click.IntRange(min=1), help="Evaluate the first so many trajectories only.")
+def evaluate(model: str, adapter: Path | None, data: Path, out: Path, limit: int | None, **settings: Any) -> None:
+    """Let a model answer held-out trajectories and score its calls.
+
+    Alone, or on many processes under `accelerate launch ... -m gemma_dist evaluate`.
+    """
+    from gemma_dist.config import EvaluateConfig, load_section
+    from gemma_dist.evaluate import run
+
+    run.evaluate(model, adapter, data, out, limit, load_section(EvaluateConfig, settings))
+
+
+@cli.command()
+def read_calls() -> None:
+    """Read the calls in model output: JSONL on stdin, JSONL on stdout.
+
+    In: {"output": ..., "prefix"?: ...}, the prefix being the end of the prompt where it left a block open. Out: calls,
+    content, reasoning and status.
+    """
+    from gemma_dist.evaluate.read import read_calls_lines
+
+    for line in read_calls_lines(sys.stdin):
+        click.echo(line)
+
+
+@cli.command()
+@click.option("--base", required=True, help="Folder or hub name of the model that the adapter was trained on.")
+@click.option("--adapter", required=True, type=EXISTING, help="Folder of the LoRA adapter.")
+@click.option("--out", required=True, type=NEW, help="Folder of the merged model.")
+@click.option("--verify", is_flag=True, help="Load both and compare their logits.")
+def merge(base: str, adapter: Path, out: Path, verify: bool) -> None:
+    """Add an adapter to its base and write a model that stands alone."""
+    from gemma_dist.merge import run
+
+    run.merge(base, adapter, out, verify=verify)
