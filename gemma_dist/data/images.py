@@ -1,0 +1,123 @@
+"""Pictures of a trajectory: found (path, data: URL, base64, bytes), checked, and decoded in one place for all.
+
+Shards keep a picture's file as it came; `decode_image` turns it into pixels wherever these are needed.
+"""
+
+import base64
+import binascii
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from gemma_dist.data.strict import short
+from gemma_dist.errors import DataError
+
+# Formats that PIL decodes by itself; among the others are some that start programs (EPS).
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{40,}={0,2}\s*")
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """The picture in an encoded file: RGB, turned as its EXIF says, first frame, transparency laid on white.
+
+    DataError if `data` is not a whole picture in one of FORMATS.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            opened.load()
+            picture = ImageOps.exif_transpose(opened)
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            return picture.convert("RGB")
+    except (
+        Exception
+    ) as error:  # PIL's decoders raise a dozen types on broken files, struct.error and SyntaxError among them
+        raise DataError(
+            f"the picture ({len(data)} bytes) does not decode: {_reason(error)}; replace the file"
+        ) from None
+
+
+def check_image(data: bytes, max_image_pixels: int) -> None:
+    """DataError unless `data` decodes to its last row and has at most `max_image_pixels` (width x height)."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            width, height = opened.size
+    except Image.DecompressionBombError as error:
+        raise DataError(f"the picture is too large: {error}; scale it down") from None
+    except Exception as error:
+        raise DataError(
+            f"the picture ({len(data)} bytes) is not readable: {_reason(error)}; replace the file"
+        ) from None
+    if width * height > max_image_pixels:
+        raise DataError(
+            f"the picture has {width} x {height} = {width * height:,} pixels, the limit is {max_image_pixels:,}; "
+            "scale it down or raise data.max_image_pixels"
+        )
+    decode_image(data)
+
+
+def load_image(source: Any, media_root: Path) -> bytes:
+    """The encoded file behind the image entry of a row.
+
+    `source` is bytes, {"bytes", "path"} as `datasets` stores them, {"url"}, or a text: a path inside `media_root`, a
+    data: URL, or base64. DataError if it is none of these, does not exist, lies outside `media_root` or on a network.
+    """
+    if isinstance(source, dict):
+        source = next((source[key] for key in ("bytes", "path", "url", "base64") if source.get(key) is not None), None)
+    if isinstance(source, bytes):
+        return source
+    if not isinstance(source, str) or not source.strip():
+        raise DataError(f"the image {short(source)} is no path, data: URL, base64 text or bytes; give one of them")
+    if source.startswith("data:"):
+        head, comma, payload = source.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise DataError(f"the image {short(source)} is no base64 data: URL; write data:image/png;base64,...")
+        return _from_base64(payload)
+    if "://" in source[:20]:
+        raise DataError(
+            f"the image {short(source)} lies elsewhere; nothing is downloaded: fetch it first and give its path"
+        )
+    if _BASE64.fullmatch(source) and not _is_file(media_root / source):
+        return _from_base64(source)
+    return _from_path(source, media_root)
+
+
+def _from_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"the image {short(text)} is not base64: {error}; encode the file again") from None
+
+
+def _from_path(text: str, media_root: Path) -> bytes:
+    try:
+        root = media_root.resolve()
+        path = (root / text).resolve()  # follows symbolic links, so that they cannot lead out of the root either
+        if not path.is_relative_to(root):
+            raise DataError(
+                f"the image {short(text)} lies outside the media root {root}; move it there or set data.media_root"
+            )
+        if not path.is_file():
+            raise DataError(
+                f"the image {short(text)} is no file in the media root {root}; add it or set data.media_root"
+            )
+        return path.read_bytes()
+    except DataError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero byte, a circle of links
+        raise DataError(f"the image {short(text)} cannot be read: {_reason(error)}; give a path of a picture") from None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # base64 makes a poor file name
+        return False
+
+
+def _reason(error: Exception) -> str:
+    return short(str(error) or type(error).__name__).strip("'\"")

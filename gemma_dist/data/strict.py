@@ -1,0 +1,93 @@
+"""JSON read strictly, and errors that say where: what the reader, the converters and the parser of raw rows share.
+
+Python's `json` keeps the last of two equal keys, reads NaN, and follows any depth until the stack ends. Training data
+must not lose anything silently, so all three are refused here.
+"""
+
+import json
+import math
+import reprlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from gemma_dist.errors import DataError
+
+MAX_DEPTH = 64  # levels of nesting in arguments and tools; the chat template recurses over them
+
+_shortener = reprlib.Repr()
+_shortener.maxlevel, _shortener.maxdict, _shortener.maxlist = 2, 4, 4
+_shortener.maxstring = _shortener.maxother = 80
+
+
+def short(value: object) -> str:
+    """`value` as Python would print it, at most about 80 characters a text, for an error message."""
+    try:
+        return _shortener.repr(value)
+    except ValueError:  # Python refuses to print integers above 4,300 digits
+        return "a number of thousands of digits"
+
+
+@contextmanager
+def at(place: object) -> Iterator[None]:
+    """Put `place` in front of every DataError that leaves the block: "train.jsonl:41: turn 5 (tool): ..."."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. DataError (with the column, from 1) if it is not JSON or holds a key twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        near = short(text[max(0, error.pos - 20) : error.pos + 20])
+        raise DataError(f"not JSON at column {error.pos + 1}, near {near}: {error.msg}; mend the text") from None
+    except DataError:
+        raise
+    except RecursionError:
+        raise DataError(f"JSON nested too deeply: {short(text)}; at most {MAX_DEPTH} levels are taken") from None
+    except ValueError:
+        raise DataError("an integer of thousands of digits; integers fit 64 bits, write longer ones as text") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise DataError(f"the key {short(twice)} stands twice in one JSON object; remove one of the two")
+    return result
+
+
+def map_json(value: Any, text: Callable[[str], str], key: Callable[[str], str], depth: int = 0) -> Any:
+    """A copy of a JSON value with `text` applied to every string and `key` to every key of an object.
+
+    DataError on what JSON, the template or a shard cannot carry: NaN, Infinity, integers beyond 64 bits, other types,
+    more than MAX_DEPTH levels.
+    """
+    if depth > MAX_DEPTH:
+        raise DataError(f"nested deeper than {MAX_DEPTH} levels; flatten it")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return text(value)
+    if isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            raise DataError(f"the integer {short(value)} does not fit 64 bits; write it as text")
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise DataError(
+                f"the number {value} (NaN, Infinity, or above 1.8e308) is not JSON; use null or text instead"
+            )
+        return value
+    if isinstance(value, list):
+        return [map_json(item, text, key, depth + 1) for item in value]
+    if isinstance(value, dict):
+        for name in value:
+            if not isinstance(name, str):
+                raise DataError(f"the key {short(name)} is no text; JSON keys are texts")
+        return {key(name): map_json(item, text, key, depth + 1) for name, item in value.items()}
+    raise DataError(f"{short(value)} ({type(value).__name__}) is not a JSON value; write it as text")
