@@ -1,0 +1,1 @@
+"""From adapter and base to one checkpoint: plan every tensor, stream it, compare the logits."""

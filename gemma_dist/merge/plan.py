@@ -1,0 +1,285 @@
+"""What becomes of every tensor of the base when an adapter is added to it, decided before a byte is written.
+
+Only names, shapes and settings are looked at here: no torch, no files. The plan proves that each tensor of the adapter
+is used exactly once, that the shapes agree and that the kind of adapter is one whose sum we know; anything else is
+refused by name, since a wrong merge loads and speaks without complaint.
+"""
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gemma_dist.errors import CheckpointError
+
+# Tensor name -> (dtype as safetensors writes it, shape).
+Headers = Mapping[str, tuple[str, tuple[int, ...]]]
+
+MERGEABLE_DTYPES = ("F32", "BF16", "F16")
+PREFIX = "base_model.model."  # PEFT's two wrappers; what follows is the module's path, and so the checkpoint's
+LORA_TENSOR = re.compile(re.escape(PREFIX) + r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
+
+# Settings of PEFT's LoraConfig that change what the adapter computes in a way that is not a sum of ours.
+REFUSED_SETTINGS = {
+    "alora_invocation_tokens": "it acts only after certain tokens, and a merged weight acts on all",
+    "arrow_config": "it routes between several adapters",
+    "fan_in_fan_out": "its weights are stored transposed, and Gemma's are not",
+    "kasa_config": "it truncates the base weight",
+    "layer_replication": "it repeats layers of the base",
+    "lora_bias": "it trains a bias, and Gemma's linear layers have none to add it to",
+    "monteclora_config": "it samples its weights",
+    "target_parameters": "it adapts the experts' stacked weights, which are not merged yet",
+    "trainable_token_indices": "it retrains single rows of the embedding, which Gemma ties to the LM head",
+    "use_bdlora": "its factors are block-diagonal",
+    "use_qalora": "its input is pooled in groups",
+    "velora_config": "its kind is not known here",
+}
+# Settings that say how the adapter was made, not what it computes; the tensors and the scale say the rest.
+# fmt: off
+HARMLESS_SETTINGS = frozenset((
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
+    "task_type", "use_dora", "use_rslora",
+))
+# fmt: on
+# Initialisations that leave the base weight alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take their start out of it.
+PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One adapted weight W of shape (out, in): W + scale * B @ A, and with DoRA each row then set to its magnitude."""
+
+    a: str  # names of adapter tensors: (r, in)
+    b: str  # (out, r)
+    scale: float
+    magnitude: str | None  # (out,)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What becomes of one tensor of the base. The result keeps its name, shape and dtype."""
+
+    name: str
+    quantized: bool = False  # to 4 bit and back first, as the trained model held it
+    lora: Lora | None = None
+    replaced_by: str | None = None  # name of the adapter tensor that training put in its place
+
+    @property
+    def untouched(self) -> bool:
+        return not self.quantized and self.lora is None and self.replaced_by is None
+
+
+def plan_merge(
+    base: Headers,
+    adapter: Headers,
+    settings: Mapping[str, Any],
+    *,
+    tied_embeddings: bool,
+    quantized_modules: Collection[str],
+) -> list[Step]:
+    """One step for each tensor of the base, in the order of `base`.
+
+    Args:
+        settings: the adapter's `adapter_config.json`.
+        tied_embeddings: whether the LM head is the token embedding.
+        quantized_modules: paths of the modules whose weight goes to 4 bit and back; empty for none.
+
+    Raises:
+        CheckpointError: an adapter of a kind that has no sum here, a tensor without its place or of the wrong shape.
+    """
+    _check_kind(settings)
+    _check_not_empty(adapter)
+
+    factors: dict[str, dict[str, str]] = {}  # module -> kind of tensor -> its name in the adapter
+    replaced_by: dict[str, str] = {}
+    for tensor in adapter:
+        if match := LORA_TENSOR.fullmatch(tensor):
+            factors.setdefault(match[1], {})[match[2]] = tensor
+        else:
+            replaced_by[_replaced_tensor(tensor, base, adapter, settings, tied_embeddings)] = tensor
+    if not adapter:
+        raise CheckpointError("the adapter has no tensors; save it again from the training run")
+
+    loras = {
+        f"{module}.weight": _lora(module, found, base, adapter, settings, tied_embeddings)
+        for module, found in factors.items()
+    }
+    for name in loras.keys() & replaced_by.keys():
+        raise CheckpointError(f"{name} is both adapted and replaced (by {replaced_by[name]}); train it one way only")
+    quantized = {f"{module}.weight" for module in quantized_modules}
+    for name in sorted(quantized):
+        if name not in base:
+            raise CheckpointError(
+                f"the base has no tensor {name}{_similar(name, base)}, but the adapter's gemma_dist.json lists its "
+                "module as quantised; give the base that the adapter was trained on"
+            )
+        _check_dtype(name, base)
+
+    steps = [
+        Step(name, name in quantized and name not in replaced_by, loras.get(name), replaced_by.get(name))
+        for name in base
+    ]
+    used = [tensor for step in steps for tensor in _adapter_tensors(step)]
+    assert sorted(used) == sorted(adapter), "an adapter tensor is not used exactly once"
+    return steps
+
+
+def _adapter_tensors(step: Step) -> Iterable[str]:
+    lora = step.lora
+    names = (lora.a, lora.b, lora.magnitude) if lora else (step.replaced_by,)
+    return [name for name in names if name is not None]
+
+
+def _check_kind(settings: Mapping[str, Any]) -> None:
+    """Refuse every adapter that is not W + s * B @ A (or DoRA's rescaling of it)."""
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(
+            f"adapter_config.json: peft_type {kind!r} is not merged; only LORA (with rsLoRA, DoRA and patterns) is. "
+            "Merge it with PEFT's merge_and_unload"
+        )
+    for key, value in settings.items():
+        if not value:
+            continue
+        if key in REFUSED_SETTINGS:
+            raise CheckpointError(
+                f"adapter_config.json: {key} = {value!r} cannot be merged: {REFUSED_SETTINGS[key]}. "
+                "Keep adapter and base apart, or train without it"
+            )
+        if key not in HARMLESS_SETTINGS:
+            raise CheckpointError(
+                f"adapter_config.json: {key} = {value!r} is not known here and may change what the adapter computes; "
+                f"merge it with the PEFT that wrote it (version {settings.get('peft_version', 'unknown')})"
+            )
+    if (bias := settings.get("bias", "none")) != "none":
+        raise CheckpointError(
+            f"adapter_config.json: bias = {bias!r} cannot be merged: only weights are. Train with bias = 'none'"
+        )
+    if (start := settings.get("init_lora_weights", True)) not in PLAIN_INITIALISATIONS:
+        raise CheckpointError(
+            f"adapter_config.json: init_lora_weights = {start!r} moves part of the base weight into the adapter, so "
+            "the sum with the original base is wrong; save the adapter with PEFT's "
+            "path_initial_model_for_weight_conversion, which turns it into plain LoRA"
+        )
+
+
+def _check_not_empty(adapter: Headers) -> None:
+    for tensor, (_, shape) in adapter.items():
+        if 0 in shape:
+            raise CheckpointError(
+                f"{tensor} in the adapter is empty (shape {list(shape)}): it was saved at ZeRO-3 without gathering the "
+                "partitions. Nothing of it is left in this file; save again from the training checkpoint"
+            )
+
+
+def _lora(
+    module: str,
+    found: Mapping[str, str],
+    base: Headers,
+    adapter: Headers,
+    settings: Mapping[str, Any],
+    tied_embeddings: bool,
+) -> Lora:
+    """The adapter tensors of one module, checked against its weight."""
+    name = f"{module}.weight"
+    any_tensor = next(iter(found.values()))
+    if tied_embeddings and module.rpartition(".")[2] in ("embed_tokens", "lm_head"):
+        raise CheckpointError(
+            f"{any_tensor} adapts one of the token embedding and the LM head, which this base ties: the merged weight "
+            "would change both. Train without embed_tokens and lm_head among target_modules"
+        )
+    if name not in base:
+        raise CheckpointError(
+            f"{any_tensor} in the adapter belongs to {name}, which the base does not have{_similar(name, base)}; "
+            "give the base (and the model class) that the adapter was trained on"
+        )
+    _check_dtype(name, base)
+    wanted = ["lora_A.weight", "lora_B.weight"]
+    if settings.get("use_dora"):
+        wanted.append("lora_magnitude_vector")
+    if sorted(found) != wanted:
+        raise CheckpointError(
+            f"{PREFIX}{module} in the adapter has {', '.join(sorted(found))}, but "
+            f"{'DoRA' if settings.get('use_dora') else 'LoRA'} needs exactly {', '.join(wanted)}; the file is "
+            "incomplete or does not belong to its adapter_config.json: save the adapter again"
+        )
+
+    rank = _by_pattern(settings.get("rank_pattern"), module, settings.get("r", 8))  # PEFT's default
+    alpha = _by_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", 8))
+    weight_shape = base[name][1]
+    if len(weight_shape) != 2:
+        raise CheckpointError(f"{name} in the base has shape {list(weight_shape)}; LoRA is merged into matrices only")
+    out_features, in_features = weight_shape
+    for kind, shape in zip(wanted, [(rank, in_features), (out_features, rank), (out_features,)], strict=False):
+        if (actual := adapter[found[kind]][1]) != shape:
+            raise CheckpointError(
+                f"{found[kind]} in the adapter has shape {list(actual)}; with r = {rank} and {name} of shape "
+                f"{list(weight_shape)} in the base it must be {list(shape)}. Give the base that the adapter was "
+                "trained on, and its own adapter_config.json"
+            )
+    return Lora(
+        a=found["lora_A.weight"],
+        b=found["lora_B.weight"],
+        scale=alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank,
+        magnitude=found.get("lora_magnitude_vector"),
+    )
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of the module's path (`get_pattern_key` of PEFT 0.21)."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _replaced_tensor(
+    tensor: str, base: Headers, adapter: Headers, settings: Mapping[str, Any], tied_embeddings: bool
+) -> str:
+    """The tensor of the base that a whole weight in the adapter (from `modules_to_save`) replaces."""
+    name = tensor.removeprefix(PREFIX)
+    parts = name.split(".")
+    paths = [".".join(parts[:end]) for end in range(1, len(parts))]
+    saved = settings.get("modules_to_save") or []
+    if not tensor.startswith(PREFIX) or not any(path.endswith(module) for path in paths for module in saved):
+        raise CheckpointError(
+            f"{tensor} in the adapter is neither lora_A, lora_B nor lora_magnitude_vector of a linear layer, nor part "
+            f"of modules_to_save ({', '.join(saved) or 'none'} in adapter_config.json), so its place in the sum is not "
+            "known; train without adapting or resizing embeddings, and save with PEFT's save_pretrained"
+        )
+    if tied_embeddings and paths[-1].rpartition(".")[2] in ("embed_tokens", "lm_head"):
+        raise CheckpointError(
+            f"{tensor} in the adapter replaces one of the token embedding and the LM head, which this base ties: "
+            "the merged weight would change both. Train without embed_tokens and lm_head among modules_to_save"
+        )
+    if name not in base:
+        raise CheckpointError(
+            f"{tensor} in the adapter replaces {name}, which the base does not have{_similar(name, base)}; "
+            "give the base that the adapter was trained on"
+        )
+    if adapter[tensor][1] != base[name][1]:
+        raise CheckpointError(
+            f"{tensor} in the adapter has shape {list(adapter[tensor][1])}, {name} in the base {list(base[name][1])}; "
+            "give the base that the adapter was trained on"
+        )
+    _check_dtype(name, base)
+    return name
+
+
+def _check_dtype(name: str, base: Headers) -> None:
+    if base[name][0] not in MERGEABLE_DTYPES:
+        raise CheckpointError(
+            f"{name} in the base is stored as {base[name][0]}; only {', '.join(MERGEABLE_DTYPES)} can be added to. "
+            "Give the base in its original precision, not a quantised copy"
+        )
+
+
+def _similar(name: str, base: Headers) -> str:
+    """A hint at a tensor of the base that ends alike, for adapters trained on another wrapper of the same model."""
+    tail = "." + ".".join(name.split(".")[-4:])
+    match = next((other for other in base if other.endswith(tail)), None)
+    return f" (it has {match})" if match else ""

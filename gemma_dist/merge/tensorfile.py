@@ -1,0 +1,125 @@
+"""Safetensors files, read and written one tensor at a time, so that a merge holds no more than the largest one.
+
+The format (https://huggingface.co/docs/safetensors, "Format"): 8 bytes with the length N of the header, unsigned and
+little-endian; N bytes of JSON, {name: {"dtype", "shape", "data_offsets": [begin, end]}} with offsets from the end of
+the header, "__metadata__" for a map of texts, spaces at the end allowed; then the data, without gaps, little-endian.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from gemma_dist.errors import CheckpointError
+
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+COPY_BYTES = 8 << 20
+MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor's place in its file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # bytes from the start of the file
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file whose header has been read. `entries` are in the order of their bytes."""
+
+    path: Path
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU. Only the dtypes that can be merged are known."""
+        entry = self.entries[name]
+        if entry.dtype not in TORCH_DTYPES:
+            raise CheckpointError(f"{name} in {self.path} is stored as {entry.dtype}; use one of {list(TORCH_DTYPES)}")
+        data = bytearray(entry.num_bytes)
+        with self.path.open("rb") as file:
+            file.seek(entry.begin)
+            file.readinto(data)
+        return torch.frombuffer(data, dtype=TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def copy(self, name: str, target: BinaryIO) -> None:
+        """Append one tensor's bytes to `target`, in pieces of a few MiB."""
+        remaining = self.entries[name].num_bytes
+        with self.path.open("rb") as file:
+            file.seek(self.entries[name].begin)
+            while remaining:
+                piece = file.read(min(remaining, COPY_BYTES))
+                if not piece:
+                    raise CheckpointError(f"{self.path} ended inside {name}; it changed while it was read")
+                target.write(piece)
+                remaining -= len(piece)
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """Read the header of a safetensors file.
+
+    Raises:
+        CheckpointError: the file is absent, cut short or not safetensors.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            if header_bytes > min(size, MAX_HEADER_BYTES):
+                raise ValueError("the header is longer than the file")
+            header = json.loads(file.read(header_bytes))
+        metadata = header.pop("__metadata__", {})
+        start = 8 + header_bytes
+        entries = {
+            name: Entry(
+                item["dtype"],
+                tuple(item["shape"]),
+                start + item["data_offsets"][0],
+                item["data_offsets"][1] - item["data_offsets"][0],
+            )
+            for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"])
+        }
+        end = start
+        for name, entry in entries.items():
+            if entry.begin != end or entry.num_bytes < 0:
+                raise ValueError(f"{name} does not begin where the tensor before it ends")
+            end += entry.num_bytes
+        if end != size:
+            raise ValueError(f"it has {size} bytes, its header says {end}")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the folder's name") from None
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); download or save it again") from None
+    return TensorFile(path, entries, metadata)
+
+
+def write_header(target: BinaryIO, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+    """Begin a safetensors file; the tensors' bytes must follow in the order of `entries` (whose `begin` is ignored)."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, entry in entries.items():
+        begin, end = end, end + entry.num_bytes
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # so that the data begins at a multiple of 8 bytes, as the reference writer does
+    target.write(struct.pack("<Q", len(text)) + text)
+
+
+def write_tensor(target: BinaryIO, tensor: torch.Tensor) -> None:
+    """Append one tensor's bytes."""
+    target.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def sync(target: BinaryIO) -> None:
+    """Have the file's bytes on the disk, not only in the page cache, before something points to it."""
+    target.flush()
+    os.fsync(target.fileno())
