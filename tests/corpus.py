@@ -1,0 +1,68 @@
+"""Small corpora of real rows, with pictures made on the spot, for the tests of shards, loader and inspect."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from gemma_dist.config import DataConfig
+from gemma_dist.data.shards import ShardReport, run_shard
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "plot",
+            "description": "Draw a chart.",
+            "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]},
+        },
+    }
+]
+
+
+def picture(number: int) -> bytes:
+    """A PNG whose size and colour depend on `number`."""
+    file = io.BytesIO()
+    Image.new("RGB", (48 + 16 * (number % 5), 64), (number % 256, 40, 200)).save(file, "PNG")
+    return file.getvalue()
+
+
+def call(number: int) -> dict[str, Any]:
+    function = {"name": "plot", "arguments": {"n": number}}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": f"c{number}", "type": "function", "function": function}],
+    }
+
+
+def answer(number: int, image: bool) -> dict[str, Any]:
+    text: dict[str, Any] = {"type": "text", "text": f"chart {number}"}
+    url = "data:image/png;base64," + base64.b64encode(picture(number)).decode()
+    parts = [text, {"type": "image_url", "image_url": {"url": url}}] if image else [text]
+    return {"role": "tool", "tool_call_id": f"c{number}", "name": "plot", "content": parts}
+
+
+def row(number: int, num_calls: int = 1, **fields: Any) -> dict[str, Any]:
+    """A question, some calls one after the other (a picture comes back in every third row), and a final word."""
+    messages: list[dict[str, Any]] = [{"role": "user", "content": f"Draw {number}, please." + " Now." * (number % 4)}]
+    for i in range(num_calls):
+        messages += [call(100 * number + i), answer(100 * number + i, image=number % 3 == 0)]
+    messages.append({"role": "assistant", "content": f"Here is chart {number}: étude ✓."})
+    return {"id": f"row-{number}", "messages": messages, "tools": TOOLS if number % 2 else [], **fields}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def shard_rows(
+    folder: Path, model: str, rows: list[dict[str, Any]], skip_invalid: bool = False, **settings: Any
+) -> ShardReport:
+    """`run_shard` of `rows` into `folder`/shards."""
+    source = write_rows(folder / "rows.jsonl", rows)
+    return run_shard([source], folder / "shards", model, DataConfig(**settings), skip_invalid)

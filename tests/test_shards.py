@@ -1,0 +1,291 @@
+"""Shards: whole or absent, the same bytes for the same input, and no damaged byte is ever read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from corpus import answer, call, picture, row, shard_rows, write_rows
+
+from gemma_dist.config import DataConfig
+from gemma_dist.data import shards as module
+from gemma_dist.data.encode import load_encoder
+from gemma_dist.data.shards import cut_points, load_trajectories, open_shards, run_shard
+from gemma_dist.errors import DataError
+from gemma_dist.model.tiny import DEFAULT_CORPUS, tiny_processor
+
+ROWS = [row(number) for number in range(12)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny processor alone: shards need no weights."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_processor(DEFAULT_CORPUS, vocab_size=600, chat_template=None).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows a row group, a few row groups a shard."""
+    monkeypatch.setattr(module, "ROW_GROUP_BYTES", 2000)
+    monkeypatch.setattr(module, "SHARD_BYTES", 5000)
+
+
+def test_what_is_sharded_is_read_back(tmp_path: Path, model: str, small_pieces: None) -> None:
+    report = shard_rows(tmp_path, model, ROWS)
+    shards = open_shards(tmp_path / "shards")
+    raw = list(load_trajectories(tmp_path / "rows.jsonl", DataConfig()))
+    assert [shards.read(index) for index in range(len(shards))] == raw
+    assert list(load_trajectories(tmp_path / "shards", DataConfig())) == raw
+    assert raw[3].images == [picture(300)]
+    assert report.num_read == report.num_written == len(shards) == 12
+    assert report.num_shards > 1
+
+
+def test_the_manifest_holds_the_lengths_that_the_encoder_gives(tmp_path: Path, model: str) -> None:
+    report = shard_rows(tmp_path, model, ROWS)
+    shards = open_shards(tmp_path / "shards")
+    encoder = load_encoder(model, chat_template=None, enable_thinking=False)
+    encoded = [encoder.encode(shards.read(index)) for index in range(len(shards))]
+    lengths = shards.num_text_tokens + shards.num_image_tokens
+    assert lengths.tolist() == [len(sample.input_ids) for sample in encoded]
+    assert shards.num_target_tokens.tolist() == [sample.num_target_tokens for sample in encoded]
+    assert shards.num_images.tolist() == [1, 0, 0] * 4
+    assert shards.fingerprint == encoder.fingerprint
+    assert report.num_target_tokens == shards.num_target_tokens.sum()
+    assert not shards.num_text_tokens.flags.owndata, "the columns lie in the mapped file"
+
+
+@pytest.mark.parametrize("how", ["data_files", "data_dir"])
+def test_plain_datasets_reads_the_shards(tmp_path: Path, model: str, small_pieces: None, how: str) -> None:
+    from datasets import Image, Json, List, Value, load_dataset
+
+    shard_rows(tmp_path, model, [*ROWS, {"messages": []}], skip_invalid=True)
+    folder = str(tmp_path / "shards")
+    where = {"data_files": folder + "/*.parquet"} if how == "data_files" else {"data_dir": folder}
+    table = load_dataset("parquet", **where, split="train", cache_dir=str(tmp_path / "cache"))
+    images = List(Image(decode=False))
+    assert table.features == {"id": Value("string"), "messages": Json(), "tools": Json(), "images": images}
+    for found, written in zip(table, load_trajectories(tmp_path / "rows.jsonl", DataConfig()), strict=False):
+        assert (found["id"], found["messages"], found["tools"]) == (written.id, written.messages, written.tools)
+        assert [image["bytes"] for image in found["images"]] == written.images
+
+
+def test_row_groups_and_shards_are_bound_by_bytes(tmp_path: Path, model: str, small_pieces: None) -> None:
+    shard_rows(tmp_path, model, [row(number) for number in range(24)])
+    files = sorted((tmp_path / "shards").glob("*.parquet"))
+    assert len(files) > 2
+    for file in files:
+        metadata = pq.read_metadata(file)
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        assert all(group.num_rows == 1 or group.total_byte_size < 2600 for group in groups)
+        assert file.stat().st_size < 8000
+        columns = [groups[0].column(i) for i in range(groups[0].num_columns)]
+        assert [column.is_stats_set for column in columns] == [True, False, False, False, False]
+        assert next(c for c in columns if c.path_in_schema.endswith("bytes")).compression == "UNCOMPRESSED"
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path, model: str, small_pieces: None) -> None:
+    contents = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shard_rows(tmp_path / name, model, ROWS)
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / name / "shards").iterdir()})
+    assert contents[0] == contents[1]
+
+
+# ---- refused rows ----------------------------------------------------------------------------------------------------
+
+BAD = [
+    row(1),
+    {"id": "no-assistant", "messages": [{"role": "user", "content": "Hello?"}]},
+    row(2),
+    row(1),
+    row(3, id="fine"),
+]
+
+
+def test_one_bad_row_leaves_nothing_but_the_list_of_all_bad_rows(
+    tmp_path: Path, model: str, small_pieces: None
+) -> None:
+    with pytest.raises(DataError, match=r"2 of 5 rows(.|\n)*--skip-invalid") as error:
+        shard_rows(tmp_path, model, BAD)
+    assert "rows.jsonl:2" in str(error.value)
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["rejected.jsonl"]
+    check_rejected(tmp_path)
+
+
+def test_skip_invalid_writes_the_rest_and_counts_everything(tmp_path: Path, model: str) -> None:
+    with pytest.raises(DataError):
+        shard_rows(tmp_path, model, BAD)
+    report = shard_rows(tmp_path, model, BAD, skip_invalid=True)  # what the refused run left is replaced
+    check_rejected(tmp_path)
+    assert [t.id for t in load_trajectories(tmp_path / "shards", DataConfig())] == ["row-1", "row-2", "fine"]
+    assert (report.num_read, report.num_written, report.num_rejected) == (5, 3, 2)
+    assert {path.name for path in (tmp_path / "shards").iterdir()} == {
+        "train-00000.parquet",
+        "manifest.arrow",
+        "rejected.jsonl",
+    }
+
+
+def check_rejected(folder: Path) -> None:
+    rejected = [json.loads(line) for line in (folder / "shards" / "rejected.jsonl").read_text().splitlines()]
+    assert [set(line) for line in rejected] == [{"file", "line", "error"}] * 2
+    assert [(Path(line["file"]).name, line["line"]) for line in rejected] == [("rows.jsonl", 2), ("rows.jsonl", 4)]
+    assert "'row-1'" in rejected[1]["error"]
+    assert "rows.jsonl:1" in rejected[1]["error"]
+
+
+def test_a_line_that_is_no_json_is_a_refused_row(tmp_path: Path, model: str) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", ROWS[:2])
+    source.write_text(source.read_text() + "{broken\n")
+    report = run_shard([source], tmp_path / "shards", model, DataConfig(), True)
+    assert (report.num_read, report.num_written, report.num_rejected) == (3, 2, 1)
+
+
+def test_nothing_left_to_write_is_an_error(tmp_path: Path, model: str) -> None:
+    with pytest.raises(DataError, match="1 were refused"):
+        shard_rows(tmp_path, model, [{"messages": []}], skip_invalid=True)
+    assert not (tmp_path / "shards" / "manifest.arrow").exists()
+
+
+def test_finished_shards_and_strange_folders_are_never_overwritten(tmp_path: Path, model: str) -> None:
+    shard_rows(tmp_path, model, ROWS[:1])
+    with pytest.raises(DataError, match="finished shards already"):
+        shard_rows(tmp_path, model, ROWS[:1])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train-00000.parquet").touch()
+    with pytest.raises(DataError, match=r"train-00000\.parquet"):
+        run_shard([tmp_path / "rows.jsonl"], tmp_path / "mine", model, DataConfig(), False)
+    assert (tmp_path / "mine" / "train-00000.parquet").exists()
+
+
+def test_what_a_killed_run_left_is_no_shard_folder_and_is_replaced(tmp_path: Path, model: str) -> None:
+    shard_rows(tmp_path, model, ROWS)
+    folder = tmp_path / "shards"
+    (folder / "manifest.arrow").unlink()  # it comes last, so a killed run has none, but has these
+    (folder / ".unfinished").touch()
+    (folder / ".train-00001.parquet.tmp").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="interrupted"):
+        open_shards(folder)
+    with pytest.raises(DataError, match="interrupted"):
+        list(load_trajectories(folder, DataConfig()))
+    shard_rows(tmp_path, model, ROWS[:1])
+    assert len(open_shards(folder)) == 1
+    assert {path.name for path in folder.iterdir()} == {"train-00000.parquet", "manifest.arrow"}
+
+
+# ---- too long --------------------------------------------------------------------------------------------------------
+
+
+def test_a_cut_ends_with_a_trained_assistant_message_and_never_inside_a_turn() -> None:
+    said: dict[str, Any] = {"role": "assistant", "content": "One moment."}
+    messages = [
+        {"role": "user", "content": "Two charts."},
+        said,  # the text beside the call, moved in front of it
+        call(1),
+        answer(1, image=True),
+        {**call(2), "train": False},
+        answer(2, image=False),
+        {"role": "assistant", "content": "Done."},
+        {"role": "user", "content": "Thanks."},
+        {"role": "assistant", "content": "Welcome."},
+    ]
+    assert cut_points(messages) == [3, 7]
+
+
+def test_cut_turns_keeps_the_longest_beginning_that_fits(tmp_path: Path, model: str) -> None:
+    long = row(3, num_calls=6)  # a picture comes back from each call
+    encoder = load_encoder(model, chat_template=None, enable_thinking=False)
+    (whole,) = load_trajectories(write_rows(tmp_path / "long.jsonl", [long]), DataConfig())
+    limit = len(encoder.encode(whole).input_ids) // 2
+    report = shard_rows(tmp_path, model, [long, row(1)], max_length=limit, too_long="cut_turns")
+    kept, _ = load_trajectories(tmp_path / "shards", DataConfig())
+    assert (report.num_cut, report.num_dropped, report.num_written) == (1, 0, 2)
+    assert kept.messages == whole.messages[: len(kept.messages)]
+    assert kept.messages[-1]["role"] == "assistant"
+    encoded = encoder.encode(kept)
+    assert len(encoded.input_ids) <= limit
+    assert encoded.num_images == len(kept.images) == sum(message["role"] == "tool" for message in kept.messages)
+    next_cut = min(end for end in cut_points(whole.messages) if end > len(kept.messages))
+    longer = module._first_messages(whole, next_cut)
+    assert len(encoder.encode(longer).input_ids) > limit, "one turn more would not fit"
+    (line,) = (tmp_path / "shards" / "too_long.jsonl").read_text().splitlines()
+    assert json.loads(line)["num_messages_kept"] == len(kept.messages)
+
+
+def test_too_long_rows_are_dropped_and_counted_or_refused(tmp_path: Path, model: str) -> None:
+    rows = [row(1), row(3, num_calls=6)]
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: .* tokens .*max_length is 200"):
+        shard_rows(tmp_path, model, rows, max_length=200, too_long="error")
+    report = shard_rows(tmp_path, model, rows, max_length=200, too_long="drop")
+    assert (report.num_read, report.num_written, report.num_dropped) == (2, 1, 1)
+    assert "1 rows were dropped" in report.summary()
+    (line,) = (tmp_path / "shards" / "too_long.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "row-3"
+    (tmp_path / "cut").mkdir()
+    nothing_fits = shard_rows(tmp_path / "cut", model, [row(1), row(3, 6)], max_length=200, too_long="cut_turns")
+    assert nothing_fits.num_dropped + nothing_fits.num_cut == 1
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_any_flipped_byte_is_found_and_named(tmp_path: Path, model: str, small_pieces: None) -> None:
+    shard_rows(tmp_path, model, ROWS)
+    file = tmp_path / "shards" / "train-00001.parquet"
+    intact = file.read_bytes()
+    for position in np.linspace(0, len(intact) - 1, 60).astype(int):
+        damaged = bytearray(intact)
+        damaged[position] ^= 0x10
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"train-00001\.parquet, row group \d+: .*row-\d+"):
+            list(load_trajectories(tmp_path / "shards", DataConfig()))
+    file.write_bytes(intact)
+    assert len(list(load_trajectories(tmp_path / "shards", DataConfig()))) == 12
+
+
+def test_a_truncated_or_missing_shard_is_found_and_named(tmp_path: Path, model: str) -> None:
+    shard_rows(tmp_path, model, ROWS)
+    file = tmp_path / "shards" / "train-00000.parquet"
+    intact = file.read_bytes()
+    for damaged in (intact[:-1], intact[: len(intact) // 2], b"", intact + b"x"):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"train-00000\.parquet, row group 0: .*bytes instead of.*row-0, row-1"):
+            open_shards(tmp_path / "shards").read(0)
+    file.unlink()
+    with pytest.raises(DataError, match=r"train-00000\.parquet"):
+        open_shards(tmp_path / "shards").read(0)
+
+
+def test_a_damaged_manifest_is_found(tmp_path: Path, model: str) -> None:
+    shard_rows(tmp_path, model, ROWS[:3])
+    file = tmp_path / "shards" / "manifest.arrow"
+    intact = file.read_bytes()
+    lengths = np.array(open_shards(tmp_path / "shards").num_text_tokens).tobytes()
+    flipped = bytearray(intact)
+    flipped[intact.index(lengths)] ^= 1
+    for damaged in (bytes(flipped), intact[: len(intact) // 2], b"", intact.replace(b"fingerprint", b"fingerprinx")):
+        file.unlink()  # the old one may still be mapped
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"manifest\.arrow is damaged"):
+            open_shards(tmp_path / "shards")
+
+
+def test_a_folder_without_shards_says_how_to_make_them(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="gemma-dist shard"):
+        open_shards(tmp_path)
+
+
+def test_the_cache_holds_few_row_groups(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROW_GROUP_BYTES", 1)
+    monkeypatch.setattr(module, "NUM_CACHED_ROW_GROUPS", 2)
+    shard_rows(tmp_path, model, ROWS)
+    shards = open_shards(tmp_path / "shards")
+    for index in (0, 1, 2, 1, 11, 0):
+        assert shards.read(index).id == shards.id(index) == f"row-{index}"
+        assert len(shards._row_groups) <= 2
