@@ -271,13 +271,10 @@ class _ShardWriter:
         return len(self.ids)
 
     def add(self, trajectory: Trajectory, encoded: Encoded) -> None:
-        row = {
-            "id": trajectory.id,
-            "messages": _to_json(trajectory.messages),
-            "tools": _to_json(trajectory.tools),
-            "images": [{"bytes": image, "path": None} for image in trajectory.images],
-        }
-        num_bytes = len(row["messages"].encode()) + len(row["tools"].encode()) + sum(map(len, trajectory.images))
+        messages, tools = _to_json(trajectory.messages), _to_json(trajectory.tools)
+        images = [{"bytes": image, "path": None} for image in trajectory.images]
+        row = {"id": trajectory.id, "messages": messages, "tools": tools, "images": images}
+        num_bytes = len(messages.encode()) + len(tools.encode()) + sum(map(len, trajectory.images))
         if self._rows and self._row_bytes + num_bytes > ROW_GROUP_BYTES:
             self._end_row_group()
         if self._parquet and self._shard_bytes + num_bytes > SHARD_BYTES:

@@ -1,0 +1,277 @@
+"""The loader and its collator: the right samples in the right order, and a filler that changes nothing."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from corpus import row, shard_rows
+from torch.utils.data import DataLoader
+
+from gemma_dist.config import BatchPlan
+from gemma_dist.data import loader as module
+from gemma_dist.data.batch import Sample, collate, control_ids
+from gemma_dist.data.encode import IGNORE_INDEX, Encoder, load_encoder
+from gemma_dist.data.loader import TrajectoryLoader
+from gemma_dist.data.shards import Shards, open_shards
+from gemma_dist.data.trajectory import Trajectory
+from gemma_dist.errors import DataError
+from gemma_dist.model.tiny import write_tiny_model
+
+NUM_SAMPLES = 11
+Batch = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module", params=["e4b", "31b"])
+def style(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Encoder, Shards]:
+    """A tiny model with weights, its encoder, and a corpus of 11 rows, the rows 0, 3, 6, 9 with a picture."""
+    from transformers import AutoModelForImageTextToText
+
+    folder = tmp_path_factory.mktemp(request.param)
+    write_tiny_model(folder / "model", style=request.param, hidden_size=64, vocab_size=400)
+    shard_rows(folder, str(folder / "model"), [row(number) for number in range(NUM_SAMPLES)])
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
+    encoder = load_encoder(str(folder / "model"), chat_template=None, enable_thinking=False)
+    return model, encoder, open_shards(folder / "shards")
+
+
+@pytest.fixture(scope="module")
+def encoder(style: tuple[Any, Encoder, Shards]) -> Encoder:
+    return style[1]
+
+
+@pytest.fixture(scope="module")
+def shards(style: tuple[Any, Encoder, Shards]) -> Shards:
+    return style[2]
+
+
+def sample(encoder: Encoder, shards: Shards, index: int) -> Sample:
+    trajectory = shards.read(index)
+    pixels = encoder.pixels(trajectory.images) if trajectory.images else {}
+    return Sample(trajectory.id, encoder.encode(trajectory), pixels)
+
+
+# ---- the collator ----------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_padded_on_the_right_and_images_keep_their_order(encoder: Encoder, shards: Shards) -> None:
+    samples = [sample(encoder, shards, index) for index in (3, 1, 0)]
+    batch = collate(samples, control_ids(encoder.processor))
+    longest = max(len(s.encoded.input_ids) for s in samples)
+    for name in ("input_ids", "labels", "attention_mask", "mm_token_type_ids"):
+        assert batch[name].shape == (3, longest)
+        assert batch[name].dtype == torch.int64
+    for i, s in enumerate(samples):
+        length = len(s.encoded.input_ids)
+        assert batch["input_ids"][i, :length].tolist() == s.encoded.input_ids
+        assert batch["labels"][i, :length].tolist() == s.encoded.labels
+        assert batch["mm_token_type_ids"][i, :length].tolist() == s.encoded.mm_token_type_ids
+        assert batch["attention_mask"][i].tolist() == [1] * length + [0] * (longest - length)
+        assert (batch["labels"][i, length:] == IGNORE_INDEX).all()
+    images = torch.cat([samples[0].pixels["pixel_values"], samples[2].pixels["pixel_values"]])
+    assert torch.equal(batch["pixel_values"], images)
+    assert batch["pixel_values"].dtype == torch.float32
+
+
+def test_images_of_different_patch_counts_are_padded_as_the_processor_pads(encoder: Encoder, shards: Shards) -> None:
+    """The model reads the same features from an image whether its padding is short or long."""
+    first, second = sample(encoder, shards, 0), sample(encoder, shards, 3)
+    num_patches = int((second.pixels["image_position_ids"] >= 0).all(-1).sum())
+    trimmed = {name: tensor[:, :num_patches] for name, tensor in second.pixels.items()}
+    ids = control_ids(encoder.processor)
+    padded = collate([first, Sample(second.id, second.encoded, trimmed)], ids)
+    expected = collate([first, second], ids)
+    assert all(torch.equal(padded[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("indices", [(1,), (1, 2, 4), ()])
+def test_a_micro_batch_without_an_image_gets_one_filler(
+    encoder: Encoder, shards: Shards, indices: tuple[int, ...]
+) -> None:
+    samples = [sample(encoder, shards, index) for index in indices]
+    batch = collate(samples, control_ids(encoder.processor))
+    assert batch["input_ids"].shape[0] == max(1, len(indices))
+    assert batch["pixel_values"].shape == (1, 9, 768)
+    assert not batch["pixel_values"].any()
+    assert sorted(map(tuple, batch["image_position_ids"][0].tolist())) == [(x, y) for x in range(3) for y in range(3)]
+    (image,) = (batch["input_ids"] == encoder.image_token_id).nonzero().tolist()
+    tokenizer = encoder.tokenizer
+    filler = batch["input_ids"][image[0], image[1] - 1 : image[1] + 2]
+    assert tokenizer.convert_ids_to_tokens(filler.tolist()) == ["<|image>", "<|image|>", "<image|>"]
+    assert batch["mm_token_type_ids"].sum() == 1
+    trained = sum(s.encoded.num_target_tokens for s in samples)
+    assert (batch["labels"] != IGNORE_INDEX).sum() == trained
+
+
+def forward(model: Any, batch: Batch, **changed: Any) -> torch.Tensor:
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    return model(**{**inputs, **changed}, use_cache=False).logits
+
+
+def test_the_filler_changes_no_logit_and_no_gradient(style: tuple[Any, Encoder, Shards]) -> None:
+    model, encoder, shards = style
+    samples = [sample(encoder, shards, index) for index in (1, 2, 4)]
+    batch = collate(samples, control_ids(encoder.processor))
+    rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(s.encoded.input_ids) for s in samples], batch_first=True)
+    labels = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(s.encoded.labels) for s in samples], batch_first=True, padding_value=IGNORE_INDEX
+    )
+    real = torch.arange(rows.shape[1]) < torch.tensor([[len(s.encoded.input_ids)] for s in samples])
+    plain = {"input_ids": rows, "attention_mask": real.long(), "mm_token_type_ids": torch.zeros_like(rows)}
+
+    results = []
+    for inputs, targets in ((plain, labels), (batch, batch["labels"])):
+        model.zero_grad()
+        logits = forward(model, inputs)
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+        loss.backward()
+        results.append((logits[:, : rows.shape[1]][real].detach(), gradients(model)))
+    (logits, without), (logits_with, with_filler) = results
+    torch.testing.assert_close(logits_with, logits, atol=1e-5, rtol=0)
+    for name, gradient in with_filler.items():
+        expected = without.get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4, msg=name)
+    assert all(not with_filler[name].any() for name in with_filler if "vision" in name)
+    assert any("vision" in name for name in with_filler), "the tower ran: a rank in a distributed run needs that"
+
+
+def gradients(model: Any) -> Batch:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_an_empty_micro_batch_runs_and_gives_no_gradient(style: tuple[Any, Encoder, Shards]) -> None:
+    model, encoder, _ = style
+    batch = collate([], control_ids(encoder.processor))
+    model.zero_grad()
+    logits = forward(model, batch)
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+    )
+    loss.backward()
+    assert logits.isfinite().all()
+    assert loss == 0
+    assert all(gradient.isfinite().all() and not gradient.any() for gradient in gradients(model).values())
+
+
+def test_a_padded_batch_gives_each_row_the_logits_that_it_has_alone(style: tuple[Any, Encoder, Shards]) -> None:
+    model, encoder, shards = style
+    samples = [sample(encoder, shards, index) for index in (0, 1, 3)]
+    ids = control_ids(encoder.processor)
+    with torch.no_grad():
+        together = forward(model, collate(samples, ids))
+        for i, s in enumerate(samples):
+            length = len(s.encoded.input_ids)
+            alone = forward(model, collate([s], ids))
+            torch.testing.assert_close(together[i, :length], alone[0, :length], atol=1e-5, rtol=0)
+
+
+# ---- the loader ------------------------------------------------------------------------------------------------------
+
+
+def loaders(style: Any, world_size: int, micro: int, accumulation: int, **changed: Any) -> list[TrajectoryLoader]:
+    _, encoder, shards = style
+    plan = BatchPlan(world_size, micro, accumulation, world_size * micro * accumulation)
+    arguments = {"plan": plan, "seed": 3, "start_step": 0, "num_steps": 6, **changed}
+    return [TrajectoryLoader(shards, encoder, rank=rank, **arguments) for rank in range(world_size)]
+
+
+def fingerprints(batch: Batch) -> Iterator[tuple[int, ...]]:
+    """The rows of a micro-batch, without fillers and padding."""
+    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        if (labels != IGNORE_INDEX).any():
+            last = int((labels != IGNORE_INDEX).nonzero().max())
+            yield tuple(ids[mask.bool()].tolist()[: last + 1])
+
+
+def test_one_rank_with_accumulation_and_two_ranks_train_on_the_same_samples(style: Any) -> None:
+    (alone,), together = loaders(style, 1, 2, 2), loaders(style, 2, 2, 1)
+    for step in range(6):
+        ids = {sample for micro in alone.ids_at(step) for sample in micro}
+        assert ids == {sample for rank in together for micro in rank.ids_at(step) for sample in micro}
+        assert [rank.num_target_tokens_at(step) for rank in together] == [alone.num_target_tokens_at(step)] * 2
+    seen_alone = Counter(row for batch in alone for row in fingerprints(batch))
+    seen_together = Counter(row for rank in together for batch in rank for row in fingerprints(batch))
+    assert seen_alone == seen_together
+    assert sorted(seen_alone.values()) == [2] * NUM_SAMPLES, "six steps of four are two epochs of eleven"
+
+
+def test_what_comes_is_what_the_ids_say_and_ranks_stay_in_step(style: Any) -> None:
+    _, encoder, shards = style
+    by_id = {shards.id(index): encoder.encode(shards.read(index)) for index in range(len(shards))}
+    ranks = loaders(style, 2, 1, 3)
+    trained, num_fillers = Counter[int](), 0
+    for rank in ranks:
+        batches = list(rank)
+        assert len(batches) == len(rank) == 18
+        micros = [(step, ids) for step in range(6) for ids in rank.ids_at(step)]
+        for batch, (step, ids) in zip(batches, micros, strict=True):
+            assert batch["input_ids"].shape[0] == max(1, len(ids))
+            for i, sample_id in enumerate(ids):
+                expected = by_id[sample_id].input_ids
+                assert batch["input_ids"][i, : len(expected)].tolist() == expected
+            trained[step] += int((batch["labels"] != IGNORE_INDEX).sum())
+            num_fillers += not ids
+    assert trained == {step: ranks[0].num_target_tokens_at(step) for step in range(6)}
+    assert num_fillers == 3, "three epochs of eleven samples, six places a step"
+
+
+def test_a_later_start_is_the_tail_of_the_run(style: Any) -> None:
+    (whole,), (rest,) = loaders(style, 1, 2, 2), loaders(style, 1, 2, 2, start_step=4, num_steps=2)
+    for expected, batch in zip(list(whole)[8:], DataLoader(rest, batch_size=None), strict=True):
+        assert expected.keys() == batch.keys()
+        assert all(torch.equal(expected[name], batch[name]) for name in expected)
+    assert len(DataLoader(rest, batch_size=None)) == 4
+
+
+def test_stopping_early_leaves_no_thread_behind(style: Any) -> None:
+    import threading
+
+    (loader,) = loaders(style, 1, 1, 2)
+    batches = iter(loader)
+    next(batches)
+    assert any(thread.name.startswith("loader") for thread in threading.enumerate())
+    batches.close()  # type: ignore[attr-defined]
+    assert not any(thread.name.startswith("loader") for thread in threading.enumerate())
+
+
+def test_a_damaged_sample_stops_the_run_and_is_named(
+    style: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, encoder, shards = style
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for path in shards.folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    file = folder / "train-00000.parquet"
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    loader = TrajectoryLoader(open_shards(folder), encoder, 0, BatchPlan(1, 1, 1, 1), 0, 0, 3)
+    first = loader.ids_at(0)[0][0]
+    with pytest.raises(DataError, match=f"sample '{first}' .*row group 0"):
+        list(loader)
+
+
+def test_shards_of_another_template_are_refused(style: Any) -> None:
+    model, _, shards = style
+    other = load_encoder(str(model.name_or_path), chat_template="gemma4_v2", enable_thinking=False)
+    with pytest.raises(DataError, match="another tokenizer, chat template"):
+        TrajectoryLoader(shards, other, 0, BatchPlan(1, 1, 1, 1), 0, 0, 1)
+
+
+def test_only_a_few_micro_batches_are_prepared_ahead(style: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    class CountingShards(Shards):
+        def read(self, index: int) -> Trajectory:
+            read.append(index)
+            return super().read(index)
+
+    monkeypatch.setattr(module, "NUM_AHEAD", 2)
+    _, encoder, shards = style
+    batches = iter(TrajectoryLoader(CountingShards(shards.folder), encoder, 0, BatchPlan(1, 1, 1, 1), 0, 0, 11))
+    next(batches)
+    assert len(read) <= 3
+    batches.close()  # type: ignore[attr-defined]
