@@ -76,7 +76,7 @@ def cli() -> None:
     "--style", type=click.Choice(["e4b", "31b", "26b"]), default="e4b", show_default=True, help="Which Gemma 4."
 )
 def tiny(out: Path, style: str) -> None:
-    """Write a tiny Gemma 4 with random weights and its processor to OUT."""
+    """Write a tiny random Gemma 4 with its processor to OUT."""
     from gemma_dist.model.tiny import write_tiny_model
 
     write_tiny_model(out, style=style)
@@ -145,7 +145,8 @@ def check(config: Path, overrides: tuple[str, ...], world_size: int | None) -> N
 def train(config: Path, overrides: tuple[str, ...]) -> None:
     """Train as the recipe CONFIG says.
 
-    Alone, or on many processes under `accelerate launch --config_file ... -m gemma_dist train CONFIG`. KEY=VALUE changes a setting of the recipe: learning_rate=1e-4, or lora.r=8 with its section.
+    Alone, or on many processes under `accelerate launch --config_file ... -m gemma_dist train CONFIG`. KEY=VALUE changes
+    a setting of the recipe: learning_rate=1e-4, or lora.r=8 with its section.
     """
     from gemma_dist.config import load_config
 
@@ -176,7 +177,7 @@ def evaluate(model: str, adapter: Path | None, data: Path, out: Path, limit: int
 
 @cli.command()
 def read_calls() -> None:
-    """Read the calls in model output: JSONL on stdin, JSONL on stdout.
+    """Read the calls in model output: JSONL in, JSONL out.
 
     In: {"output": ..., "prefix"?: ...}, the prefix being the end of the prompt where it left a block open. Out: calls,
     content, reasoning and status.
@@ -187,13 +188,13 @@ def read_calls() -> None:
         click.echo(line)
 
 
-@cli.command()
+@cli.command(cls=Verb, settings="MergeConfig")
 @click.option("--base", required=True, help="Folder or hub name of the model that the adapter was trained on.")
 @click.option("--adapter", required=True, type=EXISTING, help="Folder of the LoRA adapter.")
 @click.option("--out", required=True, type=NEW, help="Folder of the merged model.")
-@click.option("--verify", is_flag=True, help="Load both and compare their logits.")
-def merge(base: str, adapter: Path, out: Path, verify: bool) -> None:
-    """Add an adapter to its base and write a model that stands alone."""
+@click.option("--verify", is_flag=True, help="Also load both and compare their logits.")
+def merge(base: str, adapter: Path, out: Path, verify: bool, **settings: Any) -> None:
+    """Add an adapter to its base and write a whole model."""
     from gemma_dist.merge import run
 
-    run.merge(base, adapter, out, verify=verify)
+    click.echo(run.merge(base, adapter, out, verify=verify, **settings).summary())

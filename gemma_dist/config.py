@@ -261,6 +261,15 @@ class EvaluateConfig(Section):
     per_device_eval_batch_size: int = Field(8, gt=0, description="Prompts that one rank answers at once.")
 
 
+class MergeConfig(Section):
+    """Settings of `merge`."""
+
+    base_weights: Literal["as_trained", "original"] = Field(
+        "as_trained",
+        description="Add to the base as training saw it (after QLoRA: through 4 bits and back), or as it is.",
+    )
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """How the sequences of an optimiser step are spread: ranks x micro-batch x accumulation = global batch."""

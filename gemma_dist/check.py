@@ -1,0 +1,45 @@
+"""`gemma-dist check`: what a recipe comes to, before a GPU is touched.
+
+The resolved settings, the batch arithmetic, how much data there is and how many steps that makes, and what trains.
+"""
+
+import math
+from pathlib import Path
+
+import yaml
+
+from gemma_dist.config import BatchPlan, RunConfig, batch_plan
+from gemma_dist.data.order import steps_per_epoch
+from gemma_dist.data.shards import open_shards
+from gemma_dist.model.load import describe_training
+
+
+def describe_run(config: RunConfig, world_size: int) -> str:
+    """The run as text for a terminal.
+
+    Raises:
+        ConfigError: the batch sizes do not agree on `world_size` ranks.
+        DataError: a folder of data.train holds no finished shards.
+        CheckpointError: the model folder is absent or holds no Gemma 4.
+    """
+    plan = batch_plan(config, world_size)
+    settings = yaml.safe_dump(config.to_json(), sort_keys=False, allow_unicode=True, width=120)
+    return "\n".join([settings, str(plan), *_data_lines(config, plan), *describe_training(config)])
+
+
+def _data_lines(config: RunConfig, plan: BatchPlan) -> list[str]:
+    """Totals of each shard folder from its manifest, and the length of the run."""
+    lines, num_samples = [], 0
+    for folder in config.data.train:
+        shards = open_shards(Path(folder))
+        num_samples += len(shards)
+        lines.append(
+            f"{folder}: {len(shards):,} trajectories, {shards.num_text_tokens.sum():,} text tokens, "
+            f"{shards.num_image_tokens.sum():,} image tokens in {shards.num_images.sum():,} images; "
+            f"{shards.num_target_tokens.sum():,} tokens are trained"
+        )
+    per_epoch = steps_per_epoch(num_samples, plan.global_batch_size)
+    num_steps = config.train.max_steps
+    if num_steps < 0:
+        num_steps = math.ceil(config.train.num_train_epochs * per_epoch)
+    return [*lines, f"{num_steps:,} optimiser steps, {per_epoch:,} to an epoch"]
