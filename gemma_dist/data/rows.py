@@ -64,7 +64,7 @@ def _read_lines(path: Path) -> Iterator[tuple[Where, dict[str, Any] | DataError]
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
-            if not begun and line.lstrip().startswith(b"["):
+            if not begun and line.strip().startswith(b"[") and not line.strip().endswith(b"]"):
                 raise DataError(f"{path}: a JSON array, not JSONL; write one object a line: jq -c '.[]' {path}")
             begun = True
             where = Where(path, number)
@@ -85,7 +85,9 @@ def _read_line(line: bytes) -> dict[str, Any]:
             "save the file as UTF-8"
         ) from None
     if not isinstance(row, dict):
-        raise DataError(f"the line holds {short(row)}, not a JSON object; write one object a line")
+        raise DataError(
+            f"the line holds {short(row)}, not a JSON object; write one object a line (jq -c '.[]' takes an array apart)"
+        )
     return row
 
 

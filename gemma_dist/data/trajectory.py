@@ -404,11 +404,13 @@ def _answered_call(
         # An id that we gave to a call is not one that the row can mean.
         call = next((call for call in waiting if call["id"] == id and id in given_ids), None)
         if call is None:
-            why = "is already answered" if any(done["id"] == id for done in answered) else "no earlier turn made"
-            why = "is no longer open" if why == "no earlier turn made" and id in given_ids else why
-            verb = f"answers call {short(id)}, which {why}"
+            if any(done["id"] == id for done in answered):
+                why = "is already answered"
+            else:
+                why = "is not open here" if id in given_ids else "no earlier turn made"
             raise DataError(
-                f"{verb}; open calls: {_names(waiting)}; each call is answered once, right after its message"
+                f"answers call {short(id)}, which {why}; open calls: {_names(waiting)}; "
+                "a call is answered once, right after the message that makes it"
             )
         if name is not None and name != call["function"]["name"]:
             raise DataError(f"is named {short(name)} but answers {_names([call])}; make the two agree")
@@ -438,8 +440,11 @@ def _text_before_call(message: dict[str, Any], text_beside_call: str) -> Iterato
     Reasoning stays with the first of the two.
     """
     content = message["content"]
-    if "tool_calls" not in message or not _says(content):
-        yield message | {"content": ""} if "tool_calls" in message else message
+    if "tool_calls" not in message:
+        yield message
+        return
+    if not _says(content):
+        yield message | {"content": ""}
         return
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if text_beside_call == "reasoning" and all(part["type"] == "text" for part in parts):
@@ -488,7 +493,8 @@ def _check_parameters(parameters: Any) -> None:
         raise DataError(f"parameters are {short(parameters)}; write a JSON schema of type object")
     if not parameters:
         return
-    if parameters.get("type") != "object":
+    # Without the type the template never closes the brace of the parameters.
+    if parameters.setdefault("type", "object") != "object":
         raise DataError(
             f'the type of parameters is {short(parameters.get("type"))}; arguments are an object: write "object"'
         )
