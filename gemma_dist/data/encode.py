@@ -1,0 +1,370 @@
+"""One trajectory as the model sees it: token ids from the chat template, and labels on what the model itself emits.
+
+The ids are exactly those of `processor.apply_chat_template`. The labels need no marks in the template: the rendered
+text is walked message by message, and every piece of an assistant message must be found where the template put it.
+A template that loses a piece, an image or a turn is therefore refused, never used silently.
+
+What the model emits in one assistant message, and so what is trained:
+
+    reasoning   <|channel>thought\n … <channel|>
+    text
+    calls       <|tool_call>call:NAME{…}<tool_call|> …, then the stop token: the first <|tool_response>
+    the end     <turn|>
+
+Never trained: system and user turns, tool responses, images, the later <|tool_response> of parallel calls.
+"""
+
+import functools
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma_dist.data.trajectory import Trajectory, decode_image
+from gemma_dist.errors import CheckpointError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORE_INDEX = -100  # the label of a token that is not trained: torch's cross entropy skips it
+
+# Part of the fingerprint: raise it when ids, labels or pixels of the same row change by a change of this file.
+ENCODING_VERSION = 1
+
+IMAGE = "<|image|>"
+IMAGE_BLOCK = re.compile(r"\s*<\|image>(?:<\|image\|>)*<image\|>\s*")
+CONTEXT = re.compile(  # what a template puts between two assistant messages, none of it the model's own
+    r"<\|turn>model\n"
+    r"|<\|turn>tool\n.*?<turn\|>\n"  # a turn for each tool message: one old revision
+    r"|(?:<\|tool_response>|(?<=<\|tool_response>))response:.*?<tool_response\|>"
+    r"|<\|channel>thought\n<channel\|>"  # the empty thought that large models' prompts carry when thinking is off
+    r"|\n",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids and labels of one trajectory. T is its length in tokens, image soft tokens included."""
+
+    input_ids: list[int]  # (T,)
+    labels: list[int]  # (T,): the token's own id where it is trained (not shifted), else IGNORE_INDEX
+    mm_token_type_ids: list[int]  # (T,): 1 on image soft tokens, else 0
+    num_images: int
+    num_dropped_reasoning: int  # assistant messages whose reasoning the template leaves out (before the last user turn)
+
+    @property
+    def num_image_tokens(self) -> int:
+        return sum(self.mm_token_type_ids)
+
+    @property
+    def num_target_tokens(self) -> int:
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A decision point: everything before one assistant turn, ending where the model begins to write."""
+
+    input_ids: list[int]  # (T,)
+    mm_token_type_ids: list[int]  # (T,)
+    images: list[bytes]  # those that the prompt shows, in order
+    text: str  # the rendered prompt, one placeholder an image: its end tells which block is left open
+    turn: int  # index of the first message that answers it
+    gold: list[dict[str, Any]]  # the assistant message that answers it, or several in a row
+
+
+class Encoder:
+    """A processor, its chat template and what was settled about rendering: trajectories in, tokens and pixels out."""
+
+    def __init__(self, processor: Any, *, enable_thinking: bool) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.enable_thinking = enable_thinking
+        self.image_token_id: int = processor.image_token_id
+        probe = [{"function": {"name": "f", "arguments": {"x": None}}}]
+        probed = self._render(
+            [{"role": "user", "content": ""}, {"role": "assistant", "content": "", "tool_calls": probe}]
+        )
+        self._writes_none = "{x:None}" in probed
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides ids, labels and pixels: shards and runs of another one do not mix."""
+        settled = {
+            "version": ENCODING_VERSION,
+            "chat_template": self.processor.chat_template,
+            "enable_thinking": self.enable_thinking,
+            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+            "image_processor": self.processor.image_processor.to_dict(),
+        }
+        return hashlib.sha256(json.dumps(settled, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def encode(self, trajectory: Trajectory) -> Encoded:
+        """Token ids and labels of a whole trajectory.
+
+        Raises:
+            DataError: the chat template loses or tears a part of this row; the message says which and what to do.
+        """
+        self._refuse_none(trajectory)
+        text = self._widen(self._render(trajectory.messages, trajectory.tools), trajectory.images)
+        spans, num_dropped_reasoning = emitted_spans(text, trajectory.messages)
+        trained = [span for span, message in spans if trajectory.messages[message].get("train", True)]
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        input_ids = encoding["input_ids"]
+        # Both lists are sorted, so one pass decides each token: trained where it lies wholly within a trained span.
+        labels, at = [], 0
+        for token, (start, end) in zip(input_ids, encoding["offset_mapping"], strict=True):
+            while at < len(trained) and trained[at][1] < end:
+                at += 1
+            inside = at < len(trained) and trained[at][0] <= start and end > start
+            labels.append(token if inside else IGNORE_INDEX)
+        return Encoded(
+            input_ids=input_ids,
+            labels=labels,
+            mm_token_type_ids=[int(token == self.image_token_id) for token in input_ids],
+            num_images=len(trajectory.images),
+            num_dropped_reasoning=num_dropped_reasoning,
+        )
+
+    def prompts(self, trajectory: Trajectory) -> list[Prompt]:
+        """Every decision point of a trajectory: each trained assistant turn with the true history before it, rendered
+        as a server would render it at that moment.
+
+        Raises:
+            DataError: as `encode`.
+        """
+        self._refuse_none(trajectory)
+        messages, prompts = trajectory.messages, []
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant" or (turn > 0 and messages[turn - 1]["role"] == "assistant"):
+                continue
+            gold = []
+            for answer in messages[turn:]:
+                if answer["role"] != "assistant":
+                    break
+                gold.append(answer)
+            if not all(answer.get("train", True) for answer in gold):
+                continue
+            text = self._render(messages[:turn], trajectory.tools, add_generation_prompt=True)
+            images = trajectory.images[: sum(_num_images(earlier) for earlier in messages[:turn])]
+            input_ids = self.tokenizer(self._widen(text, images), add_special_tokens=False)["input_ids"]
+            types = [int(token == self.image_token_id) for token in input_ids]
+            prompts.append(Prompt(input_ids, types, images, text, turn, gold))
+        return prompts
+
+    def pixels(self, images: list[bytes]) -> "dict[str, torch.Tensor]":
+        """Pictures as the vision tower takes them: `pixel_values` (N, P, 768) and `image_position_ids` (N, P, 2),
+        P the patches of the largest budget (position -1 where there is none). At least one picture is needed."""
+        pictures = [decode_image(data) for data in images]
+        batch = self.processor.image_processor(images=pictures, return_tensors="pt")
+        return {name: batch[name] for name in ("pixel_values", "image_position_ids")}
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        try:
+            return self.processor.apply_chat_template(
+                [{key: value for key, value in message.items() if key != "train"} for message in messages],
+                tools=tools or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                enable_thinking=self.enable_thinking,
+            )
+        except Exception as error:  # a template may raise anything: jinja's own errors, or its raise_exception
+            raise DataError(f"the chat template cannot render this row: {error}") from error
+
+    def _widen(self, text: str, images: list[bytes]) -> str:
+        """Rendered text with every image placeholder widened to the soft tokens of its picture, as the processor does
+        it, but from the pictures' sizes alone."""
+        pieces = text.split(IMAGE)
+        if len(pieces) - 1 != len(images):
+            raise DataError(
+                f"the chat template renders {len(pieces) - 1} of the row's {len(images)} images: it loses images that "
+                "tools return. Use a newer template, for example --chat-template gemma4_v5"
+            )
+        if not images:
+            return text
+        sizes = [(picture.height, picture.width) for picture in map(decode_image, images)]
+        try:
+            counts = self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
+        except ValueError as error:
+            raise DataError(f"an image of (height, width) in {sizes} cannot be cut into patches: {error}") from error
+        widened = [pieces[0]]
+        for count, piece in zip(counts, pieces[1:], strict=True):
+            widened += [self.processor.boi_token, IMAGE * count, self.processor.eoi_token, piece]
+        return "".join(widened)
+
+    def _refuse_none(self, trajectory: Trajectory) -> None:
+        if not self._writes_none:
+            return
+        for turn, message in enumerate(trajectory.messages):
+            for call in message.get("tool_calls", []):
+                if _holds_none(call["function"]["arguments"]):
+                    raise DataError(
+                        f"turn {turn} calls {call['function']['name']!r} with a null argument, which this chat "
+                        "template writes as Python's None. Use a newer template, for example --chat-template gemma4_v5"
+                    )
+
+
+def load_encoder(model: str, *, chat_template: str | None, enable_thinking: bool) -> Encoder:
+    """The encoder of a model folder (or hub name).
+
+    Args:
+        chat_template: None for the model's own, the name of a revision that TRL ships (`gemma4_v5`), or a Jinja file.
+
+    Raises:
+        CheckpointError: `model` has no Gemma 4 processor.
+        ConfigError: the template is neither a shipped name nor a file.
+    """
+    from transformers import AutoProcessor, Gemma4Processor
+
+    try:
+        processor = AutoProcessor.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no processor can be loaded from {model!r}: {error}") from error
+    if not isinstance(processor, Gemma4Processor):
+        raise CheckpointError(f"{model!r} holds a {type(processor).__name__}, not a Gemma 4 processor")
+    if chat_template is not None:
+        processor.chat_template = _read_template(chat_template)
+    if processor.chat_template is None:
+        raise CheckpointError(f"{model!r} has no chat template; pass --chat-template gemma4_v5")
+    return Encoder(processor, enable_thinking=enable_thinking)
+
+
+def _read_template(name: str) -> str:
+    import trl
+
+    shipped = {path.stem: path for path in (Path(trl.__file__).parent / "chat_templates").glob("gemma4*.jinja")}
+    path = shipped.get(name, Path(name))
+    if not path.is_file():
+        raise ConfigError(f"chat_template {name!r} is neither a file nor one of {', '.join(sorted(shipped))}")
+    return path.read_text(encoding="utf-8")
+
+
+def emitted_spans(text: str, messages: list[dict[str, Any]]) -> tuple[list[tuple[tuple[int, int], int]], int]:
+    """Where in the rendered `text` the model's own words lie.
+
+    Returns:
+        A sorted list of ((start, end), index of the message), in characters, and the number of assistant messages whose
+        reasoning the template left out.
+
+    Raises:
+        DataError: a piece of an assistant message is not where it must be.
+    """
+    spans: list[tuple[tuple[int, int], int]] = []
+    num_dropped_reasoning = 0
+    at = 0
+    closed = True  # no model turn is open at `at`
+    num_tool_images = 0  # returned since the last assistant message
+    for turn, message in enumerate(messages):
+        if message["role"] in ("system", "user"):
+            head = text.find(f"<|turn>{message['role']}\n", at)
+            at = text.find("<turn|>", head)
+            if head < 0 or at < 0:
+                raise _torn(turn, f"the {message['role']} turn")
+            at += len("<turn|>")
+            closed = True
+        elif message["role"] == "assistant":
+            if turn == 0 or messages[turn - 1]["role"] in ("system", "user"):
+                at = text.find("<|turn>model\n", at)
+                if at < 0:
+                    raise _torn(turn, "the model turn")
+            at, opened = _skip_context(text, at, num_images=num_tool_images)
+            num_tool_images = 0
+            if closed and not opened:
+                raise DataError(
+                    f"turn {turn}: the chat template closes the model's turn before this assistant message and opens "
+                    "no other, so it would stand outside any turn. Use a newer template (--chat-template gemma4_v5) or "
+                    "--text-beside-call reasoning if this is text that stood beside a call"
+                )
+            pieces, at, closed, dropped = _walk_message(text, at, turn, message)
+            spans += [(piece, turn) for piece in pieces]
+            num_dropped_reasoning += dropped
+        else:
+            num_tool_images += _num_images(message)
+    return spans, num_dropped_reasoning
+
+
+def _skip_context(text: str, at: int, *, num_images: int) -> tuple[int, bool]:
+    """The first place from `at` on that may be the model's own, and whether a model turn was opened on the way."""
+    opened = False
+    while True:
+        if found := CONTEXT.match(text, at):
+            opened = opened or found.group() == "<|turn>model\n"
+        elif num_images > 0 and (found := IMAGE_BLOCK.match(text, at)):
+            num_images -= 1
+        else:
+            return at, opened
+        at = found.end()
+
+
+def _walk_message(
+    text: str, at: int, turn: int, message: dict[str, Any]
+) -> tuple[list[tuple[int, int]], int, bool, bool]:
+    """The spans of one assistant message that begins at `at`; the place behind it; whether it closed the model's turn;
+    whether its reasoning was left out."""
+    spans = []
+    start = at
+    dropped = False
+    if reasoning := message.get("reasoning_content"):
+        block = f"<|channel>thought\n{reasoning}\n<channel|>"
+        dropped = not text.startswith(block, at)
+        at += 0 if dropped else len(block)
+    for call in message.get("tool_calls", []):
+        if not text.startswith(f"<|tool_call>call:{call['function']['name']}{{", at):
+            raise _torn(turn, f"the call of {call['function']['name']!r}")
+        at = text.index("<tool_call|>", at) + len("<tool_call|>")
+    for part in _parts(message):
+        if part is IMAGE:  # shown to the model, not written by it
+            found = IMAGE_BLOCK.match(text, at)
+            if not found:
+                raise _torn(turn, "an image")
+            spans.append((start, at))
+            start = at = found.end()
+        elif text.startswith(part, at):
+            at += len(part)
+        else:
+            raise _torn(turn, f"the text {part[:60]!r}")
+    said = at > start or bool(spans)
+    closed = False
+    if message.get("tool_calls") and text.startswith("<|tool_response>", at):
+        at += len("<|tool_response>")
+    elif said and text.startswith("<turn|>", at):
+        at += len("<turn|>")
+        closed = True
+    spans.append((start, at))
+    return [span for span in spans if span[0] < span[1]], at, closed, dropped
+
+
+def _parts(message: dict[str, Any]) -> list[str]:
+    """The text pieces of an assistant message as templates write them (trimmed), IMAGE for each picture."""
+    content = message["content"]
+    if isinstance(content, str):
+        return [content.strip()]
+    return [IMAGE if part["type"] == "image" else part["text"].strip() for part in content]
+
+
+def _torn(turn: int, piece: str) -> DataError:
+    return DataError(
+        f"turn {turn}: the chat template loses or moves {piece}, so what the model emits cannot be told from the rest. "
+        "Use a newer template, for example --chat-template gemma4_v5"
+    )
+
+
+def _num_images(message: dict[str, Any]) -> int:
+    content = message["content"]
+    return 0 if isinstance(content, str) else sum(part["type"] == "image" for part in content)
+
+
+def _holds_none(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_none, value.values()))
+    if isinstance(value, list):
+        return any(map(_holds_none, value))
+    return value is None
