@@ -86,7 +86,7 @@ def _read_line(line: bytes) -> dict[str, Any]:
         ) from None
     if not isinstance(row, dict):
         raise DataError(
-            f"the line holds {short(row)}, not a JSON object; write one object a line (jq -c '.[]' takes an array apart)"
+            f"the line holds {short(row)}, not a JSON object; write one object a line (jq -c '.[]' splits an array)"
         )
     return row
 
