@@ -1,0 +1,1 @@
+"""Read what a model generated, score it against the gold turns and report."""

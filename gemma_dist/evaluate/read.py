@@ -1,0 +1,286 @@
+"""Read the text that Gemma 4 generated: calls, content, reasoning and whether it could be read at all.
+
+In the walk from JSONL to checkpoint this is the first step of evaluation. The format is the inverse of Gemma's chat
+template (`format_argument` in TRL's chat_templates/gemma4_v5.jinja):
+
+    <|channel>thought\n…<channel|>text<|tool_call>call:NAME{key:<|"|>text<|"|>,n:1,xs:[true,null]}<tool_call|>text
+
+Nothing inside <|"|> is an escape, keys are bare, bare scalars are typed. Beyond what the template writes, blanks
+around separators, trailing commas, delimited or JSON-quoted keys, JSON strings and Python's None, True and False are
+read, since they can mean only one thing. Everything else (single quotes, parentheses, key=value, bare words, a missing
+brace or closing token) makes the call unreadable: it is dropped, the calls beside it are kept, and the status tells.
+
+No function here raises on any text, and all take time linear in its length. Decode with special tokens kept.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gemma_dist.errors import DataError
+
+Status = Literal["ok", "no_call", "malformed", "truncated"]
+
+MAX_DEPTH = 64  # containers within containers; deeper calls are unreadable, so recursion here and in `score` is bounded
+MAX_DIGITS = 4300  # Python refuses to read or print longer integers
+
+QUOTE = '<|"|>'
+CALL, CALL_END = "<|tool_call>", "<tool_call|>"
+CHANNEL, CHANNEL_END = "<|channel>", "<channel|>"
+RESPONSE, RESPONSE_END = "<|tool_response>", "<tool_response|>"
+TURN, TURN_END, EOS = "<|turn>", "<turn|>", "<eos>"
+BLOCKS = (CALL, CALL_END, CHANNEL, CHANNEL_END, RESPONSE, RESPONSE_END, TURN, TURN_END, EOS)
+BLOCKS_OF_TOOLS = (CALL, CALL_END, RESPONSE, RESPONSE_END)
+
+# All tokens that never show in content; a stray turn opener goes with the role behind it.
+_TOKEN = re.compile(
+    r"<\|turn>(?:\w*\n)?|<turn\|>|<eos>|<bos>|<pad>|<\|think\|>"
+    r"|<\|(?:tool_call|tool_response|channel|tool)>|<(?:tool_call|tool_response|channel|tool)\|>"
+    r"|<\|(?:image|audio|video)\|?>|<(?:image|audio|video)\|>"
+)
+_LABEL = re.compile(r"\s*thought[ \t]*(?:\n|\Z)")
+_BARE_CALL = re.compile(r"^[ \t]*call:[ \t]*[^\s{(]+[ \t]*[{(]", re.MULTILINE)
+_HEAD = re.compile(r"""\s*call\s*:\s*([^\s:{}()\[\]<>"',=][^\s{}()\[\]<>"',=]*)\s*\{""")
+_BLANK = re.compile(r"\s*")
+_JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+# A key may hold colons: then its end is the last colon before a quoted value or a container. Otherwise the first one.
+_KEYS = (re.compile(r'[^{}\[\],<"]*:(?=\s*(?:<\|"\|>|[{\["]))'), re.compile(r"[^{},<:]*:"))
+_WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
+_SCALAR = re.compile(r"(?:true|false|null|True|False|None)\b|-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+
+
+@dataclass(frozen=True)
+class Call:
+    name: str
+    arguments: dict[str, Any]  # JSON values: str, int, finite float, bool, None, list, dict
+    span: tuple[int, int]  # characters of the output, from <|tool_call> to behind <tool_call|>
+
+
+@dataclass(frozen=True)
+class Reading:
+    calls: tuple[Call, ...]
+    content: str  # text before, between and after calls, joined and stripped
+    reasoning: str  # all thinking blocks, joined and stripped
+    attempted: bool  # a call was begun, readable or not
+    # ok: calls, all readable. no_call: plain text. malformed: a call that cannot be read. truncated: the output ends
+    # inside a call, or the caller says that its budget was spent.
+    status: Status
+
+
+class _Unreadable(Exception):
+    """This call does not follow the format (never leaves this module)."""
+
+
+def read_output(output: str, prefix: str = "", budget_spent: bool = False) -> Reading:
+    """Read one generated turn. `prefix` is the end of the prompt: where it left a thinking block or a call open, the
+    output begins inside it. `budget_spent` says that generation ended at its token limit."""
+    opening = _open_block(prefix)
+    text = opening + output
+    tokens = list(_TOKEN.finditer(text))
+    next_channel = _following(tokens, (CHANNEL, CHANNEL_END))
+    next_block = _following(tokens, BLOCKS)
+    next_response_end = _following(tokens, (RESPONSE_END,))
+    calls: list[Call] = []
+    content: list[str] = []
+    reasoning: list[str] = []
+    attempted = malformed = cut = False
+    thinking = seen_channel = not opening and text.startswith("thought\n")  # some outputs lack the <|channel>
+    position = 0  # all text before it is dealt with
+
+    def take(end: int) -> None:
+        piece = text[max(position, len(opening)) : end]
+        (reasoning if thinking else content).append(_without_label(piece) if thinking else piece)
+
+    for token, channel, block, response_end in zip(tokens, next_channel, next_block, next_response_end, strict=True):
+        kind = token.group()
+        # A call inside a closed thinking block is a thought. In a block that is never closed, it ends the thinking.
+        thought = thinking and kind in BLOCKS_OF_TOOLS and channel is not None and channel.group() == CHANNEL_END
+        if token.start() < position or thought:
+            continue
+        take(token.start())
+        position = token.end()
+        if kind in (TURN_END, EOS):
+            position = len(text)
+            break
+        if kind == CHANNEL:
+            thinking = seen_channel = True
+        elif kind == CHANNEL_END:
+            if not seen_channel and not attempted:  # the block was never opened: what came so far was the thinking
+                reasoning, content = [_without_label("".join(content))], []
+            thinking, seen_channel = False, True
+        elif kind == CALL:
+            thinking, attempted = False, True
+            try:
+                name, arguments, position = _call(text, position)
+                start = max(token.start() - len(opening), 0)
+                calls.append(Call(name, arguments, (start, position - len(opening))))
+            except _Unreadable:  # skip to the end of the call, or to the next block if it has none
+                malformed, cut = malformed or block is not None, block is None
+                position = len(text) if block is None else block.end() if block.group() == CALL_END else block.start()
+        elif kind == CALL_END and not attempted:  # it closes a call whose opening is missing
+            attempted = malformed = True
+        elif kind == RESPONSE and text.startswith("response:", position):  # the model spoke for the tool: not content
+            position = len(text) if response_end is None else response_end.end()
+    take(len(text))
+    if any(_BARE_CALL.search(piece) for piece in content):
+        attempted = malformed = True
+    status: Status = "ok" if attempted else "no_call"
+    if malformed:
+        status = "malformed"
+    elif cut or budget_spent:
+        status = "truncated"
+    return Reading(tuple(calls), "".join(content).strip(), "".join(reasoning).strip(), attempted, status)
+
+
+def _open_block(prefix: str) -> str:
+    """The end of the prompt from the thinking block or call that it leaves open, "" if it leaves none."""
+    last = max(prefix.rfind(token) for token in BLOCKS)
+    return prefix[last:] if last >= 0 and prefix.startswith((CHANNEL, CALL), last) else ""
+
+
+def _following(tokens: list[re.Match[str]], kinds: tuple[str, ...]) -> list[re.Match[str] | None]:
+    """For each token the next one behind it that is of these kinds."""
+    following: list[re.Match[str] | None] = []
+    found = None
+    for token in reversed(tokens):
+        following.append(found)
+        if token.group().startswith(kinds):
+            found = token
+    return following[::-1]
+
+
+def _without_label(thought: str) -> str:
+    label = _LABEL.match(thought)
+    return thought[label.end() :] if label else thought
+
+
+def _call(text: str, at: int) -> tuple[str, dict[str, Any], int]:
+    """Name, arguments and end of the call whose opening token ends at `at`."""
+    head = _HEAD.match(text, at)
+    if not head:
+        raise _Unreadable
+    arguments, at = _object(text, head.end(), 1)
+    at = _blank(text, at)
+    if not text.startswith(CALL_END, at):
+        raise _Unreadable
+    return head.group(1), arguments, at + len(CALL_END)
+
+
+def _object(text: str, at: int, depth: int) -> tuple[dict[str, Any], int]:
+    """The mapping whose brace ends at `at`, and its end. Of a repeated key the last value counts, as in JSON."""
+    fields: dict[str, Any] = {}
+    while not text.startswith("}", at := _blank(text, at)):
+        key, at = _key(text, at)
+        fields[key], at = _value(text, at, depth)
+        at = _separator(text, at, "}")
+    return fields, at + 1
+
+
+def _array(text: str, at: int, depth: int) -> tuple[list[Any], int]:
+    items: list[Any] = []
+    while not text.startswith("]", at := _blank(text, at)):
+        item, at = _value(text, at, depth)
+        items.append(item)
+        at = _separator(text, at, "]")
+    return items, at + 1
+
+
+def _key(text: str, at: int) -> tuple[str, int]:
+    if text.startswith((QUOTE, '"'), at):
+        key, at = _string(text, at)
+        at = _blank(text, at)
+        if not text.startswith(":", at):
+            raise _Unreadable
+        return key, at + 1
+    bare = next((found for pattern in _KEYS if (found := pattern.match(text, at))), None)
+    if bare is None or not (key := bare.group()[:-1].strip()):
+        raise _Unreadable
+    return key, bare.end()
+
+
+def _value(text: str, at: int, depth: int) -> tuple[Any, int]:
+    at = _blank(text, at)
+    if text.startswith((QUOTE, '"'), at):
+        return _string(text, at)
+    if text.startswith(("{", "["), at):
+        if depth >= MAX_DEPTH:
+            raise _Unreadable
+        return (_object if text[at] == "{" else _array)(text, at + 1, depth + 1)
+    scalar = _SCALAR.match(text, at)
+    if not scalar:
+        raise _Unreadable
+    word, end = scalar.group(), scalar.end()
+    if word in _WORDS:
+        return _WORDS[word], end
+    if scalar.group(1) or scalar.group(2):
+        number = float(word)
+        if math.isinf(number):
+            raise _Unreadable
+        return number, end
+    if len(word) > MAX_DIGITS:
+        raise _Unreadable
+    return int(word), end
+
+
+def _string(text: str, at: int) -> tuple[str, int]:
+    """A string between delimiters, where nothing is an escape, or a JSON string with JSON's escapes."""
+    if text.startswith(QUOTE, at):
+        start = at + len(QUOTE)
+        end = text.find(QUOTE, start)
+        if end < 0:
+            raise _Unreadable
+        return text[start:end], end + len(QUOTE)
+    quoted = _JSON_STRING.match(text, at)
+    try:
+        return json.loads(quoted.group() if quoted else "", strict=False), quoted.end() if quoted else at
+    except json.JSONDecodeError:
+        raise _Unreadable from None
+
+
+def _separator(text: str, at: int, closing: str) -> int:
+    """Behind the comma, or at the closing bracket: nothing else may follow a value."""
+    at = _blank(text, at)
+    if text.startswith(",", at):
+        return at + 1
+    if text.startswith(closing, at):
+        return at
+    raise _Unreadable
+
+
+def _blank(text: str, at: int) -> int:
+    found = _BLANK.match(text, at)
+    return found.end() if found else at
+
+
+def reading_to_json(reading: Reading) -> dict[str, Any]:
+    """What `gemma-dist read-calls` prints for one output."""
+    calls = [{"name": call.name, "arguments": call.arguments} for call in reading.calls]
+    return {"calls": calls, "content": reading.content, "reasoning": reading.reasoning, "status": reading.status}
+
+
+def read_calls_lines(lines: Iterable[str], source: str = "stdin") -> Iterator[str]:
+    """For each JSON line {"output": text, "prefix"?: text} the line that says what was read; blank lines are skipped.
+    Raises DataError with `source` and line number at a line of another shape."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        rule = 'each line is a JSON object {"output": text, "prefix"?: text}'
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{source}:{number}: not JSON ({error}); {rule}; got {_short(line)}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("output"), str):
+            raise DataError(f'{source}:{number}: no text under "output"; {rule}; got {_short(line)}')
+        prefix = row.get("prefix") or ""
+        if not isinstance(prefix, str):
+            raise DataError(f'{source}:{number}: "prefix" must be text or absent; {rule}; got {_short(line)}')
+        # ASCII only: a lone surrogate from a \ud800 escape cannot be printed otherwise.
+        yield json.dumps(reading_to_json(read_output(row["output"], prefix)))
+
+
+def _short(line: str) -> str:
+    line = line.strip()
+    return line if len(line) <= 80 else line[:77] + "..."

@@ -1,0 +1,267 @@
+"""The scorer: perfect on gold, zero on each single fault, optimal in matching, and deaf to order and ranks."""
+
+import random
+from collections import Counter
+from itertools import permutations
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemma_dist.evaluate.read import Call, Reading
+from gemma_dist.evaluate.score import (
+    METRICS,
+    assign,
+    call_decision,
+    counts,
+    fits_schema,
+    match_calls,
+    metrics,
+    same_value,
+    score_sample,
+    trajectory_counts,
+    wilson,
+)
+
+
+def tool(name: str, **properties: str) -> dict[str, Any]:
+    parameters = {
+        "type": "object",
+        "properties": {key: {"type": kind} for key, kind in properties.items()},
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+    return {"type": "function", "function": {"name": name, "description": "", "parameters": parameters}}
+
+
+TOOLS = [tool("f", a="integer", b="string"), tool("g", a="number")]
+F, F2, G = ({"name": "f", "arguments": {"a": n, "b": "x"}} for n in (1, 2, 3))
+G = {"name": "g", "arguments": {"a": 0.5}}
+
+
+def reading(*calls: dict[str, Any], content: str = "", status: Any = None, attempted: bool | None = None) -> Reading:
+    read = tuple(Call(call["name"], call["arguments"], (0, 0)) for call in calls)
+    return Reading(
+        read, content, "", bool(calls) if attempted is None else attempted, status or ("ok" if calls else "no_call")
+    )
+
+
+def values(score: dict[str, Any]) -> dict[str, float]:
+    return {name: n / d for name, (n, d) in score["ratios"].items()}
+
+
+def test_gold_scores_perfectly_against_itself_in_any_order() -> None:
+    gold = [F, F2, G]
+    for order in permutations(gold):
+        score = score_sample(reading(*order), gold, "", TOOLS)
+        assert score["right"]
+        assert all(value == (name != "hallucinated_tool") for name, value in values(score).items())
+    score = score_sample(reading(content=" cafe\u0301\n"), [], "café", TOOLS)
+    assert score["right"]
+    assert set(values(score).values()) == {1.0}
+    assert {"abstain_acc", "answer_exact"} <= score["ratios"].keys()
+
+
+BROKEN = reading(status="malformed", attempted=True)
+
+
+@pytest.mark.parametrize(
+    ("output", "gold", "expected"),
+    [
+        (
+            reading(),
+            [F],
+            {"call_accuracy": 0, "relevance_acc": 0, "tool_recall": 0, "call_exact": 0, "overall": 0, "parse_ok": 1},
+        ),
+        (
+            reading(F),
+            [],
+            {"call_accuracy": 0, "abstain_acc": 0, "answer_exact": 0, "tool_precision": 0, "schema_valid": 1},
+        ),
+        (BROKEN, [F], {"call_accuracy": 1, "relevance_acc": 1, "parse_ok": 0, "sample_exact": 0, "tool_set_exact": 0}),
+        (BROKEN, [], {"call_accuracy": 0, "abstain_acc": 0, "answer_exact": 0, "parse_ok": 0, "overall": 0}),
+        (reading(F, status="malformed"), [F], {"call_exact": 1, "sample_exact": 0, "parse_ok": 0, "overall": 0}),
+        (reading(F, status="truncated"), [F], {"call_exact": 1, "sample_exact": 0, "parse_ok": 0, "overall": 0}),
+        (
+            reading(content="Hi", status="truncated", attempted=False),
+            [],
+            {"call_accuracy": 1, "abstain_acc": 0, "overall": 0},
+        ),
+        (
+            reading(F2),
+            [F],
+            {"tool_set_exact": 1, "call_exact": 0, "arg_precision": 0.5, "arg_recall": 0.5, "schema_valid": 1},
+        ),
+        (
+            reading({"name": "f", "arguments": {"a": 1}}),
+            [F],
+            {"arg_precision": 1, "arg_recall": 0.5, "schema_valid": 0},
+        ),
+        (
+            reading({"name": "f", "arguments": {"a": 1, "b": "x", "c": 1}}),
+            [F],
+            {"arg_precision": 2 / 3, "arg_recall": 1, "arg_f1": 0.8, "schema_valid": 0, "sample_exact": 0},
+        ),
+        (reading({"name": "f", "arguments": {"a": "1", "b": "x"}}), [F], {"call_exact": 0, "schema_valid": 0}),
+        (reading({"name": "f", "arguments": {"a": True, "b": "x"}}), [F], {"call_exact": 0, "schema_valid": 0}),
+        (reading({"name": "f", "arguments": {"a": 1.0, "b": " x "}}), [F], {"call_exact": 1, "sample_exact": 1}),
+        (reading({"name": "h", "arguments": {}}), [F], {"hallucinated_tool": 1, "tool_set_exact": 0, "tool_recall": 0}),
+        (
+            reading(F, F),
+            [F],
+            {"call_exact": 1, "sample_exact": 0, "tool_precision": 0.5, "tool_f1": 2 / 3, "tool_set_exact": 0},
+        ),
+        (reading(F), [F, F2], {"call_exact": 0.5, "count_match": 0, "parallel_exact": 0, "tool_recall": 0.5}),
+        (reading(F, F), [F, F2], {"call_exact": 0.5, "count_match": 1, "parallel_exact": 0, "tool_set_exact": 1}),
+        (reading(G, F), [F, G], {"parallel_exact": 1, "count_match": 1, "overall": 1, "hallucinated_tool": 0}),
+    ],
+)
+def test_each_fault_is_counted_where_it_belongs(output: Reading, gold: list[Any], expected: dict[str, float]) -> None:
+    found = values(score_sample(output, gold, "", TOOLS))
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+def test_what_cannot_be_judged_is_absent_and_null() -> None:
+    undeclared = score_sample(reading(F), [F], "", [])
+    assert not {"hallucinated_tool", "schema_valid", "abstain_acc", "parallel_exact"} & undeclared["ratios"].keys()
+    report = metrics(counts(undeclared))
+    assert report.keys() == METRICS.keys()
+    assert report["abstain_acc"] == {"value": None, "numerator": 0, "denominator": 0, "low": None, "high": None}
+    assert set(metrics({})["overall"].values()) == {None, 0}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        (5, 5.0, True),
+        (1, True, False),
+        (0, False, False),
+        (True, True, True),
+        ("5", 5, False),
+        (10**30, 10**30 + 1, False),
+        (None, False, False),
+        (None, "null", False),
+        ("e\u0301 ", "é", True),
+        ("a", "A", False),
+        ("10.5", "105", False),
+        ([1, 2], [2, 1], False),
+        ([1, [2.0]], [1, [2]], True),
+        ({"a": 1, "b": [True]}, {"b": [True], "a": 1.0}, True),
+        ({"a": None}, {}, False),
+        ({}, [], False),
+    ],
+)
+def test_values_are_compared_strictly(first: Any, second: Any, same: bool) -> None:
+    assert same_value(first, second) is same
+    assert same_value(second, first) is same
+
+
+def test_schemas() -> None:
+    assert fits_schema({"a": 1}, {}) is True
+    assert fits_schema({"a": 1}, {"type": "strange"}) is None
+    assert fits_schema({"a": "x"}, {"properties": {"a": {"pattern": "("}}}) is None
+    assert fits_schema({"a": 10**400}, {"properties": {"a": {"multipleOf": 0.1}}}) is None
+    remote = {"properties": {"a": {"$ref": "https://example.invalid/schema.json"}}}
+    assert fits_schema({"a": 1}, remote) is None
+    nested: dict[str, Any] = {}
+    for _ in range(62):
+        nested = {"a": nested}
+    assert fits_schema(nested, {"type": "object", "additionalProperties": {"$ref": "#"}}) is True
+
+
+@settings(deadline=None)
+@given(st.integers(1, 4), st.integers(1, 5), st.randoms(use_true_random=False))
+def test_assignment_is_optimal(num_rows: int, num_columns: int, random: random.Random) -> None:
+    worth = [[random.randint(0, 6) for _ in range(num_columns)] for _ in range(num_rows)]
+    pairs = assign(worth)
+    assert len({row for row, _ in pairs}) == len({column for _, column in pairs}) == len(pairs)
+    assert len(pairs) == min(num_rows, num_columns)
+    if num_rows <= num_columns:
+        orders = [
+            [(row, order[row]) for row in range(num_rows)] for order in permutations(range(num_columns), num_rows)
+        ]
+    else:
+        orders = [[(order[c], c) for c in range(num_columns)] for order in permutations(range(num_rows), num_columns)]
+    best = max(sum(worth[row][column] for row, column in order) for order in orders)
+    assert sum(worth[row][column] for row, column in pairs) == best
+
+
+CALLS = st.builds(
+    lambda name, arguments: {"name": name, "arguments": arguments},
+    st.sampled_from("fgh"),
+    st.dictionaries(st.sampled_from("abcd"), st.sampled_from([1, 2, True, "x"]), max_size=3),
+)
+GOLD = st.lists(CALLS, max_size=4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(GOLD, GOLD)
+def test_matching_is_optimal(gold: list[Any], predicted: list[Any]) -> None:
+    calls = reading(*predicted).calls
+
+    def quality(pairs: list[tuple[int, int]]) -> tuple[int, int, int]:
+        named = [(gold[g], calls[p]) for g, p in pairs if gold[g]["name"] == calls[p].name]
+        right = [
+            sum(same_value(value, have.arguments.get(key)) for key, value in want["arguments"].items())
+            for want, have in named
+        ]
+        return sum(same_value(want["arguments"], have.arguments) for want, have in named), len(named), sum(right)
+
+    slots = range(max(len(gold), len(calls)))
+    orders = [
+        [(g, p) for g, p in enumerate(order) if g < len(gold) and p < len(calls)] for order in permutations(slots)
+    ]
+    assert quality(match_calls(gold, calls)) == max(map(quality, orders))
+
+
+@settings(max_examples=50, deadline=None)
+@given(GOLD, GOLD, st.randoms(use_true_random=False))
+def test_order_of_calls_changes_nothing(gold: list[Any], predicted: list[Any], random: random.Random) -> None:
+    ratios = score_sample(reading(*predicted), gold, "", TOOLS)["ratios"]
+    random.shuffle(gold)
+    random.shuffle(predicted)
+    assert score_sample(reading(*predicted), gold, "", TOOLS)["ratios"] == ratios
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(GOLD, GOLD), max_size=12), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_order_of_samples_and_ranks_changes_nothing(
+    points: list[tuple[list[Any], list[Any]]], world_size: int, random: random.Random
+) -> None:
+    scores = [score_sample(reading(*predicted), gold, "", TOOLS) for gold, predicted in points]
+    total: Counter[str] = Counter()
+    for score in scores:
+        total.update(counts(score))
+    random.shuffle(scores)
+    summed: Counter[str] = Counter()
+    for rank in range(world_size):
+        for score in scores[rank::world_size]:
+            summed.update(counts(score))
+    assert metrics(summed) == metrics(total)
+    for report in metrics(total).values():
+        if report["denominator"]:
+            assert 0 <= report["numerator"] <= report["denominator"]  # type: ignore[operator]
+
+
+def test_call_decision_table() -> None:
+    points = [(reading(F), [F]), (BROKEN, [F]), (reading(), [F]), (reading(), []), (reading(F), []), (BROKEN, [])]
+    totals: Counter[str] = Counter()
+    for output, gold in points:
+        totals.update(counts(score_sample(output, gold, "", TOOLS)))
+    assert call_decision(totals) == {"call": {"call": 2, "none": 1}, "none": {"call": 2, "none": 1}}
+    assert metrics(totals)["call_accuracy"]["value"] == 0.5
+
+
+def test_a_trajectory_is_right_when_every_point_is() -> None:
+    right, wrong = score_sample(reading(F), [F], "", TOOLS), score_sample(reading(), [F], "", TOOLS)
+    totals = Counter(trajectory_counts([right, right]))
+    totals.update(trajectory_counts([right, wrong]))
+    report = metrics(totals)["trajectory_exact"]
+    assert (report["value"], report["denominator"]) == (0.5, 2)
+
+
+def test_wilson() -> None:
+    assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
