@@ -242,7 +242,7 @@ def test_a_damaged_sample_stops_the_run_and_is_named(
     _, encoder, shards = style
     folder = tmp_path / "shards"
     folder.mkdir()
-    for path in shards.folder.iterdir():
+    for path in shards.folders[0].iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     file = folder / "train-00000.parquet"
     damaged = bytearray(file.read_bytes())
@@ -271,7 +271,7 @@ def test_only_a_few_micro_batches_are_prepared_ahead(style: Any, monkeypatch: py
 
     monkeypatch.setattr(module, "NUM_AHEAD", 2)
     _, encoder, shards = style
-    batches = iter(TrajectoryLoader(CountingShards(shards.folder), encoder, 0, BatchPlan(1, 1, 1, 1), 0, 0, 11))
+    batches = iter(TrajectoryLoader(CountingShards(shards.folders), encoder, 0, BatchPlan(1, 1, 1, 1), 0, 0, 11))
     next(batches)
     assert len(read) <= 3
     batches.close()  # type: ignore[attr-defined]

@@ -289,3 +289,17 @@ def test_the_cache_holds_few_row_groups(tmp_path: Path, model: str, monkeypatch:
     for index in (0, 1, 2, 1, 11, 0):
         assert shards.read(index).id == shards.id(index) == f"row-{index}"
         assert len(shards._row_groups) <= 2
+
+
+def test_several_folders_are_one_corpus_if_they_were_encoded_alike(tmp_path: Path, model: str) -> None:
+    for name, rows, template in (("a", ROWS[:4], None), ("b", ROWS[4:], None), ("c", ROWS, "gemma4_v2")):
+        (tmp_path / name).mkdir()
+        shard_rows(tmp_path / name, model, rows, chat_template=template)
+    a, b, c = (tmp_path / name / "shards" for name in "abc")
+    both = open_shards(a, b)
+    assert [both.read(index).id for index in range(len(both))] == [row["id"] for row in ROWS]
+    lengths = [*open_shards(a).num_text_tokens, *open_shards(b).num_text_tokens]
+    assert both.num_text_tokens.tolist() == lengths
+    assert len({both.manifest_hash, open_shards(b, a).manifest_hash, open_shards(a).manifest_hash}) == 3
+    with pytest.raises(DataError, match="different tokenizers, chat templates"):
+        open_shards(a, c)

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 from gemma_dist.config import BatchPlan
 from gemma_dist.data.batch import Sample, collate, control_ids
 from gemma_dist.data.encode import Encoder
-from gemma_dist.data.order import global_batch, micro_batches
+from gemma_dist.data.order import global_batch, micro_batches, steps_per_epoch
 from gemma_dist.data.shards import Shards
 from gemma_dist.errors import DataError
 
@@ -37,9 +37,9 @@ class TrajectoryLoader(IterableDataset):
         """Raises DataError where the shards were measured with another tokenizer, template or image processor."""
         if shards.fingerprint != encoder.fingerprint:
             raise DataError(
-                f"{shards.folder} was sharded with another tokenizer, chat template or image processor than this run's "
-                f"(fingerprint {shards.fingerprint}, here {encoder.fingerprint}): its lengths would be wrong; run "
-                "`gemma-dist shard` again with this model and template"
+                f"{', '.join(map(str, shards.folders))}: sharded with another tokenizer, chat template or image "
+                f"processor than this run's (fingerprint {shards.fingerprint}, here {encoder.fingerprint}), so the "
+                "lengths do not hold; run `gemma-dist shard` again with this model and template"
             )
         self.shards, self.encoder = shards, encoder
         self.rank, self.plan, self.seed = rank, plan, seed
@@ -83,6 +83,15 @@ class TrajectoryLoader(IterableDataset):
         batch = global_batch(step, len(self.shards), self.plan.global_batch_size, self.seed)
         return int(self.shards.num_target_tokens[batch].sum())
 
+    def num_tokens_at(self, step: int) -> int:
+        """Tokens of the global batch of `step`, text and images, without padding."""
+        batch = global_batch(step, len(self.shards), self.plan.global_batch_size, self.seed)
+        return int(self.shards.num_text_tokens[batch].sum() + self.shards.num_image_tokens[batch].sum())
+
+    @property
+    def num_steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.shards), self.plan.global_batch_size)
+
     def _prepare(self, samples: list[int]) -> dict[str, torch.Tensor]:
         return collate([self._sample(index) for index in samples], self._ids)
 
@@ -93,7 +102,7 @@ class TrajectoryLoader(IterableDataset):
             pixels = self.encoder.pixels(trajectory.images) if trajectory.images else {}
             return Sample(sample_id, self.encoder.encode(trajectory), pixels)
         except DataError as error:
-            raise DataError(f"sample {sample_id!r} (number {index} of {self.shards.folder}): {error}") from error
+            raise DataError(f"sample {sample_id!r} ({self.shards.place(index)}): {error}") from error
         except Exception as error:
-            error.add_note(f"while sample {sample_id!r} (number {index} of {self.shards.folder}) was prepared")
+            error.add_note(f"while sample {sample_id!r} ({self.shards.place(index)}) was prepared")
             raise

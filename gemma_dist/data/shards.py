@@ -17,7 +17,7 @@ import threading
 import zlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -433,43 +433,39 @@ def _manifest_crc32(header: str, table: pa.Table) -> int:
 
 
 class Shards:
-    """An open shard folder: samples 0 … len-1 in manifest order. Safe to read from several threads.
+    """One or more open shard folders: samples 0 … len-1, folder by folder. Safe to read from several threads.
 
-    `num_text_tokens`, `num_image_tokens`, `num_images` and `num_target_tokens` are int32 arrays (len,) that lie in the
-    memory-mapped manifest.
+    `num_text_tokens`, `num_image_tokens`, `num_images` and `num_target_tokens` are int32 arrays (len,); those of a
+    single folder lie in its memory-mapped manifest.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Raises DataError: no finished shard folder, another format version, or a damaged manifest."""
-        self.folder = folder
-        path = folder / MANIFEST
-        if not path.exists():
-            left = " (a `gemma-dist shard` run was interrupted there; run it again)" * (folder / UNFINISHED).exists()
-            raise DataError(f"{folder} holds no {MANIFEST}{left}; make shards with `gemma-dist shard … --out {folder}`")
-        try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-            text = table.schema.metadata[b"header"].decode()
-            intact = int(table.schema.metadata[b"crc32"]) == _manifest_crc32(text, table)
-            header = json.loads(text)
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path} is damaged ({error}); make the shards again") from error
-        if not intact:
-            raise DataError(f"{path} is damaged (its checksum differs); make the shards again")
-        if header["format_version"] != FORMAT_VERSION:
+    def __init__(self, folders: Sequence[Path]) -> None:
+        """Raises DataError: no finished shard folder, a damaged manifest, or folders of different encodings."""
+        self.folders = list(folders)
+        self._shards: list[tuple[Path, dict[str, Any]]] = []  # each shard's file and entry in its manifest
+        tables, first_shards, fingerprints = [], [], []
+        for folder in folders:
+            header, table = _read_manifest(folder)
+            tables.append(table)
+            first_shards.append(len(self._shards))
+            fingerprints.append(header["fingerprint"])
+            self._shards += [(folder / shard["name"], shard) for shard in header["shards"]]
+        if len(set(fingerprints)) > 1:
+            found = ", ".join(f"{folder} ({mark})" for folder, mark in zip(folders, fingerprints, strict=True))
             raise DataError(
-                f"{path} has format version {header['format_version']}, this gemma_dist reads {FORMAT_VERSION}; make "
-                "the shards again"
+                f"the shards were made with different tokenizers, chat templates or image processors: {found}; "
+                "make them again with the same model and template"
             )
-        self.fingerprint: str = header["fingerprint"]
-        self.settings: dict[str, Any] = header["settings"]
-        self._shards: list[dict[str, Any]] = header["shards"]
-        self._ids = table.column("id").chunk(0)
-        columns = {name: table.column(name).chunk(0).to_numpy() for name in (*PLACE, *COUNTS)}
-        self._shard, self._row_group, self._row = (columns[name] for name in PLACE)
-        self.num_text_tokens: np.ndarray = columns["num_text_tokens"]
-        self.num_image_tokens: np.ndarray = columns["num_image_tokens"]
-        self.num_images: np.ndarray = columns["num_images"]
-        self.num_target_tokens: np.ndarray = columns["num_target_tokens"]
+        self.fingerprint: str = fingerprints[0]
+        self._ids = pa.chunked_array([chunk for table in tables for chunk in table.column("id").chunks])
+        columns = {name: [table.column(name).chunk(0).to_numpy() for table in tables] for name in (*PLACE, *COUNTS)}
+        columns["shard"] = [part + first for part, first in zip(columns["shard"], first_shards, strict=True)]
+        whole = {name: parts[0] if len(parts) == 1 else np.concatenate(parts) for name, parts in columns.items()}
+        self._shard, self._row_group, self._row = (whole[name] for name in PLACE)
+        self.num_text_tokens: np.ndarray = whole["num_text_tokens"]
+        self.num_image_tokens: np.ndarray = whole["num_image_tokens"]
+        self.num_images: np.ndarray = whole["num_images"]
+        self.num_target_tokens: np.ndarray = whole["num_target_tokens"]
         self._lock = threading.Lock()
         self._footers: dict[int, pq.FileMetaData] = {}
         self._row_groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()  # least recently used first
@@ -480,11 +476,19 @@ class Shards:
     @cached_property
     def manifest_hash(self) -> str:
         """What a checkpoint notes of its corpus: equal where all samples, their order and their encoding are."""
-        with (self.folder / MANIFEST).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        digest = hashlib.sha256()
+        for folder in self.folders:
+            with (folder / MANIFEST).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:16]
 
     def id(self, index: int) -> str:
         return self._ids[index].as_py()
+
+    def place(self, index: int) -> str:
+        """Where sample `index` lies, for messages: file, row group and row."""
+        path, _ = self._shards[self._shard[index]]
+        return f"{path}, row group {self._row_group[index]}, row {self._row[index]}"
 
     def read(self, index: int) -> Trajectory:
         """Sample `index`. DataError, with shard, row group and ids, where the stored bytes are damaged."""
@@ -506,11 +510,11 @@ class Shards:
         try:
             table = self._checked_row_group(shard, row_group)
         except (_DamagedError, OSError, pa.ArrowException) as error:
-            first = index - int(self._row[index])
-            ids = [self.id(i) for i in range(first, first + self._shards[shard]["row_groups"][row_group][2])]
+            first, num_rows = index - int(self._row[index]), self._shards[shard][1]["row_groups"][row_group][2]
             raise DataError(
-                f"{self.folder / self._shards[shard]['name']}, row group {row_group}: {error}. It holds the samples "
-                f"{', '.join(ids)}. Restore the file from its source, or make the shards again"
+                f"{self._shards[shard][0]}, row group {row_group}: {error}. It holds the samples "
+                f"{', '.join(map(self.id, range(first, first + num_rows)))}. Restore the file from its source, or make "
+                "the shards again"
             ) from error
         with self._lock:
             self._row_groups[key] = table
@@ -519,12 +523,11 @@ class Shards:
         return table
 
     def _checked_row_group(self, shard: int, row_group: int) -> pa.Table:
-        described = self._shards[shard]
-        path = self.folder / described["name"]
-        offset, num_bytes, _, crc32 = described["row_groups"][row_group]
+        path, entry = self._shards[shard]
+        if shard not in self._footers:
+            self._footers[shard] = _checked_footer(path, entry)
+        offset, num_bytes, _, crc32 = entry["row_groups"][row_group]
         with path.open("rb") as file:
-            if shard not in self._footers:
-                self._footers[shard] = _checked_footer(path, described)
             file.seek(offset)
             if zlib.crc32(file.read(num_bytes)) != crc32:
                 raise _DamagedError("the bytes differ from those that were written (checksum)")
@@ -537,23 +540,46 @@ class _DamagedError(Exception):
     """Stored bytes are not what was written."""
 
 
-def _checked_footer(path: Path, described: dict[str, Any]) -> "pq.FileMetaData":
-    """The footer of a shard whose size and bytes outside the row groups are as the manifest says."""
+def _checked_footer(path: Path, entry: dict[str, Any]) -> "pq.FileMetaData":
+    """The footer of a shard whose size and bytes outside the row groups are as its entry in the manifest says."""
     num_bytes = path.stat().st_size
-    if num_bytes != described["bytes"]:
-        raise _DamagedError(f"the file has {num_bytes:,} bytes instead of {described['bytes']:,}")
-    offset, last_bytes, _, _ = described["row_groups"][-1]
+    if num_bytes != entry["bytes"]:
+        raise _DamagedError(f"the file has {num_bytes:,} bytes instead of {entry['bytes']:,}")
+    offset, last_bytes, _, _ = entry["row_groups"][-1]
     with path.open("rb") as file:
         rest = zlib.crc32(file.read(4))
         file.seek(offset + last_bytes)
-        if zlib.crc32(file.read(), rest) != described["rest_crc32"]:
+        if zlib.crc32(file.read(), rest) != entry["rest_crc32"]:
             raise _DamagedError("the footer differs from the one that was written (checksum)")
     return pq.read_metadata(path)
 
 
-def open_shards(folder: Path) -> Shards:
-    """Open a folder that `run_shard` finished. Raises DataError as `Shards` does."""
-    return Shards(folder)
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], pa.Table]:
+    """Header and samples (memory-mapped) of a finished shard folder."""
+    path = folder / MANIFEST
+    if not path.exists():
+        left = " (a `gemma-dist shard` run was interrupted there; run it again)" * (folder / UNFINISHED).exists()
+        raise DataError(f"{folder} holds no {MANIFEST}{left}; make shards with `gemma-dist shard … --out {folder}`")
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        text = table.schema.metadata[b"header"].decode()
+        intact = int(table.schema.metadata[b"crc32"]) == _manifest_crc32(text, table)
+        header = json.loads(text)
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({error}); make the shards again") from error
+    if not intact:
+        raise DataError(f"{path} is damaged (its checksum differs); make the shards again")
+    if header["format_version"] != FORMAT_VERSION:
+        raise DataError(
+            f"{path} has format version {header['format_version']}, this gemma_dist reads {FORMAT_VERSION}; make the "
+            "shards again"
+        )
+    return header, table
+
+
+def open_shards(*folders: Path) -> Shards:
+    """Open folders that `run_shard` finished, as one corpus. Raises DataError as `Shards` does."""
+    return Shards(folders)
 
 
 def is_shard_folder(path: Path) -> bool:
