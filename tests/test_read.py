@@ -148,6 +148,7 @@ def test_names(name: str) -> None:
         f"{CALL}call:f{{a:{'[' * 99 + ']' * 99}}}{END}",
         f'{CALL}call:f{{a:"C:\\users"}}{END}',
         f"call:f{{a:1}}{END}",
+        f"f{{a:1}}{END}",
         "call:f{a:1}",
         "<|channel>thought\nhm<channel|>call:f(a:1)",
     ],
@@ -170,6 +171,7 @@ def test_a_garbled_call_is_dropped_noticed_and_alone(broken: str) -> None:
         ("<|image><|image|><|image|><image|>A dog.<eos><pad><pad>", "A dog."),
         ("<pad><bos><|turn>model\nHi<turn|>\n<|turn>user\nnever said", "Hi"),
         ("thought\nhm<channel|>Yes.", "Yes."),
+        (f"thought\nhm{call('')}Yes.", "Yes."),
         ("<|channel>thought\nmaybe <|tool_call>call:f{}<tool_call|>?<channel|>No.", "No."),
         ("Use a < b && c |> d, [1], {x: 1} or recall:f{x}.", "Use a < b && c |> d, [1], {x: 1} or recall:f{x}."),
     ],
@@ -261,9 +263,9 @@ def test_time_is_linear(unit: str, start: str) -> None:
 
 
 def _seconds(function: Any) -> float:
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: other work on the machine does not count
     function()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def test_depth_is_bounded() -> None:
@@ -331,7 +333,7 @@ def test_command_lines() -> None:
     ]
 
 
-@pytest.mark.parametrize("bad", ["{", "[" * 100_000, "7", "{}", '{"output": 7}', '{"output": "", "prefix": 7}'])
+@pytest.mark.parametrize("bad", ["{", "[" * 100_000, "7", "{}", '{"output": 7}', '{"output": "", "prefix": 0}'])
 def test_a_bad_line_names_its_place(bad: str) -> None:
     with pytest.raises(DataError, match=r"^stdin:2: .*\"output\": text"):
         list(read_calls_lines(['{"output": ""}', bad]))

@@ -274,11 +274,11 @@ def read_calls_lines(lines: Iterable[str], source: str = "stdin") -> Iterator[st
             raise DataError(f"{source}:{number}: not JSON ({error}); {rule}; got {_short(line)}") from None
         if not isinstance(row, dict) or not isinstance(row.get("output"), str):
             raise DataError(f'{source}:{number}: no text under "output"; {rule}; got {_short(line)}')
-        prefix = row.get("prefix") or ""
-        if not isinstance(prefix, str):
+        prefix = row.get("prefix")
+        if not isinstance(prefix, (str, type(None))):
             raise DataError(f'{source}:{number}: "prefix" must be text or absent; {rule}; got {_short(line)}')
         # ASCII only: a lone surrogate from a \ud800 escape cannot be printed otherwise.
-        yield json.dumps(reading_to_json(read_output(row["output"], prefix)))
+        yield json.dumps(reading_to_json(read_output(row["output"], prefix or "")))
 
 
 def _short(line: str) -> str:
