@@ -19,7 +19,7 @@ import torch
 
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.merge.plan import Lora, Step, plan_merge
-from gemma_dist.merge.tensorfile import Entry, TensorFile, open_tensors, sync, write_header, write_tensor
+from gemma_dist.merge.tensorfile import Entry, TensorFile, open_tensors, write_header, write_tensor
 from gemma_dist.report import log, progress, write_json
 
 BaseWeights = Literal["as_trained", "original"]
@@ -53,7 +53,7 @@ class BaseModel:
     folder: Path
     config: dict[str, Any]
     shards: list[TensorFile]  # no tensor is in two of them
-    sharded: bool  # whether an index stands beside them
+    index: dict[str, Any] | None  # model.safetensors.index.json, where the base has one
 
     @property
     def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -94,8 +94,8 @@ class MergeReport:
         }
         lines = [
             f"{self.out}: {self.num_tensors} tensors, {self.num_bytes / 2**20:.1f} MiB, in {self.seconds:.1f} s",
-            f"  adapter added to {self.num_adapted} tensors, {self.num_replaced} replaced, "
-            f"{self.num_quantized} taken through 4 bit ({self.base_weights} base weights), the rest copied as it was",
+            f"  adapter added to {self.num_adapted} tensors, {self.num_replaced} replaced, {self.num_quantized} taken "
+            f"to 4 bit and back (base weights: {self.base_weights}), the rest copied byte for byte",
         ]
         lines += [f"  from the {source}: {', '.join(files)}" for source, files in origins.items() if files]
         if self.verification:
@@ -122,12 +122,12 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
             failed the comparison.
     """
     started = time.monotonic()
-    adapter, out = Path(adapter), Path(out)
+    adapter, out = Path(adapter), Path(out).resolve()
     base_model = open_base(base)
     adapter_file, settings = open_adapter(adapter)
     _check_out(out, base_model, adapter)
     notes: list[str] = []
-    quantization = read_quantization(adapter, base_weights, notes)
+    base_weights, quantization = read_quantization(adapter, base_weights, notes)
     _note_other_base(base, settings, notes)
 
     steps = plan_merge(
@@ -154,6 +154,9 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
     try:
         _write_weights(base_model, adapter_file, steps, quantization, temporary)
         side_files = _copy_side_files(base_model.folder, adapter, temporary)
+        if base_model.index is not None:
+            metadata = base_model.index.get("metadata", {}) | {"total_size": base_model.num_bytes}  # without headers
+            write_json(temporary / WEIGHTS_INDEX, base_model.index | {"metadata": metadata})
         verification = None
         if verify:
             verification = compare(base_model.folder, adapter, temporary, quantization=quantization)
@@ -161,21 +164,16 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
             "base_model": str(base),
             "adapter": str(adapter),
             "base_weights": base_weights,
-            "merged_into": "4-bit weights, dequantised" if quantization else "the base's own weights",
-            "dequantized_modules": quantization,
+            "quantization": quantization,  # what the base went through before the sum; null: nothing
             "verification": verification,
         }
         write_json(temporary / RECORD, record)
-        for path in temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if base_model.sharded:
-            _write_index(base_model, temporary)
-        _sync_folder(temporary)
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
         if out.exists():
             out.rmdir()
         temporary.rename(out)
-        _sync_folder(out.parent)
+        _sync(out.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -208,8 +206,9 @@ def open_base(base: Path | str) -> BaseModel:
         )
     index = folder / WEIGHTS_INDEX
     if not index.exists():
-        return BaseModel(folder, config, [open_tensors(folder / WEIGHTS)], sharded=False)
-    weight_map = _read_json(index, "the base's index is broken").get("weight_map", {})
+        return BaseModel(folder, config, [open_tensors(folder / WEIGHTS)], index=None)
+    content = _read_json(index, "the base's index is broken")
+    weight_map = content.get("weight_map", {})
     shards = [open_tensors(folder / name) for name in sorted(set(weight_map.values()))]
     found = {name: shard.path.name for shard in shards for name in shard.entries}
     if found != weight_map or len(found) != sum(len(shard.entries) for shard in shards):
@@ -217,7 +216,7 @@ def open_base(base: Path | str) -> BaseModel:
         raise CheckpointError(
             f"{index} and the files beside it disagree on {len(odd)} entries, such as {odd[0]}; download the base again"
         )
-    return BaseModel(folder, config, shards, sharded=True)
+    return BaseModel(folder, config, shards, content)
 
 
 def open_adapter(folder: Path) -> tuple[TensorFile, dict[str, Any]]:
@@ -232,8 +231,10 @@ def open_adapter(folder: Path) -> tuple[TensorFile, dict[str, Any]]:
     return open_tensors(weights), settings
 
 
-def read_quantization(adapter: Path, base_weights: BaseWeights, notes: list[str]) -> dict[str, Any] | None:
-    """How the trained model held its frozen weights, if the merge is to add to them; `None`: as the base has them.
+def read_quantization(
+    adapter: Path, base_weights: BaseWeights, notes: list[str]
+) -> tuple[BaseWeights, dict[str, Any] | None]:
+    """What the merge adds to, and, if that is not the base as it is, how training held its frozen weights.
 
     The dictionary is the `quantization` of the adapter's `gemma_dist.json`: `bnb_4bit_quant_type`,
     `bnb_4bit_use_double_quant`, `modules` (paths of exactly the modules that were 4-bit) and, where the model was
@@ -248,21 +249,21 @@ def read_quantization(adapter: Path, base_weights: BaseWeights, notes: list[str]
                 f"{path} is absent, so how the base was held in training is not known: added to the base's own "
                 "weights. If it was trained on 4-bit weights, the result differs from what was trained"
             )
-        return None
+        return "original", None
     record = _read_json(path, "the record of the training is broken")
     quantization = record.get("quantization")
     if not quantization:
-        return None
+        return base_weights, None
     if base_weights == "original":
         notes.append("trained on 4-bit weights, added to the base's own: the result differs from what was trained")
-        return None
+        return base_weights, None
     kind = quantization.get("bnb_4bit_quant_type")
     if not quantization.get("load_in_4bit") or kind not in ("nf4", "fp4") or not quantization.get("modules"):
         raise CheckpointError(
             f"{path}: quantization {json.dumps({**quantization, 'modules': '…'})} is not a list of modules in 4-bit "
             "nf4 or fp4, the only ones whose weights can be made again; use base_weights = original"
         )
-    return quantization
+    return base_weights, quantization
 
 
 def four_bit_round_trip(weight: torch.Tensor, quantization: Mapping[str, Any]) -> torch.Tensor:
@@ -291,7 +292,7 @@ def add_lora(weight: torch.Tensor, lora: Lora, adapter: TensorFile) -> torch.Ten
     In PEFT's order of operations (`Linear.get_delta_weight`, `DoraLinearVariant.merge_unsafe`), so that the bits agree.
     """
     delta = (adapter.read(lora.b).float() @ adapter.read(lora.a).float()).mul_(lora.scale)
-    merged = delta.add_(weight.float())
+    merged = delta.add_(weight)  # summed in float32, whatever the weight's dtype
     if lora.magnitude is None:
         return merged
     scale = adapter.read(lora.magnitude).float() / torch.linalg.norm(merged, dim=1)
@@ -317,7 +318,6 @@ def _write_weights(
                     shard.copy(name, target)
                 else:
                     write_tensor(target, _result(step_of[name], entry, shard, adapter, quantization))
-            sync(target)
     assert next(bar, None) is None, "a planned tensor was not written"
 
 
@@ -336,29 +336,13 @@ def _result(
         if step.lora is not None:
             result = add_lora(result, step.lora, adapter)
     result = result.to(base.dtype)
-    if not torch.isfinite(result).all():
+    if not torch.stack(torch.aminmax(result)).isfinite().all():  # a NaN anywhere is both its least and its greatest
         raise CheckpointError(
             f"{step.name} would hold NaN or infinity after the merge: the training diverged, or {base.dtype} cannot "
             "hold the sum. Merge an earlier checkpoint of the adapter"
         )
     assert tuple(result.shape) == entry.shape
     return result
-
-
-def _write_index(base: BaseModel, folder: Path) -> None:
-    """The index comes last: it makes the shards a model. `total_size` counts bytes of tensors, without headers."""
-    write_json(
-        folder / WEIGHTS_INDEX,
-        {
-            "metadata": {
-                "total_parameters": sum(
-                    torch.Size(entry.shape).numel() for shard in base.shards for entry in shard.entries.values()
-                ),
-                "total_size": base.num_bytes,
-            },
-            "weight_map": {name: shard.path.name for shard in base.shards for name in sorted(shard.entries)},
-        },
-    )
 
 
 def _copy_side_files(base: Path, adapter: Path, folder: Path) -> dict[str, str]:
@@ -383,11 +367,11 @@ def _untrained(adapter: TensorFile, steps: list[Step]) -> bool:
 def _check_out(out: Path, base: BaseModel, adapter: Path) -> None:
     """Refuse a place that would overwrite something, or where the result cannot fit."""
     for folder, role in ((base.folder, "base"), (adapter, "adapter")):
-        if out.resolve().is_relative_to(folder.resolve()):
+        if out.is_relative_to(folder.resolve()):
             raise ConfigError(f"--out {out} lies in the {role}'s folder {folder}; name a folder outside it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} exists already; remove it or name another folder")
-    parent = out.resolve().parent
+    parent = out.parent
     while not parent.exists():
         parent = parent.parent
     if (free := shutil.disk_usage(parent).free) < base.num_bytes:
@@ -430,9 +414,9 @@ def _read_json(path: Path, problem: str) -> dict[str, Any]:
     return value
 
 
-def _sync_folder(folder: Path) -> None:
-    """Have the folder's own entries on the disk, so that a rename survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's entries, on the disk before the rename says that they are there."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

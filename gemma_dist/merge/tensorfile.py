@@ -6,7 +6,6 @@ the header, "__metadata__" for a map of texts, spaces at the end allowed; then t
 """
 
 import json
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -117,9 +116,3 @@ def write_header(target: BinaryIO, entries: Mapping[str, Entry], metadata: Mappi
 def write_tensor(target: BinaryIO, tensor: torch.Tensor) -> None:
     """Append one tensor's bytes."""
     target.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def sync(target: BinaryIO) -> None:
-    """Have the file's bytes on the disk, not only in the page cache, before something points to it."""
-    target.flush()
-    os.fsync(target.fileno())

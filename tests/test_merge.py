@@ -1,0 +1,473 @@
+"""Merging: the plan refuses what it cannot sum, the sum has PEFT's bits, and the folder is whole or absent."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from gemma_dist.errors import CheckpointError, ConfigError
+from gemma_dist.merge import run as merge_run
+from gemma_dist.merge.plan import plan_merge
+from gemma_dist.merge.run import four_bit_round_trip, merge
+from gemma_dist.merge.verify import verify
+from gemma_dist.model.tiny import write_tiny_model
+
+TARGETS = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {
+        "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\..*": 2, "up_proj": 5},
+        "alpha_pattern": {"o_proj": 7, r"layers\.[02]\.mlp.down_proj": 1.5},
+    },
+    "dora": {"use_dora": True},
+}
+
+
+# --- the plan: names, shapes and settings only -------------------------------------------------------------------
+
+Q = "model.language_model.layers.0.self_attn.q_proj"
+K = "model.language_model.layers.0.self_attn.k_proj"
+EMBEDDING = "model.language_model.embed_tokens"
+BASE = {
+    f"{EMBEDDING}.weight": ("BF16", (50, 8)),
+    f"{Q}.weight": ("BF16", (12, 8)),
+    f"{K}.weight": ("BF16", (6, 8)),
+    "model.language_model.layers.0.layer_scalar": ("BF16", (1,)),
+    "model.embed_vision.embedding_projection.weight": ("BF16", (8, 5)),
+}
+SETTINGS = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "target_modules": TARGETS}
+
+
+def factors(module: str, out_features: int, in_features: int = 8, rank: int = 2) -> dict[str, Any]:
+    return {
+        f"base_model.model.{module}.lora_A.weight": ("F32", (rank, in_features)),
+        f"base_model.model.{module}.lora_B.weight": ("F32", (out_features, rank)),
+    }
+
+
+def plan(adapter: dict[str, Any], quantized: tuple[str, ...] = (), tied: bool = True, **settings: Any) -> list[Any]:
+    return plan_merge(BASE, adapter, SETTINGS | settings, tied_embeddings=tied, quantized_modules=quantized)
+
+
+def test_every_base_tensor_has_one_step_in_order() -> None:
+    steps = plan(factors(Q, 12) | factors(K, 6), quantized=(K,))
+    assert [step.name for step in steps] == list(BASE)
+    assert [step.name for step in steps if not step.untouched] == [f"{Q}.weight", f"{K}.weight"]
+    assert [step.quantized for step in steps] == [False, False, True, False, False]
+    assert all(step.lora.scale == 2.0 for step in steps if step.lora)
+
+
+def test_scale_follows_rank_and_its_root_for_rslora() -> None:
+    wide = factors(Q, 12, rank=4)
+    (q,) = [step.lora for step in plan(wide, r=4) if step.lora]
+    (root,) = [step.lora for step in plan(wide, r=4, use_rslora=True) if step.lora]
+    (own,) = [step.lora for step in plan(wide, rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 3}) if step.lora]
+    assert (q.scale, root.scale, own.scale) == (1.0, 2.0, 0.75)
+
+
+def test_modules_to_save_replaces_the_weight() -> None:
+    name = "model.embed_vision.embedding_projection.weight"
+    steps = plan(
+        factors(Q, 12) | {f"base_model.model.{name}": ("F32", (8, 5))}, modules_to_save=["embedding_projection"]
+    )
+    (step,) = [step for step in steps if step.replaced_by]
+    assert (step.name, step.replaced_by) == (name, f"base_model.model.{name}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"peft_type": "ADALORA"}, "ADALORA"),
+        ({"peft_type": "VERA"}, "VERA"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+        ({"init_lora_weights": "loftq"}, "loftq"),
+        ({"use_superlora": True}, "use_superlora"),
+    ],
+)
+def test_kinds_without_a_known_sum_are_refused_by_name(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        plan(factors(Q, 12), **settings)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "settings", "named"),
+    [
+        ({}, {}, "no tensors"),
+        (factors(Q, 12, rank=0), {}, "ZeRO-3"),
+        (
+            factors(Q, 12, in_features=9),
+            {},
+            r"q_proj.lora_A.weight in the adapter has shape \[2, 9\].*must be \[2, 8\]",
+        ),
+        (factors(Q, 13), {}, r"lora_B.weight in the adapter has shape \[13, 2\]"),
+        (factors(Q, 12, rank=3), {}, "with r = 2"),
+        (dict(list(factors(Q, 12).items())[:1]), {}, "needs exactly lora_A.weight, lora_B.weight"),
+        (factors(Q, 12), {"use_dora": True}, "lora_magnitude_vector"),
+        (factors(Q, 12) | {f"base_model.model.{Q}.lora_magnitude_vector": ("F32", (12,))}, {}, "LoRA needs exactly"),
+        (factors("model.layers.0.self_attn.q_proj", 12), {}, f"it has {Q}.weight"),
+        (factors("model.language_model.layers.9.self_attn.q_proj", 12), {}, "layers.9"),
+        (factors("lm_head", 50), {}, "ties"),
+        (factors(EMBEDDING, 50), {}, "ties"),
+        ({f"base_model.model.{EMBEDDING}.lora_embedding_A": ("F32", (2, 50))}, {}, "lora_embedding_A"),
+        ({f"base_model.model.{EMBEDDING}.weight": ("F32", (50, 8))}, {}, "neither lora_A"),
+        ({f"base_model.model.{EMBEDDING}.weight": ("F32", (50, 8))}, {"modules_to_save": ["embed_tokens"]}, "ties"),
+        ({f"base_model.model.{Q}.lora_B.bias": ("F32", (12,))}, {}, "lora_B.bias"),
+        ({f"{Q}.lora_A.default.weight": ("F32", (2, 8))}, {}, "lora_A.default"),
+    ],
+)
+def test_tensors_without_their_place_are_refused(adapter: dict[str, Any], settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        plan(adapter, **settings)
+
+
+def test_quantised_bases_and_foreign_records_are_refused() -> None:
+    packed = BASE | {f"{Q}.weight": ("U8", (12, 8))}
+    with pytest.raises(CheckpointError, match="stored as U8"):
+        plan_merge(packed, factors(Q, 12), SETTINGS, tied_embeddings=True, quantized_modules=())
+    with pytest.raises(CheckpointError, match=r"layers\.7\.q_proj"):
+        plan(factors(Q, 12), quantized=("model.layers.7.q_proj",))
+
+
+# --- real models and adapters ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Tiny models by name, made once: a style, optionally with the dtype (`e4b-bfloat16`)."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def make(name: str) -> Path:
+        folder = root / name
+        if not folder.exists():
+            style, _, dtype = name.partition("-")
+            write_tiny_model(folder, style=style, dtype=dtype or "float32")
+            if style == "e4b":
+                _add_shared_keys_and_values(folder)
+        return folder
+
+    return make
+
+
+def _add_shared_keys_and_values(folder: Path) -> None:
+    """Give layers 4 and 5 the K and V that Google's files hold, that transformers neither makes nor saves."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for layer in (4, 5):
+        for kind in ("k_proj", "v_proj", "k_norm"):
+            name = f"model.language_model.layers.{{}}.self_attn.{kind}.weight"
+            tensors[name.format(layer)] = tensors[name.format(layer - 2)] + 1
+        # A buffer that a writer of parameters loses, with a value that a reloaded default would not have.
+        tensors[f"model.language_model.layers.{layer}.layer_scalar"].fill_(0.75)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def write_adapter(base: Path, out: Path, *, std: float = 0.05, four_bit: bool = False, **settings: Any) -> Any:
+    """An adapter of PEFT's own making with random weights; returns the PEFT model."""
+    from bitsandbytes.nn import Linear4bit
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    quantization = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "float32",
+    }
+    arguments = {"quantization_config": BitsAndBytesConfig(**quantization)} if four_bit else {}
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", **arguments)
+    modules = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    torch.manual_seed(1)
+    peft_model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS} | settings))
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+        elif "magnitude" in name:
+            parameter.data *= 1 + 0.1 * torch.rand_like(parameter)
+        elif "modules_to_save" in name:
+            parameter.data += 0.1
+    peft_model.save_pretrained(out)
+    record = {"quantization": quantization | {"modules": modules} if four_bit else None, "base_model": str(base)}
+    (out / "gemma_dist.json").write_text(json.dumps(record))
+    return peft_model
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["e4b", "e4b-bfloat16", "31b", "26b-bfloat16"])
+def test_every_bit_is_the_one_of_peft(bases: Any, name: str, kind: str, tmp_path: Path) -> None:
+    base = bases(name)
+    peft_model = write_adapter(base, tmp_path / "adapter", **KINDS[kind])
+    report = merge(base, tmp_path / "adapter", tmp_path / "out", verify=False, base_weights="as_trained")
+    expected = peft_model.merge_and_unload().state_dict()
+    before, after = tensors_of(base), tensors_of(tmp_path / "out")
+
+    assert after.keys() == before.keys()
+    changed = {tensor for tensor in before if not torch.equal(before[tensor], after[tensor])}
+    assert len(changed) == report.num_adapted > 30
+    for tensor, value in after.items():
+        assert value.dtype == before[tensor].dtype
+        assert torch.equal(value, expected.get(tensor, before[tensor])), tensor
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_a_16_bit_adapter_is_summed_in_float32_as_peft_does(bases: Any, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    base, adapter = bases("31b-bfloat16"), tmp_path / "adapter"
+    write_adapter(base, adapter)
+    path = adapter / "adapter_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
+    merge(base, adapter, tmp_path / "out", verify=False, base_weights="as_trained")
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
+    expected = PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+    result = tensors_of(tmp_path / "out")
+    assert all(torch.equal(result[name], expected[name]) for name in result)
+
+
+def test_modules_to_save_are_put_in_place(bases: Any, tmp_path: Path) -> None:
+    base = bases("e4b-bfloat16")
+    peft_model = write_adapter(base, tmp_path / "adapter", modules_to_save=["embedding_projection"])
+    merge(base, tmp_path / "adapter", tmp_path / "out", verify=True, base_weights="as_trained")
+    name = "model.embed_vision.embedding_projection.weight"
+    expected, result = peft_model.merge_and_unload().state_dict()[name], tensors_of(tmp_path / "out")[name]
+    assert torch.equal(result, expected)
+    assert not torch.equal(result, tensors_of(base)[name])
+
+
+@pytest.mark.parametrize("name", ["e4b", "31b", "26b"])
+def test_the_merged_folder_loads_whole_and_computes_what_was_trained(bases: Any, name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    base = bases(name)
+    write_adapter(base, tmp_path / "adapter")
+    report = merge(base, tmp_path / "adapter", tmp_path / "out", verify=True, base_weights="as_trained")
+    assert report.verification is not None
+    assert report.verification["max_logit_difference"] < 1e-4
+    assert report.verification["top1_agreement"] == 1.0
+    assert "verified" in report.summary()
+
+    _, loading = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading.values()), loading
+    AutoProcessor.from_pretrained(tmp_path / "out")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_sharded_base_gives_the_same_shards_and_an_index(bases: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    base = tmp_path / "base"
+    AutoModelForImageTextToText.from_pretrained(bases("31b")).save_pretrained(base, max_shard_size="2MB")
+    write_adapter(bases("31b"), tmp_path / "adapter")
+    merge(base, tmp_path / "adapter", tmp_path / "out", verify=True, base_weights="as_trained")
+    merge(bases("31b"), tmp_path / "adapter", tmp_path / "whole", verify=False, base_weights="as_trained")
+
+    shards = {path.name for path in base.glob("*.safetensors")}
+    assert len(shards) > 2
+    assert {path.name for path in (tmp_path / "out").glob("*.safetensors")} == shards
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index == json.loads((base / "model.safetensors.index.json").read_text())
+    after, whole = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "whole")
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in after.values())
+    assert after.keys() == whole.keys()
+    assert all(torch.equal(after[name], whole[name]) for name in after)
+
+
+# --- QLoRA -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("double_quantized", [True, False])
+@pytest.mark.parametrize(("name", "dtype"), [("e4b", "float32"), ("e4b", "bfloat16"), ("31b-bfloat16", "bfloat16")])
+def test_four_bit_weights_are_the_loaded_models(bases: Any, name: str, dtype: str, double_quantized: bool) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    four_bit = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double_quantized}
+    model = AutoModelForImageTextToText.from_pretrained(
+        bases(name), dtype=dtype, quantization_config=BitsAndBytesConfig(**four_bit)
+    )
+    stored = tensors_of(bases(name))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    assert len(layers) > 40
+    for path, layer in layers.items():
+        real = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        ours = four_bit_round_trip(stored[f"{path}.weight"], four_bit | {"weights_dtype": dtype})
+        assert torch.equal(real, ours), path
+        assert real.dtype == ours.dtype
+
+
+def test_as_trained_is_the_trained_function_and_original_is_not(bases: Any, tmp_path: Path) -> None:
+    base, adapter = bases("e4b"), tmp_path / "adapter"
+    write_adapter(base, adapter, four_bit=True)
+    quantization = json.loads((adapter / "gemma_dist.json").read_text())["quantization"]
+
+    trained = merge(base, adapter, tmp_path / "trained", verify=True, base_weights="as_trained")
+    assert trained.verification is not None
+    assert trained.verification["max_logit_difference"] < 1e-4
+    # Frozen 4-bit modules without an adapter count too: the towers and the gates of the per-layer embeddings.
+    assert trained.num_quantized == len(quantization["modules"]) > trained.num_adapted
+    assert json.loads((tmp_path / "trained" / "gemma_dist.json").read_text())["base_weights"] == "as_trained"
+
+    original = merge(base, adapter, tmp_path / "original", verify=False, base_weights="original")
+    assert original.num_quantized == 0
+    assert any("differs from what was trained" in note for note in original.notes)
+    assert json.loads((tmp_path / "original" / "gemma_dist.json").read_text())["base_weights"] == "original"
+    with pytest.raises(CheckpointError, match="does not compute what base"):
+        verify(base, adapter, tmp_path / "original", quantization=quantization)
+
+
+def test_16_bit_qlora_is_verified_against_its_own_rounding(bases: Any, tmp_path: Path) -> None:
+    write_adapter(bases("31b-bfloat16"), tmp_path / "adapter", four_bit=True)
+    report = merge(
+        bases("31b-bfloat16"), tmp_path / "adapter", tmp_path / "out", verify=True, base_weights="as_trained"
+    )
+    assert report.verification is not None
+    assert 0 < report.verification["kl"] < report.verification["limit"]["kl"] < 0.01
+
+
+def test_a_foreign_adapter_is_added_to_the_original_with_a_word(bases: Any, tmp_path: Path) -> None:
+    write_adapter(bases("e4b"), tmp_path / "adapter", four_bit=True)
+    (tmp_path / "adapter" / "gemma_dist.json").unlink()
+    report = merge(bases("e4b"), tmp_path / "adapter", tmp_path / "out", verify=False, base_weights="as_trained")
+    assert (report.base_weights, report.num_quantized) == ("original", 0)
+    assert any("gemma_dist.json is absent" in note for note in report.notes)
+
+
+# --- what goes wrong ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(bases: Any, tmp_path: Path) -> tuple[Path, Path]:
+    write_adapter(bases("31b"), tmp_path / "adapter")
+    return bases("31b"), tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("name", ["31b", "31b-bfloat16"])
+@pytest.mark.parametrize("wrong", ["adapter left out", "scale doubled"])
+def test_verify_notices_a_wrong_merge(bases: Any, name: str, wrong: str, tmp_path: Path) -> None:
+    write_adapter(bases(name), tmp_path / "adapter")
+    shutil.copytree(tmp_path / "adapter", tmp_path / "other")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    settings["lora_alpha"] *= 2 if wrong == "scale doubled" else 1e-6
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(settings))
+    merge(bases(name), tmp_path / "other", tmp_path / "out", verify=False, base_weights="as_trained")
+    with pytest.raises(CheckpointError, match="does not compute what base"):
+        verify(bases(name), tmp_path / "adapter", tmp_path / "out", quantization=None)
+
+
+def test_an_interrupted_merge_leaves_nothing(pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = pair
+    num_calls = 0
+
+    def interrupted(*arguments: Any) -> torch.Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 5:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    real = merge_run.add_lora
+    monkeypatch.setattr(merge_run, "add_lora", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(base, adapter, tmp_path / "out", verify=False, base_weights="as_trained")
+    assert num_calls == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_what_a_killed_merge_left_is_cleared(pair: Any, tmp_path: Path) -> None:
+    (tmp_path / ".out.tmp").mkdir()
+    (tmp_path / ".out.tmp" / "model-00009.safetensors").write_bytes(b"half")
+    (tmp_path / "out").mkdir()
+    base, adapter = pair
+    merge(base, adapter, tmp_path / "out", verify=False, base_weights="as_trained")
+    assert {path.name for path in (tmp_path / "out").glob("*.safetensors")} == {"model.safetensors"}
+    assert not (tmp_path / ".out.tmp").exists()
+
+
+def test_a_taken_or_nested_out_is_refused(pair: Any, tmp_path: Path) -> None:
+    base, adapter = pair
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    for out, reason in (
+        (tmp_path / "full", "exists already"),
+        (base, "base's folder"),
+        (base / "merged", "base's folder"),
+        (adapter / ".." / "adapter", "adapter's folder"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            merge(base, adapter, out, verify=False, base_weights="as_trained")
+    assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
+
+
+def test_the_adapters_own_template_wins_and_is_named(pair: Any, tmp_path: Path) -> None:
+    base, adapter = pair
+    (adapter / "chat_template.jinja").write_text("{{ 'chosen in training' }}")
+    report = merge(base, adapter, tmp_path / "out", verify=False, base_weights="as_trained")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ 'chosen in training' }}"
+    assert report.side_files["chat_template.jinja"] == "adapter"
+    assert report.side_files["tokenizer.json"] == "base"
+    assert "from the adapter: chat_template.jinja" in report.summary()
+    for name in ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+
+
+def test_an_untrained_adapter_is_remarked_on(bases: Any, tmp_path: Path) -> None:
+    write_adapter(bases("31b"), tmp_path / "adapter", std=0.0)
+    report = merge(bases("31b"), tmp_path / "adapter", tmp_path / "out", verify=False, base_weights="as_trained")
+    assert any("never trained" in note for note in report.notes)
+
+
+def test_broken_files_are_refused(pair: Any, tmp_path: Path) -> None:
+    base, adapter = pair
+
+    def refused(match: str, base: Path = base, adapter: Path = adapter) -> None:
+        with pytest.raises(CheckpointError, match=match):
+            merge(base, adapter, tmp_path / "out", verify=False, base_weights="as_trained")
+        assert not (tmp_path / "out").exists()
+
+    cut = tmp_path / "cut"
+    shutil.copytree(base, cut)
+    whole = (base / "model.safetensors").read_bytes()
+    for num_bytes in (0, 5, 100, len(whole) - 1):
+        (cut / "model.safetensors").write_bytes(whole[:num_bytes])
+        refused("not a whole safetensors file", base=cut)
+    (cut / "model.safetensors").unlink()
+    refused("cannot be read", base=cut)
+    refused("cannot be read", adapter=tmp_path / "nowhere")
+    refused("neither a folder nor a model", base=tmp_path / "nowhere")
+
+    quantized = json.loads((base / "config.json").read_text()) | {"quantization_config": {"load_in_4bit": True}}
+    (cut / "config.json").write_text(json.dumps(quantized))
+    refused("holds quantised weights", base=cut)
+
+    record = adapter / "gemma_dist.json"
+    record.write_text(json.dumps({"quantization": {"load_in_8bit": True, "modules": ["x"]}}))
+    refused("base_weights = original")
+    record.unlink()
+
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[next(name for name in tensors if "lora_B" in name)][0, 0] = float("nan")
+    save_file(tensors, path)
+    refused("NaN or infinity")
+    path.rename(adapter / "adapter_model.bin")
+    refused("pickle")
