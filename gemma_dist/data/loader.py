@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from gemma_dist.config import BatchPlan
 from gemma_dist.data.batch import Sample, collate, control_ids
@@ -52,6 +52,7 @@ class TrajectoryLoader(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         """Raises DataError, with the sample's id, where a sample is damaged."""
+        assert get_worker_info() is None, "worker processes would each give out every micro-batch"
         steps = range(self.start_step, self.start_step + self.num_steps)
         wanted = (samples for step in steps for samples in self.samples_at(step))
         pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="loader")
