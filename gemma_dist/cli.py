@@ -131,10 +131,12 @@ def check(config: Path, overrides: tuple[str, ...], world_size: int | None) -> N
     Settings, batch arithmetic, data, and what trains. KEY=VALUE changes a setting, as in `train`.
     """
     from gemma_dist import world
-    from gemma_dist.check import describe_run
     from gemma_dist.config import load_config
 
-    description = describe_run(load_config(config, overrides), world_size or world.world_size())
+    settings = load_config(config, overrides)
+    from gemma_dist.check import describe_run
+
+    description = describe_run(settings, world_size or world.world_size())
     if world.rank() == 0:
         click.echo(description)
 
@@ -145,14 +147,12 @@ def check(config: Path, overrides: tuple[str, ...], world_size: int | None) -> N
 def train(config: Path, overrides: tuple[str, ...]) -> None:
     """Train as the recipe CONFIG says.
 
-    Alone, or on many processes under `accelerate launch --config_file ... -m gemma_dist train CONFIG`. KEY=VALUE changes
-    a setting of the recipe: learning_rate=1e-4, or lora.r=8 with its section.
+    Alone, or on many processes under `accelerate launch --config_file ... -m gemma_dist train CONFIG`. KEY=VALUE
+    changes a setting of the recipe: learning_rate=1e-4, or lora.r=8 with its section.
     """
     from gemma_dist.config import load_config
 
-    settings = load_config(
-        config, overrides
-    )  # before torch is loaded: a typing error should cost a second, not a minute
+    settings = load_config(config, overrides)  # before torch is loaded: a slip of the hand should cost a second
     from gemma_dist.train import run
 
     run.train(settings)
@@ -170,9 +170,11 @@ def evaluate(model: str, adapter: Path | None, data: Path, out: Path, limit: int
     Alone, or on many processes under `accelerate launch ... -m gemma_dist evaluate`.
     """
     from gemma_dist.config import EvaluateConfig, load_section
+
+    checked = load_section(EvaluateConfig, settings)
     from gemma_dist.evaluate import run
 
-    run.evaluate(model, adapter, data, out, limit, load_section(EvaluateConfig, settings))
+    run.evaluate(model, adapter, data, out, limit, checked)
 
 
 @cli.command()

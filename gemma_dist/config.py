@@ -15,10 +15,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gemma_dist.errors import ConfigError
 
@@ -51,9 +51,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Which trajectories, and how a row becomes tokens. All but `train` are also options of `shard` and `inspect`."""
 
-    train: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
-        default=[], description="Folders that `gemma-dist shard` wrote, one or a list, to train on."
-    )
+    train: str = Field("", description="Folder that `gemma-dist shard` wrote, from any number of inputs, to train on.")
     chat_template: str | None = Field(
         None, description="A Jinja file, or the name of a template revision (gemma4_v5); absent: the model's own."
     )
@@ -78,6 +76,10 @@ class DataConfig(Section):
         None,
         description="Folder that image paths start from and must stay inside; absent: the folder of the data file.",
     )
+
+
+# The rest is decided when rows are sharded, and recorded there: in a recipe it would do nothing.
+SHARDING_ONLY = set(DataConfig.model_fields) - {"train", "chat_template", "enable_thinking"}
 
 
 class QuantizationConfig(Section):
@@ -221,11 +223,11 @@ class RunConfig(Section):
 
     def to_json(self) -> dict[str, Any]:
         """The resolved run as plain JSON values, for `check`, checkpoints and logs."""
-        return self.model_dump(mode="json", exclude_none=True)
+        return self.model_dump(mode="json", exclude_none=True, exclude={"data": SHARDING_ONLY})
 
 
-# Decided when the rows are sharded and recorded there: in a recipe they would do nothing.
-SHARDING_ONLY = ("too_long", "text_beside_call", "control_tokens", "media_root")
+def _at_sharding(name: str) -> str:
+    return f"decided when rows are sharded, so give --{name.replace('_', '-')} to `gemma-dist shard`"
 
 
 def _contradictions(config: RunConfig) -> Iterator[str]:
@@ -233,10 +235,9 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
     tuning, train = config.tuning, config.train
     if not config.data.train:
         yield "data.train: nothing to train on; name a folder that `gemma-dist shard` wrote"
-    for name in SHARDING_ONLY:
-        if name in config.data.model_fields_set:
-            option = "--" + name.replace("_", "-")
-            yield f"data.{name}: decided when rows are sharded; remove it here and give {option} to `gemma-dist shard`"
+    for name in sorted(SHARDING_ONLY):
+        if getattr(config.data, name) != DataConfig.model_fields[name].default:
+            yield f"data.{name}: {_at_sharding(name)}"
     if tuning == "full" and config.lora is not None:
         yield "lora: an adapter needs tuning: lora or qlora, but tuning is full; remove the section or change tuning"
     if tuning != "qlora" and config.quantization is not None:
@@ -459,7 +460,9 @@ def _hint(key: str) -> str:
     if same := [known for known in KEYS if known.rpartition(".")[2] == bare]:
         return f"here it is {' or '.join(same)}"
     if bare in RENAMED:
-        return f"here it is {RENAMED[bare]}. {_description(RENAMED[bare])}"
+        ours = RENAMED[bare]
+        name = ours.removeprefix("data.")
+        return f"here it is {ours}{f', {_at_sharding(name)}' if name in SHARDING_ONLY else ''}. {_description(ours)}"
     by_name = {name: known for known in KEYS for name in (known, known.rpartition(".")[2])}
     close = difflib.get_close_matches(key, by_name, 1) or difflib.get_close_matches(bare, by_name, 1)
     return f"did you mean {by_name[close[0]]}?" if close else "`gemma-dist check` shows every setting of a recipe"

@@ -1,0 +1,124 @@
+"""The contract of the command line: quick help, exit codes, and errors without tracebacks."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from gemma_dist import __version__
+from gemma_dist.__main__ import main
+from gemma_dist.cli import cli
+from gemma_dist.errors import DataError
+
+VERBS = ["tiny", "shard", "inspect", "check", "train", "evaluate", "read-calls", "merge"]
+RECIPE = "tuning: full\nmodel: {model_name_or_path: m}\ndata: {train: d}\ntrain: {output_dir: o}\n"
+
+
+def test_help_loads_nothing_heavy():
+    script = (
+        "import sys; from gemma_dist.__main__ import main; code = main(['--help']);"
+        "heavy = {'torch', 'transformers', 'pydantic', 'numpy', 'pyarrow', 'yaml', 'PIL'} & set(sys.modules);"
+        "sys.exit(f'loaded: {heavy}' if heavy else code)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    listed = [line.split()[0] for line in result.stdout.partition("Commands:")[2].splitlines() if line.strip()]
+    assert listed == VERBS
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_a_whole_first_sentence(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    assert "Usage" in capsys.readouterr().out
+    assert not cli.commands[verb].get_short_help_str(64).endswith("...")
+
+
+def test_settings_are_offered_with_the_defaults_of_config(capsys):
+    from gemma_dist.config import DataConfig
+
+    main(["shard", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in DataConfig.model_fields.items():
+        if name != "train":
+            assert "--" + name.replace("_", "-") in text
+            assert " ".join((field.description or "").split()) in text
+    assert "[default: 50000000]" in text
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["shrad"], "No such command 'shrad'"),
+        (["shard", "nowhere.jsonl", "--out", "o", "--model", "m"], "'nowhere.jsonl' does not exist"),
+        (["shard", "recipe.yaml", "--out", "o"], "Missing option '--model'"),
+        (["inspect", "recipe.yaml", "--model", "m", "--row", "-1"], "-1 is not in the range"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["train", "recipe.yaml", "--learning-rate", "1e-4"], "write key=value"),
+        (["train", "recipe.yaml", "cutoff_len=8"], "data.max_length"),
+        (["check", "recipe.yaml", "global_batch_size=3", "--world-size", "2"], "use 2 or 4"),
+        (["shard", "recipe.yaml", "--out", "o", "--model", "m", "--max-length", "0"], "--max-length 0"),
+        (
+            ["evaluate", "--model", "m", "--data", "recipe.yaml", "--out", "o", "--max-new-tokens", "0"],
+            "--max-new-tokens 0",
+        ),
+        (["merge", "--base", "b", "--adapter", "nowhere", "--out", "o"], "'nowhere' does not exist"),
+    ],
+)
+def test_what_the_user_can_mend_ends_with_2_and_no_traceback(arguments, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert "Traceback" not in said
+
+
+def fail_with(error: BaseException, monkeypatch) -> int:
+    """The exit code of a verb that raises `error`."""
+
+    def raise_it(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(cli.commands["read-calls"], "callback", raise_it)
+    return main(["read-calls"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "traceback"),
+    [
+        (DataError("a.jsonl:3: turn 2: no"), 2, False),
+        (FileNotFoundError(2, "No such file or directory", "a.parquet"), 2, False),
+        (OSError(28, "No space left on device"), 2, False),
+        (KeyboardInterrupt(), 130, False),
+        (ValueError("ours"), 1, True),
+        (AssertionError("ours"), 1, True),
+        (OSError("nobody knows"), 1, True),
+    ],
+)
+def test_exit_codes_tell_users_errors_from_bugs(error, code, traceback, monkeypatch, capsys):
+    assert fail_with(error, monkeypatch) == code
+    said = capsys.readouterr().err
+    assert ("Traceback" in said) == traceback
+    assert ("This is a bug" in said) == traceback
+
+
+def test_each_of_several_ranks_says_its_error_with_its_number(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert fail_with(ValueError("ours"), monkeypatch) == 1
+    assert all(line.startswith("[rank 3] ") for line in capsys.readouterr().err.splitlines())
+
+
+def test_the_module_runs_as_a_program_too():
+    lines = json.dumps({"output": "hello"}) + "\n"
+    result = subprocess.run(
+        [sys.executable, "-m", "gemma_dist", "read-calls"], input=lines, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["content"] == "hello"
