@@ -19,7 +19,7 @@ def describe_run(config: RunConfig, world_size: int) -> str:
 
     Raises:
         ConfigError: the batch sizes do not agree on `world_size` ranks.
-        DataError: data.train holds no finished shards.
+        DataError: a folder of data.train holds no finished shards.
         CheckpointError: the model folder is absent or holds no Gemma 4.
     """
     plan = batch_plan(config, world_size)
@@ -29,13 +29,13 @@ def describe_run(config: RunConfig, world_size: int) -> str:
 
 def _data_lines(config: RunConfig, plan: BatchPlan) -> list[str]:
     """Totals of the shards from their manifest, and the length of the run."""
-    shards = open_shards(Path(config.data.train))
+    shards = open_shards(*map(Path, config.data.train))
     per_epoch = steps_per_epoch(len(shards), plan.global_batch_size)
     num_steps = config.train.max_steps
     if num_steps < 0:
         num_steps = math.ceil(config.train.num_train_epochs * per_epoch)
     return [
-        f"{config.data.train}: {len(shards):,} trajectories, {shards.num_text_tokens.sum():,} text tokens, "
+        f"{', '.join(config.data.train)}: {len(shards):,} trajectories, {shards.num_text_tokens.sum():,} text tokens, "
         f"{shards.num_image_tokens.sum():,} image tokens in {shards.num_images.sum():,} images; "
         f"{shards.num_target_tokens.sum():,} tokens are trained",
         f"{num_steps:,} optimiser steps, {per_epoch:,} to an epoch",

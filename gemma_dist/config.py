@@ -15,10 +15,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gemma_dist.errors import ConfigError
 
@@ -51,7 +51,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Which trajectories, and how a row becomes tokens. All but `train` are also options of `shard` and `inspect`."""
 
-    train: str = Field("", description="Folder that `gemma-dist shard` wrote, from any number of inputs, to train on.")
+    train: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
+        default=[], description="Folders that `gemma-dist shard` wrote, one or a list, to train on."
+    )
     chat_template: str | None = Field(
         None, description="A Jinja file, or the name of a template revision (gemma4_v5); absent: the model's own."
     )

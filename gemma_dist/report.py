@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,6 +62,46 @@ class JsonlWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+class RunLog:
+    """The progress of a training run: one line a step on rank 0's terminal, the same numbers in `metrics.jsonl`."""
+
+    def __init__(self, path: Path, *, start_step: int, num_steps: int) -> None:
+        """A run that resumes at `start_step` drops the lines behind it: those steps are done again."""
+        self._num_steps = num_steps
+        self._file = None
+        if world.rank() == 0:
+            kept = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            kept = [line for line in kept if json.loads(line)["step"] <= start_step] if start_step else []
+            self._file = JsonlWriter(path, append=False)
+            for line in kept:
+                self._file.write(json.loads(line))
+        self._before = time.perf_counter()
+
+    def write(self, step: int, values: Mapping[str, Any], *, num_tokens: int) -> None:
+        """One step, or several where logging_steps says so: `num_tokens` is how many went through the model since."""
+        now = time.perf_counter()
+        seconds, self._before = now - self._before, now
+        row = {"step": step, **values, "tokens": num_tokens, "tokens_per_s": round(num_tokens / seconds, 1)}
+        if self._file is not None:
+            self._file.write(row | {"seconds": round(seconds, 3)})
+            log.info(
+                "step %*d/%d  loss %7.4f  grad %7.3f  lr %.2e  %7d tokens  %8.0f tokens/s  %6.2f s",
+                len(str(self._num_steps)),
+                step,
+                self._num_steps,
+                values["loss"],
+                values["grad_norm"],
+                values["learning_rate"],
+                num_tokens,
+                num_tokens / seconds,
+                seconds,
+            )
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,0 +1,204 @@
+"""Load a Gemma 4 for training or evaluation, and settle what of it trains.
+
+Beside every adapter stands `gemma_dist.json`: which base it was trained on and, after QLoRA, which layers of that base
+were held in 4 bits and how. Evaluation loads the base again just so, and merging adds the adapter to just that.
+"""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemma_dist import world
+from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig, RunConfig
+from gemma_dist.errors import CheckpointError, ConfigError
+
+ADAPTER_RECORD = "gemma_dist.json"
+ADAPTER_CONFIG = "adapter_config.json"
+
+# What of the model a parameter belongs to, by the first prefix of its name that fits.
+PARTS = {
+    "model.vision_tower.": "vision tower",
+    "model.audio_tower.": "audio tower",
+    "model.embed_vision.": "projectors",
+    "model.embed_audio.": "projectors",
+    "model.language_model.embed_tokens": "embeddings",
+    "lm_head.": "embeddings",
+    "model.language_model.": "language model",
+}
+
+
+def use_cpu() -> bool:
+    """Whether the run computes on the CPU: there is no GPU, or the accelerate config says so."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cpu") if use_cpu() else torch.device("cuda", world.local_rank())
+
+
+def load_model(settings: ModelConfig, quantization: QuantizationConfig | None) -> Any:
+    """The model of a recipe, in its number format, or in 4 bits with the rest in that format.
+
+    Raises:
+        CheckpointError: there is no Gemma 4 at that place.
+    """
+    arguments: dict[str, Any] = {
+        "dtype": getattr(torch, settings.dtype),
+        "attn_implementation": settings.attn_implementation,
+    }
+    if quantization is not None:
+        arguments["quantization_config"] = _bnb_config(quantization.model_dump())
+        arguments["device_map"] = {"": device()}
+    return _from_pretrained(settings.model_name_or_path, **arguments)
+
+
+def load_for_evaluation(model: str, adapter: Path | None) -> Any:
+    """A model ready to generate, with an adapter on the base as training saw it (in 4 bits after QLoRA).
+
+    Raises:
+        CheckpointError: the model or the adapter is missing or does not fit.
+    """
+    arguments: dict[str, Any] = {"dtype": "auto", "device_map": {"": device()}}
+    if adapter is not None:
+        _adapter_config(adapter)
+        if quantization := read_record(adapter).get("quantization"):
+            arguments["quantization_config"] = _bnb_config(quantization)
+            arguments["dtype"] = getattr(torch, quantization["weights_dtype"])
+    loaded = _from_pretrained(model, **arguments)
+    if adapter is not None:
+        from peft import PeftModel
+
+        try:
+            loaded = PeftModel.from_pretrained(loaded, str(adapter))
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"adapter {adapter} does not fit {model!r}: {error}") from error
+    return loaded.eval()
+
+
+def add_adapter(model: Any, settings: LoraConfig, *, zero3: bool) -> Any:
+    """`model` with a fresh LoRA adapter, all else frozen.
+
+    Raises:
+        ConfigError: lora.target_modules matches no layer, or one that cannot be adapted.
+    """
+    from peft import get_peft_model
+
+    try:
+        # At ZeRO-3 DeepSpeed gathers parameters of one number format at a time: the adapter keeps that of the base.
+        return get_peft_model(model, _peft_config(settings), autocast_adapter_dtype=not zero3)
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules = {settings.target_modules!r}: {error}") from error
+
+
+def write_record(folder: Path, config: RunConfig, model: Any, **more: Any) -> None:
+    """Write `gemma_dist.json` to `folder`: the base, how training held it, and what else is worth keeping."""
+    from gemma_dist.report import write_json
+
+    quantization = None
+    if config.quantization is not None:
+        # 4-bit codes depend on the number format that the weights were loaded in.
+        quantization = config.quantization.model_dump() | {"weights_dtype": config.model.dtype}
+        quantization["modules"] = four_bit_modules(model)
+    record = {"base_model": config.model.model_name_or_path, "quantization": quantization}
+    write_json(folder / ADAPTER_RECORD, record | more)
+
+
+def read_record(adapter: Path) -> dict[str, Any]:
+    """What `write_record` wrote beside an adapter; nothing for an adapter from elsewhere."""
+    path = adapter / ADAPTER_RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def four_bit_modules(model: Any) -> list[str]:
+    """Names (as in the checkpoint) of the linear layers that bitsandbytes holds in 4 bits."""
+    from bitsandbytes.nn import Linear4bit
+
+    names = (name for name, module in model.named_modules() if isinstance(module, Linear4bit))
+    return sorted(name.removeprefix("base_model.model.").removesuffix(".base_layer") for name in names)
+
+
+def describe_training(config: RunConfig) -> list[str]:
+    """What trains, part by part, counted on the meta device: no weight is read, so a 31B model takes seconds.
+
+    Raises:
+        CheckpointError: there is no Gemma 4 at model.model_name_or_path.
+        ConfigError: lora.target_modules fits nothing that can be adapted.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    name = config.model.model_name_or_path
+    try:
+        settings = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(_no_model(name, error)) from error
+    _require_gemma4(name, settings.model_type)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(settings)
+        if config.lora is not None:
+            model = add_adapter(model, config.lora, zero3=False)
+    total, trained = Counter[str](), Counter[str]()
+    for parameter_name, parameter in model.named_parameters():
+        plain = parameter_name.removeprefix("base_model.model.")
+        part = next((part for prefix, part in PARTS.items() if plain.startswith(prefix)), "other")
+        total[part] += parameter.numel()
+        trained[part] += parameter.numel() if parameter.requires_grad else 0
+    lines = [
+        f"trains {sum(trained.values()):,} of {sum(total.values()):,} parameters "
+        f"({sum(trained.values()) / sum(total.values()):.2%}): tuning {config.tuning}"
+    ]
+    return lines + [f"    {part:<15} {trained[part]:>15,} of {total[part]:>15,}" for part in total]
+
+
+def _from_pretrained(name: str, **arguments: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    try:
+        _require_gemma4(name, AutoConfig.from_pretrained(name).model_type)
+        model, report = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **arguments)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(_no_model(name, error)) from error
+    if report["missing_keys"]:
+        raise CheckpointError(
+            f"{name!r} lacks {len(report['missing_keys'])} weights, such as {sorted(report['missing_keys'])[0]!r}, "
+            "which would stay random; get a complete copy of the model"
+        )
+    return model
+
+
+def _no_model(name: str, error: Exception) -> str:
+    if Path(name).exists() or name.count("/") != 1:
+        return f"model.model_name_or_path = {name!r}: no Gemma 4 can be loaded from there: {error}"
+    return f"model.model_name_or_path = {name!r}: neither a folder nor a model that the hub gives: {error}"
+
+
+def _require_gemma4(name: str, model_type: str) -> None:
+    if not model_type.startswith("gemma4"):
+        raise CheckpointError(f"{name!r} is a {model_type} model; gemma_dist knows Gemma 4 alone")
+
+
+def _adapter_config(adapter: Path) -> dict[str, Any]:
+    path = adapter / ADAPTER_CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{adapter} is no adapter: it holds no {ADAPTER_CONFIG}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _peft_config(settings: LoraConfig) -> Any:
+    from peft import LoraConfig as PeftLoraConfig
+
+    return PeftLoraConfig(task_type="CAUSAL_LM", **settings.model_dump())
+
+
+def _bnb_config(settings: dict[str, Any]) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    settings = {key: value for key, value in settings.items() if key not in ("modules", "weights_dtype")}
+    settings["bnb_4bit_compute_dtype"] = getattr(torch, settings["bnb_4bit_compute_dtype"])
+    return BitsAndBytesConfig(**settings)

@@ -1,0 +1,85 @@
+"""Checkpoints: complete or absent.
+
+A checkpoint is written under `.unfinished/` and moved to `checkpoint-<step>` when every rank is done, its marker
+`complete.json` in place. So a folder of that name is whole, and a killed run finds the newest one by itself.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from gemma_dist import world
+from gemma_dist.errors import CheckpointError
+from gemma_dist.report import log, write_json
+
+MARKER = "complete.json"
+UNFINISHED = ".unfinished"
+
+
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, state: dict[str, Any]) -> tuple[Path | None, int]:
+    """The checkpoint to go on from and its step, or (None, 0) for a fresh run.
+
+    Args:
+        resume_from_checkpoint: `auto` (the newest in `output_dir`), `never`, or a folder.
+        state: what a checkpoint must have been made with to be continued: manifest, seed, global batch …
+
+    Raises:
+        CheckpointError: the named folder is no complete checkpoint, or was made with another `state`.
+    """
+    if resume_from_checkpoint == "never":
+        return None, 0
+    if resume_from_checkpoint == "auto":
+        complete = [path.parent for path in output_dir.glob(f"checkpoint-*/{MARKER}")]
+        if not complete:
+            return None, 0
+        folder = max(complete, key=_step)
+    else:
+        folder = Path(resume_from_checkpoint)
+        if not (folder / MARKER).is_file():
+            raise CheckpointError(
+                f"train.resume_from_checkpoint = {str(folder)!r}: no complete checkpoint is there ({MARKER} is missing)"
+            )
+    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    changed = [
+        f"{key} was {marker['state'].get(key)!r} and is now {value!r}"
+        for key, value in state.items()
+        if marker["state"].get(key) != value
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{folder} belongs to another run: {'; '.join(changed)}. Restore that, or start afresh with another "
+            "train.output_dir (or train.resume_from_checkpoint=never)"
+        )
+    return folder, marker["step"]
+
+
+def begin(output_dir: Path) -> Path:
+    """An empty folder to write a checkpoint into, the same for all ranks."""
+    unfinished = output_dir / UNFINISHED
+    if world.rank() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    world.barrier()
+    return unfinished
+
+
+def finish(output_dir: Path, step: int, state: dict[str, Any], *, save_total_limit: int | None) -> None:
+    """Mark what was written since `begin`, move it to its name, and remove the oldest beyond `save_total_limit`."""
+    world.barrier()  # every rank has written its part
+    if world.rank() == 0:
+        name = f"checkpoint-{step}"
+        write_json(output_dir / UNFINISHED / name / MARKER, {"step": step, "state": state})
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+        (output_dir / UNFINISHED / name).rename(output_dir / name)
+        shutil.rmtree(output_dir / UNFINISHED)
+        log.info("saved %s", output_dir / name)
+        if save_total_limit is not None:
+            for old in sorted(output_dir.glob("checkpoint-*"), key=_step)[:-save_total_limit]:
+                (old / MARKER).unlink(missing_ok=True)  # no longer complete, should the removal be interrupted
+                shutil.rmtree(old)
+    world.barrier()
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))

@@ -1,0 +1,92 @@
+"""One training run, from a recipe to an adapter or a model in `train.output_dir`.
+
+OUT/checkpoint-<step>/       what a run needs to go on; complete or absent
+OUT/metrics.jsonl            one line a step
+OUT/adapter_model.safetensors or model.safetensors …, with config, processor and template: the result
+OUT/gemma_dist.json          base, quantisation, data: written last, so it marks a finished run
+"""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from gemma_dist import world
+from gemma_dist.config import RunConfig, batch_plan
+from gemma_dist.data.encode import load_encoder
+from gemma_dist.data.loader import TrajectoryLoader
+from gemma_dist.data.order import steps_per_epoch
+from gemma_dist.data.shards import open_shards
+from gemma_dist.model.load import ADAPTER_RECORD, add_adapter, load_model
+from gemma_dist.report import RunLog, log, start_logging
+from gemma_dist.train.checkpoint import find_checkpoint
+from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
+
+# What a checkpoint holds to go on from, and a result does not need.
+STATE_FILES = ("optimizer*", "scheduler*", "rng_state*", "trainer_state*", "complete.json", "latest", "zero_to_fp32.py")
+
+
+def train(config: RunConfig) -> None:
+    """Train as `config` says, alone or as one rank of many, from the newest complete checkpoint if there is one.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before any weight is read, where the run could not work.
+    """
+    start_logging()
+    plan = batch_plan(config, world.world_size())
+    shards = open_shards(*map(Path, config.data.train))
+    num_steps = config.train.max_steps
+    if num_steps < 0:
+        num_steps = math.ceil(config.train.num_train_epochs * steps_per_epoch(len(shards), plan.global_batch_size))
+    state = {
+        "manifest": shards.manifest_hash,
+        "seed": config.train.seed,
+        "global_batch_size": plan.global_batch_size,
+        "tuning": config.tuning,
+    }
+    checkpoint, start_step = find_checkpoint(config.train.output_dir, config.train.resume_from_checkpoint, state)
+    encoder = load_encoder(
+        config.model.model_name_or_path,
+        chat_template=config.data.chat_template,
+        enable_thinking=config.data.enable_thinking,
+    )
+    seed, rank = config.train.seed, world.rank()
+    loader = TrajectoryLoader(shards, encoder, rank, plan, seed, start_step, num_steps - start_step)
+    log.info("%d trajectories, %s, steps %d to %d", len(shards), plan, start_step, num_steps)
+
+    if start_step < num_steps:
+        arguments = training_arguments(config, plan, num_steps)
+        model = _model(config, arguments)
+        run_log = RunLog(config.train.output_dir / "metrics.jsonl", start_step=start_step, num_steps=num_steps)
+        trainer = ToolCallTrainer(config, arguments, model, loader, state, run_log)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        run_log.close()
+    if world.rank() == 0:
+        _publish(config.train.output_dir / f"checkpoint-{num_steps}", config.train.output_dir)
+    world.barrier()
+
+
+def _model(config: RunConfig, arguments: Any) -> Any:
+    """The model with everything frozen that does not train."""
+    from transformers import set_seed
+
+    set_seed(config.train.seed)
+    model = load_model(config.model, config.quantization)
+    if config.lora is not None:
+        zero3 = arguments.deepspeed_plugin is not None and arguments.deepspeed_plugin.zero_stage == 3
+        model = add_adapter(model, config.lora, zero3=zero3)
+    return model
+
+
+def _publish(checkpoint: Path, output_dir: Path) -> None:
+    """Copy the result of the last checkpoint to `output_dir`, each file whole or absent, the record last."""
+    result = [
+        path
+        for path in checkpoint.iterdir()
+        if path.is_file() and not any(path.match(pattern) for pattern in STATE_FILES)
+    ]
+    for path in sorted(result, key=lambda path: path.name == ADAPTER_RECORD):
+        temporary = output_dir / f".{path.name}.tmp"
+        shutil.copyfile(path, temporary)
+        temporary.replace(output_dir / path.name)
+    log.info("the result is in %s", output_dir)

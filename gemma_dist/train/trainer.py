@@ -1,0 +1,165 @@
+"""The trainer core: TRL's `SFTTrainer` with our order of data, our loss normalisation and our checkpoints.
+
+TRL gives the fused LM head (the logits of 262,144 tokens never exist), mixed precision, DDP and DeepSpeed. Changed are
+the places where it would train something else on Gemma 4:
+
+- the batches come ready from `TrajectoryLoader` and do not pass through `accelerate.prepare`, which would cut image
+  tensors by the number of rows;
+- the loss is a sum over the target tokens of the global batch, divided by their number, whatever the ranks and the
+  accumulation: loss = sum(nll) / num_target_tokens. `Gemma4ForConditionalGeneration` says that it does not take that
+  number, so Trainer would average averages;
+- checkpointing is non-reentrant: reentrant recomputation loses the gradients of keys and values that layers share.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors import safe_open
+from torch.utils.data import DataLoader
+from transformers.modeling_layers import GradientCheckpointingLayer
+from trl import SFTConfig, SFTTrainer
+
+from gemma_dist.config import BatchPlan, RunConfig
+from gemma_dist.data.loader import TrajectoryLoader
+from gemma_dist.errors import CheckpointError
+from gemma_dist.model.load import use_cpu, write_record
+from gemma_dist.report import RunLog
+from gemma_dist.train import checkpoint
+
+
+def training_arguments(config: RunConfig, plan: BatchPlan, num_steps: int) -> SFTConfig:
+    """The recipe as TRL takes it. To be made before the model: at ZeRO-3 it is what spreads the weights on loading."""
+    settings = config.train.model_dump()
+    for ours in ("global_batch_size", "num_train_epochs", "resume_from_checkpoint"):
+        del settings[ours]
+    checkpointing = settings.pop("gradient_checkpointing")
+    report_to = settings.pop("report_to")
+    return SFTConfig(
+        **settings
+        | {
+            "output_dir": str(config.train.output_dir),
+            "max_steps": num_steps,
+            "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+            "fp16": False,
+            "activation_checkpointing": checkpointing,
+            "activation_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+            "report_to": [] if report_to == "none" else [report_to],
+        },
+        use_cpu=use_cpu(),
+        average_tokens_across_devices=True,
+        logging_nan_inf_filter=False,  # a loss that is not finite is shown as it is
+        save_strategy="steps",
+        max_length=None,  # lengths were settled when the rows were sharded
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        ignore_data_skip=True,  # the loader starts at the right step by itself
+        ddp_find_unused_parameters=False,  # every rank runs every part in every micro-batch
+        disable_tqdm=True,
+        dataloader_pin_memory=not use_cpu(),
+    )
+
+
+class ToolCallTrainer(SFTTrainer):
+    """One training run of a model (bare or PEFT-wrapped) over the micro-batches of `loader`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        arguments: SFTConfig,
+        model: Any,
+        loader: TrajectoryLoader,
+        state: dict[str, Any],
+        run_log: RunLog,
+    ) -> None:
+        """`state` is what the run's checkpoints are bound to; see `checkpoint.find_checkpoint`."""
+        adapter_dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_dict({"text": [""]}),  # TRL insists on one; the batches come from the loader
+            data_collator=list,
+            processing_class=loader.encoder.processor,
+        )
+        self.config, self.loader, self.run_state, self.run_log = config, loader, state, run_log
+        self.model_accepts_loss_kwargs = True
+        # TRL flips this to reentrant for PEFT at ZeRO-3, from the days when DeepSpeed could not do otherwise.
+        if self.args.activation_checkpointing:
+            self.args.activation_checkpointing_kwargs = {"use_reentrant": False}
+        # TRL casts the adapters of 4-bit models to bfloat16, where small updates are rounded away.
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and parameter.dtype != adapter_dtypes[name]:
+                parameter.data = parameter.data.to(adapter_dtypes[name])
+
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(self.loader, batch_size=None)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.args.activation_checkpointing:
+            assert_non_reentrant(self.model)
+        return prepared
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """One line a step, on the terminal and in metrics.jsonl, from what Trainer and TRL have measured."""
+        if "loss" in logs:
+            step = self.state.global_step
+            done = range(max(step - self.args.logging_steps, self.loader.start_step), step)
+            self.run_log.write(
+                step,
+                {
+                    "loss": logs["loss"],
+                    "grad_norm": logs["grad_norm"],
+                    "learning_rate": logs["learning_rate"],
+                    "epoch": round(step / self.loader.num_steps_per_epoch, 4),
+                    "target_tokens": sum(map(self.loader.num_target_tokens_at, done)),
+                },
+                num_tokens=sum(map(self.loader.num_tokens_at, done)),
+            )
+        super().log(logs, start_time)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(self.args.output_dir) / checkpoint.UNFINISHED)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        output_dir = Path(self.args.output_dir)
+        checkpoint.begin(output_dir)
+        super()._save_checkpoint(model, trial)
+        checkpoint.finish(
+            output_dir, self.state.global_step, self.run_state, save_total_limit=self.config.train.save_total_limit
+        )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card: it would describe TRL's defaults."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / "training_args.bin").unlink()  # a pickle that nothing reads
+            write_record(folder, self.config, self.model, **self.run_state)
+            _check_saved(folder)
+
+
+def _check_saved(folder: Path) -> None:
+    """No tensor may be empty: at ZeRO-3 that is what a weight looks like that nobody gathered."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            empty = [name for name in file.keys() if 0 in file.get_slice(name).get_shape()]  # noqa: SIM118
+        if empty:
+            raise CheckpointError(
+                f"{path} holds {len(empty)} empty tensors, such as {empty[0]!r}: the weights were not gathered. Set "
+                "stage3_gather_16bit_weights_on_model_save: true in the DeepSpeed config"
+            )
+
+
+def assert_non_reentrant(model: torch.nn.Module) -> None:
+    """Every checkpointed layer recomputes without re-entering autograd, whatever was configured on the way here."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        function = layer._gradient_checkpointing_func
+        assert isinstance(function, partial), function
+        assert function.keywords.get("use_reentrant") is False, "reentrant checkpointing: wrong gradients"
+    assert layers, "checkpointing is on, but no layer is checkpointed"
