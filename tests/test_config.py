@@ -3,6 +3,7 @@
 import contextlib
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -67,7 +68,7 @@ def problems(load):
 
 def test_a_minimal_recipe_has_every_default(load):
     config = load()
-    assert config.data.train == "shards/train"
+    assert config.data.train == ["shards/train"]
     assert config.lora is not None
     assert config.lora.target_modules == LANGUAGE_MODEL_LINEARS
     assert config.quantization is None
@@ -97,11 +98,12 @@ def test_text_that_looks_like_a_date_or_a_no_stays_text(load):
     assert load("model_name_or_path=no").model.model_name_or_path == "no"
 
 
-def test_an_override_may_open_a_section_or_replace_it(load):
+def test_an_override_may_open_a_section_replace_one_or_hold_a_list(load):
     config = load("r=4", "data={train: other}")
     assert config.lora is not None
     assert config.lora.r == 4
-    assert config.data.train == "other"
+    assert config.data.train == ["other"]
+    assert load("data.train=[a, b]").data.train == ["a", "b"]
 
 
 def test_a_section_with_all_lines_commented_out_is_no_section(load):
@@ -169,8 +171,8 @@ def test_choices_are_known_to_hugging_face():
     from transformers.training_args import OptimizerNames
 
     fields = settings.TrainConfig.model_fields
-    assert set(fields["lr_scheduler_type"].annotation.__args__) <= {name.value for name in SchedulerType}
-    assert set(fields["optim"].annotation.__args__) <= {name.value for name in OptimizerNames}
+    assert set(get_args(fields["lr_scheduler_type"].annotation)) <= {name.value for name in SchedulerType}
+    assert set(get_args(fields["optim"].annotation)) <= {name.value for name in OptimizerNames}
 
 
 # ---- a wrong one -----------------------------------------------------------------------------------------------------
@@ -241,7 +243,7 @@ def test_a_section_given_as_a_value_is_told_once(problems):
         (["bf16=false"], "train.bf16: false contradicts model.dtype: bfloat16"),
         (["lr_scheduler_type=constant", "warmup_steps=10"], "constant_with_warmup"),
         (["max_steps=0"], "train.max_steps: 0"),
-        (["data.train=''"], "data.train: nothing to train on"),
+        (["data.train=[]"], "data.train: nothing to train on"),
         (["too_long=drop"], "data.too_long: decided when rows are sharded, so give --too-long to `gemma-dist shard`"),
         (["cutoff_len=4096"], "so give --max-length to `gemma-dist shard`"),
         (["target_modules=[q_proj, v_proj]"], "bare names also matches the vision tower"),
