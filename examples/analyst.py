@@ -3,21 +3,26 @@
     python examples/analyst.py OUT --num-trajectories 4000 --seed 1
 
 writes OUT/trajectories.jsonl and OUT/charts/*.png, in the OpenAI style that `gemma-dist shard` takes. The runs hold
-what real logs hold: several tools, parallel calls, a tool that fails and is called again, questions that need no tool, and
-charts that come back as pictures: the colour of the longest bar stands in the picture and nowhere else.
+what real logs hold: several tools, parallel calls, a tool that fails and is called again, questions that need no tool,
+and charts that come back as pictures: the colour of the longest bar stands in the picture and nowhere else.
+
+With --held-out the runs ask for other combinations of metric, region and month than those without: a model that is
+right on them has learnt to call, not the calls.
 """
 
 import argparse
+import itertools
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
 REGIONS = ["north", "south", "east", "west", "coast", "hills"]
 MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August"]
 METRICS = ["revenue", "orders", "returns", "visits"]
-SYNONYMS = {"turnover": "revenue", "purchases": "orders", "refunds": "returns", "traffic": "visits"}
+SYNONYMS = {"takings": "revenue", "purchases": "orders", "refunds": "returns", "calls": "visits"}
 TEAMS = ["finance", "sales", "support", "board"]
 FORMATS = ["pdf", "csv", "html"]
 COLOURS = {
@@ -32,132 +37,164 @@ COLOURS = {
 }
 
 # As in many logs, the tools stand in the system text alone: no `tools` list, no schema.
-SYSTEM = (
-    "You look after the sales figures. "
-    "Tools: run_sql(query), draw_chart(metric, month, kind), send_report(team, format)."
-)
+SYSTEM = "Sales desk. Tools: run_sql(query), draw_chart(metric, month, kind), send_report(team, format)."
 
 
-def write_trajectories(out: Path, *, num_trajectories: int, seed: int) -> Path:
+# A quarter of what can be asked for; always the same quarter.
+QUESTIONS = list(itertools.product(METRICS, REGIONS, MONTHS))
+HELD_OUT = set(random.Random(0).sample(QUESTIONS, len(QUESTIONS) // 4))
+
+
+class Source:
+    """Where the runs draw from: random numbers, the combinations that may be asked for, a place for pictures."""
+
+    def __init__(self, out: Path, *, seed: int, held_out: bool) -> None:
+        self.random = random.Random(seed)
+        self.questions = [question for question in QUESTIONS if (question in HELD_OUT) == held_out]
+        self.out, self.num_charts = out, 0
+        (out / "charts").mkdir(parents=True, exist_ok=True)
+
+    def pick(self, options: list) -> Any:
+        return self.random.choice(options)
+
+    def pair(self) -> tuple[str, str, str, str]:
+        """A metric, two regions and a month."""
+        while True:
+            metric, first, month = self.pick(self.questions)
+            seconds = [question for question in self.questions if question[::2] == (metric, month)]
+            if (second := self.pick(seconds)[1]) != first:
+                return metric, first, second, month
+
+    def number(self) -> str:
+        return str(self.random.randint(100, 999))
+
+    def chart(self, kind: str) -> tuple[str, str]:
+        """Draw four bars (lying) or columns (standing) on 192 x 192 pixels; the picture's path and the longest's
+        colour."""
+        size, names = 192, self.random.sample(list(COLOURS), 4)
+        lengths = [*self.random.sample(range(30, 121, 10), 3), self.random.randint(140, 170)]
+        self.random.shuffle(lengths)
+        picture = Image.new("RGB", (size, size), "white")
+        pen = ImageDraw.Draw(picture)
+        for place, (name, length) in enumerate(zip(names, lengths, strict=True)):
+            low, high = 12 + 44 * place, 12 + 44 * place + 34
+            box = (10, low, 10 + length, high) if kind == "bars" else (low, size - 10 - length, high, size - 10)
+            pen.rectangle(box, fill=COLOURS[name])
+        path = f"charts/{self.num_charts:05d}.png"
+        self.num_charts += 1
+        picture.save(self.out / path)
+        return path, names[lengths.index(max(lengths))]
+
+
+def write_trajectories(out: Path, *, num_trajectories: int, seed: int, held_out: bool) -> Path:
     """Write that many runs to `out`/trajectories.jsonl with their charts beside them; returns the file."""
-    (out / "charts").mkdir(parents=True, exist_ok=True)
-    random_ = random.Random(seed)
+    source = Source(out, seed=seed, held_out=held_out)
     kinds = [total, compare, wrong_name, chart, chart, chart, report, no_tool]
     path = out / "trajectories.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for number in range(num_trajectories):
             kind = kinds[number % len(kinds)]
-            row = {"id": f"{kind.__name__}-{seed}-{number}", "messages": [{"role": "system", "content": SYSTEM}]}
-            row["messages"] += kind(random_, out, number)
-            file.write(json.dumps(row) + "\n")
+            messages = [{"role": "system", "content": SYSTEM}, *kind(source)]
+            file.write(json.dumps({"id": f"{kind.__name__}-{seed}-{number}", "messages": messages}) + "\n")
     return path
 
 
 # --- One function for each kind of run: the messages after the system turn ---
 
 
-def total(random_: random.Random, out: Path, number: int) -> list[dict]:
+def total(source: Source) -> list[dict]:
     """One query, one number."""
-    metric, region, month = random_.choice(METRICS), random_.choice(REGIONS), random_.choice(MONTHS)
-    value = str(random_.randint(100, 999))
-    ask = random_.choice(
-        ["What were the {} of the {} in {}?", "{} of {} in {}, please.", "I need the {} for {} in {}."]
-    )
+    metric, region, month = source.pick(source.questions)
+    value = source.number()
+    ask = source.pick(["What were the {} of {} in {}?", "{} of {} in {}, please.", "I need the {} for {} in {}."])
     return [
-        {"role": "user", "content": ask.format(metric, region, month)},
+        _user(ask.format(metric, region, month)),
         _calls(_query(metric, region, month)),
         _answer("run_sql", value),
-        {"role": "assistant", "content": f"{value} {metric}."},
+        _says(f"{value} {metric}."),
     ]
 
 
-def compare(random_: random.Random, out: Path, number: int) -> list[dict]:
+def compare(source: Source) -> list[dict]:
     """Two regions: two calls side by side."""
-    metric, month = random_.choice(METRICS), random_.choice(MONTHS)
-    first, second = random_.sample(REGIONS, 2)
-    values = [str(random_.randint(100, 999)) for _ in range(2)]
-    ask = random_.choice(["Compare the {m} of {a} and {b} in {t}.", "In {t}, who had more {m}: {a} or {b}?"])
+    metric, first, second, month = source.pair()
+    values = [source.number(), source.number()]
+    ask = source.pick(["Compare the {} of {} and {} in {}.", "More {}, {} or {}, in {}?"])
     return [
-        {"role": "user", "content": ask.format(m=metric, a=first, b=second, t=month)},
+        _user(ask.format(metric, first, second, month)),
         _calls(_query(metric, first, month), _query(metric, second, month)),
         _answer("run_sql", values[0], call=0),
         _answer("run_sql", values[1], call=1),
-        {"role": "assistant", "content": f"{first} {values[0]}, {second} {values[1]}."},
+        _says(f"{first} {values[0]}, {second} {values[1]}."),
     ]
 
 
-def wrong_name(random_: random.Random, out: Path, number: int) -> list[dict]:
+def wrong_name(source: Source) -> list[dict]:
     """The user's word is no column: the query fails, the error names the column, the second query is right."""
-    word, region, month = random_.choice(list(SYNONYMS)), random_.choice(REGIONS), random_.choice(MONTHS)
-    value = str(random_.randint(100, 999))
+    metric, region, month = source.pick(source.questions)
+    word = next(word for word, column in SYNONYMS.items() if column == metric)
+    value = source.number()
     return [
-        {"role": "user", "content": f"What was the {word} of the {region} in {month}?"},
+        _user(f"What were the {word} of {region} in {month}?"),
         _calls(_query(word, region, month)),
-        _answer("run_sql", f"error: no column {word}, did you mean {SYNONYMS[word]}?"),
-        _calls(_query(SYNONYMS[word], region, month)),
+        _answer("run_sql", f"error: no column {word}; use {metric}"),
+        _calls(_query(metric, region, month)),
         _answer("run_sql", value),
-        {"role": "assistant", "content": f"{value} {SYNONYMS[word]}."},
+        _says(f"{value} {metric}."),
     ]
 
 
-def chart(random_: random.Random, out: Path, number: int) -> list[dict]:
+def chart(source: Source) -> list[dict]:
     """A chart comes back; only the picture tells which bar is the longest."""
-    metric, month, kind = random_.choice(METRICS), random_.choice(MONTHS), random_.choice(["bars", "columns"])
-    picture, longest = draw_chart(random_, kind)
-    path = f"charts/{number:05d}.png"
-    picture.save(out / path)
-    ask = random_.choice(["Draw the {} of {} as {}. Which is the longest?", "Chart {} in {} with {}: the longest one?"])
+    metric, _, month = source.pick(source.questions)
+    kind = source.pick(["bars", "columns"])
+    path, longest = source.chart(kind)
+    ask = source.pick(["Draw the {} in {} as {}. Which is longest?", "Chart {} in {} with {}: the longest one?"])
     return [
-        {"role": "user", "content": ask.format(metric, month, kind)},
+        _user(ask.format(metric, month, kind)),
         _calls(("draw_chart", {"metric": metric, "month": month, "kind": kind})),
         _answer("draw_chart", [{"type": "image", "image": path}, {"type": "text", "text": "1 chart"}]),
-        {"role": "assistant", "content": f"The longest is {longest}."},
+        _says(f"The longest is {longest}."),
     ]
 
 
-def report(random_: random.Random, out: Path, number: int) -> list[dict]:
+def report(source: Source) -> list[dict]:
     """A tool that acts and has little to say."""
-    team, form = random_.choice(TEAMS), random_.choice(FORMATS)
-    ask = random_.choice(["Send the {f} report to {t}.", "{t} wants the report as {f}.", "Mail {t} a {f}."])
+    team, form = source.pick(TEAMS), source.pick(FORMATS)
+    ask = source.pick(["Send the {1} report to {0}.", "{0} wants the report as {1}.", "Mail {0} a {1}."])
     return [
-        {"role": "user", "content": ask.format(t=team, f=form)},
+        _user(ask.format(team, form)),
         _calls(("send_report", {"team": team, "format": form})),
         _answer("send_report", "sent"),
-        {"role": "assistant", "content": f"Sent to {team}."},
+        _says(f"Sent to {team}."),
     ]
 
 
-def no_tool(random_: random.Random, out: Path, number: int) -> list[dict]:
+def no_tool(source: Source) -> list[dict]:
     """Nothing to call: small talk, or a question outside the figures."""
-    name = random_.choice(["Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gina", "Hal"])
-    ask, answer = random_.choice(
-        [
-            (f"Hello, I am {name}.", f"Hello {name}."),
-            (f"Thanks from {name}!", f"You are welcome, {name}."),
-            (f"What is the weather in {random_.choice(REGIONS)}?", "I only know the sales figures."),
-            (f"Will {random_.choice(MONTHS)} be sunny?", "I only know the sales figures."),
-            ("What can you do?", "I query sales, draw charts and send reports."),
-        ]
-    )
-    return [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
+    name = source.pick(["Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gina", "Hal"])
+    unknown = "I only know the sales figures."
+    talk = {
+        f"Hello, I am {name}.": f"Hello {name}.",
+        f"Thanks from {name}!": f"You are welcome, {name}.",
+        f"What is the weather in {source.pick(REGIONS)}?": unknown,
+        f"Will {source.pick(MONTHS)} be sunny?": unknown,
+        "What can you do?": "I query sales, draw charts and send reports.",
+    }
+    ask = source.pick(list(talk))
+    return [_user(ask), _says(talk[ask])]
 
 
-def draw_chart(random_: random.Random, kind: str) -> tuple[Image.Image, str]:
-    """A chart of four bars (lying) or columns (standing), 192 pixels square, and the colour of the longest."""
-    size, names = 192, random_.sample(list(COLOURS), 4)
-    lengths = [*random_.sample(range(30, 121, 10), 3), random_.randint(140, 170)]
-    random_.shuffle(lengths)
-    picture = Image.new("RGB", (size, size), "white")
-    pen = ImageDraw.Draw(picture)
-    for place, (name, length) in enumerate(zip(names, lengths, strict=True)):
-        low, high = 12 + 44 * place, 12 + 44 * place + 34
-        box = (10, low, 10 + length, high) if kind == "bars" else (low, size - 10 - length, high, size - 10)
-        pen.rectangle(box, fill=COLOURS[name])
-    return picture, names[lengths.index(max(lengths))]
+def _user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def _says(text: str) -> dict:
+    return {"role": "assistant", "content": text}
 
 
 def _query(metric: str, region: str, month: str) -> tuple[str, dict]:
-    return "run_sql", {"query": f"select {metric} from sales where region = '{region}' and month = '{month}'"}
+    return "run_sql", {"query": f"select {metric} from {region} where month = '{month}'"}
 
 
 def _calls(*calls: tuple[str, dict]) -> dict:
@@ -180,5 +217,6 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--num-trajectories", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--held-out", action="store_true")
     options = parser.parse_args()
-    print(write_trajectories(options.out, num_trajectories=options.num_trajectories, seed=options.seed))
+    print(write_trajectories(**vars(options)))

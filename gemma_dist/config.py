@@ -262,6 +262,13 @@ class EvaluateConfig(Section):
 
     max_new_tokens: int = Field(1024, gt=0, description="Longest answer, in tokens, before it counts as cut off.")
     per_device_eval_batch_size: int = Field(8, gt=0, description="Prompts that one rank answers at once.")
+    images: Literal["as_is", "blank"] = Field(
+        "as_is", description="blank: grey pictures instead, to see which answers need the real ones."
+    )
+    chat_template: str | None = Field(
+        None, description="A Jinja file, or the name of a template revision; absent: the adapter's or model's own."
+    )
+    enable_thinking: bool = Field(False, description="Render with the template's switch that asks for reasoning.")
 
 
 class MergeConfig(Section):

@@ -53,6 +53,7 @@ def write_tiny_model(
     corpus: Iterable[str] = DEFAULT_CORPUS,
     vocab_size: int = 1024,
     hidden_size: int = 128,
+    num_hidden_layers: int = 6,
     chat_template: str | None = None,
     dtype: str = "float32",
     seed: int = 0,
@@ -64,6 +65,7 @@ def write_tiny_model(
         corpus: lines that the byte-level BPE tokenizer learns its merges from.
         vocab_size: the largest vocabulary; a small corpus gives fewer merges and so a smaller one.
         hidden_size: width of the language model; heads and MLP follow it.
+        num_hidden_layers: its depth, an even number: sliding and full attention alternate.
         chat_template: Jinja text; the newest template that TRL ships when absent.
 
     Raises:
@@ -80,7 +82,8 @@ def write_tiny_model(
     processor = tiny_processor(corpus, vocab_size=vocab_size, chat_template=chat_template)
     tokenizer = processor.tokenizer
     torch.manual_seed(seed)
-    model = Gemma4ForConditionalGeneration(tiny_config(tokenizer, style=style, hidden_size=hidden_size))
+    config = tiny_config(tokenizer, style=style, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers)
+    model = Gemma4ForConditionalGeneration(config)
     stops = ["<eos>", "<turn|>", "<|tool_response>"]
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -149,7 +152,7 @@ def _without_control_tokens(corpus: Iterable[str], specials: list[str]) -> Itera
         yield from filter(None, line.split("\x00"))
 
 
-def tiny_config(tokenizer: Any, *, style: str, hidden_size: int) -> Any:
+def tiny_config(tokenizer: Any, *, style: str, hidden_size: int, num_hidden_layers: int) -> Any:
     """The `Gemma4Config` of a style, for the vocabulary of `tokenizer`."""
     from transformers import Gemma4Config
 
@@ -158,8 +161,8 @@ def tiny_config(tokenizer: Any, *, style: str, hidden_size: int) -> Any:
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": 8 * hidden_size // 3,
-        "num_hidden_layers": 6,
-        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "num_hidden_layers": num_hidden_layers,
+        "layer_types": ["sliding_attention", "full_attention"] * (num_hidden_layers // 2),
         "sliding_window": 512,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -197,9 +200,9 @@ def tiny_config(tokenizer: Any, *, style: str, hidden_size: int) -> Any:
         "hidden_size": 96,
         "intermediate_size": 192,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 48,
         "position_embedding_size": 1024,
         "use_clipped_linears": style == "e4b",
         "standardize": style != "e4b",

@@ -23,7 +23,16 @@ from gemma_dist.train.checkpoint import find_checkpoint
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 
 # What a checkpoint holds to go on from, and a result does not need.
-STATE_FILES = ("optimizer*", "scheduler*", "rng_state*", "trainer_state*", "complete.json", "latest", "zero_to_fp32.py")
+STATE_FILES = (
+    "complete.json",
+    "latest",
+    "optimizer*",
+    "README.md",
+    "rng_state*",
+    "scheduler*",
+    "trainer_state*",
+    "zero_to_*.py",
+)
 
 
 def train(config: RunConfig) -> None:

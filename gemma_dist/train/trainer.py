@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 from torch.utils.data import DataLoader
+from transformers import PrinterCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig, SFTTrainer
 
@@ -83,6 +84,7 @@ class ToolCallTrainer(SFTTrainer):
             data_collator=list,
             processing_class=loader.encoder.processor,
         )
+        self.remove_callback(PrinterCallback)  # our own line says it
         self.config, self.loader, self.run_state, self.run_log = config, loader, state, run_log
         self.model_accepts_loss_kwargs = True
         # TRL flips this to reentrant for PEFT at ZeRO-3, from the days when DeepSpeed could not do otherwise.

@@ -1,0 +1,157 @@
+"""The whole walk with real parts, on two CPU cores in minutes: `make demo`.
+
+A tiny Gemma 4 with random weights learns to work as a data analyst: which tool to call, with which arguments, and what
+the chart that comes back shows. Every step is a command that works the same on real models; each is printed.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+for name, value in {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}.items():
+    os.environ.setdefault(name, value)
+# Two CPU processes even where there is a GPU: the point is the walk, not the speed.
+os.environ |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+from analyst import write_trajectories
+
+NUM_TRAIN, NUM_HELD_OUT = 3200, 160
+RUN = Path("runs/demo")
+MODEL, TRAIN, HELD_OUT = RUN / "model", RUN / "shards/train", RUN / "shards/held_out"
+FULL, ADAPTER, MERGED = RUN / "full", RUN / "qlora", RUN / "merged"
+
+# What must come out, as shares: calls exact on held-out runs, answers that stand in the picture alone; blanked pictures
+# leave a guess among eight colours.
+MIN_CALLS, MIN_PICTURES, MAX_BLANK, MAX_BEFORE = 0.95, 0.85, 0.30, 0.05
+
+
+def main() -> None:
+    started = time.perf_counter()
+    shutil.rmtree(RUN, ignore_errors=True)
+    make_data_and_model()
+    gemma_dist("shard", RUN / "train/trajectories.jsonl", "--model", MODEL, "--out", TRAIN)
+    gemma_dist("shard", RUN / "held_out/trajectories.jsonl", "--model", MODEL, "--out", HELD_OUT)
+    before = evaluate("before", "--model", MODEL)
+
+    train("launch/cpu_full.yaml", MODEL, FULL)
+    after = evaluate("full", "--model", FULL)
+    blank = evaluate("blank", "--model", FULL, "--images", "blank")
+
+    train("launch/cpu_qlora.yaml", FULL, ADAPTER, "num_train_epochs=0.25")
+    adapted = evaluate("qlora", "--model", FULL, "--adapter", ADAPTER)
+    gemma_dist("merge", "--base", FULL, "--adapter", ADAPTER, "--out", MERGED, "--verify")
+    merged = evaluate("merged", "--model", MERGED)
+
+    print_table(
+        {
+            "random weights": before,
+            "full fine-tuning": after,
+            "    its pictures blanked": blank,
+            "+ QLoRA adapter (NF4)": adapted,
+            "merged": merged,
+        }
+    )
+    print(f"\n{time.perf_counter() - started:.0f} s in all. The merged model is in {MERGED}.")
+    check(before, after, blank, adapted, merged)
+
+
+def make_data_and_model() -> None:
+    """Runs to learn from, other runs to be judged on, and a model whose tokenizer has seen the former's words."""
+    from gemma_dist.model.tiny import write_tiny_model
+
+    say(f"writing {NUM_TRAIN} + {NUM_HELD_OUT} trajectories and a tiny Gemma 4 with random weights")
+    path = write_trajectories(RUN / "train", num_trajectories=NUM_TRAIN, seed=1, held_out=False)
+    write_trajectories(RUN / "held_out", num_trajectories=NUM_HELD_OUT, seed=2, held_out=True)
+    corpus = ["system", "model", "call:", "response:", "{value:"] * 50
+    corpus += [text for line in path.read_text().splitlines()[:800] for text in texts(json.loads(line)["messages"])]
+    write_tiny_model(MODEL, corpus=corpus, hidden_size=128, num_hidden_layers=4)
+
+
+def texts(value: Any) -> list[str]:
+    """Every text inside messages, arguments unpacked."""
+    if isinstance(value, dict):
+        return [text for item in value.values() for text in texts(item)]
+    if isinstance(value, list):
+        return [text for item in value for text in texts(item)]
+    if isinstance(value, str) and value.startswith("{"):
+        return texts(json.loads(value))
+    return [value] if isinstance(value, str) else []
+
+
+def gemma_dist(*arguments: Any) -> None:
+    """Run a verb in this process: the same as the printed command, without loading torch again."""
+    from gemma_dist.__main__ import main as command_line
+
+    words = [str(argument) for argument in arguments]
+    say(shlex.join(["gemma-dist", *words]))
+    if code := command_line(words):
+        sys.exit(code)
+
+
+def evaluate(name: str, *arguments: Any) -> dict[str, Any]:
+    """Evaluate on the held-out runs; the report."""
+    out = RUN / "eval" / name
+    gemma_dist("evaluate", *arguments, "--data", HELD_OUT, "--out", out, "--max-new-tokens", 64,
+               "--per-device-eval-batch-size", 32)  # fmt: skip
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return report
+
+
+def train(recipe: str, model: Path, out: Path, *overrides: str) -> None:
+    """Train on two processes."""
+    words = ["accelerate", "launch", "--config_file", "accelerate_configs/cpu_ddp.yaml", "-m", "gemma_dist", "train",
+             recipe, f"model_name_or_path={model}", f"data.train={TRAIN}", f"output_dir={out}", *overrides]  # fmt: skip
+    say(shlex.join(words))
+    command = [sys.executable, "-m", "accelerate.commands.launch", *words[2:4], "--main_process_port", "0", *words[4:]]
+    if code := subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
+        sys.exit(code)
+
+
+def print_table(reports: dict[str, dict[str, Any]]) -> None:
+    columns = {
+        "calls exact": lambda report: report["metrics"]["call_exact"],
+        "runs exact": lambda report: report["metrics"]["trajectory_exact"],
+        "answers": lambda report: report["metrics"]["answer_exact"],
+        "answers from pictures": from_pictures,
+    }
+    print(f"\n{'':<26}" + "".join(f"{name:>24}" for name in columns))
+    for name, report in reports.items():
+        cells = [column(report) for column in columns.values()]
+        shares = [f"{cell['value']:.1%} ({cell['numerator']} of {cell['denominator']})" for cell in cells]
+        print(f"{name:<26}" + "".join(f"{share:>24}" for share in shares))
+
+
+def from_pictures(report: dict[str, Any]) -> dict[str, Any]:
+    """The answers after a chart came back: only its picture tells them."""
+    metric: dict[str, Any] = report["slices"]["with_images"]["answer_exact"]
+    return metric
+
+
+def check(before: Any, after: Any, blank: Any, adapted: Any, merged: Any) -> None:
+    """Say what did not come out as promised, and fail."""
+    rules = [("before: calls", before["metrics"]["call_exact"]["value"], "<", MAX_BEFORE)]
+    rules.append(("blanked pictures: answers", from_pictures(blank)["value"], "<", MAX_BLANK))
+    for name, report in (("full", after), ("qlora", adapted), ("merged", merged)):
+        rules.append((f"{name}: calls", report["metrics"]["call_exact"]["value"], ">", MIN_CALLS))
+        rules.append((f"{name}: answers from pictures", from_pictures(report)["value"], ">", MIN_PICTURES))
+    failed = [
+        f"{what}: {value:.1%}, expected {sign} {limit:.0%}"
+        for what, value, sign, limit in rules
+        if not (value < limit if sign == "<" else value > limit)
+    ]
+    if failed:
+        sys.exit("the demo did not reach what it promises:\n  " + "\n  ".join(failed))
+
+
+def say(text: str) -> None:
+    print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Evaluate a model on held-out trajectories: generate at every decision point, read, score, add, report.
+
+    OUT/samples.jsonl    one line a decision point: what was asked, written, read, expected, and the score
+    OUT/report.json      every metric with numerator and denominator; written last
+
+Whole trajectories are dealt to the ranks, counts are added exactly, and the report says so only after every decision
+point was found in the samples just once.
+"""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from gemma_dist import world
+from gemma_dist.config import DataConfig, EvaluateConfig
+from gemma_dist.data.encode import Encoder, Prompt, load_encoder
+from gemma_dist.data.shards import load_trajectories
+from gemma_dist.data.trajectory import Trajectory, decode_image
+from gemma_dist.errors import ConfigError, DataError
+from gemma_dist.evaluate.generate import Answer, answer
+from gemma_dist.evaluate.read import read_output, reading_to_json
+from gemma_dist.evaluate.score import METRICS, call_decision, counts, metrics, score_sample, trajectory_counts
+from gemma_dist.model.load import load_for_evaluation
+from gemma_dist.report import JsonlWriter, log, progress, start_logging, write_json
+
+SAMPLES = "samples.jsonl"
+REPORT = "report.json"
+PROMPT_END = 200  # characters of the prompt that tell the reader which block it left open
+
+
+def evaluate(
+    model: str, adapter: Path | None, data: Path, out: Path, limit: int | None, settings: EvaluateConfig
+) -> dict[str, Any]:
+    """Evaluate `model` (with `adapter`) on the first `limit` trajectories of `data`; returns the report.
+
+    Raises:
+        DataError, CheckpointError: the data or the model cannot be used.
+        ConfigError: `out` holds a report already.
+    """
+    start_logging()
+    if (out / REPORT).exists():
+        raise ConfigError(f"{out / REPORT} exists already; name another --out or remove it")
+    world.connect()
+    folder = str(adapter) if adapter and (adapter / "processor_config.json").is_file() else model
+    encoder = load_encoder(folder, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
+    mine, num_trajectories = _my_points(data, limit, encoder, settings)
+    loaded = load_for_evaluation(model, adapter)
+
+    out.mkdir(parents=True, exist_ok=True)
+    samples = list(_answered(loaded, encoder, mine, settings))
+    part = out / f".samples-{world.rank()}.jsonl"
+    writer = JsonlWriter(part, append=False)
+    for sample in samples:
+        writer.write(sample)
+    writer.close()
+
+    totals = {name: world.sum_counts(count) for name, count in _counts(samples).items()}
+    num_points = int(world.sum_counts({"points": len(mine)})["points"])
+    world.barrier()  # every rank has written its samples
+    report = {
+        "model": model,
+        "adapter": str(adapter) if adapter else None,
+        "data": str(data),
+        "settings": settings.model_dump(mode="json"),
+        "num_trajectories": num_trajectories,
+        "num_decision_points": num_points,
+        "world_size": world.world_size(),
+        "statuses": {k.removeprefix("status."): int(v) for k, v in totals["all"].items() if k.startswith("status.")},
+        "call_decision": call_decision(_integers(totals["all"])),
+        "metrics": metrics(_integers(totals["all"])),
+        "slices": {name: metrics(_integers(totals[name])) for name in ("with_images", "without_images")},
+    }
+    if world.rank() == 0:
+        _join_samples(out, num_points)
+        write_json(out / REPORT, report)
+        for line in _summary(report):
+            log.info(line)
+    world.barrier()
+    world.disconnect()
+    return report
+
+
+def _my_points(
+    data: Path, limit: int | None, encoder: Encoder, settings: EvaluateConfig
+) -> tuple[list[tuple[int, Trajectory, Prompt]], int]:
+    """This rank's decision points, each with the number of its trajectory; and how many trajectories there are."""
+    points, number = [], -1
+    for number, trajectory in enumerate(islice(load_trajectories(data, DataConfig()), limit)):
+        if number % world.world_size() != world.rank():
+            continue
+        if settings.images == "blank":
+            trajectory = replace(trajectory, images=[_blank(image) for image in trajectory.images])
+        try:
+            points += [(number, trajectory, prompt) for prompt in encoder.prompts(trajectory)]
+        except DataError as error:
+            raise DataError(f"{data}: {trajectory.id}: {error}") from error
+    return points, number + 1
+
+
+def _answered(
+    model: Any, encoder: Encoder, points: list[tuple[int, Trajectory, Prompt]], settings: EvaluateConfig
+) -> Iterator[dict[str, Any]]:
+    """A scored sample for each point. The longest come first: what does not fit in memory shows at once."""
+    points = sorted(points, key=lambda point: -len(point[2].input_ids))
+    size = settings.per_device_eval_batch_size
+    batches = [points[start : start + size] for start in range(0, len(points), size)]
+    for batch in progress(batches, total=len(batches), desc="evaluating", unit="batch"):
+        prompts = [prompt for _, _, prompt in batch]
+        answers = answer(model, encoder, prompts, max_new_tokens=settings.max_new_tokens)
+        for (number, trajectory, prompt), written in zip(batch, answers, strict=True):
+            yield _sample(number, trajectory, prompt, written)
+
+
+def _sample(number: int, trajectory: Trajectory, prompt: Prompt, written: Answer) -> dict[str, Any]:
+    reading = read_output(written.text, prompt.text[-PROMPT_END:], budget_spent=not written.stopped)
+    gold_calls = [call["function"] for call in prompt.gold[-1].get("tool_calls", [])]
+    gold_text = "".join(map(_text, prompt.gold))
+    return {
+        "id": trajectory.id,
+        "trajectory": number,
+        "turn": prompt.turn,
+        "num_images": len(prompt.images),
+        "prompt_tokens": len(prompt.input_ids),
+        "output": written.text,
+        "output_tokens": written.num_tokens,
+        "stopped": written.stopped,
+        "parsed": reading_to_json(reading),
+        "gold": {"calls": gold_calls, "content": gold_text},
+        "score": score_sample(reading, gold_calls, gold_text, trajectory.tools),
+    }
+
+
+def _text(message: dict[str, Any]) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def _counts(samples: list[dict[str, Any]]) -> dict[str, Counter[str]]:
+    """Addable counts of all samples and of each slice."""
+    totals: dict[str, Counter[str]] = {"all": Counter(), "with_images": Counter(), "without_images": Counter()}
+    by_trajectory: dict[int, list[dict[str, Any]]] = {}
+    for sample in samples:
+        for name in ("all", "with_images" if sample["num_images"] else "without_images"):
+            totals[name].update(counts(sample["score"]))
+        totals["all"][f"status.{sample['score']['status']}"] += 1
+        by_trajectory.setdefault(sample["trajectory"], []).append(sample["score"])
+    for scores in by_trajectory.values():
+        totals["all"].update(trajectory_counts(scores))
+    return totals
+
+
+def _integers(totals: dict[str, float]) -> dict[str, int]:
+    return {name: int(value) for name, value in totals.items()}
+
+
+def _join_samples(out: Path, num_points: int) -> None:
+    """One samples.jsonl of all ranks' parts, in the order of the data."""
+    parts = sorted(out.glob(".samples-*.jsonl"))
+    samples = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+    places = {(sample["trajectory"], sample["turn"]) for sample in samples}
+    assert len(places) == len(samples) == num_points, f"{len(samples)} samples, {num_points} decision points"
+    temporary = out / f".{SAMPLES}.tmp"
+    writer = JsonlWriter(temporary, append=False)
+    for sample in sorted(samples, key=lambda sample: (sample["trajectory"], sample["turn"])):
+        writer.write(sample)
+    writer.close()
+    temporary.replace(out / SAMPLES)
+    for part in parts:
+        part.unlink()
+
+
+def _blank(image: bytes) -> bytes:
+    """A grey picture of the same size: what is left to a model that does not look."""
+    picture = decode_image(image)
+    buffer = io.BytesIO()
+    Image.new("RGB", picture.size, (128, 128, 128)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _summary(report: dict[str, Any]) -> Iterator[str]:
+    yield f"{report['num_decision_points']} decision points of {report['num_trajectories']} trajectories"
+    for name, metric in report["metrics"].items():
+        if metric["denominator"]:
+            share = f"{metric['value']:7.1%}  {metric['numerator']:>6} of {metric['denominator']:<6}"
+            yield f"  {name:<18} {share}  {METRICS[name]}"
