@@ -106,12 +106,14 @@ def total(source: Source) -> list[dict]:
     """One query, one number."""
     metric, region, month = source.pick(source.questions)
     value = source.number()
-    ask = source.pick(["What were the {} of {} in {}?", "{} of {} in {}, please.", "I need the {} for {} in {}."])
+    ask = source.pick(
+        ['What was "{}" of "{}" in "{}"?', '"{}" of "{}" in "{}", please.', 'I need "{}" for "{}", "{}".']
+    )
     return [
         _user(ask.format(metric, region, month)),
         _calls(_query(metric, region, month)),
         _answer("run_sql", value),
-        _says(f"{value} {metric}."),
+        _says(f"It was {value}."),
     ]
 
 
@@ -119,13 +121,13 @@ def compare(source: Source) -> list[dict]:
     """Two regions: two calls side by side."""
     metric, first, second, month = source.pair()
     values = [source.number(), source.number()]
-    ask = source.pick(["Compare the {} of {} and {} in {}.", "More {}, {} or {}, in {}?"])
+    ask = source.pick(['Compare "{}" of "{}" and "{}" in "{}".', 'More "{}", "{}" or "{}", in "{}"?'])
     return [
         _user(ask.format(metric, first, second, month)),
         _calls(_query(metric, first, month), _query(metric, second, month)),
         _answer("run_sql", values[0], call=0),
         _answer("run_sql", values[1], call=1),
-        _says(f"{first} {values[0]}, {second} {values[1]}."),
+        _says(f"{first} {values[0]}\n{second} {values[1]}"),
     ]
 
 
@@ -135,12 +137,12 @@ def wrong_name(source: Source) -> list[dict]:
     word = next(word for word, column in SYNONYMS.items() if column == metric)
     value = source.number()
     return [
-        _user(f"What were the {word} of {region} in {month}?"),
+        _user(f'What was "{word}" of "{region}" in "{month}"?'),
         _calls(_query(word, region, month)),
-        _answer("run_sql", f"error: no column {word}; use {metric}"),
+        _answer("run_sql", f'error: no column "{word}", use "{metric}"'),
         _calls(_query(metric, region, month)),
         _answer("run_sql", value),
-        _says(f"{value} {metric}."),
+        _says(f"It was {value}."),
     ]
 
 
@@ -149,7 +151,7 @@ def chart(source: Source) -> list[dict]:
     metric, _, month = source.pick(source.questions)
     kind = source.pick(["bars", "columns"])
     path, longest = source.chart(kind)
-    ask = source.pick(["Draw the {} in {} as {}. Which is longest?", "Chart {} in {} with {}: the longest one?"])
+    ask = source.pick(['Draw "{}" in "{}" as "{}". Which is longest?', 'Chart "{}", "{}", with "{}": the longest one?'])
     return [
         _user(ask.format(metric, month, kind)),
         _calls(("draw_chart", {"metric": metric, "month": month, "kind": kind})),
@@ -161,7 +163,7 @@ def chart(source: Source) -> list[dict]:
 def report(source: Source) -> list[dict]:
     """A tool that acts and has little to say."""
     team, form = source.pick(TEAMS), source.pick(FORMATS)
-    ask = source.pick(["Send the {1} report to {0}.", "{0} wants the report as {1}.", "Mail {0} a {1}."])
+    ask = source.pick(['Send the "{1}" report to "{0}".', 'Team "{0}" wants it as "{1}".', 'Mail "{0}" a "{1}".'])
     return [
         _user(ask.format(team, form)),
         _calls(("send_report", {"team": team, "format": form})),
@@ -194,7 +196,7 @@ def _says(text: str) -> dict:
 
 
 def _query(metric: str, region: str, month: str) -> tuple[str, dict]:
-    return "run_sql", {"query": f"select {metric} from {region} where month = '{month}'"}
+    return "run_sql", {"query": f'select "{metric}" from "{region}" where month="{month}"'}
 
 
 def _calls(*calls: tuple[str, dict]) -> dict:
