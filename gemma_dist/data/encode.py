@@ -44,6 +44,8 @@ CONTEXT = re.compile(  # what a template puts between two assistant messages, no
     re.DOTALL,
 )
 
+Spans = list[tuple[tuple[int, int], int]]  # ((start, end) in characters, index of the message whose words they are)
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -84,20 +86,18 @@ class Encoder:
         self.tokenizer = processor.tokenizer
         self.enable_thinking = enable_thinking
         self.image_token_id: int = processor.image_token_id
-        probe = [{"function": {"name": "f", "arguments": {"x": None}}}]
-        probed = self._render(
-            [{"role": "user", "content": ""}, {"role": "assistant", "content": "", "tool_calls": probe}]
-        )
-        self._writes_none = "{x:None}" in probed
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of everything that decides ids, labels and pixels: shards and runs of another one do not mix."""
+        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        for leftover in ("padding", "truncation"):  # of its last call
+            tokenizer.pop(leftover, None)
         settled = {
             "version": ENCODING_VERSION,
             "chat_template": self.processor.chat_template,
             "enable_thinking": self.enable_thinking,
-            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+            "tokenizer": tokenizer,
             "image_processor": self.processor.image_processor.to_dict(),
         }
         return hashlib.sha256(json.dumps(settled, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -108,19 +108,17 @@ class Encoder:
         Raises:
             DataError: the chat template loses or tears a part of this row; the message says which and what to do.
         """
-        self._refuse_none(trajectory)
-        text = self._widen(self._render(trajectory.messages, trajectory.tools), trajectory.images)
-        spans, num_dropped_reasoning = emitted_spans(text, trajectory.messages)
-        trained = [span for span, message in spans if trajectory.messages[message].get("train", True)]
+        text, _, spans, num_dropped_reasoning = self._walk(trajectory)
+        is_trained = bytearray(len(text) + 1)  # a flag for each character
+        for (start, end), turn in spans:
+            if trajectory.messages[turn].get("train", True):
+                is_trained[start:end] = b"\x01" * (end - start)
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         input_ids = encoding["input_ids"]
-        # Both lists are sorted, so one pass decides each token: trained where it lies wholly within a trained span.
-        labels, at = [], 0
-        for token, (start, end) in zip(input_ids, encoding["offset_mapping"], strict=True):
-            while at < len(trained) and trained[at][1] < end:
-                at += 1
-            inside = at < len(trained) and trained[at][0] <= start and end > start
-            labels.append(token if inside else IGNORE_INDEX)
+        labels = [
+            token if all(is_trained[start : max(end, start + 1)]) else IGNORE_INDEX
+            for token, (start, end) in zip(input_ids, encoding["offset_mapping"], strict=True)
+        ]
         return Encoded(
             input_ids=input_ids,
             labels=labels,
@@ -136,7 +134,7 @@ class Encoder:
         Raises:
             DataError: as `encode`.
         """
-        self._refuse_none(trajectory)
+        _, counts, _, _ = self._walk(trajectory)  # a history that the template tears is no prompt
         messages, prompts = trajectory.messages, []
         for turn, message in enumerate(messages):
             if message["role"] != "assistant" or (turn > 0 and messages[turn - 1]["role"] == "assistant"):
@@ -150,7 +148,8 @@ class Encoder:
                 continue
             text = self._render(messages[:turn], trajectory.tools, add_generation_prompt=True)
             images = trajectory.images[: sum(_num_images(earlier) for earlier in messages[:turn])]
-            input_ids = self.tokenizer(self._widen(text, images), add_special_tokens=False)["input_ids"]
+            widened = self._widen(text, counts[: len(images)])
+            input_ids = self.tokenizer(widened, add_special_tokens=False)["input_ids"]
             types = [int(token == self.image_token_id) for token in input_ids]
             prompts.append(Prompt(input_ids, types, images, text, turn, gold))
         return prompts
@@ -179,37 +178,61 @@ class Encoder:
         except Exception as error:  # a template may raise anything: jinja's own errors, or its raise_exception
             raise DataError(f"the chat template cannot render this row: {error}") from error
 
-    def _widen(self, text: str, images: list[bytes]) -> str:
-        """Rendered text with every image placeholder widened to the soft tokens of its picture, as the processor does
-        it, but from the pictures' sizes alone."""
-        pieces = text.split(IMAGE)
-        if len(pieces) - 1 != len(images):
+    def _walk(self, trajectory: Trajectory) -> tuple[str, list[int], Spans, int]:
+        """The whole rendered text, the soft tokens of each image, and what `emitted_spans` finds."""
+        self._refuse_garbled(trajectory)
+        text = self._render(trajectory.messages, trajectory.tools)
+        if text.count(IMAGE) != len(trajectory.images):
             raise DataError(
-                f"the chat template renders {len(pieces) - 1} of the row's {len(images)} images: it loses images that "
-                "tools return. Use a newer template, for example --chat-template gemma4_v5"
+                f"the chat template renders {text.count(IMAGE)} of the row's {len(trajectory.images)} images: it loses "
+                "images that tools return. Use a newer template, for example --chat-template gemma4_v5"
             )
+        counts = self._count_soft_tokens(trajectory.images)
+        text = self._widen(text, counts)
+        return text, counts, *emitted_spans(text, trajectory.messages)
+
+    def _count_soft_tokens(self, images: list[bytes]) -> list[int]:
+        """Soft tokens of each picture: the processor's own arithmetic, from the sizes alone."""
         if not images:
-            return text
+            return []
         sizes = [(picture.height, picture.width) for picture in map(decode_image, images)]
         try:
-            counts = self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
+            return self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
         except ValueError as error:
             raise DataError(f"an image of (height, width) in {sizes} cannot be cut into patches: {error}") from error
-        widened = [pieces[0]]
-        for count, piece in zip(counts, pieces[1:], strict=True):
-            widened += [self.processor.boi_token, IMAGE * count, self.processor.eoi_token, piece]
-        return "".join(widened)
 
-    def _refuse_none(self, trajectory: Trajectory) -> None:
-        if not self._writes_none:
-            return
-        for turn, message in enumerate(trajectory.messages):
+    def _widen(self, text: str, counts: list[int]) -> str:
+        """Rendered text with each image placeholder widened to the soft tokens of its picture, as the processor does
+        it."""
+        first, *pieces = text.split(IMAGE)
+        boi, eoi = self.processor.boi_token, self.processor.eoi_token
+        return first + "".join(boi + IMAGE * count + eoi + piece for count, piece in zip(counts, pieces, strict=True))
+
+    def _refuse_garbled(self, trajectory: Trajectory) -> None:
+        """Refuse what an old template would write as Python prints it."""
+        for turn, message in enumerate(trajectory.messages, start=1):
+            if message["role"] == "system" and isinstance(message["content"], list) and self._garbles_system_parts:
+                raise DataError(
+                    f"turn {turn}: this chat template writes a system message of several parts as a Python list. Make "
+                    "it one text, or use a newer template, for example --chat-template gemma4_v5"
+                )
             for call in message.get("tool_calls", []):
-                if _holds_none(call["function"]["arguments"]):
+                if _holds_none(call["function"]["arguments"]) and self._garbles_null:
                     raise DataError(
                         f"turn {turn} calls {call['function']['name']!r} with a null argument, which this chat "
                         "template writes as Python's None. Use a newer template, for example --chat-template gemma4_v5"
                     )
+
+    @functools.cached_property
+    def _garbles_system_parts(self) -> bool:
+        system = {"role": "system", "content": [{"type": "text", "text": ""}]}
+        return "'type'" in self._render([system, {"role": "user", "content": ""}])
+
+    @functools.cached_property
+    def _garbles_null(self) -> bool:
+        calls = [{"function": {"name": "f", "arguments": {"x": None}}}]
+        model = {"role": "assistant", "content": "", "tool_calls": calls}
+        return "{x:None}" in self._render([{"role": "user", "content": ""}, model])
 
 
 def load_encoder(model: str, *, chat_template: str | None, enable_thinking: bool) -> Encoder:
@@ -247,7 +270,7 @@ def _read_template(name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def emitted_spans(text: str, messages: list[dict[str, Any]]) -> tuple[list[tuple[tuple[int, int], int]], int]:
+def emitted_spans(text: str, messages: list[dict[str, Any]]) -> tuple[Spans, int]:
     """Where in the rendered `text` the model's own words lie.
 
     Returns:
@@ -257,16 +280,17 @@ def emitted_spans(text: str, messages: list[dict[str, Any]]) -> tuple[list[tuple
     Raises:
         DataError: a piece of an assistant message is not where it must be.
     """
-    spans: list[tuple[tuple[int, int], int]] = []
+    spans: Spans = []
     num_dropped_reasoning = 0
     at = 0
     closed = True  # no model turn is open at `at`
+    answered = 0  # the end of the last tool message's text, if that lies behind `at`
     num_tool_images = 0  # returned since the last assistant message
     for turn, message in enumerate(messages):
         if message["role"] in ("system", "user"):
-            head = text.find(f"<|turn>{message['role']}\n", at)
+            head = text.find(f"<|turn>{message['role']}\n", max(at, answered))
             at = text.find("<turn|>", head)
-            if head < 0 or at < 0:
+            if head < 0 or at < 0 or _find_texts(text, head, turn, message) > at:
                 raise _torn(turn, f"the {message['role']} turn")
             at += len("<turn|>")
             closed = True
@@ -277,31 +301,42 @@ def emitted_spans(text: str, messages: list[dict[str, Any]]) -> tuple[list[tuple
                     raise _torn(turn, "the model turn")
             at, opened = _skip_context(text, at, num_images=num_tool_images)
             num_tool_images = 0
+            if at < answered:
+                raise _torn(turn - 1, "the tool's answer")
             if closed and not opened:
                 raise DataError(
-                    f"turn {turn}: the chat template closes the model's turn before this assistant message and opens "
-                    "no other, so it would stand outside any turn. Use a newer template (--chat-template gemma4_v5) or "
-                    "--text-beside-call reasoning if this is text that stood beside a call"
+                    f"turn {turn + 1}: the chat template closes the model's turn before this assistant message and "
+                    "opens no other, so it would stand outside any turn. Use a newer template (--chat-template "
+                    "gemma4_v5) or --text-beside-call reasoning if this is text that stood beside a call"
                 )
             pieces, at, closed, dropped = _walk_message(text, at, turn, message)
             spans += [(piece, turn) for piece in pieces]
             num_dropped_reasoning += dropped
         else:
+            answered = _find_texts(text, max(at, answered), turn, message)
             num_tool_images += _num_images(message)
     return spans, num_dropped_reasoning
+
+
+def _find_texts(text: str, at: int, turn: int, message: dict[str, Any]) -> int:
+    """The end of the message's texts, which stand in their order somewhere behind `at`."""
+    for part in _parts(message):
+        if part is not IMAGE:
+            found = text.find(part, at)
+            if found < 0:
+                raise _torn(turn, f"the text {part[:60]!r}")
+            at = found + len(part)
+    return at
 
 
 def _skip_context(text: str, at: int, *, num_images: int) -> tuple[int, bool]:
     """The first place from `at` on that may be the model's own, and whether a model turn was opened on the way."""
     opened = False
-    while True:
-        if found := CONTEXT.match(text, at):
-            opened = opened or found.group() == "<|turn>model\n"
-        elif num_images > 0 and (found := IMAGE_BLOCK.match(text, at)):
-            num_images -= 1
-        else:
-            return at, opened
+    while found := CONTEXT.match(text, at) or (num_images > 0 and IMAGE_BLOCK.match(text, at)):
+        opened = opened or found.group() == "<|turn>model\n"
+        num_images -= found.group().count("<|image>")
         at = found.end()
+    return at, opened
 
 
 def _walk_message(
@@ -331,14 +366,15 @@ def _walk_message(
             at += len(part)
         else:
             raise _torn(turn, f"the text {part[:60]!r}")
-    said = at > start or bool(spans)
+    says = at > start or bool(spans)
     closed = False
     if message.get("tool_calls") and text.startswith("<|tool_response>", at):
         at += len("<|tool_response>")
-    elif said and text.startswith("<turn|>", at):
+    elif text.startswith("<turn|>", at):
         at += len("<turn|>")
         closed = True
-    spans.append((start, at))
+    if says:  # the end of a turn in which nothing is left is the template's
+        spans.append((start, at))
     return [span for span in spans if span[0] < span[1]], at, closed, dropped
 
 
@@ -352,8 +388,8 @@ def _parts(message: dict[str, Any]) -> list[str]:
 
 def _torn(turn: int, piece: str) -> DataError:
     return DataError(
-        f"turn {turn}: the chat template loses or moves {piece}, so what the model emits cannot be told from the rest. "
-        "Use a newer template, for example --chat-template gemma4_v5"
+        f"turn {turn + 1}: the chat template loses or moves {piece}, so what the model emits cannot be told from the "
+        "rest. Use a newer template, for example --chat-template gemma4_v5"
     )
 
 

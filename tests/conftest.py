@@ -1,0 +1,45 @@
+"""What several test files need: tiny models made once, and the data beside the repository."""
+
+import os
+
+# Before anything imports torch or huggingface_hub, which read them once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder `shared` beside the repository, with real rows and conformance cases."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"the shared data is not beside the repository: {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Tiny model folders by style (`e4b`, `31b`, `26b`) and dtype, each made once, when first asked for.
+
+    All tests read the same folder: copy it to change it.
+    """
+    from gemma_dist.model.tiny import write_tiny_model
+
+    @functools.cache
+    def make(style: str = "e4b", dtype: str = "float32") -> Path:
+        folder = tmp_path_factory.mktemp("tiny") / f"{style}-{dtype}"
+        write_tiny_model(folder, style=style, dtype=dtype)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(tiny_model: Callable[..., Path]) -> str:
+    """The folder of a tiny E4B, as a setting names it."""
+    return str(tiny_model())
