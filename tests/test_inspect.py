@@ -12,16 +12,8 @@ from gemma_dist.data.encode import IGNORE_INDEX, load_encoder
 from gemma_dist.data.inspect import inspect_row
 from gemma_dist.data.shards import load_trajectories
 from gemma_dist.errors import DataError
-from gemma_dist.model.tiny import DEFAULT_CORPUS, tiny_processor
 
 ROWS = [row(number) for number in range(4)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_processor(DEFAULT_CORPUS, vocab_size=600, chat_template=None).save_pretrained(folder)
-    return str(folder)
 
 
 def test_raw_rows_and_shards_show_what_the_encoder_gives(tmp_path: Path, model: str) -> None:

@@ -1,7 +1,7 @@
 """The loader and its collator: the right samples in the right order, and a filler that changes nothing."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,23 @@ from gemma_dist.data.loader import TrajectoryLoader
 from gemma_dist.data.shards import Shards, open_shards
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.errors import DataError
-from gemma_dist.model.tiny import write_tiny_model
 
 NUM_SAMPLES = 11
 Batch = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module", params=["e4b", "31b"])
-def style(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Encoder, Shards]:
+def style(
+    request: pytest.FixtureRequest, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Encoder, Shards]:
     """A tiny model with weights, its encoder, and a corpus of 11 rows, the rows 0, 3, 6, 9 with a picture."""
     from transformers import AutoModelForImageTextToText
 
     folder = tmp_path_factory.mktemp(request.param)
-    write_tiny_model(folder / "model", style=request.param, hidden_size=64, vocab_size=400)
-    shard_rows(folder, str(folder / "model"), [row(number) for number in range(NUM_SAMPLES)])
-    model = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
-    encoder = load_encoder(str(folder / "model"), chat_template=None, enable_thinking=False)
+    model_folder = str(tiny_model(request.param))
+    shard_rows(folder, model_folder, [row(number) for number in range(NUM_SAMPLES)])
+    model = AutoModelForImageTextToText.from_pretrained(model_folder).eval()
+    encoder = load_encoder(model_folder, chat_template=None, enable_thinking=False)
     return model, encoder, open_shards(folder / "shards")
 
 

@@ -16,7 +16,6 @@ from gemma_dist.merge import run as merge_run
 from gemma_dist.merge.plan import plan_merge
 from gemma_dist.merge.run import four_bit_round_trip, merge
 from gemma_dist.merge.verify import verify
-from gemma_dist.model.tiny import write_tiny_model
 
 TARGETS = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -146,7 +145,7 @@ def test_quantised_bases_and_foreign_records_are_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def bases(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Tiny models by name, made once: a style, optionally with the dtype (`e4b-bfloat16`)."""
     root = tmp_path_factory.mktemp("bases")
 
@@ -154,7 +153,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         folder = root / name
         if not folder.exists():
             style, _, dtype = name.partition("-")
-            write_tiny_model(folder, style=style, dtype=dtype or "float32")
+            shutil.copytree(tiny_model(style, dtype or "float32"), folder)
             if style == "e4b":
                 _add_shared_keys_and_values(folder)
         return folder

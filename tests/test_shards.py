@@ -14,17 +14,8 @@ from gemma_dist.data import shards as module
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.data.shards import cut_points, load_trajectories, open_shards, run_shard
 from gemma_dist.errors import DataError
-from gemma_dist.model.tiny import DEFAULT_CORPUS, tiny_processor
 
 ROWS = [row(number) for number in range(12)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny processor alone: shards need no weights."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_processor(DEFAULT_CORPUS, vocab_size=600, chat_template=None).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

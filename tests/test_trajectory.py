@@ -19,7 +19,6 @@ from PIL import Image
 from gemma_dist.data.trajectory import CONTROL_TOKENS, Trajectory, decode_image, parse_row, read_rows
 from gemma_dist.errors import DataError
 
-REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SETTINGS: dict[str, Any] = {"text_beside_call": "message", "control_tokens": "reject", "max_image_pixels": 50_000_000}
 
 
@@ -102,10 +101,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         "multimodal/image_pairs.jsonl",
     ],
 )
-def test_every_real_row_goes_through(file: str) -> None:
-    if not (REAL_DATA / file).exists():
-        pytest.skip(f"the shared data is not beside the repository: {REAL_DATA / file}")
-    for where, row in read_rows([REAL_DATA / file]):
+def test_every_real_row_goes_through(file: str, shared: Path) -> None:
+    for where, row in read_rows([shared / "data" / file]):
         assert isinstance(row, dict)
         trajectory = parse_row(row, where=where, media_root=None, **SETTINGS)
         parts = [
