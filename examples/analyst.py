@@ -72,7 +72,7 @@ class Source:
         """Draw four bars (lying) or columns (standing) on 192 x 192 pixels; the picture's path and the longest's
         colour."""
         size, names = 192, self.random.sample(list(COLOURS), 4)
-        lengths = [*self.random.sample(range(30, 121, 10), 3), self.random.randint(140, 170)]
+        lengths = [*self.random.sample(range(30, 101, 10), 3), self.random.randint(150, 170)]
         self.random.shuffle(lengths)
         picture = Image.new("RGB", (size, size), "white")
         pen = ImageDraw.Draw(picture)

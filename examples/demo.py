@@ -21,7 +21,7 @@ for name, value in {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "TOKENIZERS_P
 # Two CPU processes even where there is a GPU: the point is the walk, not the speed.
 os.environ |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
-NUM_TRAIN, NUM_HELD_OUT = 3200, 160
+NUM_TRAIN, NUM_HELD_OUT = 4200, 160
 RUN = Path("runs/demo")
 MODEL, TRAIN, HELD_OUT = RUN / "model", RUN / "shards/train", RUN / "shards/held_out"
 FULL, ADAPTER, MERGED = RUN / "full", RUN / "qlora", RUN / "merged"
@@ -43,7 +43,7 @@ def main() -> None:
     after = evaluate("full", "--model", FULL)
     blank = evaluate("blank", "--model", FULL, "--images", "blank")
 
-    train("launch/cpu_qlora.yaml", FULL, ADAPTER, "num_train_epochs=0.25")
+    train("launch/cpu_qlora.yaml", FULL, ADAPTER, "max_steps=60")
     adapted = evaluate("qlora", "--model", FULL, "--adapter", ADAPTER)
     gemma_dist("merge", "--base", FULL, "--adapter", ADAPTER, "--out", MERGED, "--verify")
     merged = evaluate("merged", "--model", MERGED)

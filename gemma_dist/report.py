@@ -23,8 +23,7 @@ def start_logging() -> None:
     """Send the package's messages to stderr: informative ones from rank 0, warnings from every rank with its number."""
     handler = logging.StreamHandler(sys.stderr)
     prefix = f"[rank {world.rank()}] " if world.world_size() > 1 else ""
-    handler.setFormatter(logging.Formatter(f"{prefix}%(levelname)s: %(message)s"))
-    handler.addFilter(lambda record: setattr(record, "levelname", record.levelname.lower()) or True)
+    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if world.rank() == 0 else logging.WARNING)
     log.propagate = False

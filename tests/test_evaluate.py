@@ -1,0 +1,83 @@
+"""Evaluation: every decision point once, whatever the ranks, and a report that its samples bear out."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from corpus import row, write_rows
+from ranks import gemma_dist
+
+from gemma_dist.evaluate.read import read_output
+from gemma_dist.evaluate.score import counts, score_sample
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [row(number, num_calls=1 + number % 3) for number in range(7)]
+    rows[2]["messages"][1]["train"] = False  # shown, not asked for
+    return write_rows(tmp_path_factory.mktemp("evaluate") / "rows.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory, model: str, data: Path) -> Any:
+    """Evaluate on one process or two, with options; the output folder."""
+
+    def evaluate(launch: str | None = None, *options: object) -> Path:
+        out = tmp_path_factory.mktemp("out") / "report"
+        gemma_dist("evaluate", "--model", model, "--data", data, "--out", out, "--max-new-tokens", 6,
+                   "--per-device-eval-batch-size", 1, *options, launch=launch)  # fmt: skip
+        return out
+
+    return evaluate
+
+
+def _read(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    return json.loads((out / "report.json").read_text()), samples
+
+
+def test_two_ranks_equal_one(evaluated: Any) -> None:
+    alone, samples_alone = _read(evaluated())
+    together, samples_together = _read(evaluated("cpu_ddp"))
+    assert samples_alone == samples_together
+    assert alone.pop("world_size") == 1
+    assert together.pop("world_size") == 2
+    assert alone == together
+
+    # 7 runs of 1 to 3 calls and a final word each, less the one that is not trained
+    assert alone["num_decision_points"] == len(samples_alone) == sum(1 + number % 3 + 1 for number in range(7)) - 1
+    assert len({(sample["id"], sample["turn"]) for sample in samples_alone}) == len(samples_alone)
+
+
+def test_report_follows_from_the_samples(evaluated: Any, data: Path) -> None:
+    report, samples = _read(evaluated())
+    rows = {row["id"]: row for row in map(json.loads, data.read_text().splitlines())}
+    totals: Counter[str] = Counter()
+    for sample in samples:
+        reading = read_output(sample["output"], budget_spent=not sample["stopped"])
+        gold = sample["gold"]
+        totals.update(counts(score_sample(reading, gold["calls"], gold["content"], rows[sample["id"]]["tools"])))
+    for name, metric in report["metrics"].items():
+        if name != "trajectory_exact":
+            assert metric["numerator"] == totals[f"{name}.numerator"], name
+            assert metric["denominator"] == totals[f"{name}.denominator"], name
+
+
+def test_blank_pictures_change_what_the_model_sees_and_nothing_else(evaluated: Any) -> None:
+    _, real = _read(evaluated())
+    _, blank = _read(evaluated(None, "--images", "blank"))
+    for first, second in zip(real, blank, strict=True):
+        assert first["prompt_tokens"] == second["prompt_tokens"]
+        if not first["num_images"]:
+            assert first["output"] == second["output"]
+
+
+def test_limit_and_an_existing_report(evaluated: Any, model: str, data: Path) -> None:
+    out = evaluated(None, "--limit", 2)
+    report, samples = _read(out)
+    assert report["num_trajectories"] == 2
+    assert {sample["id"] for sample in samples} == {"row-0", "row-1"}
+    output = gemma_dist("evaluate", "--model", model, "--data", data, "--out", out, fails=True)
+    assert "exists already" in output

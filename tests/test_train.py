@@ -1,0 +1,162 @@
+"""Training: the launch configs learn the same, resume changes nothing, and what comes out loads elsewhere.
+
+Slow by nature: every run starts processes that load torch, and the first at ZeRO compiles an operator.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from corpus import row, write_rows
+from peft import PeftModel
+from ranks import gemma_dist
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from gemma_dist.errors import CheckpointError
+from gemma_dist.train.checkpoint import MARKER, find_checkpoint
+
+NUM_STEPS = 4
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="DeepSpeed compiles an operator for CPU processes with g++, which is absent"
+)
+# Rows of very different length, with and without images, in an epoch whose last batch is not full: 4 x 4 - 3 rows.
+SETTINGS = ["per_device_train_batch_size=2", "global_batch_size=4", f"max_steps={NUM_STEPS}", "save_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    rows = write_rows(folder / "rows.jsonl", [row(number, num_calls=1 + number % 3) for number in range(13)])
+    gemma_dist("shard", rows, "--model", model, "--out", folder / "shards")
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, model: str, shards: Path) -> Any:
+    """Train by a recipe under a launch config, once for each pair; the output folder."""
+    done: dict[tuple[str, str | None], Path] = {}
+
+    def train(recipe: str, launch: str | None = None) -> Path:
+        if (recipe, launch) not in done:
+            done[recipe, launch] = out = tmp_path_factory.mktemp("run") / "out"
+            gemma_dist("train", f"launch/{recipe}.yaml", *_paths(model, shards, out), *SETTINGS, launch=launch)
+        return done[recipe, launch]
+
+    return train
+
+
+def _paths(model: str, shards: Path, out: Path) -> list[str]:
+    return [f"model_name_or_path={model}", f"data.train={shards}", f"output_dir={out}"]
+
+
+def _curve(out: Path) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, NUM_STEPS + 1))
+    return [(row["loss"], row["grad_norm"]) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "launch", "tolerance"),
+    [
+        ("cpu_full", "cpu_ddp", 1e-5),
+        pytest.param("cpu_full", "cpu_zero2", 1e-5, marks=needs_compiler),
+        pytest.param("cpu_full", "cpu_zero3", 1e-4, marks=needs_compiler),
+        ("cpu_lora", "cpu_ddp", 1e-5),
+        pytest.param("cpu_lora", "cpu_zero3", 1e-2, marks=needs_compiler),
+        ("cpu_qlora", "cpu_ddp", 1e-5),
+    ],
+)
+def test_every_launch_config_learns_the_same(run: Any, recipe: str, launch: str, tolerance: float) -> None:
+    for alone, together in zip(_curve(run(recipe)), _curve(run(recipe, launch)), strict=True):
+        assert together == pytest.approx(alone, rel=tolerance)
+
+
+def test_loss_is_a_sum_over_the_target_tokens_of_the_global_batch(run: Any, model: str, shards: Path) -> None:
+    """Step 1 against transformers' own loss of each row, weighted by its target tokens."""
+    from gemma_dist.data.batch import Sample, collate, control_ids
+    from gemma_dist.data.encode import load_encoder
+    from gemma_dist.data.order import global_batch
+    from gemma_dist.data.shards import open_shards
+
+    encoder, corpus = load_encoder(model, chat_template=None, enable_thinking=False), open_shards(shards)
+    base = AutoModelForImageTextToText.from_pretrained(model).eval()
+    total, num_targets = 0.0, 0
+    for index in global_batch(0, len(corpus), 4, 42):
+        trajectory = corpus.read(index)
+        encoded = encoder.encode(trajectory)
+        pixels = encoder.pixels(trajectory.images) if trajectory.images else {}
+        batch = collate([Sample(trajectory.id, encoded, pixels)], control_ids(encoder.processor))
+        with torch.no_grad():
+            total += base(**batch).loss.item() * encoded.num_target_tokens
+        num_targets += encoded.num_target_tokens
+    assert _curve(run("cpu_full"))[0][0] == pytest.approx(total / num_targets, rel=1e-5)
+
+
+@pytest.mark.parametrize("launch", [None, pytest.param("cpu_zero2", marks=needs_compiler)])
+def test_resumed_equals_uninterrupted(run: Any, launch: str | None, model: str, shards: Path, tmp_path: Path) -> None:
+    whole = run("cpu_full", launch)
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / f"checkpoint-{NUM_STEPS}")
+    (out / "checkpoint-3").mkdir()  # a save that was cut off: no marker, so it does not count
+    paths = _paths(model, shards, out)
+    output = gemma_dist("train", "launch/cpu_full.yaml", *paths, *SETTINGS, launch=launch)
+    assert "steps 2 to 4" in output
+    assert _curve(out) == _curve(whole)
+    resumed, uninterrupted = load_file(out / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert all(torch.equal(resumed[name], weight) for name, weight in uninterrupted.items())
+
+
+def test_a_checkpoint_of_another_run_is_refused(run: Any, model: str, shards: Path) -> None:
+    paths = _paths(model, shards, run("cpu_full"))
+    output = gemma_dist("train", "launch/cpu_full.yaml", *paths, *SETTINGS, "seed=7", fails=True)
+    assert "seed was 42 and is now 7" in output
+    assert "Traceback" not in output
+
+
+def test_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path, "auto", {}) == (None, 0)
+    for step in (20, 100, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / MARKER).write_text(json.dumps({"step": step, "state": {"seed": 1}}))
+    (tmp_path / "checkpoint-200").mkdir()
+    assert find_checkpoint(tmp_path, "auto", {"seed": 1}) == (tmp_path / "checkpoint-100", 100)
+    assert find_checkpoint(tmp_path, "never", {"seed": 1}) == (None, 0)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        find_checkpoint(tmp_path, str(tmp_path / "checkpoint-200"), {"seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "launch"),
+    [("cpu_lora", None), pytest.param("cpu_lora", "cpu_zero3", marks=needs_compiler), ("cpu_qlora", None)],
+)
+def test_adapter_loads_with_plain_peft_and_is_trained(run: Any, model: str, recipe: str, launch: str | None) -> None:
+    out = run(recipe, launch)
+    saved = load_file(out / "adapter_model.safetensors")
+    factors = [name for name in saved if ".lora_B." in name]
+    assert factors
+    assert all(".language_model." in name for name in factors)
+    assert all(saved[name].abs().sum() > 0 for name in factors)
+    adapted = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(model), str(out))
+    loaded = {name.replace(".default", ""): value for name, value in adapted.state_dict().items() if ".lora_" in name}
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[name], saved[name].to(loaded[name].dtype)) for name in saved)
+    record = json.loads((out / "gemma_dist.json").read_text())
+    assert bool(record["quantization"]) == (recipe == "cpu_qlora")
+
+
+def test_nothing_is_left_behind_and_no_pickle_in_the_result(run: Any) -> None:
+    names = {path.name for path in run("cpu_full", "cpu_ddp").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "gemma_dist.json"} <= names
+    assert not [name for name in names if name.startswith(".") or name.endswith((".bin", ".pt", ".pth", ".py"))]
+
+
+def test_tensorboard_on_request(model: str, shards: Path, tmp_path: Path) -> None:
+    more = ["max_steps=1", "report_to=tensorboard"]
+    gemma_dist("train", "launch/cpu_full.yaml", *_paths(model, shards, tmp_path / "out"), *SETTINGS[:2], *more)
+    assert list((tmp_path / "out").rglob("events.out.tfevents.*"))
