@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from gemma_dist.data.images import image_size
 from gemma_dist.data.trajectory import CONTROL_TOKENS, Trajectory, decode_image, parse_row, read_rows
 from gemma_dist.errors import DataError
 
@@ -915,3 +916,13 @@ def test_pictures_are_found_beside_the_file_that_names_them(tmp_path: Path) -> N
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     ((where, raw),) = read_rows([tmp_path / "rows.jsonl"])
     assert parse_row(raw, where=where, media_root=None, **SETTINGS).images == [png()]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_of_a_picture_is_that_of_its_pixels(orientation: int) -> None:
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (5, 2)).save(file, "JPEG", exif=exif)
+    picture = decode_image(file.getvalue())
+    assert image_size(file.getvalue()) == (picture.height, picture.width)

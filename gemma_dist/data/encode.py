@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_dist.data.trajectory import Trajectory, decode_image
+from gemma_dist.data.images import decode_image, image_size
+from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ class Encoder:
         """Soft tokens of each picture: the processor's own arithmetic, from the sizes alone."""
         if not images:
             return []
-        sizes = [(picture.height, picture.width) for picture in map(decode_image, images)]
+        sizes = [image_size(data) for data in images]
         try:
             return self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
         except ValueError as error:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from gemma_dist.data.strict import short
 from gemma_dist.errors import DataError
@@ -39,6 +39,14 @@ def decode_image(data: bytes) -> Image.Image:
         raise DataError(
             f"the picture ({len(data)} bytes) does not decode: {_reason(error)}; replace the file"
         ) from None
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Height and width in pixels of the picture that `decode_image` makes, from the file's header alone."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        width, height = opened.size
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter, mirrored or not
+    return (width, height) if turned else (height, width)
 
 
 def check_image(data: bytes, max_image_pixels: int) -> None:

@@ -28,7 +28,7 @@ from gemma_dist.evaluate.generate import Answer, answer
 from gemma_dist.evaluate.read import read_output, reading_to_json
 from gemma_dist.evaluate.score import METRICS, call_decision, counts, metrics, score_sample, trajectory_counts
 from gemma_dist.model.load import load_for_evaluation
-from gemma_dist.report import JsonlWriter, log, progress, start_logging, write_json
+from gemma_dist.report import JsonlWriter, log, progress, write_json
 
 SAMPLES = "samples.jsonl"
 REPORT = "report.json"
@@ -44,7 +44,6 @@ def evaluate(
         DataError, CheckpointError: the data or the model cannot be used.
         ConfigError: `out` holds a report already.
     """
-    start_logging()
     if (out / REPORT).exists():
         raise ConfigError(f"{out / REPORT} exists already; name another --out or remove it")
     world.connect()

@@ -18,7 +18,7 @@ from gemma_dist.data.loader import TrajectoryLoader
 from gemma_dist.data.order import steps_per_epoch
 from gemma_dist.data.shards import open_shards
 from gemma_dist.model.load import ADAPTER_RECORD, add_adapter, load_model
-from gemma_dist.report import RunLog, log, start_logging
+from gemma_dist.report import RunLog, log
 from gemma_dist.train.checkpoint import find_checkpoint
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 
@@ -41,7 +41,6 @@ def train(config: RunConfig) -> None:
     Raises:
         ConfigError, DataError, CheckpointError: before any weight is read, where the run could not work.
     """
-    start_logging()
     plan = batch_plan(config, world.world_size())
     shards = open_shards(*map(Path, config.data.train))
     num_steps = config.train.max_steps
