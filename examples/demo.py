@@ -19,7 +19,7 @@ from analyst import write_trajectories
 for name, value in {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}.items():
     os.environ.setdefault(name, value)
 # Two CPU processes even where there is a GPU: the point is the walk, not the speed.
-os.environ |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 NUM_TRAIN, NUM_HELD_OUT = 4200, 160
 RUN = Path("runs/demo")

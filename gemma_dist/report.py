@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ def start_logging() -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if world.rank() == 0 else logging.WARNING)
     log.propagate = False
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about their own next release
 
 
 def progress(items: Iterable[T], *, total: int | None, desc: str, unit: str) -> Iterator[T]:

@@ -10,9 +10,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "ACCELERATE_USE_CPU": "true",
+    "CUDA_VISIBLE_DEVICES": "",  # the CPU, even where there is a GPU
     "DS_ACCELERATOR": "cpu",
-    "CUDA_VISIBLE_DEVICES": "",
 }
 
 

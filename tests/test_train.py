@@ -69,11 +69,15 @@ def _curve(out: Path) -> list[tuple[float, float]]:
         ("cpu_lora", "cpu_ddp", 1e-5),
         pytest.param("cpu_lora", "cpu_zero3", 1e-2, marks=needs_compiler),
         ("cpu_qlora", "cpu_ddp", 1e-5),
+        pytest.param("cpu_qlora", "cpu_zero2", 1e-5, marks=needs_compiler),
+        pytest.param("cpu_qlora", "cpu_zero3", 1e-2, marks=needs_compiler),
     ],
 )
 def test_every_launch_config_learns_the_same(run: Any, recipe: str, launch: str, tolerance: float) -> None:
     for alone, together in zip(_curve(run(recipe)), _curve(run(recipe, launch)), strict=True):
         assert together == pytest.approx(alone, rel=tolerance)
+    by_deepspeed = list((run(recipe, launch) / f"checkpoint-{NUM_STEPS}").glob("global_step*"))
+    assert bool(by_deepspeed) == ("zero" in launch)
 
 
 def test_loss_is_a_sum_over_the_target_tokens_of_the_global_batch(run: Any, model: str, shards: Path) -> None:
@@ -117,6 +121,14 @@ def test_a_checkpoint_of_another_run_is_refused(run: Any, model: str, shards: Pa
     output = gemma_dist("train", "launch/cpu_full.yaml", *paths, *SETTINGS, "seed=7", fails=True)
     assert "seed was 42 and is now 7" in output
     assert "Traceback" not in output
+
+
+def test_a_launch_that_would_lose_deepspeed_is_refused(
+    model: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    words = ["launch/cpu_full.yaml", *_paths(model, shards, tmp_path / "out"), *SETTINGS]
+    assert "ignores its DeepSpeed config" in gemma_dist("train", *words, launch="cpu_zero2", fails=True)
 
 
 def test_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:

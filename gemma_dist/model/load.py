@@ -5,7 +5,6 @@ were held in 4 bits and how. Evaluation loads the base again just so, and mergin
 """
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,8 @@ PARTS = {
 
 
 def use_cpu() -> bool:
-    """Whether the run computes on the CPU: there is no GPU, or the accelerate config says so."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
+    """Whether the run computes on the CPU: where there is no GPU, or CUDA_VISIBLE_DEVICES= hides it."""
+    return not torch.cuda.is_available()
 
 
 def device() -> torch.device:
@@ -52,8 +51,11 @@ def load_model(settings: ModelConfig, quantization: QuantizationConfig | None) -
         "attn_implementation": settings.attn_implementation,
     }
     if quantization is not None:
+        from transformers.integrations import is_deepspeed_zero3_enabled
+
         arguments["quantization_config"] = _bnb_config(quantization.model_dump())
-        arguments["device_map"] = {"": device()}
+        if not is_deepspeed_zero3_enabled():  # which places the weights itself
+            arguments["device_map"] = {"": device()}
     return _from_pretrained(settings.model_name_or_path, **arguments)
 
 

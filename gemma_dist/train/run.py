@@ -7,6 +7,7 @@ OUT/gemma_dist.json          base, quantisation, data: written last, so it marks
 """
 
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from gemma_dist.data.encode import load_encoder
 from gemma_dist.data.loader import TrajectoryLoader
 from gemma_dist.data.order import steps_per_epoch
 from gemma_dist.data.shards import open_shards
+from gemma_dist.errors import ConfigError
 from gemma_dist.model.load import ADAPTER_RECORD, add_adapter, load_model
 from gemma_dist.report import RunLog, log
 from gemma_dist.train.checkpoint import find_checkpoint
@@ -41,6 +43,7 @@ def train(config: RunConfig) -> None:
     Raises:
         ConfigError, DataError, CheckpointError: before any weight is read, where the run could not work.
     """
+    _check_launch()
     plan = batch_plan(config, world.world_size())
     shards = open_shards(*map(Path, config.data.train))
     num_steps = config.train.max_steps
@@ -72,6 +75,15 @@ def train(config: RunConfig) -> None:
     if world.rank() == 0:
         _publish(config.train.output_dir / f"checkpoint-{num_steps}", config.train.output_dir)
     world.barrier()
+
+
+def _check_launch() -> None:
+    """accelerate drops DeepSpeed without a word where ACCELERATE_USE_CPU is set: the ranks would each train alone."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and "ACCELERATE_USE_CPU" in os.environ:
+        raise ConfigError(
+            "ACCELERATE_USE_CPU is set, with which accelerate ignores its DeepSpeed config; unset it (to compute on "
+            "the CPU where there are GPUs, set DS_ACCELERATOR=cpu and CUDA_VISIBLE_DEVICES= instead)"
+        )
 
 
 def _model(config: RunConfig, arguments: Any) -> Any:
