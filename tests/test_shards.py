@@ -294,3 +294,13 @@ def test_several_folders_are_one_corpus_if_they_were_encoded_alike(tmp_path: Pat
     assert len({both.manifest_hash, open_shards(b, a).manifest_hash, open_shards(a).manifest_hash}) == 3
     with pytest.raises(DataError, match="different tokenizers, chat templates"):
         open_shards(a, c)
+
+
+def test_reasoning_that_the_template_drops_is_counted(tmp_path: Path, model: str) -> None:
+    rows = [row(number) for number in range(3)]
+    rows[1]["messages"][-1]["reasoning_content"] = "It is done."
+    rows[2]["messages"][-1]["reasoning_content"] = "It is done."
+    rows[2]["messages"] += [{"role": "user", "content": "Thanks."}, {"role": "assistant", "content": "Gladly."}]
+    report = shard_rows(tmp_path, model, rows)
+    assert report.num_dropped_reasoning == 1  # of the turn before the last question
+    assert "1 messages lose their reasoning" in report.summary()

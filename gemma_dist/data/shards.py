@@ -77,6 +77,7 @@ class ShardReport:
     num_image_tokens: int = 0
     num_images: int = 0
     num_target_tokens: int = 0
+    num_dropped_reasoning: int = 0  # assistant messages whose reasoning the chat template leaves out
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,6 +94,11 @@ class ShardReport:
             lines.append(
                 f"{self.num_dropped:,} rows were dropped and {self.num_cut:,} cut for their length: "
                 f"{Path(self.out) / TOO_LONG}"
+            )
+        if self.num_dropped_reasoning:
+            lines.append(
+                f"{self.num_dropped_reasoning:,} messages lose their reasoning, since the chat template renders it after "
+                "the last user turn only: to train on it, make one row for each user turn"
             )
         return "\n".join(lines)
 
@@ -157,6 +163,7 @@ def _write(inputs: list[Path], out: Path, encoder: Encoder, settings: DataConfig
             report.num_dropped += num_kept == 0
         if fitting and (skip_invalid or not first_errors):
             writer.add(*fitting)
+            report.num_dropped_reasoning += fitting[1].num_dropped_reasoning
     rejected.close()
     if first_errors and not skip_invalid:
         raise DataError(
