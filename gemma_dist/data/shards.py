@@ -97,8 +97,8 @@ class ShardReport:
             )
         if self.num_dropped_reasoning:
             lines.append(
-                f"{self.num_dropped_reasoning:,} messages lose their reasoning, since the chat template renders it after "
-                "the last user turn only: to train on it, make one row for each user turn"
+                f"{self.num_dropped_reasoning:,} messages lose their reasoning, since the chat template renders it "
+                "after the last user turn only: to train on it, make one row for each user turn"
             )
         return "\n".join(lines)
 
