@@ -50,14 +50,20 @@ def evaluate(
     folder = str(adapter) if adapter and (adapter / "processor_config.json").is_file() else model
     encoder = load_encoder(folder, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
     mine, num_trajectories = _my_points(data, limit, encoder, settings)
+    if num_trajectories == 0:
+        raise DataError(f"{data} holds no trajectories, so there is nothing to evaluate")
     loaded = load_for_evaluation(model, adapter)
 
-    out.mkdir(parents=True, exist_ok=True)
-    samples = list(_answered(loaded, encoder, mine, settings))
-    part = out / f".samples-{world.rank()}.jsonl"
-    writer = JsonlWriter(part, append=False)
-    for sample in samples:
+    if world.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        for left_over in out.glob(".samples-*.jsonl"):
+            left_over.unlink()
+    world.barrier()
+    samples = []
+    writer = JsonlWriter(out / f".samples-{world.rank()}.jsonl", append=False)
+    for sample in _answered(loaded, encoder, mine, settings):
         writer.write(sample)
+        samples.append(sample)
     writer.close()
 
     totals = {name: world.sum_counts(count) for name, count in _counts(samples).items()}
