@@ -24,7 +24,7 @@ def test_raw_rows_and_shards_show_what_the_encoder_gives(tmp_path: Path, model: 
         raw = inspect_row(tmp_path / "rows.jsonl", model, number, DataConfig())
         assert raw == inspect_row(tmp_path / "shards", model, number, DataConfig())
         shown = json.loads(json.dumps(raw.to_json()))
-        assert (shown["id"], shown["input_ids"], shown["labels"]) == (
+        assert (shown["id"], shown["ids"], shown["labels"]) == (
             f"row-{number}",
             encoded.input_ids,
             encoded.labels,
@@ -43,7 +43,7 @@ def test_the_picture_of_a_row_marks_what_is_trained_and_shortens_images(tmp_path
         "Here is chart 3: étude ✓.<turn|>",
     ]
     assert f"<|image><|image|> x {inspection.num_image_tokens}<image|>" in plain
-    assert plain.startswith(f"row-3: {len(inspection.input_ids)} tokens")
+    assert plain.startswith(f"row-3: {len(inspection.ids)} tokens")
     assert "\x1b" not in plain
     assert re.sub(r"\x1b\[\d+m", "", colored) == plain
     assert "\x1b[32m⟦Here is chart 3" in colored
@@ -70,9 +70,9 @@ def test_a_too_long_row_is_shown_as_the_shards_would_hold_it(tmp_path: Path, mod
     long = row(1, num_calls=5)
     data = write_rows(tmp_path / "rows.jsonl", [long])
     whole = inspect_row(data, model, 0, DataConfig())
-    limit = len(whole.input_ids) - 1
+    limit = len(whole.ids) - 1
     cut = inspect_row(data, model, 0, DataConfig(max_length=limit, too_long="cut_turns"))
-    assert cut.input_ids == whole.input_ids[: len(cut.input_ids)]
+    assert cut.ids == whole.ids[: len(cut.ids)]
     for too_long in ("drop", "error"):
         with pytest.raises(DataError, match=f"max_length is {limit}"):
             inspect_row(data, model, 0, DataConfig(max_length=limit, too_long=too_long))

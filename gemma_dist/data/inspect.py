@@ -23,7 +23,7 @@ class Inspection:
     """Ids, labels (-100: not trained) and texts of the tokens of one row."""
 
     id: str
-    input_ids: list[int]
+    ids: list[int]
     labels: list[int]
     tokens: list[str]  # each id decoded alone; a character that is spread over several tokens reads U+FFFD in each
     runs: list[tuple[bool, str]]  # the text cut where training begins and ends: (trained, text)
@@ -38,7 +38,7 @@ class Inspection:
     def render(self, color: bool) -> str:
         """The row as text under a line of counts. Trained text stands in ⟦ ⟧, and is green with `color`; the soft
         tokens of an image are counted: `<|image|> x 256`."""
-        num_tokens = len(self.input_ids)
+        num_tokens = len(self.ids)
         header = (
             f"{self.id}: {num_tokens:,} tokens = {self.num_text_tokens:,} text + {self.num_image_tokens:,} image "
             f"({self.num_images} images); {self.num_target_tokens:,} trained"
@@ -81,7 +81,7 @@ def inspect_row(data: Path, model: str, row: int, settings: DataConfig) -> Inspe
     ]
     return Inspection(
         id=trajectory.id,
-        input_ids=ids,
+        ids=ids,
         labels=labels,
         tokens=[decode([token]) for token in ids],
         runs=runs,
