@@ -123,6 +123,14 @@ def test_a_checkpoint_of_another_run_is_refused(run: Any, model: str, shards: Pa
     assert "Traceback" not in output
 
 
+def test_a_finished_run_is_not_trained_again(run: Any, model: str, shards: Path) -> None:
+    out = run("cpu_full")
+    before = (out / "metrics.jsonl").read_bytes(), (out / "model.safetensors").read_bytes()
+    output = gemma_dist("train", "launch/cpu_full.yaml", *_paths(model, shards, out), *SETTINGS)
+    assert "nothing is left to train" in output
+    assert ((out / "metrics.jsonl").read_bytes(), (out / "model.safetensors").read_bytes()) == before
+
+
 def test_a_launch_that_would_lose_deepspeed_is_refused(
     model: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

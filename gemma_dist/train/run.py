@@ -62,7 +62,7 @@ def train(config: RunConfig) -> None:
         enable_thinking=config.data.enable_thinking,
     )
     seed, rank = config.train.seed, world.rank()
-    loader = TrajectoryLoader(shards, encoder, rank, plan, seed, start_step, num_steps - start_step)
+    loader = TrajectoryLoader(shards, encoder, rank, plan, seed, start_step, max(0, num_steps - start_step))
     log.info("%d trajectories, %s, steps %d to %d", len(shards), plan, start_step, num_steps)
 
     if start_step < num_steps:
@@ -72,9 +72,14 @@ def train(config: RunConfig) -> None:
         trainer = ToolCallTrainer(config, arguments, model, loader, state, run_log)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         run_log.close()
-    if world.rank() == 0:
-        _publish(config.train.output_dir / f"checkpoint-{num_steps}", config.train.output_dir)
-    world.barrier()
+        checkpoint = config.train.output_dir / f"checkpoint-{num_steps}"
+    else:
+        log.info(
+            "%s is the end of this run: nothing is left to train. For another run set train.output_dir", checkpoint
+        )
+    if rank == 0:
+        _publish(checkpoint, config.train.output_dir)
+    world.disconnect()
 
 
 def _check_launch() -> None:
@@ -98,8 +103,9 @@ def _model(config: RunConfig, arguments: Any) -> Any:
     return model
 
 
-def _publish(checkpoint: Path, output_dir: Path) -> None:
+def _publish(checkpoint: Path | None, output_dir: Path) -> None:
     """Copy the result of the last checkpoint to `output_dir`, each file whole or absent, the record last."""
+    assert checkpoint is not None, "a run of no steps"
     result = [
         path
         for path in checkpoint.iterdir()
