@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "launch").glob("*.yaml"))
 ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 WORLD_SIZES = {  # the numbers of ranks that each recipe's comments promise
-    "cpu_full": [1, 2, 4],
+    "cpu_full": [1, 2],
     "cpu_lora": [1, 2, 4],
-    "cpu_qlora": [1, 2, 4],
+    "cpu_qlora": [1, 2],
     "e4b_qlora_16gb": [1, 4],
     "e4b_lora_zero2": [4, 8],
     "31b_lora_zero3": [8, 16],
