@@ -63,7 +63,7 @@ def check_image(data: bytes, max_image_pixels: int) -> None:
     if width * height > max_image_pixels:
         raise DataError(
             f"the picture has {width} x {height} = {width * height:,} pixels, the limit is {max_image_pixels:,}; "
-            "scale it down or raise data.max_image_pixels"
+            "scale it down or raise --max-image-pixels"
         )
     decode_image(data)
 
@@ -107,11 +107,11 @@ def _from_path(text: str, media_root: Path) -> bytes:
         path = (root / text).resolve()  # follows symbolic links, so that they cannot lead out of the root either
         if not path.is_relative_to(root):
             raise DataError(
-                f"the image {short(text)} lies outside the media root {root}; move it there or set data.media_root"
+                f"the image {short(text)} lies outside the media root {root}; move it there or name another with --media-root"
             )
         if not path.is_file():
             raise DataError(
-                f"the image {short(text)} is no file in the media root {root}; add it or set data.media_root"
+                f"the image {short(text)} is no file in the media root {root}; add it or name another with --media-root"
             )
         return path.read_bytes()
     except DataError:

@@ -168,7 +168,7 @@ def _clean_text(text: str, neutralise: bool) -> str:
     around = text[max(0, found.start() - 20) : found.end() + 20]
     raise DataError(
         f"the control token {found[0]} stands in {short(around)}; the model would read it as structure: "
-        "remove it or set data.control_tokens=neutralise"
+        "remove it or pass --control-tokens neutralise"
     )
 
 
