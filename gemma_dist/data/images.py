@@ -107,7 +107,8 @@ def _from_path(text: str, media_root: Path) -> bytes:
         path = (root / text).resolve()  # follows symbolic links, so that they cannot lead out of the root either
         if not path.is_relative_to(root):
             raise DataError(
-                f"the image {short(text)} lies outside the media root {root}; move it there or name another with --media-root"
+                f"the image {short(text)} lies outside the media root {root}; move it there or name another with "
+                "--media-root"
             )
         if not path.is_file():
             raise DataError(
