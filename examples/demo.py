@@ -52,8 +52,8 @@ def main() -> None:
         {
             "random weights": before,
             "full fine-tuning": after,
-            "    its pictures blanked": blank,
-            "+ QLoRA adapter (NF4)": adapted,
+            "    pictures blanked": blank,
+            "+ QLoRA (NF4)": adapted,
             "merged": merged,
         }
     )
@@ -120,11 +120,11 @@ def print_table(reports: dict[str, dict[str, Any]]) -> None:
         "answers": lambda report: report["metrics"]["answer_exact"],
         "answers from pictures": from_pictures,
     }
-    print(f"\n{'':<26}" + "".join(f"{name:>24}" for name in columns))
+    print(f"\n{'':<21}" + "".join(f"{name:>22}" for name in columns))
     for name, report in reports.items():
         cells = [column(report) for column in columns.values()]
         shares = [f"{cell['value']:.1%} ({cell['numerator']} of {cell['denominator']})" for cell in cells]
-        print(f"{name:<26}" + "".join(f"{share:>24}" for share in shares))
+        print(f"{name:<21}" + "".join(f"{share:>22}" for share in shares))
 
 
 def from_pictures(report: dict[str, Any]) -> dict[str, Any]:
