@@ -263,7 +263,7 @@ class EvaluateConfig(Section):
     max_new_tokens: int = Field(1024, gt=0, description="Longest answer, in tokens, before it counts as cut off.")
     per_device_eval_batch_size: int = Field(8, gt=0, description="Prompts that one rank answers at once.")
     images: Literal["as_is", "blank"] = Field(
-        "as_is", description="blank: grey pictures instead, to see which answers need the real ones."
+        "as_is", description="blank: empty white pictures instead, to see which answers need the real ones."
     )
     chat_template: str | None = Field(
         None, description="A Jinja file, or the name of a template revision; absent: the adapter's or model's own."

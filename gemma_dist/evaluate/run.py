@@ -182,10 +182,10 @@ def _join_samples(out: Path, num_points: int) -> None:
 
 
 def _blank(image: bytes) -> bytes:
-    """A grey picture of the same size: what is left to a model that does not look."""
+    """An empty white page of the same size: what is left to a model that does not look."""
     picture = decode_image(image)
     buffer = io.BytesIO()
-    Image.new("RGB", picture.size, (128, 128, 128)).save(buffer, format="PNG")
+    Image.new("RGB", picture.size, "white").save(buffer, format="PNG")
     return buffer.getvalue()
 
 
