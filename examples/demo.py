@@ -16,7 +16,7 @@ from typing import Any
 
 from analyst import write_trajectories
 
-for name, value in {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}.items():
+for name, value in {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
     os.environ.setdefault(name, value)
 # Two CPU processes even where there is a GPU: the point is the walk, not the speed.
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -109,7 +109,7 @@ def train(recipe: str, model: Path, out: Path, *overrides: str) -> None:
              recipe, f"model_name_or_path={model}", f"data.train={TRAIN}", f"output_dir={out}", *overrides]  # fmt: skip
     say(shlex.join(words))
     command = [sys.executable, "-m", "accelerate.commands.launch", *words[2:4], "--main_process_port", "0", *words[4:]]
-    if code := subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
+    if code := subprocess.run(command).returncode:
         sys.exit(code)
 
 
