@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 help: ## show this list
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
-.venv: $(INSTALLED) ## make the virtual environment (about 2 minutes, 6 GB)
+.venv: $(INSTALLED) ## make the virtual environment (2 to 4 minutes, 6 GB)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; install it, or name one: make PYTHON=/path/to/python3"; exit 2; }
@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	.venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: .venv ## the whole job on a tiny Gemma 4: shard, train, evaluate, merge (about 12 minutes on 2 cores)
+demo: .venv ## the whole job on a tiny Gemma 4: shard, train, evaluate, merge (about ten minutes on 2 cores)
 	python examples/demo.py
 
 test: .venv ## the tests; one of them: make test ARGS="-k config"

@@ -116,7 +116,7 @@ def train(recipe: str, model: Path, out: Path, *overrides: str) -> None:
 def print_table(reports: dict[str, dict[str, Any]]) -> None:
     columns = {
         "calls exact": lambda report: report["metrics"]["call_exact"],
-        "runs exact": lambda report: report["metrics"]["trajectory_exact"],
+        "runs' calls exact": lambda report: report["metrics"]["trajectory_exact"],
         "answers": lambda report: report["metrics"]["answer_exact"],
         "answers from pictures": from_pictures,
     }

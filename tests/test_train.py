@@ -123,6 +123,13 @@ def test_a_checkpoint_of_another_run_is_refused(run: Any, model: str, shards: Pa
     assert "Traceback" not in output
 
 
+def test_an_adapter_of_another_shape_is_not_resumed(run: Any, model: str, shards: Path) -> None:
+    paths = _paths(model, shards, run("cpu_lora"))
+    output = gemma_dist("train", "launch/cpu_lora.yaml", *paths, *SETTINGS, "lora.r=4", fails=True)
+    assert "lora was {'r': 8" in output
+    assert "Traceback" not in output
+
+
 def test_a_finished_run_is_not_trained_again(run: Any, model: str, shards: Path) -> None:
     out = run("cpu_full")
     before = (out / "metrics.jsonl").read_bytes(), (out / "model.safetensors").read_bytes()

@@ -251,6 +251,8 @@ def load_encoder(model: str, *, chat_template: str | None, enable_thinking: bool
     try:
         processor = AutoProcessor.from_pretrained(model)
     except (OSError, ValueError) as error:
+        if not Path(model).exists():
+            raise CheckpointError(f"{model!r} is neither a folder nor a model that the hub gives: {error}") from error
         raise CheckpointError(f"no processor can be loaded from {model!r}: {error}") from error
     if not isinstance(processor, Gemma4Processor):
         raise CheckpointError(f"{model!r} holds a {type(processor).__name__}, not a Gemma 4 processor")

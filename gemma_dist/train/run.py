@@ -54,6 +54,7 @@ def train(config: RunConfig) -> None:
         "seed": config.train.seed,
         "global_batch_size": plan.global_batch_size,
         "tuning": config.tuning,
+        "lora": config.lora.model_dump() if config.lora else None,
     }
     checkpoint, start_step = find_checkpoint(config.train.output_dir, config.train.resume_from_checkpoint, state)
     encoder = load_encoder(
