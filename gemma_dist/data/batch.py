@@ -1,9 +1,10 @@
 """Encoded trajectories -> the tensors of one micro-batch, as `Gemma4ForConditionalGeneration.forward` takes them.
 
-Rows are padded on the right. A micro-batch without an image gets a filler, so that every rank runs the vision tower in
-every forward pass: at ZeRO-3 the ranks' collectives would not match otherwise, and DDP would wait for gradients that
-never come. The filler is trained on nothing and nothing can see it: it stands behind the last token of a row, where
-causal attention never looks, and bidirectional image attention joins only tokens of one image.
+A row is a sample, or a pack of several, and is padded on the right. A micro-batch without an image gets a filler, so
+that every rank runs the vision tower in every forward pass: at ZeRO-3 the ranks' collectives would not match otherwise,
+and DDP would wait for gradients that never come. The filler is trained on nothing and nothing can see it: it stands
+behind the last token of a row, where causal attention never looks, and bidirectional image attention joins only tokens
+of one image.
 """
 
 from dataclasses import dataclass
@@ -52,26 +53,44 @@ def collate(samples: list[Sample], ids: ControlIds) -> dict[str, torch.Tensor]:
         (N, P, 768) float32 and `image_position_ids` (N, P, 2) int64, P the most patches of an image, where missing
         patches are 0 with position -1, as Gemma 4's image processor pads. The images stand in the order of the rows.
     """
-    rows = [
-        {
-            "input_ids": list(sample.encoded.input_ids),
-            "labels": list(sample.encoded.labels),
-            "attention_mask": [1] * len(sample.encoded.input_ids),
-            "mm_token_type_ids": list(sample.encoded.mm_token_type_ids),
-        }
-        for sample in samples
-    ]
-    images = [sample.pixels for sample in samples if sample.encoded.num_images]
+    batch = _collate([[sample] for sample in samples], ids)
+    del batch["position_ids"]  # counted from the left: what the model does by itself
+    return batch
+
+
+def collate_packs(packs: list[list[Sample]], ids: ControlIds) -> dict[str, torch.Tensor]:
+    """One micro-batch of B packs, each a row of documents, for a model that attends within documents.
+
+    The filler and a row's padding are documents too, trained on nothing; an empty pack is a row of just those.
+
+    Returns:
+        As `collate`, the images in the order of rows and documents, with `position_ids` (B, T) int64, which start at 0
+        in each document, in the place of `attention_mask`.
+    """
+    batch = _collate(packs, ids)
+    del batch["attention_mask"]
+    return batch
+
+
+def _collate(packs: list[list[Sample]], ids: ControlIds) -> dict[str, torch.Tensor]:
+    rows = []
+    for pack in packs or [[]]:
+        row = _empty_row()
+        for sample in pack:
+            # The label of a token is scored on the token before it, which here may be another document's.
+            assert sample.encoded.labels[0] == IGNORE_INDEX, f"{sample.id} trains its first token"
+            _append(row, sample.encoded.input_ids, sample.encoded.labels, sample.encoded.mm_token_type_ids)
+        rows.append(row)
+    images = [sample.pixels for pack in packs for sample in pack if sample.encoded.num_images]
     if not images:
-        rows = rows or [{"input_ids": [], "labels": [], "attention_mask": [], "mm_token_type_ids": []}]
-        _append_filler(min(rows, key=lambda row: len(row["input_ids"])), ids)
+        shortest = min(rows, key=lambda row: len(row["input_ids"]))
+        _append(shortest, [ids.begin_image, ids.image, ids.end_image], [IGNORE_INDEX] * 3, [0, 1, 0])
         images = [_filler_pixels()]
-    padding = {"input_ids": ids.pad, "labels": IGNORE_INDEX, "attention_mask": 0, "mm_token_type_ids": 0}
     length = max(len(row["input_ids"]) for row in rows)
-    batch = {
-        name: torch.tensor([row[name] + [value] * (length - len(row[name])) for row in rows])
-        for name, value in padding.items()
-    }
+    for row in rows:
+        missing = length - len(row["input_ids"])
+        _append(row, [ids.pad] * missing, [IGNORE_INDEX] * missing, [0] * missing, attended=0)
+    batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
     patches = max(part["pixel_values"].shape[1] for part in images)
     for name, value in (("pixel_values", 0), ("image_position_ids", -1)):
         padded = [pad(part[name], (0, 0, 0, patches - part[name].shape[1]), value=value) for part in images]
@@ -79,12 +98,20 @@ def collate(samples: list[Sample], ids: ControlIds) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _append_filler(row: dict[str, list[int]], ids: ControlIds) -> None:
-    """Put an image of one soft token behind the end of `row`: attended to like any other token, trained on nothing."""
-    row["input_ids"] += [ids.begin_image, ids.image, ids.end_image]
-    row["labels"] += [IGNORE_INDEX] * 3
-    row["attention_mask"] += [1] * 3
-    row["mm_token_type_ids"] += [0, 1, 0]
+def _empty_row() -> dict[str, list[int]]:
+    names = ("input_ids", "labels", "attention_mask", "position_ids", "mm_token_type_ids")
+    return {name: [] for name in names}
+
+
+def _append(
+    row: dict[str, list[int]], input_ids: list[int], labels: list[int], mm_token_type_ids: list[int], attended: int = 1
+) -> None:
+    """Put a document behind the end of `row`."""
+    row["input_ids"] += input_ids
+    row["labels"] += labels
+    row["attention_mask"] += [attended] * len(input_ids)
+    row["position_ids"] += range(len(input_ids))
+    row["mm_token_type_ids"] += mm_token_type_ids
 
 
 def _filler_pixels() -> dict[str, torch.Tensor]:

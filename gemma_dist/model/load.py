@@ -40,8 +40,11 @@ def device() -> torch.device:
     return torch.device("cpu") if use_cpu() else torch.device("cuda", world.local_rank())
 
 
-def load_model(settings: ModelConfig, quantization: QuantizationConfig | None) -> Any:
+def load_model(settings: ModelConfig, quantization: QuantizationConfig | None, *, packing: bool) -> Any:
     """The model of a recipe, in its number format, or in 4 bits with the rest in that format.
+
+    Args:
+        packing: whether its text layers are to attend within the documents of packs, and so take nothing else.
 
     Raises:
         CheckpointError: there is no Gemma 4 at that place.
@@ -56,7 +59,12 @@ def load_model(settings: ModelConfig, quantization: QuantizationConfig | None) -
         arguments["quantization_config"] = _bnb_config(quantization.model_dump())
         if not is_deepspeed_zero3_enabled():  # which places the weights itself
             arguments["device_map"] = {"": device()}
-    return _from_pretrained(settings.model_name_or_path, **arguments)
+    model = _from_pretrained(settings.model_name_or_path, **arguments)
+    if packing:
+        from gemma_dist.model.attention import attend_within_documents
+
+        attend_within_documents(model)
+    return model
 
 
 def load_for_evaluation(model: str, adapter: Path | None) -> Any:

@@ -97,7 +97,7 @@ def _model(config: RunConfig, arguments: Any) -> Any:
     from transformers import set_seed
 
     set_seed(config.train.seed)
-    model = load_model(config.model, config.quantization)
+    model = load_model(config.model, config.quantization, packing=False)
     if config.lora is not None:
         zero3 = arguments.deepspeed_plugin is not None and arguments.deepspeed_plugin.zero_stage == 3
         model = add_adapter(model, config.lora, zero3=zero3)
