@@ -3,14 +3,10 @@
 The resolved settings, the batch arithmetic, how much data there is and how many steps that makes, and what trains.
 """
 
-import math
-from pathlib import Path
-
 import yaml
 
 from gemma_dist.config import BatchPlan, RunConfig, batch_plan
-from gemma_dist.data.order import steps_per_epoch
-from gemma_dist.data.shards import open_shards
+from gemma_dist.data.schedule import open_schedule, read_quarantine
 from gemma_dist.model.load import describe_training
 
 
@@ -29,14 +25,13 @@ def describe_run(config: RunConfig, world_size: int) -> str:
 
 def _data_lines(config: RunConfig, plan: BatchPlan) -> list[str]:
     """Totals of the shards from their manifest, and the length of the run."""
-    shards = open_shards(*map(Path, config.data.train))
-    per_epoch = steps_per_epoch(len(shards), plan.global_batch_size)
-    num_steps = config.train.max_steps
-    if num_steps < 0:
-        num_steps = math.ceil(config.train.num_train_epochs * per_epoch)
+    schedule = open_schedule(config, plan)
+    shards = schedule.shards
+    read_quarantine(config.data.quarantine, shards)
+    packs = f"; packs of at most {schedule.packing_length:,} tokens" if schedule.packing else ""
     return [
-        f"{', '.join(config.data.train)}: {len(shards):,} trajectories, {shards.num_text_tokens.sum():,} text tokens, "
+        f"{', '.join(shards.folders)}: {len(shards):,} trajectories, {shards.num_text_tokens.sum():,} text tokens, "
         f"{shards.num_image_tokens.sum():,} image tokens in {shards.num_images.sum():,} images; "
         f"{shards.num_target_tokens.sum():,} tokens are trained",
-        f"{num_steps:,} optimiser steps, {per_epoch:,} to an epoch",
+        f"{schedule.num_steps(config.train):,} optimiser steps, {schedule.steps_per_epoch:,} to an epoch{packs}",
     ]

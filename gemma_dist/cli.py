@@ -46,7 +46,7 @@ def _options_of(section: str) -> list[click.Parameter]:
 
     options: list[click.Parameter] = []
     for name, field in getattr(config, section).model_fields.items():
-        if name == "train":  # the shards of a recipe: the verbs take their data as an argument
+        if name in config.TRAINING_ONLY:  # of a recipe: the verbs take their data as an argument
             continue
         kind = field.annotation
         if get_origin(kind) is types.UnionType:
@@ -94,7 +94,7 @@ def shard(inputs: tuple[Path, ...], out: Path, model: str, skip_invalid: bool, a
     INPUT is JSONL, parquet or a datasets folder; OUT gets parquet files and a manifest.
     """
     from gemma_dist.config import DataConfig, load_section
-    from gemma_dist.data.shards import run_shard
+    from gemma_dist.data.sharding import run_shard
 
     report = run_shard(list(inputs), out, model, load_section(DataConfig, settings), skip_invalid)
     click.echo(json.dumps(report.to_json()) if as_json else report.summary())
@@ -142,9 +142,46 @@ def check(config: Path, overrides: tuple[str, ...], world_size: int | None) -> N
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("data")
 @click.argument("config", type=NEW)
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1, type=click.UNPROCESSED)
-def train(config: Path, overrides: tuple[str, ...]) -> None:
+@click.option("--step", required=True, type=click.IntRange(min=0), help="First optimiser step, from 0.")
+@click.option("--num-steps", type=click.IntRange(min=1), default=1, show_default=True, help="How many steps.")
+@click.option(
+    "--world-size", type=click.IntRange(min=1), help="Number of ranks to reckon with; default: those running."
+)
+@click.option("--quarantine", type=EXISTING, help="File of sample ids that are left out: data.quarantine.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON a step.")
+def batches(
+    data: str,
+    config: Path,
+    overrides: tuple[str, ...],
+    step: int,
+    num_steps: int,
+    world_size: int | None,
+    quarantine: Path | None,
+    as_json: bool,
+) -> None:
+    """Show which samples a step trains on.
+
+    From arithmetic alone, rank by rank: the row behind a bad step. DATA is a folder of shards, or - for those that
+    CONFIG names.
+    """
+    from gemma_dist import world
+    from gemma_dist.config import load_config
+    from gemma_dist.data.batches import batches
+
+    words = [*overrides, *([f"data.train={data}"] if data != "-" else [])]
+    settings = load_config(config, [*words, *([f"data.quarantine={quarantine}"] if quarantine else [])])
+    for described in batches(settings, step, num_steps, world_size or world.world_size()):
+        click.echo(json.dumps(described.to_json(), ensure_ascii=False) if as_json else described.render())
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("config", type=NEW)
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1, type=click.UNPROCESSED)
+@click.option("--quarantine", type=EXISTING, help="File of sample ids that are left out: data.quarantine.")
+def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None) -> None:
     """Train as the recipe CONFIG says.
 
     Alone, or on many processes under `accelerate launch --config_file ... -m gemma_dist train CONFIG`. KEY=VALUE
@@ -152,6 +189,7 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
     """
     from gemma_dist.config import load_config
 
+    overrides = (*overrides, *([f"data.quarantine={quarantine}"] if quarantine else []))
     settings = load_config(config, overrides)  # before torch is loaded: a slip of the hand should cost a second
     from gemma_dist.train import run
 

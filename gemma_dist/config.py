@@ -48,12 +48,31 @@ class ModelConfig(Section):
     )
 
 
-class DataConfig(Section):
-    """Which trajectories, and how a row becomes tokens. All but `train` are also options of `shard` and `inspect`."""
+class SourceConfig(Section):
+    """One source of a mixture."""
 
-    train: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
-        default=[], description="Folders that `gemma-dist shard` wrote, one or a list, to train on."
+    path: str = Field(description="Folder, or URL of one, that `gemma-dist shard` wrote.")
+    weight: float = Field(gt=0, description="Share of the sequences of each step, relative to the other sources.")
+
+
+def _sources(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+class DataConfig(Section):
+    """Which trajectories, and how a row becomes tokens. What is decided at sharding is also offered by `shard`."""
+
+    train: Annotated[list[str | SourceConfig], BeforeValidator(_sources)] = Field(
+        default=[],
+        description="Folders or URLs that `gemma-dist shard` wrote: one, a list, or a list of {path, weight}.",
     )
+    quarantine: Path | None = Field(
+        None, description="File of sample ids, one a line, that are left out; all others come as they would have."
+    )
+    cache_dir: Path | None = Field(
+        None, description="Folder that keeps row groups of URLs, for all ranks of a node; absent: nothing is kept."
+    )
+    cache_gb: float = Field(50, gt=0, description="Size of cache_dir, in GB; what was used longest ago goes first.")
     chat_template: str | None = Field(
         None, description="A Jinja file, or the name of a template revision (gemma4_v5); absent: the model's own."
     )
@@ -81,7 +100,8 @@ class DataConfig(Section):
 
 
 # The rest is decided when rows are sharded, and recorded there: in a recipe it would do nothing.
-SHARDING_ONLY = set(DataConfig.model_fields) - {"train", "chat_template", "enable_thinking"}
+TRAINING_ONLY = {"train", "quarantine", "cache_dir", "cache_gb"}
+SHARDING_ONLY = set(DataConfig.model_fields) - TRAINING_ONLY - {"chat_template", "enable_thinking"}
 
 
 class QuantizationConfig(Section):
@@ -166,6 +186,15 @@ class TrainConfig(Section):
         gt=0,
         description="Micro-batches of a rank per optimiser step; absent: follows from global_batch_size, or 1.",
     )
+    packing: bool = Field(
+        False, description="Put several trajectories into each sequence, exactly as if each stood alone."
+    )
+    packing_length: int | None = Field(
+        None, gt=0, description="Most tokens of a packed sequence; absent: the longest trajectory of the corpus."
+    )
+    dataloader_num_workers: int = Field(
+        4, ge=0, description="Threads of each rank that prepare micro-batches; 0: none beside the one that trains."
+    )
     gradient_checkpointing: bool = Field(
         True, description="Recompute activations in the backward pass: less memory, about a third more time."
     )
@@ -237,6 +266,10 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
     tuning, train = config.tuning, config.train
     if not config.data.train:
         yield "data.train: nothing to train on; name a folder that `gemma-dist shard` wrote"
+    if len({type(source) for source in config.data.train}) > 1:
+        yield "data.train: some sources have a weight and some have none; give each one {path: …, weight: …}, or none"
+    if train.packing_length is not None and not train.packing:
+        yield f"train.packing_length: {train.packing_length}, but packing is off; set train.packing: true, or remove it"
     for name in sorted(SHARDING_ONLY):
         if getattr(config.data, name) != DataConfig.model_fields[name].default:
             yield f"data.{name}: {_at_sharding(name)}"
@@ -400,6 +433,7 @@ RENAMED = {
         "model.model_name_or_path": "model base_model model_id model_path model_name pretrained_model_name_or_path",
         "model.dtype": "torch_dtype model_dtype precision",
         "model.attn_implementation": "attn_impl flash_attn flash_attention use_flash_attention_2",
+        "data.cache_dir": "local_cache cache cache_path",
         "data.train": "dataset datasets dataset_name dataset_path dataset_dir data_path data_files train_file",
         "data.chat_template": "template chat_template_path chat_template_jinja",
         "data.max_length": "cutoff_len sequence_len max_seq_length max_seq_len seq_length seq_len model_max_length",
@@ -411,6 +445,9 @@ RENAMED = {
         "train.per_device_train_batch_size": "micro_batch_size batch_size train_micro_batch_size_per_gpu",
         "train.global_batch_size": "train_batch_size total_batch_size effective_batch_size",
         "train.gradient_accumulation_steps": "grad_accum gradient_accumulation grad_accumulation_steps",
+        "train.packing": "sample_packing neat_packing padding_free",
+        "train.packing_length": "pack_length packing_max_length",
+        "train.dataloader_num_workers": "num_workers dataloader_workers preprocessing_num_workers",
         "train.gradient_checkpointing": "activation_checkpointing use_gradient_checkpointing",
         "train.num_train_epochs": "num_epochs epochs max_epochs n_epochs",
         "train.learning_rate": "lr",
@@ -432,7 +469,6 @@ _NON_REENTRANT = (
     "remove it: checkpointing is always non-reentrant here, "
     "since reentrant recomputation gives wrong gradients where layers share keys and values"
 )
-_PACKING = "not a setting: the loader decides how trajectories share a sequence"
 _EVALUATION = "there is no evaluation inside training; run `gemma-dist evaluate` on a checkpoint"
 _VISION = (
     "lora and qlora leave the vision tower alone unless lora.target_modules names it; full trains all of the model"
@@ -446,7 +482,7 @@ NOT_SETTINGS = {
         _NON_REENTRANT: "gradient_checkpointing_kwargs activation_checkpointing_kwargs use_reentrant use_reentrant_gc",
         _PROCESSES: "deepspeed deepspeed_config zero_stage fsdp fsdp_config device_map num_processes "
         "ddp_find_unused_parameters",
-        _PACKING: "packing sample_packing padding_free neat_packing group_by_length",
+        "not a setting: train.packing leaves no padding to save": "group_by_length length_grouped_sampler",
         "not a setting: shards are always read as a stream, and row groups are shuffled": "streaming buffer_size",
         _WHAT_TRAINS_ON: "assistant_only_loss completion_only_loss train_on_prompt train_on_inputs roles_to_train "
         "train_on_eos mask_history loss_scale train_on_last_turn_only",

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from gemma_dist.config import DataConfig
-from gemma_dist.data.shards import ShardReport, run_shard
+from gemma_dist.data.sharding import ShardReport, run_shard
 
 TOOLS = [
     {

@@ -1,9 +1,13 @@
 """Start commands on one or several ranks, as a user would, and show the failing rank's traceback when one fails."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import psutil
 
 REPOSITORY = Path(__file__).parents[1]
 ENVIRONMENT = {
@@ -15,6 +19,41 @@ ENVIRONMENT = {
 }
 
 
+def start(*words: object, launch: str | None = None) -> subprocess.Popen[str]:
+    """Start `gemma-dist WORDS…`, plain or under a file of accelerate_configs/."""
+    command = [sys.executable, "-m"]
+    if launch is not None:
+        config = str(REPOSITORY / "accelerate_configs" / f"{launch}.yaml")
+        command += ["accelerate.commands.launch", "--config_file", config, "--main_process_port", "0", "-m"]
+    return subprocess.Popen(
+        [*command, "gemma_dist", *map(str, words)],
+        cwd=REPOSITORY,
+        env=os.environ | ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill(process: subprocess.Popen[str]) -> str:
+    """kill -9 the launcher and all ranks, which it starts in sessions of their own; what they had said."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(process.pid)
+        for one in (launcher, *launcher.children(recursive=True)):
+            one.kill()
+    return process.communicate()[0]
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], timeout: float = 300) -> None:
+    """Until `path` is there, which `process` is to write."""
+    end = time.monotonic() + timeout
+    while not path.exists():
+        if process.poll() is not None or time.monotonic() > end:
+            raise AssertionError(f"{path} was not written:\n{kill(process)[-8000:]}")
+        time.sleep(0.05)
+
+
 def gemma_dist(*words: object, launch: str | None = None, fails: bool = False, timeout: float = 300) -> str:
     """Run `gemma-dist WORDS…`; its output, errors included.
 
@@ -23,26 +62,12 @@ def gemma_dist(*words: object, launch: str | None = None, fails: bool = False, t
         fails: expect a user error (exit code 2 of the process, 1 of the launcher) instead of success.
         timeout: seconds after which all ranks are killed and the test fails.
     """
-    command = [sys.executable, "-m"]
-    if launch is not None:
-        config = str(REPOSITORY / "accelerate_configs" / f"{launch}.yaml")
-        command += ["accelerate.commands.launch", "--config_file", config, "--main_process_port", "0", "-m"]
-    command += ["gemma_dist", *map(str, words)]
-    process = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=os.environ | ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = start(*words, launch=launch)
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        output, _ = process.communicate()
-        raise AssertionError(f"{command} did not end within {timeout} s:\n{output[-8000:]}") from None
+        output = kill(process)
+        raise AssertionError(f"{words} did not end within {timeout} s:\n{output[-8000:]}") from None
     expected = (1 if launch else 2) if fails else 0
-    assert process.returncode == expected, f"{command} ended with {process.returncode}:\n{output[-8000:]}"
+    assert process.returncode == expected, f"{words} ended with {process.returncode}:\n{output[-8000:]}"
     return output

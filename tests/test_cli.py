@@ -11,7 +11,7 @@ from gemma_dist.__main__ import main
 from gemma_dist.cli import cli
 from gemma_dist.errors import DataError
 
-VERBS = ["tiny", "shard", "inspect", "check", "train", "evaluate", "read-calls", "merge"]
+VERBS = ["tiny", "shard", "inspect", "check", "batches", "train", "evaluate", "read-calls", "merge"]
 RECIPE = "tuning: full\nmodel: {model_name_or_path: m}\ndata: {train: d}\ntrain: {output_dir: o}\n"
 
 
@@ -35,12 +35,12 @@ def test_every_verb_has_help_with_a_whole_first_sentence(verb, capsys):
 
 
 def test_settings_are_offered_with_the_defaults_of_config(capsys):
-    from gemma_dist.config import DataConfig
+    from gemma_dist.config import TRAINING_ONLY, DataConfig
 
     main(["shard", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     for name, field in DataConfig.model_fields.items():
-        if name != "train":
+        if name not in TRAINING_ONLY:
             assert "--" + name.replace("_", "-") in text
             assert " ".join((field.description or "").split()) in text
     assert "[default: 50000000]" in text

@@ -104,6 +104,8 @@ def test_an_override_may_open_a_section_replace_one_or_hold_a_list(load):
     assert config.lora.r == 4
     assert config.data.train == ["other"]
     assert load("data.train=[a, b]").data.train == ["a", "b"]
+    mixture = load("data.train=[{path: a, weight: 2}, {path: s3://b, weight: 0.5}]").data.train
+    assert [(source.path, source.weight) for source in mixture] == [("a", 2), ("s3://b", 0.5)]
 
 
 def test_a_section_with_all_lines_commented_out_is_no_section(load):
@@ -156,11 +158,12 @@ def test_default_targets_are_the_linears_of_the_language_model_alone():
 
 def test_names_are_those_of_hugging_face():
     from peft import LoraConfig
-    from transformers import BitsAndBytesConfig, TrainingArguments
+    from transformers import BitsAndBytesConfig
+    from trl import SFTConfig
 
-    ours = {"global_batch_size"}
+    ours = {"global_batch_size", "packing_length"}
     train = set(settings.TrainConfig.model_fields)
-    assert train - ours <= set(TrainingArguments.__dataclass_fields__)
+    assert train - ours <= set(SFTConfig.__dataclass_fields__)
     assert set(settings.LoraConfig.model_fields) <= set(LoraConfig.__dataclass_fields__)
     quantization = BitsAndBytesConfig(load_in_4bit=True).to_dict()
     assert set(settings.QuantizationConfig.model_fields) <= set(quantization)
@@ -244,6 +247,8 @@ def test_a_section_given_as_a_value_is_told_once(problems):
         (["lr_scheduler_type=constant", "warmup_steps=10"], "constant_with_warmup"),
         (["max_steps=0"], "train.max_steps: 0"),
         (["data.train=[]"], "data.train: nothing to train on"),
+        (["data.train=[a, {path: b, weight: 2}]"], "data.train: some sources have a weight and some have none"),
+        (["train.packing_length=4096"], "train.packing_length: 4096, but packing is off"),
         (["too_long=drop"], "data.too_long: decided when rows are sharded, so give --too-long to `gemma-dist shard`"),
         (["cutoff_len=4096"], "so give --max-length to `gemma-dist shard`"),
         (["target_modules=[q_proj, v_proj]"], "bare names also matches the vision tower"),

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from torch.utils.data import DataLoader
 
 from gemma_dist.config import BatchPlan
 from gemma_dist.data import loader as module
+from gemma_dist.data import schedule as schedule_module
+from gemma_dist.data import sharding
 from gemma_dist.data.batch import Sample, collate, control_ids
 from gemma_dist.data.encode import IGNORE_INDEX, Encoder, load_encoder
+from gemma_dist.data.fetch import Fetcher
 from gemma_dist.data.loader import TrajectoryLoader
+from gemma_dist.data.schedule import Schedule, read_quarantine
 from gemma_dist.data.shards import Shards, open_shards
-from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.errors import DataError
 
 NUM_SAMPLES = 11
@@ -171,59 +175,115 @@ def test_a_padded_batch_gives_each_row_the_logits_that_it_has_alone(style: tuple
 # ---- the loader ------------------------------------------------------------------------------------------------------
 
 
-def loaders(style: Any, world_size: int, micro: int, accumulation: int, **changed: Any) -> list[TrajectoryLoader]:
+def loaders(
+    style: Any, world_size: int, micro: int, accumulation: int, start_step: int = 0, num_steps: int = 6, **changed: Any
+) -> list[TrajectoryLoader]:
     _, encoder, shards = style
     plan = BatchPlan(world_size, micro, accumulation, world_size * micro * accumulation)
-    arguments = {"plan": plan, "seed": 3, "start_step": 0, "num_steps": 6, **changed}
-    return [TrajectoryLoader(shards, encoder, rank=rank, **arguments) for rank in range(world_size)]
+    options = {"num_workers": changed.pop("num_workers", 2), "quarantine": changed.pop("quarantine", frozenset())}
+    schedule = Schedule(shards, plan, 3, **{"packing": False, "packing_length": None, **changed})
+    return [TrajectoryLoader(schedule, encoder, rank, start_step, num_steps, **options) for rank in range(world_size)]
 
 
-def fingerprints(batch: Batch) -> Iterator[tuple[int, ...]]:
-    """The rows of a micro-batch, without fillers and padding."""
-    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
-        if (labels != IGNORE_INDEX).any():
-            last = int((labels != IGNORE_INDEX).nonzero().max())
-            yield tuple(ids[mask.bool()].tolist()[: last + 1])
+def documents(batch: Batch) -> Iterator[tuple[int, ...]]:
+    """The trajectories of a micro-batch, up to the last trained token of each: without fillers and padding."""
+    positions = batch.get("position_ids", torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"]))
+    for ids, labels, places in zip(batch["input_ids"], batch["labels"], positions, strict=True):
+        starts = [*(places == 0).nonzero().flatten().tolist(), len(places)]
+        for start, end in pairwise(starts):
+            trained = (labels[start:end] != IGNORE_INDEX).nonzero()
+            if len(trained):
+                yield tuple(ids[start : start + int(trained.max()) + 1].tolist())
 
 
-def test_one_rank_with_accumulation_and_two_ranks_train_on_the_same_samples(style: Any) -> None:
-    (alone,), together = loaders(style, 1, 2, 2), loaders(style, 2, 2, 1)
-    for step in range(6):
-        ids = {sample for micro in alone.ids_at(step) for sample in micro}
-        assert ids == {sample for rank in together for micro in rank.ids_at(step) for sample in micro}
-        assert [rank.num_target_tokens_at(step) for rank in together] == [alone.num_target_tokens_at(step)] * 2
-    seen_alone = Counter(row for batch in alone for row in fingerprints(batch))
-    seen_together = Counter(row for rank in together for batch in rank for row in fingerprints(batch))
+PACKING = pytest.mark.parametrize("packing", [False, True])
+
+
+@PACKING
+def test_one_rank_with_accumulation_and_two_ranks_train_on_the_same_samples(style: Any, packing: bool) -> None:
+    (alone,) = loaders(style, 1, 2, 2, packing=packing)
+    together = loaders(style, 2, 2, 1, packing=packing)
+    num_steps = 2 * alone.schedule.steps_per_epoch
+    for loader in (alone, *together):
+        loader.num_steps = num_steps
+    for step in range(num_steps):
+        ids = {sample for packs in alone.ids_at(step) for pack in packs for sample in pack}
+        assert ids == {sample for rank in together for packs in rank.ids_at(step) for pack in packs for sample in pack}
+        assert [rank.counts_at(step) for rank in together] == [alone.counts_at(step)] * 2
+    seen_alone = Counter(document for batch in alone for document in documents(batch))
+    seen_together = Counter(document for rank in together for batch in rank for document in documents(batch))
     assert seen_alone == seen_together
-    assert sorted(seen_alone.values()) == [2] * NUM_SAMPLES, "six steps of four are two epochs of eleven"
+    assert sorted(seen_alone.values()) == [2] * NUM_SAMPLES, "two epochs of eleven"
 
 
-def test_what_comes_is_what_the_ids_say_and_ranks_stay_in_step(style: Any) -> None:
+@PACKING
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_what_comes_is_what_the_ids_say_and_ranks_stay_in_step(style: Any, packing: bool, num_workers: int) -> None:
     _, encoder, shards = style
     by_id = {shards.id(index): encoder.encode(shards.read(index)) for index in range(len(shards))}
-    ranks = loaders(style, 2, 1, 3)
+    ranks = loaders(style, 2, 1, 3, packing=packing, packing_length=500 if packing else None, num_workers=num_workers)
     trained, num_fillers = Counter[int](), 0
     for rank in ranks:
         batches = list(rank)
         assert len(batches) == len(rank) == 18
         micros = [(step, ids) for step in range(6) for ids in rank.ids_at(step)]
-        for batch, (step, ids) in zip(batches, micros, strict=True):
-            assert batch["input_ids"].shape[0] == max(1, len(ids))
-            for i, sample_id in enumerate(ids):
-                expected = by_id[sample_id].input_ids
+        for batch, (step, packs) in zip(batches, micros, strict=True):
+            assert batch["input_ids"].shape[0] == max(1, len(packs))
+            for i, pack in enumerate(packs):
+                expected = [token for sample_id in pack for token in by_id[sample_id].input_ids]
                 assert batch["input_ids"][i, : len(expected)].tolist() == expected
+                assert len(pack) == 1 or len(expected) <= 500
             trained[step] += int((batch["labels"] != IGNORE_INDEX).sum())
-            num_fillers += not ids
-    assert trained == {step: ranks[0].num_target_tokens_at(step) for step in range(6)}
-    assert num_fillers == 3, "three epochs of eleven samples, six places a step"
+            num_fillers += not packs
+    assert trained == {step: ranks[0].counts_at(step)[0] for step in range(6)}
+    assert num_fillers > 0, "eleven samples, six places a step"
+    if packing:
+        assert any(len(pack) > 1 for _, packs in micros for pack in packs)
 
 
-def test_a_later_start_is_the_tail_of_the_run(style: Any) -> None:
-    (whole,), (rest,) = loaders(style, 1, 2, 2), loaders(style, 1, 2, 2, start_step=4, num_steps=2)
+@PACKING
+def test_a_later_start_is_the_tail_of_the_run(style: Any, packing: bool) -> None:
+    (whole,) = loaders(style, 1, 2, 2, packing=packing)
+    (rest,) = loaders(style, 1, 2, 2, packing=packing, start_step=4, num_steps=2, num_workers=0)
     for expected, batch in zip(list(whole)[8:], DataLoader(rest, batch_size=None), strict=True):
         assert expected.keys() == batch.keys()
         assert all(torch.equal(expected[name], batch[name]) for name in expected)
     assert len(DataLoader(rest, batch_size=None)) == 4
+
+
+def test_quarantined_samples_are_left_out_and_nothing_else_moves(style: Any) -> None:
+    (whole,), (rest,) = loaders(style, 1, 2, 2), loaders(style, 1, 2, 2, quarantine=frozenset({0, 5}))
+    gone = {"row-0", "row-5"}
+    for step in range(6):
+        kept = [[[i for i in pack if i not in gone] for pack in packs] for packs in whole.ids_at(step)]
+        assert rest.ids_at(step) == kept
+    documents_of = [Counter(d for batch in loader for d in documents(batch)) for loader in (whole, rest)]
+    assert len(documents_of[0] - documents_of[1]) == 2
+    assert not documents_of[1] - documents_of[0]
+
+
+def test_a_quarantined_row_group_is_never_read(style: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, encoder, _ = style
+    monkeypatch.setattr(sharding, "ROW_GROUP_BYTES", 2000)
+    shard_rows(tmp_path, str(model.name_or_path), [row(number) for number in range(NUM_SAMPLES)])
+    shards = open_shards(tmp_path / "shards")
+    bad = shards.row_group_of(4)
+    file = tmp_path / "shards" / "train-00000.parquet"
+    damaged = bytearray(file.read_bytes())
+    damaged[int(shards._manifests[0].row_groups("offset")[bad]) + 30] ^= 1
+    file.write_bytes(damaged)
+    reopened = (model, encoder, open_shards(tmp_path / "shards"))
+    (loader,) = loaders(reopened, 1, 1, 1, num_steps=NUM_SAMPLES)
+    with pytest.raises(DataError, match=f"row group {bad}: .*checksum.*row-4.*data.quarantine"):
+        list(loader)
+    ids = [shards.id(index) for index in range(shards.first_sample[bad], shards.first_sample[bad + 1])]
+    (tmp_path / "bad.txt").write_text("\n".join(ids) + "\n")
+    quarantine = read_quarantine(tmp_path / "bad.txt", shards)
+    (loader,) = loaders(reopened, 1, 1, 1, num_steps=NUM_SAMPLES, quarantine=quarantine)
+    assert sum(len(list(documents(batch))) for batch in loader) == NUM_SAMPLES - len(ids)
+    (tmp_path / "bad.txt").write_text("nobody")
+    with pytest.raises(DataError, match="'nobody'"):
+        read_quarantine(tmp_path / "bad.txt", shards)
 
 
 def test_stopping_early_leaves_no_thread_behind(style: Any) -> None:
@@ -237,20 +297,18 @@ def test_stopping_early_leaves_no_thread_behind(style: Any) -> None:
     assert not any(thread.name.startswith("loader") for thread in threading.enumerate())
 
 
-def test_a_damaged_sample_stops_the_run_and_is_named(
-    style: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, encoder, shards = style
+def test_a_damaged_sample_stops_the_run_and_is_named(style: Any, tmp_path: Path) -> None:
+    model, encoder, shards = style
     folder = tmp_path / "shards"
     folder.mkdir()
-    for path in shards.folders[0].iterdir():
+    for path in Path(shards.folders[0]).iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     file = folder / "train-00000.parquet"
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     file.write_bytes(damaged)
-    loader = TrajectoryLoader(open_shards(folder), encoder, 0, BatchPlan(1, 1, 1, 1), 0, 0, 3)
-    first = loader.ids_at(0)[0][0]
+    (loader,) = loaders((model, encoder, open_shards(folder)), 1, 1, 1)
+    ((first,),) = loader.ids_at(0)[0]
     with pytest.raises(DataError, match=f"sample '{first}' .*row group 0"):
         list(loader)
 
@@ -259,20 +317,61 @@ def test_shards_of_another_template_are_refused(style: Any) -> None:
     model, _, shards = style
     other = load_encoder(str(model.name_or_path), chat_template="gemma4_v2", enable_thinking=False)
     with pytest.raises(DataError, match="another tokenizer, chat template"):
-        TrajectoryLoader(shards, other, 0, BatchPlan(1, 1, 1, 1), 0, 0, 1)
+        loaders((model, other, shards), 1, 1, 1)
 
 
-def test_only_a_few_micro_batches_are_prepared_ahead(style: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = []
+class CountingShards(Shards):
+    """Counts the row groups that are read."""
 
-    class CountingShards(Shards):
-        def read(self, index: int) -> Trajectory:
-            read.append(index)
-            return super().read(index)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.row_groups_read: list[int] = []
 
-    monkeypatch.setattr(module, "NUM_AHEAD", 2)
-    _, encoder, shards = style
-    batches = iter(TrajectoryLoader(CountingShards(shards.folders), encoder, 0, BatchPlan(1, 1, 1, 1), 0, 0, 11))
+    def read_row_group(self, row_group: int) -> Any:
+        self.row_groups_read.append(row_group)
+        return super().read_row_group(row_group)
+
+
+@pytest.fixture
+def counting(style: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CountingShards:
+    """120 rows, a few to a row group."""
+    model, _, _ = style
+    monkeypatch.setattr(sharding, "ROW_GROUP_BYTES", 2500)
+    shard_rows(tmp_path, str(model.name_or_path), [row(number) for number in range(120)])
+    return CountingShards([str(tmp_path / "shards")], None, Fetcher(None, 0))
+
+
+@PACKING
+@pytest.mark.parametrize("num_workers", [0, 1, 8])
+def test_each_row_group_is_read_once_by_one_rank(
+    style: Any, counting: CountingShards, packing: bool, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the blocks between two ranks."""
+    for name in ("BLOCK_SAMPLES", "PACKED_BLOCK_SAMPLES"):
+        monkeypatch.setattr(schedule_module, name, 12)
+    num_row_groups = len(counting.row_group_samples)
+    ranks = loaders(
+        (None, style[1], counting), 2, 1, 2, packing=packing, packing_length=400 if packing else None,
+        num_workers=num_workers,
+    )  # fmt: skip
+    shares = []
+    for rank in ranks:
+        rank.num_steps = rank.schedule.steps_per_epoch
+        counting.row_groups_read.clear()
+        list(rank)
+        assert len(set(counting.row_groups_read)) == len(counting.row_groups_read)
+        shares.append(len(counting.row_groups_read))
+    largest_block = max(len(rank.schedule.row_groups((0, b))) for b in range(len(rank.schedule._sources[0].blocks)))
+    assert num_row_groups <= sum(shares) <= num_row_groups + largest_block
+    assert max(shares) < 0.65 * num_row_groups
+
+
+def test_only_a_few_steps_are_fetched_ahead(
+    style: Any, counting: CountingShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STEPS_AHEAD", 2)
+    (loader,) = loaders((None, style[1], counting), 1, 1, 1, num_steps=100, num_workers=1)
+    batches = iter(loader)
     next(batches)
-    assert len(read) <= 3
+    assert len(counting.row_groups_read) <= 6
     batches.close()  # type: ignore[attr-defined]

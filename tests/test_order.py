@@ -2,72 +2,161 @@
 
 import subprocess
 import sys
+from collections import Counter
 from itertools import chain, pairwise
 
-from hypothesis import given
+import numpy as np
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_dist.data.order import epoch_of, global_batch, micro_batches, steps_per_epoch
+from gemma_dist.data.order import Order, cut_blocks, lanes_of, micro_batches, split_lanes, spread_lanes
 
-sizes = st.integers(1, 200)
-few = st.integers(1, 6)
+blocks = st.lists(st.integers(1, 12), min_size=1, max_size=40).map(np.array)
+lanes = st.integers(1, 24)
 seeds = st.integers(0, 2**63)
 
 
-@given(num_samples=sizes, global_batch_size=st.integers(1, 50), seed=seeds, epoch=st.integers(0, 5))
-def test_each_sample_comes_exactly_once_an_epoch(
-    num_samples: int, global_batch_size: int, seed: int, epoch: int
+def batch(order: Order, step: int) -> list[tuple[int, int]]:
+    found = (order.at(step, lane) for lane in range(order.num_lanes))
+    return [unit for unit in found if unit is not None]
+
+
+@given(num_units=blocks, num_lanes=lanes, seed=seeds, epoch=st.integers(0, 5))
+@settings(deadline=None)
+def test_each_unit_comes_exactly_once_an_epoch(num_units: np.ndarray, num_lanes: int, seed: int, epoch: int) -> None:
+    order = Order(num_units, num_lanes, seed)
+    steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+    batches = [batch(order, step) for step in steps]
+    every_unit = [(block, unit) for block, count in enumerate(num_units) for unit in range(count)]
+    assert sorted(chain.from_iterable(batches)) == every_unit
+    assert all(len(units) == num_lanes for units in batches[:-1]), "only the last step of an epoch is smaller"
+
+
+@given(num_lanes=lanes, per_rank=st.integers(1, 6), world_size=st.integers(1, 8))
+def test_the_ranks_share_the_lanes(num_lanes: int, per_rank: int, world_size: int) -> None:
+    ranges = [lanes_of(rank, world_size, num_lanes) for rank in range(world_size)]
+    assert list(chain.from_iterable(ranges)) == list(range(num_lanes))
+    even = [len(lanes_of(rank, world_size, world_size * per_rank)) for rank in range(world_size)]
+    assert even == [per_rank] * world_size
+
+
+@given(num_sequences=st.integers(0, 40), micro=st.integers(1, 6), accumulation=st.integers(1, 8))
+def test_every_rank_has_the_same_number_of_micro_batches(num_sequences: int, micro: int, accumulation: int) -> None:
+    sequences = list(range(min(num_sequences, micro * accumulation)))
+    cut = micro_batches(sequences, micro, accumulation)
+    assert len(cut) == accumulation
+    assert list(chain.from_iterable(cut)) == sequences
+    assert all(len(part) <= micro for part in cut)
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 90)), min_size=1, max_size=60),
+    seed=seeds,
+    max_bytes=st.integers(1, 9000),
+    max_samples=st.integers(1, 200),
+)
+def test_blocks_hold_every_row_group_once_and_stay_small(
+    sizes: list[tuple[int, int]], seed: int, max_bytes: int, max_samples: int
 ) -> None:
-    steps = steps_per_epoch(num_samples, global_batch_size)
-    epoch_steps = range(epoch * steps, (epoch + 1) * steps)
-    batches = [global_batch(step, num_samples, global_batch_size, seed) for step in epoch_steps]
-    assert sorted(chain.from_iterable(batches)) == list(range(num_samples))
-    assert all(len(batch) == global_batch_size for batch in batches[:-1])
-    assert 1 <= len(batches[-1]) <= global_batch_size
-    assert {epoch_of(step, num_samples, global_batch_size) for step in epoch_steps} == {epoch}
+    num_bytes, num_samples = map(np.array, zip(*sizes, strict=True))
+    cut = cut_blocks(num_bytes, num_samples, seed, max_bytes, max_samples)
+    assert sorted(chain.from_iterable(cut[block] for block in range(len(cut)))) == list(range(len(sizes)))
+    for block in range(len(cut)):
+        inside = cut[block]
+        assert len(inside) >= 1
+        assert num_bytes[inside[:-1]].sum() <= max_bytes, "the last one may reach over"
+        assert num_samples[inside[:-1]].sum() <= max_samples
+    assert cut.sums(num_samples).sum() == num_samples.sum()
 
 
-@given(num_samples=sizes, world_size=few, micro=few, accumulation=few, seed=seeds)
-def test_the_ranks_share_a_batch_without_loss_or_repeat(
-    num_samples: int, world_size: int, micro: int, accumulation: int, seed: int
-) -> None:
-    global_batch_size = world_size * micro * accumulation
-    for step in range(steps_per_epoch(num_samples, global_batch_size)):
-        batch = global_batch(step, num_samples, global_batch_size, seed)
-        ranks = [micro_batches(batch, rank, world_size, micro, accumulation) for rank in range(world_size)]
-        assert [len(mine) for mine in ranks] == [accumulation] * world_size
-        assert all(len(samples) <= micro for mine in ranks for samples in mine)
-        assert sorted(sample for mine in ranks for samples in mine for sample in samples) == sorted(batch)
+def test_neighbouring_lanes_come_to_the_block_between_them_at_the_same_time() -> None:
+    order = Order(
+        np.full(10, 8), num_lanes=4, seed=0
+    )  # 20 units a lane: a block is shared by lanes 0 and 1, and 2 and 3
+    seen: dict[int, list[int]] = {}
+    for step in range(order.steps_per_epoch):
+        for block, _ in batch(order, step):
+            seen.setdefault(block, []).append(step)
+    assert all(max(steps) - min(steps) < 8 for steps in seen.values()), "no block is held or read twice"
 
 
-@given(num_samples=sizes, micro=few, seed=seeds, step=st.integers(0, 100))
-def test_the_same_global_batch_for_every_world_size(num_samples: int, micro: int, seed: int, step: int) -> None:
-    batch = global_batch(step, num_samples, 12 * micro, seed)
-    for world_size in (1, 2, 3, 4, 6, 12):
-        ranks = [micro_batches(batch, rank, world_size, micro, 12 // world_size) for rank in range(world_size)]
-        assert {sample for mine in ranks for samples in mine for sample in samples} == set(batch)
+def test_each_block_is_read_by_one_rank_but_for_those_between_two() -> None:
+    order = Order(np.full(97, 11), num_lanes=32, seed=1)
+    for world_size in (2, 4, 8):
+        reads = 0
+        for rank in range(world_size):
+            mine = lanes_of(rank, world_size, 32)
+            units = (order.at(step, lane) for step in range(order.steps_per_epoch) for lane in mine)
+            reads += len({unit[0] for unit in units if unit})
+        assert reads <= 97 + world_size - 1
 
 
-def test_the_epochs_and_the_seeds_differ_and_the_tail_of_an_epoch_is_a_smaller_batch() -> None:
-    first, second, other_seed = global_batch(0, 100, 64, 1), global_batch(2, 100, 64, 1), global_batch(0, 100, 64, 2)
+def test_epochs_and_seeds_differ() -> None:
+    order = Order(np.full(9, 7), num_lanes=4, seed=1)
+    first, second = batch(order, 0), batch(order, order.steps_per_epoch)
     assert first != second
-    assert first != other_seed
-    assert len(global_batch(1, 100, 64, 1)) == 36
-    assert micro_batches([7], 1, 2, 2, 2) == [[], []]
+    assert first != batch(Order(np.full(9, 7), num_lanes=4, seed=2), 0)
 
 
 def test_the_order_is_pinned() -> None:
     """A changed shuffle would break the resume of runs that exist, so it must not change by accident."""
-    assert global_batch(0, 10, 10, 0) == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    order = Order(np.array([3, 4, 2]), num_lanes=2, seed=0)
+    assert [batch(order, step) for step in range(2)] == [[(1, 0), (0, 0)], [(1, 2), (0, 1)]]
+    assert cut_blocks(np.ones(6), np.ones(6), 0, 2, 9).row_groups.tolist() == [0, 2, 1, 5, 4, 3]
 
 
-def test_the_shuffle_looks_random() -> None:
-    """Neighbours of the corpus land anywhere: the mean jump of a random permutation of n is about n / 3."""
-    order = global_batch(0, 3000, 3000, 5)
-    jumps = [abs(a - b) for a, b in pairwise(order)]
+@pytest.mark.parametrize("num_lanes", [16, 48, 128])
+def test_a_batch_comes_from_as_many_shards_as_a_random_one(num_lanes: int) -> None:
+    """40 shards of 16 row groups of 32 rows: distinct shards in a batch, against a true permutation."""
+    num_shards, per_shard, rows = 40, 16, 32
+    shard_of = np.repeat(np.arange(num_shards), per_shard)
+    cut = cut_blocks(np.ones(640), np.full(640, rows), 3, 2, 10_000)
+    order = Order(cut.sums(np.full(640, rows)), num_lanes, 3)
+    found = []
+    for step in range(0, order.steps_per_epoch - 1, 7):
+        groups = [cut[block][unit // rows] for block, unit in batch(order, step)]
+        found.append(len(set(shard_of[groups])))
+    rng = np.random.default_rng(0)
+    samples = rng.permutation(np.repeat(shard_of, rows))
+    true = [len(set(samples[i : i + num_lanes])) for i in range(0, len(samples) - num_lanes, num_lanes)]
+    assert abs(np.mean(found) / np.mean(true) - 1) < 0.05
+
+
+def test_neighbours_of_the_corpus_land_anywhere() -> None:
+    """The mean jump of a random permutation of n is n / 3."""
+    order = Order(np.full(100, 30), num_lanes=20, seed=5)
+    places = [block * 30 + unit for step in range(order.steps_per_epoch) for block, unit in batch(order, step)]
+    jumps = [abs(a - b) for a, b in pairwise(places)]
     assert 900 < sum(jumps) / len(jumps) < 1100
 
 
-def test_order_imports_no_torch() -> None:
-    code = "import sys, gemma_dist.data.order; sys.exit('torch' in sys.modules)"
+@given(weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=8), num_lanes=st.integers(8, 300))
+def test_lanes_follow_the_weights(weights: list[float], num_lanes: int) -> None:
+    split = split_lanes(weights, num_lanes)
+    assert sum(split) == num_lanes
+    assert min(split) >= 1
+    if min(weights) / sum(weights) * num_lanes >= 1:
+        assert all(
+            abs(count - weight / sum(weights) * num_lanes) <= 1 for count, weight in zip(split, weights, strict=True)
+        )
+    spread = spread_lanes(split)
+    assert Counter(source for source, _ in spread) == dict(enumerate(split))
+    assert len(set(spread)) == num_lanes
+
+
+def test_a_mixture_is_spread_over_the_ranks() -> None:
+    spread = spread_lanes([24, 8])
+    for rank in range(4):
+        sources = Counter(spread[lane][0] for lane in lanes_of(rank, 4, 32))
+        assert sources == {0: 6, 1: 2}
+
+
+def test_too_many_sources_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 sources"):
+        split_lanes([1, 1, 1], 2)
+
+
+def test_order_and_packing_import_no_torch() -> None:
+    code = "import sys, gemma_dist.data.order, gemma_dist.data.packing; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

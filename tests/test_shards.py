@@ -10,9 +10,11 @@ import pytest
 from corpus import answer, call, picture, row, shard_rows, write_rows
 
 from gemma_dist.config import DataConfig
-from gemma_dist.data import shards as module
+from gemma_dist.data import sharding as module
+from gemma_dist.data import shards as shards_module
 from gemma_dist.data.encode import load_encoder
-from gemma_dist.data.shards import cut_points, load_trajectories, open_shards, run_shard
+from gemma_dist.data.sharding import cut_points, run_shard
+from gemma_dist.data.shards import load_trajectories, open_shards
 from gemma_dist.errors import DataError
 
 ROWS = [row(number) for number in range(12)]
@@ -274,12 +276,12 @@ def test_a_folder_without_shards_says_how_to_make_them(tmp_path: Path) -> None:
 
 def test_the_cache_holds_few_row_groups(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROW_GROUP_BYTES", 1)
-    monkeypatch.setattr(module, "NUM_CACHED_ROW_GROUPS", 2)
+    monkeypatch.setattr(shards_module, "NUM_CACHED_ROW_GROUPS", 2)
     shard_rows(tmp_path, model, ROWS)
     shards = open_shards(tmp_path / "shards")
     for index in (0, 1, 2, 1, 11, 0):
         assert shards.read(index).id == shards.id(index) == f"row-{index}"
-        assert len(shards._row_groups) <= 2
+        assert len(shards._tables) <= 2
 
 
 def test_several_folders_are_one_corpus_if_they_were_encoded_alike(tmp_path: Path, model: str) -> None:

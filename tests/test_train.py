@@ -12,7 +12,7 @@ import pytest
 import torch
 from corpus import row, write_rows
 from peft import PeftModel
-from ranks import gemma_dist
+from ranks import gemma_dist, kill, start, wait_for
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -38,13 +38,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, model: str, shards: Path) -> Any:
     """Train by a recipe under a launch config, once for each pair; the output folder."""
-    done: dict[tuple[str, str | None], Path] = {}
+    done: dict[tuple[str | None, ...], Path] = {}
 
-    def train(recipe: str, launch: str | None = None) -> Path:
-        if (recipe, launch) not in done:
-            done[recipe, launch] = out = tmp_path_factory.mktemp("run") / "out"
-            gemma_dist("train", f"launch/{recipe}.yaml", *_paths(model, shards, out), *SETTINGS, launch=launch)
-        return done[recipe, launch]
+    def train(recipe: str, launch: str | None = None, *more: str) -> Path:
+        key = (recipe, launch, *more)
+        if key not in done:
+            done[key] = out = tmp_path_factory.mktemp("run") / "out"
+            gemma_dist("train", f"launch/{recipe}.yaml", *_paths(model, shards, out), *SETTINGS, *more, launch=launch)
+        return done[key]
 
     return train
 
@@ -80,25 +81,59 @@ def test_every_launch_config_learns_the_same(run: Any, recipe: str, launch: str,
     assert bool(by_deepspeed) == ("zero" in launch)
 
 
-def test_loss_is_a_sum_over_the_target_tokens_of_the_global_batch(run: Any, model: str, shards: Path) -> None:
-    """Step 1 against transformers' own loss of each row, weighted by its target tokens."""
+PACKED = ("packing=true", "packing_length=600")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "launch", "tolerance"),
+    [("cpu_full", "cpu_ddp", 1e-5), pytest.param("cpu_full", "cpu_zero3", 1e-4, marks=needs_compiler)],
+)
+def test_packed_runs_learn_the_same_under_every_launch_config(
+    run: Any, recipe: str, launch: str, tolerance: float
+) -> None:
+    for alone, together in zip(_curve(run(recipe, None, *PACKED)), _curve(run(recipe, launch, *PACKED)), strict=True):
+        assert together == pytest.approx(alone, rel=tolerance)
+
+
+@pytest.mark.parametrize("more", [(), PACKED])
+def test_loss_is_a_sum_over_the_target_tokens_of_the_global_batch(
+    run: Any, model: str, shards: Path, more: tuple[str, ...]
+) -> None:
+    """Step 1 against transformers' own loss of each row alone, weighted by its target tokens."""
+    from gemma_dist.config import batch_plan, load_config
     from gemma_dist.data.batch import Sample, collate, control_ids
     from gemma_dist.data.encode import load_encoder
-    from gemma_dist.data.order import global_batch
-    from gemma_dist.data.shards import open_shards
+    from gemma_dist.data.schedule import open_schedule
 
-    encoder, corpus = load_encoder(model, chat_template=None, enable_thinking=False), open_shards(shards)
+    encoder = load_encoder(model, chat_template=None, enable_thinking=False)
+    config = load_config("launch/cpu_full.yaml", [*_paths(model, shards, Path("out")), *SETTINGS, *more])
+    schedule = open_schedule(config, batch_plan(config, 1))
     base = AutoModelForImageTextToText.from_pretrained(model).eval()
     total, num_targets = 0.0, 0
-    for index in global_batch(0, len(corpus), 4, 42):
-        trajectory = corpus.read(index)
+    batch_of_step = schedule.global_batch(0)
+    assert len(batch_of_step) > 4 if more else len(batch_of_step) == 4
+    for index in batch_of_step:
+        trajectory = schedule.shards.read(index)
         encoded = encoder.encode(trajectory)
         pixels = encoder.pixels(trajectory.images) if trajectory.images else {}
         batch = collate([Sample(trajectory.id, encoded, pixels)], control_ids(encoder.processor))
         with torch.no_grad():
             total += base(**batch).loss.item() * encoded.num_target_tokens
         num_targets += encoded.num_target_tokens
-    assert _curve(run("cpu_full"))[0][0] == pytest.approx(total / num_targets, rel=1e-5)
+    assert _curve(run("cpu_full", None, *more))[0][0] == pytest.approx(total / num_targets, rel=1e-5)
+
+
+def test_a_killed_run_goes_on_with_another_world_size(run: Any, model: str, shards: Path, tmp_path: Path) -> None:
+    """kill -9 on two ranks once the first checkpoint stands; one rank then goes on with the same batches."""
+    out = tmp_path / "out"
+    words = ["launch/cpu_full.yaml", *_paths(model, shards, out), *SETTINGS, *PACKED]
+    killed = start("train", *words, launch="cpu_ddp")
+    wait_for(out / "checkpoint-2" / MARKER, killed)
+    kill(killed)
+    output = gemma_dist("train", *words)
+    assert "steps 2 to 4" in output
+    for uninterrupted, resumed in zip(_curve(run("cpu_full", None, *PACKED)), _curve(out), strict=True):
+        assert resumed == pytest.approx(uninterrupted, rel=1e-5)
 
 
 @pytest.mark.parametrize("launch", [None, pytest.param("cpu_zero2", marks=needs_compiler)])

@@ -1,105 +1,122 @@
-"""The micro-batches of one rank, in order, ready for the model: order -> shards -> encode -> batch.
+"""The micro-batches of one rank, in order, ready for the model: schedule -> row groups -> encode -> batch.
 
-The loader holds no state but the step that it starts from: which samples come is arithmetic (`order.py`), so a run that
-resumes at step s gets what it would have got, on any world size. It must not pass through `accelerate.prepare`, whose
-dispatcher cuts the tensors of images by the number of samples.
+The loader holds no state but the step that it starts from: which samples come is arithmetic (`schedule.py`), so a run
+that resumes at step s gets what it would have got, on any world size. It must not pass through `accelerate.prepare`,
+whose dispatcher cuts the tensors of images by the number of samples.
 """
 
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import pyarrow as pa
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from gemma_dist.config import BatchPlan
-from gemma_dist.data.batch import Sample, collate, control_ids
+from gemma_dist.data.batch import Sample, collate, collate_packs, control_ids
 from gemma_dist.data.encode import Encoder
-from gemma_dist.data.order import global_batch, micro_batches, steps_per_epoch
-from gemma_dist.data.shards import Shards
+from gemma_dist.data.schedule import Schedule
 from gemma_dist.errors import DataError
 
-# Decoding pictures and tokenising release the interpreter's lock, so threads help and nothing needs to be pickled.
-NUM_THREADS = 4
-NUM_AHEAD = 8  # micro-batches that are prepared before they are asked for
+NUM_FETCHERS = 16  # requests at a time: with 30 ms each, a store gives some 500 row groups a second
+STEPS_AHEAD = 16  # optimiser steps whose row groups are asked for before they are needed
 
 
 class TrajectoryLoader(IterableDataset):
-    """This rank's micro-batches of `num_steps` optimiser steps from `start_step` on, as `collate` makes them.
+    """This rank's micro-batches of `num_steps` optimiser steps from `start_step` on, as `collate` makes them, or, with
+    packing, `collate_packs`.
 
     Each iteration starts at `start_step` again. For `torch.utils.data.DataLoader(loader, batch_size=None)` without
-    workers: the threads are its own.
+    workers: the threads are its own. Decoding pictures and tokenising release the interpreter's lock, so threads help
+    and nothing needs to be pickled. The order does not depend on their number.
     """
 
     def __init__(
-        self, shards: Shards, encoder: Encoder, rank: int, plan: BatchPlan, seed: int, start_step: int, num_steps: int
+        self,
+        schedule: Schedule,
+        encoder: Encoder,
+        rank: int,
+        start_step: int,
+        num_steps: int,
+        *,
+        num_workers: int,
+        quarantine: frozenset[int] = frozenset(),
     ) -> None:
-        """Raises DataError where the shards were measured with another tokenizer, template or image processor."""
+        """Args:
+            num_workers: threads that prepare micro-batches; 0: the one that asks for them.
+            quarantine: samples that are left out. All others come when they would have come.
+
+        Raises:
+            DataError: the shards were measured with another tokenizer, template or image processor.
+        """
+        self.schedule, self.encoder, self.rank = schedule, encoder, rank
+        self.start_step, self.num_steps = start_step, num_steps
+        self.num_workers, self.quarantine = num_workers, quarantine
+        self.shards = shards = schedule.shards
         if shards.fingerprint != encoder.fingerprint:
             raise DataError(
                 f"{', '.join(map(str, shards.folders))}: sharded with another tokenizer, chat template or image "
                 f"processor than this run's (fingerprint {shards.fingerprint}, here {encoder.fingerprint}), so the "
                 "lengths do not hold; run `gemma-dist shard` again with this model and template"
             )
-        self.shards, self.encoder = shards, encoder
-        self.rank, self.plan, self.seed = rank, plan, seed
-        self.start_step, self.num_steps = start_step, num_steps
         self._ids = control_ids(encoder.processor)
 
     def __len__(self) -> int:
         """Micro-batches of one iteration."""
-        return self.num_steps * self.plan.gradient_accumulation_steps
+        return self.num_steps * self.schedule.plan.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         """Raises DataError, with the sample's id, where a sample is damaged."""
         assert get_worker_info() is None, "worker processes would each give out every micro-batch"
+        fetchers = ThreadPoolExecutor(NUM_FETCHERS, thread_name_prefix="loader-fetch")
+        workers = ThreadPoolExecutor(max(1, self.num_workers), thread_name_prefix="loader")
         steps = range(self.start_step, self.start_step + self.num_steps)
-        wanted = (samples for step in steps for samples in self.samples_at(step))
-        pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="loader")
+        row_groups = RowGroups(self.schedule, self.rank, steps, self.quarantine, fetchers)
         ahead: deque[Future[dict[str, torch.Tensor]]] = deque()
         try:
-            for samples in wanted:
-                ahead.append(pool.submit(self._prepare, samples))
-                if len(ahead) > NUM_AHEAD:
-                    yield ahead.popleft().result()
+            for step in steps:
+                tables = row_groups.of_step(step)
+                for packs in self.samples_at(step):
+                    if not self.num_workers:
+                        yield self._prepare(packs, tables)
+                        continue
+                    ahead.append(workers.submit(self._prepare, packs, tables))
+                    if len(ahead) > 2 * self.num_workers:
+                        yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            fetchers.shutdown(wait=True, cancel_futures=True)
+            workers.shutdown(wait=True, cancel_futures=True)
 
-    def samples_at(self, step: int) -> list[list[int]]:
-        """The sample numbers of this rank's micro-batches at `step`; an empty list is a filler."""
-        plan = self.plan
-        batch = global_batch(step, len(self.shards), plan.global_batch_size, self.seed)
-        return micro_batches(
-            batch, self.rank, plan.world_size, plan.per_device_train_batch_size, plan.gradient_accumulation_steps
-        )
+    def samples_at(self, step: int) -> list[list[list[int]]]:
+        """The sample numbers of this rank's micro-batches at `step`, pack by pack; an empty list is a filler."""
+        return [
+            [[sample for sample in pack if sample not in self.quarantine] for pack in packs]
+            for packs in self.schedule.micro_batches(step, self.rank)
+        ]
 
-    def ids_at(self, step: int) -> list[list[str]]:
-        """The sample ids of this rank's micro-batches at `step`."""
-        return [[self.shards.id(index) for index in samples] for samples in self.samples_at(step)]
+    def ids_at(self, step: int) -> list[list[list[str]]]:
+        """The sample ids of this rank's micro-batches at `step`, pack by pack."""
+        return [[[self.shards.id(index) for index in pack] for pack in packs] for packs in self.samples_at(step)]
 
-    def num_target_tokens_at(self, step: int) -> int:
-        """Trained tokens of the global batch of `step`, all ranks together: what its loss is divided by."""
-        batch = global_batch(step, len(self.shards), self.plan.global_batch_size, self.seed)
-        return int(self.shards.num_target_tokens[batch].sum())
+    def counts_at(self, step: int) -> tuple[int, int]:
+        """Target tokens, and tokens without padding, of the global batch of `step`, all ranks together."""
+        batch = [sample for sample in self.schedule.global_batch(step) if sample not in self.quarantine]
+        shards = self.shards
+        num_tokens = shards.num_text_tokens[batch].sum() + shards.num_image_tokens[batch].sum()
+        return int(shards.num_target_tokens[batch].sum()), int(num_tokens)
 
-    def num_tokens_at(self, step: int) -> int:
-        """Tokens of the global batch of `step`, text and images, without padding."""
-        batch = global_batch(step, len(self.shards), self.plan.global_batch_size, self.seed)
-        return int(self.shards.num_text_tokens[batch].sum() + self.shards.num_image_tokens[batch].sum())
+    def _prepare(self, packs: list[list[int]], tables: dict[int, Future[pa.Table]]) -> dict[str, torch.Tensor]:
+        samples = [[self._sample(index, tables) for index in pack] for pack in packs]
+        if self.schedule.packing:
+            return collate_packs(samples, self._ids)
+        return collate([sample for pack in samples for sample in pack], self._ids)
 
-    @property
-    def num_steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.shards), self.plan.global_batch_size)
-
-    def _prepare(self, samples: list[int]) -> dict[str, torch.Tensor]:
-        return collate([self._sample(index) for index in samples], self._ids)
-
-    def _sample(self, index: int) -> Sample:
+    def _sample(self, index: int, tables: dict[int, Future[pa.Table]]) -> Sample:
         sample_id = self.shards.id(index)
         try:
-            trajectory = self.shards.read(index)
+            trajectory = self.shards.trajectory(tables[self.shards.row_group_of(index)].result(), index)
             pixels = self.encoder.pixels(trajectory.images) if trajectory.images else {}
             return Sample(sample_id, self.encoder.encode(trajectory), pixels)
         except DataError as error:
@@ -107,3 +124,38 @@ class TrajectoryLoader(IterableDataset):
         except Exception as error:
             error.add_note(f"while sample {sample_id!r} ({self.shards.place(index)}) was prepared")
             raise
+
+
+class RowGroups:
+    """The row groups that a rank is working on, each fetched once, a few steps ahead, and dropped with its block."""
+
+    def __init__(
+        self, schedule: Schedule, rank: int, steps: range, quarantine: frozenset[int], pool: ThreadPoolExecutor
+    ) -> None:
+        self._schedule, self._rank, self._quarantine, self._pool = schedule, rank, quarantine, pool
+        self._steps = iter(steps)
+        self._window: deque[tuple[int, set[tuple[int, int]], dict[int, Future[pa.Table]]]] = deque()
+        self._tables: dict[int, Future[pa.Table]] = {}
+
+    def of_step(self, step: int) -> dict[int, Future[pa.Table]]:
+        """The row groups of a step, by number, and a start on those of the next ones. Steps come in order."""
+        while len(self._window) <= STEPS_AHEAD and (next_step := next(self._steps, None)) is not None:
+            self._window.append((next_step, *self._ask_for(next_step)))
+        found, _, tables = self._window.popleft()
+        assert found == step, (found, step)
+        in_use = {block for _, blocks, _ in self._window for block in blocks}
+        keep = {row_group for block in in_use for row_group in self._schedule.row_groups(block)}
+        self._tables = {number: table for number, table in self._tables.items() if number in keep}
+        return tables
+
+    def _ask_for(self, step: int) -> tuple[set[tuple[int, int]], dict[int, Future[pa.Table]]]:
+        shards, tables = self._schedule.shards, {}
+        sequences = self._schedule.rank_sequences(step, self._rank)
+        for sequence in sequences:
+            for sample in sequence.samples:
+                if sample not in self._quarantine:
+                    number = shards.row_group_of(sample)
+                    if number not in self._tables:
+                        self._tables[number] = self._pool.submit(shards.read_row_group, number)
+                    tables[number] = self._tables[number]
+        return {sequence.block for sequence in sequences}, tables

@@ -1,60 +1,145 @@
-"""Which sample comes when: a few integers in, a list of sample numbers out.
+"""Which sample comes when: pure arithmetic on a few integers for each row group.
 
-The position in the corpus is a function of the optimiser step alone. Nothing here knows of files, tensors or processes,
-so any world size sees the same global batch at a step, and a resumed run needs no more state than the step.
+A global batch has L = `global_batch_size` sequences, one from each of L lanes. The corpus is shuffled and laid out in a
+row; lane l owns the l-th of L equal slices of it, and step s takes the next sequence of each lane. A rank serves L/W
+neighbouring lanes. So the global batch of a step is the same for every world size, each rank reads its own part of the
+corpus, and a run that resumes needs no more state than the step.
 
-Samples are numbered 0 … num_samples-1 in manifest order. An epoch is one shuffled pass: its batches hold
-`global_batch_size` samples each, the last one what is left, so nothing is dropped and nothing comes twice.
+    row groups --(seed: shuffle, cut)--> blocks --(seed, epoch: shuffle blocks, then units in each)--> lanes
+
+A unit is what makes one sequence: a sample, or with packing several (`packing.py`). Units are shuffled within a block
+of a few row groups, which a lane holds in memory while it goes through it, and blocks over the whole corpus. Every
+other lane goes through its slice backwards: neighbours then come to the block that they share at the same time.
 """
 
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 
-
-def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
-    """Optimiser steps of one pass over the corpus; the last one may have a smaller batch."""
-    return -(-num_samples // global_batch_size)
+BLOCKS, BLOCK_ORDER, UNIT_ORDER = range(3)  # what a shuffle is for: none shares its random words with another
 
 
-def epoch_of(step: int, num_samples: int, global_batch_size: int) -> int:
-    """The pass, from 0, that optimiser step `step` belongs to."""
-    return step // steps_per_epoch(num_samples, global_batch_size)
+@dataclass(frozen=True)
+class Blocks:
+    """Row groups, shuffled once for a run and cut into NB blocks."""
+
+    row_groups: np.ndarray  # (R,): all row groups, block by block
+    starts: np.ndarray  # (NB + 1,): where in `row_groups` each block begins
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, block: int) -> list[int]:
+        """The row groups of a block."""
+        return self.row_groups[self.starts[block] : self.starts[block + 1]].tolist()
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """(NB,): the sums of `values` (R,), one a row group, over each block."""
+        return np.add.reduceat(values[self.row_groups], self.starts[:-1])
 
 
-def global_batch(step: int, num_samples: int, global_batch_size: int, seed: int) -> list[int]:
-    """The sample numbers of optimiser step `step` (from 0, counted on over the epochs), all ranks together.
+def cut_blocks(num_bytes: np.ndarray, num_samples: np.ndarray, seed: int, max_bytes: int, max_samples: int) -> Blocks:
+    """Shuffle the row groups and cut them into blocks that end when they hold `max_bytes` or `max_samples`.
 
-    `global_batch_size` of them, or the rest of the epoch at its last step. Every epoch has a shuffle of its own.
+    Args:
+        num_bytes, num_samples: (R,), of each row group.
     """
-    epoch, step_in_epoch = divmod(step, steps_per_epoch(num_samples, global_batch_size))
-    start = step_in_epoch * global_batch_size
-    samples: list[int] = _shuffled(num_samples, seed, epoch)[start : start + global_batch_size].tolist()
-    return samples
+    order = _shuffled(len(num_bytes), seed, BLOCKS)
+    size = np.maximum(num_bytes[order] / max_bytes, num_samples[order] / max_samples)
+    number = np.floor(np.cumsum(size) - size)  # a block is a run of row groups that begin in the same unit of size
+    starts = np.flatnonzero(np.diff(number, prepend=-1.0, append=np.inf))
+    return Blocks(order, starts)
 
 
-def micro_batches(
-    batch: list[int],
-    rank: int,
-    world_size: int,
-    per_device_train_batch_size: int,
-    gradient_accumulation_steps: int,
-) -> list[list[int]]:
-    """The part of a global batch that `rank` works on, one list a micro-batch.
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The sequences of every step of a corpus (or of one source of a mixture)."""
 
-    Always `gradient_accumulation_steps` lists of at most `per_device_train_batch_size` samples, so that all ranks do
-    the same number of forward passes. In the tail of an epoch some are shorter or empty; those get fillers.
+    num_units: np.ndarray  # (NB,): of each block
+    num_lanes: int
+    seed: int
+
+    @cached_property
+    def total(self) -> int:
+        """Units of an epoch."""
+        return int(self.num_units.sum())
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps until every unit has come once; in the last one some lanes may have run dry."""
+        return -(-self.total // self.num_lanes)
+
+    def at(self, step: int, lane: int) -> tuple[int, int] | None:
+        """The block, and the unit in it, that `lane` gives at `step` (from 0, counted on over the epochs).
+
+        None where the lane has nothing left in this epoch.
+        """
+        epoch, step = divmod(step, self.steps_per_epoch)
+        first, end = lane * self.total // self.num_lanes, (lane + 1) * self.total // self.num_lanes
+        if step >= end - first:
+            return None
+        place = first + step if lane % 2 == 0 else end - 1 - step
+        blocks, starts = _epoch_order(self, epoch)
+        turn = int(np.searchsorted(starts, place, side="right")) - 1
+        block = int(blocks[turn])
+        units = _shuffled(int(self.num_units[block]), self.seed, UNIT_ORDER, epoch, block)
+        return block, int(units[place - int(starts[turn])])
+
+
+@lru_cache(maxsize=4)  # this epoch and the next, for each of a few sources
+def _epoch_order(order: Order, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The blocks in the order of an epoch, and the number of units before each."""
+    blocks = _shuffled(len(order.num_units), order.seed, BLOCK_ORDER, epoch)
+    units = order.num_units[blocks]
+    return blocks, np.cumsum(units) - units
+
+
+def split_lanes(weights: list[float], num_lanes: int) -> list[int]:
+    """How many lanes each source of a mixture gets: by weight, the largest remainders rounded up, at least one each.
+
+    Raises:
+        ValueError: there are fewer lanes than sources.
     """
-    room = world_size * per_device_train_batch_size * gradient_accumulation_steps
-    assert len(batch) <= room, f"{len(batch)} samples do not fit into {room} places"
-    mine = batch[rank::world_size]
-    size = per_device_train_batch_size
-    return [mine[i * size : (i + 1) * size] for i in range(gradient_accumulation_steps)]
+    if num_lanes < len(weights):
+        raise ValueError(f"{len(weights)} sources need as many sequences in a global batch, not {num_lanes}")
+    shares = np.array(weights) / sum(weights) * num_lanes
+    lanes = np.maximum(1, np.floor(shares)).astype(int)
+    while lanes.sum() > num_lanes:  # many small sources were lifted to one lane
+        lanes[np.argmax(np.where(lanes > 1, lanes - shares, -np.inf))] -= 1
+    while lanes.sum() < num_lanes:
+        lanes[np.argmax(shares - lanes)] += 1
+    return lanes.tolist()
 
 
-@lru_cache(maxsize=2)  # this epoch and the one that is being fetched ahead; 80 MB each at 10 million samples
-def _shuffled(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of all sample numbers. Sorting raw Philox words keeps it the same under every numpy version:
-    numpy fixes the streams of its bit generators for good, but not those of `Generator.permutation`."""
-    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_samples)
+def spread_lanes(num_lanes: list[int]) -> list[tuple[int, int]]:
+    """Which source, and which of its lanes, each lane of the whole is: the sources are dealt evenly over the lanes, so
+    that every rank has its share of each."""
+    places = [((i + 0.5) / count, source, i) for source, count in enumerate(num_lanes) for i in range(count)]
+    return [(source, lane) for _, source, lane in sorted(places)]
+
+
+def lanes_of(rank: int, world_size: int, num_lanes: int) -> range:
+    """The lanes that a rank serves: neighbours, so that ranks share as few blocks as can be."""
+    return range(rank * num_lanes // world_size, (rank + 1) * num_lanes // world_size)
+
+
+def micro_batches(sequences: list, num_sequences: int, num_micro_batches: int) -> list[list]:
+    """The sequences of a rank at a step, `num_sequences` to a micro-batch.
+
+    Always `num_micro_batches` lists, so that all ranks do the same number of forward passes. In the tail of an epoch
+    some are shorter or empty; those get fillers.
+    """
+    assert len(sequences) <= num_sequences * num_micro_batches
+    return [sequences[i * num_sequences : (i + 1) * num_sequences] for i in range(num_micro_batches)]
+
+
+@lru_cache(maxsize=4096)  # the blocks that lanes are in
+def _shuffled(num: int, *key: int) -> np.ndarray:
+    """A permutation of 0 … num-1 for a key: seed, purpose, epoch, block. Sorting raw Philox words keeps it the same
+    under every numpy version: numpy fixes the streams of its bit generators for good, but not those of
+    `Generator.permutation`."""
+    seed, purpose, epoch, block = (*key, 0, 0)[:4]
+    counter = np.array([0, 0, purpose, block], dtype=np.uint64)
+    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=counter).random_raw(num)
     return np.argsort(words, kind="stable")

@@ -6,7 +6,6 @@ OUT/adapter_model.safetensors or model.safetensors …, with config, processor a
 OUT/gemma_dist.json          base, quantisation, data: written last, so it marks a finished run
 """
 
-import math
 import os
 import shutil
 from pathlib import Path
@@ -16,8 +15,7 @@ from gemma_dist import world
 from gemma_dist.config import RunConfig, batch_plan
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.data.loader import TrajectoryLoader
-from gemma_dist.data.order import steps_per_epoch
-from gemma_dist.data.shards import open_shards
+from gemma_dist.data.schedule import open_schedule, read_quarantine
 from gemma_dist.errors import ConfigError
 from gemma_dist.model.load import ADAPTER_RECORD, add_adapter, load_model
 from gemma_dist.report import RunLog, log
@@ -45,12 +43,16 @@ def train(config: RunConfig) -> None:
     """
     _check_launch()
     plan = batch_plan(config, world.world_size())
-    shards = open_shards(*map(Path, config.data.train))
-    num_steps = config.train.max_steps
-    if num_steps < 0:
-        num_steps = math.ceil(config.train.num_train_epochs * steps_per_epoch(len(shards), plan.global_batch_size))
+    schedule = open_schedule(config, plan)
+    shards = schedule.shards
+    quarantine = read_quarantine(config.data.quarantine, shards)
+    num_steps = schedule.num_steps(config.train)
     state = {
         "manifest": shards.manifest_hash,
+        "num_samples": len(shards),
+        "encoding": shards.fingerprint,
+        "weights": shards.weights,
+        "packing_length": schedule.packing_length,
         "seed": config.train.seed,
         "global_batch_size": plan.global_batch_size,
         "tuning": config.tuning,
@@ -62,8 +64,16 @@ def train(config: RunConfig) -> None:
         chat_template=config.data.chat_template,
         enable_thinking=config.data.enable_thinking,
     )
-    seed, rank = config.train.seed, world.rank()
-    loader = TrajectoryLoader(shards, encoder, rank, plan, seed, start_step, max(0, num_steps - start_step))
+    rank = world.rank()
+    loader = TrajectoryLoader(
+        schedule,
+        encoder,
+        rank,
+        start_step,
+        max(0, num_steps - start_step),
+        num_workers=config.train.dataloader_num_workers,
+        quarantine=quarantine,
+    )
     log.info("%d trajectories, %s, steps %d to %d", len(shards), plan, start_step, num_steps)
 
     if start_step < num_steps:
@@ -97,7 +107,7 @@ def _model(config: RunConfig, arguments: Any) -> Any:
     from transformers import set_seed
 
     set_seed(config.train.seed)
-    model = load_model(config.model, config.quantization, packing=False)
+    model = load_model(config.model, config.quantization, packing=config.train.packing)
     if config.lora is not None:
         zero3 = arguments.deepspeed_plugin is not None and arguments.deepspeed_plugin.zero_stage == 3
         model = add_adapter(model, config.lora, zero3=zero3)

@@ -30,11 +30,21 @@ from gemma_dist.model.load import use_cpu, write_record
 from gemma_dist.report import RunLog
 from gemma_dist.train import checkpoint
 
+# Settings of a recipe that are ours to carry out.
+OURS = (
+    "global_batch_size",
+    "num_train_epochs",
+    "resume_from_checkpoint",
+    "packing",
+    "packing_length",
+    "dataloader_num_workers",
+)
+
 
 def training_arguments(config: RunConfig, plan: BatchPlan, num_steps: int) -> SFTConfig:
     """The recipe as TRL takes it. To be made before the model: at ZeRO-3 it is what spreads the weights on loading."""
     settings = config.train.model_dump()
-    for ours in ("global_batch_size", "num_train_epochs", "resume_from_checkpoint"):
+    for ours in OURS:
         del settings[ours]
     checkpointing = settings.pop("gradient_checkpointing")
     report_to = settings.pop("report_to")
@@ -109,16 +119,17 @@ class ToolCallTrainer(SFTTrainer):
         if "loss" in logs:
             step = self.state.global_step
             done = range(max(step - self.args.logging_steps, self.loader.start_step), step)
+            target_tokens, num_tokens = map(sum, zip(*map(self.loader.counts_at, done), strict=True))
             self.run_log.write(
                 step,
                 {
                     "loss": logs["loss"],
                     "grad_norm": logs["grad_norm"],
                     "learning_rate": logs["learning_rate"],
-                    "epoch": round(step / self.loader.num_steps_per_epoch, 4),
-                    "target_tokens": sum(map(self.loader.num_target_tokens_at, done)),
+                    "epoch": round(step / self.loader.schedule.steps_per_epoch, 4),
+                    "target_tokens": target_tokens,
                 },
-                num_tokens=sum(map(self.loader.num_tokens_at, done)),
+                num_tokens=num_tokens,
             )
         super().log(logs, start_time)
 

@@ -1,0 +1,58 @@
+"""`gemma-dist batches`: which samples a step trains on, from arithmetic alone, to find the row behind a bad step."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from gemma_dist.config import RunConfig, batch_plan
+from gemma_dist.data.schedule import Schedule, open_schedule, read_quarantine
+
+
+@dataclass(frozen=True)
+class Step:
+    """The samples of one optimiser step."""
+
+    step: int
+    epoch: int
+    epochs: list[int]  # of each source
+    ranks: list[list[list[list[str]]]]  # ids of ranks -> micro-batches -> packs
+    lines: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"step": self.step, "epoch": self.epoch, "ranks": self.ranks}
+
+    def render(self) -> str:
+        return "\n".join(self.lines)
+
+
+def batches(config: RunConfig, step: int, num_steps: int, world_size: int) -> Iterator[Step]:
+    """The steps `step` … `step + num_steps - 1` (from 0) of a run, as its ranks would go through them.
+
+    Raises:
+        ConfigError, DataError: as training would.
+    """
+    schedule = open_schedule(config, batch_plan(config, world_size))
+    quarantine = read_quarantine(config.data.quarantine, schedule.shards)
+    for number in range(step, step + num_steps):
+        yield _describe(schedule, number, quarantine)
+
+
+def _describe(schedule: Schedule, step: int, quarantine: frozenset[int]) -> Step:
+    shards, epochs = schedule.shards, schedule.epochs(step)
+    epoch = step // schedule.steps_per_epoch
+    ranks = []
+    lines = [f"step {step}, epoch {epoch}" + (f" (of each source: {epochs})" if len(epochs) > 1 else "")]
+    for rank in range(schedule.plan.world_size):
+        micro_batches = []
+        for number, packs in enumerate(schedule.micro_batches(step, rank)):
+            kept = [[sample for sample in pack if sample not in quarantine] for pack in packs]
+            micro_batches.append([[shards.id(sample) for sample in pack] for pack in kept])
+            where = f"  rank {rank}  micro-batch {number}"
+            lines += [
+                f"{where}  {int(shards.num_text_tokens[pack].sum() + shards.num_image_tokens[pack].sum()):7,d} tokens  "
+                + "  ".join(ids)
+                for pack, ids in zip(kept, micro_batches[-1], strict=True)
+                if pack
+            ] or [f"{where}  filler"]
+        ranks.append(micro_batches)
+    return Step(step, epoch, epochs, ranks, lines)

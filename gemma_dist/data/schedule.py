@@ -1,0 +1,175 @@
+"""What every rank trains on at every step: a corpus, its order and its packs put together, still without reading a row.
+
+schedule = open_schedule(config, batch_plan(config, world_size=8))
+schedule.micro_batches(step=1000, rank=3)     [[[17, 4], [250]], …]: micro-batches of packs of sample numbers
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from gemma_dist.config import BatchPlan, RunConfig, SourceConfig, TrainConfig
+from gemma_dist.data.fetch import Fetcher
+from gemma_dist.data.order import Blocks, Order, cut_blocks, lanes_of, micro_batches, split_lanes, spread_lanes
+from gemma_dist.data.packing import count_packs, pack
+from gemma_dist.data.shards import Shards, open_shards
+from gemma_dist.errors import ConfigError, DataError
+
+# A lane holds one block in memory. Large blocks shuffle better and pack tighter (each leaves one pack half full); the
+# samples bound the time that packing takes where rows are short.
+BLOCK_BYTES, BLOCK_SAMPLES = 8 << 20, 256
+PACKED_BLOCK_BYTES, PACKED_BLOCK_SAMPLES = 32 << 20, 512
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What one lane gives at one step."""
+
+    samples: list[int]  # of the corpus: one, or those of a pack
+    block: tuple[int, int]  # source and block that the lane is in
+
+
+@dataclass(frozen=True)
+class _Source:
+    first_row_group: int
+    blocks: Blocks
+    order: Order
+
+
+class Schedule:
+    """The sequences of every step, for all ranks: a pure function of the manifest, the plan and the seed.
+
+    Where `shards` has weights, each of its folders is a source of its own, with lanes by weight and epochs of its own;
+    an epoch of the whole is then one of the source that takes longest.
+    """
+
+    def __init__(
+        self, shards: Shards, plan: BatchPlan, seed: int, *, packing: bool, packing_length: int | None
+    ) -> None:
+        """Raises ConfigError or DataError where the corpus does not go with the batch or the length of packs."""
+        self.shards, self.plan, self.packing = shards, plan, packing
+        longest = int((shards.num_text_tokens + shards.num_image_tokens).max()) if packing else 0
+        self.packing_length = packing_length or longest
+        if packing and longest > self.packing_length:
+            index = int((shards.num_text_tokens + shards.num_image_tokens).argmax())
+            raise DataError(
+                f"{shards.place(index)}: sample {shards.id(index)!r} has {longest:,} tokens, but "
+                f"train.packing_length is {packing_length:,}; raise it, or shard again with --max-length"
+            )
+        ranges, weights = shards.sources()
+        try:
+            num_lanes = split_lanes(weights, plan.global_batch_size)
+        except ValueError as error:
+            raise ConfigError(
+                f"train.global_batch_size: {error}; raise it, or leave data.train without weights"
+            ) from None
+        self._sources = [self._source(rows, lanes, seed) for rows, lanes in zip(ranges, num_lanes, strict=True)]
+        self._lanes = spread_lanes(num_lanes)
+        self._packs = lru_cache(maxsize=2 * plan.global_batch_size)(self._packs_of)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(source.order.steps_per_epoch for source in self._sources)
+
+    def num_steps(self, train: TrainConfig) -> int:
+        """Optimiser steps of a whole run."""
+        return train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * self.steps_per_epoch)
+
+    def epochs(self, step: int) -> list[int]:
+        """The pass, from 0, that each source is in at `step`."""
+        return [step // source.order.steps_per_epoch for source in self._sources]
+
+    def sequences(self, step: int, lanes: range) -> list[Sequence]:
+        """The sequences that `lanes` give at `step`; in the tail of an epoch some give none."""
+        return [sequence for lane in lanes if (sequence := self._sequence(step, lane))]
+
+    def rank_sequences(self, step: int, rank: int) -> list[Sequence]:
+        return self.sequences(step, lanes_of(rank, self.plan.world_size, self.plan.global_batch_size))
+
+    def micro_batches(self, step: int, rank: int) -> list[list[list[int]]]:
+        """The micro-batches of `rank` at `step`: lists of packs, which are lists of sample numbers. Without packing a
+        pack is one sample; an empty micro-batch is a filler."""
+        packs = [sequence.samples for sequence in self.rank_sequences(step, rank)]
+        return micro_batches(packs, self.plan.per_device_train_batch_size, self.plan.gradient_accumulation_steps)
+
+    def global_batch(self, step: int) -> list[int]:
+        """All samples of `step`, of all ranks together."""
+        sequences = self.sequences(step, range(self.plan.global_batch_size))
+        return [sample for sequence in sequences for sample in sequence.samples]
+
+    def row_groups(self, block: tuple[int, int]) -> list[int]:
+        """The row groups that a sequence's block lies in."""
+        source = self._sources[block[0]]
+        return [source.first_row_group + number for number in source.blocks[block[1]]]
+
+    def _source(self, rows: range, num_lanes: int, seed: int) -> _Source:
+        shards, part = self.shards, slice(rows.start, rows.stop)
+        num_bytes, num_samples = shards.row_group_bytes[part], shards.row_group_samples[part]
+        limits = (PACKED_BLOCK_BYTES, PACKED_BLOCK_SAMPLES) if self.packing else (BLOCK_BYTES, BLOCK_SAMPLES)
+        blocks = cut_blocks(num_bytes, num_samples, seed, *limits)
+        num_units = blocks.sums(num_samples)
+        if self.packing:
+            starts = np.concatenate([[0], np.cumsum(num_units)])
+            samples = np.repeat(shards.first_sample[part][blocks.row_groups], num_samples[blocks.row_groups])
+            samples += _count_up(num_samples[blocks.row_groups])
+            lengths = shards.num_text_tokens[samples] + shards.num_image_tokens[samples]
+            num_units = count_packs(lengths, starts, self.packing_length)
+        return _Source(rows.start, blocks, Order(num_units, num_lanes, seed))
+
+    def _sequence(self, step: int, lane: int) -> Sequence | None:
+        source, lane_in_source = self._lanes[lane]
+        found = self._sources[source].order.at(step, lane_in_source)
+        if found is None:
+            return None
+        block, unit = found
+        return Sequence(self._packs(source, block)[unit], (source, block))
+
+    def _packs_of(self, source: int, block: int) -> list[list[int]]:
+        """All units of a block, as sample numbers."""
+        samples = np.fromiter(self._samples(self.row_groups((source, block))), np.int64)
+        if not self.packing:
+            return [[sample] for sample in samples.tolist()]
+        lengths = self.shards.num_text_tokens[samples] + self.shards.num_image_tokens[samples]
+        return [samples[positions].tolist() for positions in pack(lengths, self.packing_length)]
+
+    def _samples(self, row_groups: list[int]) -> Iterator[int]:
+        first = self.shards.first_sample
+        for row_group in row_groups:
+            yield from range(first[row_group], first[row_group + 1])
+
+
+def open_schedule(config: RunConfig, plan: BatchPlan) -> Schedule:
+    """The schedule of a recipe's corpus. DataError or ConfigError where the corpus is not to be had or does not go."""
+    sources = [source if isinstance(source, SourceConfig) else None for source in config.data.train]
+    paths = [source.path if isinstance(source, SourceConfig) else source for source in config.data.train]
+    weights = None if None in sources else [source.weight for source in sources if source]
+    fetcher = Fetcher(config.data.cache_dir, round(config.data.cache_gb * 1e9))
+    shards = open_shards(*paths, weights=weights, fetcher=fetcher)
+    train = config.train
+    return Schedule(shards, plan, train.seed, packing=train.packing, packing_length=train.packing_length)
+
+
+def read_quarantine(path: Path | None, shards: Shards) -> frozenset[int]:
+    """The samples whose ids stand in a file, one a line. DataError where the corpus has no such sample."""
+    if path is None:
+        return frozenset()
+    try:
+        ids = set(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.quarantine = {str(path)!r}: cannot be read: {error}") from error
+    found = shards.find(ids)
+    if unknown := sorted(ids - found.keys()):
+        raise DataError(
+            f"data.quarantine: {path} names {unknown[0]!r}, but no sample of data.train has this id; write one a line"
+        )
+    return frozenset(found.values())
+
+
+def _count_up(sizes: np.ndarray) -> np.ndarray:
+    """0 … size-1 for each of the sizes, one behind the other."""
+    ends = np.cumsum(sizes)
+    return np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)

@@ -1,0 +1,402 @@
+"""Raw rows -> parquet shards with a manifest.
+
+A shard folder holds
+
+    train-00000.parquet …   id, messages, tools, images as any parquet reader and plain `datasets` take them
+    manifest.arrow          one line a sample: where it lies, how long it is; written last, it marks a finished folder
+    rejected.jsonl          with --skip-invalid: the rows that were refused, with file, line and error
+    too_long.jsonl          the rows that were cut or dropped for their length
+
+The same input gives the same bytes.
+"""
+
+import json
+import zlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gemma_dist.config import TRAINING_ONLY, DataConfig
+from gemma_dist.data.encode import Encoded, Encoder, load_encoder
+from gemma_dist.data.manifest import COUNTS, MANIFEST, UNFINISHED, row_group_line, write_manifest
+from gemma_dist.data.manifest import SCHEMA as MANIFEST_SCHEMA
+from gemma_dist.data.rows import Where, read_rows
+from gemma_dist.data.strict import at
+from gemma_dist.data.trajectory import Trajectory, parse_row
+from gemma_dist.errors import DataError
+from gemma_dist.report import JsonlWriter, progress
+
+ROW_GROUP_BYTES = 4 << 20  # before compression: the piece that is fetched and checked as one
+SHARD_BYTES = 256 << 20
+NUM_ERRORS_SHOWN = 5
+
+REJECTED = "rejected.jsonl"
+TOO_LONG = "too_long.jsonl"
+
+IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+# What `datasets.Features(…).arrow_schema` gives for id, Json, Json, List(Image(decode=False)), without the import.
+FEATURES = {
+    "id": {"dtype": "string", "_type": "Value"},
+    "messages": {"_type": "Json"},
+    "tools": {"_type": "Json"},
+    "images": {"feature": {"decode": False, "_type": "Image"}, "_type": "List"},
+}
+SCHEMA = pa.schema(
+    {"id": pa.string(), "messages": pa.json_(), "tools": pa.json_(), "images": pa.list_(IMAGE_TYPE)},
+    metadata={"huggingface": json.dumps({"info": {"features": FEATURES}})},
+)
+
+
+@dataclass
+class ShardReport:
+    """What became of the rows: read = written + rejected + dropped; the cut ones are among the written."""
+
+    out: str
+    num_read: int = 0
+    num_written: int = 0
+    num_rejected: int = 0
+    num_dropped: int = 0
+    num_cut: int = 0
+    num_shards: int = 0
+    num_text_tokens: int = 0
+    num_image_tokens: int = 0
+    num_images: int = 0
+    num_target_tokens: int = 0
+    num_dropped_reasoning: int = 0  # assistant messages whose reasoning the chat template leaves out
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def summary(self) -> str:
+        lines = [
+            f"{self.num_written:,} of {self.num_read:,} rows in {self.num_shards:,} shards: {self.out}",
+            f"{self.num_text_tokens:,} text tokens, {self.num_image_tokens:,} image tokens in {self.num_images:,} "
+            f"images; {self.num_target_tokens:,} tokens are trained",
+        ]
+        if self.num_rejected:
+            lines.append(f"{self.num_rejected:,} rows were refused: {Path(self.out) / REJECTED}")
+        if self.num_dropped or self.num_cut:
+            lines.append(
+                f"{self.num_dropped:,} rows were dropped and {self.num_cut:,} cut for their length: "
+                f"{Path(self.out) / TOO_LONG}"
+            )
+        if self.num_dropped_reasoning:
+            lines.append(
+                f"{self.num_dropped_reasoning:,} messages lose their reasoning, since the chat template renders it "
+                "after the last user turn only: to train on it, make one row for each user turn"
+            )
+        return "\n".join(lines)
+
+
+def run_shard(inputs: list[Path], out: Path, model: str, settings: DataConfig, skip_invalid: bool) -> ShardReport:
+    """Check, measure and write all rows of `inputs` to the shard folder `out`.
+
+    Rows are streamed: one row group is held in memory, and about 300 bytes a sample (id, place, lengths).
+
+    Raises:
+        DataError: `out` is taken; or rows were refused and `skip_invalid` is not set (`out` then holds nothing but
+            `rejected.jsonl`, with every refused row of the whole input); or no row is left to write.
+    """
+    encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
+    _claim(out)
+    try:
+        report = _write(inputs, out, encoder, settings, skip_invalid)
+    except BaseException:
+        _clear(out, keep=REJECTED)
+        raise
+    (out / UNFINISHED).unlink()
+    return report
+
+
+def _write(inputs: list[Path], out: Path, encoder: Encoder, settings: DataConfig, skip_invalid: bool) -> ShardReport:
+    report = ShardReport(str(out))
+    rejected, too_long, writer = _RowLog(out / REJECTED), _RowLog(out / TOO_LONG), _ShardWriter(out)
+    first_errors: list[str] = []
+    seen: dict[str, str] = {}
+    for where, row in progress(read_rows(inputs), total=None, desc="sharding", unit=" rows"):
+        report.num_read += 1
+        try:
+            trajectory = parse(row, where, settings)
+            if trajectory.id in seen:
+                raise DataError(
+                    f"{where}: the id {trajectory.id!r} belongs to {seen[trajectory.id]} already; ids are unique over "
+                    "the whole input: rename one of them (a row without an id is named by file and line)"
+                )
+            seen[trajectory.id] = str(where)
+            with at(where):
+                encoded = encode_trained(trajectory, encoder)
+                fitting = fit(trajectory, encoded, encoder, settings)
+        except DataError as error:
+            report.num_rejected += 1
+            rejected.write({"file": str(where.file), "line": where.line, "error": str(error)})
+            if len(first_errors) < NUM_ERRORS_SHOWN:
+                first_errors.append(str(error))
+            continue
+        if fitting is None or fitting[0] is not trajectory:
+            num_kept = len(fitting[0].messages) if fitting else 0
+            too_long.write(
+                {
+                    "file": str(where.file),
+                    "line": where.line,
+                    "id": trajectory.id,
+                    "num_tokens": len(encoded.input_ids),
+                    "num_messages": len(trajectory.messages),
+                    "num_messages_kept": num_kept,
+                }
+            )
+            report.num_cut += num_kept > 0
+            report.num_dropped += num_kept == 0
+        if fitting and (skip_invalid or not first_errors):
+            writer.add(*fitting)
+            report.num_dropped_reasoning += fitting[1].num_dropped_reasoning
+    rejected.close()
+    if first_errors and not skip_invalid:
+        raise DataError(
+            f"{report.num_rejected:,} of {report.num_read:,} rows were refused, so nothing was written. The first:\n"
+            + "\n".join(f"  {error}" for error in first_errors)
+            + f"\nAll of them are in {out / REJECTED}; mend them, or leave them out with --skip-invalid"
+        )
+    if not writer.num_samples:
+        raise DataError(
+            f"none of the {report.num_read:,} rows of {', '.join(map(str, inputs))} is left to write: "
+            f"{report.num_rejected:,} were refused, {report.num_dropped:,} dropped for their length"
+        )
+    too_long.close()
+    writer.close(encoder.fingerprint, settings)
+    report.num_written, report.num_shards = writer.num_samples, len(writer.shards)
+    for name in COUNTS:
+        setattr(report, name, sum(sum(line[name]) for line in writer.lines))
+    return report
+
+
+def parse(row: dict[str, Any] | DataError, where: Where, settings: DataConfig) -> Trajectory:
+    """A raw row, as `read_rows` gives it, by the settings. Raises DataError where it breaks the data contract."""
+    if isinstance(row, DataError):
+        raise row
+    return parse_row(
+        row,
+        where=where,
+        media_root=settings.media_root,
+        text_beside_call=settings.text_beside_call,
+        control_tokens=settings.control_tokens,
+        max_image_pixels=settings.max_image_pixels,
+    )
+
+
+def encode_trained(trajectory: Trajectory, encoder: Encoder) -> Encoded:
+    """The encoded trajectory. Raises DataError where the template cannot express it, or not one token is trained."""
+    encoded = encoder.encode(trajectory)
+    if not encoded.num_target_tokens:
+        raise DataError("not one token of this row would be trained; at least one assistant message must say something")
+    return encoded
+
+
+def fit(
+    trajectory: Trajectory, encoded: Encoded, encoder: Encoder, settings: DataConfig
+) -> tuple[Trajectory, Encoded] | None:
+    """The trajectory with at most `settings.max_length` tokens: whole, or with turns cut from its end; None: dropped.
+
+    Raises:
+        DataError: it is longer and `settings.too_long` is "error".
+    """
+    limit = settings.max_length
+    if limit is None or len(encoded.input_ids) <= limit:
+        return trajectory, encoded
+    if settings.too_long == "error":
+        raise DataError(
+            f"{len(encoded.input_ids):,} tokens ({encoded.num_image_tokens:,} of images), but max_length is "
+            f"{limit:,}; raise it, or choose --too-long drop or cut_turns"
+        )
+    if settings.too_long == "cut_turns":
+        # From long to short by trial: reasoning is rendered only after the last user turn, so that what remains after a
+        # cut is not a prefix of the tokens of the whole.
+        for end in reversed(cut_points(trajectory.messages)):
+            shorter = _first_messages(trajectory, end)
+            encoded = encoder.encode(shorter)
+            if len(encoded.input_ids) <= limit and encoded.num_target_tokens:
+                return shorter, encoded
+    return None
+
+
+def cut_points(messages: list[dict[str, Any]]) -> list[int]:
+    """How many messages may remain when a trajectory is cut at its end, without the whole of it.
+
+    Each remainder ends with a trained assistant message, which may be a call: its responses go together. It never ends
+    between two assistant messages in a row, which are one turn (the text before a call and the call): the model would
+    learn to stop after announcing a call.
+    """
+    return [
+        end
+        for end in range(1, len(messages))
+        if messages[end - 1]["role"] == "assistant"
+        and messages[end - 1].get("train", True)
+        and messages[end]["role"] != "assistant"
+    ]
+
+
+def _first_messages(trajectory: Trajectory, end: int) -> Trajectory:
+    messages = trajectory.messages[:end]
+    parts = (part for message in messages if isinstance(message["content"], list) for part in message["content"])
+    num_images = sum(part["type"] == "image" for part in parts)
+    return replace(trajectory, messages=messages, images=trajectory.images[:num_images])
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+class _ShardWriter:
+    """Rows into row groups into shard files, all bounded by bytes, and in the end the manifest."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.num_samples = 0
+        self.shards: list[dict[str, Any]] = []  # the finished ones, as the manifest lists them
+        self.lines: list[dict[str, Any]] = []  # of the manifest: their row groups
+        self._samples: list[list[tuple[str, list[int]]]] = [[]]  # id and counts, for each row group of this shard
+        self._rows: list[dict[str, Any]] = []  # of the row group that is being filled
+        self._row_bytes = 0
+        self._shard_bytes = 0
+        self._parquet: pq.ParquetWriter | None = None
+
+    def add(self, trajectory: Trajectory, encoded: Encoded) -> None:
+        messages, tools = _to_json(trajectory.messages), _to_json(trajectory.tools)
+        images = [{"bytes": image, "path": None} for image in trajectory.images]
+        row = {"id": trajectory.id, "messages": messages, "tools": tools, "images": images}
+        num_bytes = len(messages.encode()) + len(tools.encode()) + sum(map(len, trajectory.images))
+        if self._rows and self._row_bytes + num_bytes > ROW_GROUP_BYTES:
+            self._end_row_group()
+        if self._parquet and self._shard_bytes + num_bytes > SHARD_BYTES:
+            self._end_row_group()
+            self._end_shard()
+        counts = [
+            len(encoded.input_ids) - encoded.num_image_tokens,
+            encoded.num_image_tokens,
+            encoded.num_images,
+            encoded.num_target_tokens,
+        ]
+        self._samples[-1].append((trajectory.id, counts))
+        self.num_samples += 1
+        self._rows.append(row)
+        self._row_bytes += num_bytes
+        self._shard_bytes += num_bytes
+
+    def close(self, fingerprint: str, settings: DataConfig) -> None:
+        """Finish the last shard, then write the manifest: the folder is complete from here on."""
+        self._end_row_group()
+        self._end_shard()
+        header = {
+            "fingerprint": fingerprint,
+            "settings": settings.model_dump(mode="json", exclude=TRAINING_ONLY | {"media_root"}),
+            "shards": self.shards,
+        }
+        write_manifest(self.out, header, pa.Table.from_pylist(self.lines, MANIFEST_SCHEMA))
+
+    def _path(self) -> Path:
+        # `datasets` finds files called "train" in a folder, and so does not stumble over the manifest beside them.
+        return self.out / f"train-{len(self.shards):05d}.parquet"
+
+    def _end_row_group(self) -> None:
+        if not self._rows:
+            return
+        if self._parquet is None:
+            # Pictures are compressed already. Statistics of the long texts would only bloat the footer.
+            self._parquet = pq.ParquetWriter(
+                _partial(self._path()),
+                SCHEMA,
+                compression={"id": "zstd", "messages": "zstd", "tools": "zstd"},
+                use_dictionary=False,
+                write_statistics=["id"],
+                write_page_checksum=True,
+            )
+        columns = {field.name: pa.array([row[field.name] for row in self._rows], field.type) for field in SCHEMA}
+        self._parquet.write_table(pa.table(columns, schema=SCHEMA), row_group_size=len(self._rows))
+        self._rows, self._row_bytes = [], 0
+        self._samples.append([])
+
+    def _end_shard(self) -> None:
+        if self._parquet is None:
+            return
+        self._parquet.close()
+        path = self._path()
+        _partial(path).rename(path)
+        entry, places, deflated = _describe(path)
+        footer: bytes | None = deflated
+        for samples, place in zip(self._samples, places, strict=False):
+            ids, counts = zip(*samples, strict=True)
+            self.lines.append(row_group_line(ids, counts, len(self.shards), *place, footer))
+            footer = None
+        self.shards.append(entry)
+        self._parquet, self._shard_bytes, self._samples = None, 0, [[]]
+
+
+class _RowLog:
+    """A JSONL file that appears under its name when it is closed, and only if a row was written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: JsonlWriter | None = None
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file = self._file or JsonlWriter(_partial(self._path), append=False)
+        self._file.write(row)
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+            _partial(self._path).rename(self._path)
+
+
+def _claim(out: Path) -> None:
+    """Make `out` an empty folder that is ours. What a crashed or refused run left is replaced; nothing else ever is."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; name a folder with --out")
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if MANIFEST in names:
+        raise DataError(f"{out} holds finished shards already; remove it, or name another folder with --out")
+    if UNFINISHED not in names and names - {REJECTED}:
+        raise DataError(
+            f"{out} holds {min(names - {REJECTED})!r}, which `gemma-dist shard` did not leave there; name a new folder"
+            " with --out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / UNFINISHED).touch()
+    _clear(out, keep=UNFINISHED)
+
+
+def _clear(out: Path, keep: str) -> None:
+    """Remove what is in `out`, with the folder itself if nothing is kept."""
+    for path in out.iterdir():
+        if path.name != keep:
+            path.unlink()
+    if not any(out.iterdir()):
+        out.rmdir()
+
+
+def _partial(path: Path) -> Path:
+    """Where a file is written until it is complete."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _describe(path: Path) -> tuple[dict[str, Any], list[tuple[int, int, int]], bytes]:
+    """A finished shard: as the manifest's header lists it; offset, bytes and crc32 of each of its row groups; footer,
+    deflated."""
+    metadata = pq.read_metadata(path)
+    places = []
+    with path.open("rb") as file:
+        rest = zlib.crc32(file.read(4))
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            chunks = [group.column(column) for column in range(group.num_columns)]
+            offset, num_bytes = chunks[0].data_page_offset, sum(chunk.total_compressed_size for chunk in chunks)
+            assert offset == file.tell(), "row groups lie one behind the other, without dictionary pages"
+            places.append((offset, num_bytes, zlib.crc32(file.read(num_bytes))))
+        footer = file.read()
+        rest = zlib.crc32(footer, rest)
+        return {"name": path.name, "bytes": file.tell(), "rest_crc32": rest}, places, zlib.compress(footer)

@@ -1,0 +1,195 @@
+"""The schedule of a corpus: the same on every world size, by arithmetic alone, balanced when packed, and elastic."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from corpus import row, shard_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import gemma_dist
+
+from gemma_dist.config import BatchPlan
+from gemma_dist.data import sharding
+from gemma_dist.data.loader import TrajectoryLoader
+from gemma_dist.data.schedule import Schedule
+from gemma_dist.data.shards import open_shards
+from gemma_dist.errors import ConfigError, DataError
+
+
+def corpus(lengths: Any, row_group_sizes: Any, weights: list[float] | None = None) -> Any:
+    """What a schedule asks of an open corpus, for lengths that are only numbers. With weights, the second half of the
+    row groups is a source of its own."""
+    lengths, sizes = np.asarray(lengths), np.asarray(row_group_sizes)
+    assert sizes.sum() == len(lengths)
+    half = len(sizes) // 2
+    ranges = [range(len(sizes))] if weights is None else [range(half), range(half, len(sizes))]
+    return SimpleNamespace(
+        num_text_tokens=lengths,
+        num_image_tokens=np.zeros_like(lengths),
+        row_group_bytes=np.full(len(sizes), 1 << 20),
+        row_group_samples=sizes,
+        first_sample=np.concatenate([[0], np.cumsum(sizes)]),
+        sources=lambda: (ranges, weights or [1.0]),
+        place=lambda index: f"place {index}",
+        id=str,
+    )
+
+
+def plan(world_size: int, micro: int, global_batch_size: int) -> BatchPlan:
+    return BatchPlan(world_size, micro, global_batch_size // (world_size * micro), global_batch_size)
+
+
+def schedule(shards: Any, world_size: int, global_batch_size: int, packing: bool, seed: int = 1) -> Schedule:
+    return Schedule(shards, plan(world_size, 1, global_batch_size), seed, packing=packing, packing_length=None)
+
+
+def of_rank(found: Schedule, step: int, rank: int) -> list[int]:
+    return list(chain.from_iterable(chain.from_iterable(found.micro_batches(step, rank))))
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    packing=st.booleans(),
+    seed=st.integers(0, 2**40),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=40)
+def test_each_sample_once_an_epoch_and_the_same_batches_on_every_world_size(
+    sizes: list[int], packing: bool, seed: int, data: Any
+) -> None:
+    lengths = data.draw(st.lists(st.integers(1, 300), min_size=sum(sizes), max_size=sum(sizes)))
+    shards = corpus(lengths, sizes)
+    alone = schedule(shards, 1, 12, packing, seed)
+    epoch = data.draw(st.integers(0, 3))
+    steps = range(epoch * alone.steps_per_epoch, (epoch + 1) * alone.steps_per_epoch)
+    batches = [of_rank(alone, step, 0) for step in steps]
+    assert sorted(chain.from_iterable(batches)) == list(range(len(lengths)))
+    for world_size in (2, 3, 4, 12):
+        together = schedule(shards, world_size, 12, packing, seed)
+        for step, batch in zip(steps, batches, strict=True):
+            micro_batches = [together.micro_batches(step, rank) for rank in range(world_size)]
+            assert {len(mine) for mine in micro_batches} == {12 // world_size}, "no rank waits for another"
+            assert list(chain.from_iterable(of_rank(together, step, rank) for rank in range(world_size))) == batch
+
+
+def lengths_of(distribution: str, shared: Path) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    if distribution == "long tail":  # mean 2.4k, 99 % below 9.3k
+        return np.minimum(rng.lognormal(7.56, 0.67, 8000), 16_384).astype(int)
+    # About as many tokens as the real tokenizer makes of the rows of the shared data: a token for 3.3 characters.
+    rows = (shared / "data" / "toolcalls" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    return rng.permutation([max(16, round(len(line) / 3.3)) for line in rows])
+
+
+@pytest.mark.parametrize("distribution", ["long tail", "toolcalls"])
+def test_packs_are_full_and_ranks_are_even(distribution: str, shared: Path) -> None:
+    lengths = lengths_of(distribution, shared)
+    sizes = np.full(len(lengths) // 32, 32)
+    lengths = lengths[: sizes.sum()]
+    found = schedule(corpus(lengths, sizes), world_size=8, global_batch_size=16, packing=True)
+    steps = range(found.steps_per_epoch - 1)  # the last one holds what is left
+    tokens = np.array([[lengths[of_rank(found, step, rank)].sum() for rank in range(8)] for step in steps])
+    num_packs = sum(len(found.sequences(step, range(16))) for step in steps)
+    assert tokens.sum() / (num_packs * found.packing_length) > 0.95
+    assert np.mean(tokens.max(1) / tokens.mean(1)) < 1.1
+
+
+def test_a_mixture_keeps_its_weights_and_counts_epochs_for_each_source() -> None:
+    sizes = [10] * 20
+    found = schedule(corpus(np.ones(200, int), sizes, weights=[3, 1]), 2, 16, packing=False)
+    other = schedule(corpus(np.ones(200, int), sizes, weights=[3, 1]), 4, 16, packing=False)
+    seen = Counter[int]()
+    for step in range(found.steps_per_epoch):
+        batch = found.global_batch(step)
+        assert Counter(sample < 100 for sample in batch)[True] in (4, 12)  # 100 samples in 12 lanes: the 9th step has 4
+        assert batch == [sample for rank in range(4) for sample in of_rank(other, step, rank)]
+        seen.update(batch)
+    assert found.steps_per_epoch == 25, "100 samples in 4 lanes"
+    assert found.epochs(24) == [2, 0]
+    assert {seen[sample] for sample in range(100, 200)} == {1}
+    assert {seen[sample] for sample in range(100)} == {2, 3}
+
+
+def test_more_sources_than_sequences_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.global_batch_size: 2 sources"):
+        schedule(corpus(np.ones(20, int), [10, 10], weights=[1, 1]), 1, 1, packing=False)
+
+
+def test_a_trajectory_longer_than_a_pack_is_refused() -> None:
+    with pytest.raises(DataError, match=r"place 1: sample '1' has 900 tokens.*train\.packing_length is 500"):
+        Schedule(corpus([20, 900], [2]), plan(1, 1, 1), 0, packing=True, packing_length=500)
+
+
+# ---- gemma-dist batches ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shards(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("schedule")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "ROW_GROUP_BYTES", 4000)
+        shard_rows(folder, model, [row(number, num_calls=1 + number % 4) for number in range(50)])
+    return folder / "shards"
+
+
+def ids(ranks: Any) -> Iterator[str]:
+    for rank in ranks:
+        for packs in rank:
+            for pack in packs:
+                yield from pack
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_batches_says_what_the_loader_gives(shards: Path, model: str, packing: str) -> None:
+    from gemma_dist.data.encode import load_encoder
+
+    words = ["launch/cpu_full.yaml", "global_batch_size=8", f"packing={packing}", "per_device_train_batch_size=2"]
+    output = gemma_dist("batches", shards, *words, "--step", 0, "--num-steps", 8, "--world-size", 2, "--json")
+    steps = [json.loads(line) for line in output.splitlines()]
+    assert [step["step"] for step in steps] == list(range(8))
+    corpus_, encoder = open_shards(shards), load_encoder(model, chat_template=None, enable_thinking=False)
+    found = Schedule(corpus_, plan(2, 2, 8), 42, packing=packing == "true", packing_length=None)
+    loaders = [TrajectoryLoader(found, encoder, rank, 0, 8, num_workers=0) for rank in range(2)]
+    for step in steps:
+        assert step["ranks"] == [loader.ids_at(step["step"]) for loader in loaders]
+    per_epoch = Counter(chain.from_iterable(ids(step["ranks"]) for step in steps if step["epoch"] == 0))
+    assert per_epoch == {f"row-{number}": 1 for number in range(50)}
+
+
+def test_batches_honours_a_quarantine_and_prints_for_people(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_text("row-7\n\nrow-9\n")
+    words = ["batches", "-", "launch/cpu_full.yaml", f"data.train={shards}", "--step", 0, "--num-steps", 7]
+    whole = gemma_dist(*words)
+    rest = gemma_dist(*words, "--quarantine", tmp_path / "bad.txt")
+    assert "row-7 " in whole.replace("\n", " ")
+    assert "row-7 " not in rest.replace("\n", " ")
+    assert whole.count("row-") == rest.count("row-") + 2 == 50
+    assert "names 'row-7000'" in gemma_dist(*words, "--quarantine", _file(tmp_path, "row-7000"), fails=True)
+
+
+def _file(folder: Path, text: str) -> Path:
+    (folder / "unknown.txt").write_text(text)
+    return folder / "unknown.txt"
+
+
+def test_batches_reads_the_manifest_alone(shards: Path, tmp_path: Path) -> None:
+    """No shard, no model and no torch: on a login node it answers at once."""
+    (tmp_path / "manifest.arrow").write_bytes((shards / "manifest.arrow").read_bytes())
+    code = (
+        "import sys; from gemma_dist.__main__ import cli\n"
+        f"cli(['batches', {str(tmp_path)!r}, 'launch/cpu_full.yaml', '--step', '3'], standalone_mode=False)\n"
+        "sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "row-" in done.stdout
