@@ -84,19 +84,32 @@ def tiny(out: Path, style: str) -> None:
 
 @cli.command(cls=Verb, settings="DataConfig")
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=EXISTING)
-@click.option("--out", required=True, type=NEW, help="Folder of the shards; must not hold any yet.")
+@click.option("--out", required=True, type=NEW, help="Folder of the shards; holds none yet, but for --append.")
 @click.option("--model", required=True, help="Folder or hub name of the model whose tokens are counted.")
 @click.option("--skip-invalid", is_flag=True, help="Put refused rows into OUT/rejected.jsonl instead of stopping.")
+@click.option("--append", is_flag=True, help="Add to finished shards, which stay as they are.")
+@click.option("--num-workers", type=click.IntRange(min=1), help="Processes; default: one for each core.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
-def shard(inputs: tuple[Path, ...], out: Path, model: str, skip_invalid: bool, as_json: bool, **settings: Any) -> None:
+def shard(
+    inputs: tuple[Path, ...],
+    out: Path,
+    model: str,
+    skip_invalid: bool,
+    append: bool,
+    num_workers: int | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
     """Check trajectories and write them as shards.
 
-    INPUT is JSONL, parquet or a datasets folder; OUT gets parquet files and a manifest.
+    INPUT is JSONL (also .gz, .zst), parquet or a datasets folder; OUT gets parquet files and a manifest. A run that was
+    killed goes on when the same command is given again.
     """
     from gemma_dist.config import DataConfig, load_section
     from gemma_dist.data.sharding import run_shard
 
-    report = run_shard(list(inputs), out, model, load_section(DataConfig, settings), skip_invalid)
+    checked = load_section(DataConfig, settings)
+    report = run_shard(list(inputs), out, model, checked, skip_invalid, append=append, num_workers=num_workers)
     click.echo(json.dumps(report.to_json()) if as_json else report.summary())
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from PIL import Image
 
 from gemma_dist.config import DataConfig
-from gemma_dist.data.sharding import ShardReport, run_shard
+from gemma_dist.data.pieces import ShardReport
+from gemma_dist.data.sharding import run_shard
 
 TOOLS = [
     {

@@ -13,7 +13,8 @@ from gemma_dist.config import DataConfig
 from gemma_dist.data import sharding as module
 from gemma_dist.data import shards as shards_module
 from gemma_dist.data.encode import load_encoder
-from gemma_dist.data.sharding import cut_points, run_shard
+from gemma_dist.data.pieces import _first_messages, cut_points
+from gemma_dist.data.sharding import run_shard
 from gemma_dist.data.shards import load_trajectories, open_shards
 from gemma_dist.errors import DataError
 
@@ -205,7 +206,7 @@ def test_cut_turns_keeps_the_longest_beginning_that_fits(tmp_path: Path, model: 
     assert len(encoded.input_ids) <= limit
     assert encoded.num_images == len(kept.images) == sum(message["role"] == "tool" for message in kept.messages)
     next_cut = min(end for end in cut_points(whole.messages) if end > len(kept.messages))
-    longer = module._first_messages(whole, next_cut)
+    longer = _first_messages(whole, next_cut)
     assert len(encoder.encode(longer).input_ids) > limit, "one turn more would not fit"
     (line,) = (tmp_path / "shards" / "too_long.jsonl").read_text().splitlines()
     assert json.loads(line)["num_messages_kept"] == len(kept.messages)

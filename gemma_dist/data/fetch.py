@@ -6,8 +6,10 @@ of a local folder: written whole or not at all, checked at every use, fetched by
 of them, and removed in the order of last use where they outgrow their size.
 """
 
+import errno
 import fcntl
 import hashlib
+import io
 import os
 import random
 import tempfile
@@ -24,8 +26,11 @@ from gemma_dist.report import log
 
 NUM_TRIES = 6
 FIRST_WAIT_S = 0.5  # doubled at each try, times 0.5 to 1.5 by chance, so that ranks do not ask in step: 16 s in all
-PACKAGES = {"s3": "gemma-dist[s3]", "gs": "gemma-dist[gcs]", "gcs": "gemma-dist[gcs]"}
+PACKAGES = {"s3": "gemma-dist[s3]", "s3a": "gemma-dist[s3]", "gs": "gemma-dist[gcs]", "gcs": "gemma-dist[gcs]"}
 T = TypeVar("T")
+
+_making = threading.RLock()  # of file systems; no process is forked meanwhile, so that it gets a lock that opens
+os.register_at_fork(before=_making.acquire, after_in_parent=_making.release, after_in_child=_making.release)
 
 
 class FetchError(Exception):
@@ -43,20 +48,41 @@ def join(folder: str | Path, name: str) -> str:
 
 
 class Fetcher:
-    """Reads byte ranges for all threads of a process."""
+    """Reads byte ranges for all threads of a process. A forked process may go on with it."""
 
     def __init__(self, cache_dir: Path | None, cache_bytes: int) -> None:
-        """Without `cache_dir` nothing that is fetched is kept."""
-        self._cache = _Cache(cache_dir, cache_bytes) if cache_dir else None
-        self._systems: dict[str, Any] = {}
-        self._lock = threading.Lock()
-        self._downloads: tempfile.TemporaryDirectory[str] | None = None
+        """Folders of ours are made in `cache_dir`, and nothing else in it is touched. Without it no row group is kept.
+
+        Raises:
+            ConfigError: `cache_dir` cannot be written, or its disk has no locks.
+        """
+        self._systems: dict[tuple[int, str], Any] = {}
+        self._temporary = None if cache_dir else tempfile.TemporaryDirectory(prefix="gemma_dist-")
+        self._downloads = Path(self._temporary.name if self._temporary else f"{cache_dir}/gemma_dist-manifests")
+        try:
+            self._downloads.mkdir(parents=True, exist_ok=True)
+            self._cache = _Cache(cache_dir / "gemma_dist-row-groups", cache_bytes) if cache_dir else None
+        except OSError as error:
+            raise ConfigError(
+                f"data.cache_dir = {str(cache_dir)!r}: {error}; name a folder on a local disk that can be written"
+            ) from error
 
     def size(self, path: str) -> int:
         """Bytes of a file. OSError or FetchError where it is not to be had."""
         if not is_url(path):
             return Path(path).stat().st_size
-        return int(self._patiently(path, lambda: self._system(path).info(path)["size"]))
+
+        def ask() -> int | None:
+            try:
+                return self._system(path).info(path)["size"]
+            except FileNotFoundError as error:
+                # fsspec says so of whatever keeps it from asking over HTTP
+                raise (path.startswith("http") and error.__cause__) or error from None
+
+        num_bytes = self._patiently(path, ask)
+        if num_bytes is None:
+            raise FetchError(f"the server of {path} does not say how large it is")
+        return num_bytes
 
     def read(self, path: str, offset: int, num_bytes: int, crc32: int) -> bytes:
         """The bytes [offset, offset + num_bytes) of a file. OSError or FetchError where they are not to be had, or not
@@ -76,15 +102,16 @@ class Fetcher:
         return self._cache.get(name, num_bytes, crc32, lambda: self._patiently(path, fetch))
 
     def download(self, path: str) -> Path:
-        """A whole file as a local one, fetched anew unless it is local. OSError or FetchError as `size`."""
+        """A whole file as a local one, fetched anew unless it is local. It is replaced, never written to, so that who
+        has mapped it keeps what he has. OSError or FetchError as `size`."""
         if not is_url(path):
             Path(path).stat()
             return Path(path)
         data = self._patiently(path, lambda: self._system(path).cat_file(path))
-        with self._lock:
-            self._downloads = self._downloads or tempfile.TemporaryDirectory(prefix="gemma_dist-")
-        file = Path(self._downloads.name) / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}-{Path(path).name}"
-        _write(file, data)
+        file = self._downloads / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}-{path.rsplit('/', 1)[1]}"
+        with _locked(self._downloads / "lock"):
+            _remove_unfinished(self._downloads)
+            _write(file, data)
         return file
 
     def _system(self, path: str) -> Any:
@@ -92,17 +119,18 @@ class Fetcher:
         import fsspec
 
         protocol = path.split("://", 1)[0]
-        with self._lock:
-            if protocol not in self._systems:
+        key = os.getpid(), protocol  # connections are of the process that made them
+        with _making:
+            if key not in self._systems:
                 try:
                     # Nothing is listed, so that a file that has changed is never taken for its former self.
-                    self._systems[protocol] = fsspec.filesystem(protocol, use_listings_cache=False)
+                    self._systems[key] = fsspec.filesystem(protocol, use_listings_cache=False)
                 except ImportError as error:
-                    package = PACKAGES.get(protocol, "the package that fsspec names")
-                    raise ConfigError(f"{path}: {error}; pip install '{package}'") from error
+                    install = f"; pip install '{PACKAGES[protocol]}'" if protocol in PACKAGES else ""
+                    raise ConfigError(f"{path}: {error}{install}") from error
                 except ValueError as error:
                     raise ConfigError(f"{path}: {error}; write a local path or a URL that fsspec knows") from error
-            return self._systems[protocol]
+            return self._systems[key]
 
     def _patiently(self, path: str, attempt: Callable[[], T]) -> T:
         """What `attempt` returns, tried again after errors that may pass."""
@@ -123,78 +151,126 @@ class Fetcher:
 
 
 class _Cache:
-    """Files in a folder that all processes of a node share."""
+    """Files in a folder of their own that all processes of a node share."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._folder, self._max_bytes = folder, max_bytes
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"data.cache_dir = {str(folder)!r}: {error}; name a folder that can be written"
-            ) from error
-        with self._locked("cleaning"):
-            self._make_room(0)
+        self._folder, self._max_bytes, self._told = folder, max_bytes, False
+        folder.mkdir(exist_ok=True)
+        with _locked(folder / "size.lock") as ledger:
+            _note(ledger, self._make_room(0))
 
     def get(self, name: str, num_bytes: int, crc32: int, fetch: Callable[[], bytes]) -> bytes:
         """The file `name`, or what `fetch` gives: once for all processes that ask for it now."""
-        with self._locked(name[:2]):  # 256 locks, so that there are not as many lock files as row groups
-            path = self._folder / name
-            with suppress(OSError, FetchError):
-                data = _checked(path.read_bytes(), num_bytes, crc32)
-                os.utime(path)  # the time of its last use
-                return data
-            data = fetch()
-            if num_bytes <= self._max_bytes:
-                with self._locked("cleaning"):
-                    self._make_room(num_bytes)
-                    _write(path, data)
-            return data
+        path = self._folder / name
+        data = _find(path, num_bytes, crc32)
+        if data is None:
+            # 4096 locks, so that files rarely wait for one another, and there is not a lock file for each of them
+            with _locked(self._folder / f"{name[:3]}.lock"):
+                data = _find(path, num_bytes, crc32)
+                if data is None:
+                    data = fetch()
+                    self._keep(path, data)
+        return data
 
-    def _make_room(self, num_bytes: int) -> None:
-        """Remove what was used longest ago until `num_bytes` more fit, and what killed processes left unfinished."""
+    def _keep(self, path: Path, data: bytes) -> None:
+        if len(data) > self._max_bytes:
+            return
+        try:
+            with _locked(self._folder / "size.lock") as ledger:
+                ledger.seek(0)
+                noted = ledger.read()  # an estimate: healed files count twice until the next look at the folder
+                used = int(noted) if noted.isdigit() else self._max_bytes
+                if used + len(data) > self._max_bytes:
+                    used = self._make_room(len(data))
+                _write(path, data)
+                _note(ledger, used + len(data))
+        except OSError as error:  # a full disk, say: slower, no reason to stop
+            if not self._told:
+                log.warning("data.cache_dir: %s: %s; what is fetched from now on may not be kept", path.parent, error)
+            self._told = True
+
+    def _make_room(self, num_bytes: int) -> int:
+        """Bytes of the files, once those that were used longest ago have gone so that `num_bytes` more fit. As looking
+        at all files takes a while, a tenth of the cache is freed at a time."""
+        _remove_unfinished(self._folder)
         files = []
         for entry in os.scandir(self._folder):
             with suppress(FileNotFoundError):
-                if entry.name.endswith(".tmp"):
-                    os.unlink(entry.path)  # written under the lock that we hold, so its writer is gone
-                elif not entry.name.endswith(".lock"):
+                if not entry.name.endswith(".lock"):
                     status = entry.stat()
                     files.append((status.st_mtime_ns, status.st_size, entry.path))
-        total = num_bytes + sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
-            if total <= self._max_bytes:
-                break
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-            total -= size
+        used = sum(size for _, size, _ in files)
+        if used + num_bytes > self._max_bytes:
+            for _, size, path in sorted(files):
+                if used + num_bytes <= 0.9 * self._max_bytes:
+                    break
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+                used -= size
+        return used
 
-    @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        """Alone on this node with a name; the lock of a process that dies is free."""
-        with (self._folder / f"{name}.lock").open("wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+
+@contextmanager
+def _locked(path: Path) -> Iterator[io.FileIO]:
+    """The file `path`, open to read and write, alone on this node; the lock of a process that dies is free."""
+    with io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield file
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: a process forked meanwhile has it open, too
+
+
+def _note(ledger: io.FileIO, num_bytes: int) -> None:
+    ledger.seek(0)
+    ledger.truncate()
+    ledger.write(b"%d" % num_bytes)
+
+
+def _find(path: Path, num_bytes: int, crc32: int) -> bytes | None:
+    """What a file holds, if it is there and whole."""
+    try:
+        data = _checked(path.read_bytes(), num_bytes, crc32)
+    except (OSError, FetchError):
+        return None
+    with suppress(OSError):
+        os.utime(path)  # the time of its last use
+    return data
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left. The caller has the lock under which all write, so no writer is alive."""
+    for path in folder.glob("*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _checked(data: bytes, num_bytes: int, crc32: int) -> bytes:
-    if len(data) != num_bytes:
+    if len(data) < num_bytes:
         raise FetchError(f"the file ends early: {len(data):,} bytes came instead of {num_bytes:,}")
+    if len(data) > num_bytes:
+        raise FetchError(f"{len(data):,} bytes came instead of {num_bytes:,}: the server has no ranges")
     if zlib.crc32(data) != crc32:
         raise FetchError("the bytes differ from those that were written (checksum)")
     return data
 
 
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
-
-
 def _is_final(error: Exception) -> bool:
     """Whether a server has said no for good: a status of 400 to 499, but for 408 (too slow) and 429 (too often)."""
-    status = getattr(error, "status", None)
-    return isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
+    status = getattr(error, "status", None) or getattr(error, "code", None)  # as aiohttp and gcsfs say it
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in (408, 429)
+    # s3fs makes EINVAL of 400 and 416, gcsfs a text of 403.
+    return isinstance(error, OSError) and (error.errno == errno.EINVAL or str(error).startswith("Forbidden"))
 
 
 def _words(error: Exception) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 from gemma_dist.config import DataConfig
 from gemma_dist.data.encode import IGNORE_INDEX, load_encoder
+from gemma_dist.data.pieces import encode_trained, fit, parse
 from gemma_dist.data.rows import read_rows
-from gemma_dist.data.sharding import encode_trained, fit, parse
 from gemma_dist.data.shards import is_shard_folder, open_shards
 from gemma_dist.data.strict import at
 from gemma_dist.errors import DataError

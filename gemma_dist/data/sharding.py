@@ -1,402 +1,349 @@
-"""Raw rows -> parquet shards with a manifest.
+"""Raw rows -> parquet shards with a manifest, on all cores.
 
 A shard folder holds
 
     train-00000.parquet …   id, messages, tools, images as any parquet reader and plain `datasets` take them
-    manifest.arrow          one line a sample: where it lies, how long it is; written last, it marks a finished folder
+    manifest.arrow          where each row group lies, and how long each sample is; written last
     rejected.jsonl          with --skip-invalid: the rows that were refused, with file, line and error
     too_long.jsonl          the rows that were cut or dropped for their length
 
-The same input gives the same bytes.
+The input is cut into pieces, which depend on nothing but the input, and each is worked on by one process
+(`pieces.py`). So the same input gives the same bytes on any number of cores, a killed run goes on where it was, and
+nothing shows up in the folder before all of it is there.
 """
 
+import hashlib
 import json
-import zlib
-from dataclasses import asdict, dataclass, replace
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from gemma_dist.config import TRAINING_ONLY, DataConfig
-from gemma_dist.data.encode import Encoded, Encoder, load_encoder
-from gemma_dist.data.manifest import COUNTS, MANIFEST, UNFINISHED, row_group_line, write_manifest
+from gemma_dist.data.encode import Encoder, load_encoder
+from gemma_dist.data.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest, write_manifest
 from gemma_dist.data.manifest import SCHEMA as MANIFEST_SCHEMA
-from gemma_dist.data.rows import Where, read_rows
-from gemma_dist.data.strict import at
-from gemma_dist.data.trajectory import Trajectory, parse_row
+from gemma_dist.data.pieces import NUM_ERRORS_SHOWN, PLACES, REJECTED, TOO_LONG, ShardReport, Task, work
+from gemma_dist.data.rows import Part, cut_parts, read_parts
 from gemma_dist.errors import DataError
-from gemma_dist.report import JsonlWriter, progress
+from gemma_dist.report import log, progress, write_json
 
-ROW_GROUP_BYTES = 4 << 20  # before compression: the piece that is fetched and checked as one
+PIECE_BYTES = 256 << 20  # of input, that one process works on at a time
+ROW_GROUP_BYTES = 4 << 20  # before compression: what is fetched and checked as one
 SHARD_BYTES = 256 << 20
-NUM_ERRORS_SHOWN = 5
-
-REJECTED = "rejected.jsonl"
-TOO_LONG = "too_long.jsonl"
-
-IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-# What `datasets.Features(…).arrow_schema` gives for id, Json, Json, List(Image(decode=False)), without the import.
-FEATURES = {
-    "id": {"dtype": "string", "_type": "Value"},
-    "messages": {"_type": "Json"},
-    "tools": {"_type": "Json"},
-    "images": {"feature": {"decode": False, "_type": "Image"}, "_type": "List"},
-}
-SCHEMA = pa.schema(
-    {"id": pa.string(), "messages": pa.json_(), "tools": pa.json_(), "images": pa.list_(IMAGE_TYPE)},
-    metadata={"huggingface": json.dumps({"info": {"features": FEATURES}})},
-)
+APPEND_REJECTED = "append_rejected.jsonl"  # of an --append that was refused
+Refused = dict[tuple[str, int], str]  # by file and line: the error
 
 
-@dataclass
-class ShardReport:
-    """What became of the rows: read = written + rejected + dropped; the cut ones are among the written."""
-
-    out: str
-    num_read: int = 0
-    num_written: int = 0
-    num_rejected: int = 0
-    num_dropped: int = 0
-    num_cut: int = 0
-    num_shards: int = 0
-    num_text_tokens: int = 0
-    num_image_tokens: int = 0
-    num_images: int = 0
-    num_target_tokens: int = 0
-    num_dropped_reasoning: int = 0  # assistant messages whose reasoning the chat template leaves out
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def summary(self) -> str:
-        lines = [
-            f"{self.num_written:,} of {self.num_read:,} rows in {self.num_shards:,} shards: {self.out}",
-            f"{self.num_text_tokens:,} text tokens, {self.num_image_tokens:,} image tokens in {self.num_images:,} "
-            f"images; {self.num_target_tokens:,} tokens are trained",
-        ]
-        if self.num_rejected:
-            lines.append(f"{self.num_rejected:,} rows were refused: {Path(self.out) / REJECTED}")
-        if self.num_dropped or self.num_cut:
-            lines.append(
-                f"{self.num_dropped:,} rows were dropped and {self.num_cut:,} cut for their length: "
-                f"{Path(self.out) / TOO_LONG}"
-            )
-        if self.num_dropped_reasoning:
-            lines.append(
-                f"{self.num_dropped_reasoning:,} messages lose their reasoning, since the chat template renders it "
-                "after the last user turn only: to train on it, make one row for each user turn"
-            )
-        return "\n".join(lines)
-
-
-def run_shard(inputs: list[Path], out: Path, model: str, settings: DataConfig, skip_invalid: bool) -> ShardReport:
+def run_shard(
+    inputs: list[Path],
+    out: Path,
+    model: str,
+    settings: DataConfig,
+    skip_invalid: bool,
+    *,
+    append: bool = False,
+    num_workers: int | None = None,
+) -> ShardReport:
     """Check, measure and write all rows of `inputs` to the shard folder `out`.
 
-    Rows are streamed: one row group is held in memory, and about 300 bytes a sample (id, place, lengths).
+    The same call goes on with what a killed run left. A process holds one row group, and some 300 bytes for each sample
+    of its piece; in the end about 100 bytes for each sample of the whole are held.
+
+    Args:
+        append: add the rows to a finished folder. Its files stay as they are, and it can be read all the while.
+        num_workers: processes; None: one for each core.
 
     Raises:
-        DataError: `out` is taken; or rows were refused and `skip_invalid` is not set (`out` then holds nothing but
-            `rejected.jsonl`, with every refused row of the whole input); or no row is left to write.
+        DataError: `out` is taken, or made with other settings; or rows were refused and `skip_invalid` is not set
+            (`out` then holds nothing new but a list of every refused row); or no row is left to write.
     """
     encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
-    _claim(out)
-    try:
-        report = _write(inputs, out, encoder, settings, skip_invalid)
-    except BaseException:
-        _clear(out, keep=REJECTED)
-        raise
-    (out / UNFINISHED).unlink()
-    return report
-
-
-def _write(inputs: list[Path], out: Path, encoder: Encoder, settings: DataConfig, skip_invalid: bool) -> ShardReport:
-    report = ShardReport(str(out))
-    rejected, too_long, writer = _RowLog(out / REJECTED), _RowLog(out / TOO_LONG), _ShardWriter(out)
-    first_errors: list[str] = []
-    seen: dict[str, str] = {}
-    for where, row in progress(read_rows(inputs), total=None, desc="sharding", unit=" rows"):
-        report.num_read += 1
-        try:
-            trajectory = parse(row, where, settings)
-            if trajectory.id in seen:
-                raise DataError(
-                    f"{where}: the id {trajectory.id!r} belongs to {seen[trajectory.id]} already; ids are unique over "
-                    "the whole input: rename one of them (a row without an id is named by file and line)"
-                )
-            seen[trajectory.id] = str(where)
-            with at(where):
-                encoded = encode_trained(trajectory, encoder)
-                fitting = fit(trajectory, encoded, encoder, settings)
-        except DataError as error:
-            report.num_rejected += 1
-            rejected.write({"file": str(where.file), "line": where.line, "error": str(error)})
-            if len(first_errors) < NUM_ERRORS_SHOWN:
-                first_errors.append(str(error))
-            continue
-        if fitting is None or fitting[0] is not trajectory:
-            num_kept = len(fitting[0].messages) if fitting else 0
-            too_long.write(
-                {
-                    "file": str(where.file),
-                    "line": where.line,
-                    "id": trajectory.id,
-                    "num_tokens": len(encoded.input_ids),
-                    "num_messages": len(trajectory.messages),
-                    "num_messages_kept": num_kept,
-                }
-            )
-            report.num_cut += num_kept > 0
-            report.num_dropped += num_kept == 0
-        if fitting and (skip_invalid or not first_errors):
-            writer.add(*fitting)
-            report.num_dropped_reasoning += fitting[1].num_dropped_reasoning
-    rejected.close()
-    if first_errors and not skip_invalid:
-        raise DataError(
-            f"{report.num_rejected:,} of {report.num_read:,} rows were refused, so nothing was written. The first:\n"
-            + "\n".join(f"  {error}" for error in first_errors)
-            + f"\nAll of them are in {out / REJECTED}; mend them, or leave them out with --skip-invalid"
-        )
-    if not writer.num_samples:
-        raise DataError(
-            f"none of the {report.num_read:,} rows of {', '.join(map(str, inputs))} is left to write: "
-            f"{report.num_rejected:,} were refused, {report.num_dropped:,} dropped for their length"
-        )
-    too_long.close()
-    writer.close(encoder.fingerprint, settings)
-    report.num_written, report.num_shards = writer.num_samples, len(writer.shards)
-    for name in COUNTS:
-        setattr(report, name, sum(sum(line[name]) for line in writer.lines))
-    return report
-
-
-def parse(row: dict[str, Any] | DataError, where: Where, settings: DataConfig) -> Trajectory:
-    """A raw row, as `read_rows` gives it, by the settings. Raises DataError where it breaks the data contract."""
-    if isinstance(row, DataError):
-        raise row
-    return parse_row(
-        row,
-        where=where,
-        media_root=settings.media_root,
-        text_beside_call=settings.text_beside_call,
-        control_tokens=settings.control_tokens,
-        max_image_pixels=settings.max_image_pixels,
-    )
-
-
-def encode_trained(trajectory: Trajectory, encoder: Encoder) -> Encoded:
-    """The encoded trajectory. Raises DataError where the template cannot express it, or not one token is trained."""
-    encoded = encoder.encode(trajectory)
-    if not encoded.num_target_tokens:
-        raise DataError("not one token of this row would be trained; at least one assistant message must say something")
-    return encoded
-
-
-def fit(
-    trajectory: Trajectory, encoded: Encoded, encoder: Encoder, settings: DataConfig
-) -> tuple[Trajectory, Encoded] | None:
-    """The trajectory with at most `settings.max_length` tokens: whole, or with turns cut from its end; None: dropped.
-
-    Raises:
-        DataError: it is longer and `settings.too_long` is "error".
-    """
-    limit = settings.max_length
-    if limit is None or len(encoded.input_ids) <= limit:
-        return trajectory, encoded
-    if settings.too_long == "error":
-        raise DataError(
-            f"{len(encoded.input_ids):,} tokens ({encoded.num_image_tokens:,} of images), but max_length is "
-            f"{limit:,}; raise it, or choose --too-long drop or cut_turns"
-        )
-    if settings.too_long == "cut_turns":
-        # From long to short by trial: reasoning is rendered only after the last user turn, so that what remains after a
-        # cut is not a prefix of the tokens of the whole.
-        for end in reversed(cut_points(trajectory.messages)):
-            shorter = _first_messages(trajectory, end)
-            encoded = encoder.encode(shorter)
-            if len(encoded.input_ids) <= limit and encoded.num_target_tokens:
-                return shorter, encoded
-    return None
-
-
-def cut_points(messages: list[dict[str, Any]]) -> list[int]:
-    """How many messages may remain when a trajectory is cut at its end, without the whole of it.
-
-    Each remainder ends with a trained assistant message, which may be a call: its responses go together. It never ends
-    between two assistant messages in a row, which are one turn (the text before a call and the call): the model would
-    learn to stop after announcing a call.
-    """
-    return [
-        end
-        for end in range(1, len(messages))
-        if messages[end - 1]["role"] == "assistant"
-        and messages[end - 1].get("train", True)
-        and messages[end]["role"] != "assistant"
+    header = {
+        "fingerprint": encoder.fingerprint,
+        "settings": settings.model_dump(mode="json", exclude=TRAINING_ONLY | {"media_root"}),
+    }
+    before = _open_to_append(out, header) if append else None
+    pieces = list(_cut_pieces(inputs))
+    tasks = [
+        Task(out, number, parts, model, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES)
+        for number, parts in enumerate(pieces)
     ]
+    plan = header | {
+        "inputs": [[str(part.file), part.start, *_stamp(part.file)] for part in chain.from_iterable(pieces)],
+        "media_root": str(settings.media_root),
+        "skip_invalid": skip_invalid,
+        "sizes": [PIECE_BYTES, ROW_GROUP_BYTES, SHARD_BYTES],
+        "append_to": before.sha256 if before else None,
+    }
+    plan = _claim(out, plan, append)
+    _work_on(tasks, encoder, num_workers)
+    if repeated := _find_repeated(tasks, before, out):  # those pieces are done again, without these rows
+        _work_on([replace(tasks[number], refused=rows) for number, rows in repeated.items()], encoder, num_workers)
+    return _finish(tasks, before, header, plan)
 
 
-def _first_messages(trajectory: Trajectory, end: int) -> Trajectory:
-    messages = trajectory.messages[:end]
-    parts = (part for message in messages if isinstance(message["content"], list) for part in message["content"])
-    num_images = sum(part["type"] == "image" for part in parts)
-    return replace(trajectory, messages=messages, images=trajectory.images[:num_images])
+def _cut_pieces(inputs: list[Path]) -> Iterator[list[Part]]:
+    """Parts of the inputs, in order, that make about PIECE_BYTES together."""
+    parts: list[Part] = []
+    total = 0
+    for path in inputs:
+        for part, num_bytes in cut_parts(path, PIECE_BYTES):
+            parts.append(part)
+            total += num_bytes
+            if total >= PIECE_BYTES:
+                yield parts
+                parts, total = [], 0
+    if parts:
+        yield parts
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
-class _ShardWriter:
-    """Rows into row groups into shard files, all bounded by bytes, and in the end the manifest."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.num_samples = 0
-        self.shards: list[dict[str, Any]] = []  # the finished ones, as the manifest lists them
-        self.lines: list[dict[str, Any]] = []  # of the manifest: their row groups
-        self._samples: list[list[tuple[str, list[int]]]] = [[]]  # id and counts, for each row group of this shard
-        self._rows: list[dict[str, Any]] = []  # of the row group that is being filled
-        self._row_bytes = 0
-        self._shard_bytes = 0
-        self._parquet: pq.ParquetWriter | None = None
-
-    def add(self, trajectory: Trajectory, encoded: Encoded) -> None:
-        messages, tools = _to_json(trajectory.messages), _to_json(trajectory.tools)
-        images = [{"bytes": image, "path": None} for image in trajectory.images]
-        row = {"id": trajectory.id, "messages": messages, "tools": tools, "images": images}
-        num_bytes = len(messages.encode()) + len(tools.encode()) + sum(map(len, trajectory.images))
-        if self._rows and self._row_bytes + num_bytes > ROW_GROUP_BYTES:
-            self._end_row_group()
-        if self._parquet and self._shard_bytes + num_bytes > SHARD_BYTES:
-            self._end_row_group()
-            self._end_shard()
-        counts = [
-            len(encoded.input_ids) - encoded.num_image_tokens,
-            encoded.num_image_tokens,
-            encoded.num_images,
-            encoded.num_target_tokens,
-        ]
-        self._samples[-1].append((trajectory.id, counts))
-        self.num_samples += 1
-        self._rows.append(row)
-        self._row_bytes += num_bytes
-        self._shard_bytes += num_bytes
-
-    def close(self, fingerprint: str, settings: DataConfig) -> None:
-        """Finish the last shard, then write the manifest: the folder is complete from here on."""
-        self._end_row_group()
-        self._end_shard()
-        header = {
-            "fingerprint": fingerprint,
-            "settings": settings.model_dump(mode="json", exclude=TRAINING_ONLY | {"media_root"}),
-            "shards": self.shards,
-        }
-        write_manifest(self.out, header, pa.Table.from_pylist(self.lines, MANIFEST_SCHEMA))
-
-    def _path(self) -> Path:
-        # `datasets` finds files called "train" in a folder, and so does not stumble over the manifest beside them.
-        return self.out / f"train-{len(self.shards):05d}.parquet"
-
-    def _end_row_group(self) -> None:
-        if not self._rows:
-            return
-        if self._parquet is None:
-            # Pictures are compressed already. Statistics of the long texts would only bloat the footer.
-            self._parquet = pq.ParquetWriter(
-                _partial(self._path()),
-                SCHEMA,
-                compression={"id": "zstd", "messages": "zstd", "tools": "zstd"},
-                use_dictionary=False,
-                write_statistics=["id"],
-                write_page_checksum=True,
-            )
-        columns = {field.name: pa.array([row[field.name] for row in self._rows], field.type) for field in SCHEMA}
-        self._parquet.write_table(pa.table(columns, schema=SCHEMA), row_group_size=len(self._rows))
-        self._rows, self._row_bytes = [], 0
-        self._samples.append([])
-
-    def _end_shard(self) -> None:
-        if self._parquet is None:
-            return
-        self._parquet.close()
-        path = self._path()
-        _partial(path).rename(path)
-        entry, places, deflated = _describe(path)
-        footer: bytes | None = deflated
-        for samples, place in zip(self._samples, places, strict=False):
-            ids, counts = zip(*samples, strict=True)
-            self.lines.append(row_group_line(ids, counts, len(self.shards), *place, footer))
-            footer = None
-        self.shards.append(entry)
-        self._parquet, self._shard_bytes, self._samples = None, 0, [[]]
+# ---- the folder ------------------------------------------------------------------------------------------------------
 
 
-class _RowLog:
-    """A JSONL file that appears under its name when it is closed, and only if a row was written to it."""
+def _open_to_append(out: Path, header: dict[str, Any]) -> Manifest:
+    """The manifest of a folder that rows can be added to."""
+    if not (out / MANIFEST).is_file():
+        raise DataError(f"{out} holds no finished shards to append to; leave --append out to make the folder")
+    manifest = read_manifest(out / MANIFEST, str(out / MANIFEST))
+    if manifest.header["fingerprint"] != header["fingerprint"]:
+        raise DataError(
+            f"{out} was made with another tokenizer, chat template or image processor (fingerprint "
+            f"{manifest.header['fingerprint']}, here {header['fingerprint']}); append with the same model and template"
+        )
+    old, new = manifest.header["settings"], header["settings"]
+    if changed := [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in new if old.get(name) != new[name]]:
+        raise DataError(f"{out} was made with other settings: {'; '.join(changed)}; append with the same ones")
+    return manifest
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: JsonlWriter | None = None
 
-    def write(self, row: dict[str, Any]) -> None:
-        self._file = self._file or JsonlWriter(_partial(self._path), append=False)
-        self._file.write(row)
+def _claim(out: Path, plan: dict[str, Any], append: bool) -> dict[str, Any]:
+    """Make `out` ours to write to: with what the same call left there when it was killed, and nothing else of the kind.
 
-    def close(self) -> None:
-        if self._file:
-            self._file.close()
-            _partial(self._path).rename(self._path)
-
-
-def _claim(out: Path) -> None:
-    """Make `out` an empty folder that is ours. What a crashed or refused run left is replaced; nothing else ever is."""
+    Returns the plan, with the sizes that the logs had before an append.
+    """
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; name a folder with --out")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if MANIFEST in names:
-        raise DataError(f"{out} holds finished shards already; remove it, or name another folder with --out")
-    if UNFINISHED not in names and names - {REJECTED}:
+    if MANIFEST in names and not append:
+        raise DataError(
+            f"{out} holds finished shards already; remove it, name another folder with --out, or add to it by --append"
+        )
+    if UNFINISHED not in names and not append and names - {REJECTED}:
         raise DataError(
             f"{out} holds {min(names - {REJECTED})!r}, which `gemma-dist shard` did not leave there; name a new folder"
             " with --out"
         )
     out.mkdir(parents=True, exist_ok=True)
-    (out / UNFINISHED).touch()
-    _clear(out, keep=UNFINISHED)
+    with suppress(OSError, ValueError):
+        left = json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
+        if plan.items() <= left.items():
+            log.info("going on with what an earlier run left in %s", out)
+            return left
+    logs = {name: (out / name).stat().st_size for name in (REJECTED, TOO_LONG) if append and (out / name).is_file()}
+    write_json(out / UNFINISHED, plan | {"logs": logs})
+    _clear(out, append, keep=UNFINISHED)
+    return plan | {"logs": logs}
 
 
-def _clear(out: Path, keep: str) -> None:
-    """Remove what is in `out`, with the folder itself if nothing is kept."""
+def _clear(out: Path, append: bool, keep: str) -> None:
+    """Remove what is in `out`, but for `keep` and, on appending, the finished corpus; and an empty folder itself."""
+    kept = {keep}
+    if append:
+        shards = read_manifest(out / MANIFEST, str(out / MANIFEST)).header["shards"]
+        kept |= {MANIFEST, REJECTED, TOO_LONG, *(shard["name"] for shard in shards)}
     for path in out.iterdir():
-        if path.name != keep:
+        if path.name not in kept:
             path.unlink()
     if not any(out.iterdir()):
         out.rmdir()
 
 
-def _partial(path: Path) -> Path:
-    """Where a file is written until it is complete."""
-    return path.with_name(f".{path.name}.tmp")
+# ---- the work, in processes ------------------------------------------------------------------------------------------
+
+# Of a worker process: its encoder, and the number of rows that all workers have read together.
+_encoder: Encoder
+_num_rows: Any
 
 
-def _to_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+def _work_on(tasks: list[Task], encoder: Encoder, num_workers: int | None) -> None:
+    """Do the tasks that are not done, here or in `num_workers` processes."""
+    tasks = [task for task in tasks if task.refused or not task.record.exists()]
+    num_workers = min(len(tasks), len(os.sched_getaffinity(0)) if num_workers is None else num_workers)
+    if num_workers <= 1:
+        for task in tasks:
+            rows = progress(read_parts(task.parts), total=None, desc="sharding", unit=" rows")
+            work(task, encoder, rows)
+        return
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+    setup = (tasks[0].model, tasks[0].settings, counter)
+    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=setup) as pool:
+        running = [pool.submit(_work_in_worker, task) for task in tasks]
+
+        def rows_read() -> Iterator[None]:
+            """One item for each row that the workers read, while they do."""
+            num_seen, pending = 0, set(running)
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                yield from [None] * (counter.value - num_seen)
+                num_seen = counter.value
+
+        try:
+            for _ in progress(rows_read(), total=None, desc=f"sharding {len(tasks)} pieces", unit=" rows"):
+                pass
+        except BaseException as error:
+            pool.shutdown(cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise DataError(
+                    "a process of `gemma-dist shard` was killed, most often for want of memory: run the same command "
+                    "again with a smaller --num-workers, and it goes on where it was"
+                ) from None
+            raise
 
 
-def _describe(path: Path) -> tuple[dict[str, Any], list[tuple[int, int, int]], bytes]:
-    """A finished shard: as the manifest's header lists it; offset, bytes and crc32 of each of its row groups; footer,
-    deflated."""
-    metadata = pq.read_metadata(path)
-    places = []
-    with path.open("rb") as file:
-        rest = zlib.crc32(file.read(4))
-        for number in range(metadata.num_row_groups):
-            group = metadata.row_group(number)
-            chunks = [group.column(column) for column in range(group.num_columns)]
-            offset, num_bytes = chunks[0].data_page_offset, sum(chunk.total_compressed_size for chunk in chunks)
-            assert offset == file.tell(), "row groups lie one behind the other, without dictionary pages"
-            places.append((offset, num_bytes, zlib.crc32(file.read(num_bytes))))
-        footer = file.read()
-        rest = zlib.crc32(footer, rest)
-        return {"name": path.name, "bytes": file.tell(), "rest_crc32": rest}, places, zlib.compress(footer)
+def _start_worker(model: str, settings: DataConfig, num_rows: Any) -> None:
+    global _encoder, _num_rows
+    _encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
+    _num_rows = num_rows
+
+
+def _work_in_worker(task: Task) -> None:
+    def counted() -> Iterator[Any]:
+        for row in read_parts(task.parts):
+            with _num_rows.get_lock():
+                _num_rows.value += 1
+            yield row
+
+    work(task, _encoder, counted())
+
+
+# ---- putting the pieces together -------------------------------------------------------------------------------------
+
+
+def _read_record(task: Task) -> tuple[dict[str, Any], pa.Table]:
+    """What `work` left of a piece: header, and lines of the manifest with places."""
+    table = pa.ipc.open_file(pa.memory_map(str(task.record))).read_all()
+    return json.loads(table.schema.metadata[b"header"]), table
+
+
+def _find_repeated(tasks: list[Task], before: Manifest | None, out: Path) -> dict[int, Refused]:
+    """The rows whose id an earlier row has: for each piece, by file and line, with the error."""
+    tables = [_read_record(task)[1] for task in tasks]
+    old = pa.chunked_array([before.ids] if before else [], pa.large_string())
+    new = [pa.chunked_array([c.flatten() for c in table["id"].chunks], pa.large_string()) for table in tables]
+    ids = pa.chunked_array([chunk for part in (old, *new) for chunk in part.chunks], pa.large_string())
+    hashes = np.fromiter(_hashes(ids), np.uint64, len(ids))
+    by_hash = np.argsort(hashes, kind="stable")
+    starts = np.cumsum([len(old), *map(len, new)])  # of each piece
+    firsts: dict[str, int] = {}
+    repeated: dict[int, Refused] = {}
+
+    def place(index: int) -> tuple[int, str, int]:
+        piece = int(np.searchsorted(starts, index, side="right")) - 1
+        row = index - int(starts[piece])
+        file, line = (
+            pa.chunked_array([c.flatten() for c in tables[piece][name].chunks])[row].as_py() for name in PLACES
+        )
+        return piece, file, line
+
+    alike = np.flatnonzero(hashes[by_hash][1:] == hashes[by_hash][:-1])
+    for first, index in zip(by_hash[alike].tolist(), by_hash[alike + 1].tolist(), strict=True):
+        name = ids[index].as_py()
+        if ids[first].as_py() != name:
+            continue  # two ids of one hash: so rare that a third between two equal ones is not looked for
+        first = firsts.setdefault(name, first)
+        owner = str(out) if first < len(old) else "{1}:{2}".format(*place(first))
+        piece, file, line = place(index)
+        repeated.setdefault(piece, {})[file, line] = (
+            f"{file}:{line}: the id {name!r} belongs to {owner} already; ids are unique over the whole input: rename "
+            "one of them (a row without an id is named by file and line)"
+        )
+    return repeated
+
+
+def _hashes(ids: pa.ChunkedArray) -> Iterator[int]:
+    for start in range(0, len(ids), 1 << 16):
+        for name in ids.slice(start, 1 << 16).to_pylist():
+            yield int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
+
+
+def _finish(tasks: list[Task], before: Manifest | None, header: dict[str, Any], plan: dict[str, Any]) -> ShardReport:
+    """Show the shards under their names, and write the logs and the manifest; or refuse the whole."""
+    out, append = tasks[0].out, before is not None
+    headers, tables = zip(*map(_read_record, tasks), strict=True)
+    report = ShardReport(str(out))
+    for part in headers:
+        for name, count in part["report"].items():
+            if name != "out":
+                setattr(report, name, getattr(report, name) + count)
+    rejected, too_long = ([task.path(name) for task in tasks] for name in (f"-{REJECTED}", f"-{TOO_LONG}"))
+    if report.num_rejected and not plan["skip_invalid"]:
+        kept = APPEND_REJECTED if append else REJECTED
+        _join_files(rejected, out / kept, 0)
+        _clear(out, append, keep=kept)
+        errors = [f"  {error}" for part in headers for error in part["errors"]][:NUM_ERRORS_SHOWN]
+        raise DataError(
+            f"{report.num_rejected:,} of {report.num_read:,} rows were refused, so nothing was written. The first:\n"
+            + "\n".join(errors)
+            + f"\nAll of them are in {out / kept}; mend them, or leave them out with --skip-invalid"
+        )
+    if not sum(table.num_rows for table in tables):
+        _join_files(rejected, out / (APPEND_REJECTED if append else REJECTED), 0)
+        _clear(out, append, keep=APPEND_REJECTED if append else REJECTED)
+        raise DataError(
+            f"none of the {report.num_read:,} rows of {', '.join(sorted({file for file, *_ in plan['inputs']}))} is "
+            f"left to write: {report.num_rejected:,} were refused, {report.num_dropped:,} dropped for their length"
+        )
+    shards = list(before.header["shards"]) if before else []
+    lines = [before.table.replace_schema_metadata(None)] if before else []
+    for task, part, table in zip(tasks, headers, tables, strict=True):
+        numbers = pa.array(np.asarray(table["shard"]) + len(shards), pa.int32())
+        lines.append(table.drop_columns(list(PLACES)).set_column(0, "shard", numbers).cast(MANIFEST_SCHEMA))
+        for number, entry in enumerate(part["shards"]):
+            # `datasets` finds files called "train" in a folder, and so does not stumble over the manifest beside them.
+            name = f"train-{len(shards):05d}.parquet"
+            with suppress(FileNotFoundError):  # a run that was killed here has renamed it
+                task.path(f"-{number:03d}.parquet").rename(out / name)
+            shards.append(entry | {"name": name})
+    _join_files(rejected, out / REJECTED, plan["logs"].get(REJECTED, 0))
+    _join_files(too_long, out / TOO_LONG, plan["logs"].get(TOO_LONG, 0))
+    manifest = pa.concat_tables(lines).combine_chunks()
+    del lines, tables
+    write_manifest(out, header | {"shards": shards}, manifest)
+    for path in out.glob(".*"):
+        path.unlink()
+    report.num_shards = len(shards) - (len(before.header["shards"]) if before else 0)
+    return report
+
+
+def _join_files(paths: list[Path], out: Path, keep_bytes: int) -> None:
+    """Put the files that exist behind the first `keep_bytes` of `out`, whole or not at all."""
+    temporary = out.with_name(f".{out.name}.tmp")
+    with temporary.open("wb") as file:
+        if keep_bytes:
+            file.write(out.read_bytes()[:keep_bytes])
+        for path in paths:
+            if path.exists():
+                file.write(path.read_bytes())
+        length = file.tell()
+    if length:
+        temporary.replace(out)
+    else:
+        temporary.unlink()

@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 from gemma_dist.config import DataConfig
 from gemma_dist.data.fetch import Fetcher, FetchError, is_url, join
 from gemma_dist.data.manifest import COUNTS, MANIFEST, UNFINISHED, Manifest, read_manifest
+from gemma_dist.data.pieces import parse
 from gemma_dist.data.rows import read_rows
-from gemma_dist.data.sharding import parse
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.errors import DataError
 

@@ -1,0 +1,363 @@
+"""One piece of the raw rows -> its shard files, hidden until all pieces are done.
+
+Each row is parsed, encoded (that is how it is measured) and written, one row group in memory at a time. What is refused
+or too long goes into logs of its own. The record is written last: it holds the piece's lines of the manifest, and where
+in the input each sample came from, so that repeated ids can be found over all pieces.
+"""
+
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gemma_dist.config import DataConfig
+from gemma_dist.data.encode import Encoded, Encoder
+from gemma_dist.data.manifest import COUNTS, row_group_line
+from gemma_dist.data.manifest import SCHEMA as MANIFEST_SCHEMA
+from gemma_dist.data.rows import Part, Where
+from gemma_dist.data.strict import at
+from gemma_dist.data.trajectory import Trajectory, parse_row
+from gemma_dist.errors import DataError
+from gemma_dist.report import JsonlWriter
+
+NUM_ERRORS_SHOWN = 5
+REJECTED = "rejected.jsonl"
+TOO_LONG = "too_long.jsonl"
+
+IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+# What `datasets.Features(…).arrow_schema` gives for id, Json, Json, List(Image(decode=False)), without the import.
+FEATURES = {
+    "id": {"dtype": "string", "_type": "Value"},
+    "messages": {"_type": "Json"},
+    "tools": {"_type": "Json"},
+    "images": {"feature": {"decode": False, "_type": "Image"}, "_type": "List"},
+}
+SCHEMA = pa.schema(
+    {"id": pa.string(), "messages": pa.json_(), "tools": pa.json_(), "images": pa.list_(IMAGE_TYPE)},
+    metadata={"huggingface": json.dumps({"info": {"features": FEATURES}})},
+)
+PLACES = {"file": pa.large_list(pa.large_string()), "line": pa.large_list(pa.int64())}
+RECORD_SCHEMA = pa.schema([*MANIFEST_SCHEMA, *(pa.field(name, kind) for name, kind in PLACES.items())])
+
+
+@dataclass
+class ShardReport:
+    """What became of the rows: read = written + rejected + dropped; the cut ones are among the written."""
+
+    out: str
+    num_read: int = 0
+    num_written: int = 0
+    num_rejected: int = 0
+    num_dropped: int = 0
+    num_cut: int = 0
+    num_shards: int = 0
+    num_text_tokens: int = 0
+    num_image_tokens: int = 0
+    num_images: int = 0
+    num_target_tokens: int = 0
+    num_dropped_reasoning: int = 0  # assistant messages whose reasoning the chat template leaves out
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def summary(self) -> str:
+        lines = [
+            f"{self.num_written:,} of {self.num_read:,} rows in {self.num_shards:,} shards: {self.out}",
+            f"{self.num_text_tokens:,} text tokens, {self.num_image_tokens:,} image tokens in {self.num_images:,} "
+            f"images; {self.num_target_tokens:,} tokens are trained",
+        ]
+        if self.num_rejected:
+            lines.append(f"{self.num_rejected:,} rows were refused: {Path(self.out) / REJECTED}")
+        if self.num_dropped or self.num_cut:
+            lines.append(
+                f"{self.num_dropped:,} rows were dropped and {self.num_cut:,} cut for their length: "
+                f"{Path(self.out) / TOO_LONG}"
+            )
+        if self.num_dropped_reasoning:
+            lines.append(
+                f"{self.num_dropped_reasoning:,} messages lose their reasoning, since the chat template renders it "
+                "after the last user turn only: to train on it, make one row for each user turn"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A piece of the input, with all that a process needs to work on it."""
+
+    out: Path
+    number: int
+    parts: list[Part]
+    model: str
+    settings: DataConfig
+    skip_invalid: bool
+    row_group_bytes: int
+    shard_bytes: int
+    refused: dict[tuple[str, int], str] = field(default_factory=dict)  # rows to refuse, by file and line: the error
+
+    def path(self, suffix: str) -> Path:
+        return self.out / f".piece-{self.number:05d}{suffix}"
+
+    @property
+    def record(self) -> Path:
+        """The last file of a piece."""
+        return self.path(".arrow")
+
+
+def work(task: Task, encoder: Encoder, rows: Iterator[Any]) -> None:
+    """Write the shards, the logs and last the record of a piece."""
+    for left in task.out.glob(f".*piece-{task.number:05d}*"):
+        left.unlink()
+    report, errors = ShardReport(str(task.out)), list[str]()
+    rejected, too_long, writer = (
+        _RowLog(task.path(f"-{REJECTED}")),
+        _RowLog(task.path(f"-{TOO_LONG}")),
+        _ShardWriter(task),
+    )
+    for where, row in rows:
+        report.num_read += 1
+        try:
+            if error := task.refused.get((str(where.file), where.line)):
+                raise DataError(error)
+            trajectory = parse(row, where, task.settings)
+            with at(where):
+                encoded = encode_trained(trajectory, encoder)
+                fitting = fit(trajectory, encoded, encoder, task.settings)
+        except DataError as error:
+            report.num_rejected += 1
+            rejected.write({"file": str(where.file), "line": where.line, "error": str(error)})
+            if len(errors) < NUM_ERRORS_SHOWN:
+                errors.append(str(error))
+            continue
+        if fitting is None or fitting[0] is not trajectory:
+            num_kept = len(fitting[0].messages) if fitting else 0
+            too_long.write(
+                {
+                    "file": str(where.file),
+                    "line": where.line,
+                    "id": trajectory.id,
+                    "num_tokens": len(encoded.input_ids),
+                    "num_messages": len(trajectory.messages),
+                    "num_messages_kept": num_kept,
+                }
+            )
+            report.num_cut += num_kept > 0
+            report.num_dropped += num_kept == 0
+        if fitting:
+            writer.add(*fitting, where)
+            report.num_dropped_reasoning += fitting[1].num_dropped_reasoning
+    rejected.close()
+    too_long.close()
+    for name, total in writer.totals.items():
+        setattr(report, name, total)
+    writer.close({"report": report.to_json(), "errors": errors})
+
+
+def parse(row: dict[str, Any] | DataError, where: Where, settings: DataConfig) -> Trajectory:
+    """A raw row, as `read_rows` gives it, by the settings. Raises DataError where it breaks the data contract."""
+    if isinstance(row, DataError):
+        raise row
+    return parse_row(
+        row,
+        where=where,
+        media_root=settings.media_root,
+        text_beside_call=settings.text_beside_call,
+        control_tokens=settings.control_tokens,
+        max_image_pixels=settings.max_image_pixels,
+    )
+
+
+def encode_trained(trajectory: Trajectory, encoder: Encoder) -> Encoded:
+    """The encoded trajectory. Raises DataError where the template cannot express it, or not one token is trained."""
+    encoded = encoder.encode(trajectory)
+    if not encoded.num_target_tokens:
+        raise DataError("not one token of this row would be trained; at least one assistant message must say something")
+    return encoded
+
+
+def fit(
+    trajectory: Trajectory, encoded: Encoded, encoder: Encoder, settings: DataConfig
+) -> tuple[Trajectory, Encoded] | None:
+    """The trajectory with at most `settings.max_length` tokens: whole, or with turns cut from its end; None: dropped.
+
+    Raises:
+        DataError: it is longer and `settings.too_long` is "error".
+    """
+    limit = settings.max_length
+    if limit is None or len(encoded.input_ids) <= limit:
+        return trajectory, encoded
+    if settings.too_long == "error":
+        raise DataError(
+            f"{len(encoded.input_ids):,} tokens ({encoded.num_image_tokens:,} of images), but max_length is "
+            f"{limit:,}; raise it, or choose --too-long drop or cut_turns"
+        )
+    if settings.too_long == "cut_turns":
+        # From long to short by trial: reasoning is rendered only after the last user turn, so that what remains after a
+        # cut is not a prefix of the tokens of the whole.
+        for end in reversed(cut_points(trajectory.messages)):
+            shorter = _first_messages(trajectory, end)
+            encoded = encoder.encode(shorter)
+            if len(encoded.input_ids) <= limit and encoded.num_target_tokens:
+                return shorter, encoded
+    return None
+
+
+def cut_points(messages: list[dict[str, Any]]) -> list[int]:
+    """How many messages may remain when a trajectory is cut at its end, without the whole of it.
+
+    Each remainder ends with a trained assistant message, which may be a call: its responses go together. It never ends
+    between two assistant messages in a row, which are one turn (the text before a call and the call): the model would
+    learn to stop after announcing a call.
+    """
+    return [
+        end
+        for end in range(1, len(messages))
+        if messages[end - 1]["role"] == "assistant"
+        and messages[end - 1].get("train", True)
+        and messages[end]["role"] != "assistant"
+    ]
+
+
+def _first_messages(trajectory: Trajectory, end: int) -> Trajectory:
+    messages = trajectory.messages[:end]
+    parts = (part for message in messages if isinstance(message["content"], list) for part in message["content"])
+    num_images = sum(part["type"] == "image" for part in parts)
+    return replace(trajectory, messages=messages, images=trajectory.images[:num_images])
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+class _ShardWriter:
+    """Rows into row groups into the shard files of a piece, all bounded by bytes, and in the end its record."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self.totals: Counter[str] = Counter()  # as a ShardReport counts them
+        self._shards: list[dict[str, Any]] = []  # the finished ones, as the manifest lists them
+        self._lines: list[dict[str, Any]] = []  # of the manifest, with the places: their row groups
+        self._samples: list[list[tuple[str, list[int], Where]]] = [[]]  # for each row group of this shard
+        self._rows: list[dict[str, Any]] = []  # of the row group that is being filled
+        self._row_bytes = 0
+        self._shard_bytes = 0
+        self._parquet: pq.ParquetWriter | None = None
+
+    def add(self, trajectory: Trajectory, encoded: Encoded, where: Where) -> None:
+        messages, tools = _to_json(trajectory.messages), _to_json(trajectory.tools)
+        images = [{"bytes": image, "path": None} for image in trajectory.images]
+        row = {"id": trajectory.id, "messages": messages, "tools": tools, "images": images}
+        num_bytes = len(messages.encode()) + len(tools.encode()) + sum(map(len, trajectory.images))
+        if self._rows and self._row_bytes + num_bytes > self._task.row_group_bytes:
+            self._end_row_group()
+        if self._parquet and self._shard_bytes + num_bytes > self._task.shard_bytes:
+            self._end_row_group()
+            self._end_shard()
+        counts = [
+            len(encoded.input_ids) - encoded.num_image_tokens,
+            encoded.num_image_tokens,
+            encoded.num_images,
+            encoded.num_target_tokens,
+        ]
+        self._samples[-1].append((trajectory.id, counts, where))
+        self.totals.update(dict(zip(COUNTS, counts, strict=True)) | {"num_written": 1})
+        self._rows.append(row)
+        self._row_bytes += num_bytes
+        self._shard_bytes += num_bytes
+
+    def close(self, header: dict[str, Any]) -> None:
+        """Finish the last shard, then write the record: the piece is done from here on."""
+        self._end_row_group()
+        self._end_shard()
+        table = pa.Table.from_pylist(self._lines, RECORD_SCHEMA)
+        table = table.replace_schema_metadata({"header": json.dumps(header | {"shards": self._shards})})
+        with pa.ipc.new_file(_partial(self._task.record), table.schema) as file:
+            file.write_table(table)
+        _partial(self._task.record).rename(self._task.record)
+
+    def _path(self) -> Path:
+        return self._task.path(f"-{len(self._shards):03d}.parquet")
+
+    def _end_row_group(self) -> None:
+        if not self._rows:
+            return
+        if self._parquet is None:
+            # Pictures are compressed already. Statistics of the long texts would only bloat the footer.
+            self._parquet = pq.ParquetWriter(
+                _partial(self._path()),
+                SCHEMA,
+                compression={"id": "zstd", "messages": "zstd", "tools": "zstd"},
+                use_dictionary=False,
+                write_statistics=["id"],
+                write_page_checksum=True,
+            )
+        columns = {field.name: pa.array([row[field.name] for row in self._rows], field.type) for field in SCHEMA}
+        self._parquet.write_table(pa.table(columns, schema=SCHEMA), row_group_size=len(self._rows))
+        self._rows, self._row_bytes = [], 0
+        self._samples.append([])
+
+    def _end_shard(self) -> None:
+        if self._parquet is None:
+            return
+        self._parquet.close()
+        path = self._path()
+        _partial(path).rename(path)
+        entry, places, deflated = _describe(path)
+        footer: bytes | None = deflated
+        for samples, place in zip(self._samples, places, strict=False):
+            ids, counts, where = zip(*samples, strict=True)
+            line = row_group_line(ids, counts, len(self._shards), *place, footer)
+            places_in_input = {"file": [str(one.file) for one in where], "line": [one.line for one in where]}
+            self._lines.append(line | places_in_input)
+            footer = None
+        self._shards.append(entry)
+        self._parquet, self._shard_bytes, self._samples = None, 0, [[]]
+
+
+class _RowLog:
+    """A JSONL file that appears under its name when it is closed, and only if a row was written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: JsonlWriter | None = None
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file = self._file or JsonlWriter(_partial(self._path), append=False)
+        self._file.write(row)
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+            _partial(self._path).rename(self._path)
+
+
+def _partial(path: Path) -> Path:
+    """Where a file is written until it is complete."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _describe(path: Path) -> tuple[dict[str, Any], list[tuple[int, int, int]], bytes]:
+    """A finished shard: as the manifest's header lists it; offset, bytes and crc32 of each of its row groups; footer,
+    deflated."""
+    metadata = pq.read_metadata(path)
+    places = []
+    with path.open("rb") as file:
+        rest = zlib.crc32(file.read(4))
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            chunks = [group.column(column) for column in range(group.num_columns)]
+            offset, num_bytes = chunks[0].data_page_offset, sum(chunk.total_compressed_size for chunk in chunks)
+            assert offset == file.tell(), "row groups lie one behind the other, without dictionary pages"
+            places.append((offset, num_bytes, zlib.crc32(file.read(num_bytes))))
+        footer = file.read()
+        rest = zlib.crc32(footer, rest)
+        return {"name": path.name, "bytes": file.tell(), "rest_crc32": rest}, places, zlib.compress(footer)

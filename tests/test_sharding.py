@@ -1,0 +1,259 @@
+"""Sharding in pieces: the same bytes on any number of cores, killed or not, at once or appended."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from corpus import row, write_rows
+
+from gemma_dist.config import DataConfig
+from gemma_dist.data import sharding as module
+from gemma_dist.data.rows import cut_parts, read_parts, read_rows
+from gemma_dist.data.sharding import run_shard
+from gemma_dist.data.shards import open_shards
+from gemma_dist.errors import DataError
+
+ROWS = [row(number, num_calls=1 + number % 3) for number in range(60)]
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """About four rows a piece, two a row group."""
+    for name, size in (("PIECE_BYTES", 6000), ("ROW_GROUP_BYTES", 3000), ("SHARD_BYTES", 5000)):
+        monkeypatch.setattr(module, name, size)
+
+
+def shard(inputs: list[Path], out: Path, model: str, skip_invalid: bool = False, **options: Any) -> Any:
+    return run_shard(inputs, out, model, DataConfig(), skip_invalid, **{"num_workers": 1, **options})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def ids(folder: Path) -> list[str]:
+    shards = open_shards(folder)
+    assert [shards.read(index).id for index in range(len(shards))] == [shards.id(index) for index in range(len(shards))]
+    return [shards.id(index) for index in range(len(shards))]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, model: str) -> tuple[Path, Path]:
+    """The rows, and the shards that an uninterrupted run on one core makes of them."""
+    folder = tmp_path_factory.mktemp("whole")
+    source = write_rows(folder / "rows.jsonl", ROWS)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in (("PIECE_BYTES", 6000), ("ROW_GROUP_BYTES", 3000), ("SHARD_BYTES", 5000)):
+            patch.setattr(module, name, size)
+        shard([source], folder / "shards", model)
+    return source, folder / "shards"
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_processes(
+    whole: tuple[Path, Path], model: str, tmp_path: Path
+) -> None:
+    source, folder = whole
+    assert len(list(folder.glob("train-*.parquet"))) > 10
+    report = shard([source], tmp_path / "shards", model, num_workers=2)
+    assert contents(tmp_path / "shards") == contents(folder)
+    assert ids(folder) == [row["id"] for row in ROWS]
+    assert (report.num_read, report.num_written) == (60, 60)
+    assert report.num_shards == len(list(folder.glob("train-*.parquet")))
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from gemma_dist.config import DataConfig
+from gemma_dist.data import sharding
+sharding.PIECE_BYTES, sharding.ROW_GROUP_BYTES, sharding.SHARD_BYTES = 6000, 3000, 5000
+options = {"append": len(sys.argv) > 4, "num_workers": 1}
+sharding.run_shard([Path(sys.argv[1])], Path(sys.argv[2]), sys.argv[3], DataConfig(), False, **options)
+"""
+
+
+def kill_at(record: Path, *words: object) -> None:
+    """Start a run and kill -9 it when `record` is there."""
+    run = subprocess.Popen([sys.executable, "-c", KILLED, *map(str, words)], stderr=subprocess.DEVNULL)
+    while not record.exists():
+        assert run.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.001)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(whole: tuple[Path, Path], model: str, tmp_path: Path) -> None:
+    source, folder = whole
+    out = tmp_path / "shards"
+    number = random.Random().randrange(1, 8)
+    kill_at(out / f".piece-{number:05d}.arrow", source, out, model)
+    assert not list(out.glob("train-*.parquet")), "nothing shows up before all of it is there"
+    with pytest.raises(DataError, match="interrupted"):
+        open_shards(out)
+    finished = (out / ".piece-00000-000.parquet").stat().st_ino
+    shard([source], out, model)
+    assert contents(out) == contents(folder)
+    assert (out / "train-00000.parquet").stat().st_ino == finished, "what was done is not done again"
+
+
+def test_what_another_run_left_is_replaced(whole: tuple[Path, Path], model: str, tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    kill_at(out / ".piece-00001.arrow", whole[0], out, model)
+    shard([write_rows(tmp_path / "rows.jsonl", ROWS[50:])], out, model)
+    assert ids(out) == [row["id"] for row in ROWS[50:]]
+    assert not list(out.glob(".*"))
+
+
+# ---- append ----------------------------------------------------------------------------------------------------------
+
+
+def test_appended_rows_come_behind_the_others_which_stay(model: str, tmp_path: Path) -> None:
+    first, second = write_rows(tmp_path / "a.jsonl", ROWS[:40]), write_rows(tmp_path / "b.jsonl", ROWS[40:])
+    out = tmp_path / "shards"
+    shard([first], out, model)
+    before = contents(out)
+    opened = open_shards(out)
+    report = shard([second], out, model, append=True)
+    after = contents(out)
+    assert all(after[name] == data for name, data in before.items() if name != "manifest.arrow")
+    assert ids(out) == [row["id"] for row in ROWS]
+    assert (report.num_written, report.num_shards) == (20, len(after) - len(before))
+    assert len(opened) == 40
+    assert opened.read(39).id == "row-39", "a run that has the old corpus open goes on with it"
+    assert open_shards(out).manifest_hash != opened.manifest_hash
+
+
+def test_a_killed_append_leaves_the_corpus_whole_and_goes_on(model: str, tmp_path: Path) -> None:
+    first, second = write_rows(tmp_path / "a.jsonl", ROWS[:20]), write_rows(tmp_path / "b.jsonl", ROWS[20:])
+    out = tmp_path / "shards"
+    shard([first], out, model)
+    kill_at(out / ".piece-00003.arrow", second, out, model, "append")
+    assert ids(out) == [row["id"] for row in ROWS[:20]]
+    assert pa.concat_tables(map(pq.read_table, sorted(out.glob("train-*.parquet")))).num_rows == 20, (
+        "nor do others see more"
+    )
+    shard([second], out, model, append=True)
+    assert ids(out) == [row["id"] for row in ROWS]
+    assert not list(out.glob(".*"))
+
+
+def test_an_append_that_does_not_go_is_refused_and_changes_nothing(model: str, tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "a.jsonl", ROWS[:8]), tmp_path / "shards"
+    with pytest.raises(DataError, match="no finished shards to append to"):
+        shard([source], out, model, append=True)
+    shard([source], out, model)
+    before = contents(out)
+    more = write_rows(tmp_path / "b.jsonl", [*ROWS[8:12], ROWS[3]])
+    with pytest.raises(DataError, match=r"b\.jsonl:5: the id 'row-3' belongs to .*shards already"):
+        shard([more], out, model, append=True)
+    refused = contents(out)
+    assert json.loads(refused.pop("append_rejected.jsonl"))["line"] == 5
+    assert refused == before
+    with pytest.raises(DataError, match="max_length was None and is 9"):
+        run_shard([more], out, model, DataConfig(max_length=9), False, append=True)
+    with pytest.raises(DataError, match="another tokenizer"):
+        run_shard([more], out, model, DataConfig(chat_template="gemma4_v2"), False, append=True)
+    report = shard([more], out, model, skip_invalid=True, append=True)
+    assert (report.num_written, report.num_rejected) == (4, 1)
+    assert ids(out) == [row["id"] for row in ROWS[:12]]
+    assert len((out / "rejected.jsonl").read_text().splitlines()) == 1
+    shard([write_rows(tmp_path / "c.jsonl", [ROWS[20], ROWS[0]])], out, model, skip_invalid=True, append=True)
+    assert len((out / "rejected.jsonl").read_text().splitlines()) == 2
+
+
+# ---- refused rows over all pieces ------------------------------------------------------------------------------------
+
+
+def test_repeated_ids_are_found_over_all_pieces(model: str, tmp_path: Path) -> None:
+    rows = [*ROWS[:20], ROWS[2], *ROWS[20:30], {"id": "bad", "messages": []}, ROWS[2], ROWS[29]]
+    source, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "shards"
+    with pytest.raises(DataError, match="4 of 34 rows"):
+        shard([source], out, model)
+    report = shard([source], out, model, skip_invalid=True)
+    rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert [line["line"] for line in rejected] == [21, 32, 33, 34]
+    for line in (rejected[0], rejected[2]):
+        assert f"'row-2' belongs to {source}:3 already" in line["error"]
+    assert (report.num_read, report.num_written, report.num_rejected) == (34, 30, 4)
+    assert ids(out) == [row["id"] for row in ROWS[:30]]
+
+
+# ---- pieces of each kind of input ------------------------------------------------------------------------------------
+
+
+def as_gzip(folder: Path) -> Path:
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress(lines()))
+    return folder / "rows.jsonl.gz"
+
+
+def as_zstd(folder: Path) -> Path:
+    codec, half = pa.Codec("zstd"), len(lines()) // 2
+    frames = [codec.compress(part).to_pybytes() for part in (lines()[:half], lines()[half:])]
+    (folder / "rows.jsonl.zst").write_bytes(b"".join(frames))
+    return folder / "rows.jsonl.zst"
+
+
+def as_parquet(folder: Path) -> Path:
+    texts = [{**row, "messages": json.dumps(row["messages"]), "tools": json.dumps(row["tools"])} for row in ROWS]
+    pq.write_table(pa.Table.from_pylist(texts), folder / "rows.parquet", row_group_size=7)
+    return folder / "rows.parquet"
+
+
+def as_dataset(folder: Path) -> Path:
+    from datasets import Dataset
+
+    texts = [{**row, "messages": json.dumps(row["messages"]), "tools": json.dumps(row["tools"])} for row in ROWS]
+    Dataset.from_list(texts).save_to_disk(str(folder / "saved"))
+    return folder / "saved"
+
+
+def lines() -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+@pytest.mark.parametrize("write", [as_gzip, as_zstd, as_parquet, as_dataset])
+def test_every_kind_of_input_gives_the_same_samples(
+    write: Callable[[Path], Path], whole: tuple[Path, Path], model: str, tmp_path: Path
+) -> None:
+    shard([write(tmp_path)], tmp_path / "shards", model)
+    found, expected = open_shards(tmp_path / "shards"), open_shards(whole[1])
+    assert [found.read(index) for index in range(60)] == [expected.read(index) for index in range(60)]
+
+
+@pytest.mark.parametrize("write", [as_gzip, as_zstd, as_parquet])
+def test_an_input_that_was_cut_short_is_refused(write: Callable[[Path], Path], model: str, tmp_path: Path) -> None:
+    path = write(tmp_path)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(DataError, match=f"{path}: cannot be read to its end"):
+        shard([path], tmp_path / "shards", model, skip_invalid=True)
+
+
+@pytest.mark.parametrize("part_bytes", [1, 300, 5000, 10**6])
+@pytest.mark.parametrize("end", ["\n", "", "\n\n\n"])
+def test_the_parts_of_a_file_are_the_file(tmp_path: Path, part_bytes: int, end: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(json.dumps({"n": n, "é": "ü" * n}) for n in range(90)).encode())
+    path.write_bytes(path.read_bytes() + end.encode())
+    parts = list(cut_parts(path, part_bytes))
+    assert len(parts) > 1 or part_bytes > 5000
+    assert sum(size for _, size in parts) == path.stat().st_size
+    assert list(read_parts(part for part, _ in parts)) == list(read_rows([path]))
+    assert [where.line for where, _ in read_rows([path])] == list(range(1, 180, 2))
+
+
+def test_the_parts_of_a_parquet_file_are_the_file(tmp_path: Path) -> None:
+    path = as_parquet(tmp_path)
+    parts = [part for part, _ in cut_parts(path, 1)]
+    assert len(parts) == 9
+    assert list(read_parts(parts)) == list(read_rows([path]))
