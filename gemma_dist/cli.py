@@ -163,7 +163,7 @@ def check(config: Path, overrides: tuple[str, ...], world_size: int | None) -> N
 @click.option(
     "--world-size", type=click.IntRange(min=1), help="Number of ranks to reckon with; default: those running."
 )
-@click.option("--quarantine", type=EXISTING, help="File of sample ids that are left out: data.quarantine.")
+@click.option("--quarantine", type=EXISTING, help="File of ids or row groups that are left out: data.quarantine.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON a step.")
 def batches(
     data: str,
@@ -193,7 +193,7 @@ def batches(
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("config", type=NEW)
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1, type=click.UNPROCESSED)
-@click.option("--quarantine", type=EXISTING, help="File of sample ids that are left out: data.quarantine.")
+@click.option("--quarantine", type=EXISTING, help="File of ids or row groups that are left out: data.quarantine.")
 def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None) -> None:
     """Train as the recipe CONFIG says.
 

@@ -67,7 +67,8 @@ class DataConfig(Section):
         description="Folders or URLs that `gemma-dist shard` wrote: one, a list, or a list of {path, weight}.",
     )
     quarantine: Path | None = Field(
-        None, description="File of sample ids, one a line, that are left out; all others come as they would have."
+        None,
+        description="File that names what is left out: one id, or damaged row group, a line.",
     )
     cache_dir: Path | None = Field(
         None, description="Folder that keeps row groups of URLs, for all ranks of a node; absent: nothing is kept."

@@ -4,17 +4,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from corpus import row, shard_rows
+from store import Server, serve
 
 from gemma_dist.data import fetch as module
 from gemma_dist.data import sharding
@@ -28,70 +26,11 @@ CRC = zlib.crc32(DATA[PIECE])
 WHERE = (1000, 2000, CRC)
 
 
-class Server(ThreadingHTTPServer):
-    """Files by name, with ranges; the next requests can be told to go wrong."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files: dict[str, bytes] = {"data": DATA}
-        self.requests: list[tuple[str, str | None]] = []  # name and range of each GET
-        self.trouble: list[str] = []  # of the next ones: 503, 404, short, flip
-        self.pause_s = 0.0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        name, wanted = self.path.lstrip("/"), self.headers.get("Range")
-        self.server.requests.append((name, wanted))
-        time.sleep(self.server.pause_s)
-        trouble = self.server.trouble.pop(0) if self.server.trouble else ""
-        data = self.server.files.get(name)
-        if data is None or trouble.isdigit():
-            self.send_error(int(trouble) if trouble else 404)
-            return
-        if wanted:
-            start, end = wanted.removeprefix("bytes=").split("-")
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{end}/{len(data)}")
-            data = data[int(start) : int(end) + 1]
-        else:
-            self.send_response(200)
-        if trouble == "flip":
-            data = data[:-1] + bytes([data[-1] ^ 1])
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data[: len(data) // 2] if trouble == "short" else data)
-        if trouble == "short":
-            self.close_connection = True
-
-    def do_HEAD(self) -> None:
-        data = self.server.files.get(self.path.lstrip("/"))
-        self.send_response(200 if data is not None else 404)
-        self.send_header("Content-Length", str(len(data or b"")))
-        self.send_header("Accept-Ranges", "bytes")
-        self.end_headers()
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(module, "FIRST_WAIT_S", 0.001)
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
+    with serve({"data": DATA}) as server:
+        yield server
 
 
 def test_a_local_file_is_read_and_checked(tmp_path: Path) -> None:
@@ -114,6 +53,12 @@ def test_one_ranged_request_a_piece(server: Server) -> None:
     assert fetcher.read(f"{server.url}/data", *WHERE) == DATA[PIECE]
     assert server.requests == [("data", "bytes=1000-2999")]
     assert fetcher.size(f"{server.url}/data") == len(DATA)
+
+
+def test_a_server_without_ranges_is_named_as_such(server: Server) -> None:
+    server.ranges = False
+    with pytest.raises(FetchError, match="10,240"):
+        Fetcher(None, 0).read(f"{server.url}/data", *WHERE)
 
 
 @pytest.mark.parametrize("trouble", [["503", "503"], ["short"], ["flip", "429"]])
@@ -167,7 +112,7 @@ def test_what_is_cached_is_not_asked_for_again_and_heals(server: Server, tmp_pat
     for fetcher in (Fetcher(tmp_path, 10**6), Fetcher(tmp_path, 10**6)):
         assert fetcher.read(url, *WHERE) == DATA[PIECE]
     assert len(server.requests) == 1
-    (file,) = [path for path in tmp_path.iterdir() if path.stat().st_size == 2000]
+    (file,) = [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size == 2000]
     for damaged in (b"", DATA[PIECE][:-1], bytes(2000)):
         file.write_bytes(damaged)
         assert fetcher.read(url, *WHERE) == DATA[PIECE]
@@ -179,7 +124,7 @@ def test_the_cache_stays_within_its_size_and_drops_what_was_used_longest_ago(ser
 
     def read(start: int) -> None:
         assert fetcher.read(url, start, 1000, zlib.crc32(DATA[start : start + 1000])) == DATA[start : start + 1000]
-        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 3500
+        assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 3600
         time.sleep(0.01)
 
     for start in (0, 1000, 2000, 0, 3000, 0):  # 1000 goes for 3000
@@ -191,9 +136,10 @@ def test_the_cache_stays_within_its_size_and_drops_what_was_used_longest_ago(ser
 
 
 def test_what_a_killed_process_left_is_removed(server: Server, tmp_path: Path) -> None:
-    (tmp_path / ".abc.77.tmp").write_bytes(DATA)
+    Fetcher(tmp_path, 10**6)
+    (tmp_path / "gemma_dist-row-groups" / "abc.77.tmp").write_bytes(DATA)
     fetcher = Fetcher(tmp_path, 10**6)
-    assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*.tmp"))
+    assert not list(tmp_path.rglob("*.tmp"))
     assert fetcher.read(f"{server.url}/data", *WHERE) == DATA[PIECE]
 
 

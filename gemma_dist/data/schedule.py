@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -154,19 +155,24 @@ def open_schedule(config: RunConfig, plan: BatchPlan) -> Schedule:
 
 
 def read_quarantine(path: Path | None, shards: Shards) -> frozenset[int]:
-    """The samples whose ids stand in a file, one a line. DataError where the corpus has no such sample."""
+    """The samples that a file names, one a line: by id, or a whole row group as the message about its damage names it.
+
+    Raises:
+        DataError: the file cannot be read, or names what the corpus does not have.
+    """
     if path is None:
         return frozenset()
     try:
-        ids = set(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
+        names = set(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.quarantine = {str(path)!r}: cannot be read: {error}") from error
-    found = shards.find(ids)
-    if unknown := sorted(ids - found.keys()):
+    found = shards.find(names)
+    if unknown := sorted(names - found.keys()):
         raise DataError(
-            f"data.quarantine: {path} names {unknown[0]!r}, but no sample of data.train has this id; write one a line"
+            f"data.quarantine: {path} names {unknown[0]!r}, which data.train does not have; write one id a line, or a "
+            "row group as the message about it does"
         )
-    return frozenset(found.values())
+    return frozenset(chain.from_iterable(found.values()))
 
 
 def _count_up(sizes: np.ndarray) -> np.ndarray:

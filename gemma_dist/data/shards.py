@@ -32,6 +32,7 @@ from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.errors import DataError
 
+NUM_IDS_SHOWN = 50
 NUM_CACHED_ROW_GROUPS = 8  # of those that are read one sample at a time
 
 
@@ -79,10 +80,16 @@ class Shards:
     def id(self, index: int) -> str:
         return self._ids[int(index)].as_py()
 
-    def find(self, ids: set[str]) -> dict[str, int]:
-        """The samples of those `ids` that the corpus has."""
-        places = pc.is_in(self._ids, pa.array(sorted(ids), pa.large_string())).to_numpy()
-        return {self.id(index): index for index in np.flatnonzero(places).tolist()}
+    def find(self, names: set[str]) -> dict[str, list[int]]:
+        """The samples that each name stands for, if any: an id, or a row group as messages name it."""
+        found: dict[str, list[int]] = {}
+        for index in np.flatnonzero(pc.is_in(self._ids, pa.array(sorted(names), pa.large_string()))).tolist():
+            found.setdefault(self.id(index), []).append(index)
+        if any(", row group " in name for name in names):
+            for row_group in range(len(self.row_group_samples)):
+                if (place := self._place(row_group)) in names:
+                    found[place] = list(range(*self.first_sample[row_group : row_group + 2].tolist()))
+        return found
 
     def sources(self) -> tuple[list[range], list[float]]:
         """Row groups and weight of each source of a mixture; without weights the whole corpus is the only one."""
@@ -129,11 +136,12 @@ class Shards:
             return self._read_row_group(row_group)
         except (_DamagedError, FetchError, OSError, pa.ArrowException) as error:
             first, end = self.first_sample[row_group : row_group + 2].tolist()
-            ids = map(self.id, range(first, end))
+            ids = [self.id(index) for index in range(first, min(end, first + NUM_IDS_SHOWN))]
+            more = f" and {end - first - len(ids):,} more" if end - first > len(ids) else ""
             raise DataError(
-                f"{self._place(row_group)}: {error}. It holds the samples {', '.join(ids)}. Restore the file from its "
-                "source, make the shards again, or leave these samples out: list their ids, one a line, in a file and "
-                "set data.quarantine to it"
+                f"{self._place(row_group)}: {error}. It holds the samples {', '.join(ids)}{more}. Restore the file "
+                "from its source, make the shards again, or train without these samples: write the line\n"
+                f"    {self._place(row_group)}\ninto a file and pass it with --quarantine"
             ) from error
 
     def _read_row_group(self, row_group: int) -> pa.Table:

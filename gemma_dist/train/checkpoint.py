@@ -15,6 +15,12 @@ from gemma_dist.report import log, write_json
 
 MARKER = "complete.json"
 UNFINISHED = ".unfinished"
+MEANING = {  # of what a run is bound to, where the name alone does not say it
+    "manifest": "the corpus (manifest)",
+    "num_samples": "its number of samples",
+    "encoding": "its tokenizer, chat template or image processor (fingerprint)",
+    "weights": "the weights of data.train",
+}
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, state: dict[str, Any]) -> tuple[Path | None, int]:
@@ -42,7 +48,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, state: dict[s
             )
     marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     changed = [
-        f"{key} was {marker['state'].get(key)!r} and is now {value!r}"
+        f"{MEANING.get(key, key)} was {marker['state'].get(key)!r} and is now {value!r}"
         for key, value in state.items()
         if marker["state"].get(key) != value
     ]
@@ -64,12 +70,12 @@ def begin(output_dir: Path) -> Path:
     return unfinished
 
 
-def finish(output_dir: Path, step: int, state: dict[str, Any], *, save_total_limit: int | None) -> None:
+def finish(output_dir: Path, step: int, epoch: int, state: dict[str, Any], *, save_total_limit: int | None) -> None:
     """Mark what was written since `begin`, move it to its name, and remove the oldest beyond `save_total_limit`."""
     world.barrier()  # every rank has written its part
     if world.rank() == 0:
         name = f"checkpoint-{step}"
-        write_json(output_dir / UNFINISHED / name / MARKER, {"step": step, "state": state})
+        write_json(output_dir / UNFINISHED / name / MARKER, {"step": step, "epoch": epoch, "state": state})
         shutil.rmtree(output_dir / name, ignore_errors=True)
         (output_dir / UNFINISHED / name).rename(output_dir / name)
         shutil.rmtree(output_dir / UNFINISHED)

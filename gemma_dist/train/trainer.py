@@ -140,9 +140,9 @@ class ToolCallTrainer(SFTTrainer):
         output_dir = Path(self.args.output_dir)
         checkpoint.begin(output_dir)
         super()._save_checkpoint(model, trial)
-        checkpoint.finish(
-            output_dir, self.state.global_step, self.run_state, save_total_limit=self.config.train.save_total_limit
-        )
+        step, limit = self.state.global_step, self.config.train.save_total_limit
+        epoch = step // self.loader.schedule.steps_per_epoch
+        checkpoint.finish(output_dir, step, epoch, self.run_state, save_total_limit=limit)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card: it would describe TRL's defaults."""
