@@ -1,7 +1,10 @@
 """Fetching: one request a row group, patience with what may pass, and never a byte that was not written."""
 
-import os
-import signal
+import logging
+import multiprocessing
+import resource
+import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -33,6 +36,34 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What is logged; `start_logging` of another test may have sent it elsewhere."""
+    monkeypatch.setattr(module.log, "propagate", True)
+    return caplog
+
+
+def free_port() -> int:
+    """A port of this machine at which nobody answers."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def kept(cache_dir: Path) -> list[Path]:
+    """The row groups in a cache."""
+    return [path for path in (cache_dir / "gemma_dist-row-groups").iterdir() if path.suffix != ".lock"]
+
+
+def num_kept_bytes(cache_dir: Path) -> int:
+    return sum(path.stat().st_size for path in kept(cache_dir))
+
+
+def reads_well(fetcher: Fetcher, url: str, start: int, num_bytes: int) -> bool:
+    expected = DATA[start : start + num_bytes]
+    return fetcher.read(url, start, num_bytes, zlib.crc32(expected)) == expected
+
+
 def test_a_local_file_is_read_and_checked(tmp_path: Path) -> None:
     (tmp_path / "data").write_bytes(DATA)
     path = str(tmp_path / "data")
@@ -55,17 +86,35 @@ def test_one_ranged_request_a_piece(server: Server) -> None:
     assert fetcher.size(f"{server.url}/data") == len(DATA)
 
 
+def test_a_whole_file_is_fetched_anew_and_leaves_the_mapped_one_alone(server: Server, tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    for cache_dir in (None, tmp_path):
+        server.files["data"] = DATA
+        fetcher = Fetcher(cache_dir, 10**6)
+        path = fetcher.download(f"{server.url}/data")
+        assert cache_dir is None or cache_dir in path.parents
+        with pa.memory_map(str(path)) as mapped:
+            server.files["data"] = DATA[::-1]
+            assert fetcher.download(f"{server.url}/data") == path
+            assert mapped.read() == DATA
+        assert path.read_bytes() == DATA[::-1]
+    with pytest.raises(FileNotFoundError):
+        fetcher.download(f"{server.url}/absent")
+
+
 def test_a_server_without_ranges_is_named_as_such(server: Server) -> None:
     server.ranges = False
-    with pytest.raises(FetchError, match="10,240"):
+    with pytest.raises(FetchError, match=r"10,240 bytes came instead of 2,000: .*no ranges"):
         Fetcher(None, 0).read(f"{server.url}/data", *WHERE)
 
 
 @pytest.mark.parametrize("trouble", [["503", "503"], ["short"], ["flip", "429"]])
-def test_what_may_pass_is_tried_again(server: Server, trouble: list[str]) -> None:
+def test_what_may_pass_is_tried_again(server: Server, trouble: list[str], log: pytest.LogCaptureFixture) -> None:
     server.trouble = list(trouble)
     assert Fetcher(None, 0).read(f"{server.url}/data", *WHERE) == DATA[PIECE]
     assert len(server.requests) == len(trouble) + 1
+    assert ["trying again" in message for message in log.messages] == [True] * len(trouble)
 
 
 def test_what_does_not_pass_is_an_error(server: Server) -> None:
@@ -76,6 +125,11 @@ def test_what_does_not_pass_is_an_error(server: Server) -> None:
     server.trouble = ["503"] * 20
     with pytest.raises(FetchError, match="tried 6 times"):
         Fetcher(None, 0).read(url, *WHERE)
+    dead = f"http://127.0.0.1:{free_port()}/data"
+    with pytest.raises(FetchError, match="tried 6 times: Cannot connect"):
+        Fetcher(None, 0).read(dead, *WHERE)
+    with pytest.raises(FetchError, match="tried 6 times: Cannot connect"):
+        Fetcher(None, 0).size(dead)
 
 
 def test_a_clear_no_is_not_asked_again(server: Server) -> None:
@@ -86,11 +140,32 @@ def test_a_clear_no_is_not_asked_again(server: Server) -> None:
     with pytest.raises((FetchError, PermissionError)):
         Fetcher(None, 0).read(f"{server.url}/data", *WHERE)
     assert len(server.requests) == 2
+    server.trouble = []
+    with pytest.raises(FetchError, match="404"):
+        Fetcher(None, 0).size(f"{server.url}/absent")
 
 
-def test_an_unknown_protocol_and_a_missing_package_are_plain_errors() -> None:
+def test_an_unknown_protocol_and_a_missing_package_are_plain_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="nonsense"):
         Fetcher(None, 0).size("nonsense://x/y")
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # what an import of it meets where it is not installed
+    with pytest.raises(ConfigError, match=r"pip install 'gemma-dist\[gcs\]'"):
+        Fetcher(None, 0).read("gs://bucket/data", *WHERE)
+
+
+def test_a_forked_process_goes_on_with_connections_of_its_own(server: Server) -> None:
+    fetcher = Fetcher(None, 0)
+    assert reads_well(fetcher, f"{server.url}/data", 0, 100)
+
+    def child() -> None:
+        assert reads_well(fetcher, f"{server.url}/data", 100, 100)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(30)
+    assert process.exitcode == 0
+    assert reads_well(fetcher, f"{server.url}/data", 200, 100)
+    assert len(server.requests) == 3
 
 
 def test_memory_files_work_from_many_threads() -> None:
@@ -112,19 +187,33 @@ def test_what_is_cached_is_not_asked_for_again_and_heals(server: Server, tmp_pat
     for fetcher in (Fetcher(tmp_path, 10**6), Fetcher(tmp_path, 10**6)):
         assert fetcher.read(url, *WHERE) == DATA[PIECE]
     assert len(server.requests) == 1
-    (file,) = [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size == 2000]
+    (file,) = kept(tmp_path)
     for damaged in (b"", DATA[PIECE][:-1], bytes(2000)):
         file.write_bytes(damaged)
         assert fetcher.read(url, *WHERE) == DATA[PIECE]
+        assert file.read_bytes() == DATA[PIECE]
     assert len(server.requests) == 4
+    shutil.rmtree(file.parent)
+    assert fetcher.read(url, *WHERE) == fetcher.read(url, *WHERE) == DATA[PIECE]
+    assert len(server.requests) == 5
+
+
+def test_damage_on_the_way_is_not_cached(server: Server, tmp_path: Path) -> None:
+    server.trouble = ["flip"]
+    fetcher = Fetcher(tmp_path, 10**6)
+    assert fetcher.read(f"{server.url}/data", *WHERE) == fetcher.read(f"{server.url}/data", *WHERE) == DATA[PIECE]
+    assert len(server.requests) == 2
+    with pytest.raises(FetchError, match="checksum"):
+        fetcher.read(f"{server.url}/data", 0, 2000, CRC)
+    assert len(kept(tmp_path)) == 1
 
 
 def test_the_cache_stays_within_its_size_and_drops_what_was_used_longest_ago(server: Server, tmp_path: Path) -> None:
     url, fetcher = f"{server.url}/data", Fetcher(tmp_path, 3500)
 
     def read(start: int) -> None:
-        assert fetcher.read(url, start, 1000, zlib.crc32(DATA[start : start + 1000])) == DATA[start : start + 1000]
-        assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 3600
+        assert reads_well(fetcher, url, start, 1000)
+        assert num_kept_bytes(tmp_path) <= 3500
         time.sleep(0.01)
 
     for start in (0, 1000, 2000, 0, 3000, 0):  # 1000 goes for 3000
@@ -132,13 +221,55 @@ def test_the_cache_stays_within_its_size_and_drops_what_was_used_longest_ago(ser
     assert len(server.requests) == 4
     read(1000)
     assert len(server.requests) == 5
-    assert fetcher.read(url, 0, 5000, zlib.crc32(DATA[:5000])) == DATA[:5000], "larger than the cache: not kept"
+    assert reads_well(fetcher, url, 0, 5000), "larger than the cache: not kept"
+    assert num_kept_bytes(tmp_path) == 3000
+    Fetcher(tmp_path, 2000)
+    assert num_kept_bytes(tmp_path) == 1000, "a smaller one removes until a tenth is free"
+
+
+def test_readers_and_evictions_do_not_disturb_one_another(
+    server: Server, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    url, fetchers = f"{server.url}/data", [Fetcher(tmp_path, 3000), Fetcher(tmp_path, 3000)]
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(lambda i: reads_well(fetchers[i % 2], url, i * 37 % 20 * 500, 500), range(120)))
+    assert 2000 <= num_kept_bytes(tmp_path) <= 3000
+    assert not log.messages
+
+
+def test_nothing_else_in_the_cache_folder_is_touched(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "results.tmp").write_bytes(DATA)
+    (tmp_path / "own").mkdir()
+    fetcher = Fetcher(tmp_path, 1000)
+    assert reads_well(fetcher, f"{server.url}/data", 0, 1000)
+    assert reads_well(fetcher, f"{server.url}/data", 1000, 1000)
+    assert (tmp_path / "results.tmp").read_bytes() == DATA
+    assert (tmp_path / "own").is_dir()
+
+
+def test_a_folder_that_cannot_be_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"data\.cache_dir = .*file"):
+        Fetcher(tmp_path / "file", 1000)
+
+
+def test_a_full_disk_stops_nothing(server: Server, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    fetcher, before = Fetcher(tmp_path, 10**6), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # larger files fail as on a full disk
+    try:
+        assert [reads_well(fetcher, f"{server.url}/data", start, 1500) for start in (0, 0, 100)] == [True] * 3
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ["File too large" in message for message in log.messages] == [True], "said once"
+    assert not kept(tmp_path)
 
 
 def test_what_a_killed_process_left_is_removed(server: Server, tmp_path: Path) -> None:
-    Fetcher(tmp_path, 10**6)
-    (tmp_path / "gemma_dist-row-groups" / "abc.77.tmp").write_bytes(DATA)
+    for left in ("gemma_dist-row-groups/abc.77.tmp", "gemma_dist-manifests/abc.77.tmp"):
+        (tmp_path / left).parent.mkdir()
+        (tmp_path / left).write_bytes(DATA)
     fetcher = Fetcher(tmp_path, 10**6)
+    fetcher.download(f"{server.url}/data")
     assert not list(tmp_path.rglob("*.tmp"))
     assert fetcher.read(f"{server.url}/data", *WHERE) == DATA[PIECE]
 
@@ -155,9 +286,10 @@ for start in range(0, 10_000, 500):
 """
 
 
-def test_the_ranks_of_a_node_fetch_each_piece_once(server: Server, tmp_path: Path) -> None:
-    server.pause_s = 0.01
-    readers = [
+@pytest.fixture
+def readers(server: Server, tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Three processes that wait for a line before they read 20 pieces through one cache."""
+    processes = [
         subprocess.Popen(
             [sys.executable, "-c", READER, f"{server.url}/data", str(tmp_path)],
             stdin=subprocess.PIPE,
@@ -166,16 +298,43 @@ def test_the_ranks_of_a_node_fetch_each_piece_once(server: Server, tmp_path: Pat
         )
         for _ in range(3)
     ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    yield processes
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def begin(reader: subprocess.Popen[str]) -> None:
+    assert reader.stdin is not None
+    reader.stdin.write("go\n")
+    reader.stdin.flush()
+
+
+def test_the_ranks_of_a_node_fetch_each_piece_once(server: Server, readers: list[subprocess.Popen[str]]) -> None:
+    server.pause_s = 0.01
     for reader in readers:
-        assert reader.stdout is not None
-        assert reader.stdout.readline() == "ready\n"
-    os.kill(readers[2].pid, signal.SIGKILL)  # one that dies holds up nobody
-    for reader in readers[:2]:
-        assert reader.stdin is not None
-        reader.stdin.write("go\n")
-        reader.stdin.flush()
-    assert [reader.wait(60) for reader in readers[:2]] == [0, 0]
+        begin(reader)
+    assert [reader.wait(60) for reader in readers] == [0, 0, 0]
     assert len(server.requests) == len(set(server.requests)) == 20
+
+
+def test_a_process_that_is_killed_while_it_fetches_holds_up_nobody(
+    server: Server, readers: list[subprocess.Popen[str]]
+) -> None:
+    server.pause_s = 60
+    begin(readers[0])
+    while not server.requests:
+        time.sleep(0.01)
+    begin(readers[1])
+    time.sleep(0.1)
+    assert len(server.requests) == 1, "the second waits for the first"
+    server.pause_s = 0
+    readers[0].kill()
+    assert readers[1].wait(30) == 0
+    assert len(server.requests) == 21
 
 
 # ---- shards from a store ---------------------------------------------------------------------------------------------
@@ -213,7 +372,9 @@ def test_damage_in_a_store_is_named(server: Server, shard_folder: Path) -> None:
         open_shards(f"{server.url}/corpus")
 
 
-def test_shards_in_an_s3_store(shard_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_in_an_s3_store(
+    shard_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -230,6 +391,19 @@ def test_shards_in_an_s3_store(shard_folder: Path, tmp_path: Path, monkeypatch: 
         for path in shard_folder.iterdir():
             client.upload_file(str(path), "bucket", f"corpus/{path.name}")
         check("s3://bucket/corpus", shard_folder, Fetcher(tmp_path / "cache", 10**8))
+        client.put_object(Bucket="bucket", Key="data", Body=DATA)
+        fetcher = Fetcher(None, 0)
+        assert fetcher.size("s3://bucket/data") == len(DATA)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "werkzeug"):
+            assert fetcher.read("s3://bucket/data", *WHERE) == DATA[PIECE]
+        served = [record.getMessage() for record in caplog.records if record.name == "werkzeug"]
+        assert ["GET /bucket/data" in line for line in served] == [True], "one request"
+        for url in ("s3://bucket/absent", "s3://absent/data"):
+            with pytest.raises(FileNotFoundError):
+                fetcher.read(url, *WHERE)
+        with pytest.raises(FetchError, match=r"s3://bucket/data cannot be fetched: .*range"):
+            fetcher.read("s3://bucket/data", len(DATA) + 10, 10, 0)
         with pytest.raises(DataError, match=r"holds no manifest\.arrow"):
             open_shards("s3://bucket/elsewhere")
     finally:

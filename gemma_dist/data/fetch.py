@@ -57,10 +57,9 @@ class Fetcher:
             ConfigError: `cache_dir` cannot be written, or its disk has no locks.
         """
         self._systems: dict[tuple[int, str], Any] = {}
-        self._temporary = None if cache_dir else tempfile.TemporaryDirectory(prefix="gemma_dist-")
-        self._downloads = Path(self._temporary.name if self._temporary else f"{cache_dir}/gemma_dist-manifests")
+        self._downloads = cache_dir / "gemma_dist-manifests" if cache_dir else None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         try:
-            self._downloads.mkdir(parents=True, exist_ok=True)
             self._cache = _Cache(cache_dir / "gemma_dist-row-groups", cache_bytes) if cache_dir else None
         except OSError as error:
             raise ConfigError(
@@ -108,9 +107,13 @@ class Fetcher:
             Path(path).stat()
             return Path(path)
         data = self._patiently(path, lambda: self._system(path).cat_file(path))
+        with _making:
+            if self._downloads is None:
+                self._temporary = tempfile.TemporaryDirectory(prefix="gemma_dist-")  # goes with the Fetcher
+                self._downloads = Path(self._temporary.name)
         file = self._downloads / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}-{path.rsplit('/', 1)[1]}"
-        with _locked(self._downloads / "lock"):
-            _remove_unfinished(self._downloads)
+        with _locked(file.with_name("lock")):
+            _remove_unfinished(file.parent)
             _write(file, data)
         return file
 
@@ -155,7 +158,6 @@ class _Cache:
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder, self._max_bytes, self._told = folder, max_bytes, False
-        folder.mkdir(exist_ok=True)
         with _locked(folder / "size.lock") as ledger:
             _note(ledger, self._make_room(0))
 
@@ -213,6 +215,7 @@ class _Cache:
 @contextmanager
 def _locked(path: Path) -> Iterator[io.FileIO]:
     """The file `path`, open to read and write, alone on this node; the lock of a process that dies is free."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # may be emptied at any time
     with io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
@@ -245,7 +248,7 @@ def _remove_unfinished(folder: Path) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
