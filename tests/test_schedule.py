@@ -176,6 +176,16 @@ def test_batches_honours_a_quarantine_and_prints_for_people(shards: Path, tmp_pa
     assert "names 'row-7000'" in gemma_dist(*words, "--quarantine", _file(tmp_path, "row-7000"), fails=True)
 
 
+def test_a_recipe_mixes_sources_by_weight(shards: Path, model: str, tmp_path: Path) -> None:
+    shard_rows(tmp_path, model, [row(number) for number in range(100, 112)])
+    sources = f"data.train=[{{path: {shards}, weight: 3}}, {{path: {tmp_path / 'shards'}, weight: 1}}]"
+    words = ["-", "launch/cpu_full.yaml", sources, "global_batch_size=8", "--step", 0, "--num-steps", 8, "--json"]
+    steps = [json.loads(line) for line in gemma_dist("batches", *words).splitlines()]
+    for step in steps[:6]:
+        assert [len(name) for name in ids(step["ranks"])].count(len("row-100")) == 2, "of twelve in lanes of six steps"
+    assert len({name for step in steps for name in ids(step["ranks"]) if len(name) < 7}) > 40
+
+
 def _file(folder: Path, text: str) -> Path:
     (folder / "unknown.txt").write_text(text)
     return folder / "unknown.txt"
