@@ -67,10 +67,11 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serve(files: dict[str, bytes]) -> Iterator[Server]:
     server = Server(files)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
         yield server
     finally:
         server.shutdown()
+        server.server_close()
         thread.join()
