@@ -107,6 +107,55 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(whole: tuple[Path, Path
     assert (out / "train-00000.parquet").stat().st_ino == finished, "what was done is not done again"
 
 
+def test_workers_end_with_a_killed_run(whole: tuple[Path, Path], model: str, tmp_path: Path) -> None:
+    source, folder = whole
+    out = tmp_path / "shards"
+    script = KILLED.replace('"num_workers": 1', '"num_workers": 2').replace("sharding.run", "if main: sharding.run")
+    (tmp_path / "run.py").write_text('main = __name__ == "__main__"\n' + script)
+    words = [tmp_path / "run.py", source, out, model]
+    run = subprocess.Popen([sys.executable, *map(str, words)], stderr=subprocess.DEVNULL)
+    while not (out / ".piece-00000.arrow").exists():
+        assert run.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.001)
+    workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+    assert len(workers) >= 2
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    until = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}/exe").exists() for pid in workers):
+        assert time.monotonic() < until, "a worker goes on without its run"
+        time.sleep(0.05)
+    shard([source], out, model)
+    assert contents(out) == contents(folder)
+
+
+def test_files_of_another_plan_are_never_taken_for_those_of_this_one(
+    whole: tuple[Path, Path], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "shards"
+    kill_at(out / ".piece-00002.arrow", whole[0], out, model)
+    other = write_rows(tmp_path / "rows.jsonl", ROWS[30:])
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_clear", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shard([other], out, model)
+    shard([other], out, model)
+    assert ids(out) == [row["id"] for row in ROWS[30:]]
+
+
+def test_inputs_without_rows_and_inputs_named_twice_are_refused(model: str, tmp_path: Path) -> None:
+    pq.ParquetWriter(tmp_path / "empty.parquet", pa.schema({"id": pa.string()})).close()
+    with pytest.raises(DataError, match="none of the 0 rows"):
+        shard([tmp_path / "empty.parquet"], tmp_path / "shards", model)
+    source = write_rows(tmp_path / "rows.jsonl", ROWS[:2])
+    with pytest.raises(DataError, match="named twice"):
+        shard([source, source], tmp_path / "shards", model, skip_invalid=True)
+
+
 def test_what_another_run_left_is_replaced(whole: tuple[Path, Path], model: str, tmp_path: Path) -> None:
     out = tmp_path / "shards"
     kill_at(out / ".piece-00001.arrow", whole[0], out, model)

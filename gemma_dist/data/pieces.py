@@ -112,6 +112,7 @@ class Task:
 
 def work(task: Task, encoder: Encoder, rows: Iterator[Any]) -> None:
     """Write the shards, the logs and last the record of a piece."""
+    task.record.unlink(missing_ok=True)  # first: a record stands for files that are there
     for left in task.out.glob(f".*piece-{task.number:05d}*"):
         left.unlink()
     report, errors = ShardReport(str(task.out)), list[str]()

@@ -113,6 +113,8 @@ def _chunks(file: IO[bytes], num_bytes: int) -> Iterator[bytes]:
 
 def _cut_parquet(path: Path, metadata: pq.FileMetaData, part_bytes: int) -> Iterator[tuple[Part, int]]:
     start, line, size, num_rows = 0, 1, 0, 0
+    if not metadata.num_row_groups:
+        yield Part(path), 0
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         size, num_rows = size + group.total_byte_size, num_rows + group.num_rows

@@ -16,6 +16,8 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -64,9 +66,13 @@ def run_shard(
         num_workers: processes; None: one for each core.
 
     Raises:
-        DataError: `out` is taken, or made with other settings; or rows were refused and `skip_invalid` is not set
-            (`out` then holds nothing new but a list of every refused row); or no row is left to write.
+        DataError: `out` is taken, or made with other settings; an input is named twice; or rows were refused and
+            `skip_invalid` is not set (`out` then holds nothing new but a list of every refused row); or no row is left
+            to write.
     """
+    for number, path in enumerate(inputs):
+        if path.resolve() in [earlier.resolve() for earlier in inputs[:number]]:
+            raise DataError(f"{path} is named twice; name each input once")
     encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
     header = {
         "fingerprint": encoder.fingerprint,
@@ -149,14 +155,19 @@ def _claim(out: Path, plan: dict[str, Any], append: bool) -> dict[str, Any]:
             " with --out"
         )
     out.mkdir(parents=True, exist_ok=True)
+    left: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         left = json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
-        if plan.items() <= left.items():
-            log.info("going on with what an earlier run left in %s", out)
-            return left
+    if plan.items() <= left.items():
+        log.info("going on with what an earlier run left in %s", out)
+        return left
     logs = {name: (out / name).stat().st_size for name in (REJECTED, TOO_LONG) if append and (out / name).is_file()}
-    write_json(out / UNFINISHED, plan | {"logs": logs})
+    if append and left.get("append_to") == plan["append_to"]:  # the logs may have grown already, the corpus has not
+        logs = left["logs"]
+    # While files of the other plan are there, the marker names none: they must not be taken for those of this one.
+    write_json(out / UNFINISHED, {"append_to": plan["append_to"], "logs": logs})
     _clear(out, append, keep=UNFINISHED)
+    write_json(out / UNFINISHED, plan | {"logs": logs})
     return plan | {"logs": logs}
 
 
@@ -166,7 +177,7 @@ def _clear(out: Path, append: bool, keep: str) -> None:
     if append:
         shards = read_manifest(out / MANIFEST, str(out / MANIFEST)).header["shards"]
         kept |= {MANIFEST, REJECTED, TOO_LONG, *(shard["name"] for shard in shards)}
-    for path in out.iterdir():
+    for path in sorted(out.iterdir(), key=lambda path: path.name == UNFINISHED):  # last: it says whose the others are
         if path.name not in kept:
             path.unlink()
     if not any(out.iterdir()):
@@ -220,8 +231,18 @@ def _work_on(tasks: list[Task], encoder: Encoder, num_workers: int | None) -> No
 
 def _start_worker(model: str, settings: DataConfig, num_rows: Any) -> None:
     global _encoder, _num_rows
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: this one ends without a word
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
     _num_rows = num_rows
+
+
+def _end_with_parent() -> None:
+    """A worker that outlived a killed run would write to the same files as the run that goes on."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
 
 
 def _work_in_worker(task: Task) -> None:
