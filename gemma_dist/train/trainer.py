@@ -116,7 +116,7 @@ class ToolCallTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One line a step, on the terminal and in metrics.jsonl, from what Trainer and TRL have measured."""
-        if "loss" in logs:
+        if "loss" in logs and self.is_world_process_zero():
             step = self.state.global_step
             done = range(max(step - self.args.logging_steps, self.loader.start_step), step)
             target_tokens, num_tokens = map(sum, zip(*map(self.loader.counts_at, done), strict=True))
