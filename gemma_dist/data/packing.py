@@ -15,10 +15,22 @@ def pack(lengths: np.ndarray, packing_length: int) -> list[list[int]]:
 
     A trajectory that is longer has a pack to itself.
     """
-    numbers, (num_packs,) = _best_fit(lengths[None], packing_length)
-    packs: list[list[int]] = [[] for _ in range(num_packs)]
-    for position, number in enumerate(numbers[0].tolist()):
-        packs[number].append(position)
+    (packs,) = pack_all([lengths], packing_length)
+    return packs
+
+
+def pack_all(blocks: list[np.ndarray], packing_length: int) -> list[list[list[int]]]:
+    """What `pack` makes of each of several blocks, all at once: a rank that starts needs one for each of its lanes."""
+    if not blocks:
+        return []
+    matrix = np.zeros((len(blocks), max(map(len, blocks))), np.int64)
+    for row, lengths in zip(matrix, blocks, strict=True):
+        row[: len(lengths)] = lengths
+    numbers, counts = _best_fit(matrix, packing_length)
+    packs: list[list[list[int]]] = [[[] for _ in range(count)] for count in counts.tolist()]
+    for lengths, mine, found in zip(blocks, numbers, packs, strict=True):
+        for position, number in enumerate(mine[: len(lengths)].tolist()):
+            found[number].append(position)
     return packs
 
 

@@ -5,9 +5,9 @@ schedule.micro_batches(step=1000, rank=3)     [[[17, 4], [250]], …]: micro-bat
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 from gemma_dist.config import BatchPlan, RunConfig, SourceConfig, TrainConfig
 from gemma_dist.data.fetch import Fetcher
 from gemma_dist.data.order import Blocks, Order, cut_blocks, lanes_of, micro_batches, split_lanes, spread_lanes
-from gemma_dist.data.packing import count_packs, pack
+from gemma_dist.data.packing import count_packs, pack_all
 from gemma_dist.data.shards import Shards, open_shards
 from gemma_dist.errors import ConfigError, DataError
 
@@ -70,7 +70,7 @@ class Schedule:
             ) from None
         self._sources = [self._source(rows, lanes, seed) for rows, lanes in zip(ranges, num_lanes, strict=True)]
         self._lanes = spread_lanes(num_lanes)
-        self._packs = lru_cache(maxsize=2 * plan.global_batch_size)(self._packs_of)
+        self._packs: OrderedDict[tuple[int, int], list[list[int]]] = OrderedDict()  # of blocks, last used last
 
     @property
     def steps_per_epoch(self) -> int:
@@ -86,7 +86,9 @@ class Schedule:
 
     def sequences(self, step: int, lanes: range) -> list[Sequence]:
         """The sequences that `lanes` give at `step`; in the tail of an epoch some give none."""
-        return [sequence for lane in lanes if (sequence := self._sequence(step, lane))]
+        places = [place for lane in lanes if (place := self._place(step, lane))]
+        packs = self._packs_of({block for block, _ in places})
+        return [Sequence(packs[block][unit], block) for block, unit in places]
 
     def rank_sequences(self, step: int, rank: int) -> list[Sequence]:
         return self.sequences(step, lanes_of(rank, self.plan.world_size, self.plan.global_batch_size))
@@ -121,21 +123,31 @@ class Schedule:
             num_units = count_packs(lengths, starts, self.packing_length)
         return _Source(rows.start, blocks, Order(num_units, num_lanes, seed))
 
-    def _sequence(self, step: int, lane: int) -> Sequence | None:
+    def _place(self, step: int, lane: int) -> tuple[tuple[int, int], int] | None:
+        """The block, as its source and number, that `lane` is in, and the unit in it; None in the tail of an epoch."""
         source, lane_in_source = self._lanes[lane]
         found = self._sources[source].order.at(step, lane_in_source)
-        if found is None:
-            return None
-        block, unit = found
-        return Sequence(self._packs(source, block)[unit], (source, block))
+        return found and ((source, found[0]), found[1])
 
-    def _packs_of(self, source: int, block: int) -> list[list[int]]:
-        """All units of a block, as sample numbers."""
-        samples = np.fromiter(self._samples(self.row_groups((source, block))), np.int64)
-        if not self.packing:
-            return [[sample] for sample in samples.tolist()]
-        lengths = self.shards.num_text_tokens[samples] + self.shards.num_image_tokens[samples]
-        return [samples[positions].tolist() for positions in pack(lengths, self.packing_length)]
+    def _packs_of(self, blocks: set[tuple[int, int]]) -> dict[tuple[int, int], list[list[int]]]:
+        """All units of each block, as sample numbers. Those that are not in memory are packed at once."""
+        packs = {block: known for block in blocks if (known := self._packs.get(block))}
+        missing = sorted(blocks - packs.keys())
+        samples = [np.fromiter(self._samples(self.row_groups(block)), np.int64) for block in missing]
+        if self.packing:
+            lengths = [self.shards.num_text_tokens[mine] + self.shards.num_image_tokens[mine] for mine in samples]
+            for block, mine, found in zip(missing, samples, pack_all(lengths, self.packing_length), strict=True):
+                packs[block] = [mine[positions].tolist() for positions in found]
+        else:
+            packs |= {
+                block: [[sample] for sample in mine.tolist()] for block, mine in zip(missing, samples, strict=True)
+            }
+        for block in packs:
+            self._packs[block] = packs[block]
+            self._packs.move_to_end(block)
+        while len(self._packs) > 2 * self.plan.global_batch_size:
+            self._packs.popitem(last=False)
+        return packs
 
     def _samples(self, row_groups: list[int]) -> Iterator[int]:
         first = self.shards.first_sample
