@@ -142,4 +142,6 @@ def _shuffled(num: int, *key: int) -> np.ndarray:
     seed, purpose, epoch, block = (*key, 0, 0)[:4]
     counter = np.array([0, 0, purpose, block], dtype=np.uint64)
     words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=counter).random_raw(num)
-    return np.argsort(words, kind="stable")
+    # Each number rides in the low bits of its word: sorting is several times faster than argsort, and no two are equal.
+    low = np.uint64((1 << num.bit_length()) - 1)
+    return (np.sort((words & ~low) | np.arange(num, dtype=np.uint64)) & low).astype(np.int64)

@@ -1,0 +1,303 @@
+"""What streaming costs and brings, beside what else there is: prints one table a section.
+
+    python benchmarks/streaming.py [--only read|store|index|shuffle|balance|train]
+
+Needs the `bench` extra for all of its competitors; those that are not installed are left out. `docs/benchmarks.md`
+explains the tables.
+"""
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: one core a process
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+import numpy as np
+import pyarrow as pa
+
+from gemma_dist.config import BatchPlan
+from gemma_dist.data.manifest import COUNTS, MANIFEST, SCHEMA, read_manifest, write_manifest
+from gemma_dist.data.schedule import Schedule
+from gemma_dist.data.shards import Shards, open_shards
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+NUM_REPEATS = 2  # of a reader, in turns with the others: the best counts, as others use the machine too
+ROW_GROUP_SAMPLES, ROW_GROUP_BYTES, SHARD_ROW_GROUPS = 32, 3 << 20, 85  # of synthetic manifests: shards of 256 MB
+PACKING_LENGTH = 16_384
+
+
+def show(title: str, *rows: tuple[Any, ...]) -> None:
+    """Print a table: its first row is the head, its first column is text."""
+    cells = [[f"{cell:,.0f}" if isinstance(cell, int | float) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    print(f"\n{title}", flush=True)
+    for first, *others in cells:
+        numbers = "".join(f"  {cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
+        print(f"  {first:<{widths[0]}}{numbers}", flush=True)
+
+
+def read(folder: Path) -> None:
+    """Samples a second from a local disk."""
+    import reading
+
+    shards = reading.make_corpus(folder)
+    readers: dict[str, tuple[str, Callable[[], reading.Samples]]] = {
+        "gemma_dist, shuffled": ("gemma_dist", partial(reading.read_ours, shards)),
+        "datasets stream": ("datasets", partial(reading.read_datasets, shards)),
+        "datasets stream, shuffle(200)": ("datasets", partial(reading.read_datasets, shards, shuffle=True)),
+        "litdata stream, shuffled": ("litdata", partial(reading.read_litdata, shards)),
+        "webdataset tar, shuffle(200)": ("webdataset", partial(reading.read_webdataset, shards)),
+        "DataLoader over Arrow, random": ("datasets", partial(reading.read_on_disk, shards)),
+    }
+    missing = [package for package in ("litdata", "webdataset") if find_spec(package) is None]
+    found = {name: reader for name, (package, reader) in readers.items() if package not in missing}
+    rates = []
+    for with_decode in (False, True):
+        for reader in found.values():
+            next(reader())  # sets up what it reads from
+        rounds = [[reading.rate(reader, with_decode) for reader in found.values()] for _ in range(NUM_REPEATS)]
+        rates.append(np.max(rounds, axis=0))
+    show(
+        f"read: samples/s, one process, {reading.NUM_SAMPLES:,} trajectories of two 45 KB pictures x "
+        f"{reading.NUM_PASSES}, best of {NUM_REPEATS}",
+        ("", "raw", "with decode"),
+        *zip(found, *rates, strict=True),
+    )
+    for package in missing:
+        print(f"  {package}: not installed")
+
+
+def store(folder: Path) -> None:
+    """Samples a second from a store that takes its time."""
+    import reading
+
+    url = f"slow://{reading.make_corpus(folder)}"
+    readers = {
+        "gemma_dist, shuffled": partial(reading.read_ours, url),
+        "datasets stream": partial(reading.read_datasets, url),
+        "datasets stream, prefetch_limit=1": partial(reading.read_datasets, url, prefetch=True),
+        "datasets stream, shuffle(200), prefetch_limit=1": partial(reading.read_datasets, url, True, True),
+    }
+    rows = []
+    for name, reader in readers.items():
+        reading.SlowStore.num_requests = 0
+        start = time.perf_counter()
+        first_s, num_samples = 0.0, 0
+        for _ in reader():
+            first_s = first_s or time.perf_counter() - start
+            num_samples += 1
+        seconds = time.perf_counter() - start
+        requests = 1000 * reading.SlowStore.num_requests / num_samples
+        rows.append((name, num_samples / seconds, 1000 * first_s, requests))
+    ours, prefetching = rows[0][1], rows[2][1]
+    show(
+        f"store: {1000 * reading.REQUEST_S:.0f} ms a request, {reading.BYTES_PER_S / 1e6:.0f} MB/s a connection, from "
+        "opening to the last sample",
+        ("", "samples/s", "first sample, ms", "requests / 1,000 samples"),
+        *rows,
+    )
+    print(f"  gemma_dist / datasets with prefetch_limit=1: {ours / prefetching:.1f} (goal: 4)")
+
+
+def write_synthetic_manifest(folder: Path, lengths: np.ndarray) -> Path:
+    """A manifest of as many samples as there are lengths (in tokens), in row groups of 32; the shards do not exist."""
+    num_row_groups = len(lengths) // ROW_GROUP_SAMPLES
+    num_samples = num_row_groups * ROW_GROUP_SAMPLES
+    numbers = np.arange(num_row_groups)
+    names = np.empty((num_samples, 15), np.uint8)
+    names[:, :7] = np.frombuffer(b"sample-", np.uint8)
+    for place in range(8):
+        names[:, 7 + place] = np.arange(num_samples) // 10 ** (7 - place) % 10 + ord("0")
+    ends = pa.py_buffer(15 * np.arange(num_samples + 1))
+    ids = pa.LargeStringArray.from_buffers(num_samples, ends, pa.py_buffer(names))
+    lengths, none = lengths[:num_samples], np.zeros(num_samples, np.int32)
+    counts = (lengths, none, none, lengths // 4)
+    starts = pa.array(ROW_GROUP_SAMPLES * np.arange(num_row_groups + 1))
+    lists = [pa.LargeListArray.from_arrays(starts, pa.array(column, pa.int32())) for column in counts]
+    columns = {
+        "shard": numbers // SHARD_ROW_GROUPS,
+        "offset": 4 + numbers % SHARD_ROW_GROUPS * ROW_GROUP_BYTES,
+        "num_bytes": np.full(num_row_groups, ROW_GROUP_BYTES),
+        "crc32": np.zeros(num_row_groups, np.int64),
+        "num_samples": np.full(num_row_groups, ROW_GROUP_SAMPLES),
+        "num_tokens": lengths.reshape(-1, ROW_GROUP_SAMPLES).sum(1),
+        "footer": [zlib.compress(b"") if number % SHARD_ROW_GROUPS == 0 else None for number in numbers],
+        "id": pa.LargeListArray.from_arrays(starts, ids),
+        **dict(zip(COUNTS, lists, strict=True)),
+    }
+    files = [
+        {"name": f"train-{i:05}.parquet", "bytes": 0, "rest_crc32": 0}
+        for i in range(1 + numbers[-1] // SHARD_ROW_GROUPS)
+    ]
+    folder.mkdir()
+    write_manifest(folder, {"fingerprint": "", "settings": {}, "shards": files}, pa.table(columns, schema=SCHEMA))
+    return folder
+
+
+def long_tail(num_samples: int) -> np.ndarray:
+    """Lengths in tokens: mean 2.4k, 99 % below 9.3k, at most 16,384."""
+    return np.clip(np.random.default_rng(0).lognormal(7.56, 0.67, num_samples), 300, PACKING_LENGTH).astype(np.int32)
+
+
+def memory_mb() -> tuple[float, float]:
+    """Of this process: its own, and with what it has touched of mapped files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    values = {name: value for name, _, value in (line.partition(":") for line in lines)}
+    return int(values["RssAnon"].split()[0]) / 1000, int(values["VmRSS"].split()[0]) / 1000
+
+
+def look_up(folder: Path, packing: bool, part: float) -> tuple[float, ...]:
+    """One rank's way to the samples of a step at `part` of an epoch: milliseconds and megabytes."""
+    before = memory_mb()
+    times = [time.process_time()]
+    shards = open_shards(folder)
+    times.append(time.process_time())
+    schedule = Schedule(shards, BatchPlan(8, 1, 32, 256), 0, packing=packing, packing_length=PACKING_LENGTH)
+    times.append(time.process_time())
+    for step in range(int(part * schedule.steps_per_epoch), schedule.steps_per_epoch)[:2]:
+        schedule.micro_batches(step, 3)
+        times.append(time.process_time())
+    return (*1000 * np.diff(times), *np.subtract(memory_mb(), before))
+
+
+def index(folder: Path) -> None:
+    """From ten million samples to those of a step."""
+    manifest = write_synthetic_manifest(folder / "manifest", long_tail(10_000_000))
+    rows = []
+    for packing in (False, True):
+        for part in (0, 0.5, 0.99):
+            # Each in a process of its own, so that nothing is remembered.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                values = process.submit(look_up, manifest, packing, part).result()
+            rows.append((f"{f'packs of {PACKING_LENGTH:,}' if packing else 'unpacked'}, at {part:.0%}", *values))
+    size = (manifest / MANIFEST).stat().st_size / 1e6
+    show(
+        f"index: 10,000,000 samples, manifest of {size:.0f} MB; rank 3 of 8, global batch 256; CPU ms, and MB",
+        ("", "open, check", "schedule", "first step", "next step", "memory", "with mapped file"),
+        *rows,
+    )
+
+
+def shuffle(folder: Path) -> None:
+    """Distinct shards in a global batch of 256, against a true permutation."""
+    rows: list[tuple[Any, ...]] = []
+    for num_shards in (20, 200, 2000):
+        num_samples = num_shards * SHARD_ROW_GROUPS * ROW_GROUP_SAMPLES
+        manifest = write_synthetic_manifest(folder / f"of-{num_shards}", np.full(num_samples, 2000, np.int32))
+        shard_of = np.repeat(read_manifest(manifest / MANIFEST, "").row_groups("shard"), ROW_GROUP_SAMPLES)
+        schedule = Schedule(open_shards(manifest), BatchPlan(8, 1, 32, 256), 0, packing=False, packing_length=None)
+        steps = np.linspace(0, schedule.steps_per_epoch - 2, 100).astype(int)
+        rng = np.random.default_rng(0)
+        ours = np.mean([len(set(shard_of[schedule.global_batch(step)])) for step in steps])
+        true = np.mean([len(set(shard_of[rng.choice(num_samples, 256, replace=False)])) for _ in range(400)])
+        rows.append((f"{num_shards:,} shards", f"{ours:.1f}", f"{true:.1f}", f"{ours / true - 1:+.1%}"))
+    show("shuffle: distinct shards in a global batch of 256", ("", "gemma_dist", "permutation", "difference"), *rows)
+
+
+def toolcall_lengths() -> np.ndarray | None:
+    """Tokens of the shared tool calls, about: a token for 3.3 characters. None where they are not to be had."""
+    path = SHARED / "toolcalls" / "train.jsonl"
+    if not path.exists():
+        print(f"\n{path}: not there, so its lengths are left out")
+        return None
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return np.array([max(16, round(len(line) / 3.3)) for line in lines], np.int32)
+
+
+def spread(shards: Shards, num_ranks: int, micro_batch: int, packing_length: int | None) -> tuple[float, float]:
+    """The share of padding, and the tokens of the step's largest rank over those of the average one."""
+    lengths, packing = shards.num_text_tokens, packing_length is not None
+    plan = BatchPlan(num_ranks, micro_batch, 8 // micro_batch, 8 * num_ranks)
+    if packing:
+        plan = BatchPlan(num_ranks, 1, 2, 2 * num_ranks)
+    schedule = Schedule(shards, plan, 0, packing=packing, packing_length=packing_length)
+    tokens, places, ratios = 0, 0, []
+    for step in range(min(200, schedule.steps_per_epoch - 1)):  # the last step of an epoch holds what is left
+        of_ranks = []
+        for rank in range(num_ranks):
+            of_ranks.append(0)
+            for packs in schedule.micro_batches(step, rank):
+                rows = [int(lengths[pack].sum()) for pack in packs]
+                of_ranks[-1] += sum(rows)
+                places += len(rows) * (packing_length or max(rows))
+        tokens += sum(of_ranks)
+        ratios.append(max(of_ranks) / np.mean(of_ranks))
+    return 1 - tokens / places, float(np.mean(ratios))
+
+
+def balance(folder: Path) -> None:
+    """Padding, and how much more than the average the largest rank has to do."""
+    corpora = {"long tail": long_tail(64_000)}
+    toolcalls = toolcall_lengths()
+    if toolcalls is not None:  # many times over, as a corpus for 32 ranks is larger
+        corpora = {"toolcalls": np.tile(toolcalls, 32)} | corpora
+    rows: list[tuple[Any, ...]] = []
+    for name, lengths in corpora.items():
+        lengths = np.random.default_rng(0).permutation(lengths)
+        shards = open_shards(write_synthetic_manifest(folder / name.replace(" ", "-"), lengths))
+        for method, micro_batch, packing_length in (
+            ("micro-batch 4", 4, None),
+            ("micro-batch 8", 8, None),
+            (f"packs of {PACKING_LENGTH:,}", 1, PACKING_LENGTH),
+        ):
+            found = [spread(shards, num_ranks, micro_batch, packing_length) for num_ranks in (8, 32)]
+            rows.append((f"{name}, {method}", f"{found[0][0]:.1%}", *(f"{ratio:.3f}" for _, ratio in found)))
+    show(
+        "balance: padding, and tokens of the largest rank / mean, 8 trajectories or 2 packs a rank and step",
+        ("", "padding", "8 ranks", "32 ranks"),
+        *rows,
+    )
+
+
+def train(folder: Path) -> None:
+    """Useful tokens a second of a training step."""
+    import steps
+
+    head = ("", "padding", "timed", "useful tokens / CPU s", "packed / this")
+    lengths = toolcall_lengths()
+    if lengths is not None:
+        documents = [(int(length), 0) for length in lengths if length <= 4096]
+        rows = steps.compare(folder / "text", documents, 4096, {4: 2, 8: 1}, num_packs=2)
+        show(f"train: toolcalls, {len(documents):,} of at most 4,096 tokens; goals 1.4 and 1.8", head, *rows)
+    pictures = SHARED / "multimodal"
+    if pictures.is_dir():
+        documents = steps.screenshots(pictures)
+        rows = steps.compare(folder / "screenshots", documents, 8192, {4: 1}, num_packs=1)
+        show(f"train: {len(documents)} trajectories with screenshots of 280 tokens, packs of 8,192", head, *rows)
+    else:
+        print(f"\n{pictures}: not there, so its screenshots are left out")
+
+
+SECTIONS: dict[str, Callable[[Path], None]] = {
+    "read": read,
+    "store": store,
+    "index": index,
+    "shuffle": shuffle,
+    "balance": balance,
+    "train": train,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=SECTIONS, help="one section instead of all")
+    only = parser.parse_args().only
+    with tempfile.TemporaryDirectory(prefix="gemma_dist-bench-") as folder:
+        for name, section in SECTIONS.items():
+            if only in (None, name):
+                section(Path(folder))
+
+
+if __name__ == "__main__":
+    main()
