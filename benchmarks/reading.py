@@ -27,7 +27,7 @@ from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.model.tiny import write_tiny_model
 
 Samples = Iterator[tuple[Any, list[bytes]]]
-NUM_SAMPLES, NUM_PASSES = 1000, 2
+NUM_SAMPLES, NUM_PASSES = 1000, 3
 REQUEST_S, BYTES_PER_S = 0.030, 100e6  # of the simulated store: a request, and a connection
 BATCH = 16
 

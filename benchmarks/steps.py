@@ -34,12 +34,10 @@ def compare(
     """
     write_tiny_model(folder, hidden_size=512, num_hidden_layers=4)
     models = {packing: _load(folder, packing) for packing in (True, False)}
-    rng = np.random.default_rng(0)
     lengths = np.array([_num_tokens(document) for document in documents])
     epochs = {"packed": (num_packs, [[lot] for lot in pack(lengths, packing_length)])}
     for size, count in sizes.items():
-        order = rng.permutation(len(documents))[: len(documents) // size * size]
-        epochs[f"micro-batch {size}, padded"] = count, [[[i] for i in lot] for lot in order.reshape(-1, size).tolist()]
+        epochs[f"micro-batch {size}, padded"] = count, deal(len(documents), size)
     chosen = {name: _typical(epoch, lengths, count) for name, (count, epoch) in epochs.items()}
     seconds = dict.fromkeys(chosen, 0.0)
     ids = _control_ids(folder)
@@ -52,10 +50,18 @@ def compare(
                 seconds[name] += _step(models[name == "packed"], batch)
     useful = {name: lengths[list(chain.from_iterable(chain.from_iterable(lot)))].sum() for name, lot in chosen.items()}
     rates = {name: useful[name] / seconds[name] for name in chosen}
-    return [
-        (name, f"{_padding(epochs[name][1], lengths):.1%}", len(chosen[name]), rate, f"{rates['packed'] / rate:.2f}")
-        for name, rate in rates.items()
-    ]
+    rows = []
+    for name, rate in rates.items():
+        share = padding(epochs[name][1], lengths)
+        gains = f"{rates['packed'] / rate:.2f}", f"{1 / (1 - share):.2f}"
+        rows.append((name, f"{share:.1%}", len(chosen[name]), rate, *gains))
+    return rows
+
+
+def deal(num_documents: int, size: int) -> list[list[list[int]]]:
+    """An epoch of micro-batches of single trajectories in random order."""
+    order = np.random.default_rng(0).permutation(num_documents)[: num_documents // size * size]
+    return [[[i] for i in lot] for lot in order.reshape(-1, size).tolist()]
 
 
 def screenshots(folder: Path) -> list[Document]:
@@ -80,7 +86,7 @@ def _typical(epoch: list[list[list[int]]], lengths: np.ndarray, count: int) -> l
     return [epoch[i] for i in best]
 
 
-def _padding(epoch: list[list[list[int]]], lengths: np.ndarray) -> float:
+def padding(epoch: list[list[list[int]]], lengths: np.ndarray) -> float:
     """Of the places of an epoch's micro-batches, as they come to the model."""
     rows = [[lengths[row].sum() for row in micro_batch] for micro_batch in epoch]
     return 1 - sum(map(sum, rows)) / sum(len(row) * max(row) for row in rows)
