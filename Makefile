@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 # accelerate and ninja (for the one operator that DeepSpeed compiles) are looked up in PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help .venv demo test check format clean
+.PHONY: help .venv demo test bench check format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -25,6 +25,9 @@ demo: .venv ## the whole job on a tiny Gemma 4: shard, train, evaluate, merge (a
 
 test: .venv ## the tests; one of them: make test ARGS="-k config"
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest $(ARGS)
+
+bench: .venv ## streaming beside its peers, some 15 minutes on 2 cores; one table: make bench ARGS="--only store"
+	python benchmarks/streaming.py $(ARGS)
 
 check: .venv ## formatting, lint and types
 	ruff format --check .

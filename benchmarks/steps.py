@@ -50,12 +50,12 @@ def compare(
                 seconds[name] += _step(models[name == "packed"], batch)
     useful = {name: lengths[list(chain.from_iterable(chain.from_iterable(lot)))].sum() for name, lot in chosen.items()}
     rates = {name: useful[name] / seconds[name] for name in chosen}
-    rows = []
+    table: Rows = []
     for name, rate in rates.items():
         share = padding(epochs[name][1], lengths)
         gains = f"{rates['packed'] / rate:.2f}", f"{1 / (1 - share):.2f}"
-        rows.append((name, f"{share:.1%}", len(chosen[name]), rate, *gains))
-    return rows
+        table.append((name, f"{share:.1%}", len(chosen[name]), rate, *gains))
+    return table
 
 
 def deal(num_documents: int, size: int) -> list[list[list[int]]]:
