@@ -58,17 +58,18 @@ def row(number: int, rng: np.random.Generator) -> dict[str, Any]:
     return {"id": f"row-{number}", "messages": [*messages, {"role": "assistant", "content": "They have doubled."}]}
 
 
-def make_corpus(folder: Path) -> Path:
-    """Shards of `NUM_SAMPLES` trajectories, made by `gemma-dist shard`'s own function, a dozen files of 8 MB."""
-    if (folder / "shards").exists():
-        return folder / "shards"
-    rng = np.random.default_rng(0)
-    with (folder / "rows.jsonl").open("w") as file:
-        file.writelines(json.dumps(row(number, rng)) + "\n" for number in range(NUM_SAMPLES))
-    write_tiny_model(folder / "model")
-    sharding.SHARD_BYTES = 8 << 20
-    sharding.run_shard([folder / "rows.jsonl"], folder / "shards", str(folder / "model"), DataConfig(), False)
-    return folder / "shards"
+def make_corpus(folder: Path, shard_mb: int) -> Path:
+    """Shards of `NUM_SAMPLES` trajectories, of so many MB each, made by `gemma-dist shard`'s own function."""
+    source, model, shards = folder / "rows.jsonl", folder / "model", folder / f"shards-{shard_mb}"
+    if not source.exists():
+        rng = np.random.default_rng(0)
+        with source.open("w") as file:
+            file.writelines(json.dumps(row(number, rng)) + "\n" for number in range(NUM_SAMPLES))
+        write_tiny_model(model)
+    if not shards.exists():
+        sharding.SHARD_BYTES = shard_mb << 20
+        sharding.run_shard([source], shards, str(model), DataConfig(), False)
+    return shards
 
 
 def parquet_files(shards: str | Path, num_passes: int = NUM_PASSES) -> list[str]:
