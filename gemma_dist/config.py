@@ -71,7 +71,8 @@ class DataConfig(Section):
         description="File that names what is left out: one id, or damaged row group, a line.",
     )
     cache_dir: Path | None = Field(
-        None, description="Folder that keeps row groups of URLs, for all ranks of a node; absent: nothing is kept."
+        None,
+        description="Folder that keeps row groups of URLs, and how many packs there are, for all ranks of a node.",
     )
     cache_gb: float = Field(50, gt=0, description="Size of cache_dir, in GB; what was used longest ago goes first.")
     chat_template: str | None = Field(

@@ -41,6 +41,7 @@ def corpus(lengths: Any, row_group_sizes: Any, weights: list[float] | None = Non
         sources=lambda: (ranges, weights or [1.0]),
         place=lambda index: f"place {index}",
         id=str,
+        manifest_hash="0123456789abcdef",
     )
 
 
@@ -184,6 +185,23 @@ def test_a_recipe_mixes_sources_by_weight(shards: Path, model: str, tmp_path: Pa
     for step in steps[:6]:
         assert [len(name) for name in ids(step["ranks"])].count(len("row-100")) == 2, "of twelve in lanes of six steps"
     assert len({name for step in steps for name in ids(step["ranks"]) if len(name) < 7}) > 40
+
+
+def test_packs_are_counted_once_for_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = corpus(range(10, 90), [20] * 4, [1.0, 1.0])
+
+    def opened(seed: int, **changed: Any) -> Schedule:
+        return Schedule(shards, plan(1, 1, 2), seed, packing=True, packing_length=120, **changed)
+
+    expected = [opened(1).micro_batches(step, 0) for step in range(30)]
+    counted = opened(1, cache_dir=tmp_path)
+    monkeypatch.setattr("gemma_dist.data.schedule.count_packs", None)
+    remembered = opened(1, cache_dir=tmp_path)
+    for found in (counted, remembered):
+        assert [found.micro_batches(step, 0) for step in range(30)] == expected
+    assert len(list(tmp_path.iterdir())) == 2, "one file for each source, nothing half written"
+    with pytest.raises(TypeError):  # counted anew
+        opened(2, cache_dir=tmp_path)
 
 
 def _file(folder: Path, text: str) -> Path:

@@ -18,8 +18,8 @@ from gemma_dist.data.encode import Encoder
 from gemma_dist.data.schedule import Schedule
 from gemma_dist.errors import DataError
 
-NUM_FETCHERS = 16  # requests at a time: with 30 ms each, a store gives some 500 row groups a second
-STEPS_AHEAD = 16  # optimiser steps whose row groups are asked for before they are needed
+NUM_FETCHERS = 32  # requests at a time: with 30 ms each, a store gives some 1,000 row groups a second
+STEPS_AHEAD = 32  # optimiser steps whose row groups are asked for before they are needed
 
 
 class TrajectoryLoader(IterableDataset):
@@ -135,6 +135,7 @@ class RowGroups:
         self._schedule, self._rank, self._quarantine, self._pool = schedule, rank, quarantine, pool
         self._steps = iter(steps)
         self._window: deque[tuple[int, set[tuple[int, int]], dict[int, Future[pa.Table]]]] = deque()
+        self._in_use: set[tuple[int, int]] = set()  # blocks of the steps in the window
         self._tables: dict[int, Future[pa.Table]] = {}
 
     def of_step(self, step: int) -> dict[int, Future[pa.Table]]:
@@ -143,9 +144,11 @@ class RowGroups:
             self._window.append((next_step, *self._ask_for(next_step)))
         found, _, tables = self._window.popleft()
         assert found == step, (found, step)
-        in_use = {block for _, blocks, _ in self._window for block in blocks}
-        keep = {row_group for block in in_use for row_group in self._schedule.row_groups(block)}
-        self._tables = {number: table for number, table in self._tables.items() if number in keep}
+        in_use = set[tuple[int, int]]().union(*(blocks for _, blocks, _ in self._window))
+        if in_use != self._in_use:
+            self._in_use = in_use
+            keep = {row_group for block in in_use for row_group in self._schedule.row_groups(block)}
+            self._tables = {number: table for number, table in self._tables.items() if number in keep}
         return tables
 
     def _ask_for(self, step: int) -> tuple[set[tuple[int, int]], dict[int, Future[pa.Table]]]:

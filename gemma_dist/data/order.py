@@ -12,6 +12,7 @@ of a few row groups, which a lane holds in memory while it goes through it, and 
 other lane goes through its slice backwards: neighbours then come to the block that they share at the same time.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -81,7 +82,7 @@ class Order:
             return None
         place = first + step if lane % 2 == 0 else end - 1 - step
         blocks, starts = _epoch_order(self, epoch)
-        turn = int(np.searchsorted(starts, place, side="right")) - 1
+        turn = bisect_right(starts, place) - 1
         block = int(blocks[turn])
         units = _shuffled(int(self.num_units[block]), self.seed, UNIT_ORDER, epoch, block)
         return block, int(units[place - int(starts[turn])])

@@ -4,7 +4,9 @@ schedule = open_schedule(config, batch_plan(config, world_size=8))
 schedule.micro_batches(step=1000, rank=3)     [[[17, 4], [250]], …]: micro-batches of packs of sample numbers
 """
 
+import hashlib
 import math
+import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,18 +51,23 @@ class Schedule:
     """
 
     def __init__(
-        self, shards: Shards, plan: BatchPlan, seed: int, *, packing: bool, packing_length: int | None
+        self,
+        shards: Shards,
+        plan: BatchPlan,
+        seed: int,
+        *,
+        packing: bool,
+        packing_length: int | None,
+        cache_dir: Path | None = None,
     ) -> None:
-        """Raises ConfigError or DataError where the corpus does not go with the batch or the length of packs."""
-        self.shards, self.plan, self.packing = shards, plan, packing
-        longest = int((shards.num_text_tokens + shards.num_image_tokens).max()) if packing else 0
-        self.packing_length = packing_length or longest
-        if packing and longest > self.packing_length:
-            index = int((shards.num_text_tokens + shards.num_image_tokens).argmax())
-            raise DataError(
-                f"{shards.place(index)}: sample {shards.id(index)!r} has {longest:,} tokens, but "
-                f"train.packing_length is {packing_length:,}; raise it, or shard again with --max-length"
-            )
+        """Args:
+            cache_dir: where the counts of packs are kept, so that only the first start of a run takes the time.
+
+        Raises:
+            ConfigError, DataError: the corpus does not go with the batch or the length of packs.
+        """
+        self.shards, self.plan, self.packing, self._cache_dir = shards, plan, packing, cache_dir
+        self.packing_length = packing_length or self._longest() if packing else 0
         ranges, weights = shards.sources()
         try:
             num_lanes = split_lanes(weights, plan.global_batch_size)
@@ -114,14 +121,39 @@ class Schedule:
         num_bytes, num_samples = shards.row_group_bytes[part], shards.row_group_samples[part]
         limits = (PACKED_BLOCK_BYTES, PACKED_BLOCK_SAMPLES) if self.packing else (BLOCK_BYTES, BLOCK_SAMPLES)
         blocks = cut_blocks(num_bytes, num_samples, seed, *limits)
-        num_units = blocks.sums(num_samples)
-        if self.packing:
-            starts = np.concatenate([[0], np.cumsum(num_units)])
-            samples = np.repeat(shards.first_sample[part][blocks.row_groups], num_samples[blocks.row_groups])
-            samples += _count_up(num_samples[blocks.row_groups])
-            lengths = shards.num_text_tokens[samples] + shards.num_image_tokens[samples]
-            num_units = count_packs(lengths, starts, self.packing_length)
+        num_units = self._count_packs(rows, blocks, seed) if self.packing else blocks.sums(num_samples)
         return _Source(rows.start, blocks, Order(num_units, num_lanes, seed))
+
+    def _count_packs(self, rows: range, blocks: Blocks, seed: int) -> np.ndarray:
+        """(NB,): the packs of each block of a source, from `cache_dir` if they were counted before."""
+        shards, part, kept = self.shards, slice(rows.start, rows.stop), None
+        if self._cache_dir:
+            limits = f"{self.packing_length} {PACKED_BLOCK_BYTES} {PACKED_BLOCK_SAMPLES}"
+            key = f"{shards.manifest_hash} {rows} {seed} {limits}"
+            kept = self._cache_dir / f"gemma_dist-packs-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+            if kept.exists():
+                return np.load(kept)
+        num_samples = shards.row_group_samples[part]
+        starts = np.concatenate([[0], np.cumsum(blocks.sums(num_samples))])
+        samples = np.repeat(shards.first_sample[part][blocks.row_groups], num_samples[blocks.row_groups])
+        samples += _count_up(num_samples[blocks.row_groups])
+        lengths = shards.num_text_tokens[samples] + shards.num_image_tokens[samples]
+        if lengths.max() > self.packing_length:
+            index = int(samples[lengths.argmax()])
+            raise DataError(
+                f"{shards.place(index)}: sample {shards.id(index)!r} has {lengths.max():,} tokens, but "
+                f"train.packing_length is {self.packing_length:,}; raise it, or shard again with --max-length"
+            )
+        counts = count_packs(lengths, starts, self.packing_length)
+        if kept:
+            temporary = kept.with_name(f"{kept.stem}.{os.getpid()}.tmp.npy")
+            np.save(temporary, counts)
+            temporary.replace(kept)
+        return counts
+
+    def _longest(self) -> int:
+        """Tokens of the corpus's longest sample."""
+        return int((self.shards.num_text_tokens + self.shards.num_image_tokens).max())
 
     def _place(self, step: int, lane: int) -> tuple[tuple[int, int], int] | None:
         """The block, as its source and number, that `lane` is in, and the unit in it; None in the tail of an epoch."""
@@ -163,7 +195,14 @@ def open_schedule(config: RunConfig, plan: BatchPlan) -> Schedule:
     fetcher = Fetcher(config.data.cache_dir, round(config.data.cache_gb * 1e9))
     shards = open_shards(*paths, weights=weights, fetcher=fetcher)
     train = config.train
-    return Schedule(shards, plan, train.seed, packing=train.packing, packing_length=train.packing_length)
+    return Schedule(
+        shards,
+        plan,
+        train.seed,
+        packing=train.packing,
+        packing_length=train.packing_length,
+        cache_dir=config.data.cache_dir,
+    )
 
 
 def read_quarantine(path: Path | None, shards: Shards) -> frozenset[int]:
