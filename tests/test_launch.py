@@ -63,13 +63,19 @@ def test_accelerate_accepts_every_process_config(path):
     )
 
 
+def test_every_gpu_config_that_ranks_share_has_a_cpu_twin():
+    names = {path.stem for path in ACCELERATE_CONFIGS}
+    assert {f"cpu_{name}" for name in names if not name.startswith("cpu_")} - names == {"cpu_single"}
+
+
 @pytest.mark.parametrize("path", [p for p in ACCELERATE_CONFIGS if "zero" in p.stem], ids=lambda path: path.stem)
 def test_deepspeed_files_leave_to_the_recipe_what_is_its_own(path):
     process = yaml.safe_load(path.read_text())["deepspeed_config"]
     deepspeed = json.loads((ROOT / process["deepspeed_config_file"]).read_text())
-    stage = 3 if "zero3" in path.stem else 2
+    stage = int(path.stem.partition("zero")[2][0])
     assert deepspeed["zero_optimization"]["stage"] == stage
     assert process["zero3_init_flag"] == (stage == 3)
+    assert ("offload_optimizer" in deepspeed["zero_optimization"]) == path.stem.endswith("_offload")
     for key in (
         "train_batch_size",
         "train_micro_batch_size_per_gpu",
