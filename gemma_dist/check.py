@@ -1,6 +1,7 @@
 """`gemma-dist check`: what a recipe comes to, before a GPU is touched.
 
-The resolved settings, the batch arithmetic, how much data there is and how many steps that makes, and what trains.
+The resolved settings, the batch arithmetic, how much data there is and how many steps that makes, what trains, and
+what the weights take.
 """
 
 import yaml

@@ -18,8 +18,9 @@ from gemma_dist.errors import CheckpointError, ConfigError
 ADAPTER_RECORD = "gemma_dist.json"
 ADAPTER_CONFIG = "adapter_config.json"
 
-# What of the model a parameter belongs to, by the first prefix of its name that fits.
+# What of the model a parameter belongs to, by the first piece of its name that fits.
 PARTS = {
+    ".experts.": "experts",
     "model.vision_tower.": "vision tower",
     "model.audio_tower.": "audio tower",
     "model.embed_vision.": "projectors",
@@ -133,13 +134,41 @@ def four_bit_modules(model: Any) -> list[str]:
 
 
 def describe_training(config: RunConfig) -> list[str]:
-    """What trains, part by part, counted on the meta device: no weight is read, so a 31B model takes seconds.
+    """What trains and what the weights take, part by part, from shapes alone: no weight is read, a 31B takes seconds.
+
+    GiB are those of the base as it is loaded, on each rank, or at ZeRO-3 on all ranks together. The adapter,
+    gradients, optimiser and activations come on top.
 
     Raises:
         CheckpointError: there is no Gemma 4 at model.model_name_or_path.
         ConfigError: lora.target_modules fits nothing that can be adapted.
     """
+    model = _without_weights(config)
+    num_bytes = _loaded_bytes(model, config)
+    if config.lora is not None:
+        with torch.device("meta"):
+            model = add_adapter(model, config.lora, zero3=False)
+    total, trained = Counter[str](), Counter[str]()
+    weights: dict[str, float] = dict.fromkeys([*PARTS.values(), "other"], 0.0)
+    for name, parameter in model.named_parameters():
+        part = _part(name.removeprefix("base_model.model."))
+        total[part] += parameter.numel()
+        trained[part] += parameter.numel() if parameter.requires_grad else 0
+        weights[part] += num_bytes.get(parameter, 0)
+    lines = [
+        f"trains {sum(trained.values()):,} of {sum(total.values()):,} parameters "
+        f"({sum(trained.values()) / sum(total.values()):.2%}): tuning {config.tuning}; "
+        f"the loaded weights take {sum(weights.values()) / 2**30:.2f} GiB"
+    ]
+    return lines + [
+        f"    {part:<15} {trained[part]:>15,} of {total[part]:>15,} {weights[part] / 2**30:>8.2f} GiB" for part in total
+    ]
+
+
+def _without_weights(config: RunConfig) -> Any:
+    """The base of a recipe on the meta device, with the layers that loading would hold in 4 bits as such."""
     from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.quantizers import AutoHfQuantizer
 
     name = config.model.model_name_or_path
     try:
@@ -148,20 +177,35 @@ def describe_training(config: RunConfig) -> list[str]:
         raise CheckpointError(_no_model(name, error)) from error
     _require_gemma4(name, settings.model_type)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(settings)
-        if config.lora is not None:
-            model = add_adapter(model, config.lora, zero3=False)
-    total, trained = Counter[str](), Counter[str]()
-    for parameter_name, parameter in model.named_parameters():
-        plain = parameter_name.removeprefix("base_model.model.")
-        part = next((part for prefix, part in PARTS.items() if plain.startswith(prefix)), "other")
-        total[part] += parameter.numel()
-        trained[part] += parameter.numel() if parameter.requires_grad else 0
-    lines = [
-        f"trains {sum(trained.values()):,} of {sum(total.values()):,} parameters "
-        f"({sum(trained.values()) / sum(total.values()):.2%}): tuning {config.tuning}"
-    ]
-    return lines + [f"    {part:<15} {trained[part]:>15,} of {total[part]:>15,}" for part in total]
+        model = AutoModelForImageTextToText.from_config(settings, attn_implementation=_attention(config.model))
+        if config.quantization is not None:
+            wanted = _bnb_config(config.quantization.model_dump())
+            AutoHfQuantizer.from_config(wanted, pre_quantized=False).preprocess_model(model, device_map=None)
+    return model
+
+
+def _loaded_bytes(model: Any, config: RunConfig) -> dict[torch.nn.Parameter, float]:
+    """Bytes of each parameter of a base once it is loaded: in model.dtype, or in 4 bits with their scales."""
+    in_4_bits: set[torch.nn.Parameter] = set()
+    scale = 0.0
+    if config.quantization is not None:
+        from bitsandbytes.nn import Linear4bit
+
+        in_4_bits = {module.weight for module in model.modules() if isinstance(module, Linear4bit)}
+        # 64 weights share a scale of 4 bytes; quantised too, it takes 1 byte and a share of 4 bytes for 256 of them.
+        scale = (1 + 4 / 256) / 64 if config.quantization.bnb_4bit_use_double_quant else 4 / 64
+    item = getattr(torch, config.model.dtype).itemsize
+    return {p: p.numel() * (0.5 + scale if p in in_4_bits else item) for p in model.parameters()}
+
+
+def _attention(settings: ModelConfig) -> dict[str, str]:
+    """Attention code of each part. transformers has eager attention alone for the audio tower of E2B and E4B."""
+    chosen = settings.attn_implementation
+    return {"text_config": chosen, "vision_config": chosen, "audio_config": "eager"}
+
+
+def _part(name: str) -> str:
+    return next((part for mark, part in PARTS.items() if mark in name), "other")
 
 
 def _from_pretrained(name: str, **arguments: Any) -> Any:
