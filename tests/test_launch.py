@@ -1,16 +1,27 @@
 """Recipes, process configs and the batch script: each is accepted by what reads it, and they fit one another."""
 
+import functools
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+import torch
 import yaml
+from corpus import row, shard_rows
+from ranks import gemma_dist
 
-from gemma_dist.config import RunConfig, batch_plan, load_config
+from gemma_dist.check import describe_run
+from gemma_dist.config import LANGUAGE_MODEL_LINEARS, ModelConfig, RunConfig, batch_plan, load_config
+from gemma_dist.errors import CheckpointError, ConfigError
+from gemma_dist.model.load import load_model
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "launch").glob("*.yaml"))
@@ -19,10 +30,19 @@ WORLD_SIZES = {  # the numbers of ranks that each recipe's comments promise
     "cpu_full": [1, 2],
     "cpu_lora": [1, 2, 4],
     "cpu_qlora": [1, 2],
+    "e2b_qlora_16gb": [1, 4],
     "e4b_qlora_16gb": [1, 4],
     "e4b_lora_zero2": [4, 8],
+    "e4b_full_zero3_offload": [1, 4, 8],
+    "26b_lora_zero3": [4, 8, 16],
+    "26b_qlora": [1, 8],
     "31b_lora_zero3": [8, 16],
+    "31b_qlora_80gb": [1, 8],
 }
+GPU_RECIPES = [path for path in RECIPES if not path.stem.startswith("cpu_")]
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="DeepSpeed compiles an operator for CPU processes with g++, which is absent"
+)
 
 
 def test_every_recipe_has_its_world_sizes():
@@ -87,6 +107,192 @@ def test_deepspeed_files_leave_to_the_recipe_what_is_its_own(path):
     # "auto" would look for hidden_size, which Gemma 4's composite config has in its parts only.
     assert sizes
     assert all(isinstance(size, int) for size in sizes.values())
+
+
+# ---- the true models -------------------------------------------------------------------------------------------------
+
+# tests/shapes/*.json have the form of the config.json in Google's repositories, which were out of reach. Sizes are from
+# the table of variants in transformers' convert_gemma4_weights.py (huggingface/transformers at 0f3f0632), the rest from
+# the defaults of its Gemma4Config; several public ports repeat them. What they make is counted below against the sizes
+# that the model cards give, towers for pictures and sound included.
+SHAPES = ROOT / "tests" / "shapes"
+PUBLISHED = {"e2b": 5.1e9, "e4b": 8.0e9, "26b": 25.2e9 + 0.55e9, "31b": 30.7e9 + 0.55e9}
+# Peaks of a step with text in GiB, simulated on the real modules with torch's FakeTensor (within 1 % of the peaks that
+# small models were measured at); those of the 31B above 4,096 tokens continue its line from 2,048 to 4,096.
+SIMULATED = {
+    "e2b_qlora_16gb": [8.28],
+    "e4b_qlora_16gb": [11.29],
+    "26b_qlora": [46.7],
+    "31b_qlora_80gb": [21.01, 23.67, *(23.67 + (tokens - 4096) * (23.67 - 21.01) / 2048 for tokens in (8192, 16384))],
+}
+
+
+@pytest.fixture(scope="module")
+def true_config(tmp_path_factory: pytest.TempPathFactory, model: str) -> Callable[..., RunConfig]:
+    """A GPU recipe that names a folder with the true config.json of its model, and a few shards."""
+    folder = tmp_path_factory.mktemp("true")
+    shard_rows(folder, model, [row(number) for number in range(4)])
+    for path in SHAPES.glob("*.json"):
+        (folder / path.stem).mkdir()
+        shutil.copy(path, folder / path.stem / "config.json")
+
+    def load(path: Path, *overrides: str) -> RunConfig:
+        size = path.stem.partition("_")[0]
+        return load_config(path, [f"model_name_or_path={folder / size}", f"data.train={folder}/shards", *overrides])
+
+    return load
+
+
+@functools.cache
+def true_model(size: str) -> Any:
+    """A Gemma 4 of true size without weights."""
+    from transformers import Gemma4Config, Gemma4ForConditionalGeneration
+
+    with torch.device("meta"):
+        return Gemma4ForConditionalGeneration(Gemma4Config(**json.loads((SHAPES / f"{size}.json").read_text())))
+
+
+def count(parameters: Any) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_true_shapes_make_the_published_number_of_parameters(size):
+    assert count(true_model(size).parameters()) == pytest.approx(PUBLISHED[size], rel=0.01)
+
+
+@pytest.mark.parametrize("path", GPU_RECIPES, ids=lambda path: path.stem)
+def test_check_validates_every_gpu_recipe_on_the_true_model(true_config, path):
+    config = true_config(path)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    texts = {world_size: describe_run(config, world_size) for world_size in WORLD_SIZES[path.stem]}
+    assert process.memory_info().rss - before < 2**30, "some weights were allocated"
+    assert all(f"= {world_size} ranks x" in text for world_size, text in texts.items())
+
+    described = texts[WORLD_SIZES[path.stem][0]]
+    found = re.search(r"^trains ([\d,]+) of ([\d,]+) parameters .* take ([\d.]+) GiB$", described, re.MULTILINE)
+    assert found
+    trained, total = (int(number.replace(",", "")) for number in found.groups()[:2])
+    size = path.stem.partition("_")[0]
+    everything = count(true_model(size).parameters())
+    if config.lora is None:
+        assert trained == total == everything
+    else:
+        assert trained == adapter_parameters(true_model(size), config.lora.r)
+        assert total == everything + trained
+        trained_parts = re.findall(r"^    (\D+?) +([\d,]*[1-9][\d,]*) of ", described, re.MULTILINE)
+        assert [part for part, _ in trained_parts] == ["language model"]
+    assert float(found[3]) == pytest.approx(memory(path, config)["base"] / 2**30, abs=0.01)
+
+
+@pytest.mark.parametrize("path", GPU_RECIPES, ids=lambda path: path.stem)
+def test_every_memory_number_of_a_recipe_follows_from_the_true_shapes(true_config, path):
+    known = [number / 2**30 for number in memory(path, true_config(path)).values()] + SIMULATED.get(path.stem, [])
+    stated = re.findall(r"([\d.]+) GiB", path.read_text().replace("\n#", ""))
+    assert stated
+    for number in stated:
+        digits = len(number.partition(".")[2])
+        assert number in {f"{value:.{digits}f}" for value in known}, f"{number} GiB is none of {known}"
+
+
+def memory(path: Path, config: RunConfig) -> dict[str, float]:
+    """Bytes that the comments of a recipe may speak of."""
+    model = true_model(path.stem.partition("_")[0])
+    everything = count(model.parameters())
+    four_bit = count(four_bit_weights(model)) if config.quantization else 0
+    # NF4 with double quantisation: half a byte, and for 64 weights a scale of a byte, for 256 of these another of four.
+    in_4_bits = four_bit * (0.5 + (1 + 4 / 256) / 64)
+    base = in_4_bits + 2 * (everything - four_bit)
+    experts = [p for name, p in model.named_parameters() if ".experts." in name]
+    largest = max(p.numel() for p in model.parameters())
+    trained = adapter_parameters(model, config.lora.r) if config.lora else everything
+    # PEFT adapts stacked parameters of shape (experts, out, in) with r rows and columns for each expert.
+    of_experts = sum(p.shape[0] * (p.shape[1] + p.shape[2]) for p in experts) * (config.lora.r if config.lora else 0)
+    return {
+        "base": base,
+        "in 16 bits": 2 * everything,
+        "in 4 bits": in_4_bits,
+        "what is in 4 bits, in 16": 2 * four_bit,
+        "embeddings": 2 * count(p for name, p in model.named_parameters() if ".embed_tokens" in name),
+        "experts": 2 * count(experts),
+        "experts of a layer": 2 * count(experts) / model.config.text_config.num_hidden_layers,
+        "largest": 2 * largest,
+        "largest with its gradient": 4 * largest,
+        "weight, gradient and AdamW in 32 bits": 16 * trained,
+        "the same for experts": 16 * of_experts,
+        "DeepSpeed's estimate": 18 * trained,
+        "checkpoint at ZeRO": 14 * trained,
+        **{f"base on one of {ranks}": base / ranks for ranks in WORLD_SIZES[path.stem]},
+        **{f"estimate on one of {ranks}": 18 * trained / ranks for ranks in WORLD_SIZES[path.stem]},
+    }
+
+
+def adapter_parameters(model: Any, r: int) -> int:
+    """r x in + out x r for each linear layer of the language model, and those alone."""
+    adapted = {name: layer for name, layer in model.named_modules() if re.fullmatch(LANGUAGE_MODEL_LINEARS, name)}
+    assert all(
+        isinstance(layer, torch.nn.Linear) and ".language_model.layers." in name for name, layer in adapted.items()
+    )
+    return sum(r * (layer.in_features + layer.out_features) for layer in adapted.values())
+
+
+def four_bit_weights(model: Any) -> list[Any]:
+    """All linear layers but the LM head and, as transformers spares the last module, the last projector."""
+    linears: list[Any] = [layer.weight for layer in model.modules() if type(layer) is torch.nn.Linear]
+    spared = {model.lm_head.weight, list(model.parameters())[-1]}
+    return [weight for weight in linears if weight not in spared]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["global_batch_size=12"], "global batch 12 is not a multiple of 8 ranks x 1 micro-batch"),
+        (["gradient_accumulation_steps=4"], "leave gradient_accumulation_steps out"),
+        (["lora.target_modules=.*experts.*"], "lora.target_modules"),
+        (["lora.target_modules=all-linear"], "adapts the vision tower"),
+        (["tuning=full"], "an adapter needs tuning: lora or qlora"),
+        (["bf16=false"], "contradicts model.dtype"),
+        (["packing=false"], "packing_length"),
+    ],
+)
+def test_check_refuses_what_cannot_work(true_config, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        describe_run(true_config(ROOT / "launch/26b_lora_zero3.yaml", *overrides), 8)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=CheckpointError, reason="load_model asks the audio tower for SDPA, which it lacks"
+)
+def test_a_model_with_an_audio_tower_loads(tmp_path, model):
+    """E2B and E4B have one; the tiny models have none."""
+    from transformers import AutoModelForImageTextToText, Gemma4Config, Gemma4ForConditionalGeneration
+
+    settings = Gemma4Config.from_pretrained(model).to_dict()
+    settings["audio_config"] = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    heard = Gemma4ForConditionalGeneration(Gemma4Config(**settings))
+    heard.load_state_dict(AutoModelForImageTextToText.from_pretrained(model).state_dict(), strict=False)
+    heard.save_pretrained(tmp_path)
+    loaded = load_model(ModelConfig(model_name_or_path=str(tmp_path), dtype="float32"), None, packing=False)
+    assert loaded.config.text_config._attn_implementation == loaded.config.vision_config._attn_implementation == "sdpa"
+
+
+@needs_compiler
+def test_zero1_and_offload_train_like_one_process(tmp_path, model):
+    shard_rows(tmp_path, model, [row(number, num_calls=1 + number % 3) for number in range(8)])
+    curves = {}
+    for launch in (None, "cpu_zero1", "cpu_zero3_offload"):
+        out = tmp_path / str(launch)
+        paths = [f"model_name_or_path={model}", f"data.train={tmp_path}/shards", f"output_dir={out}"]
+        sizes = ["per_device_train_batch_size=2", "global_batch_size=4", "max_steps=2"]
+        gemma_dist("train", "launch/cpu_full.yaml", *paths, *sizes, launch=launch)
+        steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        curves[launch] = [(step["loss"], step["grad_norm"]) for step in steps]
+    assert len(curves[None]) == 2
+    for curve in curves.values():
+        assert [number for step in curve for number in step] == pytest.approx(
+            [number for step in curves[None] for number in step], rel=1e-4
+        )
 
 
 # ---- Slurm -----------------------------------------------------------------------------------------------------------
