@@ -14,6 +14,7 @@ import torch
 from gemma_dist import world
 from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig, RunConfig
 from gemma_dist.errors import CheckpointError, ConfigError
+from gemma_dist.model.zero3 import reading_parts
 
 ADAPTER_RECORD = "gemma_dist.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -213,7 +214,8 @@ def _from_pretrained(name: str, **arguments: Any) -> Any:
 
     try:
         _require_gemma4(name, AutoConfig.from_pretrained(name).model_type)
-        model, report = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **arguments)
+        with reading_parts():
+            model, report = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **arguments)
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -1,0 +1,96 @@
+"""ZeRO-3: what its ranks load together is what one process loads, and none of them holds it whole.
+
+This file is also what each rank runs: accelerate launch … tests/test_zero3.py FOLDER MODEL DTYPE [MODEL DTYPE]…
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import ENVIRONMENT, REPOSITORY
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="DeepSpeed compiles an operator for CPU processes with g++, which is absent"
+)
+
+# Style, number format of the files, number format in memory.
+STYLES = [("e4b", "float32", "float32"), ("31b", "float32", "bfloat16"), ("26b", "bfloat16", "bfloat16")]
+
+
+@needs_compiler
+def test_ranks_load_what_one_process_loads(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    models: list[object] = []
+    for style, stored, dtype in STYLES:
+        models += [_in_shards(tiny_model(style, stored), tmp_path / style), dtype]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launch += ["--config_file", "accelerate_configs/cpu_zero3.yaml"]
+    words = [*launch, __file__, *map(str, [tmp_path, *models])]
+    run = subprocess.run(
+        words, cwd=REPOSITORY, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-8000:]
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text() == "3 models are equal"
+
+
+def _in_shards(model: Path, folder: Path) -> Path:
+    """The model in several files, with a buffer that is not what it is made as."""
+    from transformers import AutoModelForImageTextToText
+
+    loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
+    for number, layer in enumerate(loaded.model.language_model.layers):
+        layer.layer_scalar.fill_(0.5 + number)
+    loaded.save_pretrained(folder, max_shard_size="1MB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def compare(folder: Path, models: list[tuple[str, str]]) -> None:
+    """Load each model alone and spread, and compare every weight and buffer, bit by bit and tied alike."""
+    from transformers import modeling_utils
+
+    from gemma_dist import world
+    from gemma_dist.config import ModelConfig, batch_plan, load_config
+    from gemma_dist.model.load import load_model
+    from gemma_dist.train.trainer import training_arguments
+
+    def load(name: str, dtype: str) -> Any:
+        return load_model(ModelConfig(model_name_or_path=name, dtype=dtype), None, packing=False)
+
+    def whole_on_every_rank(*_: Any) -> None:
+        raise AssertionError("rank 0 reads the file and sends it around")
+
+    modeling_utils._load_state_dict_into_zero3_model = whole_on_every_rank
+    alone = [load(name, dtype) for name, dtype in models]
+    for (name, dtype), expected in zip(models, alone, strict=True):
+        words = [f"model_name_or_path={name}", f"model.dtype={dtype}", "data.train=none", f"output_dir={folder}"]
+        config = load_config(REPOSITORY / "launch/cpu_lora.yaml", [*words, f"bf16={dtype == 'bfloat16'}"])
+        arguments = training_arguments(config, batch_plan(config, world.world_size()), 1)  # turns ZeRO-3 on
+        loaded = load(name, dtype)
+        assert all(0 <= 2 * p.ds_tensor.numel() - p.ds_numel < 4 for p in loaded.parameters()), "more than a half"
+        assert loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight
+        compare_tensors(dict(loaded.named_parameters()), dict(expected.named_parameters()))
+        compare_tensors(dict(loaded.named_buffers()), dict(expected.named_buffers()))
+        del arguments
+    (folder / str(world.rank())).write_text(f"{len(models)} models are equal")
+    world.barrier()
+    world.disconnect()
+
+
+def compare_tensors(loaded: dict[str, Any], expected: dict[str, Any]) -> None:
+    from deepspeed.runtime.zero import GatheredParameters
+
+    assert loaded.keys() == expected.keys()
+    with GatheredParameters(list(loaded.values())):
+        for name, tensor in loaded.items():
+            assert tensor.dtype == expected[name].dtype, f"{name}: {tensor.dtype}, not {expected[name].dtype}"
+            assert torch.equal(tensor, expected[name]), f"{name} differs: {tensor} {expected[name]}"
+
+
+if __name__ == "__main__":
+    compare(Path(sys.argv[1]), list(zip(sys.argv[2::2], sys.argv[3::2], strict=True)))
