@@ -188,8 +188,19 @@ def test_check_validates_every_gpu_recipe_on_the_true_model(true_config, path):
 
 @pytest.mark.parametrize("path", GPU_RECIPES, ids=lambda path: path.stem)
 def test_every_memory_number_of_a_recipe_follows_from_the_true_shapes(true_config, path):
-    known = [number / 2**30 for number in memory(path, true_config(path)).values()] + SIMULATED.get(path.stem, [])
-    stated = re.findall(r"([\d.]+) GiB", path.read_text().replace("\n#", ""))
+    assert_known_sizes(path.read_text().replace("\n#", ""), path, true_config(path))
+
+
+@pytest.mark.parametrize("path", GPU_RECIPES, ids=lambda path: path.stem)
+def test_docs_table_agrees_with_the_true_shapes(true_config, path):
+    [line] = [line for line in (ROOT / "docs/launch.md").read_text().splitlines() if f"| [{path.stem}](" in line]
+    assert_known_sizes(line, path, true_config(path))
+
+
+def assert_known_sizes(text: str, path: Path, config: RunConfig) -> None:
+    """Every `N GiB` in `text` is a size of the recipe's model or a simulated peak, to as many digits."""
+    known = [number / 2**30 for number in memory(path, config).values()] + SIMULATED.get(path.stem, [])
+    stated = re.findall(r"([\d.]+) GiB", text)
     assert stated
     for number in stated:
         digits = len(number.partition(".")[2])
