@@ -138,18 +138,28 @@ def inspect(data: Path, model: str, row: int, as_json: bool, **settings: Any) ->
 @click.option(
     "--world-size", type=click.IntRange(min=1), help="Number of ranks to reckon with; default: those running."
 )
-def check(config: Path, overrides: tuple[str, ...], world_size: int | None) -> None:
+@click.option("--accelerate-config", type=EXISTING, help="File that the run is to be launched with, to check it too.")
+def check(config: Path, overrides: tuple[str, ...], world_size: int | None, accelerate_config: Path | None) -> None:
     """Show the run that CONFIG describes, without running it.
 
-    Settings, batch arithmetic, data, and what trains. KEY=VALUE changes a setting, as in `train`.
+    Settings, batch arithmetic, data, and what trains; with --accelerate-config, or under `accelerate launch`, also
+    whether they go together. KEY=VALUE changes a setting, as in `train`.
     """
     from gemma_dist import world
     from gemma_dist.config import load_config
+    from gemma_dist.launch import current_launch, read_launch, require_fit
 
     settings = load_config(config, overrides)
+    num_ranks = world_size or world.world_size()
+    if accelerate_config:
+        launch = read_launch(accelerate_config)
+        num_ranks = world_size or launch.num_processes
+        require_fit(settings, launch)
+    elif "WORLD_SIZE" in os.environ:
+        require_fit(settings, current_launch())
     from gemma_dist.check import describe_run
 
-    description = describe_run(settings, world_size or world.world_size())
+    description = describe_run(settings, num_ranks)
     if world.rank() == 0:
         click.echo(description)
 

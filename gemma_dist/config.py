@@ -206,6 +206,9 @@ class TrainConfig(Section):
         500, gt=0, description="Optimiser steps between checkpoints; the last step is always saved."
     )
     save_total_limit: int | None = Field(2, gt=0, description="Newest checkpoints that are kept; null: all.")
+    step_timeout_s: float = Field(
+        1800, gt=0, description="Seconds without a finished step after which every rank says where it stands."
+    )
     logging_steps: int = Field(1, gt=0, description="Optimiser steps between printed lines.")
     report_to: Literal["none", "tensorboard"] = Field("none", description="Where metrics go besides metrics.jsonl.")
     resume_from_checkpoint: str = Field(

@@ -19,3 +19,7 @@ class DataError(GemmaDistError):
 
 class CheckpointError(GemmaDistError):
     """A model folder, adapter or checkpoint is missing, incomplete or does not fit the run."""
+
+
+class TrainingError(GemmaDistError):
+    """A run cannot go on: a step's loss or gradient is not finite; the message names the step's samples."""

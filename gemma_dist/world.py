@@ -6,7 +6,7 @@ Slurm all leave RANK and WORLD_SIZE in the environment; these are the only place
 
 import datetime
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 # Longer than any one rank may lead another: building a 31B model from a slow disk, or saving it.
@@ -68,6 +68,18 @@ def gather_objects(item: Any) -> list[Any]:
     gathered: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(gathered, item)
     return gathered
+
+
+def any_rank(flags: Sequence[bool]) -> list[bool]:
+    """Which of `flags` (as many on every rank) is set on any rank. Cheap enough for every step."""
+    if world_size() == 1:
+        return list(flags)
+    import torch
+
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    told = torch.tensor(flags, dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in told.tolist()]
 
 
 def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:

@@ -20,6 +20,7 @@ MEANING = {  # of what a run is bound to, where the name alone does not say it
     "num_samples": "its number of samples",
     "encoding": "its tokenizer, chat template or image processor (fingerprint)",
     "weights": "the weights of data.train",
+    "optimizer": "the optimiser's spread over ranks",
 }
 
 

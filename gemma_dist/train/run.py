@@ -6,7 +6,6 @@ OUT/adapter_model.safetensors or model.safetensors …, with config, processor a
 OUT/gemma_dist.json          base, quantisation, data: written last, so it marks a finished run
 """
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from gemma_dist.config import RunConfig, batch_plan
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.data.loader import TrajectoryLoader
 from gemma_dist.data.schedule import open_schedule, read_quarantine
-from gemma_dist.errors import ConfigError
+from gemma_dist.launch import current_launch, require_fit
 from gemma_dist.model.load import ADAPTER_RECORD, add_adapter, load_model
 from gemma_dist.report import RunLog, log
 from gemma_dist.train.checkpoint import find_checkpoint
@@ -41,7 +40,8 @@ def train(config: RunConfig) -> None:
     Raises:
         ConfigError, DataError, CheckpointError: before any weight is read, where the run could not work.
     """
-    _check_launch()
+    launch = current_launch()
+    require_fit(config, launch)
     plan = batch_plan(config, world.world_size())
     schedule = open_schedule(config, plan)
     shards = schedule.shards
@@ -57,6 +57,8 @@ def train(config: RunConfig) -> None:
         "global_batch_size": plan.global_batch_size,
         "tuning": config.tuning,
         "lora": config.lora.model_dump() if config.lora else None,
+        # DeepSpeed cuts a checkpoint's optimiser by stage and rank; all others are whole, for any number of ranks.
+        "optimizer": f"ZeRO-{launch.zero_stage} on {plan.world_size} ranks" if launch.deepspeed else "whole",
     }
     checkpoint, start_step = find_checkpoint(config.train.output_dir, config.train.resume_from_checkpoint, state)
     encoder = load_encoder(
@@ -91,15 +93,6 @@ def train(config: RunConfig) -> None:
     if rank == 0:
         _publish(checkpoint, config.train.output_dir)
     world.disconnect()
-
-
-def _check_launch() -> None:
-    """accelerate drops DeepSpeed without a word where ACCELERATE_USE_CPU is set: the ranks would each train alone."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and "ACCELERATE_USE_CPU" in os.environ:
-        raise ConfigError(
-            "ACCELERATE_USE_CPU is set, with which accelerate ignores its DeepSpeed config; unset it (to compute on "
-            "the CPU where there are GPUs, set DS_ACCELERATOR=cpu and CUDA_VISIBLE_DEVICES= instead)"
-        )
 
 
 def _model(config: RunConfig, arguments: Any) -> Any:

@@ -11,6 +11,7 @@ the places where it would train something else on Gemma 4:
 - checkpointing is non-reentrant: reentrant recomputation loses the gradients of keys and values that layers share.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from transformers import PrinterCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig, SFTTrainer
 
+from gemma_dist import world
 from gemma_dist.config import BatchPlan, RunConfig
 from gemma_dist.data.loader import TrajectoryLoader
 from gemma_dist.errors import CheckpointError
 from gemma_dist.model.load import use_cpu, write_record
 from gemma_dist.report import RunLog
 from gemma_dist.train import checkpoint
+from gemma_dist.train.guard import Watchdog, sample_ids, stop_unless_finite
 
 # Settings of a recipe that are ours to carry out.
 OURS = (
@@ -38,6 +41,7 @@ OURS = (
     "packing",
     "packing_length",
     "dataloader_num_workers",
+    "step_timeout_s",
 )
 
 
@@ -97,6 +101,7 @@ class ToolCallTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)  # our own line says it
         self.config, self.loader, self.run_state, self.run_log = config, loader, state, run_log
         self.model_accepts_loss_kwargs = True
+        self._loss_is_finite = torch.tensor(True, device=self.args.device)  # of this rank's micro-batches of the step
         # TRL flips this to reentrant for PEFT at ZeRO-3, from the days when DeepSpeed could not do otherwise.
         if self.args.activation_checkpointing:
             self.args.activation_checkpointing_kwargs = {"use_reentrant": False}
@@ -105,6 +110,13 @@ class ToolCallTrainer(SFTTrainer):
             if parameter.requires_grad and parameter.dtype != adapter_dtypes[name]:
                 parameter.data = parameter.data.to(adapter_dtypes[name])
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._watchdog = Watchdog(self.config.train.output_dir, self.config.train.step_timeout_s, self._position)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._watchdog.close()
+
     def get_train_dataloader(self) -> DataLoader:
         return DataLoader(self.loader, batch_size=None)
 
@@ -112,7 +124,42 @@ class ToolCallTrainer(SFTTrainer):
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.args.activation_checkpointing:
             assert_non_reentrant(self.model)
+        if self.is_deepspeed_enabled:
+            # Its engine steps within the backward pass, before Trainer could look at the gradients.
+            engine, step = self.model_wrapped, self.model_wrapped.step
+
+            def step_if_finite() -> None:
+                self._stop_unless_finite(not engine.optimizer.has_overflow())
+                step()
+
+            engine.step = step_if_finite
         return prepared
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        self._loss_is_finite &= loss.detach().isfinite()  # looked at once a step: no wait for the device here
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> float:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        if not self.is_deepspeed_enabled:
+            self._stop_unless_finite(math.isfinite(norm))
+        return norm
+
+    def _stop_unless_finite(self, gradients: bool) -> None:
+        """Between the last backward pass of a step and the optimiser, on every rank."""
+        step = self.state.global_step
+        stop_unless_finite(self.loader.schedule, step, loss=bool(self._loss_is_finite), gradients=gradients)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """At the end of each step."""
+        self._watchdog.feed()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._watchdog.feed()  # to save takes its own time
+
+    def _position(self) -> str:
+        step = self.state.global_step
+        return f"step {step + 1}, samples {sample_ids(self.loader.schedule, step, world.rank())}"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One line a step, on the terminal and in metrics.jsonl, from what Trainer and TRL have measured."""

@@ -1,0 +1,186 @@
+"""How the processes of a run share memory, read from an accelerate config or from what `accelerate launch` left in the
+environment, and whether a recipe goes with it.
+
+What would be learnt differently, or fail after the model is loaded, is refused here, with the nearest launch that
+works.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gemma_dist.config import RunConfig
+from gemma_dist.errors import ConfigError
+
+# Their sizes are looked up in `model.config.hidden_size`, which Gemma 4 has in its text_config alone.
+BUCKETS = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+TESTED_OPTIMISERS = {"adamw_torch", "adamw_torch_fused"}  # what DeepSpeed takes without zero_allow_untested_optimizer
+
+
+@dataclass(frozen=True)
+class Launch:
+    """An accelerate config, as far as a recipe has to go with it."""
+
+    name: str  # where it stands, for messages
+    num_processes: int = 1
+    distributed_type: str = "NO"  # accelerate's names
+    mixed_precision: str = "no"
+    deepspeed: Mapping[str, Any] | None = None  # DeepSpeed's own settings
+
+    @property
+    def zero_stage(self) -> int | None:
+        """None: every rank holds all of the model, its gradients and its optimiser."""
+        return None if self.deepspeed is None else int(self._zero.get("stage", 0))
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        return self._zero.get("offload_optimizer", {}).get("device", "none") != "none"
+
+    @property
+    def _zero(self) -> Mapping[str, Any]:
+        return (self.deepspeed or {}).get("zero_optimization", {})
+
+
+def read_launch(path: Path) -> Launch:
+    """The launch that an accelerate config describes. ConfigError where it cannot be read."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: no accelerate config can be read there: {error}") from None
+    if not isinstance(values, dict) or "distributed_type" not in values:
+        raise ConfigError(f"{path}: not an accelerate config (it names no distributed_type); see accelerate_configs/")
+    kind = str(values["distributed_type"])
+    deepspeed = None
+    if kind == "DEEPSPEED":
+        section = values.get("deepspeed_config") or {}
+        file = section.get("deepspeed_config_file")
+        deepspeed = _read_json(Path(file)) if file else _deepspeed(section)
+    precision = str(values.get("mixed_precision", "no")).lower()
+    precision = "no" if precision == "false" else precision  # YAML 1.1 reads a bare `no` as false
+    return Launch(str(path), int(values.get("num_processes", 1)), kind, precision, deepspeed)
+
+
+def current_launch() -> Launch:
+    """The launch that this process is part of. ConfigError where accelerate would not carry it out."""
+    env, deepspeed, kind = os.environ, None, "NO"
+    num_processes = int(env.get("WORLD_SIZE", "1"))
+    if env.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        kind = "DEEPSPEED"
+        if "ACCELERATE_USE_CPU" in env:
+            raise ConfigError(
+                "ACCELERATE_USE_CPU is set, with which accelerate ignores its DeepSpeed config and the ranks would "
+                "each train alone; unset it (to compute on the CPU where there are GPUs, set DS_ACCELERATOR=cpu and "
+                "CUDA_VISIBLE_DEVICES= instead)"
+            )
+        section = {
+            "zero_stage": env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"),
+            "offload_optimizer_device": env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"),
+            "zero3_save_16bit_model": env.get("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "false") == "true",
+        }
+        file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+        deepspeed = _deepspeed(section) if file.lower() == "none" else _read_json(Path(file))
+    elif env.get("ACCELERATE_USE_FSDP") == "true":
+        kind = "FSDP"
+    elif env.get("ACCELERATE_USE_MEGATRON_LM") == "true":
+        kind = "MEGATRON_LM"
+    elif num_processes > 1:
+        kind = "MULTI_GPU"
+    precision = env.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    return Launch("this launch", num_processes, kind, precision, deepspeed)
+
+
+def require_fit(config: RunConfig, launch: Launch) -> None:
+    """Raises ConfigError, with every reason and a remedy for each, where `config` must not run under `launch`."""
+    problems = [*_wrong_launch(config, launch), *_wrong_together(config, launch)]
+    if problems:
+        raise ConfigError("\n".join([f"{launch.name}: {len(problems)} problem{'s' * (len(problems) > 1)}", *problems]))
+
+
+def _wrong_launch(config: RunConfig, launch: Launch) -> Iterator[str]:
+    """What no recipe goes with, or none of this number format."""
+    if launch.distributed_type in ("FSDP", "MEGATRON_LM", "TP", "XLA"):
+        yield (
+            f"distributed_type: {launch.distributed_type} is not supported; accelerate_configs/zero3.yaml spreads "
+            "weights, gradients and optimiser as well"
+        )
+    precisions = {launch.mixed_precision}
+    for name in ("fp16", "bf16"):
+        if (launch.deepspeed or {}).get(name, {}).get("enabled") is True:
+            precisions.add(name)
+    if precisions & {"fp16", "fp8"}:
+        yield (
+            f"{' '.join(sorted(precisions & {'fp16', 'fp8'}))}: overflows on Gemma; set mixed_precision: 'no' and let "
+            "the recipe's train.bf16 decide"
+        )
+    if "bf16" in precisions and not config.train.bf16:
+        yield "bf16: the recipe computes in float32; set mixed_precision: 'no', or train.bf16: true in the recipe"
+    if launch.deepspeed is None:
+        return
+    if launch.zero_stage == 0:
+        yield "zero_optimization.stage: 0 spreads nothing; use accelerate_configs/ddp.yaml, or a stage from 1 to 3"
+    zero = launch.deepspeed.get("zero_optimization", {})
+    for name in BUCKETS:
+        if zero.get(name) == "auto":
+            yield (
+                f"zero_optimization.{name}: auto fails on Gemma 4, whose config has its hidden_size in text_config; "
+                "write the number, as accelerate_configs/deepspeed_zero3.json does"
+            )
+    if launch.zero_stage == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        yield (
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save: must be true, or the result would hold empty "
+            "tensors"
+        )
+    for name, ours in (("optimizer", "train.optim"), ("scheduler", "train.lr_scheduler_type")):
+        if name in launch.deepspeed:
+            yield f"{name}: would replace the recipe's {ours} without a word; remove it from the DeepSpeed config"
+
+
+def _wrong_together(config: RunConfig, launch: Launch) -> Iterator[str]:
+    """What this recipe does not go with."""
+    optim = config.train.optim
+    if config.tuning == "full" and config.model.dtype == "bfloat16" and launch.deepspeed is None:
+        yield (
+            "tuning: full with model.dtype: bfloat16 needs DeepSpeed, which trains a float32 copy of the weights; "
+            "without it, updates below the rounding of bfloat16 are lost. Use accelerate_configs/zero1.yaml (or 2, 3) "
+            "also for a single process, or set model.dtype: float32 with train.bf16: true"
+        )
+    if launch.deepspeed is None:
+        return
+    if optim == "adafactor":
+        yield (
+            "train.optim: adafactor would not be Adafactor: it needs the shape of each weight, and ZeRO gives it flat "
+            "slices; use adamw_8bit, or accelerate_configs/ddp.yaml"
+        )
+    elif optim not in TESTED_OPTIMISERS and not launch.deepspeed.get("zero_allow_untested_optimizer"):
+        yield f"train.optim: {optim} needs zero_allow_untested_optimizer: true in the DeepSpeed config"
+    forced = launch.deepspeed.get("zero_force_ds_cpu_optimizer", True)
+    if launch.offloads_optimizer and forced and optim not in TESTED_OPTIMISERS:
+        yield (
+            f"train.optim: {optim} would be replaced by DeepSpeed's CPU Adam where the optimiser is offloaded; "
+            "set train.optim: adamw_torch, or use accelerate_configs/zero3.yaml"
+        )
+
+
+def _deepspeed(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What accelerate makes of its own keys for DeepSpeed."""
+    zero = {
+        "stage": int(section.get("zero_stage", 2)),
+        "offload_optimizer": {"device": section.get("offload_optimizer_device", "none")},
+        "stage3_gather_16bit_weights_on_model_save": bool(section.get("zero3_save_16bit_model")),
+    }
+    return {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"deepspeed_config_file: {path}: no DeepSpeed config can be read there ({error}); the path is relative to "
+            "the current directory, so start from the repository's root or write it in full"
+        ) from None

@@ -1,0 +1,117 @@
+"""Recipes and launches that do not go together are refused by `check`, with the reason and what to do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ranks import gemma_dist
+
+from gemma_dist.config import load_config
+from gemma_dist.errors import ConfigError
+from gemma_dist.launch import Launch, current_launch, read_launch, require_fit
+
+ROOT = Path(__file__).parents[1]
+FULL_BF16 = ("cpu_full", "model.dtype=bfloat16")
+# Stages of the package's own configs; None: not by DeepSpeed.
+STAGES = {"single": None, "ddp": None, "zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
+
+
+def recipe(name: str, *overrides: str) -> Any:
+    return load_config(ROOT / f"launch/{name}.yaml", overrides)
+
+
+def launch(stage: int | None = None, **changed: Any) -> Launch:
+    """A launch whose DeepSpeed config is that of the package, with changes."""
+    if stage is None:
+        return Launch("here", 2, **({"distributed_type": "MULTI_GPU"} | changed))
+    settings = json.loads((ROOT / f"accelerate_configs/deepspeed_zero{stage}.json").read_text())
+    zero = settings["zero_optimization"] | changed.pop("zero", {})
+    precision = changed.pop("mixed_precision", "no")
+    return Launch("here", 2, "DEEPSPEED", precision, settings | {"zero_optimization": zero} | changed)
+
+
+@pytest.mark.parametrize(
+    ("config", "launched", "reason"),
+    [
+        (FULL_BF16, launch(), r"tuning: full with model.dtype: bfloat16 needs DeepSpeed.*zero1.yaml"),
+        (("cpu_lora",), launch(mixed_precision="fp16"), r"fp16: overflows on Gemma.*train.bf16"),
+        (("cpu_lora",), launch(2, fp16={"enabled": True}), r"fp16: overflows on Gemma"),
+        (("cpu_lora",), launch(mixed_precision="bf16"), r"bf16: the recipe computes in float32"),
+        (("cpu_lora",), launch(distributed_type="FSDP"), r"FSDP is not supported; accelerate_configs/zero3.yaml"),
+        (("cpu_lora",), launch(2, zero={"stage": 0}), r"stage: 0 spreads nothing; use accelerate_configs/ddp.yaml"),
+        (("cpu_lora",), launch(3, zero={"reduce_bucket_size": "auto"}), r"reduce_bucket_size: auto fails on Gemma 4"),
+        (
+            ("cpu_lora",),
+            launch(3, zero={"stage3_gather_16bit_weights_on_model_save": False}),
+            r"must be true, or the result would hold empty tensors",
+        ),
+        (("cpu_lora",), launch(2, optimizer={"type": "AdamW"}), r"would replace the recipe's train.optim"),
+        (("cpu_lora",), launch(2, scheduler={"type": "WarmupLR"}), r"would replace the recipe's train.lr_scheduler"),
+        (("cpu_lora", "optim=adafactor"), launch(2), r"adafactor would not be Adafactor.*ddp.yaml"),
+        (("cpu_lora", "optim=sgd"), launch(2, zero_allow_untested_optimizer=False), r"zero_allow_untested_optimizer"),
+        (
+            ("cpu_lora", "optim=adamw_8bit"),
+            launch(3, zero={"offload_optimizer": {"device": "cpu"}}),
+            r"adamw_8bit would be replaced by DeepSpeed's CPU Adam.*adamw_torch",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(config: tuple[str, ...], launched: Launch, reason: str) -> None:
+    with pytest.raises(ConfigError, match=r"here: 1 problem\n.*" + reason):
+        require_fit(recipe(*config), launched)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(ConfigError, match="2 problems") as caught:
+        require_fit(recipe(*FULL_BF16), launch(mixed_precision="fp16"))
+    assert "overflows" in str(caught.value)
+    assert "needs DeepSpeed" in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_full_training_in_bfloat16_goes_with_deepspeed(stage: int) -> None:
+    require_fit(recipe(*FULL_BF16), launch(stage))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_our_own_configs_are_read_as_accelerate_reads_them(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = read_launch(path)
+    assert found.zero_stage == STAGES[path.stem.removeprefix("cpu_")]
+    assert found.offloads_optimizer == ("offload" in path.stem)
+    assert found.num_processes == yaml.safe_load(path.read_text())["num_processes"]
+    require_fit(recipe("cpu_lora"), found)
+
+
+def test_accelerates_own_keys_are_read_too(tmp_path: Path) -> None:
+    section = {"zero_stage": 3, "offload_optimizer_device": "cpu", "zero3_save_16bit_model": True}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"distributed_type": "DEEPSPEED", "num_processes": 4, "deepspeed_config": section}))
+    found = read_launch(path)
+    assert (found.zero_stage, found.offloads_optimizer, found.num_processes) == (3, True, 4)
+    require_fit(recipe("cpu_lora"), found)
+    path.write_text("just words")
+    with pytest.raises(ConfigError, match="not an accelerate config"):
+        read_launch(path)
+
+
+def test_a_launch_is_known_from_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert current_launch().zero_stage is None
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "accelerate_configs/deepspeed_zero3_offload.json")
+    assert (current_launch().zero_stage, current_launch().offloads_optimizer) == (3, True)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "gone.json")
+    with pytest.raises(ConfigError, match="no DeepSpeed config can be read there"):
+        current_launch()
+
+
+def test_check_refuses_before_anything_is_loaded(tmp_path: Path) -> None:
+    words = ["launch/cpu_full.yaml", "model.dtype=bfloat16", "--accelerate-config", "accelerate_configs/ddp.yaml"]
+    output = gemma_dist("check", *words, fails=True)
+    assert "needs DeepSpeed" in output
+    assert "Traceback" not in output

@@ -1,0 +1,105 @@
+"""Guards of a run: nothing that is not finite reaches the weights, and a hang names where each rank stands."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from corpus import row, shard_rows
+from ranks import gemma_dist
+from safetensors.torch import load_file, save_file
+from store import serve
+from test_train import needs_compiler
+
+from gemma_dist.data.shards import open_shards
+
+POISONED = 5
+SETTINGS = ["per_device_train_batch_size=2", "global_batch_size=4", "max_steps=4", "save_steps=1"]
+POISON = "¤"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
+    """Rows of which one holds a letter that no other holds."""
+    folder = tmp_path_factory.mktemp("guard")
+    rows = [row(number) for number in range(16)]
+    rows[POISONED]["messages"][0]["content"] += POISON
+    shard_rows(folder, model, rows)
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def broken_model(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
+    """The tiny E4B with a NaN in the per-layer embedding of that letter."""
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("broken") / "model"
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    (name,) = [name for name in weights if "embed_tokens_per_layer" in name]
+    letter = AutoTokenizer.from_pretrained(model)(POISON, add_special_tokens=False)["input_ids"][-1]
+    weights[name][letter] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("recipe", "launch"),
+    [
+        ("cpu_full", None),
+        ("cpu_full", "cpu_ddp"),
+        pytest.param("cpu_full", "cpu_zero2", marks=needs_compiler),
+        pytest.param("cpu_lora", "cpu_zero3", marks=needs_compiler),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimiser(
+    broken_model: Path, shards: Path, tmp_path: Path, recipe: str, launch: str | None
+) -> None:
+    paths = [f"model_name_or_path={broken_model}", f"data.train={shards}", f"output_dir={tmp_path / 'out'}"]
+    words = [f"launch/{recipe}.yaml", *paths, *SETTINGS]
+    steps = gemma_dist("batches", "-", *words, "--step", 0, "--num-steps", 4, "--json").splitlines()
+    bad = next(number for number, line in enumerate(steps) if f'"row-{POISONED}"' in line)
+    output = gemma_dist("train", *words, launch=launch, fails=True)
+    assert f"step {bad + 1}: the loss of rank" in output
+    assert f"row-{POISONED}" in output
+    assert "Traceback" not in output.partition("torch.distributed")[0]
+    saved = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
+    assert (f"checkpoint-{bad}" in saved) == (bad > 0)
+    assert f"checkpoint-{bad + 1}" not in saved
+    rows = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in rows] == list(range(1, bad + 1))
+
+
+def test_a_gradient_that_is_not_finite_stops_too(
+    model: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gemma_dist.config import BatchPlan
+    from gemma_dist.data.schedule import Schedule
+    from gemma_dist.errors import TrainingError
+    from gemma_dist.train.guard import stop_unless_finite
+
+    schedule = Schedule(open_shards(shards), BatchPlan(1, 2, 2, 4), 1, packing=False, packing_length=None)
+    stop_unless_finite(schedule, 2, loss=True, gradients=True)
+    with pytest.raises(TrainingError, match=r"step 3: the loss is finite, but a gradient is not finite") as caught:
+        stop_unless_finite(schedule, 2, loss=True, gradients=False)
+    for sample in schedule.global_batch(2):
+        assert schedule.shards.id(sample) in str(caught.value)
+
+
+def test_a_rank_that_hangs_is_named_with_its_samples(model: str, shards: Path, tmp_path: Path) -> None:
+    """Every request takes longer than a step may: the ranks say where they stand, and the run still ends well."""
+    with serve({path.name: path.read_bytes() for path in shards.iterdir()}) as server:
+        server.pause_s = 4.0
+        out = tmp_path / "out"
+        paths = [f"model_name_or_path={model}", f"data.train={server.url}", f"output_dir={out}"]
+        more = ["step_timeout_s=2", "max_steps=1", "dataloader_num_workers=0"]
+        output = gemma_dist("train", "launch/cpu_full.yaml", *paths, *SETTINGS[:2], *more, launch="cpu_ddp")
+    for rank in range(2):
+        assert f"[rank {rank}] no step has ended for 2 s (train.step_timeout_s): this rank is at step 1" in output
+        stacks = (out / f"stacks-rank-{rank}.txt").read_text()
+        assert "samples row-" in stacks
+        assert "gemma_dist/data/fetch.py" in stacks, "what it waits for"
+        assert 'loader.py", line' in stacks
+    assert (out / "model.safetensors").exists()
