@@ -28,6 +28,7 @@ from gemma_dist.evaluate.generate import Answer, answer
 from gemma_dist.evaluate.read import read_output, reading_to_json
 from gemma_dist.evaluate.score import METRICS, call_decision, counts, metrics, score_sample, trajectory_counts
 from gemma_dist.model.load import load_for_evaluation
+from gemma_dist.model.zero3 import is_spread
 from gemma_dist.report import JsonlWriter, log, progress, write_json
 
 SAMPLES = "samples.jsonl"
@@ -53,6 +54,8 @@ def evaluate(
     if num_trajectories == 0:
         raise DataError(f"{data} holds no trajectories, so there is nothing to evaluate")
     loaded = load_for_evaluation(model, adapter)
+    if is_spread(loaded) and world.rank() == 0:
+        log.info("the model lies spread over %d ranks (ZeRO-3)", world.world_size())
 
     if world.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -112,10 +115,15 @@ def _my_points(
 def _answered(
     model: Any, encoder: Encoder, points: list[tuple[int, Trajectory, Prompt]], settings: EvaluateConfig
 ) -> Iterator[dict[str, Any]]:
-    """A scored sample for each point. The longest come first: what does not fit in memory shows at once."""
+    """A scored sample for each point. The longest come first: what does not fit in memory shows at once.
+
+    A rank with fewer batches than another still takes part in the passes of a model that lies spread over them.
+    """
     points = sorted(points, key=lambda point: -len(point[2].input_ids))
     size = settings.per_device_eval_batch_size
     batches = [points[start : start + size] for start in range(0, len(points), size)]
+    if is_spread(model):
+        batches += [[]] * (max(world.gather_objects(len(batches))) - len(batches))
     for batch in progress(batches, total=len(batches), desc="evaluating", unit="batch"):
         prompts = [prompt for _, _, prompt in batch]
         answers = answer(model, encoder, prompts, max_new_tokens=settings.max_new_tokens)

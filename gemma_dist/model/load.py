@@ -14,7 +14,7 @@ import torch
 from gemma_dist import world
 from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig, RunConfig
 from gemma_dist.errors import CheckpointError, ConfigError
-from gemma_dist.model.zero3 import reading_parts
+from gemma_dist.model.zero3 import reading_parts, settings_for_evaluation, spread, spreading
 
 ADAPTER_RECORD = "gemma_dist.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -72,23 +72,32 @@ def load_model(settings: ModelConfig, quantization: QuantizationConfig | None, *
 def load_for_evaluation(model: str, adapter: Path | None) -> Any:
     """A model ready to generate, with an adapter on the base as training saw it (in 4 bits after QLoRA).
 
+    On ranks launched at ZeRO-3 it lies spread over them, and the adapter has the number format of the base.
+
     Raises:
         CheckpointError: the model or the adapter is missing or does not fit.
     """
-    arguments: dict[str, Any] = {"dtype": "auto", "device_map": {"": device()}}
+    arguments: dict[str, Any] = {"dtype": "auto"}
+    dtype = _config(model).dtype
     if adapter is not None:
         _adapter_config(adapter)
         if quantization := read_record(adapter).get("quantization"):
             arguments["quantization_config"] = _bnb_config(quantization)
-            arguments["dtype"] = getattr(torch, quantization["weights_dtype"])
-    loaded = _from_pretrained(model, **arguments)
+            arguments["dtype"] = dtype = getattr(torch, quantization["weights_dtype"])
+    zero3 = settings_for_evaluation(dtype)
+    if zero3 is None:
+        arguments["device_map"] = {"": device()}
+    with spreading(zero3):
+        loaded = _from_pretrained(model, **arguments)
     if adapter is not None:
         from peft import PeftModel
 
         try:
-            loaded = PeftModel.from_pretrained(loaded, str(adapter))
+            loaded = PeftModel.from_pretrained(loaded, str(adapter), autocast_adapter_dtype=zero3 is None)
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"adapter {adapter} does not fit {model!r}: {error}") from error
+    if zero3 is not None:
+        spread(loaded, zero3)
     return loaded.eval()
 
 
@@ -168,15 +177,10 @@ def describe_training(config: RunConfig) -> list[str]:
 
 def _without_weights(config: RunConfig) -> Any:
     """The base of a recipe on the meta device, with the layers that loading would hold in 4 bits as such."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
     from transformers.quantizers import AutoHfQuantizer
 
-    name = config.model.model_name_or_path
-    try:
-        settings = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(_no_model(name, error)) from error
-    _require_gemma4(name, settings.model_type)
+    settings = _config(config.model.model_name_or_path)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(settings, attn_implementation=_attention(config.model))
         if config.quantization is not None:
@@ -210,15 +214,13 @@ def _part(name: str) -> str:
 
 
 def _from_pretrained(name: str, **arguments: Any) -> Any:
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
+    _config(name)
     try:
-        _require_gemma4(name, AutoConfig.from_pretrained(name).model_type)
         with reading_parts():
             model, report = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **arguments)
     except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(_no_model(name, error)) from error
     if report["missing_keys"]:
         raise CheckpointError(
@@ -226,6 +228,17 @@ def _from_pretrained(name: str, **arguments: Any) -> Any:
             "which would stay random; get a complete copy of the model"
         )
     return model
+
+
+def _config(name: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(_no_model(name, error)) from error
+    _require_gemma4(name, config.model_type)
+    return config
 
 
 def _no_model(name: str, error: Exception) -> str:

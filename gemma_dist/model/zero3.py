@@ -1,4 +1,4 @@
-"""Load a model at ZeRO-3 without any rank ever holding it: each reads its own part of each weight.
+"""Models at ZeRO-3: load them without any rank ever holding one whole, and let them generate.
 
 transformers lets rank 0 read the checkpoint, gathers every weight whole on every rank, and sends it around: slow, and
 for E4B, whose per-layer embeddings are a third of the model in one weight, more memory than the model takes. But
@@ -7,10 +7,14 @@ so each rank copies its run from the file, and nothing is sent.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from gemma_dist import world
+from gemma_dist.errors import CheckpointError
 
 
 @contextlib.contextmanager
@@ -111,3 +115,62 @@ def _fill(tensor: Any, stored: torch.Tensor) -> None:
     start = tensor.ds_zero_partition_rank * part.ds_numel
     run = stored.flatten()[start : start + part.ds_numel]
     part[: run.numel()].copy_(run)  # the last part may be longer than what is left for it
+
+
+def settings_for_evaluation(dtype: torch.dtype) -> dict[str, Any] | None:
+    """DeepSpeed's settings to evaluate a model of `dtype` with, if several ranks were launched at ZeRO-3.
+
+    Raises:
+        CheckpointError: DeepSpeed cannot hold that number format.
+    """
+    if world.world_size() == 1 or os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return None
+    from accelerate import DeepSpeedPlugin
+
+    launched = DeepSpeedPlugin().deepspeed_config["zero_optimization"]
+    if launched["stage"] != 3:
+        return None
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise CheckpointError(
+            f"the model's config.json says dtype {dtype}; at ZeRO-3 it must say float32 or bfloat16: evaluate with "
+            "accelerate_configs/ddp.yaml, or save the model in one of these"
+        )
+    return {
+        "zero_optimization": {name: value for name, value in launched.items() if name != "offload_optimizer"},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "train_micro_batch_size_per_gpu": 1,  # it insists on one
+    }
+
+
+@contextlib.contextmanager
+def spreading(settings: dict[str, Any] | None) -> Iterator[None]:
+    """Within, `from_pretrained` spreads the model over the ranks as `settings` say; without settings, as ever."""
+    if settings is None:
+        yield
+        return
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+    kept_while_loading = HfDeepSpeedConfig(settings)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del kept_while_loading
+
+
+def spread(model: Any, settings: dict[str, Any]) -> None:
+    """Make a loaded model gather each layer's weights while it runs; what is not spread yet, an adapter, is now."""
+    import deepspeed
+
+    # The module that `generate` calls: DeepSpeed counts the passes by it.
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # Looked up outside of its own layer, where per-layer embeddings stand in for images.
+    deepspeed.zero.register_external_parameter(inner.model, inner.model.language_model.embed_tokens.weight)
+    deepspeed.initialize(model=inner, config=settings)
+
+
+def is_spread(model: Any) -> bool:
+    """Whether `model` lies spread over the ranks: each of its passes is then one of all ranks."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
