@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 # accelerate and ninja (for the one operator that DeepSpeed compiles) are looked up in PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help .venv demo test bench check format clean
+.PHONY: help .venv demo test bench parity check format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -28,6 +28,9 @@ test: .venv ## the tests; one of them: make test ARGS="-k config"
 
 bench: .venv ## streaming beside its peers, some 25 minutes on 2 cores; one table: make bench ARGS="--only store"
 	python benchmarks/streaming.py $(ARGS)
+
+parity: .venv ## every launch config beside one process, over an hour on 2 cores; make parity ARGS="--pruned --against trl"
+	python benchmarks/parity.py $(ARGS)
 
 check: .venv ## formatting, lint and types
 	ruff format --check .

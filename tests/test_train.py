@@ -66,37 +66,22 @@ def _curve(out: Path) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "launch", "tolerance"),
+    ("recipe", "launch"),
     [
-        ("cpu_full", "cpu_ddp", 1e-5),
-        pytest.param("cpu_full", "cpu_zero2", 1e-5, marks=needs_compiler),
-        pytest.param("cpu_full", "cpu_zero3", 1e-4, marks=needs_compiler),
-        ("cpu_lora", "cpu_ddp", 1e-5),
-        pytest.param("cpu_lora", "cpu_zero3", 1e-2, marks=needs_compiler),
-        ("cpu_qlora", "cpu_ddp", 1e-5),
-        pytest.param("cpu_qlora", "cpu_zero2", 1e-5, marks=needs_compiler),
-        pytest.param("cpu_qlora", "cpu_zero3", 1e-2, marks=needs_compiler),
+        ("cpu_full", "cpu_ddp"),
+        pytest.param("cpu_full", "cpu_zero2", marks=needs_compiler),
+        pytest.param("cpu_lora", "cpu_zero3", marks=needs_compiler),
     ],
 )
-def test_every_launch_config_learns_the_same(run: Any, recipe: str, launch: str, tolerance: float) -> None:
+def test_the_command_learns_the_same_under_every_kind_of_launch(run: Any, recipe: str, launch: str) -> None:
+    """From the command line; `test_parity.py` has the matrix."""
     for alone, together in zip(_curve(run(recipe)), _curve(run(recipe, launch)), strict=True):
-        assert together == pytest.approx(alone, rel=tolerance)
+        assert together == pytest.approx(alone, rel=1e-5)
     by_deepspeed = list((run(recipe, launch) / f"checkpoint-{NUM_STEPS}").glob("global_step*"))
     assert bool(by_deepspeed) == ("zero" in launch)
 
 
 PACKED = ("packing=true",)
-
-
-@pytest.mark.parametrize(
-    ("recipe", "launch", "tolerance"),
-    [("cpu_full", "cpu_ddp", 1e-5), pytest.param("cpu_full", "cpu_zero3", 1e-4, marks=needs_compiler)],
-)
-def test_packed_runs_learn_the_same_under_every_launch_config(
-    run: Any, recipe: str, launch: str, tolerance: float
-) -> None:
-    for alone, together in zip(_curve(run(recipe, None, *PACKED)), _curve(run(recipe, launch, *PACKED)), strict=True):
-        assert together == pytest.approx(alone, rel=tolerance)
 
 
 @pytest.mark.parametrize("more", [(), PACKED])
@@ -181,6 +166,15 @@ def test_ranks_read_a_store_through_one_cache(run: Any, model: str, shards: Path
         row_groups = [wanted for name, wanted in server.requests if name.endswith(".parquet")]
     assert len(row_groups) == len(set(row_groups)) == len(open_shards(shards).row_group_samples)
     assert _curve(out) == _curve(run("cpu_full", "cpu_ddp"))
+
+
+@needs_compiler
+def test_another_number_of_ranks_cannot_take_a_spread_optimiser(run: Any, model: str, shards: Path) -> None:
+    """DeepSpeed cuts its checkpoints by rank: said at once, not when the first weight is loaded."""
+    words = ["launch/cpu_full.yaml", *_paths(model, shards, run("cpu_full", "cpu_zero2")), *SETTINGS]
+    output = gemma_dist("train", *words, fails=True)
+    assert "the optimiser's spread over ranks was 'ZeRO-2 on 2 ranks' and is now 'whole'" in output
+    assert "Traceback" not in output
 
 
 def test_an_adapter_of_another_shape_is_not_resumed(run: Any, model: str, shards: Path) -> None:

@@ -1,0 +1,63 @@
+"""Every launch config trains the same model: the pruned parity matrix, cell by cell.
+
+Slow, 5 to 10 minutes: `benchmarks/parity.py --pruned` starts nine sets of processes and trains some ninety tiny runs.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import ENVIRONMENT, REPOSITORY
+
+sys.path.append(str(REPOSITORY / "benchmarks"))
+from parity import DATA, LAUNCHES, STYLES, TUNINGS, Cell, all_cells, pruned_cells
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="DeepSpeed compiles an operator for CPU processes with g++, which is absent"
+)
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What the command found for each cell."""
+    found: Path = tmp_path_factory.mktemp("parity") / "figures.json"
+    done = subprocess.run(
+        [sys.executable, "benchmarks/parity.py", "--pruned", "--json", found],
+        cwd=REPOSITORY,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        check=False,
+    )
+    assert found.exists(), (done.stdout + done.stderr)[-8000:]
+    print(done.stdout)
+    return json.loads(found.read_text())
+
+
+@pytest.mark.parametrize("cell", pruned_cells(), ids=lambda cell: cell.name)
+def test_a_cell_equals_its_reference(figures: dict[str, dict[str, Any]], cell: Cell) -> None:
+    found = figures[cell.name]
+    assert "error" not in found, found["error"]
+    assert found["ok"], found
+
+
+@pytest.mark.parametrize("cells", [pruned_cells(), all_cells()], ids=["pruned", "all"])
+def test_each_row_and_column_is_touched(cells: list[Cell]) -> None:
+    assert {cell.launch for cell in cells} == set(LAUNCHES)
+    assert {(cell.launch, cell.tuning) for cell in cells} >= {
+        (launch, tuning) for launch in LAUNCHES if " " not in launch for tuning in TUNINGS
+    }
+    for part in ("single", "ddp", "zero1", "zero2", "zero3"):
+        mine = [cell for cell in cells if part in cell.launch]
+        for name, values in {"packing": 2, "checkpointing": 2, "accumulation": 2, "style": len(STYLES)}.items():
+            assert len({getattr(cell, name) for cell in mine}) >= values, (part, name)
+    assert {(cell.style, cell.data) for cell in cells} >= {(style, data) for style in STYLES for data in DATA}
+    assert {cell.dtype for cell in cells} == {"float32", "bfloat16"}
+    assert any(cell.resumed and cell.whole.launch != cell.launch for cell in cells)
+    assert len({cell.name for cell in cells}) == len(cells)
