@@ -1,8 +1,9 @@
-"""ZeRO-3: what its ranks load together is what one process loads, and none of them holds it whole.
+"""ZeRO-3: what its ranks load together is what one process loads, none of them holds it whole, and it answers alike.
 
 This file is also what each rank runs: accelerate launch … tests/test_zero3.py FOLDER MODEL DTYPE [MODEL DTYPE]…
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,7 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import ENVIRONMENT, REPOSITORY
+from corpus import row, write_rows
+from ranks import ENVIRONMENT, REPOSITORY, gemma_dist
+
+from gemma_dist.evaluate.generate import STOP_TOKENS
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="DeepSpeed compiles an operator for CPU processes with g++, which is absent"
@@ -36,6 +40,62 @@ def test_ranks_load_what_one_process_loads(tiny_model: Callable[..., Path], tmp_
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-8000:]
     assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text() == "3 models are equal"
+
+
+@needs_compiler
+@pytest.mark.parametrize(("style", "adapted"), [("e4b", True), ("31b", False)])
+def test_ranks_answer_what_one_process_answers(
+    tiny_model: Callable[..., Path], tmp_path: Path, style: str, adapted: bool
+) -> None:
+    # Rank 0 takes every other row: all pictures, and more batches than rank 1.
+    numbers = [0, 1, 3, 2, 6]
+    rows = [row(number, num_calls=1 + place % 3) for place, number in enumerate(numbers)]
+    model = _talkative(tiny_model(style), tmp_path / "model")
+    words: list[object] = ["evaluate", "--model", model, "--data", write_rows(tmp_path / "rows.jsonl", rows)]
+    words += ["--max-new-tokens", 8, "--per-device-eval-batch-size", 2]
+    if adapted:
+        words += ["--adapter", _adapter(model, tmp_path / "adapter")]
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    gemma_dist(*words, "--out", alone)
+    output = gemma_dist(*words, "--out", together, launch="cpu_zero3")
+    assert "spread over 2 ranks" in output
+
+    assert (together / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
+    one, two = (json.loads((out / "report.json").read_text()) for out in (alone, together))
+    assert (one.pop("world_size"), two.pop("world_size")) == (1, 2)
+    assert one == two
+    samples = [json.loads(line) for line in (alone / "samples.jsonl").read_text().splitlines()]
+    assert {bool(sample["num_images"]) for sample in samples if sample["trajectory"] % 2} == {False}
+    assert any(sample["num_images"] for sample in samples)
+    assert len({sample["output_tokens"] for sample in samples}) > 1
+
+
+def _talkative(model: Path, folder: Path) -> Path:
+    """The model, made to stop now and then: louder embeddings of the stop tokens, which are its output weights too."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(model)
+    loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
+    for token, scale in zip(processor.tokenizer.convert_tokens_to_ids(list(STOP_TOKENS)), (4, -4, 4), strict=True):
+        loaded.lm_head.weight.data[token] *= scale
+    loaded.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _adapter(model: Path, folder: Path) -> Path:
+    """A LoRA adapter that changes something."""
+    from gemma_dist.config import LoraConfig, ModelConfig
+    from gemma_dist.model.load import add_adapter, load_model
+
+    torch.manual_seed(1)
+    base = load_model(ModelConfig(model_name_or_path=str(model), dtype="float32"), None, packing=False)
+    adapted = add_adapter(base, LoraConfig(r=4, lora_alpha=8), zero3=False)
+    for name, parameter in adapted.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(str(folder))
+    return folder
 
 
 def _in_shards(model: Path, folder: Path) -> Path:
