@@ -53,7 +53,7 @@ def load_model(settings: ModelConfig, quantization: QuantizationConfig | None, *
     """
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, settings.dtype),
-        "attn_implementation": settings.attn_implementation,
+        "attn_implementation": _attention(settings),
     }
     if quantization is not None:
         from transformers.integrations import is_deepspeed_zero3_enabled
@@ -62,6 +62,7 @@ def load_model(settings: ModelConfig, quantization: QuantizationConfig | None, *
         if not is_deepspeed_zero3_enabled():  # which places the weights itself
             arguments["device_map"] = {"": device()}
     model = _from_pretrained(settings.model_name_or_path, **arguments)
+    _freeze_audio(model)
     if packing:
         from gemma_dist.model.attention import attend_within_documents
 
@@ -186,6 +187,7 @@ def _without_weights(config: RunConfig) -> Any:
         if config.quantization is not None:
             wanted = _bnb_config(config.quantization.model_dump())
             AutoHfQuantizer.from_config(wanted, pre_quantized=False).preprocess_model(model, device_map=None)
+    _freeze_audio(model)
     return model
 
 
@@ -207,6 +209,13 @@ def _attention(settings: ModelConfig) -> dict[str, str]:
     """Attention code of each part. transformers has eager attention alone for the audio tower of E2B and E4B."""
     chosen = settings.attn_implementation
     return {"text_config": chosen, "vision_config": chosen, "audio_config": "eager"}
+
+
+def _freeze_audio(model: Any) -> None:
+    """No trajectory has sound: the audio tower of E2B and E4B gets no gradient, for which DDP would wait."""
+    for name, parameter in model.named_parameters():
+        if "audio" in name:
+            parameter.requires_grad_(False)
 
 
 def _part(name: str) -> str:

@@ -1,8 +1,8 @@
 """A tiny but real Gemma 4: transformers' own classes with random weights, a tokenizer and processor made on the spot.
 
-It has everything that makes the large ones hard: sliding and full attention with two head sizes, KV sharing and
-per-layer embeddings (`e4b`), bidirectional attention over images and K = V (`31b`), experts (`26b`), clipped vision
-linears, soft-capped logits, the newest chat template. So whatever holds on it holds for a reason.
+It has everything that makes the large ones hard: sliding and full attention with two head sizes, KV sharing, per-layer
+embeddings and an audio tower (`e4b`), bidirectional attention over images and K = V (`31b`), experts (`26b`), clipped
+vision linears, soft-capped logits, the newest chat template. So whatever holds on it holds for a reason.
 """
 
 import shutil
@@ -85,6 +85,8 @@ def write_tiny_model(
     config = tiny_config(tokenizer, style=style, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers)
     model = Gemma4ForConditionalGeneration(config)
     _soften_attention(model)
+    if style == "e4b":
+        model = _with_audio_tower(model)
     stops = ["<eos>", "<turn|>", "<|tool_response>"]
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -113,6 +115,19 @@ def _soften_attention(model: Any) -> None:
         for name, module in model.named_modules():
             if name.endswith("q_norm"):
                 module.weight.fill_(module.weight.numel() ** -0.5)
+
+
+def _with_audio_tower(model: Any) -> Any:
+    """The tower of E2B and E4B, which no trajectory feeds. Added to the finished model, whose other weights its seed
+    gives with and without it."""
+    from transformers import Gemma4Config, Gemma4ForConditionalGeneration
+
+    settings = model.config.to_dict() | {
+        "audio_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 32}
+    }
+    heard = Gemma4ForConditionalGeneration(Gemma4Config(**settings))
+    heard.load_state_dict(model.state_dict(), strict=False)
+    return heard
 
 
 def tiny_processor(corpus: Iterable[str], *, vocab_size: int, chat_template: str | None) -> Any:
