@@ -25,6 +25,7 @@ from gemma_dist.config import batch_plan, load_config
 from gemma_dist.data import loader as loader_module
 from gemma_dist.data.batch import collate
 from gemma_dist.data.schedule import open_schedule
+from gemma_dist.data.trajectory import Trajectory, decode_image
 from gemma_dist.model.load import _peft_config
 from gemma_dist.train import run
 from gemma_dist.train import trainer as trainer_module
@@ -66,7 +67,8 @@ class Observer:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 gradient = safe_get_full_grad(parameter) if self.is_deepspeed_enabled else parameter.grad
-                gradients[name] = gradient.detach().float().clone().contiguous()
+                if gradient is not None:  # of TRL's text-only steps the vision tower has none
+                    gradients[name] = gradient.detach().float().clone().contiguous()
         if world.rank() == 0:
             save_file(gradients, self.folder / "gradients.safetensors")
 
@@ -84,8 +86,11 @@ class ObservedPeer(Observer, SFTTrainer):
 def train_with_trl(folder: Path, cell: dict[str, Any]) -> None:
     """Train `cell` as TRL's documentation would have it: `SFTTrainer` over a dataset with the columns messages, tools
     and images. It gets our order of trajectories, and all settings of the recipe that it knows."""
-    from datasets import Dataset, Image
+    from datasets import Dataset, Features, Image, Json, List
     from transformers import BitsAndBytesConfig, set_seed
+
+    def decoded(trajectory: Trajectory) -> list[Any]:
+        return [decode_image(image) for image in trajectory.images]
 
     config = load_config(cell["recipe"], [*cell["overrides"], f"output_dir={folder / 'out'}"])
     plan = batch_plan(config, world.world_size())
@@ -93,13 +98,12 @@ def train_with_trl(folder: Path, cell: dict[str, Any]) -> None:
     steps = config.train.max_steps
     samples = [sample for step in range(steps) for sample in schedule.global_batch(step)]
     trajectories = [schedule.shards.read(sample) for sample in samples]
-    rows = [
-        {"messages": one.messages, "tools": one.tools} | ({"images": images} if (images := one.images) else {})
-        for one in trajectories
-    ]
-    dataset = Dataset.from_list(rows)
-    if "images" in dataset.column_names:
-        dataset = dataset.cast_column("images", [Image()])
+    columns: dict[str, Any] = {"messages": Json(), "tools": Json()}  # as Arrow structs, calls would gain null arguments
+    rows: list[dict[str, Any]] = [{"messages": one.messages, "tools": one.tools} for one in trajectories]
+    if any(one.images for one in trajectories):
+        columns["images"] = List(Image())
+        rows = [row | {"images": decoded(one)} for row, one in zip(rows, trajectories, strict=True)]
+    dataset = Dataset.from_list(rows, features=Features(columns))
     ours = training_arguments(config, plan, steps)
     names = ("learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "bf16", "optim", "adam_beta2", "seed")
     settings = {name: getattr(ours, name) for name in names}

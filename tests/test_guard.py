@@ -64,7 +64,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimiser(
     output = gemma_dist("train", *words, launch=launch, fails=True)
     assert f"step {bad + 1}: the loss of rank" in output
     assert f"row-{POISONED}" in output
-    assert "Traceback" not in output.partition("torch.distributed")[0]
+    assert "This is a bug" not in output
     saved = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
     assert (f"checkpoint-{bad}" in saved) == (bad > 0)
     assert f"checkpoint-{bad + 1}" not in saved
