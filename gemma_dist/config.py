@@ -475,9 +475,7 @@ _NON_REENTRANT = (
     "since reentrant recomputation gives wrong gradients where layers share keys and values"
 )
 _EVALUATION = "there is no evaluation inside training; run `gemma-dist evaluate` on a checkpoint"
-_VISION = (
-    "lora and qlora leave the vision tower alone unless lora.target_modules names it; full trains all but the audio tower"
-)
+_VISION = "lora and qlora leave the vision tower alone unless lora.target_modules names it; full trains it"
 _PIXELS = "pictures are resized by the model's own image processor; data.max_image_pixels only refuses larger ones"
 NOT_SETTINGS = {
     name: reason
