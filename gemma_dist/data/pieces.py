@@ -68,7 +68,8 @@ class ShardReport:
 
     def summary(self) -> str:
         lines = [
-            f"{self.num_written:,} of {self.num_read:,} rows in {self.num_shards:,} shards: {self.out}",
+            f"{self.num_written:,} of {self.num_read:,} rows in {self.num_shards:,} "
+            f"shard{'s' * (self.num_shards != 1)}: {self.out}",
             f"{self.num_text_tokens:,} text tokens, {self.num_image_tokens:,} image tokens in {self.num_images:,} "
             f"images; {self.num_target_tokens:,} tokens are trained",
         ]

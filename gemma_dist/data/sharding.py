@@ -294,7 +294,7 @@ def _find_repeated(tasks: list[Task], before: Manifest | None, out: Path) -> dic
         piece, file, line = place(index)
         repeated.setdefault(piece, {})[file, line] = (
             f"{file}:{line}: the id {name!r} belongs to {owner} already; ids are unique over the whole input: rename "
-            "one of them (a row without an id is named by file and line)"
+            "one of them"
         )
     return repeated
 
