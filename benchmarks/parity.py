@@ -119,17 +119,18 @@ def all_cells() -> list[Cell]:
 
 
 def pruned_cells() -> list[Cell]:
-    """Every launch with every tuning; style, data and options rotate. Four processes once for each launch of them."""
+    """Every launch with every tuning; style and data (four pairs, so that cells share references) and options rotate.
+    Four processes once for each launch of them."""
+    kinds = (("e4b", "some", True), ("31b", "images", False), ("26b", "empty", False), ("e4b", "text", False))
     cells = []
     for i, (launch, tuning) in enumerate(product(list(LAUNCHES)[:6], TUNINGS)):
-        packing, checkpointing, accumulation = OPTIONS[(3 * i + i // 8) % len(OPTIONS)]
-        style, data = STYLES[(i + i // 4) % len(STYLES)], DATA[(i + i // 4) % len(DATA)]
+        style, data, packing = kinds[(i + i // 4) % len(kinds)]
+        checkpointing, accumulation = ((False, 4), (True, 1), (True, 4), (False, 1))[(i + i // 8) % 4]
         cells.append(_cell(launch, tuning, style, data, packing, checkpointing, accumulation))
-    resumed = [cell for cell in cells if cell.tuning in ("full", "qlora")]
-    cells += [_cell("cpu_ddp x4", "full", "31b", "some", True), _cell("cpu_zero3 x4", "lora", "e4b", "some")]
+    resumed = [cell for cell in cells if cell.tuning == "full"]
+    cells += [_cell("cpu_ddp x4", "full", "e4b", "some", True), _cell("cpu_zero3 x4", "lora", "31b", "images")]
     cells += [
-        _cell(launch, tuning, "e4b", "some", dtype="bfloat16")
-        for launch, tuning in (("cpu_ddp", "lora"), ("cpu_zero2", "full"), ("cpu_zero3", "qlora"))
+        _cell(launch, "lora", "e4b", "some", dtype="bfloat16") for launch in ("cpu_ddp", "cpu_zero2", "cpu_zero3")
     ]
     return [*cells, *_resumed(resumed)]
 

@@ -48,14 +48,13 @@ def broken_model(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
 @pytest.mark.parametrize(
     ("recipe", "launch"),
     [
-        ("cpu_full", None),
         ("cpu_full", "cpu_ddp"),
         pytest.param("cpu_full", "cpu_zero2", marks=needs_compiler),
         pytest.param("cpu_lora", "cpu_zero3", marks=needs_compiler),
     ],
 )
 def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimiser(
-    broken_model: Path, shards: Path, tmp_path: Path, recipe: str, launch: str | None
+    broken_model: Path, shards: Path, tmp_path: Path, recipe: str, launch: str
 ) -> None:
     paths = [f"model_name_or_path={broken_model}", f"data.train={shards}", f"output_dir={tmp_path / 'out'}"]
     words = [f"launch/{recipe}.yaml", *paths, *SETTINGS]

@@ -165,11 +165,12 @@ def test_check_validates_every_gpu_recipe_on_the_true_model(true_config, path):
     config = true_config(path)
     process = psutil.Process()
     before = process.memory_info().rss
-    texts = {world_size: describe_run(config, world_size) for world_size in WORLD_SIZES[path.stem]}
+    first, *others = WORLD_SIZES[path.stem]
+    described = describe_run(config, first)
     assert process.memory_info().rss - before < 2**30, "some weights were allocated"
-    assert all(f"= {world_size} ranks x" in text for world_size, text in texts.items())
-
-    described = texts[WORLD_SIZES[path.stem][0]]
+    assert f"= {first} ranks x" in described
+    for world_size in others:  # nothing else depends on it, and the largest models take seconds
+        assert f"= {world_size} ranks x" in str(batch_plan(config, world_size))
     found = re.search(r"^trains ([\d,]+) of ([\d,]+) parameters .* take ([\d.]+) GiB$", described, re.MULTILINE)
     assert found
     trained, total = (int(number.replace(",", "")) for number in found.groups()[:2])
