@@ -49,7 +49,6 @@ def broken_model(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
     ("recipe", "launch"),
     [
         ("cpu_full", "cpu_ddp"),
-        pytest.param("cpu_full", "cpu_zero2", marks=needs_compiler),
         pytest.param("cpu_lora", "cpu_zero3", marks=needs_compiler),
     ],
 )
