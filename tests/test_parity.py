@@ -50,7 +50,8 @@ def test_a_cell_equals_its_reference(figures: dict[str, dict[str, Any]], cell: C
 
 @pytest.mark.parametrize("cells", [pruned_cells(), all_cells()], ids=["pruned", "all"])
 def test_each_row_and_column_is_touched(cells: list[Cell]) -> None:
-    for name, values in {"launch": LAUNCHES, "tuning": TUNINGS, "style": STYLES, "data": DATA}.items():
+    columns = {"launch": list(LAUNCHES), "tuning": list(TUNINGS), "style": list(STYLES), "data": list(DATA)}
+    for name, values in columns.items():
         assert {getattr(cell, name) for cell in cells} == set(values)
     for name in ("packing", "checkpointing", "accumulation", "dtype"):
         assert len({getattr(cell, name) for cell in cells}) >= 2, name
