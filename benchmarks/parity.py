@@ -34,6 +34,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from ranks import ENVIRONMENT  # noqa: E402 (found by the line above)
 
 LAUNCHES = {  # number of processes; the rest is in accelerate_configs/
     "single": 1,
@@ -60,14 +61,6 @@ LIMITS = {"float32": 1e-5, "bfloat16": 5e-2}
 # equal, a difference in the eighth digit sends one token elsewhere.
 ROUTED_LIMIT = 1e-3
 LAUNCH_TIMEOUT_S = 300  # for a cell
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "CUDA_VISIBLE_DEVICES": "",
-    "DS_ACCELERATOR": "cpu",
-    "PYTHONPATH": str(ROOT),
-}
 
 
 @dataclass(frozen=True)
@@ -275,7 +268,7 @@ def run_launch(bench: Bench, launch: str, cells: list[Cell]) -> None:
             done = subprocess.run(
                 [*command, "benchmarks/parity_worker.py", *words],
                 cwd=ROOT,
-                env=os.environ | ENVIRONMENT,
+                env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
                 capture_output=True,
                 text=True,
                 timeout=LAUNCH_TIMEOUT_S * len(runs),

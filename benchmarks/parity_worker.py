@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.state import AcceleratorState
@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from gemma_dist import world
 from gemma_dist.config import batch_plan, load_config
 from gemma_dist.data import loader as loader_module
-from gemma_dist.data.batch import collate
+from gemma_dist.data.batch import ControlIds, Sample, collate
 from gemma_dist.data.schedule import open_schedule
 from gemma_dist.data.trajectory import Trajectory, decode_image
 from gemma_dist.model.load import _peft_config
@@ -72,7 +72,9 @@ class Observer:
         if world.rank() == 0:
             save_file(gradients, self.folder / "gradients.safetensors")
 
-    def __getattr__(self, name: str) -> Any: ...  # the trainer's
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # the trainer's
 
 
 class Observed(Observer, trainer_module.ToolCallTrainer):
@@ -151,12 +153,16 @@ def train_with_trl(folder: Path, cell: dict[str, Any]) -> None:
         (folder / "out" / "metrics.jsonl").write_text("\n".join(lines))
 
 
+def collate_as_rows(packs: list[list[Sample]], ids: ControlIds) -> dict[str, torch.Tensor]:
+    """What `collate_packs` is given, each trajectory in a row of its own."""
+    return collate([sample for pack in packs for sample in pack], ids)
+
+
 def train_cell(folder: Path, cell: dict[str, Any], probe: dict[str, torch.Tensor]) -> None:
     """Train `cell` and write its gradients and logits."""
     config = load_config(cell["recipe"], [*cell["overrides"], f"output_dir={folder / 'out'}"])
     if cell["unpacked"]:  # the reference of a packed cell: the same trajectories at each step, each in a row of its own
-        packs_as_rows = lambda packs, ids: collate([sample for pack in packs for sample in pack], ids)  # noqa: E731
-        loader_module.collate_packs = packs_as_rows
+        loader_module.collate_packs = collate_as_rows
         load_model = run.load_model
         run.load_model = lambda *args, packing, **kwargs: load_model(*args, packing=False, **kwargs)
     try:

@@ -22,13 +22,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "CUDA_VISIBLE_DEVICES": "",
-    "PYTHONPATH": str(ROOT),
-}
+from ranks import ENVIRONMENT  # noqa: E402 (found by the line above)
+
 NUM_STEPS, NUM_ROUNDS, MICRO_BATCH, WARM_UP = 12, 4, 4, 2
 NUM_ROWS = NUM_STEPS * MICRO_BATCH
 
@@ -153,7 +148,7 @@ def scaling(folder: Path) -> None:
         subprocess.run(
             [*command, *settings(model, shards, out, *sizes)],
             cwd=ROOT,
-            env=os.environ | ENVIRONMENT,
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
             check=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -2,12 +2,14 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 ENVIRONMENT = {
@@ -17,6 +19,9 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",  # the CPU, even where there is a GPU
     "DS_ACCELERATOR": "cpu",
 }
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="DeepSpeed compiles an operator for CPU processes with g++, which is absent"
+)
 
 
 def start(*words: object, launch: str | None = None) -> subprocess.Popen[str]:

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from corpus import row, shard_rows
-from ranks import gemma_dist
+from ranks import gemma_dist, needs_compiler
 from safetensors.torch import load_file, save_file
 from store import serve
-from test_train import needs_compiler
 
 from gemma_dist.data.shards import open_shards
 
@@ -70,9 +69,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimiser(
     assert [json.loads(line)["step"] for line in rows] == list(range(1, bad + 1))
 
 
-def test_a_gradient_that_is_not_finite_stops_too(
-    model: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_gradient_that_is_not_finite_stops_too(shards: Path) -> None:
     from gemma_dist.config import BatchPlan
     from gemma_dist.data.schedule import Schedule
     from gemma_dist.errors import TrainingError

@@ -5,21 +5,18 @@ Slow, 5 to 10 minutes: `benchmarks/parity.py --pruned` starts nine sets of proce
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import ENVIRONMENT, REPOSITORY
+from ranks import ENVIRONMENT, REPOSITORY, needs_compiler
 
 sys.path.append(str(REPOSITORY / "benchmarks"))
 from parity import DATA, LAUNCHES, STYLES, TUNINGS, Cell, all_cells, pruned_cells
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="DeepSpeed compiles an operator for CPU processes with g++, which is absent"
-)
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")

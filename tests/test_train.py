@@ -12,7 +12,7 @@ import pytest
 import torch
 from corpus import row, write_rows
 from peft import PeftModel
-from ranks import gemma_dist, kill, start, wait_for
+from ranks import gemma_dist, kill, needs_compiler, start, wait_for
 from safetensors.torch import load_file
 from store import serve
 from transformers import AutoModelForImageTextToText
@@ -22,9 +22,6 @@ from gemma_dist.errors import CheckpointError
 from gemma_dist.train.checkpoint import MARKER, find_checkpoint
 
 NUM_STEPS = 4
-needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="DeepSpeed compiles an operator for CPU processes with g++, which is absent"
-)
 # Rows of very different length, with and without images, in an epoch whose last batch is not full: 4 x 4 - 3 rows.
 SETTINGS = ["per_device_train_batch_size=2", "global_batch_size=4", f"max_steps={NUM_STEPS}", "save_steps=2"]
 

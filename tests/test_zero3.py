@@ -5,7 +5,6 @@ This file is also what each rank runs: accelerate launch … tests/test_zero3.py
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,13 +14,9 @@ from typing import Any
 import pytest
 import torch
 from corpus import row, write_rows
-from ranks import ENVIRONMENT, REPOSITORY, gemma_dist
+from ranks import ENVIRONMENT, REPOSITORY, gemma_dist, needs_compiler
 
 from gemma_dist.evaluate.generate import STOP_TOKENS
-
-needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="DeepSpeed compiles an operator for CPU processes with g++, which is absent"
-)
 
 # Style, number format of the files, number format in memory.
 STYLES = [("e4b", "float32", "float32"), ("31b", "float32", "bfloat16"), ("26b", "bfloat16", "bfloat16")]

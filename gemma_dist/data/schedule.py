@@ -7,6 +7,7 @@ schedule.micro_batches(step=1000, rank=3)     [[[17, 4], [250]], …]: micro-bat
 import hashlib
 import math
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ class Schedule:
         self._sources = [self._source(rows, lanes, seed) for rows, lanes in zip(ranges, num_lanes, strict=True)]
         self._lanes = spread_lanes(num_lanes)
         self._packs: OrderedDict[tuple[int, int], list[list[int]]] = OrderedDict()  # of blocks, last used last
+        self._lock = threading.Lock()  # the watchdog asks from a thread of its own
 
     @property
     def steps_per_epoch(self) -> int:
@@ -94,7 +96,8 @@ class Schedule:
     def sequences(self, step: int, lanes: range) -> list[Sequence]:
         """The sequences that `lanes` give at `step`; in the tail of an epoch some give none."""
         places = [place for lane in lanes if (place := self._place(step, lane))]
-        packs = self._packs_of({block for block, _ in places})
+        with self._lock:
+            packs = self._packs_of({block for block, _ in places})
         return [Sequence(packs[block][unit], block) for block, unit in places]
 
     def rank_sequences(self, step: int, rank: int) -> list[Sequence]:
