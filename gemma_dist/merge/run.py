@@ -19,7 +19,7 @@ import torch
 
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.merge.plan import Lora, Step, plan_merge
-from gemma_dist.merge.tensorfile import Entry, TensorFile, open_tensors, write_header, write_tensor
+from gemma_dist.tensorfile import Entry, TensorFile, open_tensors, write_header, write_tensor
 from gemma_dist.report import log, progress, write_json
 
 BaseWeights = Literal["as_trained", "original"]

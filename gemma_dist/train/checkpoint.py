@@ -20,7 +20,8 @@ MEANING = {  # of what a run is bound to, where the name alone does not say it
     "num_samples": "its number of samples",
     "encoding": "its tokenizer, chat template or image processor (fingerprint)",
     "weights": "the weights of data.train",
-    "optimizer": "the optimiser's spread over ranks",
+    "optim": "train.optim",
+    "optimizer": "the layout of the optimiser, whose 8-bit states can only be read back by the same ranks,",
 }
 
 

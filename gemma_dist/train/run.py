@@ -19,18 +19,17 @@ from gemma_dist.launch import current_launch, require_fit
 from gemma_dist.model.load import ADAPTER_RECORD, add_adapter, load_model
 from gemma_dist.report import RunLog, log
 from gemma_dist.train.checkpoint import find_checkpoint
+from gemma_dist.train.optimizer import is_bound_to_ranks
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 
 # What a checkpoint holds to go on from, and a result does not need.
 STATE_FILES = (
     "complete.json",
-    "latest",
     "optimizer*",
     "README.md",
     "rng_state*",
     "scheduler*",
     "trainer_state*",
-    "zero_to_*.py",
 )
 
 
@@ -47,6 +46,7 @@ def train(config: RunConfig) -> None:
     shards = schedule.shards
     quarantine = read_quarantine(config.data.quarantine, shards)
     num_steps = schedule.num_steps(config.train)
+    bound = is_bound_to_ranks(config.train.optim, zero=launch.deepspeed is not None)
     state = {
         "manifest": shards.manifest_hash,
         "num_samples": len(shards),
@@ -57,8 +57,8 @@ def train(config: RunConfig) -> None:
         "global_batch_size": plan.global_batch_size,
         "tuning": config.tuning,
         "lora": config.lora.model_dump() if config.lora else None,
-        # DeepSpeed cuts a checkpoint's optimiser by stage and rank; all others are whole, for any number of ranks.
-        "optimizer": f"ZeRO-{launch.zero_stage} on {plan.world_size} ranks" if launch.deepspeed else "whole",
+        "optim": config.train.optim.removesuffix("_fused"),
+        "optimizer": f"ZeRO-{launch.zero_stage} on {plan.world_size} ranks" if bound else None,
     }
     checkpoint, start_step = find_checkpoint(config.train.output_dir, config.train.resume_from_checkpoint, state)
     encoder = load_encoder(

@@ -32,6 +32,7 @@ from gemma_dist.model.load import use_cpu, write_record
 from gemma_dist.report import RunLog
 from gemma_dist.train import checkpoint
 from gemma_dist.train.guard import Watchdog, sample_ids, stop_unless_finite
+from gemma_dist.train.optimizer import load_optimizer, save_optimizer
 
 # Settings of a recipe that are ours to carry out.
 OURS = (
@@ -120,8 +121,10 @@ class ToolCallTrainer(SFTTrainer):
     def get_train_dataloader(self) -> DataLoader:
         return DataLoader(self.loader, batch_size=None)
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            load_optimizer(Path(resume_from_checkpoint), self.model, self.optimizer.optimizer, self.lr_scheduler)
         if self.args.activation_checkpointing:
             assert_non_reentrant(self.model)
         if self.is_deepspeed_enabled:
@@ -179,6 +182,9 @@ class ToolCallTrainer(SFTTrainer):
                 num_tokens=num_tokens,
             )
         super().log(logs, start_time)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_optimizer(Path(output_dir), self.model, self.optimizer.optimizer, self.lr_scheduler)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / checkpoint.UNFINISHED)

@@ -1,4 +1,4 @@
-"""Safetensors files, read and written one tensor at a time, so that a merge holds no more than the largest one.
+"""Safetensors files, read and written one tensor at a time, so that no more than the largest one is held beside them.
 
 The format (https://huggingface.co/docs/safetensors, "Format"): 8 bytes with the length N of the header, unsigned and
 little-endian; N bytes of JSON, {name: {"dtype", "shape", "data_offsets": [begin, end]}} with offsets from the end of
@@ -17,6 +17,15 @@ import torch
 from gemma_dist.errors import CheckpointError
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPE_NAMES = {
+    **{dtype: name for name, dtype in TORCH_DTYPES.items()},
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
 COPY_BYTES = 8 << 20
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader
 
@@ -115,4 +124,18 @@ def write_header(target: BinaryIO, entries: Mapping[str, Entry], metadata: Mappi
 
 def write_tensor(target: BinaryIO, tensor: torch.Tensor) -> None:
     """Append one tensor's bytes."""
-    target.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    target.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a whole file, under a temporary name until it is complete."""
+    entries = {
+        name: Entry(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
+        for name, tensor in tensors.items()
+    }
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as target:
+        write_header(target, entries, {"format": "pt"})
+        for tensor in tensors.values():
+            write_tensor(target, tensor)
+    temporary.replace(path)
