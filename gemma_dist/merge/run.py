@@ -19,8 +19,8 @@ import torch
 
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.merge.plan import Lora, Step, plan_merge
-from gemma_dist.tensorfile import Entry, TensorFile, open_tensors, write_header, write_tensor
 from gemma_dist.report import log, progress, write_json
+from gemma_dist.tensorfile import Entry, TensorFile, open_tensors, write_header, write_tensor
 
 BaseWeights = Literal["as_trained", "original"]
 
