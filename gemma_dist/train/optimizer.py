@@ -10,7 +10,6 @@ follow the elements have `#` there: the number of steps, and the scales of an 8-
 read back only where the same elements lie together (`is_bound_to_ranks`).
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,10 +21,8 @@ from safetensors import safe_open
 
 from gemma_dist import world
 from gemma_dist.errors import CheckpointError
-from gemma_dist.report import write_json
 from gemma_dist.tensorfile import write_tensors
 
-SCHEDULER = "scheduler.json"
 FOLLOWING_ELEMENTS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "sgd")
 
 
@@ -60,7 +57,7 @@ def is_bound_to_ranks(optim: str, *, zero: bool) -> bool:
     return zero and optim not in FOLLOWING_ELEMENTS
 
 
-def save_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> None:
+def save_optimizer(folder: Path, model: Any, optimizer: Any) -> None:
     """Write this rank's part of the state of `optimizer` (torch's, or DeepSpeed's around it). To be called by all."""
     zero = _zero(optimizer)
     state = (optimizer.optimizer if zero else optimizer).state
@@ -74,11 +71,9 @@ def save_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> 
                 tensors[f"{run.name}/{key}#{run.start}"] = torch.as_tensor(value)
     if zero or world.rank() == 0:
         write_tensors(folder / f"optimizer-{world.rank():05d}-of-{world.world_size():05d}.safetensors", tensors)
-    if world.rank() == 0:
-        write_json(folder / SCHEDULER, scheduler.state_dict())
 
 
-def load_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> None:
+def load_optimizer(folder: Path, model: Any, optimizer: Any) -> None:
     """Take states, and the weights of trained parameters, from what any launch saved. To be called by all ranks.
 
     Raises:
@@ -104,9 +99,6 @@ def load_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> 
                     state[key] = piece.file.get_tensor(piece.tensor).to(run.flat.device)
     if zero := _zero(optimizer):
         _hand_weights_to_model(zero)
-    scheduler.load_state_dict(json.loads((folder / SCHEDULER).read_text(encoding="utf-8")))
-    for group, learning_rate in zip(base.param_groups, scheduler.get_last_lr(), strict=True):
-        group["lr"] = learning_rate
 
 
 def _zero(optimizer: Any) -> Any:

@@ -28,7 +28,6 @@ STATE_FILES = (
     "optimizer*",
     "README.md",
     "rng_state*",
-    "scheduler*",
     "trainer_state*",
 )
 

@@ -124,7 +124,9 @@ class ToolCallTrainer(SFTTrainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
-            load_optimizer(Path(resume_from_checkpoint), self.model, self.optimizer.optimizer, self.lr_scheduler)
+            load_optimizer(Path(resume_from_checkpoint), self.model, self.optimizer.optimizer)
+            self.lr_scheduler.last_epoch = self.loader.start_step - 1  # a function of the step alone
+            self.lr_scheduler.step()
         if self.args.activation_checkpointing:
             assert_non_reentrant(self.model)
         if self.is_deepspeed_enabled:
@@ -184,7 +186,7 @@ class ToolCallTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        save_optimizer(Path(output_dir), self.model, self.optimizer.optimizer, self.lr_scheduler)
+        save_optimizer(Path(output_dir), self.model, self.optimizer.optimizer)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / checkpoint.UNFINISHED)
