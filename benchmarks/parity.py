@@ -71,8 +71,8 @@ ELSEWHERE = {  # the launch, of another world size, that goes on from a checkpoi
 OPTIONS = tuple(product((False, True), (False, True), (1, 4)))  # packing, checkpointing, accumulation
 NUM_STEPS, GLOBAL_BATCH, NUM_ROWS, PACKING_LENGTH = 5, 8, 120, 400
 LIMITS = {"float32": 1e-5, "bfloat16": 5e-2}
-# Of steps 2 to 5 with experts, or with 8-bit states of the optimiser: which expert a token goes to and which of 256 levels
-# a state gets are step functions, and where two are nearly equal, a difference in the eighth digit decides.
+# Of steps 2 to 5 with experts, or with 8-bit states of the optimiser: which expert a token goes to and which of 256
+# levels a state gets are step functions, and where two are nearly equal, a difference in the eighth digit decides.
 ROUNDED_LIMIT = 1e-3
 LAUNCH_TIMEOUT_S = 300  # for a cell
 RESULT = "result.json"  # of a cell that ran to its end
@@ -290,7 +290,8 @@ def run_launch(bench: Bench, launch: str, cells: list[Cell]) -> None:
     runs = {cell.name: bench.run_of(cell) for cell in cells if not (bench.folder / cell.name / RESULT).exists()}
     while runs:
         for name in runs:
-            (bench.folder / name).mkdir(exist_ok=True)
+            shutil.rmtree(bench.folder / name, ignore_errors=True)  # of a command that was stopped
+            (bench.folder / name).mkdir()
         listed = bench.folder / f"{launch.replace(' ', '-')}.cells.json"
         listed.write_text(json.dumps(runs))
         command, words = [sys.executable], [str(bench.folder), launch.replace(" ", "-")]
