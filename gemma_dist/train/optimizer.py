@@ -70,6 +70,7 @@ def save_optimizer(folder: Path, model: Any, optimizer: Any) -> None:
             elif value is not None and (run.offset == 0 or key == "step"):
                 tensors[f"{run.name}/{key}#{run.start}"] = torch.as_tensor(value)
     if zero or world.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)  # no rank waits for another here
         write_tensors(folder / f"optimizer-{world.rank():05d}-of-{world.world_size():05d}.safetensors", tensors)
 
 
