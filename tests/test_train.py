@@ -18,8 +18,8 @@ from store import serve
 from transformers import AutoModelForImageTextToText
 
 from gemma_dist.data.shards import open_shards
-from gemma_dist.errors import CheckpointError
-from gemma_dist.train.checkpoint import MARKER, find_checkpoint
+from gemma_dist.errors import CheckpointError, ConfigError
+from gemma_dist.train.checkpoint import MARKER, alone_in, find_checkpoint
 from gemma_dist.train.optimizer import is_bound_to_ranks
 
 NUM_STEPS = 4
@@ -200,6 +200,16 @@ def test_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "never", {"seed": 1}) == (None, 0)
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         find_checkpoint(tmp_path, str(tmp_path / "checkpoint-200"), {"seed": 1})
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    with alone_in(tmp_path / "out"):
+        with pytest.raises(ConfigError, match="another run is at work there"), alone_in(tmp_path / "out"):
+            pass
+        with alone_in(tmp_path / "other"):
+            pass
+    with alone_in(tmp_path / "out"):
+        assert not list((tmp_path / "out").iterdir())
 
 
 def test_8_bit_states_that_are_spread_stay_where_they_were(tmp_path: Path) -> None:

@@ -4,13 +4,17 @@ A checkpoint is written under `.unfinished/` and moved to `checkpoint-<step>` wh
 `complete.json` in place. So a folder of that name is whole, and a killed run finds the newest one by itself.
 """
 
+import contextlib
+import fcntl
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gemma_dist import world
-from gemma_dist.errors import CheckpointError
+from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.report import log, write_json
 
 MARKER = "complete.json"
@@ -60,6 +64,36 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, state: dict[s
             "train.output_dir (or train.resume_from_checkpoint=never)"
         )
     return folder, marker["step"]
+
+
+@contextlib.contextmanager
+def alone_in(output_dir: Path) -> Iterator[None]:
+    """Within, no other run writes to `output_dir`: the ranks of a killed launcher may still be at work there.
+
+    Rank 0 locks the folder itself, which leaves no file behind and ends with the process. File systems without such
+    locks go without.
+
+    Raises:
+        ConfigError: another run has it.
+    """
+    if world.rank() != 0:
+        yield
+        return
+    output_dir.mkdir(parents=True, exist_ok=True)
+    folder = os.open(output_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"train.output_dir = {str(output_dir)!r}: another run is at work there; wait for it, or end all its "
+                "ranks (`kill -9` of a launcher leaves them), or name another folder"
+            ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(folder)
 
 
 def begin(output_dir: Path) -> Path:

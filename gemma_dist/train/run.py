@@ -18,7 +18,7 @@ from gemma_dist.data.schedule import open_schedule, read_quarantine
 from gemma_dist.launch import current_launch, require_fit
 from gemma_dist.model.load import ADAPTER_RECORD, add_adapter, load_model
 from gemma_dist.report import RunLog, log
-from gemma_dist.train.checkpoint import find_checkpoint
+from gemma_dist.train.checkpoint import alone_in, find_checkpoint
 from gemma_dist.train.optimizer import is_bound_to_ranks
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 
@@ -77,20 +77,21 @@ def train(config: RunConfig) -> None:
     )
     log.info("%d trajectories, %s, steps %d to %d", len(shards), plan, start_step, num_steps)
 
-    if start_step < num_steps:
-        arguments = training_arguments(config, plan, num_steps)
-        model = _model(config, arguments)
-        run_log = RunLog(config.train.output_dir / "metrics.jsonl", start_step=start_step, num_steps=num_steps)
-        trainer = ToolCallTrainer(config, arguments, model, loader, state, run_log)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        run_log.close()
-        checkpoint = config.train.output_dir / f"checkpoint-{num_steps}"
-    else:
-        log.info(
-            "%s is the end of this run: nothing is left to train. For another run set train.output_dir", checkpoint
-        )
-    if rank == 0:
-        _publish(checkpoint, config.train.output_dir)
+    with alone_in(config.train.output_dir):
+        if start_step < num_steps:
+            arguments = training_arguments(config, plan, num_steps)
+            model = _model(config, arguments)
+            run_log = RunLog(config.train.output_dir / "metrics.jsonl", start_step=start_step, num_steps=num_steps)
+            trainer = ToolCallTrainer(config, arguments, model, loader, state, run_log)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            run_log.close()
+            checkpoint = config.train.output_dir / f"checkpoint-{num_steps}"
+        else:
+            log.info(
+                "%s is the end of this run: nothing is left to train. For another run set train.output_dir", checkpoint
+            )
+        if rank == 0:
+            _publish(checkpoint, config.train.output_dir)
     world.disconnect()
 
 
