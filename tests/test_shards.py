@@ -218,7 +218,7 @@ def test_too_long_rows_are_dropped_and_counted_or_refused(tmp_path: Path, model:
         shard_rows(tmp_path, model, rows, max_length=200, too_long="error")
     report = shard_rows(tmp_path, model, rows, max_length=200, too_long="drop")
     assert (report.num_read, report.num_written, report.num_dropped) == (2, 1, 1)
-    assert "1 rows were dropped" in report.summary()
+    assert "dropped for their length: 1, cut: 0" in report.summary()
     (line,) = (tmp_path / "shards" / "too_long.jsonl").read_text().splitlines()
     assert json.loads(line)["id"] == "row-3"
     (tmp_path / "cut").mkdir()

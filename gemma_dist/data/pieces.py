@@ -74,10 +74,10 @@ class ShardReport:
             f"images; {self.num_target_tokens:,} tokens are trained",
         ]
         if self.num_rejected:
-            lines.append(f"{self.num_rejected:,} rows were refused: {Path(self.out) / REJECTED}")
+            lines.append(f"refused rows: {self.num_rejected:,}, in {Path(self.out) / REJECTED}")
         if self.num_dropped or self.num_cut:
             lines.append(
-                f"{self.num_dropped:,} rows were dropped and {self.num_cut:,} cut for their length: "
+                f"rows dropped for their length: {self.num_dropped:,}, cut: {self.num_cut:,}, both in "
                 f"{Path(self.out) / TOO_LONG}"
             )
         if self.num_dropped_reasoning:
