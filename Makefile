@@ -24,7 +24,7 @@ demo: .venv ## the whole job on a tiny Gemma 4: shard, train, evaluate, merge (a
 	python examples/demo.py
 
 test: .venv ## the tests; one of them: make test ARGS="-k config"
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 bench: .venv ## streaming beside its peers, some 25 minutes on 2 cores; one table: make bench ARGS="--only store"
 	python benchmarks/streaming.py $(ARGS)
