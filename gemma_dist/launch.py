@@ -135,6 +135,9 @@ def _wrong_launch(config: RunConfig, launch: Launch) -> Iterator[str]:
             "zero_optimization.stage3_gather_16bit_weights_on_model_save: must be true, or the result would hold empty "
             "tensors"
         )
+    for name in ("offload_optimizer", "offload_param"):
+        if zero.get(name, {}).get("device") == "nvme":
+            yield f"zero_optimization.{name}.device: nvme is not supported, checkpoints are written from memory; use cpu"
     for name, ours in (("optimizer", "train.optim"), ("scheduler", "train.lr_scheduler_type")):
         if name in launch.deepspeed:
             yield f"{name}: would replace the recipe's {ours} without a word; remove it from the DeepSpeed config"

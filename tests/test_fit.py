@@ -47,6 +47,7 @@ def launch(stage: int | None = None, **changed: Any) -> Launch:
             launch(3, zero={"stage3_gather_16bit_weights_on_model_save": False}),
             r"must be true, or the result would hold empty tensors",
         ),
+        (("cpu_lora",), launch(3, zero={"offload_param": {"device": "nvme"}}), r"offload_param.device: nvme .*use cpu"),
         (("cpu_lora",), launch(2, optimizer={"type": "AdamW"}), r"would replace the recipe's train.optim"),
         (("cpu_lora",), launch(2, scheduler={"type": "WarmupLR"}), r"would replace the recipe's train.lr_scheduler"),
         (("cpu_lora", "optim=adafactor"), launch(2), r"adafactor would not be Adafactor.*ddp.yaml"),
