@@ -137,7 +137,7 @@ def _wrong_launch(config: RunConfig, launch: Launch) -> Iterator[str]:
         )
     for name in ("offload_optimizer", "offload_param"):
         if zero.get(name, {}).get("device") == "nvme":
-            yield f"zero_optimization.{name}.device: nvme is not supported, checkpoints are written from memory; use cpu"
+            yield f"zero_optimization.{name}.device: nvme cannot be used: checkpoints come from memory; use cpu"
     for name, ours in (("optimizer", "train.optim"), ("scheduler", "train.lr_scheduler_type")):
         if name in launch.deepspeed:
             yield f"{name}: would replace the recipe's {ours} without a word; remove it from the DeepSpeed config"
