@@ -26,6 +26,9 @@ from gemma_dist.errors import ConfigError
 # PEFT refuses; "all-linear" adapts the tower and the gates of the per-layer embeddings as well.
 LANGUAGE_MODEL_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
+# Stacked weights of the experts, of shape (experts, out, in): parameters, not linear layers.
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+
 
 class Section(BaseModel):
     """A group of settings: immutable, and closed to keys that it does not know."""
@@ -129,6 +132,11 @@ class LoraConfig(Section):
         LANGUAGE_MODEL_LINEARS,
         description="Regular expression over full module names; default: the language model's linears.",
     )
+    target_parameters: list[str] = Field(
+        [],
+        description="Stacked weights to adapt as well, by the end of their names: experts.gate_up_proj and "
+        "experts.down_proj of 26B-A4B.",
+    )
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead.")
     use_dora: bool = Field(False, description="Train a magnitude for each output feature as well (DoRA).")
     bias: Literal["none"] = Field("none", description="Gemma 4's linears have no bias to train.")
@@ -147,6 +155,17 @@ class LoraConfig(Section):
             re.compile(value)
         except (re.error, TypeError) as error:
             raise ValueError(f"not a regular expression ({error}); {remedy}") from None
+        return value
+
+    @field_validator("target_parameters")
+    @classmethod
+    def _are_expert_weights(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name.rpartition(".")[2] not in EXPERT_WEIGHTS:
+                raise ValueError(
+                    f"{name!r} is not a stacked weight of the experts; write some of "
+                    f"{[f'experts.{weight}' for weight in EXPERT_WEIGHTS]}, and name linear layers in target_modules"
+                )
         return value
 
 
@@ -280,6 +299,14 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             yield f"data.{name}: {_at_sharding(name)}"
     if tuning == "full" and config.lora is not None:
         yield "lora: an adapter needs tuning: lora or qlora, but tuning is full; remove the section or change tuning"
+    if config.lora is not None and config.lora.target_parameters:
+        # PEFT adds the adapter to the weight itself, so it never sees the inputs that dropout acts on.
+        for name, value in (("lora_dropout", config.lora.lora_dropout), ("use_dora", config.lora.use_dora)):
+            if value:
+                yield (
+                    f"lora.{name}: {str(value).lower()}, which PEFT has for linear layers alone, but "
+                    "lora.target_parameters names experts; remove one of the two"
+                )
     if tuning != "qlora" and config.quantization is not None:
         yield f"quantization: a 4-bit base needs tuning: qlora, but tuning is {tuning}; remove it or change tuning"
     if tuning == "qlora" and config.quantization is not None and not config.quantization.load_in_4bit:
@@ -446,6 +473,7 @@ RENAMED = {
         "lora.lora_alpha": "alpha",
         "lora.lora_dropout": "dropout",
         "lora.target_modules": "lora_target lora_target_modules lora_target_linear",
+        "lora.target_parameters": "lora_target_parameters",
         "train.output_dir": "out_dir output save_dir",
         "train.per_device_train_batch_size": "micro_batch_size batch_size train_micro_batch_size_per_gpu",
         "train.global_batch_size": "train_batch_size total_batch_size effective_batch_size",

@@ -254,6 +254,12 @@ def test_a_section_given_as_a_value_is_told_once(problems):
         (["target_modules=[q_proj, v_proj]"], "bare names also matches the vision tower"),
         (["target_modules=all-linear"], "also adapts the vision tower"),
         (["target_modules='(q_proj'"], "not a regular expression"),
+        (["target_parameters=[q_proj.weight]"], "'q_proj.weight' is not a stacked weight of the experts"),
+        (
+            ["target_parameters=[experts.down_proj]", "lora_dropout=0.1"],
+            "lora.lora_dropout: 0.1, which PEFT has for linear layers alone, but lora.target_parameters names experts",
+        ),
+        (["target_parameters=[experts.down_proj]", "use_dora=true"], "lora.use_dora: true, which PEFT has for linear"),
         (["attn_implementation=flash_attention_2"], "FlashAttention-2 ends at head dimension 256"),
         (["fp16=true"], "overflows on Gemma"),
         (["gradient_checkpointing_kwargs={use_reentrant: true}"], "always non-reentrant"),

@@ -90,7 +90,7 @@ def test_modules_to_save_replaces_the_weight() -> None:
         ({"lora_bias": True}, "lora_bias"),
         ({"bias": "all"}, "bias = 'all'"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
+        ({"target_parameters": ["q_proj.weight"]}, "target_parameters names .*q_proj.weight, and only gate_up_proj"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"init_lora_weights": "loftq"}, "loftq"),
@@ -131,6 +131,43 @@ def test_kinds_without_a_known_sum_are_refused_by_name(settings: dict[str, Any],
 def test_tensors_without_their_place_are_refused(adapter: dict[str, Any], settings: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         plan(adapter, **settings)
+
+
+EXPERTS = "model.language_model.layers.0.experts"
+STACKS = BASE | {f"{EXPERTS}.down_proj": ("BF16", (3, 8, 5)), f"{EXPERTS}.gate_up_proj": ("BF16", (3, 10, 8))}
+GATE_UP, DOWN = factors(f"{EXPERTS}.base_layer", 10, 8, 3 * 2), factors(EXPERTS, 8, 5, 3 * 2)
+
+
+def plan_experts(adapter: dict[str, Any], *weights: str, **settings: Any) -> dict[str, Any]:
+    targets = {"target_parameters": [f"experts.{weight}" for weight in weights]}
+    steps = plan_merge(STACKS, adapter, SETTINGS | targets | settings, tied_embeddings=True, quantized_modules=())
+    return {step.name.rpartition(".")[2]: step.lora for step in steps if step.lora}
+
+
+def test_stacked_experts_find_their_factors_however_peft_nests_them() -> None:
+    both = plan_experts(DOWN | GATE_UP, "down_proj", "gate_up_proj")
+    assert both["gate_up_proj"].a == f"base_model.model.{EXPERTS}.base_layer.lora_A.weight"
+    assert both["down_proj"].b == f"base_model.model.{EXPERTS}.lora_B.weight"
+    assert {lora.num_experts for lora in both.values()} == {3}
+    (alone,) = plan_experts(factors(EXPERTS, 10, 8, 6), "gate_up_proj").values()
+    assert alone.a == f"base_model.model.{EXPERTS}.lora_A.weight"
+    scaled = plan_experts(DOWN | GATE_UP, "down_proj", "gate_up_proj", alpha_pattern={"experts.down_proj": 8})
+    assert (scaled["gate_up_proj"].scale, scaled["down_proj"].scale) == (2.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "weights", "named"),
+    [
+        (DOWN | GATE_UP, ["gate_up_proj"], "base_layer.weight, which the base does not have|must be"),
+        (DOWN, ["down_proj", "gate_up_proj"], r"gate_up_proj, but the adapter has no .*experts.base_layer.lora_A"),
+        (factors(EXPERTS, 8, 5, 2), ["down_proj"], r"has shape \[2, 5\].*of shape \[3, 8, 5\].*must be \[6, 5\]"),
+        (factors(EXPERTS, 5, 8, 6), ["down_proj"], r"must be \[6, 5\]"),
+        (DOWN, [], "experts.weight, which the base does not have"),
+    ],
+)
+def test_expert_factors_without_their_place_are_refused(adapter: Any, weights: list[str], named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        plan_experts(adapter, *weights)
 
 
 def test_quantised_bases_and_foreign_records_are_refused() -> None:
@@ -225,6 +262,34 @@ def test_every_bit_is_the_one_of_peft(bases: Any, name: str, kind: str, tmp_path
         assert torch.equal(value, expected.get(tensor, before[tensor])), tensor
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("weights", [["gate_up_proj", "down_proj"], ["down_proj"]])
+def test_stacked_experts_have_the_bits_of_peft(bases: Any, weights: list[str], tmp_path: Path) -> None:
+    base = bases("26b")
+    targets = {"target_parameters": [f"experts.{weight}" for weight in weights], "use_rslora": len(weights) == 1}
+    peft_model = write_adapter(base, tmp_path / "adapter", **targets)
+    report = merge(base, tmp_path / "adapter", tmp_path / "out", verify=True, base_weights="as_trained")
+    assert report.verification is not None
+    assert report.verification["top1_agreement"] == 1.0
+    expected = peft_model.merge_and_unload().state_dict()
+    before, after = tensors_of(base), tensors_of(tmp_path / "out")
+    assert all(torch.equal(value, expected[name]) for name, value in after.items())
+    changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"weight", *weights}
+
+
+def test_experts_beside_4_bit_layers_are_merged_in_16_bits(bases: Any, tmp_path: Path) -> None:
+    base = bases("26b-bfloat16")
+    write_adapter(base, tmp_path / "adapter", four_bit=True, target_parameters=["experts.gate_up_proj"])
+    report = merge(base, tmp_path / "adapter", tmp_path / "out", verify=True, base_weights="as_trained")
+    before, after = tensors_of(base), tensors_of(tmp_path / "out")
+    stacks = {name for name in before if ".experts." in name}
+    changed = {name for name in stacks if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in stacks if name.endswith("gate_up_proj")}
+    assert report.num_quantized == len(
+        json.loads((tmp_path / "adapter/gemma_dist.json").read_text())["quantization"]["modules"]
+    )
 
 
 def test_a_16_bit_adapter_is_summed_in_float32_as_peft_does(bases: Any, tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ REFUSED_SETTINGS = {
     "layer_replication": "it repeats layers of the base",
     "lora_bias": "it trains a bias, and Gemma's linear layers have none to add it to",
     "monteclora_config": "it samples its weights",
-    "target_parameters": "it adapts the experts' stacked weights, which are not merged yet",
     "trainable_token_indices": "it retrains single rows of the embedding, which Gemma ties to the LM head",
     "use_bdlora": "its factors are block-diagonal",
     "use_qalora": "its input is pooled in groups",
@@ -42,21 +41,29 @@ HARMLESS_SETTINGS = frozenset((
     "eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
     "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
-    "task_type", "use_dora", "use_rslora",
+    "target_parameters", "task_type", "use_dora", "use_rslora",
 ))
 # fmt: on
+# Stacked weights of a module of experts, in the order in which transformers declares them. PEFT wraps one after the
+# other, so the last adapted one is outermost, with its factors at the module's own path, whatever the settings' order.
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 # Initialisations that leave the base weight alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take their start out of it.
 PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class Lora:
-    """One adapted weight W of shape (out, in): W + scale * B @ A, and with DoRA each row then set to its magnitude."""
+    """One adapted weight W of shape (out, in): W + scale * B @ A, and with DoRA each row then set to its magnitude.
 
-    a: str  # names of adapter tensors: (r, in)
-    b: str  # (out, r)
+    Or a stack of them, (experts, out, in). The columns of B then run over ranks first and experts last, the rows of A
+    over experts first.
+    """
+
+    a: str  # names of adapter tensors: (r, in), or (experts * r, in)
+    b: str  # (out, r), or (out, r * experts)
     scale: float
     magnitude: str | None  # (out,)
+    num_experts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,10 +111,17 @@ def plan_merge(
     if not adapter:
         raise CheckpointError("the adapter has no tensors; save it again from the training run")
 
-    loras = {
-        f"{module}.weight": _lora(module, found, base, adapter, settings, tied_embeddings)
-        for module, found in factors.items()
-    }
+    experts = _expert_weights(base, settings.get("target_parameters") or ())
+    loras: dict[str, Lora] = {}
+    for module, found in factors.items():
+        name = experts.get(module, f"{module}.weight")
+        loras[name] = _lora(module, name, found, base, adapter, settings, tied_embeddings)
+    for module, name in experts.items():
+        if module not in factors:
+            raise CheckpointError(
+                f"adapter_config.json: target_parameters names {name}, but the adapter has no {PREFIX}{module}.lora_A; "
+                "the file is incomplete or does not belong to its adapter_config.json: save the adapter again"
+            )
     for name in loras.keys() & replaced_by.keys():
         raise CheckpointError(f"{name} is both adapted and replaced (by {replaced_by[name]}); train it one way only")
     quantized = {f"{module}.weight" for module in quantized_modules}
@@ -176,16 +190,38 @@ def _check_not_empty(adapter: Headers) -> None:
             )
 
 
+def _expert_weights(base: Headers, target_parameters: Iterable[str]) -> dict[str, str]:
+    """Where PEFT keeps the factors of each adapted stack: module as the adapter names it -> tensor of the base.
+
+    PEFT nests a wrapper for each adapted parameter of a module, so an inner one has `.base_layer` in its name.
+    """
+    adapted: dict[str, list[str]] = {}  # module of experts -> its adapted weights
+    for name in base:
+        if any(f".{name}".endswith(f".{target}") for target in target_parameters):
+            module, _, weight = name.rpartition(".")
+            if weight not in EXPERT_WEIGHTS:
+                raise CheckpointError(
+                    f"adapter_config.json: target_parameters names {name}, and only {' and '.join(EXPERT_WEIGHTS)} of "
+                    "experts are merged. Merge it with PEFT's merge_and_unload"
+                )
+            adapted.setdefault(module, []).append(weight)
+    return {
+        module + ".base_layer" * depth: f"{module}.{weight}"
+        for module, weights in adapted.items()
+        for depth, weight in enumerate(sorted(weights, key=EXPERT_WEIGHTS.index, reverse=True))
+    }
+
+
 def _lora(
     module: str,
+    name: str,
     found: Mapping[str, str],
     base: Headers,
     adapter: Headers,
     settings: Mapping[str, Any],
     tied_embeddings: bool,
 ) -> Lora:
-    """The adapter tensors of one module, checked against its weight."""
-    name = f"{module}.weight"
+    """The adapter tensors of one module, checked against its weight, the tensor `name` of the base."""
     any_tensor = next(iter(found.values()))
     if tied_embeddings and module.rpartition(".")[2] in ("embed_tokens", "lm_head"):
         raise CheckpointError(
@@ -208,13 +244,18 @@ def _lora(
             "incomplete or does not belong to its adapter_config.json: save the adapter again"
         )
 
-    rank = _by_pattern(settings.get("rank_pattern"), module, settings.get("r", 8))  # PEFT's default
-    alpha = _by_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", 8))
+    target = name.removesuffix(".weight")  # what PEFT matches its patterns with
+    rank = _by_pattern(settings.get("rank_pattern"), target, settings.get("r", 8))  # PEFT's default
+    alpha = _by_pattern(settings.get("alpha_pattern"), target, settings.get("lora_alpha", 8))
     weight_shape = base[name][1]
-    if len(weight_shape) != 2:
-        raise CheckpointError(f"{name} in the base has shape {list(weight_shape)}; LoRA is merged into matrices only")
-    out_features, in_features = weight_shape
-    for kind, shape in zip(wanted, [(rank, in_features), (out_features, rank), (out_features,)], strict=False):
+    stacked = target == name
+    if len(weight_shape) != 2 + stacked:
+        raise CheckpointError(
+            f"{name} in the base has shape {list(weight_shape)}; LoRA is merged into matrices and experts' stacks only"
+        )
+    *stack, out_features, in_features = weight_shape
+    rows = rank * math.prod(stack)
+    for kind, shape in zip(wanted, [(rows, in_features), (out_features, rows), (out_features,)], strict=False):
         if (actual := adapter[found[kind]][1]) != shape:
             raise CheckpointError(
                 f"{found[kind]} in the adapter has shape {list(actual)}; with r = {rank} and {name} of shape "
@@ -226,6 +267,7 @@ def _lora(
         b=found["lora_B.weight"],
         scale=alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank,
         magnitude=found.get("lora_magnitude_vector"),
+        num_experts=weight_shape[0] if stacked else None,
     )
 
 

@@ -289,9 +289,16 @@ def four_bit_round_trip(weight: torch.Tensor, quantization: Mapping[str, Any]) -
 def add_lora(weight: torch.Tensor, lora: Lora, adapter: TensorFile) -> torch.Tensor:
     """W + s * (B @ A) in float32; with DoRA, each row scaled from its norm to its trained magnitude.
 
-    In PEFT's order of operations (`Linear.get_delta_weight`, `DoraLinearVariant.merge_unsafe`), so that the bits agree.
+    In PEFT's order of operations (`get_delta_weight` of `Linear` and `ParamWrapper`, `DoraLinearVariant.merge_unsafe`),
+    so that the bits agree.
     """
-    delta = (adapter.read(lora.b).float() @ adapter.read(lora.a).float()).mul_(lora.scale)
+    a, b = adapter.read(lora.a).float(), adapter.read(lora.b).float()
+    if lora.num_experts is None:
+        delta = b @ a
+    else:
+        a, b = a.view(lora.num_experts, -1, a.shape[1]), b.view(len(b), -1, lora.num_experts)
+        delta = torch.einsum("ore,eri->eoi", b, a)
+    delta.mul_(lora.scale)
     merged = delta.add_(weight)  # summed in float32, whatever the weight's dtype
     if lora.magnitude is None:
         return merged

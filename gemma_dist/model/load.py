@@ -98,6 +98,7 @@ def load_for_evaluation(model: str, adapter: Path | None) -> Any:
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"adapter {adapter} does not fit {model!r}: {error}") from error
     if zero3 is not None:
+        _gather_with_experts(loaded)
         spread(loaded, zero3)
     return loaded.eval()
 
@@ -106,15 +107,26 @@ def add_adapter(model: Any, settings: LoraConfig, *, zero3: bool) -> Any:
     """`model` with a fresh LoRA adapter, all else frozen.
 
     Raises:
-        ConfigError: lora.target_modules matches no layer, or one that cannot be adapted.
+        ConfigError: lora.target_modules matches no layer, or one that cannot be adapted; a name of
+            lora.target_parameters matches no weight.
     """
     from peft import get_peft_model
 
+    names = [name for name, _ in model.named_parameters()]
+    for wanted in settings.target_parameters:
+        if not any(name.endswith(f".{wanted}") for name in names):
+            raise ConfigError(
+                f"lora.target_parameters: {wanted!r} is the end of no weight of this model; 26B-A4B has "
+                "experts.gate_up_proj and experts.down_proj, the other models have no experts: remove it"
+            )
     try:
         # At ZeRO-3 DeepSpeed gathers parameters of one number format at a time: the adapter keeps that of the base.
-        return get_peft_model(model, _peft_config(settings), autocast_adapter_dtype=not zero3)
+        adapted = get_peft_model(model, _peft_config(settings), autocast_adapter_dtype=not zero3)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules = {settings.target_modules!r}: {error}") from error
+    if zero3:
+        _gather_with_experts(adapted)
+    return adapted
 
 
 def write_record(folder: Path, config: RunConfig, model: Any, **more: Any) -> None:
@@ -216,6 +228,15 @@ def _freeze_audio(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if "audio" in name:
             parameter.requires_grad_(False)
+
+
+def _gather_with_experts(model: Any) -> None:
+    """At ZeRO-3, gather the experts' adapter as they are: it is added to them without its own layers being called."""
+    from deepspeed.utils import set_z3_leaf_modules
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if any(isinstance(module, ParamWrapper) for module in model.modules()):
+        set_z3_leaf_modules(model, [ParamWrapper])
 
 
 def _part(name: str) -> str:
