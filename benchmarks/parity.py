@@ -54,7 +54,9 @@ TUNINGS = {
     "lora": ("cpu_lora", []),
     "dora": ("cpu_lora", ["lora.use_rslora=true", "lora.use_dora=true"]),
     "qlora": ("cpu_qlora", []),
+    "experts": ("cpu_lora", ["lora.target_parameters=[experts.gate_up_proj, experts.down_proj]"]),  # 26b alone has some
 }
+FOR_ALL_STYLES = ("full", "lora", "dora", "qlora")
 STYLES = ("e4b", "31b", "26b")
 DATA = ("text", "images", "some", "empty")  # images in none, all, some rows; "empty": a rank's batch is all quarantined
 OPTIMISERS = ("adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "adafactor", "sgd")
@@ -127,12 +129,13 @@ def all_cells() -> list[Cell]:
     """Every launch x tuning x style x data, the options dealt so that each meets each of the others; bfloat16; the
     other optimisers; and every launch gone on with in itself and in another."""
     cells = []
-    for i, (launch, tuning, style, data) in enumerate(product(LAUNCHES, TUNINGS, STYLES, DATA)):
-        packing, checkpointing, accumulation = OPTIONS[(i + i // len(OPTIONS)) % len(OPTIONS)]
-        cells.append(_cell(launch, tuning, style, data, packing, checkpointing, accumulation))
+    for i, (launch, tuning, style, data) in enumerate(product(LAUNCHES, FOR_ALL_STYLES, STYLES, DATA)):
+        cells.append(_cell(launch, tuning, style, data, *OPTIONS[(i + i // len(OPTIONS)) % len(OPTIONS)]))
+    for i, (launch, data) in enumerate(product(LAUNCHES, DATA)):
+        cells.append(_cell(launch, "experts", "26b", data, *OPTIONS[(i + i // len(OPTIONS)) % len(OPTIONS)]))
     cells += [
         _cell(launch, tuning, "e4b", "some", dtype="bfloat16")
-        for launch, tuning in product(LAUNCHES, TUNINGS)
+        for launch, tuning in product(LAUNCHES, FOR_ALL_STYLES)
         if tuning != "full" or "zero" in launch  # the others are refused
     ]
     cells += [
@@ -142,6 +145,7 @@ def all_cells() -> list[Cell]:
     ]
     whole = [cell for cell in cells if cell.style == "e4b" and cell.data == "some" and cell.dtype == "float32"]
     whole += [cell for cell in cells if cell.optim != "adamw_torch" and cell.launch in ("cpu_ddp", "cpu_zero2")]
+    whole += [cell for cell in cells if cell.tuning == "experts" and cell.data == "some"]
     return [*cells, *_resumed(whole, ELSEWHERE)]
 
 
@@ -150,7 +154,7 @@ def pruned_cells() -> list[Cell]:
     rotate. Four processes once for each launch of them."""
     kinds = (("e4b", "some", True), ("31b", "images", False), ("26b", "empty", False), ("e4b", "text", False))
     cells = []
-    for i, (launch, tuning) in enumerate(product(list(LAUNCHES)[:6], TUNINGS)):
+    for i, (launch, tuning) in enumerate(product(list(LAUNCHES)[:6], FOR_ALL_STYLES)):
         if (i + i // 4) % 2:
             continue
         style, data, packing = kinds[(i // 2 + i // 4) % len(kinds)]
@@ -158,6 +162,7 @@ def pruned_cells() -> list[Cell]:
         cells.append(_cell(launch, tuning, style, data, packing, checkpointing, accumulation))
     whole = [cell for cell in cells if cell.tuning in ("full", "lora")]
     cells += [_cell("cpu_ddp x4", "full", "e4b", "some", True), _cell("cpu_zero3 x4", "lora", "31b", "images")]
+    cells.append(_cell("cpu_zero3", "experts", "26b", "empty", False, True))
     cells += [
         _cell(launch, "lora", "e4b", "some", dtype="bfloat16") for launch in ("cpu_ddp", "cpu_zero2", "cpu_zero3")
     ]
@@ -330,7 +335,7 @@ def run_launch(bench: Bench, launch: str, cells: list[Cell]) -> None:
 def peer_cells() -> list[Cell]:
     """What TRL can be asked for: it has no quarantine, its packs would make other steps, and it saves what it likes."""
     cells = []
-    for i, (launch, tuning) in enumerate(product(list(LAUNCHES)[:6], TUNINGS)):
+    for i, (launch, tuning) in enumerate(product(list(LAUNCHES)[:6], FOR_ALL_STYLES)):
         checkpointing, accumulation = ((False, 1), (True, 1), (False, 4), (True, 4))[(i + i // 4) % 4]
         cells.append(_cell(launch, tuning, "e4b", "text", False, checkpointing, accumulation, by_trl=True))
     return [*cells, *(_cell(launch, "lora", "e4b", "some", by_trl=True) for launch in list(LAUNCHES)[:6])]
