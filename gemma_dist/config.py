@@ -26,7 +26,7 @@ from gemma_dist.errors import ConfigError
 # PEFT refuses; "all-linear" adapts the tower and the gates of the per-layer embeddings as well.
 LANGUAGE_MODEL_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
-# Stacked weights of the experts, of shape (experts, out, in): parameters, not linear layers.
+# Stacked weights of the experts, of shape (experts, out, in): parameters, not linear layers. In transformers' order.
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gemma_dist.config import EXPERT_WEIGHTS
 from gemma_dist.errors import CheckpointError
 
 # Tensor name -> (dtype as safetensors writes it, shape).
@@ -44,9 +45,6 @@ HARMLESS_SETTINGS = frozenset((
     "target_parameters", "task_type", "use_dora", "use_rslora",
 ))
 # fmt: on
-# Stacked weights of a module of experts, in the order in which transformers declares them. PEFT wraps one after the
-# other, so the last adapted one is outermost, with its factors at the module's own path, whatever the settings' order.
-EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 # Initialisations that leave the base weight alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take their start out of it.
 PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -193,7 +191,8 @@ def _check_not_empty(adapter: Headers) -> None:
 def _expert_weights(base: Headers, target_parameters: Iterable[str]) -> dict[str, str]:
     """Where PEFT keeps the factors of each adapted stack: module as the adapter names it -> tensor of the base.
 
-    PEFT nests a wrapper for each adapted parameter of a module, so an inner one has `.base_layer` in its name.
+    PEFT wraps a module once for each adapted parameter, in the order of EXPERT_WEIGHTS: the last stands at the module's
+    own path, each one further in has another `.base_layer` in its name.
     """
     adapted: dict[str, list[str]] = {}  # module of experts -> its adapted weights
     for name in base:
