@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 from gemma_dist.data.shards import open_shards
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.train.checkpoint import MARKER, alone_in, find_checkpoint
-from gemma_dist.train.optimizer import is_bound_to_ranks
+from gemma_dist.train.optimizer import layout
 
 NUM_STEPS = 4
 # Rows of very different length, with and without images, in an epoch whose last batch is not full: 4 x 4 - 3 rows.
@@ -214,15 +214,13 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
 
 def test_8_bit_states_that_are_spread_stay_where_they_were(tmp_path: Path) -> None:
     """Their scales belong to elements that lay together on a rank."""
-    assert not is_bound_to_ranks("adamw_torch", zero=True)
-    assert not is_bound_to_ranks("adamw_8bit", zero=False)
-    assert is_bound_to_ranks("adamw_8bit", zero=True)
+    assert layout("adamw_torch", 2, 4) is None
     (tmp_path / "checkpoint-2").mkdir()
-    marker = {"step": 2, "state": {"optimizer": "ZeRO-2 on 4 ranks"}}
+    marker = {"step": 2, "state": {"optimizer": layout("adamw_8bit", 2, 4)}}
     (tmp_path / "checkpoint-2" / MARKER).write_text(json.dumps(marker))
     assert find_checkpoint(tmp_path, "auto", marker["state"])[1] == 2
-    with pytest.raises(CheckpointError, match=r"8-bit states .* on 4 ranks' and is now 'ZeRO-2 on 2 ranks'"):
-        find_checkpoint(tmp_path, "auto", {"optimizer": "ZeRO-2 on 2 ranks"})
+    with pytest.raises(CheckpointError, match=r"same ranks .*was 'cut for 4 ranks at ZeRO-2' and is now 'whole'"):
+        find_checkpoint(tmp_path, "auto", {"optimizer": layout("adamw_8bit", None, 4)})
 
 
 @pytest.mark.parametrize(

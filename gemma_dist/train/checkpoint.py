@@ -25,7 +25,7 @@ MEANING = {  # of what a run is bound to, where the name alone does not say it
     "encoding": "its tokenizer, chat template or image processor (fingerprint)",
     "weights": "the weights of data.train",
     "optim": "train.optim",
-    "optimizer": "the layout of the optimiser, whose 8-bit states can only be read back by the same ranks,",
+    "optimizer": "the state of this train.optim, which only the same ranks can read back,",
 }
 
 

@@ -7,7 +7,7 @@ cut through the middle. To go on, a rank copies from the mapped files what overl
 
 `optimizer-<rank>-of-<world size>.safetensors` names tensors `<parameter>/<state>@<first element>`. States that do not
 follow the elements have `#` there: the number of steps, and the scales of an 8-bit optimiser, which at ZeRO can be
-read back only where the same elements lie together (`is_bound_to_ranks`).
+read back only where the same elements lie together (`layout`).
 """
 
 from collections.abc import Iterator
@@ -52,9 +52,11 @@ class Saved:
     file: Any
 
 
-def is_bound_to_ranks(optim: str, *, zero: bool) -> bool:
-    """Whether a checkpoint can be continued only at the same ZeRO stage on as many ranks."""
-    return zero and optim not in FOLLOWING_ELEMENTS
+def layout(optim: str, zero_stage: int | None, world_size: int) -> str | None:
+    """Where the state of `optim` can be read back alone; None: under any launch, on any number of ranks."""
+    if optim in FOLLOWING_ELEMENTS:
+        return None
+    return "whole" if zero_stage is None else f"cut for {world_size} ranks at ZeRO-{zero_stage}"
 
 
 def save_optimizer(folder: Path, model: Any, optimizer: Any) -> None:

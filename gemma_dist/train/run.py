@@ -19,7 +19,7 @@ from gemma_dist.launch import current_launch, require_fit
 from gemma_dist.model.load import ADAPTER_RECORD, add_adapter, load_model
 from gemma_dist.report import RunLog, log
 from gemma_dist.train.checkpoint import alone_in, find_checkpoint
-from gemma_dist.train.optimizer import is_bound_to_ranks
+from gemma_dist.train.optimizer import layout
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 
 # What a checkpoint holds to go on from, and a result does not need.
@@ -45,7 +45,6 @@ def train(config: RunConfig) -> None:
     shards = schedule.shards
     quarantine = read_quarantine(config.data.quarantine, shards)
     num_steps = schedule.num_steps(config.train)
-    bound = is_bound_to_ranks(config.train.optim, zero=launch.deepspeed is not None)
     state = {
         "manifest": shards.manifest_hash,
         "num_samples": len(shards),
@@ -57,7 +56,7 @@ def train(config: RunConfig) -> None:
         "tuning": config.tuning,
         "lora": config.lora.model_dump() if config.lora else None,
         "optim": config.train.optim.removesuffix("_fused"),
-        "optimizer": f"ZeRO-{launch.zero_stage} on {plan.world_size} ranks" if bound else None,
+        "optimizer": layout(config.train.optim, launch.zero_stage, plan.world_size),
     }
     checkpoint, start_step = find_checkpoint(config.train.output_dir, config.train.resume_from_checkpoint, state)
     encoder = load_encoder(
