@@ -415,17 +415,21 @@ def _reloaded(bench: Bench, cell: Cell) -> float:
 
 
 def show(results: dict[Cell, dict[str, Any]]) -> None:
-    """A row for each tuning and style (and for bfloat16 and resuming), a column for each launch: the worst figures of
-    its cells, as loss / gradient / logits."""
+    """A row for each tuning and style (and for bfloat16, other optimisers, and going on in the same launch or from
+    another one), a column for each launch: the worst loss, gradient and logits of its cells, or the worst figure of
+    resuming, with the number of cells."""
     columns = [launch for launch in LAUNCHES if any(cell.launch == launch for cell in results)]
     rows: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for cell, result in results.items():
-        kind = "resumed" if cell.resumed else "bfloat16" if cell.dtype == "bfloat16" else cell.style
+        kind = "bfloat16" if cell.dtype == "bfloat16" else cell.style
+        kind = "other optim" if cell.optim != "adamw_torch" else kind
+        if cell.resumed:
+            kind = "resumed" if cell.whole.launch == cell.launch else "moved here"
         rows.setdefault(f"{cell.tuning} {kind}", {}).setdefault(cell.launch, []).append(result)
-    width = 28
-    print("\n" + " " * 16 + "".join(f"{launch:>{width}}" for launch in columns))
+    width = 20
+    print("\n" + " " * 20 + "".join(f"{launch:>{width}}" for launch in columns))
     for name, by_launch in sorted(rows.items()):
-        print(f"{name:16}" + "".join(f"{_words(by_launch.get(launch, [])):>{width}}" for launch in columns))
+        print(f"{name:20}" + "".join(f"{_words(by_launch.get(launch, [])):>{width}}" for launch in columns))
     good = sum(result.get("ok", False) for result in results.values())
     print(f"\n{good} of {len(results)} cells agree with their reference", flush=True)
     for cell, result in results.items():
@@ -451,8 +455,9 @@ def _words(results: list[dict[str, Any]]) -> str:
     if failed := sum("error" in result for result in results):
         return f"{failed} of {len(results)} failed"
     names = [name for name in ("loss", "gradient", "logits", "resume") if name in results[0]]
-    worst = " ".join(f"{max(result[name] for result in results):.0e}" for name in names)
-    return f"{worst} ({len(results)}){'' if all(result['ok'] for result in results) else ' !'}"
+    worst = (f"{max(result[name] for result in results):.0e}".replace("e-0", "e-") for name in names)
+    numbers = " ".join("0" if number == "0e+00" else number for number in worst)
+    return f"{numbers} ({len(results)}){'' if all(result['ok'] for result in results) else ' !'}"
 
 
 def main() -> int:
