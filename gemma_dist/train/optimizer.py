@@ -180,8 +180,7 @@ def _hand_weights_to_model(zero: Any) -> None:
     if not hasattr(zero, "fp32_partitioned_groups_flat"):  # stages 1 and 2
         zero.update_lp_params()
         return
-    zero._partition_all_parameters()
+    # Small ones, which are kept whole between steps, stay cut until the first: DeepSpeed sees in the first forward pass
+    # which of them are used outside of their own layer (DoRA), by their not being there.
     for group in range(len(zero.fp32_partitioned_groups_flat)):
         zero._reassign_or_swap_out_partitioned_parameters(group)
-    if zero.persistent_parameters:  # small ones are kept whole between steps
-        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
