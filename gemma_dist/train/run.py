@@ -54,7 +54,7 @@ def train(config: RunConfig) -> None:
         "seed": config.train.seed,
         "global_batch_size": plan.global_batch_size,
         "tuning": config.tuning,
-        "lora": config.lora.model_dump() if config.lora else None,
+        "lora": {name: value for name, value in (config.lora or {}) if value},  # options that come later are off
         "optim": config.train.optim.removesuffix("_fused"),
         "optimizer": layout(config.train.optim, launch.zero_stage, plan.world_size),
     }
