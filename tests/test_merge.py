@@ -267,7 +267,10 @@ def test_every_bit_is_the_one_of_peft(bases: Any, name: str, kind: str, tmp_path
 @pytest.mark.parametrize("weights", [["gate_up_proj", "down_proj"], ["down_proj"]])
 def test_stacked_experts_have_the_bits_of_peft(bases: Any, weights: list[str], tmp_path: Path) -> None:
     base = bases("26b")
-    targets = {"target_parameters": [f"experts.{weight}" for weight in weights], "use_rslora": len(weights) == 1}
+    targets: dict[str, Any] = {
+        "target_parameters": [f"experts.{weight}" for weight in weights],
+        "use_rslora": len(weights) == 1,
+    }
     peft_model = write_adapter(base, tmp_path / "adapter", **targets)
     report = merge(base, tmp_path / "adapter", tmp_path / "out", verify=True, base_weights="as_trained")
     assert report.verification is not None

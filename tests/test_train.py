@@ -216,7 +216,7 @@ def test_8_bit_states_that_are_spread_stay_where_they_were(tmp_path: Path) -> No
     """Their scales belong to elements that lay together on a rank."""
     assert layout("adamw_torch", 2, 4) is None
     (tmp_path / "checkpoint-2").mkdir()
-    marker = {"step": 2, "state": {"optimizer": layout("adamw_8bit", 2, 4)}}
+    marker: dict[str, Any] = {"step": 2, "state": {"optimizer": layout("adamw_8bit", 2, 4)}}
     (tmp_path / "checkpoint-2" / MARKER).write_text(json.dumps(marker))
     assert find_checkpoint(tmp_path, "auto", marker["state"])[1] == 2
     with pytest.raises(CheckpointError, match=r"same ranks .*was 'cut for 4 ranks at ZeRO-2' and is now 'whole'"):
