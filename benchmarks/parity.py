@@ -1,6 +1,6 @@
 """The parity matrix: every launch, way of training, kind of model and of data learns what one plain process learns.
 
-    make parity                                   all cells: about 45 minutes on 2 cores
+    make parity                                   all cells: about two hours on 2 cores
     python benchmarks/parity.py --pruned          every launch, tuning, style, kind of data and option at least once
     python benchmarks/parity.py --only zero3      cells whose name has these words
 
