@@ -1,6 +1,7 @@
 """Every launch config trains the same model: the pruned parity matrix, cell by cell.
 
-Slow, 5 to 10 minutes: `benchmarks/parity.py --pruned` starts nine sets of processes and trains some forty tiny runs.
+Slow, 8 minutes, or 14 beside another test: `benchmarks/parity.py --pruned` starts nine sets of processes and trains
+some forty tiny runs.
 """
 
 import json
