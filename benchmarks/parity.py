@@ -236,7 +236,9 @@ class Bench:
     def run_of(self, cell: Cell) -> dict[str, Any]:
         """What a worker needs to train `cell`."""
         recipe, more = TUNINGS[cell.tuning]
-        num_ranks, micro = LAUNCHES[cell.launch], GLOBAL_BATCH // LAUNCHES[cell.launch] // cell.accumulation
+        # One that was moved to more processes has fewer sequences of a step on each than it was accumulating.
+        num_ranks = LAUNCHES[cell.launch]
+        micro = max(1, GLOBAL_BATCH // num_ranks // cell.accumulation)
         overrides = {
             "model_name_or_path": self.model(cell.style, cell.dtype),
             "model.dtype": "float32" if cell.is_reference else cell.dtype,
@@ -262,7 +264,7 @@ class Bench:
             overrides["data.quarantine"] = self._quarantine(cell)
         if cell.resumed:
             overrides["resume_from_checkpoint"] = self.folder / cell.whole.name / "out" / "checkpoint-2"
-        assert num_ranks * micro * cell.accumulation == GLOBAL_BATCH
+        assert num_ranks * micro * cell.accumulation == GLOBAL_BATCH or cell.resumed
         return {
             "recipe": str(ROOT / "launch" / f"{recipe}.yaml"),
             "overrides": [*(f"{key}={value}" for key, value in overrides.items()), *more],
