@@ -38,7 +38,7 @@ def test_ranks_load_what_one_process_loads(tiny_model: Callable[..., Path], tmp_
 
 
 @needs_compiler
-@pytest.mark.parametrize(("style", "adapted"), [("e4b", True), ("31b", False)])
+@pytest.mark.parametrize(("style", "adapted"), [("e4b", True), ("31b", False), ("26b", True)])
 def test_ranks_answer_what_one_process_answers(
     tiny_model: Callable[..., Path], tmp_path: Path, style: str, adapted: bool
 ) -> None:
@@ -85,7 +85,8 @@ def _adapter(model: Path, folder: Path) -> Path:
 
     torch.manual_seed(1)
     base = load_model(ModelConfig(model_name_or_path=str(model), dtype="float32"), None, packing=False)
-    adapted = add_adapter(base, LoraConfig(r=4, lora_alpha=8), zero3=False)
+    experts = ["experts.gate_up_proj", "experts.down_proj"] if base.config.text_config.enable_moe_block else []
+    adapted = add_adapter(base, LoraConfig(r=4, lora_alpha=8, target_parameters=experts), zero3=False)
     for name, parameter in adapted.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.2)
