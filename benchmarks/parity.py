@@ -164,12 +164,16 @@ def pruned_cells() -> list[Cell]:
         checkpointing |= (launch, tuning) == ("cpu_zero3", "dora")  # recomputed at ZeRO-3, DoRA looks into other layers
         cells.append(_cell(launch, tuning, style, data, packing, checkpointing, accumulation))
     whole = [cell for cell in cells if cell.tuning in ("full", "lora") or cell.launch == "cpu_zero3"]
-    cells += [_cell("cpu_ddp x4", "full", "e4b", "some", True), _cell("cpu_zero3 x4", "lora", "31b", "images")]
+    # It goes on, too: of two numbers, the order of a sum does not matter.
+    four = _cell("cpu_ddp x4", "full", "e4b", "some", True)
+    whole.append(four)
+    cells += [four, _cell("cpu_zero3 x4", "lora", "31b", "images")]
     cells.append(_cell("cpu_zero3", "experts", "26b", "empty", False, True))
     cells += [
         _cell(launch, "lora", "e4b", "some", dtype="bfloat16") for launch in ("cpu_ddp", "cpu_zero2", "cpu_zero3")
     ]
-    return [*cells, *_resumed(whole, ELSEWHERE | dict.fromkeys(["cpu_zero1", "cpu_zero3", "cpu_zero3_offload"]))]
+    staying = ("cpu_zero1", "cpu_zero3", "cpu_zero3_offload", "cpu_ddp x4")
+    return [*cells, *_resumed(whole, ELSEWHERE | dict.fromkeys(staying))]
 
 
 def _cell(launch: str, *words: Any, **more: Any) -> Cell:

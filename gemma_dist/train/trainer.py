@@ -15,10 +15,12 @@ import math
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
 from safetensors import safe_open
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -129,6 +131,8 @@ class ToolCallTrainer(SFTTrainer):
             self.lr_scheduler.step()
         if self.args.activation_checkpointing:
             assert_non_reentrant(self.model)
+        if isinstance(self.model_wrapped, DistributedDataParallel):
+            settle_buckets(self.model_wrapped)
         if self.is_deepspeed_enabled:
             # Its engine steps within the backward pass, before Trainer could look at the gradients.
             engine, step = self.model_wrapped, self.model_wrapped.step
@@ -221,6 +225,19 @@ def _check_saved(folder: Path) -> None:
                 f"{path} holds {len(empty)} empty tensors, such as {empty[0]!r}: the weights were not gathered. Set "
                 "stage3_gather_16bit_weights_on_model_save: true in the DeepSpeed config"
             )
+
+
+def settle_buckets(model: DistributedDataParallel) -> None:
+    """Run a backward pass of zeros through `model`.
+
+    DDP sorts its buckets anew after the first one, by the order in which the gradients came. With more than two ranks
+    that is another order of summation, so the first step of a run that goes on would differ in the last bit from the
+    same step of one that never stopped.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with patch.object(model.module, "forward", lambda: sum(parameter.sum() * 0 for parameter in trained)):
+        model().backward()
+    model.zero_grad()
 
 
 def assert_non_reentrant(model: torch.nn.Module) -> None:
