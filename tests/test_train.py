@@ -125,17 +125,20 @@ def test_a_killed_run_goes_on_with_another_world_size(run: Any, model: str, shar
         assert resumed == pytest.approx(uninterrupted, rel=1e-5)
 
 
-def test_resumed_equals_uninterrupted(run: Any, model: str, shards: Path, tmp_path: Path) -> None:
-    whole = run("cpu_full")
+@pytest.mark.parametrize(("recipe", "more"), [("cpu_full", ()), ("cpu_lora", ("lora.lora_dropout=0.5",))])
+def test_resumed_equals_uninterrupted(
+    run: Any, model: str, shards: Path, tmp_path: Path, recipe: str, more: tuple[str, ...]
+) -> None:
+    whole = run(recipe, None, *more)
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     shutil.rmtree(out / f"checkpoint-{NUM_STEPS}")
     (out / "checkpoint-3").mkdir()  # a save that was cut off: no marker, so it does not count
-    paths = _paths(model, shards, out)
-    output = gemma_dist("train", "launch/cpu_full.yaml", *paths, *SETTINGS)
+    output = gemma_dist("train", f"launch/{recipe}.yaml", *_paths(model, shards, out), *SETTINGS, *more)
     assert "steps 2 to 4" in output
     assert _curve(out) == _curve(whole)
-    resumed, uninterrupted = load_file(out / "model.safetensors"), load_file(whole / "model.safetensors")
+    (result,) = whole.glob("*model.safetensors")
+    resumed, uninterrupted = load_file(out / result.name), load_file(result)
     assert all(torch.equal(resumed[name], weight) for name, weight in uninterrupted.items())
 
 
@@ -242,11 +245,12 @@ def test_adapter_loads_with_plain_peft_and_is_trained(run: Any, model: str, reci
     assert bool(record["quantization"]) == (recipe == "cpu_qlora")
 
 
-def test_nothing_is_left_behind_and_no_pickle_in_the_result(run: Any) -> None:
-    names = {path.name for path in run("cpu_full", "cpu_ddp").iterdir()}
+def test_nothing_is_left_behind_and_no_pickle_anywhere(run: Any) -> None:
+    out = run("cpu_full", "cpu_ddp")
+    names = {path.name for path in out.iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "gemma_dist.json"} <= names
     assert not [name for name in names if name.startswith((".", "optimizer"))]
-    assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".py"))]
+    assert not [path for path in out.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".py")]
 
 
 def test_tensorboard_on_request(model: str, shards: Path, tmp_path: Path) -> None:

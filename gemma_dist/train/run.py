@@ -27,7 +27,6 @@ STATE_FILES = (
     "complete.json",
     "optimizer*",
     "README.md",
-    "rng_state*",
     "trainer_state*",
 )
 

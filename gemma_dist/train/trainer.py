@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from datasets import Dataset
 from safetensors import safe_open
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig, SFTTrainer
 
@@ -102,6 +103,7 @@ class ToolCallTrainer(SFTTrainer):
             processing_class=loader.encoder.processor,
         )
         self.remove_callback(PrinterCallback)  # our own line says it
+        self.add_callback(SeedSteps())
         self.config, self.loader, self.run_state, self.run_log = config, loader, state, run_log
         self.model_accepts_loss_kwargs = True
         self._loss_is_finite = torch.tensor(True, device=self.args.device)  # of this rank's micro-batches of the step
@@ -189,6 +191,9 @@ class ToolCallTrainer(SFTTrainer):
             )
         super().log(logs, start_time)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Nothing to save: see `SeedSteps`."""
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_optimizer(Path(output_dir), self.model, self.optimizer.optimizer)
 
@@ -213,6 +218,15 @@ class ToolCallTrainer(SFTTrainer):
             (folder / "training_args.bin").unlink()  # a pickle that nothing reads
             write_record(folder, self.config, self.model, **self.run_state)
             _check_saved(folder)
+
+
+class SeedSteps(TrainerCallback):
+    """Lets what is random in a step (dropout) follow from the seed, the step and the rank, so that a run that goes on
+    draws what the uninterrupted one did. Trainer would keep a pickled state instead, and not read it mid-epoch."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        words = np.random.SeedSequence((args.seed, state.global_step, world.rank())).generate_state(1)
+        set_seed(int(words[0]))
 
 
 def _check_saved(folder: Path) -> None:
