@@ -274,6 +274,12 @@ def test_check_refuses_what_cannot_work(true_config, overrides, message):
         describe_run(true_config(ROOT / "launch/26b_lora_zero3.yaml", *overrides), 8)
 
 
+def test_experts_are_adapted_where_there_are_some(true_config):
+    config = true_config(ROOT / "launch/31b_lora_zero3.yaml", "lora.target_parameters=[experts.down_proj]")
+    with pytest.raises(ConfigError, match="'experts.down_proj' is the end of no weight .* have no experts: remove it"):
+        describe_run(config, 8)
+
+
 def test_an_audio_tower_is_loaded_and_left_alone(model):
     """E2B and E4B have one, without SDPA; no trajectory feeds it."""
     loaded = load_model(ModelConfig(model_name_or_path=model, dtype="float32"), None, packing=False)
