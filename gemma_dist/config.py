@@ -43,7 +43,7 @@ class ModelConfig(Section):
 
     model_name_or_path: str = Field(description="Folder or hub name of a Gemma 4 model with its processor.")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="Number format of the weights that are loaded."
+        "bfloat16", description="Number format of the weights that are loaded; in float16, Gemma overflows."
     )
     attn_implementation: Literal["sdpa", "eager"] = Field(
         "sdpa",
@@ -118,7 +118,7 @@ class QuantizationConfig(Section):
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit number format.")
     bnb_4bit_use_double_quant: bool = Field(True, description="Quantise the scales too: saves 0.4 bit a weight.")
     bnb_4bit_compute_dtype: Literal["float32", "bfloat16"] = Field(
-        description="Number format that 4-bit weights are unpacked to; absent: model.dtype."
+        description="Number format that 4-bit weights become; absent: model.dtype. In float16, Gemma overflows."
     )
 
 

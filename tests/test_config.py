@@ -262,6 +262,7 @@ def test_a_section_given_as_a_value_is_told_once(problems):
         (["target_parameters=[experts.down_proj]", "use_dora=true"], "lora.use_dora: true, which PEFT has for linear"),
         (["attn_implementation=flash_attention_2"], "FlashAttention-2 ends at head dimension 256"),
         (["fp16=true"], "overflows on Gemma"),
+        (["model.dtype=float16"], "in float16, Gemma overflows"),
         (["gradient_checkpointing_kwargs={use_reentrant: true}"], "always non-reentrant"),
         (["learning_rate=.nan"], "finite"),
         (["--learning_rate", "1e-4"], "write key=value"),

@@ -276,7 +276,7 @@ def test_check_refuses_what_cannot_work(true_config, overrides, message):
 
 def test_experts_are_adapted_where_there_are_some(true_config):
     config = true_config(ROOT / "launch/31b_lora_zero3.yaml", "lora.target_parameters=[experts.down_proj]")
-    with pytest.raises(ConfigError, match="'experts.down_proj' is the end of no weight .* have no experts: remove it"):
+    with pytest.raises(ConfigError, match=r"'experts.down_proj' is the end of no weight .* have no experts: remove it"):
         describe_run(config, 8)
 
 
