@@ -80,6 +80,7 @@ def current_launch() -> Launch:
         section = {
             "zero_stage": env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"),
             "offload_optimizer_device": env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"),
+            "offload_param_device": env.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none"),
             "zero3_save_16bit_model": env.get("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "false") == "true",
         }
         file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
@@ -114,8 +115,8 @@ def _wrong_launch(config: RunConfig, launch: Launch) -> Iterator[str]:
             precisions.add(name)
     if precisions & {"fp16", "fp8"}:
         yield (
-            f"{' '.join(sorted(precisions & {'fp16', 'fp8'}))}: overflows on Gemma; set mixed_precision: 'no' and let "
-            "the recipe's train.bf16 decide"
+            f"{' '.join(sorted(precisions & {'fp16', 'fp8'}))}: float16 overflows on Gemma, and float8 is not "
+            "supported; set mixed_precision: 'no' and let the recipe's train.bf16 decide"
         )
     if "bf16" in precisions and not config.train.bf16:
         yield "bf16: the recipe computes in float32; set mixed_precision: 'no', or train.bf16: true in the recipe"
@@ -174,6 +175,7 @@ def _deepspeed(section: Mapping[str, Any]) -> dict[str, Any]:
     zero = {
         "stage": int(section.get("zero_stage", 2)),
         "offload_optimizer": {"device": section.get("offload_optimizer_device", "none")},
+        "offload_param": {"device": section.get("offload_param_device", "none")},
         "stage3_gather_16bit_weights_on_model_save": bool(section.get("zero3_save_16bit_model")),
     }
     return {"zero_optimization": zero, "zero_allow_untested_optimizer": True}

@@ -31,7 +31,7 @@ def world_size() -> int:
 def connect() -> None:
     """Join the process group (NCCL beside gloo with GPUs, gloo without). Nothing to do for one process, or twice.
 
-    Training leaves this to accelerate; evaluation calls it.
+    Training leaves this to accelerate, with the same timeout; evaluation calls it.
     """
     import torch
 

@@ -36,8 +36,8 @@ def launch(stage: int | None = None, **changed: Any) -> Launch:
     ("config", "launched", "reason"),
     [
         (FULL_BF16, launch(), r"tuning: full with model.dtype: bfloat16 needs DeepSpeed.*zero1.yaml"),
-        (("cpu_lora",), launch(mixed_precision="fp16"), r"fp16: overflows on Gemma.*train.bf16"),
-        (("cpu_lora",), launch(2, fp16={"enabled": True}), r"fp16: overflows on Gemma"),
+        (("cpu_lora",), launch(mixed_precision="fp16"), r"fp16: float16 overflows on Gemma.*train.bf16"),
+        (("cpu_lora",), launch(2, fp16={"enabled": True}), r"fp16: float16 overflows on Gemma"),
         (("cpu_lora",), launch(mixed_precision="bf16"), r"bf16: the recipe computes in float32"),
         (("cpu_lora",), launch(distributed_type="FSDP"), r"FSDP is not supported; accelerate_configs/zero3.yaml"),
         (("cpu_lora",), launch(2, zero={"stage": 0}), r"stage: 0 spreads nothing; use accelerate_configs/ddp.yaml"),

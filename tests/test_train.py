@@ -4,7 +4,10 @@ Slow by nature: every run starts processes that load torch, and the first at ZeR
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 from corpus import row, write_rows
 from peft import PeftModel
-from ranks import gemma_dist, kill, needs_compiler, start, wait_for
+from ranks import ENVIRONMENT, gemma_dist, kill, needs_compiler, start, wait_for
 from safetensors.torch import load_file
 from store import serve
 from transformers import AutoModelForImageTextToText
@@ -21,6 +24,7 @@ from gemma_dist.data.shards import open_shards
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.train.checkpoint import MARKER, alone_in, find_checkpoint
 from gemma_dist.train.optimizer import layout
+from gemma_dist.train.trainer import settle_buckets
 
 NUM_STEPS = 4
 # Rows of very different length, with and without images, in an epoch whose last batch is not full: 4 x 4 - 3 rows.
@@ -200,9 +204,62 @@ def test_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{step}" / MARKER).write_text(json.dumps({"step": step, "state": {"seed": 1}}))
     (tmp_path / "checkpoint-200").mkdir()
     assert find_checkpoint(tmp_path, "auto", {"seed": 1}) == (tmp_path / "checkpoint-100", 100)
-    assert find_checkpoint(tmp_path, "never", {"seed": 1}) == (None, 0)
+    (tmp_path / "checkpoint-300-mine").mkdir()
+    (tmp_path / "checkpoint-300-mine" / MARKER).write_text("{}")
+    assert find_checkpoint(tmp_path, "auto", {"seed": 1}) == (tmp_path / "checkpoint-100", 100)
+    assert find_checkpoint(tmp_path / "new", "never", {"seed": 1}) == (None, 0)
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         find_checkpoint(tmp_path, str(tmp_path / "checkpoint-200"), {"seed": 1})
+
+
+def test_later_checkpoints_of_another_attempt_are_not_mixed_in(tmp_path: Path) -> None:
+    """They would be what a restart goes on from, and what save_total_limit keeps instead of new ones."""
+    for step in (3, 20, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / MARKER).write_text(json.dumps({"step": step, "state": {}}))
+    with pytest.raises(CheckpointError, match="holds checkpoint-3, checkpoint-20, checkpoint-100, later than step 0"):
+        find_checkpoint(tmp_path, "never", {})
+    with pytest.raises(CheckpointError, match="holds checkpoint-100, later than step 20"):
+        find_checkpoint(tmp_path, str(tmp_path / "checkpoint-20"), {})
+    shutil.move(tmp_path / "checkpoint-100", tmp_path / "aside")
+    assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-20"), {}) == (tmp_path / "checkpoint-20", 20)
+
+
+def test_ranks_that_found_different_checkpoints_stop(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "from gemma_dist import world\n"
+        "from gemma_dist.train.checkpoint import require_one_start\n"
+        "world.connect()\n"
+        "require_one_start(4)\n"
+        "print('agreed')\n"
+        "require_one_start(world.rank() * 100)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stdout.count("agreed") == 2, done.stderr
+    assert done.stderr.count("checkpoints of different steps, [0, 100]") >= 2
+
+
+def test_buckets_settle_before_the_first_step(tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        model.device_ids = [0]  # as on a GPU, where DDP moves the inputs
+        settle_buckets(model)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert model(torch.ones(1, 2)).shape == (1, 2)
+        assert model._has_rebuilt_buckets
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from gemma_dist.report import log, write_json
 
 MARKER = "complete.json"
 UNFINISHED = ".unfinished"
+_NAME = re.compile(r"checkpoint-\d+")
 MEANING = {  # of what a run is bound to, where the name alone does not say it
     "manifest": "the corpus (manifest)",
     "num_samples": "its number of samples",
@@ -37,21 +39,42 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, state: dict[s
         state: what a checkpoint must have been made with to be continued: manifest, seed, global batch …
 
     Raises:
-        CheckpointError: the named folder is no complete checkpoint, or was made with another `state`.
+        CheckpointError: the named folder is no complete checkpoint, or was made with another `state`; or `output_dir`
+            has later ones, which would be taken for those of this run.
     """
-    if resume_from_checkpoint == "never":
-        return None, 0
-    if resume_from_checkpoint == "auto":
-        complete = [path.parent for path in output_dir.glob(f"checkpoint-*/{MARKER}")]
-        if not complete:
-            return None, 0
-        folder = max(complete, key=_step)
+    complete = [folder for folder in _checkpoints(output_dir) if (folder / MARKER).is_file()]
+    if resume_from_checkpoint == "never" or (resume_from_checkpoint == "auto" and not complete):
+        folder, step = None, 0
+    elif resume_from_checkpoint == "auto":
+        folder = complete[-1]
+        step = _bound_step(folder, state)
     else:
         folder = Path(resume_from_checkpoint)
         if not (folder / MARKER).is_file():
             raise CheckpointError(
-                f"train.resume_from_checkpoint = {str(folder)!r}: no complete checkpoint is there ({MARKER} is missing)"
+                f"train.resume_from_checkpoint = {str(folder)!r}: no complete checkpoint is there ({MARKER} is "
+                "missing); name a folder checkpoint-<step>, or leave it at auto"
             )
+        step = _bound_step(folder, state)
+    if later := [path.name for path in complete if _step(path) > step]:
+        raise CheckpointError(
+            f"train.output_dir = {str(output_dir)!r} holds {', '.join(later)}, later than step {step}, which this run "
+            "starts from; a run started again would go on from there. Move them away, or name another folder"
+        )
+    return folder, step
+
+
+def require_one_start(start_step: int) -> None:
+    """Raises CheckpointError on every rank, of which all call it, unless all of them start from the same step."""
+    if len(set(found := world.gather_objects(start_step))) > 1:
+        raise CheckpointError(
+            f"the ranks found checkpoints of different steps, {found}; train.output_dir must be one folder that all "
+            "nodes share"
+        )
+
+
+def _bound_step(folder: Path, state: dict[str, Any]) -> int:
+    """The step of a complete checkpoint. CheckpointError where it was made with another `state`."""
     marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     changed = [
         f"{MEANING.get(key, key)} was {marker['state'].get(key)!r} and is now {value!r}"
@@ -61,9 +84,9 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, state: dict[s
     if changed:
         raise CheckpointError(
             f"{folder} belongs to another run: {'; '.join(changed)}. Restore that, or start afresh with another "
-            "train.output_dir (or train.resume_from_checkpoint=never)"
+            "train.output_dir"
         )
-    return folder, marker["step"]
+    return marker["step"]
 
 
 @contextlib.contextmanager
@@ -117,10 +140,15 @@ def finish(output_dir: Path, step: int, epoch: int, state: dict[str, Any], *, sa
         shutil.rmtree(output_dir / UNFINISHED)
         log.info("saved %s", output_dir / name)
         if save_total_limit is not None:
-            for old in sorted(output_dir.glob("checkpoint-*"), key=_step)[:-save_total_limit]:
+            for old in _checkpoints(output_dir)[:-save_total_limit]:
                 (old / MARKER).unlink(missing_ok=True)  # no longer complete, should the removal be interrupted
                 shutil.rmtree(old)
     world.barrier()
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """The folders checkpoint-<step>, complete or not, by step; `checkpoint-30-mine` is none."""
+    return sorted((path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=_step)
 
 
 def _step(folder: Path) -> int:

@@ -157,7 +157,7 @@ def _copy(run: Run, key: str, pieces: list[Saved], target: torch.Tensor) -> None
         raise CheckpointError(
             f"the checkpoint holds {num_copied} of the {run.num_elements} elements of {run.name}/{key} that this rank "
             "needs; it belongs to another model or kind of tuning. Go on from another one, or start afresh with "
-            "train.resume_from_checkpoint=never"
+            "another train.output_dir"
         )
 
 

@@ -18,7 +18,7 @@ from gemma_dist.data.schedule import open_schedule, read_quarantine
 from gemma_dist.launch import current_launch, require_fit
 from gemma_dist.model.load import ADAPTER_RECORD, add_adapter, load_model
 from gemma_dist.report import RunLog, log
-from gemma_dist.train.checkpoint import alone_in, find_checkpoint
+from gemma_dist.train.checkpoint import alone_in, find_checkpoint, require_one_start
 from gemma_dist.train.optimizer import layout
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 
@@ -36,6 +36,8 @@ def train(config: RunConfig) -> None:
 
     Raises:
         ConfigError, DataError, CheckpointError: before any weight is read, where the run could not work.
+        CheckpointError: the ranks did not find the same checkpoint.
+        TrainingError: a loss or a gradient is not finite.
     """
     launch = current_launch()
     require_fit(config, launch)
@@ -78,6 +80,7 @@ def train(config: RunConfig) -> None:
     with alone_in(config.train.output_dir):
         if start_step < num_steps:
             arguments = training_arguments(config, plan, num_steps)
+            require_one_start(start_step)
             model = _model(config, arguments)
             run_log = RunLog(config.train.output_dir / "metrics.jsonl", start_step=start_step, num_steps=num_steps)
             trainer = ToolCallTrainer(config, arguments, model, loader, state, run_log)

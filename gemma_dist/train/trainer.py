@@ -78,6 +78,7 @@ def training_arguments(config: RunConfig, plan: BatchPlan, num_steps: int) -> SF
         ddp_find_unused_parameters=False,  # every rank runs every part in every micro-batch
         disable_tqdm=True,
         dataloader_pin_memory=not use_cpu(),
+        ddp_timeout=int(world.COLLECTIVE_TIMEOUT.total_seconds()),
     )
 
 
@@ -222,7 +223,8 @@ class ToolCallTrainer(SFTTrainer):
 
 class SeedSteps(TrainerCallback):
     """Lets what is random in a step (dropout) follow from the seed, the step and the rank, so that a run that goes on
-    draws what the uninterrupted one did. Trainer would keep a pickled state instead, and not read it mid-epoch."""
+    draws what the uninterrupted one did. Trainer would restore a pickled state instead, and the data loader would then
+    draw from it once more."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         words = np.random.SeedSequence((args.seed, state.global_step, world.rank())).generate_state(1)
@@ -242,15 +244,17 @@ def _check_saved(folder: Path) -> None:
 
 
 def settle_buckets(model: DistributedDataParallel) -> None:
-    """Run a backward pass of zeros through `model`.
+    """Run a backward pass of zeros through `model`, in which the gradients come about as in a real one: those of the
+    layers of the language model from the last to the first, then what comes before them.
 
-    DDP sorts its buckets anew after the first one, by the order in which the gradients came. With more than two ranks
+    DDP sorts its buckets anew after the first pass, by the order in which the gradients came. With more than two ranks
     that is another order of summation, so the first step of a run that goes on would differ in the last bit from the
     same step of one that never stopped.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with patch.object(model.module, "forward", lambda: sum(parameter.sum() * 0 for parameter in trained)):
-        model().backward()
+    trained = [(name, parameter) for name, parameter in model.module.named_parameters() if parameter.requires_grad]
+    trained.sort(key=lambda named: ".language_model.layers." in named[0])  # the sum is taken apart from its end
+    with patch.object(model.module, "forward", lambda _: sum(parameter.sum() * 0 for _, parameter in trained)):
+        model(None).backward()  # on GPUs DDP insists on an argument
     model.zero_grad()
 
 
