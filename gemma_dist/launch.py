@@ -17,8 +17,6 @@ import yaml
 from gemma_dist.config import RunConfig
 from gemma_dist.errors import ConfigError
 
-# Their sizes are looked up in `model.config.hidden_size`, which Gemma 4 has in its text_config alone.
-BUCKETS = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 TESTED_OPTIMISERS = {"adamw_torch", "adamw_torch_fused"}  # what DeepSpeed takes without zero_allow_untested_optimizer
 
 
@@ -125,12 +123,6 @@ def _wrong_launch(config: RunConfig, launch: Launch) -> Iterator[str]:
     if launch.zero_stage == 0:
         yield "zero_optimization.stage: 0 spreads nothing; use accelerate_configs/ddp.yaml, or a stage from 1 to 3"
     zero = launch.deepspeed.get("zero_optimization", {})
-    for name in BUCKETS:
-        if zero.get(name) == "auto":
-            yield (
-                f"zero_optimization.{name}: auto fails on Gemma 4, whose config has its hidden_size in text_config; "
-                "write the number, as accelerate_configs/deepspeed_zero3.json does"
-            )
     if launch.zero_stage == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         yield (
             "zero_optimization.stage3_gather_16bit_weights_on_model_save: must be true, or the result would hold empty "

@@ -100,7 +100,6 @@ def test_deepspeed_files_leave_to_the_recipe_what_is_its_own(path):
     ):
         assert deepspeed[key] == "auto"
     sizes = {key: value for key, value in deepspeed["zero_optimization"].items() if key.endswith(("size", "threshold"))}
-    # "auto" would look for hidden_size, which Gemma 4's composite config has in its parts only.
     assert sizes
     assert all(isinstance(size, int) for size in sizes.values())
 
