@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -870,10 +870,23 @@ def emitted(messages: list[dict[str, Any]]) -> str:
     return said
 
 
+INTERRUPTED = [  # the model's picture is not the one that the tool returned before the user spoke
+    user("x"),
+    calls(("f", {})),
+    tool("f", [SQUARE]),
+    user("y"),
+    calls(("f", {}), content=[SQUARE]),
+    tool("f", ""),
+    user("z"),
+    model("z"),
+]
+
+
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(messages=conversations(), setting=st.sampled_from(["message", "reasoning"]))
+@example(messages=INTERRUPTED, setting="message")
 def test_any_trajectory_has_the_processors_ids_and_trains_what_the_model_says(
     encoder: Encoder, messages: list[dict[str, Any]], setting: str
 ) -> None:

@@ -297,6 +297,7 @@ def emitted_spans(text: str, messages: list[dict[str, Any]]) -> tuple[Spans, int
                 raise _torn(turn, f"the {message['role']} turn")
             at += len("<turn|>")
             closed = True
+            num_tool_images = 0  # they lie before this turn
         elif message["role"] == "assistant":
             if turn == 0 or messages[turn - 1]["role"] in ("system", "user"):
                 at = text.find("<|turn>model\n", at)
