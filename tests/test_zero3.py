@@ -132,10 +132,18 @@ def compare(folder: Path, models: list[tuple[str, str]]) -> None:
         assert loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight
         compare_tensors(dict(loaded.named_parameters()), dict(expected.named_parameters()))
         compare_tensors(dict(loaded.named_buffers()), dict(expected.named_buffers()))
+        assert saved_names(loaded) == saved_names(expected)
         del arguments
     (folder / str(world.rank())).write_text(f"{len(models)} models are equal")
     world.barrier()
     world.disconnect()
+
+
+def saved_names(model: Any) -> set[str]:
+    """The names that `save_pretrained` would give the weights."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return set(revert_weight_conversion(model, {name: torch.empty(0) for name in model.state_dict()}))
 
 
 def compare_tensors(loaded: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -94,7 +94,9 @@ def _read_parts(model: Any, files: list[str], load_config: Any) -> Any:
                 _fill(tensor, stored)
                 tensor._is_hf_initialized = True
                 missing.discard(name)
-    model._weight_conversions = renamings
+    # Saving reverses these renamings. Most are for older files and matched nothing here: reversed, they would give the
+    # weights names that no server knows.
+    model._weight_conversions = [renaming for renaming in renamings if renaming.was_used()]
     return LoadStateDictInfo(
         missing_keys=missing,
         unexpected_keys=unexpected,
