@@ -23,6 +23,7 @@ import torch
 
 from gemma_dist.errors import CheckpointError
 from gemma_dist.merge.plan import Headers
+from gemma_dist.model.load import keep_four_bit_exact
 
 FLOAT32_MAX_LOGIT_DIFFERENCE = 1e-3
 NOISE_FACTOR = 4.0
@@ -164,6 +165,7 @@ def _load_quantized(base: Path, quantization: Mapping[str, Any]) -> Any:
             f"{len(odd)} modules, such as {min(odd)}, are 4-bit in only one of gemma_dist.json and the model as it "
             "loads now; merge with the versions of transformers and bitsandbytes that trained it, or without --verify"
         )
+    keep_four_bit_exact(model)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and not isinstance(tensor, Params4bit):
             tensor.data = tensor.data.float()

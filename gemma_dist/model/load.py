@@ -62,6 +62,7 @@ def load_model(settings: ModelConfig, quantization: QuantizationConfig | None, *
         if not is_deepspeed_zero3_enabled():  # which places the weights itself
             arguments["device_map"] = {"": device()}
     model = _from_pretrained(settings.model_name_or_path, **arguments)
+    keep_four_bit_exact(model)
     _freeze_audio(model)
     if packing:
         from gemma_dist.model.attention import attend_within_documents
@@ -90,6 +91,7 @@ def load_for_evaluation(model: str, adapter: Path | None) -> Any:
         arguments["device_map"] = {"": device()}
     with spreading(zero3):
         loaded = _from_pretrained(model, **arguments)
+    keep_four_bit_exact(loaded)
     if adapter is not None:
         from peft import PeftModel
 
@@ -101,6 +103,19 @@ def load_for_evaluation(model: str, adapter: Path | None) -> Any:
         _gather_with_experts(loaded)
         spread(loaded, zero3)
     return loaded.eval()
+
+
+def keep_four_bit_exact(model: Any) -> None:
+    """Let 4-bit layers compute on every CPU what they compute on others.
+
+    Where a CPU multiplies bfloat16 by itself, bitsandbytes repacks their weights on the first pass outside of training:
+    the scales lose 16 bits for good, and a layer whose inputs are no multiple of the block size fails.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def add_adapter(model: Any, settings: LoraConfig, *, zero3: bool) -> Any:
