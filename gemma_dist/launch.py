@@ -14,10 +14,12 @@ from typing import Any
 
 import yaml
 
-from gemma_dist.config import RunConfig
+from gemma_dist.config import BatchPlan, RunConfig, batch_plan
 from gemma_dist.errors import ConfigError
 
 TESTED_OPTIMISERS = {"adamw_torch", "adamw_torch_fused"}  # what DeepSpeed takes without zero_allow_untested_optimizer
+# Sections of a DeepSpeed config that change what is learned, and that no recipe can name.
+UNKNOWN_TO_RECIPES = ("amp", "compression_training", "curriculum_learning", "data_efficiency", "progressive_layer_drop")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ def current_launch() -> Launch:
             "offload_optimizer_device": env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"),
             "offload_param_device": env.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none"),
             "zero3_save_16bit_model": env.get("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "false") == "true",
+            "gradient_clipping": env.get("ACCELERATE_GRADIENT_CLIPPING", "auto"),
+            "gradient_accumulation_steps": env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto"),
         }
         file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         deepspeed = _deepspeed(section) if file.lower() == "none" else _read_json(Path(file))
@@ -95,7 +99,7 @@ def current_launch() -> Launch:
 
 def require_fit(config: RunConfig, launch: Launch) -> None:
     """Raises ConfigError, with every reason and a remedy for each, where `config` must not run under `launch`."""
-    problems = [*_wrong_launch(config, launch), *_wrong_together(config, launch)]
+    problems = [*_wrong_launch(config, launch), *_wrong_together(config, launch), *_contradictions(config, launch)]
     if problems:
         raise ConfigError("\n".join([f"{launch.name}: {len(problems)} problem{'s' * (len(problems) > 1)}", *problems]))
 
@@ -108,9 +112,8 @@ def _wrong_launch(config: RunConfig, launch: Launch) -> Iterator[str]:
             "weights, gradients and optimiser as well"
         )
     precisions = {launch.mixed_precision}
-    for name in ("fp16", "bf16"):
-        if (launch.deepspeed or {}).get(name, {}).get("enabled") is True:
-            precisions.add(name)
+    if (launch.deepspeed or {}).get("fp16", {}).get("enabled") is True:
+        precisions.add("fp16")
     if precisions & {"fp16", "fp8"}:
         yield (
             f"{' '.join(sorted(precisions & {'fp16', 'fp8'}))}: float16 overflows on Gemma, and float8 is not "
@@ -162,6 +165,46 @@ def _wrong_together(config: RunConfig, launch: Launch) -> Iterator[str]:
         )
 
 
+def _contradictions(config: RunConfig, launch: Launch) -> Iterator[str]:
+    """What a DeepSpeed config says that is for the recipe to say, and says otherwise."""
+    try:
+        plan = batch_plan(config, launch.num_processes)
+    except ConfigError as error:
+        yield str(error)
+        return
+    deepspeed = launch.deepspeed or {}
+    for path, (name, value) in settings_of_both(config, plan).items():
+        section = deepspeed if len(path) == 1 else deepspeed.get(path[0], {})
+        found = section.get(path[-1], "auto")
+        if found not in ("auto", value):
+            yield (
+                f"{'.'.join(path)}: {json.dumps(found)}, but {name} of the recipe is {json.dumps(value)}; write "
+                f'"auto" there, which leaves it to the recipe, or change the recipe'
+            )
+    for name in UNKNOWN_TO_RECIPES:
+        if deepspeed.get(name):
+            yield f"{name}: would change what is learned, and no recipe says so; remove it from the DeepSpeed config"
+
+
+def settings_of_both(config: RunConfig, plan: BatchPlan) -> dict[tuple[str, ...], tuple[str, Any]]:
+    """What a recipe and a DeepSpeed config can both say: keys of the latter -> dotted key and value of the recipe."""
+    return {
+        ("gradient_clipping",): ("train.max_grad_norm", config.train.max_grad_norm),
+        ("train_batch_size",): ("train.global_batch_size", plan.global_batch_size),
+        ("train_micro_batch_size_per_gpu",): ("train.per_device_train_batch_size", plan.per_device_train_batch_size),
+        ("gradient_accumulation_steps",): ("train.gradient_accumulation_steps", plan.gradient_accumulation_steps),
+        ("bf16", "enabled"): ("train.bf16", config.train.bf16),
+    }
+
+
+def write_recipe_into(deepspeed: dict[str, Any], config: RunConfig, plan: BatchPlan) -> None:
+    """Let the recipe decide what it and a DeepSpeed config can both say. Trainer fills in `"auto"` alone: where the
+    config left out `gradient_clipping`, DeepSpeed would not clip."""
+    for path, (_, value) in settings_of_both(config, plan).items():
+        section = deepspeed if len(path) == 1 else deepspeed.setdefault(path[0], {})
+        section[path[-1]] = value
+
+
 def _deepspeed(section: Mapping[str, Any]) -> dict[str, Any]:
     """What accelerate makes of its own keys for DeepSpeed."""
     zero = {
@@ -170,7 +213,15 @@ def _deepspeed(section: Mapping[str, Any]) -> dict[str, Any]:
         "offload_param": {"device": section.get("offload_param_device", "none")},
         "stage3_gather_16bit_weights_on_model_save": bool(section.get("zero3_save_16bit_model")),
     }
-    return {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    clipping = section.get("gradient_clipping", "auto")
+    # `accelerate launch` and `accelerate config` write 1 where the user said nothing.
+    accumulation = str(section.get("gradient_accumulation_steps", "auto"))
+    return {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": clipping if clipping == "auto" else float(clipping),
+        "gradient_accumulation_steps": "auto" if accumulation in ("auto", "1") else int(accumulation),
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -24,11 +24,11 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def start(*words: object, launch: str | None = None) -> subprocess.Popen[str]:
-    """Start `gemma-dist WORDS…`, plain or under a file of accelerate_configs/."""
+def start(*words: object, launch: str | Path | None = None) -> subprocess.Popen[str]:
+    """Start `gemma-dist WORDS…`, plain or under a file of accelerate_configs/, or another one."""
     command = [sys.executable, "-m"]
     if launch is not None:
-        config = str(REPOSITORY / "accelerate_configs" / f"{launch}.yaml")
+        config = str(launch if isinstance(launch, Path) else REPOSITORY / "accelerate_configs" / f"{launch}.yaml")
         command += ["accelerate.commands.launch", "--config_file", config, "--main_process_port", "0", "-m"]
     return subprocess.Popen(
         [*command, "gemma_dist", *map(str, words)],
@@ -59,11 +59,12 @@ def wait_for(path: Path, process: subprocess.Popen[str], timeout: float = 300) -
         time.sleep(0.05)
 
 
-def gemma_dist(*words: object, launch: str | None = None, fails: bool = False, timeout: float = 300) -> str:
+def gemma_dist(*words: object, launch: str | Path | None = None, fails: bool = False, timeout: float = 300) -> str:
     """Run `gemma-dist WORDS…`; its output, errors included.
 
     Args:
-        launch: the name of a file in accelerate_configs/ to start it under; without, one plain process.
+        launch: the name of a file in accelerate_configs/, or the path of another, to start it under; without, one
+            plain process.
         fails: expect a user error (exit code 2 of the process, 1 of the launcher) instead of success.
         timeout: seconds after which all ranks are killed and the test fails.
     """

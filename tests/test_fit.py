@@ -8,9 +8,9 @@ import pytest
 import yaml
 from ranks import gemma_dist
 
-from gemma_dist.config import load_config
+from gemma_dist.config import batch_plan, load_config
 from gemma_dist.errors import ConfigError
-from gemma_dist.launch import Launch, current_launch, read_launch, require_fit
+from gemma_dist.launch import Launch, current_launch, read_launch, require_fit, write_recipe_into
 
 ROOT = Path(__file__).parents[1]
 FULL_BF16 = ("cpu_full", "model.dtype=bfloat16")
@@ -49,6 +49,21 @@ def launch(stage: int | None = None, **changed: Any) -> Launch:
         (("cpu_lora",), launch(3, zero={"offload_param": {"device": "nvme"}}), r"offload_param.device: nvme .*use cpu"),
         (("cpu_lora",), launch(2, optimizer={"type": "AdamW"}), r"would replace the recipe's train.optim"),
         (("cpu_lora",), launch(2, scheduler={"type": "WarmupLR"}), r"would replace the recipe's train.lr_scheduler"),
+        (
+            ("cpu_lora",),
+            launch(2, gradient_clipping=0.5),
+            r"gradient_clipping: 0.5, but train.max_grad_norm .* is 1.0;",
+        ),
+        (("cpu_lora",), launch(2, train_batch_size=8), r"train_batch_size: 8, but train.global_batch_size .* is 16;"),
+        (("cpu_lora",), launch(2, train_micro_batch_size_per_gpu=2), r"_per_gpu: 2, but .*_train_batch_size .* is 4;"),
+        (("cpu_lora",), launch(2, gradient_accumulation_steps=4), r"accumulation_steps: 4, but .* of the recipe is 2;"),
+        (
+            ("cpu_lora",),
+            launch(2, bf16={"enabled": True}),
+            r"bf16.enabled: true, but train.bf16 of the recipe is false",
+        ),
+        (FULL_BF16, launch(2, bf16={"enabled": False}), r"bf16.enabled: false, but train.bf16 of the recipe is true"),
+        (("cpu_lora",), launch(2, amp={"enabled": True}), r"amp: would change what is learned"),
         (("cpu_lora", "optim=adafactor"), launch(2), r"adafactor would not be Adafactor.*ddp.yaml"),
         (("cpu_lora", "optim=sgd"), launch(2, zero_allow_untested_optimizer=False), r"zero_allow_untested_optimizer"),
         (
@@ -61,6 +76,42 @@ def launch(stage: int | None = None, **changed: Any) -> Launch:
 def test_what_does_not_go_together_is_refused(config: tuple[str, ...], launched: Launch, reason: str) -> None:
     with pytest.raises(ConfigError, match=r"here: 1 problem\n.*" + reason):
         require_fit(recipe(*config), launched)
+
+
+@pytest.mark.parametrize("clipping", [1.0, 1, "auto"])
+def test_what_both_say_alike_goes_together(clipping: Any) -> None:
+    agreeing = {"gradient_clipping": clipping, "train_batch_size": 16, "gradient_accumulation_steps": 2}
+    require_fit(recipe("cpu_lora"), launch(2, **agreeing))
+
+
+def test_the_recipe_is_written_into_what_a_deepspeed_config_leaves_out() -> None:
+    config, deepspeed = recipe("cpu_lora", "max_grad_norm=0.5"), {"zero_optimization": {"stage": 2}}
+    write_recipe_into(deepspeed, config, batch_plan(config, 2))
+    assert deepspeed == {
+        "zero_optimization": {"stage": 2},
+        "gradient_clipping": 0.5,
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "bf16": {"enabled": False},
+    }
+
+
+def test_check_compares_a_deepspeed_config_with_the_recipe(shared: Path, tmp_path: Path) -> None:
+    """Before anything is read: there is no model and no data."""
+    file = shared / "cases" / "data" / "deepspeed_mismatch.json"
+    path = tmp_path / "config.yaml"
+    section = {"deepspeed_config_file": str(file)}
+    path.write_text(yaml.safe_dump({"distributed_type": "DEEPSPEED", "num_processes": 2, "deepspeed_config": section}))
+    for words, launched in (
+        (("check", "launch/cpu_full.yaml", "--accelerate-config", path), None),
+        (("train", "launch/cpu_full.yaml", f"output_dir={tmp_path}/out"), path),
+    ):
+        output = gemma_dist(*words, launch=launched, fails=True)
+        assert "gradient_clipping: 0.5, but train.max_grad_norm of the recipe is 1.0" in output
+        assert "gradient_accumulation_steps: 4, but train.gradient_accumulation_steps of the recipe is 1" in output
+        assert "a bug in gemma_dist" not in output
+    assert not (tmp_path / "out").exists()
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -82,7 +133,7 @@ def test_our_own_configs_are_read_as_accelerate_reads_them(path: Path, monkeypat
     assert found.zero_stage == STAGES[path.stem.removeprefix("cpu_")]
     assert found.offloads_optimizer == ("offload" in path.stem)
     assert found.num_processes == yaml.safe_load(path.read_text())["num_processes"]
-    require_fit(recipe("cpu_lora"), found)
+    require_fit(recipe("cpu_lora", "global_batch_size=32"), found)
 
 
 def test_accelerates_own_keys_are_read_too(tmp_path: Path) -> None:
@@ -91,7 +142,11 @@ def test_accelerates_own_keys_are_read_too(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({"distributed_type": "DEEPSPEED", "num_processes": 4, "deepspeed_config": section}))
     found = read_launch(path)
     assert (found.zero_stage, found.offloads_optimizer, found.num_processes) == (3, True, 4)
-    require_fit(recipe("cpu_lora"), found)
+    require_fit(recipe("cpu_lora", "global_batch_size=32"), found)
+    section |= {"gradient_clipping": 0.3, "gradient_accumulation_steps": 1}  # as `accelerate config` writes them
+    path.write_text(yaml.safe_dump({"distributed_type": "DEEPSPEED", "num_processes": 4, "deepspeed_config": section}))
+    with pytest.raises(ConfigError, match=r"1 problem\ngradient_clipping: 0.3, but"):
+        require_fit(recipe("cpu_lora"), read_launch(path))
     path.write_text("just words")
     with pytest.raises(ConfigError, match="not an accelerate config"):
         read_launch(path)
