@@ -14,6 +14,9 @@ trajectories, each in a row of its own, without checkpointing, packing or accumu
   of the largest gradient count as that long (what is left of them is rounding);
 - logits: of the result, loaded in this process by plain transformers and PEFT, against those of the trained model
   where it trained, relative to the largest;
+- names: the tensors in the header of the result and of its last checkpoint have the names, shapes and number formats of
+  the base's, and an adapter the names and shapes of its reference's;
+- copies: what the ranks held ready for a checkpoint are the tensors in its files, on rank 0, and nothing elsewhere;
 - resume: losses and gradient norms of steps 3 to 5, gone on with from the checkpoint of step 2: equal to the last bit
   in the same launch, within the limit in another.
 """
@@ -375,9 +378,12 @@ def judge(bench: Bench, cell: Cell) -> dict[str, Any]:
     }
     if not cell.by_trl:
         figures["logits"] = _reloaded(bench, cell)
+        figures["names"] = _named_as_the_base(bench, cell)
+        figures["copies"] = _held_once(folder)
     # In bfloat16 the logits were rounded twice: under autocast where trained, without it where loaded.
     twice = 2 * limit if cell.dtype == "bfloat16" else limit
     good = max(losses[0], figures["gradient"]) <= limit and figures.get("logits", 0) <= twice
+    good &= figures.get("names", True) and figures.get("copies", True)
     return figures | {"ok": good and max(losses) <= cell.later_limit}
 
 
@@ -403,6 +409,8 @@ def _reloaded(bench: Bench, cell: Cell) -> float:
     from safetensors.torch import load_file
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
+    from gemma_dist.model.load import keep_four_bit_exact
+
     out, dtype = bench.folder / cell.name / "out", getattr(torch, cell.dtype)
     settings: dict[str, Any] = {"dtype": dtype}
     if cell.tuning == "qlora":
@@ -416,12 +424,51 @@ def _reloaded(bench: Bench, cell: Cell) -> float:
     model, report = AutoModelForImageTextToText.from_pretrained(base, output_loading_info=True, **settings)
     if report["missing_keys"] or report["unexpected_keys"]:
         return float("inf")
+    keep_four_bit_exact(model)
     if cell.tuning != "full":
         model = PeftModel.from_pretrained(model, str(out))
     with torch.no_grad():
         logits = model.eval()(**load_file(bench.probe(cell.style))).logits.float()
     trained = load_file(bench.folder / cell.name / "logits.safetensors")["logits"]
     return float((logits - trained).abs().max() / trained.abs().max())
+
+
+def _named_as_the_base(bench: Bench, cell: Cell) -> bool:
+    """Whether a server finds each tensor of the result under the name that it knows."""
+    out = bench.folder / cell.name / "out"
+    found = [_header(out), _header(out / f"checkpoint-{NUM_STEPS}")]
+    if cell.tuning == "full":
+        expected = _header(bench.model(cell.style, cell.dtype))
+    else:  # at ZeRO-3 an adapter has the number format of its base
+        found = [{name: shape for name, (_, shape) in header.items()} for header in found]
+        reference = _header(bench.folder / cell.reference.name / "out")
+        expected = {name: shape for name, (_, shape) in reference.items()}
+    return found == [expected, expected]
+
+
+def _held_once(folder: Path) -> bool:
+    """Whether rank 0 alone held the model's tensors for each checkpoint, and just those that it wrote."""
+    written = [entry for file in _files(folder / "out") for entry in file.entries.values()]
+    expected = {"bytes": sum(entry.num_bytes for entry in written), "tensors": len(written)}
+    for path in sorted(folder.glob("saved-*.jsonl")):
+        for line in path.read_text().splitlines():
+            held = json.loads(line)
+            if held != (expected if path.name == "saved-0.jsonl" else {"bytes": 0, "tensors": 0}):
+                return False
+    return (folder / "saved-0.jsonl").exists()
+
+
+def _files(folder: Path) -> list[Any]:
+    """The open files of a model or an adapter."""
+    from gemma_dist.tensorfile import open_tensors
+
+    paths = [path for path in folder.glob("*.safetensors") if not path.name.startswith("optimizer")]
+    return [open_tensors(path) for path in sorted(paths)]
+
+
+def _header(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Number format and shape of each tensor in a folder's files."""
+    return {name: (entry.dtype, entry.shape) for file in _files(folder) for name, entry in file.entries.items()}
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

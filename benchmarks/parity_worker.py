@@ -4,7 +4,8 @@ function as `gemma-dist train`, and writes down what came out.
     accelerate launch --config_file accelerate_configs/cpu_zero3.yaml benchmarks/parity_worker.py FOLDER LAUNCH
 
 FOLDER/<LAUNCH>.cells.json lists the cells. Each leaves FOLDER/<name>/: `out` as training writes it, `gradients` of
-step 1 (averaged over the ranks, before clipping) and `logits` of the trained model on the probe, as safetensors.
+step 1 (averaged over the ranks, before clipping) and `logits` of the trained model on the probe, as safetensors, and
+`saved-<rank>.jsonl`, how many tensors and bytes of the model this rank held ready for each checkpoint.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -79,6 +81,20 @@ class Observer:
 
 class Observed(Observer, trainer_module.ToolCallTrainer):
     pass
+
+
+def observe_saving() -> None:
+    """Let each rank write down what it holds ready to save; a copy of the whole model that Trainer makes counts too."""
+    gather, copy = trainer_module.weights_to_save, Accelerator.get_state_dict
+
+    def observed(tensors: Any) -> Any:
+        apart = {(tensor.data_ptr(), tensor.shape): tensor.nbytes for tensor in tensors.values()}  # tied ones once
+        with (Observer.folder / f"saved-{world.rank()}.jsonl").open("a") as file:
+            file.write(json.dumps({"tensors": len(apart), "bytes": sum(apart.values())}) + "\n")
+        return tensors
+
+    trainer_module.weights_to_save = lambda *args: observed(gather(*args))
+    Accelerator.get_state_dict = lambda *args, **kwargs: observed(copy(*args, **kwargs))
 
 
 class ObservedPeer(Observer, SFTTrainer):
@@ -182,6 +198,7 @@ def train_cell(folder: Path, cell: dict[str, Any], probe: dict[str, torch.Tensor
 def main() -> None:
     root, launch = Path(sys.argv[1]), sys.argv[2]
     run.ToolCallTrainer = Observed  # type: ignore[misc]
+    observe_saving()
     world.disconnect = lambda: None  # the next cell needs it
     for name, cell in json.loads((root / f"{launch}.{CELLS}").read_text()).items():
         folder = root / name

@@ -9,17 +9,19 @@ import yaml
 from gemma_dist.config import BatchPlan, RunConfig, batch_plan
 from gemma_dist.data.schedule import open_schedule, read_quarantine
 from gemma_dist.model.load import describe_training
+from gemma_dist.train.checkpoint import require_folder
 
 
 def describe_run(config: RunConfig, world_size: int) -> str:
     """The run as text for a terminal.
 
     Raises:
-        ConfigError: the batch sizes do not agree on `world_size` ranks.
+        ConfigError: the batch sizes do not agree on `world_size` ranks, or train.output_dir is a file.
         DataError: a folder of data.train holds no finished shards.
         CheckpointError: the model folder is absent or holds no Gemma 4.
     """
     plan = batch_plan(config, world_size)
+    require_folder(config.train.output_dir)
     settings = yaml.safe_dump(config.to_json(), sort_keys=False, allow_unicode=True, width=120)
     return "\n".join([settings, str(plan), *_data_lines(config, plan), *describe_training(config)])
 

@@ -4,6 +4,7 @@ A verb reads its options and calls one function of another module. Nothing heavy
 even the settings, which need pydantic: so `--help` answers at once.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -154,7 +155,7 @@ def check(config: Path, overrides: tuple[str, ...], world_size: int | None, acce
     if accelerate_config:
         launch = read_launch(accelerate_config)
         num_ranks = world_size or launch.num_processes
-        require_fit(settings, launch)
+        require_fit(settings, dataclasses.replace(launch, num_processes=num_ranks))
     elif "WORLD_SIZE" in os.environ:
         require_fit(settings, current_launch())
     from gemma_dist.check import describe_run
@@ -214,8 +215,10 @@ def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None) -> 
 
     overrides = (*overrides, *([f"data.quarantine={quarantine}"] if quarantine else []))
     settings = load_config(config, overrides)  # before torch is loaded: a slip of the hand should cost a second
+    from gemma_dist.report import say_idle_gpus
     from gemma_dist.train import run
 
+    say_idle_gpus(["train", config, *overrides])
     run.train(settings)
 
 
@@ -234,7 +237,9 @@ def evaluate(model: str, adapter: Path | None, data: Path, out: Path, limit: int
 
     checked = load_section(EvaluateConfig, settings)
     from gemma_dist.evaluate import run
+    from gemma_dist.report import say_idle_gpus
 
+    say_idle_gpus(["evaluate", *sys.argv[2:]])
     run.evaluate(model, adapter, data, out, limit, checked)
 
 

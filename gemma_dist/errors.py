@@ -23,3 +23,7 @@ class CheckpointError(GemmaDistError):
 
 class TrainingError(GemmaDistError):
     """A run cannot go on: a step's loss or gradient is not finite; the message names the step's samples."""
+
+
+class PeerError(GemmaDistError):
+    """Another rank of this run cannot go on, and says why itself: this one ends without a word."""

@@ -6,10 +6,11 @@ Rank 0 speaks, every rank warns.
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,21 @@ def start_logging() -> None:
     log.setLevel(logging.INFO if world.rank() == 0 else logging.WARNING)
     log.propagate = False
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about their own next release
+
+
+def say_idle_gpus(words: Sequence[object]) -> None:
+    """Where one process sees several GPUs, it takes the first: say so, and how all of them run `gemma-dist WORDS…`."""
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    if world.world_size() == 1 and num_gpus > 1:
+        log.info(
+            "%d GPUs are visible, and one process takes the first alone. On all of them:\n"
+            "    accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes %d -m gemma_dist %s",
+            num_gpus,
+            num_gpus,
+            shlex.join(map(str, words)),
+        )
 
 
 def progress(items: Iterable[T], *, total: int | None, desc: str, unit: str) -> Iterator[T]:

@@ -6,11 +6,15 @@ Slurm all leave RANK and WORLD_SIZE in the environment; these are the only place
 
 import datetime
 import os
+import socket
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 # Longer than any one rank may lead another: building a 31B model from a slow disk, or saving it.
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
+
+_processes: list[tuple[str, int]] = []  # host and process of each rank, once they have met
 
 
 def rank() -> int:
@@ -68,6 +72,40 @@ def gather_objects(item: Any) -> list[Any]:
     gathered: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(gathered, item)
     return gathered
+
+
+def note_processes() -> None:
+    """Let every rank know the others' processes, for `ended_ranks`. All ranks call it, once they are connected."""
+    _processes[:] = gather_objects((socket.gethostname(), os.getpid()))
+
+
+def ended_ranks(patience_s: float = 1.0) -> dict[int, int]:
+    """The other ranks on this machine whose process has ended, and that process. Empty before `note_processes`.
+
+    One that is just being killed is waited for, `patience_s` at most.
+    """
+    here = {
+        other: process
+        for other, (host, process) in enumerate(_processes)
+        if host == socket.gethostname() and other != rank()
+    }
+    end = time.monotonic() + patience_s
+    while here:
+        ended = {other: process for other, process in here.items() if not _runs(process)}
+        if ended or time.monotonic() > end:
+            return ended
+        time.sleep(0.01)
+    return {}
+
+
+def _runs(process: int) -> bool:
+    """Whether a process is there and not merely waiting for its parent to take note of its end."""
+    import psutil
+
+    try:
+        return psutil.Process(process).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def any_rank(flags: Sequence[bool]) -> list[bool]:

@@ -5,23 +5,28 @@ Slow by nature: every run starts processes that load torch, and the first at ZeR
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+import yaml
 from corpus import row, write_rows
 from peft import PeftModel
-from ranks import ENVIRONMENT, gemma_dist, kill, needs_compiler, start, wait_for
+from ranks import ENVIRONMENT, REPOSITORY, gemma_dist, kill, needs_compiler, start, wait_for
 from safetensors.torch import load_file
 from store import serve
 from transformers import AutoModelForImageTextToText
 
 from gemma_dist.data.shards import open_shards
 from gemma_dist.errors import CheckpointError, ConfigError
+from gemma_dist.model.fingerprint import fingerprint_base
 from gemma_dist.train.checkpoint import MARKER, alone_in, find_checkpoint
 from gemma_dist.train.optimizer import layout
 from gemma_dist.train.trainer import settle_buckets
@@ -60,9 +65,13 @@ def _paths(model: str, shards: Path, out: Path) -> list[str]:
     return [f"model_name_or_path={model}", f"data.train={shards}", f"output_dir={out}"]
 
 
+def _rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 def _curve(out: Path) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = _rows(out)
     assert [row["step"] for row in rows] == list(range(1, NUM_STEPS + 1))
     return [(row["loss"], row["grad_norm"]) for row in rows]
 
@@ -81,6 +90,27 @@ def test_the_command_learns_the_same_under_every_kind_of_launch(run: Any, recipe
         assert together == pytest.approx(alone, rel=1e-5)
     parts = list((run(recipe, launch) / f"checkpoint-{NUM_STEPS}").glob("optimizer-*-of-00002.safetensors"))
     assert len(parts) == (2 if "zero" in launch else 1)
+
+
+@needs_compiler
+def test_a_deepspeed_config_that_leaves_something_out_gets_it_from_the_recipe(
+    run: Any, model: str, shards: Path, tmp_path: Path
+) -> None:
+    """Without `gradient_clipping` DeepSpeed would not clip: with these settings the loss would fall by 2."""
+    deepspeed = json.loads((REPOSITORY / "accelerate_configs/deepspeed_cpu_zero2.json").read_text())
+    for name in ("gradient_clipping", "gradient_accumulation_steps", "train_batch_size", "bf16"):
+        del deepspeed[name]
+    (tmp_path / "deepspeed.json").write_text(json.dumps(deepspeed))
+    launch = yaml.safe_load((REPOSITORY / "accelerate_configs/cpu_zero2.yaml").read_text())
+    launch["deepspeed_config"]["deepspeed_config_file"] = str(tmp_path / "deepspeed.json")
+    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(launch))
+    clipped = ("optim=sgd", "learning_rate=1", "max_grad_norm=0.001", "lr_scheduler_type=constant", "warmup_steps=0")
+    alone, out = _curve(run("cpu_full", None, *clipped)), tmp_path / "out"
+    words = ["launch/cpu_full.yaml", *_paths(model, shards, out), *SETTINGS, *clipped]
+    gemma_dist("train", *words, launch=tmp_path / "launch.yaml")
+    for one, two in zip(alone, _curve(out), strict=True):
+        assert two == pytest.approx(one, rel=1e-5)
+    assert alone[-1][0] > 6
 
 
 PACKED = ("packing=true",)
@@ -146,6 +176,61 @@ def test_resumed_equals_uninterrupted(
     assert all(torch.equal(resumed[name], weight) for name, weight in uninterrupted.items())
 
 
+def test_settings_that_may_change_take_effect_on_resume(run: Any, model: str, shards: Path, tmp_path: Path) -> None:
+    """Whoever lowers save_steps after losing a night gets just that; the log says what changed and adds up."""
+    whole, out = run("cpu_lora"), tmp_path / "out"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / f"checkpoint-{NUM_STEPS}")
+    changed = ["save_steps=1", "logging_steps=2", "learning_rate=1e-9", "save_total_limit=null"]
+    output = gemma_dist("train", "launch/cpu_lora.yaml", *_paths(model, shards, out), *SETTINGS, *changed)
+    assert "train.save_steps 2 -> 1" in output
+    assert "train.logging_steps 1 -> 2" in output
+    assert "train.learning_rate 0.005 -> 1e-09" in output
+    assert "lr_scheduler.step" not in output
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3", "checkpoint-4"}
+    rows, before = _rows(out), _rows(whole)
+    assert [row["step"] for row in rows] == [1, 2, 4]
+    assert rows[-1]["learning_rate"] < 1e-9
+    for key in ("tokens", "target_tokens"):
+        assert rows[-1][key] == before[2][key] + before[3][key]
+    assert rows[-1]["tokens_per_s"] == pytest.approx(rows[-1]["tokens"] / rows[-1]["seconds"], rel=1e-2)
+
+
+def test_a_checkpoint_of_another_base_is_refused(
+    run: Any, model: str, tiny_model: Any, shards: Path, tmp_path: Path
+) -> None:
+    """A sister model has the same shapes; a number format or a 4-bit base is another function."""
+    from safetensors.torch import save_file
+
+    sister = tmp_path / "sister"
+    shutil.copytree(model, sister)
+    weights = {name: 1.001 * weight for name, weight in load_file(sister / "model.safetensors").items()}
+    save_file(weights, sister / "model.safetensors", {"format": "pt"})
+    for base, more, reason in [
+        (sister, [], "the base model (hash of its weights) was"),
+        (tiny_model("31b"), [], "the base model (hash of its config.json) was"),
+        (model, ["model.dtype=bfloat16"], "model.dtype was 'float32' and is now 'bfloat16'"),
+        (model, ["tuning=qlora"], "quantization was None and is now {'load_in_4bit': True"),
+    ]:
+        words = [*_paths(str(base), shards, run("cpu_lora")), *SETTINGS, *more]
+        output = gemma_dist("train", "launch/cpu_lora.yaml", *words, fails=True)
+        assert reason in output
+        assert "Traceback" not in output
+
+
+def test_a_base_is_known_by_its_weights_however_they_are_cut(tiny_model: Any, tmp_path: Path) -> None:
+    model = tiny_model()
+    known = fingerprint_base(str(model))
+    loaded = AutoModelForImageTextToText.from_pretrained(model)
+    loaded.save_pretrained(tmp_path / "cut", max_shard_size="1MB")
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 2
+    assert fingerprint_base(str(tmp_path / "cut"))["base_weights"] == known["base_weights"]
+    with torch.no_grad():
+        loaded.model.language_model.layers[3].mlp.up_proj.weight.mul_(1.01)
+    loaded.save_pretrained(tmp_path / "tuned")
+    assert fingerprint_base(str(tmp_path / "tuned"))["base_weights"] != known["base_weights"]
+
+
 def test_a_checkpoint_of_another_run_is_refused(run: Any, model: str, shards: Path) -> None:
     paths = _paths(model, shards, run("cpu_full"))
     output = gemma_dist("train", "launch/cpu_full.yaml", *paths, *SETTINGS, "seed=7", fails=True)
@@ -187,6 +272,82 @@ def test_a_finished_run_is_not_trained_again(run: Any, model: str, shards: Path)
     output = gemma_dist("train", "launch/cpu_full.yaml", *_paths(model, shards, out), *SETTINGS)
     assert "nothing is left to train" in output
     assert ((out / "metrics.jsonl").read_bytes(), (out / "model.safetensors").read_bytes()) == before
+
+
+def test_one_process_takes_one_of_several_gpus(model: str, shards: Path, tmp_path: Path) -> None:
+    """Trainer would take both, with `nn.DataParallel`. GPUs cannot be had here: their number is made up."""
+    script = tmp_path / "two_gpus.py"
+    script.write_text(
+        "import sys, torch, transformers\n"
+        "from gemma_dist.__main__ import main\n"
+        "transformers.TrainingArguments.n_gpu = property(lambda self: 2)\n"
+        "torch.cuda.device_count, torch.cuda.is_available = lambda: 2, lambda: False\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    words = ["train", "launch/cpu_lora.yaml", *_paths(model, shards, tmp_path / "out"), *SETTINGS[:2], "max_steps=1"]
+    done = subprocess.run(
+        [sys.executable, script, *words],
+        cwd=REPOSITORY,
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 GPUs are visible, and one process takes the first alone" in done.stderr
+    assert f"--num_processes 2 -m gemma_dist {shlex.join(words)}" in done.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_file_in_the_place_of_output_dir_is_refused(model: str, shards: Path, tmp_path: Path) -> None:
+    file = tmp_path / "my.jsonl"
+    file.write_text("precious")
+    for verb, out in product(("train", "check"), (file, file / "out")):
+        output = gemma_dist(verb, "launch/cpu_lora.yaml", *_paths(model, shards, out), *SETTINGS, fails=True)
+        assert f"train.output_dir = '{out}': {file} is a file; name a folder" in output
+    assert file.read_text() == "precious"
+
+
+@pytest.mark.parametrize("launch", [None, "cpu_ddp"])
+def test_a_disk_that_fills_up_costs_no_checkpoint(
+    model: str, shards: Path, small_disk: Path, launch: str | None
+) -> None:
+    """There is room for one checkpoint; of the second, the weights no longer fit."""
+    more = ["save_total_limit=null", "optim=sgd"]
+    words = ["launch/cpu_full.yaml", *_paths(model, shards, small_disk), *SETTINGS, *more]
+    output = gemma_dist("train", *words, launch=launch, fails=True)
+    assert output.count(f"train.output_dir = '{small_disk}': rank 0 could not write the checkpoint of step 4") == 1
+    assert "No space left on device" in output
+    assert "a bug in gemma_dist" not in output
+    assert (small_disk / "checkpoint-2" / MARKER).exists()
+
+
+def test_a_rank_that_the_system_kills_is_named(model: str, shards: Path, tmp_path: Path) -> None:
+    """As it does where memory runs out."""
+    out = tmp_path / "out"
+    more = ["max_steps=100000", "save_steps=100000"]
+    words = ["launch/cpu_full.yaml", *_paths(model, shards, out), *SETTINGS[:2], *more]
+    process = start("train", *words, launch="cpu_ddp")
+    try:
+        wait_for(out / "metrics.jsonl", process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        (victim,) = [child for child in children if _environment(child).get("RANK") == "1"]
+        victim.kill()
+        output = process.communicate(timeout=120)[0]
+    finally:
+        kill(process)
+    assert output.count(f"rank 1 (process {victim.pid}) has ended") == 1
+    assert output.index("has ended") < output.index("exitcode")
+    assert "out of memory" in output
+    assert "a bug in gemma_dist" not in output
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
 
 
 def test_a_launch_that_would_lose_deepspeed_is_refused(

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_dist import world
-from gemma_dist.errors import CheckpointError, ConfigError
+from gemma_dist.config import RunConfig
+from gemma_dist.errors import CheckpointError, ConfigError, PeerError
 from gemma_dist.report import log, write_json
 
 MARKER = "complete.json"
@@ -24,6 +25,10 @@ _NAME = re.compile(r"checkpoint-\d+")
 MEANING = {  # of what a run is bound to, where the name alone does not say it
     "manifest": "the corpus (manifest)",
     "num_samples": "its number of samples",
+    "base_config": "the base model (hash of its config.json)",
+    "base_weights": "the base model (hash of its weights)",
+    "dtype": "model.dtype",
+    "four_bit": "quantization",
     "encoding": "its tokenizer, chat template or image processor (fingerprint)",
     "weights": "the weights of data.train",
     "optim": "train.optim",
@@ -62,6 +67,39 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, state: dict[s
             "starts from; a run started again would go on from there. Move them away, or name another folder"
         )
     return folder, step
+
+
+def require_folder(output_dir: Path) -> None:
+    """Raises ConfigError where `output_dir` is a file, or cannot become a folder."""
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"train.output_dir = {str(output_dir)!r}: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"train.output_dir = {str(output_dir)!r}: nothing may be written to {existing}; name another folder"
+        )
+
+
+def changed_settings(folder: Path, config: RunConfig) -> list[str]:
+    """What of `config` differs from the settings of the run that saved the checkpoint `folder`, in words."""
+    then = _flat(json.loads((folder / MARKER).read_text(encoding="utf-8")).get("settings", {}))
+    now = _flat(config.to_json())
+    return [
+        f"{key} {json.dumps(then.get(key))} -> {json.dumps(now.get(key))}"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key)
+    ]
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
 
 
 def require_one_start(start_step: int) -> None:
@@ -119,31 +157,62 @@ def alone_in(output_dir: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def begin(output_dir: Path) -> Path:
-    """An empty folder to write a checkpoint into, the same for all ranks."""
+@contextlib.contextmanager
+def saving(output_dir: Path, step: int, config: RunConfig, epoch: int, state: dict[str, Any]) -> Iterator[Path]:
+    """Gives the folder that all ranks write checkpoint `step` into. At the end it is marked and moved to its name, and
+    the oldest checkpoints beyond `train.save_total_limit` are removed.
+
+    Raises:
+        CheckpointError: on the rank that could not write.
+        PeerError: on the others.
+    """
     unfinished = output_dir / UNFINISHED
-    if world.rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    world.barrier()
-    return unfinished
+    folder = unfinished / f"checkpoint-{step}"
+    with _together(output_dir, step):
+        if world.rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+    with _together(output_dir, step):
+        yield folder
+    with _together(output_dir, step):
+        if world.rank() == 0:
+            _finish(folder, output_dir / folder.name, config, {"step": step, "epoch": epoch, "state": state})
 
 
-def finish(output_dir: Path, step: int, epoch: int, state: dict[str, Any], *, save_total_limit: int | None) -> None:
-    """Mark what was written since `begin`, move it to its name, and remove the oldest beyond `save_total_limit`."""
-    world.barrier()  # every rank has written its part
-    if world.rank() == 0:
-        name = f"checkpoint-{step}"
-        write_json(output_dir / UNFINISHED / name / MARKER, {"step": step, "epoch": epoch, "state": state})
-        shutil.rmtree(output_dir / name, ignore_errors=True)
-        (output_dir / UNFINISHED / name).rename(output_dir / name)
-        shutil.rmtree(output_dir / UNFINISHED)
-        log.info("saved %s", output_dir / name)
-        if save_total_limit is not None:
-            for old in _checkpoints(output_dir)[:-save_total_limit]:
-                (old / MARKER).unlink(missing_ok=True)  # no longer complete, should the removal be interrupted
-                shutil.rmtree(old)
-    world.barrier()
+def _finish(written: Path, folder: Path, config: RunConfig, marker: dict[str, Any]) -> None:
+    """Mark the checkpoint that all ranks have `written`, and let it be `folder`."""
+    write_json(written / MARKER, marker | {"settings": config.to_json()})
+    shutil.rmtree(folder, ignore_errors=True)
+    written.rename(folder)
+    shutil.rmtree(written.parent)
+    log.info("saved %s", folder)
+    if config.train.save_total_limit is not None:
+        for old in _checkpoints(folder.parent)[: -config.train.save_total_limit]:
+            (old / MARKER).unlink(missing_ok=True)  # no longer complete, should the removal be interrupted
+            shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def _together(output_dir: Path, step: int) -> Iterator[None]:
+    """Ends on all ranks at once, and where one of them could not write, with an error on all of them."""
+    problem = None
+    try:
+        yield
+    except Exception as error:
+        # safetensors and tokenizers write with Rust, whose errors are not OSErrors.
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        problem = error
+    failed = world.any_rank([problem is not None])
+    if problem is not None:
+        free = shutil.disk_usage(output_dir).free / 1e9 if output_dir.exists() else 0
+        raise CheckpointError(
+            f"train.output_dir = {str(output_dir)!r}: rank {world.rank()} could not write the checkpoint of step "
+            f"{step}: {problem} ({free:.1f} GB are free there). Earlier checkpoints are whole: make room (a lower "
+            "train.save_total_limit keeps fewer of them), and the same command resumes from the newest"
+        ) from problem
+    if any(failed):
+        raise PeerError(f"another rank could not write the checkpoint of step {step}")
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

@@ -16,9 +16,16 @@ from gemma_dist.data.encode import load_encoder
 from gemma_dist.data.loader import TrajectoryLoader
 from gemma_dist.data.schedule import open_schedule, read_quarantine
 from gemma_dist.launch import current_launch, require_fit
+from gemma_dist.model.fingerprint import fingerprint_base
 from gemma_dist.model.load import ADAPTER_RECORD, add_adapter, load_model
 from gemma_dist.report import RunLog, log
-from gemma_dist.train.checkpoint import alone_in, find_checkpoint, require_one_start
+from gemma_dist.train.checkpoint import (
+    alone_in,
+    changed_settings,
+    find_checkpoint,
+    require_folder,
+    require_one_start,
+)
 from gemma_dist.train.optimizer import layout
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 
@@ -27,7 +34,6 @@ STATE_FILES = (
     "complete.json",
     "optimizer*",
     "README.md",
-    "trainer_state*",
 )
 
 
@@ -41,12 +47,21 @@ def train(config: RunConfig) -> None:
     """
     launch = current_launch()
     require_fit(config, launch)
+    require_folder(config.train.output_dir)
     plan = batch_plan(config, world.world_size())
     schedule = open_schedule(config, plan)
     shards = schedule.shards
     quarantine = read_quarantine(config.data.quarantine, shards)
     num_steps = schedule.num_steps(config.train)
+    encoder = load_encoder(
+        config.model.model_name_or_path,
+        chat_template=config.data.chat_template,
+        enable_thinking=config.data.enable_thinking,
+    )
     state = {
+        **fingerprint_base(config.model.model_name_or_path),
+        "dtype": config.model.dtype,
+        "four_bit": config.quantization.model_dump() if config.quantization else None,
         "manifest": shards.manifest_hash,
         "num_samples": len(shards),
         "encoding": shards.fingerprint,
@@ -60,11 +75,8 @@ def train(config: RunConfig) -> None:
         "optimizer": layout(config.train.optim, launch.zero_stage, plan.world_size),
     }
     checkpoint, start_step = find_checkpoint(config.train.output_dir, config.train.resume_from_checkpoint, state)
-    encoder = load_encoder(
-        config.model.model_name_or_path,
-        chat_template=config.data.chat_template,
-        enable_thinking=config.data.enable_thinking,
-    )
+    if checkpoint and (changed := changed_settings(checkpoint, config)):
+        log.info("resuming from %s with other settings: %s", checkpoint, "; ".join(changed))
     rank = world.rank()
     loader = TrajectoryLoader(
         schedule,
@@ -80,11 +92,12 @@ def train(config: RunConfig) -> None:
     with alone_in(config.train.output_dir):
         if start_step < num_steps:
             arguments = training_arguments(config, plan, num_steps)
+            world.note_processes()
             require_one_start(start_step)
             model = _model(config, arguments)
             run_log = RunLog(config.train.output_dir / "metrics.jsonl", start_step=start_step, num_steps=num_steps)
             trainer = ToolCallTrainer(config, arguments, model, loader, state, run_log)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.train(resume_from_checkpoint=checkpoint)
             run_log.close()
             checkpoint = config.train.output_dir / f"checkpoint-{num_steps}"
         else:

@@ -12,6 +12,7 @@ the places where it would train something else on Gemma 4:
 """
 
 import math
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,13 @@ from gemma_dist import world
 from gemma_dist.config import BatchPlan, RunConfig
 from gemma_dist.data.loader import TrajectoryLoader
 from gemma_dist.errors import CheckpointError
+from gemma_dist.launch import write_recipe_into
 from gemma_dist.model.load import use_cpu, write_record
 from gemma_dist.report import RunLog
 from gemma_dist.train import checkpoint
 from gemma_dist.train.guard import Watchdog, sample_ids, stop_unless_finite
 from gemma_dist.train.optimizer import load_optimizer, save_optimizer
+from gemma_dist.train.weights import weights_to_save
 
 # Settings of a recipe that are ours to carry out.
 OURS = (
@@ -56,7 +59,7 @@ def training_arguments(config: RunConfig, plan: BatchPlan, num_steps: int) -> SF
         del settings[ours]
     checkpointing = settings.pop("gradient_checkpointing")
     report_to = settings.pop("report_to")
-    return SFTConfig(
+    arguments = OneGpuConfig(
         **settings
         | {
             "output_dir": str(config.train.output_dir),
@@ -80,6 +83,18 @@ def training_arguments(config: RunConfig, plan: BatchPlan, num_steps: int) -> SF
         dataloader_pin_memory=not use_cpu(),
         ddp_timeout=int(world.COLLECTIVE_TIMEOUT.total_seconds()),
     )
+    if arguments.deepspeed_plugin is not None:
+        write_recipe_into(arguments.deepspeed_plugin.deepspeed_config, config, plan)
+    return arguments
+
+
+class OneGpuConfig(SFTConfig):
+    """TRL's settings for a process that takes one GPU, as every rank does: without a launcher, Trainer would take all
+    that it sees (`nn.DataParallel`), which TRL refuses."""
+
+    @property
+    def n_gpu(self) -> int:
+        return min(super().n_gpu, 1)
 
 
 class ToolCallTrainer(SFTTrainer):
@@ -116,22 +131,32 @@ class ToolCallTrainer(SFTTrainer):
             if parameter.requires_grad and parameter.dtype != adapter_dtypes[name]:
                 parameter.data = parameter.data.to(adapter_dtypes[name])
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Path | None = None) -> Any:
+        """Train from the loader's first step on; its state is in `resume_from_checkpoint`, if it is not the first.
+
+        Trainer itself knows nothing of a checkpoint: its own state would bring back the `save_steps` and
+        `logging_steps` of then.
+        """
+        self._checkpoint = resume_from_checkpoint
         self._watchdog = Watchdog(self.config.train.output_dir, self.config.train.step_timeout_s, self._position)
         try:
-            return super().train(*args, **kwargs)
+            return super().train()
         finally:
             self._watchdog.close()
 
     def get_train_dataloader(self) -> DataLoader:
         return DataLoader(self.loader, batch_size=None)
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if resume_from_checkpoint is not None:
-            load_optimizer(Path(resume_from_checkpoint), self.model, self.optimizer.optimizer)
-            self.lr_scheduler.last_epoch = self.loader.start_step - 1  # a function of the step alone
-            self.lr_scheduler.step()
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        initial = super()._init_training_state(*args, **kwargs)
+        self.state.global_step = self._logged_step = self.loader.start_step
+        return initial
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._checkpoint is not None:
+            load_optimizer(self._checkpoint, self.model, self.optimizer.optimizer)
+            _set_step(self.lr_scheduler, self.loader.start_step)
         if self.args.activation_checkpointing:
             assert_non_reentrant(self.model)
         if isinstance(self.model_wrapped, DistributedDataParallel):
@@ -177,7 +202,8 @@ class ToolCallTrainer(SFTTrainer):
         """One line a step, on the terminal and in metrics.jsonl, from what Trainer and TRL have measured."""
         if "loss" in logs and self.is_world_process_zero():
             step = self.state.global_step
-            done = range(max(step - self.args.logging_steps, self.loader.start_step), step)
+            done = range(self._logged_step, step)
+            self._logged_step = step
             target_tokens, num_tokens = map(sum, zip(*map(self.loader.counts_at, done), strict=True))
             self.run_log.write(
                 step,
@@ -192,33 +218,26 @@ class ToolCallTrainer(SFTTrainer):
             )
         super().log(logs, start_time)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Nothing to save: see `SeedSteps`."""
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        save_optimizer(Path(output_dir), self.model, self.optimizer.optimizer)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(Path(self.args.output_dir) / checkpoint.UNFINISHED)
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        output_dir = Path(self.args.output_dir)
-        checkpoint.begin(output_dir)
-        super()._save_checkpoint(model, trial)
-        step, limit = self.state.global_step, self.config.train.save_total_limit
+        """All that a run needs to resume, complete or absent. What is random follows from the step: see `SeedSteps`."""
+        output_dir, step = self.config.train.output_dir, self.state.global_step
         epoch = step // self.loader.schedule.steps_per_epoch
-        checkpoint.finish(output_dir, step, epoch, self.run_state, save_total_limit=limit)
+        with checkpoint.saving(output_dir, step, self.config, epoch, self.run_state) as folder:
+            self.save_model(str(folder))
+            save_optimizer(folder, self.model, self.optimizer.optimizer)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """No card: it would describe TRL's defaults."""
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            (folder / "training_args.bin").unlink()  # a pickle that nothing reads
-            write_record(folder, self.config, self.model, **self.run_state)
-            _check_saved(folder)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what trained, an adapter or the whole model, with all that is needed to use it. Every rank calls it."""
+        engine = self.model_wrapped if self.is_deepspeed_enabled else None
+        partitioned = engine is not None and engine.zero_optimization_partition_weights()
+        weights = weights_to_save(self.model, engine) if partitioned or self.args.should_save else {}
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        self.model.save_pretrained(folder, state_dict=weights)
+        self.processing_class.save_pretrained(folder)
+        write_record(folder, self.config, self.model, **self.run_state)
+        _check_saved(folder)
 
 
 class SeedSteps(TrainerCallback):
@@ -229,6 +248,14 @@ class SeedSteps(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         words = np.random.SeedSequence((args.seed, state.global_step, world.rank())).generate_state(1)
         set_seed(int(words[0]))
+
+
+def _set_step(scheduler: Any, step: int) -> None:
+    """Set the learning rate to that of `step`, of which alone it is a function."""
+    scheduler.last_epoch = step - 1
+    with warnings.catch_warnings():  # torch takes it for the first step of all, which should follow the optimizer's
+        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)`")
+        scheduler.step()
 
 
 def _check_saved(folder: Path) -> None:

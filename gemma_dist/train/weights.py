@@ -1,0 +1,57 @@
+"""What a checkpoint keeps of the model: what trains, in the memory of the rank that writes it and of no other.
+
+Trainer copies the whole model to the host memory of every rank at ZeRO-1 and 2, for an adapter of a few MB too.
+"""
+
+from typing import Any
+
+import torch
+
+GATHERED_AT_ONCE = 64  # parameters of an adapter
+
+
+def weights_to_save(model: Any, engine: Any | None) -> dict[str, torch.Tensor]:
+    """The tensors for `model.save_pretrained`, by the names in `model`: of a PEFT model its adapter, else all.
+
+    At ZeRO-3 every rank is to call it, and all but rank 0 get nothing; elsewhere only the one that saves.
+
+    Args:
+        engine: DeepSpeed's, around `model`; None without DeepSpeed.
+    """
+    adapter = None
+    if hasattr(model, "peft_config"):
+        adapter = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if engine is not None and engine.zero_optimization_partition_weights():
+        if adapter is None:
+            return engine._zero3_consolidated_16bit_state_dict() or {}
+        return _gather(adapter, engine)
+    tensors = model.state_dict() if adapter is None else adapter
+    return tensors if engine is None else _copies(tensors)
+
+
+def _gather(adapter: dict[str, Any], engine: Any) -> dict[str, torch.Tensor]:
+    """The whole of parameters that lie partitioned, on rank 0. The frozen base is not gathered for it."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    whole: dict[str, torch.Tensor] = {}
+    engine.optimizer.checkpoint_event_prologue()  # small parameters, whole between steps, are partitioned again
+    names = list(adapter)
+    for start in range(0, len(names), GATHERED_AT_ONCE):
+        group = names[start : start + GATHERED_AT_ONCE]
+        with GatheredParameters([adapter[name] for name in group]):
+            if engine.global_rank == 0:
+                for name in group:
+                    whole[name] = adapter[name].detach().to("cpu", copy=True)
+    engine.optimizer.checkpoint_event_epilogue()
+    return whole
+
+
+def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`tensors` in host memory, each with bytes of its own: at ZeRO-1 and 2 they are views of one flat tensor, which
+    safetensors refuses. Tied ones stay tied."""
+    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    for tensor in tensors.values():
+        place = tensor.data_ptr(), tensor.shape
+        if place not in copies:
+            copies[place] = tensor.detach().to("cpu", copy=True)
+    return {name: copies[tensor.data_ptr(), tensor.shape] for name, tensor in tensors.items()}
