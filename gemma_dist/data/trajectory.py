@@ -316,7 +316,7 @@ def _tool_name(name: Any) -> str:
         raise DataError(
             f"the tool name {short(name)} cannot be carried by Gemma's call format; use letters, digits and _ - . / :"
         )
-    return _encodable(name)
+    return name
 
 
 def _parse_arguments(arguments: Any, clean: Clean) -> dict[str, Any]:
@@ -467,10 +467,9 @@ def _parse_tools(tools: Any, clean: Clean) -> list[dict[str, Any]]:
     parsed: dict[str, dict[str, Any]] = {}
     for number, tool in enumerate(tools, start=1):
         with at(f"tool {number}"):
-            function = _get(tool, "function") or tool
-            if function is tool and isinstance(tool, dict):
-                function = {key: value for key, value in tool.items() if key != "type"}
-            if not isinstance(function, dict) or _get(tool, "type") not in (None, "function"):
+            given = tool if isinstance(tool, dict) else {}
+            function = given.get("function") or {key: value for key, value in given.items() if key != "type"}
+            if not isinstance(function, dict) or not function or given.get("type") not in (None, "function"):
                 raise DataError(
                     f'{short(tool)} declares no function; write {{"type": "function", "function": {{"name": ...}}}}'
                 )
