@@ -10,19 +10,16 @@ decode. What comes out is in the normal form that the chat template takes as it 
 
 import functools
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonschema
-import referencing
-
-from gemma_dist.data.convert import read_json_text, to_openai, turn_name
+from gemma_dist.data.convert import to_openai, turn_name
 from gemma_dist.data.images import check_image, decode_image, load_image
 from gemma_dist.data.rows import Where, read_rows
+from gemma_dist.data.schema import check_calls, parse_tools, tool_name
 from gemma_dist.data.strict import at, map_json, parse_json, short
 from gemma_dist.errors import DataError
 
@@ -38,7 +35,6 @@ CONTROL_TOKENS = (
 )
 # fmt: on
 _CONTROL = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
-_TOOL_NAME = re.compile(r"[\w./:-]+")
 _UNCARRIED = re.compile(r'[:,{}\[\]"\r\n]')  # ends a bare key of Gemma's calls, or opens something else
 
 _ROLES = {
@@ -105,7 +101,7 @@ def parse_row(
                 f"`messages` is {short(raw_messages)}; a row holds a list of messages (OpenAI or Anthropic), "
                 f"or `conversations` (sharegpt); this one has the keys {short(list(row))}"
             )
-        tools = _parse_tools(row.get("tools"), clean)
+        tools = parse_tools(row.get("tools"), clean)
         messages: list[dict[str, Any]] = []
         pictures: list[_Picture] = []
         places = [turn_name(turn, _get(raw, "role")) for turn, raw in zip(turns, raw_messages, strict=True)]
@@ -117,7 +113,7 @@ def parse_row(
         _check_order(places, messages)
         _link_answers(places, messages)
         if tools:
-            _check_calls(places, messages, tools)
+            check_calls(places, messages, tools)
         images = _load_images(pictures, row.get("images"), _media_root(media_root, where), max_image_pixels)
         moved = [part for message in messages for part in _text_before_call(message, text_beside_call)]
         return Trajectory(row_id, moved, tools, images)
@@ -302,21 +298,13 @@ def _parse_calls(raw: dict[str, Any], clean: Clean) -> list[dict[str, Any]]:
             raise DataError(
                 f'the call {short(call)} is no function call; write {{"function": {{"name", "arguments"}}}}'
             )
-        name = _tool_name(function.get("name"))
+        name = tool_name(function.get("name"))
         with at(f"call of {name}"):
             arguments = _parse_arguments(function.get("arguments"), clean)
         parsed.append(
             {"id": _call_id(call.get("id")), "type": "function", "function": {"name": name, "arguments": arguments}}
         )
     return parsed
-
-
-def _tool_name(name: Any) -> str:
-    if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
-        raise DataError(
-            f"the tool name {short(name)} cannot be carried by Gemma's call format; use letters, digits and _ - . / :"
-        )
-    return name
 
 
 def _parse_arguments(arguments: Any, clean: Clean) -> dict[str, Any]:
@@ -454,120 +442,6 @@ def _text_before_call(message: dict[str, Any], text_beside_call: str) -> Iterato
         return
     yield {key: value for key, value in message.items() if key != "tool_calls"}
     yield {key: value for key, value in message.items() if key != "reasoning_content"} | {"content": ""}
-
-
-# ---- tools ----
-
-
-def _parse_tools(tools: Any, clean: Clean) -> list[dict[str, Any]]:
-    """Declarations in OpenAI's form, as given but for the wrapper and the keys that the template needs."""
-    tools = read_json_text(tools, "tools") if tools else []
-    if not isinstance(tools, list):
-        raise DataError(f"`tools` is {short(tools)}; write a list of declarations")
-    parsed: dict[str, dict[str, Any]] = {}
-    for number, tool in enumerate(tools, start=1):
-        with at(f"tool {number}"):
-            given = tool if isinstance(tool, dict) else {}
-            function = given.get("function") or {key: value for key, value in given.items() if key != "type"}
-            if not isinstance(function, dict) or not function or given.get("type") not in (None, "function"):
-                raise DataError(
-                    f'{short(tool)} declares no function; write {{"type": "function", "function": {{"name": ...}}}}'
-                )
-            name = _tool_name(function.get("name"))
-        with at(f"tool {name}"):
-            if name in parsed:
-                raise DataError("is declared twice; tool names are unique")
-            function = map_json({key: value for key, value in function.items() if value is not None}, clean, clean)
-            function.setdefault("description", "")
-            if not isinstance(function["description"], str):
-                raise DataError(f"the description is {short(function['description'])}; write it as text")
-            if "parameters" in function:
-                _check_parameters(function["parameters"])
-            parsed[name] = {"type": "function", "function": function}
-    return list(parsed.values())
-
-
-def _check_parameters(parameters: Any) -> None:
-    if not isinstance(parameters, dict):
-        raise DataError(f"parameters are {short(parameters)}; write a JSON schema of type object")
-    if not parameters:
-        return
-    # Without the type the template never closes the brace of the parameters.
-    if parameters.setdefault("type", "object") != "object":
-        raise DataError(
-            f'the type of parameters is {short(parameters.get("type"))}; arguments are an object: write "object"'
-        )
-    _validator(json.dumps(parameters))
-
-
-@functools.lru_cache(maxsize=4096)
-def _validator(schema_json: str) -> Any:
-    """A validator of the schema in its own dialect, by default 2020-12. It fetches nothing that a $ref names."""
-    schema = json.loads(schema_json)
-    try:
-        dialect = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-        dialect.check_schema(schema)
-        return _nullable(dialect)(schema, registry=referencing.Registry())
-    except Exception as error:  # whatever trips the validator's own reading of a schema is a fault of the schema
-        raise DataError(f"parameters are no valid JSON schema: {_reason(error)}; mend the schema") from None
-
-
-@functools.cache
-def _nullable(dialect: Any) -> Any:
-    """The dialect with OpenAPI's `nullable: true`, which Gemma's template shows to the model."""
-
-    def unless_null(keyword: str) -> Any:
-        check = dialect.VALIDATORS[keyword]
-
-        def checked(validator: Any, rule: Any, value: Any, schema: Any) -> Any:
-            return (
-                () if value is None and schema.get("nullable") is True else check(validator, rule, value, schema) or ()
-            )
-
-        return checked
-
-    return jsonschema.validators.extend(dialect, {keyword: unless_null(keyword) for keyword in ("type", "enum")})
-
-
-def _check_calls(places: list[str], messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> None:
-    """Calls of trained messages name declared tools and fit their schema; others may show a mistake."""
-    declared = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
-    for place, message in zip(places, messages, strict=True):
-        if not message.get("train", True):
-            continue
-        for call in message.get("tool_calls", []):
-            name, arguments = call["function"]["name"], call["function"]["arguments"]
-            with at(place):
-                if name not in declared:
-                    raise DataError(
-                        f"calls {name}, which `tools` does not declare ({short(list(declared))}); declare it, mend the "
-                        "name, or set train: false on the message if it shows a mistake"
-                    )
-                if declared[name]:
-                    with at(f"call of {name}"):
-                        _check_arguments(arguments, json.dumps(declared[name]))
-
-
-def _check_arguments(arguments: dict[str, Any], schema_json: str) -> None:
-    try:
-        error = jsonschema.exceptions.best_match(_validator(schema_json).iter_errors(arguments))
-    except DataError:
-        raise
-    except Exception as broken:  # a $ref that leads nowhere, a pattern that is no regular expression, endless recursion
-        raise DataError(
-            f"the tool's schema cannot be applied: {_reason(broken)}; mend the schema (no remote $ref)"
-        ) from None
-    if error is not None:
-        path = ".".join(map(str, error.absolute_path)) or "as a whole"
-        raise DataError(
-            f"the arguments do not fit the tool's schema: {path}: {_reason(error)}; mend them, or set train: false on "
-            "the message if it shows a mistake"
-        )
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(getattr(error, "message", "") or error or type(error).__name__).split())
-    return text if len(text) <= 200 else f"{text[:120]} ... {text[-70:]}"
 
 
 # ---- pictures ----

@@ -1,0 +1,135 @@
+"""Tools of a trajectory: their declarations, and whether calls fit the JSON Schemas in them."""
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jsonschema
+import referencing
+
+from gemma_dist.data.convert import read_json_text
+from gemma_dist.data.strict import at, map_json, short
+from gemma_dist.errors import DataError
+
+_TOOL_NAME = re.compile(r"[\w./:-]+")
+
+
+def tool_name(name: Any) -> str:
+    if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
+        raise DataError(
+            f"the tool name {short(name)} cannot be carried by Gemma's call format; use letters, digits and _ - . / :"
+        )
+    return name
+
+
+def parse_tools(tools: Any, clean: Callable[[str], str]) -> list[dict[str, Any]]:
+    """Declarations in OpenAI's form, as given but for the wrapper and the keys that the template needs."""
+    tools = read_json_text(tools, "tools") if tools else []
+    if not isinstance(tools, list):
+        raise DataError(f"`tools` is {short(tools)}; write a list of declarations")
+    parsed: dict[str, dict[str, Any]] = {}
+    for number, tool in enumerate(tools, start=1):
+        with at(f"tool {number}"):
+            given = tool if isinstance(tool, dict) else {}
+            function = given.get("function") or {key: value for key, value in given.items() if key != "type"}
+            if not isinstance(function, dict) or not function or given.get("type") not in (None, "function"):
+                raise DataError(
+                    f'{short(tool)} declares no function; write {{"type": "function", "function": {{"name": ...}}}}'
+                )
+            name = tool_name(function.get("name"))
+        with at(f"tool {name}"):
+            if name in parsed:
+                raise DataError("is declared twice; tool names are unique")
+            function = map_json({key: value for key, value in function.items() if value is not None}, clean, clean)
+            function.setdefault("description", "")
+            if not isinstance(function["description"], str):
+                raise DataError(f"the description is {short(function['description'])}; write it as text")
+            if "parameters" in function:
+                _check_parameters(function["parameters"])
+            parsed[name] = {"type": "function", "function": function}
+    return list(parsed.values())
+
+
+def _check_parameters(parameters: Any) -> None:
+    if not isinstance(parameters, dict):
+        raise DataError(f"parameters are {short(parameters)}; write a JSON schema of type object")
+    if not parameters:
+        return
+    # Without the type the template never closes the brace of the parameters.
+    if parameters.setdefault("type", "object") != "object":
+        raise DataError(
+            f'the type of parameters is {short(parameters.get("type"))}; arguments are an object: write "object"'
+        )
+    _validator(json.dumps(parameters))
+
+
+@functools.lru_cache(maxsize=4096)
+def _validator(schema_json: str) -> Any:
+    """A validator of the schema in its own dialect, by default 2020-12. It fetches nothing that a $ref names."""
+    schema = json.loads(schema_json)
+    try:
+        dialect = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+        dialect.check_schema(schema)
+        return _nullable(dialect)(schema, registry=referencing.Registry())
+    except Exception as error:  # whatever trips the validator's own reading of a schema is a fault of the schema
+        raise DataError(f"parameters are no valid JSON schema: {_reason(error)}; mend the schema") from None
+
+
+@functools.cache
+def _nullable(dialect: Any) -> Any:
+    """The dialect with OpenAPI's `nullable: true`, which Gemma's template shows to the model."""
+
+    def unless_null(keyword: str) -> Any:
+        check = dialect.VALIDATORS[keyword]
+
+        def checked(validator: Any, rule: Any, value: Any, schema: Any) -> Any:
+            return (
+                () if value is None and schema.get("nullable") is True else check(validator, rule, value, schema) or ()
+            )
+
+        return checked
+
+    return jsonschema.validators.extend(dialect, {keyword: unless_null(keyword) for keyword in ("type", "enum")})
+
+
+def check_calls(places: list[str], messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> None:
+    """Calls of trained messages name declared tools and fit their schema; others may show a mistake."""
+    declared = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+    for place, message in zip(places, messages, strict=True):
+        if not message.get("train", True):
+            continue
+        for call in message.get("tool_calls", []):
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            with at(place):
+                if name not in declared:
+                    raise DataError(
+                        f"calls {name}, which `tools` does not declare ({short(list(declared))}); declare it, mend the "
+                        "name, or set train: false on the message if it shows a mistake"
+                    )
+                if declared[name]:
+                    with at(f"call of {name}"):
+                        _check_arguments(arguments, json.dumps(declared[name]))
+
+
+def _check_arguments(arguments: dict[str, Any], schema_json: str) -> None:
+    try:
+        error = jsonschema.exceptions.best_match(_validator(schema_json).iter_errors(arguments))
+    except DataError:
+        raise
+    except Exception as broken:  # a $ref that leads nowhere, a pattern that is no regular expression, endless recursion
+        raise DataError(
+            f"the tool's schema cannot be applied: {_reason(broken)}; mend the schema (no remote $ref)"
+        ) from None
+    if error is not None:
+        path = ".".join(map(str, error.absolute_path)) or "as a whole"
+        raise DataError(
+            f"the arguments do not fit the tool's schema: {path}: {_reason(error)}; mend them, or set train: false on "
+            "the message if it shows a mistake"
+        )
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(getattr(error, "message", "") or error or type(error).__name__).split())
+    return text if len(text) <= 200 else f"{text[:120]} ... {text[-70:]}"
