@@ -320,7 +320,7 @@ def test_gold_calls_read_back(render: Callable[[list[Any]], str], path: Path) ->
 
 
 def test_reader_and_scorer_import_nothing_heavy() -> None:
-    code = "import sys, gemma_dist.evaluate.score; print(*{'torch', 'transformers', 'jsonschema'} & set(sys.modules))"
+    code = "import sys, gemma_dist.evaluate.score; print(*{'torch', 'transformers', 'PIL'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 

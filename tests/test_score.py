@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gemma_dist.data.schema import check_calls
+from gemma_dist.errors import DataError
 from gemma_dist.evaluate.read import Call, Reading
 from gemma_dist.evaluate.score import (
     METRICS,
@@ -168,6 +170,34 @@ def test_schemas() -> None:
     for _ in range(62):
         nested = {"a": nested}
     assert fits_schema(nested, {"type": "object", "additionalProperties": {"$ref": "#"}}) is True
+
+
+@pytest.mark.parametrize("draft", [{}, {"$schema": "http://json-schema.org/draft-07/schema#"}], ids=["2020", "draft-7"])
+@pytest.mark.parametrize("value", [None, 1, 2, "1", True])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"type": "integer"},
+        {"type": "integer", "nullable": True},
+        {"type": "integer", "nullable": False},
+        {"type": ["integer", "null"]},
+        {"enum": [1], "nullable": True},
+        {"anyOf": [{"type": "string"}, {"type": "integer", "nullable": True}]},
+    ],
+    ids=str,
+)
+def test_a_call_is_valid_exactly_where_it_may_be_trained_on(
+    rule: dict[str, Any], value: Any, draft: dict[str, Any]
+) -> None:
+    gold = {"name": "f", "arguments": {"a": value}}
+    parameters = {**draft, "type": "object", "properties": {"a": rule}}
+    tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": parameters}}]
+    try:
+        check_calls(["turn 2"], [{"role": "assistant", "tool_calls": [{"function": gold}]}], tools)
+        trained = True
+    except DataError:
+        trained = False
+    assert values(score_sample(reading(gold), [gold], "", tools))["schema_valid"] == trained
 
 
 @settings(deadline=None)

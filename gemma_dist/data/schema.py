@@ -1,9 +1,12 @@
-"""Tools of a trajectory: their declarations, and whether calls fit the JSON Schemas in them."""
+"""Tools of a trajectory: their declarations, and whether calls fit the JSON Schemas in them.
+
+Training data and evaluation ask the same function, so that a call that may be trained on is one that counts as valid.
+"""
 
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jsonschema
@@ -17,6 +20,7 @@ _TOOL_NAME = re.compile(r"[\w./:-]+")
 
 
 def tool_name(name: Any) -> str:
+    """The name itself. DataError if Gemma's call format cannot carry it."""
     if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
         raise DataError(
             f"the tool name {short(name)} cannot be carried by Gemma's call format; use letters, digits and _ - . / :"
@@ -108,26 +112,33 @@ def check_calls(places: list[str], messages: list[dict[str, Any]], tools: list[d
                         f"calls {name}, which `tools` does not declare ({short(list(declared))}); declare it, mend the "
                         "name, or set train: false on the message if it shows a mistake"
                     )
-                if declared[name]:
-                    with at(f"call of {name}"):
-                        _check_arguments(arguments, json.dumps(declared[name]))
+                with at(f"call of {name}"):
+                    misfit = find_misfit(arguments, declared[name])
+                    if misfit is not None:
+                        raise DataError(
+                            f"the arguments do not fit the tool's schema: {misfit}; mend them, or set train: false on "
+                            "the message if it shows a mistake"
+                        )
 
 
-def _check_arguments(arguments: dict[str, Any], schema_json: str) -> None:
+def find_misfit(arguments: Mapping[str, Any], parameters: dict[str, Any] | None) -> str | None:
+    """Where and why `arguments` do not fit the JSON schema of a tool's parameters; None if they do, or there is none.
+
+    Raises:
+        DataError: the schema is invalid or cannot be applied to these arguments.
+    """
+    if not parameters:
+        return None
+    validator = _validator(json.dumps(parameters))
     try:
-        error = jsonschema.exceptions.best_match(_validator(schema_json).iter_errors(arguments))
-    except DataError:
-        raise
+        error = jsonschema.exceptions.best_match(validator.iter_errors(arguments))
     except Exception as broken:  # a $ref that leads nowhere, a pattern that is no regular expression, endless recursion
         raise DataError(
             f"the tool's schema cannot be applied: {_reason(broken)}; mend the schema (no remote $ref)"
         ) from None
-    if error is not None:
-        path = ".".join(map(str, error.absolute_path)) or "as a whole"
-        raise DataError(
-            f"the arguments do not fit the tool's schema: {path}: {_reason(error)}; mend them, or set train: false on "
-            "the message if it shows a mistake"
-        )
+    if error is None:
+        return None
+    return f"{'.'.join(map(str, error.absolute_path)) or 'as a whole'}: {_reason(error)}"
 
 
 def _reason(error: Exception) -> str:

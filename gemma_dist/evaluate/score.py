@@ -12,6 +12,8 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from gemma_dist.data.schema import find_misfit
+from gemma_dist.errors import DataError
 from gemma_dist.evaluate.read import Call, Reading
 
 # What each metric divides. "Calls" alone means calls that could be read; "points" means decision points.
@@ -166,17 +168,10 @@ def same_value(first: Any, second: Any) -> bool:
 
 
 def fits_schema(arguments: Mapping[str, Any], schema: dict[str, Any]) -> bool | None:
-    """Whether the arguments fit the tool's JSON Schema; None where jsonschema cannot tell (an invalid schema, a
-    remote reference, numbers too large for it)."""
-    import jsonschema
-    import referencing
-
-    validator = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    """Whether the arguments fit the tool's JSON Schema, as training data has to; None where that cannot be told."""
     try:
-        validator.check_schema(schema)
-        # An empty registry: a remote $ref must not be fetched.
-        return validator(schema, registry=referencing.Registry()).is_valid(arguments)
-    except (jsonschema.SchemaError, referencing.exceptions.Unresolvable, RecursionError, OverflowError):
+        return find_misfit(arguments, schema) is None
+    except DataError:
         return None
 
 
