@@ -17,6 +17,7 @@ from gemma_dist.data.encode import IGNORE_INDEX, Encoded
 from gemma_dist.data.packing import pack
 from gemma_dist.model.load import load_model
 from gemma_dist.model.tiny import write_tiny_model
+from gemma_dist.report import read_jsonl
 
 Document = tuple[int, int]  # tokens of text, and images
 IMAGE_TOKENS, PATCHES = 280, (60, 42)  # of an image: nine patches are pooled into a token
@@ -66,8 +67,8 @@ def deal(num_documents: int, size: int) -> list[list[list[int]]]:
 
 def screenshots(folder: Path) -> list[Document]:
     """The rows of the shared screenshots: a token of text for 3.3 characters."""
-    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [(round(len(json.dumps(row)) / 3.3), json.dumps(row).count('"type": "image"')) for row in rows]
+    rows = [json.dumps(row) for row in read_jsonl(folder / "train.jsonl")]
+    return [(round(len(row) / 3.3), row.count('"type": "image"')) for row in rows]
 
 
 def _num_tokens(document: Document) -> int:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,13 @@ def main() -> None:
 def make_data_and_model() -> None:
     """Runs to learn from, other runs to be judged on, and a model whose tokenizer has seen the former's words."""
     from gemma_dist.model.tiny import write_tiny_model
+    from gemma_dist.report import read_jsonl
 
     say(f"writing {NUM_TRAIN} + {NUM_HELD_OUT} trajectories and a tiny Gemma 4 with random weights")
     path = write_trajectories(RUN / "train", num_trajectories=NUM_TRAIN, seed=1, held_out=False)
     write_trajectories(RUN / "held_out", num_trajectories=NUM_HELD_OUT, seed=2, held_out=True)
     corpus = ["system", "model", "call:", "response:", "{value:"] * 50
-    corpus += [text for line in path.read_text().splitlines()[:800] for text in texts(json.loads(line)["messages"])]
+    corpus += [text for row in islice(read_jsonl(path), 800) for text in texts(row["messages"])]
     write_tiny_model(MODEL, corpus=corpus, hidden_size=128, num_hidden_layers=4)
 
 

@@ -194,11 +194,12 @@ def batches(
     from gemma_dist import world
     from gemma_dist.config import load_config
     from gemma_dist.data.batches import batches
+    from gemma_dist.report import to_json
 
     words = [*overrides, *([f"data.train={data}"] if data != "-" else [])]
     settings = load_config(config, [*words, *([f"data.quarantine={quarantine}"] if quarantine else [])])
     for described in batches(settings, step, num_steps, world_size or world.world_size()):
-        click.echo(json.dumps(described.to_json(), ensure_ascii=False) if as_json else described.render())
+        click.echo(to_json(described.to_json()) if as_json else described.render())
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
@@ -252,7 +253,7 @@ def read_calls() -> None:
     """
     from gemma_dist.evaluate.read import read_calls_lines
 
-    for line in read_calls_lines(sys.stdin):
+    for line in read_calls_lines(sys.stdin.buffer):  # as bytes: UTF-8 in any locale, and lines end at \n alone
         click.echo(line)
 
 

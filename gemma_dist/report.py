@@ -6,6 +6,7 @@ Rank 0 speaks, every rank warns.
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -19,6 +20,9 @@ from gemma_dist import world
 T = TypeVar("T")
 
 log = logging.getLogger("gemma_dist")
+
+# Half of a surrogate pair cannot be encoded. The others end a line for str.splitlines and some editors.
+_UNSAFE = re.compile(r"[\ud800-\udfff\u0085\u2028\u2029]")
 
 
 def start_logging() -> None:
@@ -74,11 +78,22 @@ class JsonlWriter:
         self._file = path.open("a" if append else "w", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.write(to_json(row) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def read_jsonl(path: Path) -> Iterator[Any]:
+    """The values of a file of one JSON text a line, as `JsonlWriter` writes them.
+
+    Raises:
+        ValueError: a line is not JSON in UTF-8.
+    """
+    with path.open("rb") as file:  # as bytes: lines end at \n alone, not at the other line ends of Unicode
+        for line in file:
+            yield json.loads(line)
 
 
 class RunLog:
@@ -89,11 +104,11 @@ class RunLog:
         self._num_steps = num_steps
         self._file = None
         if world.rank() == 0:
-            kept = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-            kept = [line for line in kept if json.loads(line)["step"] <= start_step] if start_step else []
+            rows = read_jsonl(path) if start_step and path.is_file() else ()
+            kept = [row for row in rows if row["step"] <= start_step]
             self._file = JsonlWriter(path, append=False)
-            for line in kept:
-                self._file.write(json.loads(line))
+            for row in kept:
+                self._file.write(row)
         self._before = time.perf_counter()
 
     def write(self, step: int, values: Mapping[str, Any], *, num_tokens: int) -> None:
@@ -121,8 +136,14 @@ class RunLog:
             self._file.close()
 
 
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """`value` as JSON that UTF-8 can encode and that no reader of lines tears, whatever its texts hold."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON to `path`, complete or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(to_json(value, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)

@@ -1,6 +1,7 @@
 """The contract of the command line: quick help, exit codes, and errors without tracebacks."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -122,3 +123,23 @@ def test_the_module_runs_as_a_program_too():
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["content"] == "hello"
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_read_calls_reads_and_prints_every_text(locale):
+    """In UTF-8 whatever the locale, line by line at line feeds alone, half a surrogate pair included."""
+    outputs = ["a\u2028b\u2029c\x85d é", '<|tool_call>call:f{a:"\\ud83d"}<tool_call|>']
+    lines = "".join(json.dumps({"output": output}, ensure_ascii=False) + "\r\n" for output in outputs)
+    lines += json.dumps({"output": "half \ud83d"})
+    words = [sys.executable, "-m", "gemma_dist", "read-calls"]
+    environment = {**os.environ, "LC_ALL": locale}
+    result = subprocess.run(words, input=lines.encode(), capture_output=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    first, second, third = map(json.loads, result.stdout.decode().splitlines())
+    assert first["content"] == outputs[0]
+    assert second["calls"] == [{"name": "f", "arguments": {"a": "\ud83d"}}]
+    assert third["content"] == "half \ud83d"
+
+    broken = subprocess.run(words, input=b'{"output": "ok"}\n{"output": "\xff"}', capture_output=True, env=environment)
+    assert broken.returncode == 2
+    assert b"stdin:2: not JSON ('utf-8' codec can't decode byte 0xff" in broken.stderr

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,11 @@ import pytest
 from corpus import row, write_rows
 from ranks import gemma_dist
 
-from gemma_dist.evaluate.read import read_output
+from gemma_dist.__main__ import main
+from gemma_dist.evaluate import generate, run
+from gemma_dist.evaluate.generate import Answer
+from gemma_dist.evaluate.read import CALL, read_output
+from gemma_dist.evaluate.read import CALL_END as END
 from gemma_dist.evaluate.score import counts, score_sample
 
 
@@ -72,6 +77,28 @@ def test_blank_pictures_change_what_the_model_sees_and_nothing_else(evaluated: A
         assert first["prompt_tokens"] == second["prompt_tokens"]
         if not first["num_images"]:
             assert first["output"] == second["output"]
+
+
+def test_any_text_that_a_model_writes_survives(
+    model: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tiny model does not say such things by itself, so they are put behind what it says."""
+    hard = ["\u2028", "\u2029", "\x85", "\r", f'{CALL}call:f{{a:"\\ud83d"}}{END}', f'{CALL}call:f{{"\\udc00":1}}{END}']
+    said: list[str] = []
+
+    def answer(*arguments: Any, **options: Any) -> list[Answer]:
+        (written,) = generate.answer(*arguments, **options)
+        said.append(f"{written.text}a{hard[len(said) % len(hard)]}b")
+        return [replace(written, text=said[-1])]
+
+    monkeypatch.setattr(run, "answer", answer)
+    words = ["evaluate", "--model", model, "--data", data, "--out", tmp_path / "out", "--max-new-tokens", 2]
+    assert main([str(word) for word in [*words, "--per-device-eval-batch-size", 1]]) == 0
+    report, samples = _read(tmp_path / "out")
+    assert report["num_decision_points"] == len(said) == len(samples)
+    assert sorted(sample["output"] for sample in samples) == sorted(said)
+    assert {"\ud83d", 1} == {value for sample in samples for call in sample["parsed"]["calls"]
+                             for value in call["arguments"].values()}  # fmt: skip
 
 
 def test_limit_and_an_existing_report(evaluated: Any, model: str, data: Path) -> None:

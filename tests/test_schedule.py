@@ -20,7 +20,7 @@ from ranks import gemma_dist
 from gemma_dist.config import BatchPlan
 from gemma_dist.data import sharding
 from gemma_dist.data.loader import TrajectoryLoader
-from gemma_dist.data.schedule import Schedule
+from gemma_dist.data.schedule import Schedule, read_quarantine
 from gemma_dist.data.shards import open_shards
 from gemma_dist.errors import ConfigError, DataError
 
@@ -175,6 +175,14 @@ def test_batches_honours_a_quarantine_and_prints_for_people(shards: Path, tmp_pa
     assert "row-7 " not in rest.replace("\n", " ")
     assert whole.count("row-") == rest.count("row-") + 2 == 50
     assert "names 'row-7000'" in gemma_dist(*words, "--quarantine", _file(tmp_path, "row-7000"), fails=True)
+
+
+def test_a_quarantine_names_any_id(model: str, tmp_path: Path) -> None:
+    names = ["a\u2028b", "c\u2029d", "e\x85f", "g\rh"]
+    shard_rows(tmp_path, model, [row(number, num_calls=1) | {"id": name} for number, name in enumerate(names)])
+    (tmp_path / "bad.txt").write_bytes("\r\n".join(names[1:]).encode())
+    shards = open_shards(tmp_path / "shards")
+    assert {shards.id(sample) for sample in read_quarantine(tmp_path / "bad.txt", shards)} == set(names[1:])
 
 
 def test_a_recipe_mixes_sources_by_weight(shards: Path, model: str, tmp_path: Path) -> None:

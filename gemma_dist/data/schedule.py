@@ -217,7 +217,7 @@ def read_quarantine(path: Path | None, shards: Shards) -> frozenset[int]:
     if path is None:
         return frozenset()
     try:
-        names = set(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
+        names = set(filter(None, map(str.strip, path.read_bytes().decode().split("\n"))))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.quarantine = {str(path)!r}: cannot be read: {error}") from error
     found = shards.find(names)

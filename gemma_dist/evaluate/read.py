@@ -261,9 +261,12 @@ def reading_to_json(reading: Reading) -> dict[str, Any]:
     return {"calls": calls, "content": reading.content, "reasoning": reading.reasoning, "status": reading.status}
 
 
-def read_calls_lines(lines: Iterable[str], source: str = "stdin") -> Iterator[str]:
+def read_calls_lines(lines: Iterable[str | bytes], source: str = "stdin") -> Iterator[str]:
     """For each JSON line {"output": text, "prefix"?: text} the line that says what was read; blank lines are skipped.
-    Raises DataError with `source` and line number at a line of another shape."""
+
+    Raises:
+        DataError: a line is of another shape, with `source` and line number.
+    """
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -281,6 +284,6 @@ def read_calls_lines(lines: Iterable[str], source: str = "stdin") -> Iterator[st
         yield json.dumps(reading_to_json(read_output(row["output"], prefix or "")))
 
 
-def _short(line: str) -> str:
-    line = line.strip()
-    return line if len(line) <= 80 else line[:77] + "..."
+def _short(line: str | bytes) -> str:
+    text = (line if isinstance(line, str) else line.decode(errors="replace")).strip()
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -8,7 +8,6 @@ point was found in the samples just once.
 """
 
 import io
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,7 +28,7 @@ from gemma_dist.evaluate.read import read_output, reading_to_json
 from gemma_dist.evaluate.score import METRICS, call_decision, counts, metrics, score_sample, trajectory_counts
 from gemma_dist.model.load import load_for_evaluation
 from gemma_dist.model.zero3 import is_spread
-from gemma_dist.report import JsonlWriter, log, progress, write_json
+from gemma_dist.report import JsonlWriter, log, progress, read_jsonl, write_json
 
 SAMPLES = "samples.jsonl"
 REPORT = "report.json"
@@ -176,7 +175,7 @@ def _integers(totals: dict[str, float]) -> dict[str, int]:
 def _join_samples(out: Path, num_points: int) -> None:
     """One samples.jsonl of all ranks' parts, in the order of the data."""
     parts = sorted(out.glob(".samples-*.jsonl"))
-    samples = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+    samples = [sample for part in parts for sample in read_jsonl(part)]
     places = {(sample["trajectory"], sample["turn"]) for sample in samples}
     assert len(places) == len(samples) == num_points, f"{len(samples)} samples, {num_points} decision points"
     temporary = out / f".{SAMPLES}.tmp"
