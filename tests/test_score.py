@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gemma_dist.data.schema import check_calls
 from gemma_dist.errors import DataError
-from gemma_dist.evaluate.read import Call, Reading
+from gemma_dist.evaluate.read import Call, Reading, read_output
 from gemma_dist.evaluate.score import (
     METRICS,
     assign,
@@ -124,6 +124,72 @@ def test_each_fault_is_counted_where_it_belongs(output: Reading, gold: list[Any]
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("gold_text", ["It is 20 degrees.", ""])
+@pytest.mark.parametrize(
+    "output",
+    [
+        "",
+        "<turn|>",
+        " \n\t<turn|>\n",
+        "<|channel>thought\nNothing to do.<channel|><turn|>",
+        "<|channel>thought\nNothing to do.<turn|>",
+        "<|image|><pad><eos>",
+        "\u200b\ufeff\x00<turn|>",
+    ],
+    ids=ascii,
+)
+def test_silence_is_no_answer(output: str, gold_text: str) -> None:
+    """It is no attempt either: the reader has nothing to complain of, the scorer has."""
+    score = score_sample(read_output(output), [], gold_text, TOOLS)
+    expected = {"abstain_acc": 0, "answer_exact": 0, "overall": 0, "parse_ok": 1, "call_accuracy": 1}
+    assert {name: values(score)[name] for name in expected} == expected
+    assert not score["right"]
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        "It is 20 degrees.<|tool_response>",
+        "<|tool_response>",
+        "<|channel>thought\nHm.<|tool_response>",
+        "<|tool_response>response:f{value:20}<tool_response|>It is 20 degrees.<turn|>",
+        '{"name": "f", "arguments": {"a": 1, "b": "x"}}<turn|>',
+        "```tool_code\nprint(f(a=1, b='x'))\n```<turn|>",
+    ],
+)
+def test_an_attempt_that_cannot_be_read_is_right_nowhere(output: str) -> None:
+    expected = {"parse_ok": 0, "overall": 0}
+    for gold, call_accuracy in (([], 0), ([F], 1)):
+        found = values(score_sample(read_output(output), gold, "It is 20 degrees.", TOOLS))
+        assert {name: found[name] for name in expected} == expected
+        assert found["call_accuracy"] == call_accuracy
+
+
+def test_an_answer_behind_a_tool_of_the_output_itself_counts_as_ever() -> None:
+    reading = read_output("<|tool_call>call:g{a:0.5}<tool_call|><|tool_response>response:g{}<tool_response|>So.")
+    assert score_sample(reading, [G], "", TOOLS)["right"]
+
+
+def test_keys_are_compared_in_nfc() -> None:
+    """As values are, in the schema too: a call that is exact is one that fits where gold fits."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+
+    def arguments(text: str) -> dict[str, Any]:
+        return {"name": "f", "arguments": {text: {text: [text]}}}
+
+    parameters = {
+        "type": "object",
+        "properties": {decomposed: {"properties": {decomposed: {"items": {"enum": [decomposed]}}}}},
+        "required": [decomposed],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": parameters}}]
+    score = score_sample(reading(arguments(composed)), [arguments(decomposed)], "", tools)
+    assert score["right"]
+    assert set(values(score).values()) - {0.0} == {1.0}
+    assert values(score)["hallucinated_tool"] == 0
+
+
 def test_what_cannot_be_judged_is_absent_and_null() -> None:
     undeclared = score_sample(reading(F), [F], "", [])
     assert not {"hallucinated_tool", "schema_valid", "abstain_acc", "parallel_exact"} & undeclared["ratios"].keys()
@@ -151,6 +217,11 @@ def test_what_cannot_be_judged_is_absent_and_null() -> None:
         ([1, [2.0]], [1, [2]], True),
         ({"a": 1, "b": [True]}, {"b": [True], "a": 1.0}, True),
         ({"a": None}, {}, False),
+        ({"e\u0301": [{"e\u0301": 1}]}, {"\u00e9": [{"\u00e9": 1}]}, True),
+        ({"e\u0301": 1, "\u00e9": 2}, {"\u00e9": 2, "e\u0301": 1}, True),  # two keys are two keys
+        ({"e\u0301": 1, "\u00e9": 2}, {"\u00e9": 1, "e\u0301": 2}, False),
+        ({"e\u0301": 1, "\u00e9": 1}, {"\u00e9": 1}, False),
+        ({"a ": 1}, {"a": 1}, False),
         ({}, [], False),
     ],
 )

@@ -9,6 +9,7 @@ Nothing inside <|"|> is an escape, keys are bare, bare scalars are typed. Beyond
 around separators, trailing commas, delimited or JSON-quoted keys, JSON strings and Python's None, True and False are
 read, since they can mean only one thing. Everything else (single quotes, parentheses, key=value, bare words, a missing
 brace or closing token) makes the call unreadable: it is dropped, the calls beside it are kept, and the status tells.
+Calls in the syntax of another model (`foreign.py`) are unreadable too.
 
 No function here raises on any text, and all take time linear in its length. Decode with special tokens kept.
 """
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gemma_dist.errors import DataError
+from gemma_dist.evaluate.foreign import holds_foreign_call
 
 Status = Literal["ok", "no_call", "malformed", "truncated"]
 
@@ -65,8 +67,9 @@ class Reading:
     content: str  # text before, between and after calls, joined and stripped
     reasoning: str  # all thinking blocks, joined and stripped
     attempted: bool  # a call was begun, readable or not
-    # ok: calls, all readable. no_call: plain text. malformed: a call that cannot be read. truncated: the output ends
-    # inside a call, or the caller says that its budget was spent.
+    # ok: calls, all readable. no_call: plain text, or none at all. malformed: a call that cannot be read, or the wait
+    # for a tool that nobody called. truncated: the output ends inside a call, or the caller says that its budget was
+    # spent.
     status: Status
 
 
@@ -120,19 +123,20 @@ def read_output(output: str, prefix: str = "", budget_spent: bool = False) -> Re
             except _Unreadable:  # skip to the end of the call, or to the next block if it has none
                 malformed, cut = malformed or block is not None, block is None
                 position = len(text) if block is None else block.end() if block.group() == CALL_END else block.start()
-        elif kind == CALL_END and not attempted:  # it closes a call whose opening is missing
+        elif kind in (CALL_END, RESPONSE) and not attempted:  # it ends, or waits for, a call that was never begun
             attempted = malformed = True
-        elif kind == RESPONSE and text.startswith("response:", position):  # the model spoke for the tool: not content
+        if kind == RESPONSE and text.startswith("response:", position):  # the model spoke for the tool: not content
             position = len(text) if response_end is None else response_end.end()
     take(len(text))
-    if any(_BARE_CALL.search(piece) for piece in content):
+    said = "".join(content).strip()
+    if any(_BARE_CALL.search(piece) for piece in content) or holds_foreign_call(said):
         attempted = malformed = True
     status: Status = "ok" if attempted else "no_call"
     if malformed:
         status = "malformed"
     elif cut or budget_spent:
         status = "truncated"
-    return Reading(tuple(calls), "".join(content).strip(), "".join(reasoning).strip(), attempted, status)
+    return Reading(tuple(calls), said, "".join(reasoning).strip(), attempted, status)
 
 
 def _open_block(prefix: str) -> str:

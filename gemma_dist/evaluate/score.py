@@ -4,7 +4,9 @@ The unit is the decision point: one assistant turn with gold history before it. 
 makes it addable over samples and ranks, `metrics` divides once at the end. Every metric is a ratio of two sums, so the
 order of samples and their split over ranks change nothing; where there was nothing to judge the value is None.
 
-A malformed or truncated call is an attempt, and wrong. Values are compared strictly (`same_value`).
+A malformed or truncated call is an attempt, and wrong. To abstain is to answer: an output that says nothing attempts no
+call and is not right either, or a model that has fallen silent would be right at every point without a call. Values are
+compared strictly (`same_value`).
 """
 
 import math
@@ -23,7 +25,7 @@ METRICS = {
     "call_precision": "gold calls too / the output attempts a call",
     "call_recall": "the output attempts a call too / gold calls",
     "call_f1": "harmonic mean of call_precision and call_recall",
-    "abstain_acc": "readable text without an attempt / gold has no call",
+    "abstain_acc": "readable text, not empty, without an attempt / gold has no call",
     "relevance_acc": "the output attempts a call / gold has calls",
     "tool_set_exact": "the same names as often / gold has calls",
     "tool_precision": "called names that gold calls too / predicted calls",
@@ -60,7 +62,7 @@ def score_sample(
     exact = sum(same_value(gold_calls[g]["arguments"], calls[p].arguments) for g, p in pairs)
     gold_has, clean = bool(gold_calls), reading.status in ("ok", "no_call")
     sample_exact = gold_has and clean and exact == len(gold_calls) == len(calls)
-    abstains = reading.status == "no_call"
+    abstains = reading.status == "no_call" and _says_something(reading.content)
     right = sample_exact if gold_has else abstains
 
     right_arguments = sum(_overlap(gold_calls[g]["arguments"], calls[p].arguments) for g, p in pairs)
@@ -70,7 +72,7 @@ def score_sample(
     fits = [
         fit
         for call in calls
-        if call.name in schemas and (fit := fits_schema(call.arguments, schemas[call.name])) is not None
+        if call.name in schemas and (fit := fits_schema(_nfc(call.arguments), _nfc(schemas[call.name]))) is not None
     ]
 
     ratios = {
@@ -153,18 +155,43 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 
 def same_value(first: Any, second: Any) -> bool:
-    """Equal as JSON: types must agree, numbers by value (5 equals 5.0), true is not 1, text after NFC and trimming."""
+    """Equal as JSON: types must agree, numbers by value (5 equals 5.0), true is not 1, keys after NFC, text after NFC
+    and trimming."""
+    return _same(_nfc(first), _nfc(second))
+
+
+def _same(first: Any, second: Any) -> bool:
+    """`same_value` of values in NFC."""
     if isinstance(first, bool) or isinstance(second, bool):
         return first is second
     if isinstance(first, (int, float)) and isinstance(second, (int, float)):
         return first == second
     if isinstance(first, str) and isinstance(second, str):
-        return unicodedata.normalize("NFC", first).strip() == unicodedata.normalize("NFC", second).strip()
+        return first.strip() == second.strip()
     if isinstance(first, list) and isinstance(second, list):
-        return len(first) == len(second) and all(map(same_value, first, second))
+        return len(first) == len(second) and all(map(_same, first, second))
     if isinstance(first, Mapping) and isinstance(second, Mapping):
-        return first.keys() == second.keys() and all(same_value(first[key], second[key]) for key in first)
+        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
     return first is None and second is None
+
+
+def _nfc(value: Any) -> Any:
+    """A JSON value, its texts and keys in Unicode's NFC. Keys that would become one stay as they are."""
+    if isinstance(value, str):
+        return unicodedata.normalize("NFC", value)
+    if isinstance(value, list):
+        return [_nfc(item) for item in value]
+    if isinstance(value, Mapping):
+        keys = [_nfc(key) for key in value]
+        if len(set(keys)) < len(keys):
+            keys = list(value)
+        return dict(zip(keys, map(_nfc, value.values()), strict=True))
+    return value
+
+
+def _says_something(text: str) -> bool:
+    """Whether anything shows: blanks, control and format characters (a zero-width space) do not."""
+    return any(unicodedata.category(character)[0] not in "CZ" for character in text)
 
 
 def fits_schema(arguments: Mapping[str, Any], schema: dict[str, Any]) -> bool | None:
@@ -197,7 +224,8 @@ def match_calls(gold: Sequence[Mapping[str, Any]], predicted: Sequence[Call]) ->
 
 
 def _overlap(want: Mapping[str, Any], have: Mapping[str, Any]) -> int:
-    return sum(name in have and same_value(value, have[name]) for name, value in want.items())
+    want, have = _nfc(want), _nfc(have)
+    return sum(name in have and _same(value, have[name]) for name, value in want.items())
 
 
 def assign(worth: list[list[int]]) -> list[tuple[int, int]]:
