@@ -85,7 +85,7 @@ def read_ours(shards: str | Path) -> Samples:
     schedule = Schedule(corpus, BatchPlan(1, BATCH, 1, BATCH), 0, packing=False, packing_length=None)
     steps = range(schedule.steps_per_epoch)
     with ThreadPoolExecutor(NUM_FETCHERS) as pool:
-        row_groups = RowGroups(schedule, 0, steps, frozenset(), pool)
+        row_groups = RowGroups(schedule, 0, steps, pool)
         for step in steps:
             tables = row_groups.of_step(step)
             for sequence in schedule.rank_sequences(step, 0):

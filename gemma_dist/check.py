@@ -7,7 +7,7 @@ what the weights take.
 import yaml
 
 from gemma_dist.config import BatchPlan, RunConfig, batch_plan
-from gemma_dist.data.schedule import open_schedule, read_quarantine
+from gemma_dist.data.schedule import open_schedule
 from gemma_dist.model.load import describe_training
 from gemma_dist.train.checkpoint import require_folder
 
@@ -17,7 +17,7 @@ def describe_run(config: RunConfig, world_size: int) -> str:
 
     Raises:
         ConfigError: the batch sizes do not agree on `world_size` ranks, or train.output_dir is a file.
-        DataError: a folder of data.train holds no finished shards.
+        DataError: a folder of data.train holds no finished shards, or the quarantine names what is not in them.
         CheckpointError: the model folder is absent or holds no Gemma 4.
     """
     plan = batch_plan(config, world_size)
@@ -30,7 +30,6 @@ def _data_lines(config: RunConfig, plan: BatchPlan) -> list[str]:
     """Totals of the shards from their manifest, and the length of the run."""
     schedule = open_schedule(config, plan)
     shards = schedule.shards
-    read_quarantine(config.data.quarantine, shards)
     packs = f"; packs of at most {schedule.packing_length:,} tokens" if schedule.packing else ""
     return [
         f"{', '.join(shards.folders)}: {len(shards):,} trajectories, {shards.num_text_tokens.sum():,} text tokens, "

@@ -10,6 +10,7 @@ from PIL import Image
 
 from gemma_dist.config import DataConfig
 from gemma_dist.data.pieces import ShardReport
+from gemma_dist.data.schedule import Schedule
 from gemma_dist.data.sharding import run_shard
 
 TOOLS = [
@@ -67,3 +68,9 @@ def shard_rows(
     """`run_shard` of `rows` into `folder`/shards."""
     source = write_rows(folder / "rows.jsonl", rows)
     return run_shard([source], folder / "shards", model, DataConfig(**settings), skip_invalid)
+
+
+def ids_at(schedule: Schedule, step: int, rank: int) -> list[list[list[str]]]:
+    """The sample ids of a rank's micro-batches at `step` (from 0), pack by pack."""
+    micro_batches = schedule.micro_batches(step, rank)
+    return [[[schedule.shards.id(sample) for sample in pack] for pack in packs] for packs in micro_batches]

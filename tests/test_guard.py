@@ -83,6 +83,26 @@ def test_a_gradient_that_is_not_finite_stops_too(shards: Path) -> None:
         assert schedule.shards.id(sample) in str(caught.value)
 
 
+def test_samples_in_quarantine_are_never_blamed(shards: Path, tmp_path: Path) -> None:
+    from gemma_dist.config import batch_plan, load_config
+    from gemma_dist.data.schedule import open_schedule
+    from gemma_dist.errors import TrainingError
+    from gemma_dist.train.guard import sample_ids, stop_unless_finite
+
+    quarantine = tmp_path / "bad.txt"
+    words = [f"data.train={shards}", f"data.quarantine={quarantine}", *SETTINGS]
+    quarantine.write_text("")
+    config = load_config("launch/cpu_full.yaml", words)
+    plan = batch_plan(config, 1)
+    named = sample_ids(open_schedule(config, plan), 1, 0).split(", ")
+    quarantine.write_text("\n".join(named[:3]))
+    schedule = open_schedule(config, plan)
+    with pytest.raises(TrainingError, match=r"step 2: .*\n    rank 0: " + named[3] + r"\n"):
+        stop_unless_finite(schedule, 1, loss=False, gradients=True)
+    quarantine.write_text("\n".join(named))
+    assert sample_ids(open_schedule(config, plan), 1, 0) == "none, only fillers"
+
+
 def test_a_rank_that_hangs_is_named_with_its_samples(model: str, shards: Path, tmp_path: Path) -> None:
     """Every request takes longer than a step may: the ranks say where they stand, and the run still ends well."""
     with serve({path.name: path.read_bytes() for path in shards.iterdir()}) as server:

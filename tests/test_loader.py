@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from corpus import row, shard_rows
+from corpus import ids_at, row, shard_rows
 from torch.utils.data import DataLoader
 
 from gemma_dist.config import BatchPlan
@@ -180,9 +180,12 @@ def loaders(
 ) -> list[TrajectoryLoader]:
     _, encoder, shards = style
     plan = BatchPlan(world_size, micro, accumulation, world_size * micro * accumulation)
-    options = {"num_workers": changed.pop("num_workers", 2), "quarantine": changed.pop("quarantine", frozenset())}
+    num_workers = changed.pop("num_workers", 2)
     schedule = Schedule(shards, plan, 3, **{"packing": False, "packing_length": None, **changed})
-    return [TrajectoryLoader(schedule, encoder, rank, start_step, num_steps, **options) for rank in range(world_size)]
+    return [
+        TrajectoryLoader(schedule, encoder, rank, start_step, num_steps, num_workers=num_workers)
+        for rank in range(world_size)
+    ]
 
 
 def documents(batch: Batch) -> Iterator[tuple[int, ...]]:
@@ -207,8 +210,9 @@ def test_one_rank_with_accumulation_and_two_ranks_train_on_the_same_samples(styl
     for loader in (alone, *together):
         loader.num_steps = num_steps
     for step in range(num_steps):
-        ids = {sample for packs in alone.ids_at(step) for pack in packs for sample in pack}
-        assert ids == {sample for rank in together for packs in rank.ids_at(step) for pack in packs for sample in pack}
+        ids = {sample for packs in ids_at(alone.schedule, step, 0) for pack in packs for sample in pack}
+        both = [packs for rank in together for packs in ids_at(rank.schedule, step, rank.rank)]
+        assert ids == {sample for packs in both for pack in packs for sample in pack}
         assert [rank.counts_at(step) for rank in together] == [alone.counts_at(step)] * 2
     seen_alone = Counter(document for batch in alone for document in documents(batch))
     seen_together = Counter(document for rank in together for batch in rank for document in documents(batch))
@@ -226,7 +230,7 @@ def test_what_comes_is_what_the_ids_say_and_ranks_stay_in_step(style: Any, packi
     for rank in ranks:
         batches = list(rank)
         assert len(batches) == len(rank) == 18
-        micros = [(step, ids) for step in range(6) for ids in rank.ids_at(step)]
+        micros = [(step, ids) for step in range(6) for ids in ids_at(rank.schedule, step, rank.rank)]
         for batch, (step, packs) in zip(batches, micros, strict=True):
             assert batch["input_ids"].shape[0] == max(1, len(packs))
             for i, pack in enumerate(packs):
@@ -255,8 +259,8 @@ def test_quarantined_samples_are_left_out_and_nothing_else_moves(style: Any) -> 
     (whole,), (rest,) = loaders(style, 1, 2, 2), loaders(style, 1, 2, 2, quarantine=frozenset({0, 5}))
     gone = {"row-0", "row-5"}
     for step in range(6):
-        kept = [[[i for i in pack if i not in gone] for pack in packs] for packs in whole.ids_at(step)]
-        assert rest.ids_at(step) == kept
+        kept = [[[i for i in pack if i not in gone] for pack in packs] for packs in ids_at(whole.schedule, step, 0)]
+        assert ids_at(rest.schedule, step, 0) == kept
     documents_of = [Counter(d for batch in loader for d in documents(batch)) for loader in (whole, rest)]
     assert len(documents_of[0] - documents_of[1]) == 2
     assert not documents_of[1] - documents_of[0]
@@ -312,7 +316,7 @@ def test_a_damaged_sample_stops_the_run_and_is_named(style: Any, tmp_path: Path)
     damaged[len(damaged) // 2] ^= 1
     file.write_bytes(damaged)
     (loader,) = loaders((model, encoder, open_shards(folder)), 1, 1, 1)
-    ((first,),) = loader.ids_at(0)[0]
+    ((first,),) = ids_at(loader.schedule, 0, 0)[0]
     with pytest.raises(DataError, match=f"sample '{first}' .*row group 0"):
         list(loader)
 

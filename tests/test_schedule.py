@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpus import row, shard_rows
+from corpus import ids_at, row, shard_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import gemma_dist
 
 from gemma_dist.config import BatchPlan
 from gemma_dist.data import sharding
-from gemma_dist.data.loader import TrajectoryLoader
 from gemma_dist.data.schedule import Schedule, read_quarantine
 from gemma_dist.data.shards import open_shards
 from gemma_dist.errors import ConfigError, DataError
@@ -80,6 +79,35 @@ def test_each_sample_once_an_epoch_and_the_same_batches_on_every_world_size(
             micro_batches = [together.micro_batches(step, rank) for rank in range(world_size)]
             assert {len(mine) for mine in micro_batches} == {12 // world_size}, "no rank waits for another"
             assert list(chain.from_iterable(of_rank(together, step, rank) for rank in range(world_size))) == batch
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    packing=st.booleans(),
+    world_size=st.sampled_from([1, 2, 6]),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=40)
+def test_a_quarantine_takes_out_its_samples_and_moves_no_other(
+    sizes: list[int], packing: bool, world_size: int, data: Any
+) -> None:
+    num_samples = sum(sizes)
+    lengths = data.draw(st.lists(st.integers(1, 300), min_size=num_samples, max_size=num_samples))
+    gone = data.draw(st.frozensets(st.integers(0, num_samples - 1)))
+    shards, options = corpus(lengths, sizes), {"packing": packing, "packing_length": None}
+    whole = Schedule(shards, plan(world_size, 2, 12), 1, **options)
+    rest = Schedule(shards, plan(world_size, 2, 12), 1, **options, quarantine=gone)
+    assert rest.steps_per_epoch == whole.steps_per_epoch
+    for step in range(2 * whole.steps_per_epoch):
+        assert rest.global_batch(step) == [sample for sample in whole.global_batch(step) if sample not in gone]
+        for rank in range(world_size):
+            kept = [
+                [[sample for sample in pack if sample not in gone] for pack in packs]
+                for packs in whole.micro_batches(step, rank)
+            ]
+            assert rest.micro_batches(step, rank) == kept
+            blocks = [sequence.block for sequence in whole.rank_sequences(step, rank)]
+            assert [sequence.block for sequence in rest.rank_sequences(step, rank)] == blocks
 
 
 def lengths_of(distribution: str, shared: Path) -> np.ndarray:
@@ -150,18 +178,14 @@ def ids(ranks: Any) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("packing", ["false", "true"])
-def test_batches_says_what_the_loader_gives(shards: Path, model: str, packing: str) -> None:
-    from gemma_dist.data.encode import load_encoder
-
+def test_batches_says_what_the_schedule_gives(shards: Path, packing: str) -> None:
     words = ["launch/cpu_full.yaml", "global_batch_size=8", f"packing={packing}", "per_device_train_batch_size=2"]
     output = gemma_dist("batches", shards, *words, "--step", 0, "--num-steps", 8, "--world-size", 2, "--json")
     steps = [json.loads(line) for line in output.splitlines()]
     assert [step["step"] for step in steps] == list(range(8))
-    corpus_, encoder = open_shards(shards), load_encoder(model, chat_template=None, enable_thinking=False)
-    found = Schedule(corpus_, plan(2, 2, 8), 42, packing=packing == "true", packing_length=None)
-    loaders = [TrajectoryLoader(found, encoder, rank, 0, 8, num_workers=0) for rank in range(2)]
+    found = Schedule(open_shards(shards), plan(2, 2, 8), 42, packing=packing == "true", packing_length=None)
     for step in steps:
-        assert step["ranks"] == [loader.ids_at(step["step"]) for loader in loaders]
+        assert step["ranks"] == [ids_at(found, step["step"], rank) for rank in range(2)]
     per_epoch = Counter(chain.from_iterable(ids(step["ranks"]) for step in steps if step["epoch"] == 0))
     assert per_epoch == {f"row-{number}": 1 for number in range(50)}
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_dist.config import RunConfig, batch_plan
-from gemma_dist.data.schedule import Schedule, open_schedule, read_quarantine
+from gemma_dist.data.schedule import Schedule, open_schedule
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,11 @@ def batches(config: RunConfig, step: int, num_steps: int, world_size: int) -> It
         ConfigError, DataError: as training would.
     """
     schedule = open_schedule(config, batch_plan(config, world_size))
-    quarantine = read_quarantine(config.data.quarantine, schedule.shards)
     for number in range(step, step + num_steps):
-        yield _describe(schedule, number, quarantine)
+        yield _describe(schedule, number)
 
 
-def _describe(schedule: Schedule, step: int, quarantine: frozenset[int]) -> Step:
+def _describe(schedule: Schedule, step: int) -> Step:
     shards, epochs = schedule.shards, schedule.epochs(step)
     epoch = step // schedule.steps_per_epoch
     ranks = []
@@ -45,13 +44,12 @@ def _describe(schedule: Schedule, step: int, quarantine: frozenset[int]) -> Step
     for rank in range(schedule.plan.world_size):
         micro_batches = []
         for number, packs in enumerate(schedule.micro_batches(step, rank)):
-            kept = [[sample for sample in pack if sample not in quarantine] for pack in packs]
-            micro_batches.append([[shards.id(sample) for sample in pack] for pack in kept])
+            micro_batches.append([[shards.id(sample) for sample in pack] for pack in packs])
             where = f"  rank {rank}  micro-batch {number}"
             lines += [
                 f"{where}  {int(shards.num_text_tokens[pack].sum() + shards.num_image_tokens[pack].sum()):7,d} tokens  "
                 + "  ".join(ids)
-                for pack, ids in zip(kept, micro_batches[-1], strict=True)
+                for pack, ids in zip(packs, micro_batches[-1], strict=True)
                 if pack
             ] or [f"{where}  filler"]
         ranks.append(micro_batches)

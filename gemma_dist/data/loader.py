@@ -40,18 +40,16 @@ class TrajectoryLoader(IterableDataset):
         num_steps: int,
         *,
         num_workers: int,
-        quarantine: frozenset[int] = frozenset(),
     ) -> None:
         """Args:
             num_workers: threads that prepare micro-batches; 0: the one that asks for them.
-            quarantine: samples that are left out. All others come when they would have come.
 
         Raises:
             DataError: the shards were measured with another tokenizer, template or image processor.
         """
         self.schedule, self.encoder, self.rank = schedule, encoder, rank
         self.start_step, self.num_steps = start_step, num_steps
-        self.num_workers, self.quarantine = num_workers, quarantine
+        self.num_workers = num_workers
         self.shards = shards = schedule.shards
         if shards.fingerprint != encoder.fingerprint:
             raise DataError(
@@ -71,12 +69,12 @@ class TrajectoryLoader(IterableDataset):
         fetchers = ThreadPoolExecutor(NUM_FETCHERS, thread_name_prefix="loader-fetch")
         workers = ThreadPoolExecutor(max(1, self.num_workers), thread_name_prefix="loader")
         steps = range(self.start_step, self.start_step + self.num_steps)
-        row_groups = RowGroups(self.schedule, self.rank, steps, self.quarantine, fetchers)
+        row_groups = RowGroups(self.schedule, self.rank, steps, fetchers)
         ahead: deque[Future[dict[str, torch.Tensor]]] = deque()
         try:
             for step in steps:
                 tables = row_groups.of_step(step)
-                for packs in self.samples_at(step):
+                for packs in self.schedule.micro_batches(step, self.rank):
                     if not self.num_workers:
                         yield self._prepare(packs, tables)
                         continue
@@ -89,21 +87,9 @@ class TrajectoryLoader(IterableDataset):
             fetchers.shutdown(wait=True, cancel_futures=True)
             workers.shutdown(wait=True, cancel_futures=True)
 
-    def samples_at(self, step: int) -> list[list[list[int]]]:
-        """The sample numbers of this rank's micro-batches at `step`, pack by pack; an empty list is a filler."""
-        return [
-            [[sample for sample in pack if sample not in self.quarantine] for pack in packs]
-            for packs in self.schedule.micro_batches(step, self.rank)
-        ]
-
-    def ids_at(self, step: int) -> list[list[list[str]]]:
-        """The sample ids of this rank's micro-batches at `step`, pack by pack."""
-        return [[[self.shards.id(index) for index in pack] for pack in packs] for packs in self.samples_at(step)]
-
     def counts_at(self, step: int) -> tuple[int, int]:
         """Target tokens, and tokens without padding, of the global batch of `step`, all ranks together."""
-        batch = [sample for sample in self.schedule.global_batch(step) if sample not in self.quarantine]
-        shards = self.shards
+        shards, batch = self.shards, self.schedule.global_batch(step)
         num_tokens = shards.num_text_tokens[batch].sum() + shards.num_image_tokens[batch].sum()
         return int(shards.num_target_tokens[batch].sum()), int(num_tokens)
 
@@ -129,10 +115,8 @@ class TrajectoryLoader(IterableDataset):
 class RowGroups:
     """The row groups that a rank is working on, each fetched once, a few steps ahead, and dropped with its block."""
 
-    def __init__(
-        self, schedule: Schedule, rank: int, steps: range, quarantine: frozenset[int], pool: ThreadPoolExecutor
-    ) -> None:
-        self._schedule, self._rank, self._quarantine, self._pool = schedule, rank, quarantine, pool
+    def __init__(self, schedule: Schedule, rank: int, steps: range, pool: ThreadPoolExecutor) -> None:
+        self._schedule, self._rank, self._pool = schedule, rank, pool
         self._steps = iter(steps)
         self._window: deque[tuple[int, set[tuple[int, int]], dict[int, Future[pa.Table]]]] = deque()
         self._in_use: set[tuple[int, int]] = set()  # blocks of the steps in the window
@@ -156,9 +140,8 @@ class RowGroups:
         sequences = self._schedule.rank_sequences(step, self._rank)
         for sequence in sequences:
             for sample in sequence.samples:
-                if sample not in self._quarantine:
-                    number = shards.row_group_of(sample)
-                    if number not in self._tables:
-                        self._tables[number] = self._pool.submit(shards.read_row_group, number)
-                    tables[number] = self._tables[number]
+                number = shards.row_group_of(sample)
+                if number not in self._tables:
+                    self._tables[number] = self._pool.submit(shards.read_row_group, number)
+                tables[number] = self._tables[number]
         return {sequence.block for sequence in sequences}, tables

@@ -33,7 +33,7 @@ PACKED_BLOCK_BYTES, PACKED_BLOCK_SAMPLES = 32 << 20, 512
 class Sequence:
     """What one lane gives at one step."""
 
-    samples: list[int]  # of the corpus: one, or those of a pack
+    samples: list[int]  # of the corpus: one, or those of a pack; none where all of them are in quarantine
     block: tuple[int, int]  # source and block that the lane is in
 
 
@@ -45,7 +45,8 @@ class _Source:
 
 
 class Schedule:
-    """The sequences of every step, for all ranks: a pure function of the manifest, the plan and the seed.
+    """The sequences of every step, for all ranks: a pure function of the manifest, the plan and the seed. Samples in
+    quarantine are left out of them, and all others come when they would have come.
 
     Where `shards` has weights, each of its folders is a source of its own, with lanes by weight and epochs of its own;
     an epoch of the whole is then one of the source that takes longest.
@@ -60,15 +61,18 @@ class Schedule:
         packing: bool,
         packing_length: int | None,
         cache_dir: Path | None = None,
+        quarantine: frozenset[int] = frozenset(),
     ) -> None:
         """Args:
             cache_dir: where the counts of packs are kept, so that only the first start of a run takes the time.
+            quarantine: samples that nobody trains on.
 
         Raises:
             ConfigError, DataError: the corpus does not go with the batch or the length of packs.
         """
         self.shards, self.plan, self.packing, self._cache_dir = shards, plan, packing, cache_dir
         self.packing_length = packing_length or self._longest() if packing else 0
+        self._quarantine = quarantine
         ranges, weights = shards.sources()
         try:
             num_lanes = split_lanes(weights, plan.global_batch_size)
@@ -94,23 +98,23 @@ class Schedule:
         return [step // source.order.steps_per_epoch for source in self._sources]
 
     def sequences(self, step: int, lanes: range) -> list[Sequence]:
-        """The sequences that `lanes` give at `step`; in the tail of an epoch some give none."""
+        """The sequences that `lanes` give at `step`, as they are trained on; in the tail of an epoch some give none."""
         places = [place for lane in lanes if (place := self._place(step, lane))]
         with self._lock:
             packs = self._packs_of({block for block, _ in places})
-        return [Sequence(packs[block][unit], block) for block, unit in places]
+        return [Sequence(self._kept(packs[block][unit]), block) for block, unit in places]
 
     def rank_sequences(self, step: int, rank: int) -> list[Sequence]:
         return self.sequences(step, lanes_of(rank, self.plan.world_size, self.plan.global_batch_size))
 
     def micro_batches(self, step: int, rank: int) -> list[list[list[int]]]:
         """The micro-batches of `rank` at `step`: lists of packs, which are lists of sample numbers. Without packing a
-        pack is one sample; an empty micro-batch is a filler."""
+        pack is one sample; a micro-batch without any is a filler."""
         packs = [sequence.samples for sequence in self.rank_sequences(step, rank)]
         return micro_batches(packs, self.plan.per_device_train_batch_size, self.plan.gradient_accumulation_steps)
 
     def global_batch(self, step: int) -> list[int]:
-        """All samples of `step`, of all ranks together."""
+        """All samples that are trained on at `step`, of all ranks together."""
         sequences = self.sequences(step, range(self.plan.global_batch_size))
         return [sample for sequence in sequences for sample in sequence.samples]
 
@@ -118,6 +122,10 @@ class Schedule:
         """The row groups that a sequence's block lies in."""
         source = self._sources[block[0]]
         return [source.first_row_group + number for number in source.blocks[block[1]]]
+
+    def _kept(self, samples: list[int]) -> list[int]:
+        """A unit without its samples in quarantine: they leave after packing, so that no other changes its pack."""
+        return [sample for sample in samples if sample not in self._quarantine]
 
     def _source(self, rows: range, num_lanes: int, seed: int) -> _Source:
         shards, part = self.shards, slice(rows.start, rows.stop)
@@ -191,7 +199,8 @@ class Schedule:
 
 
 def open_schedule(config: RunConfig, plan: BatchPlan) -> Schedule:
-    """The schedule of a recipe's corpus. DataError or ConfigError where the corpus is not to be had or does not go."""
+    """The schedule of a recipe's corpus, without its quarantine. DataError or ConfigError where either is not to be had
+    or does not go."""
     sources = [source if isinstance(source, SourceConfig) else None for source in config.data.train]
     paths = [source.path if isinstance(source, SourceConfig) else source for source in config.data.train]
     weights = None if None in sources else [source.weight for source in sources if source]
@@ -205,6 +214,7 @@ def open_schedule(config: RunConfig, plan: BatchPlan) -> Schedule:
         packing=train.packing,
         packing_length=train.packing_length,
         cache_dir=config.data.cache_dir,
+        quarantine=read_quarantine(config.data.quarantine, shards),
     )
 
 

@@ -39,8 +39,10 @@ def stop_unless_finite(schedule: Schedule, step: int, *, loss: bool, gradients: 
 
 
 def sample_ids(schedule: Schedule, step: int, rank: int) -> str:
-    """The samples of a rank at a step, for messages."""
+    """The ids of the samples that a rank trains on at a step (from 0), for messages."""
     samples = [sample for packs in schedule.micro_batches(step, rank) for pack in packs for sample in pack]
+    if not samples:
+        return "none, only fillers"
     more = f" and {len(samples) - NUM_IDS_SHOWN} more" if len(samples) > NUM_IDS_SHOWN else ""
     return ", ".join(map(schedule.shards.id, samples[:NUM_IDS_SHOWN])) + more
 

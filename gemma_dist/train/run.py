@@ -14,7 +14,7 @@ from gemma_dist import world
 from gemma_dist.config import RunConfig, batch_plan
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.data.loader import TrajectoryLoader
-from gemma_dist.data.schedule import open_schedule, read_quarantine
+from gemma_dist.data.schedule import open_schedule
 from gemma_dist.launch import current_launch, require_fit
 from gemma_dist.model.fingerprint import fingerprint_base
 from gemma_dist.model.load import ADAPTER_RECORD, add_adapter, load_model
@@ -51,7 +51,6 @@ def train(config: RunConfig) -> None:
     plan = batch_plan(config, world.world_size())
     schedule = open_schedule(config, plan)
     shards = schedule.shards
-    quarantine = read_quarantine(config.data.quarantine, shards)
     num_steps = schedule.num_steps(config.train)
     encoder = load_encoder(
         config.model.model_name_or_path,
@@ -85,7 +84,6 @@ def train(config: RunConfig) -> None:
         start_step,
         max(0, num_steps - start_step),
         num_workers=config.train.dataloader_num_workers,
-        quarantine=quarantine,
     )
     log.info("%d trajectories, %s, steps %d to %d", len(shards), plan, start_step, num_steps)
 
