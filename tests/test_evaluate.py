@@ -108,3 +108,10 @@ def test_limit_and_an_existing_report(evaluated: Any, model: str, data: Path) ->
     assert {sample["id"] for sample in samples} == {"row-0", "row-1"}
     output = gemma_dist("evaluate", "--model", model, "--data", data, "--out", out, fails=True)
     assert "exists already" in output
+
+
+def test_only_what_ranks_wrote_is_joined_and_removed(model: str, data: Path, tmp_path: Path) -> None:
+    (tmp_path / ".samples-mine.jsonl").write_text("mine")
+    (tmp_path / ".samples-7.jsonl").write_text("{cut")  # of a run on more ranks that was killed
+    gemma_dist("evaluate", "--model", model, "--data", data, "--out", tmp_path, "--max-new-tokens", 2, "--limit", 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"samples.jsonl", "report.json", ".samples-mine.jsonl"}

@@ -19,6 +19,7 @@ from corpus import row, write_rows
 
 from gemma_dist.config import DataConfig
 from gemma_dist.data import sharding as module
+from gemma_dist.data.manifest import read_manifest
 from gemma_dist.data.rows import cut_parts, read_parts, read_rows
 from gemma_dist.data.sharding import run_shard
 from gemma_dist.data.shards import open_shards
@@ -219,6 +220,90 @@ def test_an_append_that_does_not_go_is_refused_and_changes_nothing(model: str, t
     assert len((out / "rejected.jsonl").read_text().splitlines()) == 1
     shard([write_rows(tmp_path / "c.jsonl", [ROWS[20], ROWS[0]])], out, model, skip_invalid=True, append=True)
     assert len((out / "rejected.jsonl").read_text().splitlines()) == 2
+
+
+# ---- files of others -------------------------------------------------------------------------------------------------
+
+FOREIGN = [
+    *("README.md", "bad.txt", "manifest-before.arrow", "train-notes.parquet", "notes/deep.txt"),
+    *(".gitattributes", ".my-piece-00000.txt", ".piece-00000.txt", ".rejected.jsonl", ".notes/deep.txt"),
+]
+
+
+def put_foreign(folder: Path) -> None:
+    for name in FOREIGN:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def check_foreign(folder: Path) -> None:
+    for name in FOREIGN:
+        assert (folder / name).read_text() == name
+    hidden = {path.name for path in folder.glob(".*")}
+    assert hidden <= {Path(name).parts[0] for name in FOREIGN}, "of ours, nothing is left behind"
+
+
+def kill_before_the_manifest(*arguments: Any, **options: Any) -> None:
+    """A run that ends once its shards have their names."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "write_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shard(*arguments, **options)
+
+
+def test_an_append_removes_no_file_of_others(model: str, tmp_path: Path) -> None:
+    first, out = write_rows(tmp_path / "a.jsonl", ROWS[:8]), tmp_path / "shards"
+    shard([first], out, model)
+    put_foreign(out)
+    inside = write_rows(out / "b.jsonl", ROWS[8:12])
+    shard([inside], out, model, append=True)
+    assert inside.exists(), "nor its own input"
+    check_foreign(out)
+    with pytest.raises(DataError, match="belongs to"):
+        shard([first], out, model, append=True)
+    check_foreign(out)
+    third, fourth = write_rows(tmp_path / "c.jsonl", ROWS[12:16]), write_rows(tmp_path / "d.jsonl", ROWS[16:20])
+    kill_before_the_manifest([third], out, model, append=True)
+    shard([fourth], out, model, append=True)
+    check_foreign(out)
+    assert ids(out) == [row["id"] for row in ROWS[:12] + ROWS[16:20]]
+    named = {shard["name"] for shard in read_manifest(out / "manifest.arrow", "").header["shards"]}
+    assert {path.name for path in out.glob("train-0*.parquet")} == named, "what the killed run showed is gone"
+
+
+@pytest.mark.parametrize("then", ["the same rows", "other rows", "refused rows"])
+def test_what_comes_after_a_killed_run_removes_no_file_of_others(then: str, model: str, tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "a.jsonl", ROWS[:8]), tmp_path / "shards"
+    kill_before_the_manifest([source], out, model)
+    put_foreign(out)
+    if then == "refused rows":
+        with pytest.raises(DataError, match="1 of 2 rows were refused"):
+            shard([write_rows(tmp_path / "b.jsonl", [{"messages": []}, ROWS[0]])], out, model)
+        assert not list(out.glob("train-0*"))
+    else:
+        rows = ROWS[:8] if then == "the same rows" else ROWS[20:24]
+        shard([source if then == "the same rows" else write_rows(tmp_path / "b.jsonl", rows)], out, model)
+        assert ids(out) == [row["id"] for row in rows]
+    check_foreign(out)
+
+
+def test_shards_that_the_manifest_does_not_name_are_not_written_over(model: str, tmp_path: Path) -> None:
+    """As when the manifest from before an append is put back: those of the append may be named by a copy."""
+    out = tmp_path / "shards"
+    shard([write_rows(tmp_path / "a.jsonl", ROWS[:4])], out, model)
+    before = (out / "manifest.arrow").read_bytes()
+    shard([write_rows(tmp_path / "b.jsonl", ROWS[4:8])], out, model, append=True)
+    later = contents(out)
+    (out / "manifest.arrow").write_bytes(before)
+    with pytest.raises(DataError, match=r"holds 'train-\d+\.parquet', which no manifest there names"):
+        shard([write_rows(tmp_path / "c.jsonl", ROWS[8:12])], out, model, append=True)
+    assert contents(out) == later | {"manifest.arrow": before}
+    (out / "manifest.arrow").write_bytes(later["manifest.arrow"])
+    assert ids(out) == [row["id"] for row in ROWS[:8]]
 
 
 # ---- refused rows over all pieces ------------------------------------------------------------------------------------

@@ -162,8 +162,8 @@ def test_what_a_killed_run_left_is_no_shard_folder_and_is_replaced(tmp_path: Pat
     shard_rows(tmp_path, model, ROWS)
     folder = tmp_path / "shards"
     (folder / "manifest.arrow").unlink()  # it comes last, so a killed run has none, but has these
-    (folder / ".unfinished").touch()
-    (folder / ".train-00001.parquet.tmp").write_bytes(b"PAR1")
+    (folder / ".unfinished").write_text('{"shards": ["train-00000.parquet"]}')
+    (folder / "..piece-00000-001.parquet.tmp").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="interrupted"):
         open_shards(folder)
     with pytest.raises(DataError, match="interrupted"):

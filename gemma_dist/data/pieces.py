@@ -6,6 +6,7 @@ in the input each sample came from, so that repeated ids can be found over all p
 """
 
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -29,6 +30,9 @@ from gemma_dist.report import JsonlWriter
 NUM_ERRORS_SHOWN = 5
 REJECTED = "rejected.jsonl"
 TOO_LONG = "too_long.jsonl"
+_PIECE_FILE = re.compile(  # as `Task.path` names it, or `_partial` while it is written
+    rf"\.?\.piece-(\d{{5,}})(\.arrow|-{re.escape(REJECTED)}|-{re.escape(TOO_LONG)}|-\d{{3,}}\.parquet)(\.tmp)?"
+)
 
 IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 # What `datasets.Features(…).arrow_schema` gives for id, Json, Json, List(Image(decode=False)), without the import.
@@ -111,10 +115,20 @@ class Task:
         return self.path(".arrow")
 
 
+def piece_files(out: Path, number: int | None = None) -> list[Path]:
+    """The files that all pieces, or piece `number`, left in `out`, whole or not."""
+    found = []
+    for path in out.iterdir():
+        piece = _PIECE_FILE.fullmatch(path.name)
+        if piece and number in (None, int(piece[1])):
+            found.append(path)
+    return found
+
+
 def work(task: Task, encoder: Encoder, rows: Iterator[Any]) -> None:
     """Write the shards, the logs and last the record of a piece."""
     task.record.unlink(missing_ok=True)  # first: a record stands for files that are there
-    for left in task.out.glob(f".*piece-{task.number:05d}*"):
+    for left in piece_files(task.out, task.number):
         left.unlink()
     report, errors = ShardReport(str(task.out)), list[str]()
     rejected, too_long, writer = (

@@ -9,16 +9,18 @@ A shard folder holds
 
 The input is cut into pieces, which depend on nothing but the input, and each is worked on by one process
 (`pieces.py`). So the same input gives the same bytes on any number of cores, a killed run goes on where it was, and
-nothing shows up in the folder before all of it is there.
+nothing shows up in the folder before all of it is there. Of what lies in it, a run removes its own files, each by its
+exact name, and no others.
 """
 
 import hashlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -34,7 +36,7 @@ from gemma_dist.config import TRAINING_ONLY, DataConfig
 from gemma_dist.data.encode import Encoder, load_encoder
 from gemma_dist.data.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest, write_manifest
 from gemma_dist.data.manifest import SCHEMA as MANIFEST_SCHEMA
-from gemma_dist.data.pieces import NUM_ERRORS_SHOWN, PLACES, REJECTED, TOO_LONG, ShardReport, Task, work
+from gemma_dist.data.pieces import NUM_ERRORS_SHOWN, PLACES, REJECTED, TOO_LONG, ShardReport, Task, piece_files, work
 from gemma_dist.data.rows import Part, cut_parts, read_parts
 from gemma_dist.errors import DataError
 from gemma_dist.report import log, progress, write_json
@@ -43,6 +45,7 @@ PIECE_BYTES = 256 << 20  # of input, that one process works on at a time
 ROW_GROUP_BYTES = 4 << 20  # before compression: what is fetched and checked as one
 SHARD_BYTES = 256 << 20
 APPEND_REJECTED = "append_rejected.jsonl"  # of an --append that was refused
+_SHARD = re.compile(r"train-\d{5,}\.parquet")  # as `_shard_name` names it
 Refused = dict[tuple[str, int], str]  # by file and line: the error
 
 
@@ -91,7 +94,7 @@ def run_shard(
         "sizes": [PIECE_BYTES, ROW_GROUP_BYTES, SHARD_BYTES],
         "append_to": before.sha256 if before else None,
     }
-    plan = _claim(out, plan, append)
+    plan = _claim(out, plan, before)
     _work_on(tasks, encoder, num_workers)
     if repeated := _find_repeated(tasks, before, out):  # those pieces are done again, without these rows
         _work_on([replace(tasks[number], refused=rows) for number, rows in repeated.items()], encoder, num_workers)
@@ -137,11 +140,12 @@ def _open_to_append(out: Path, header: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _claim(out: Path, plan: dict[str, Any], append: bool) -> dict[str, Any]:
+def _claim(out: Path, plan: dict[str, Any], before: Manifest | None) -> dict[str, Any]:
     """Make `out` ours to write to: with what the same call left there when it was killed, and nothing else of the kind.
 
     Returns the plan, with the sizes that the logs had before an append.
     """
+    append = before is not None
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; name a folder with --out")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
@@ -149,7 +153,8 @@ def _claim(out: Path, plan: dict[str, Any], append: bool) -> dict[str, Any]:
         raise DataError(
             f"{out} holds finished shards already; remove it, name another folder with --out, or add to it by --append"
         )
-    if UNFINISHED not in names and not append and names - {REJECTED}:
+    begun = (out / UNFINISHED).is_file()
+    if not begun and not append and names - {REJECTED}:
         raise DataError(
             f"{out} holds {min(names - {REJECTED})!r}, which `gemma-dist shard` did not leave there; name a new folder"
             " with --out"
@@ -158,6 +163,13 @@ def _claim(out: Path, plan: dict[str, Any], append: bool) -> dict[str, Any]:
     left: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         left = json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
+    finished = {shard["name"] for shard in before.header["shards"]} if before else set()
+    shown = [name for name in left.get("shards", []) if name not in finished]
+    if strange := sorted(set(filter(_SHARD.fullmatch, names)) - finished - set(shown)):
+        raise DataError(
+            f"{out} holds {strange[0]!r}, which no manifest there names, and new shards would take its place; move it "
+            f"away, or put the {MANIFEST} back that names it"
+        )
     if plan.items() <= left.items():
         log.info("going on with what an earlier run left in %s", out)
         return left
@@ -165,23 +177,33 @@ def _claim(out: Path, plan: dict[str, Any], append: bool) -> dict[str, Any]:
     if append and left.get("append_to") == plan["append_to"]:  # the logs may have grown already, the corpus has not
         logs = left["logs"]
     # While files of the other plan are there, the marker names none: they must not be taken for those of this one.
-    write_json(out / UNFINISHED, {"append_to": plan["append_to"], "logs": logs})
-    _clear(out, append, keep=UNFINISHED)
+    write_json(out / UNFINISHED, {"append_to": plan["append_to"], "logs": logs, "shards": shown})
+    _clear(out, append, keep=UNFINISHED, shown=shown)
     write_json(out / UNFINISHED, plan | {"logs": logs})
     return plan | {"logs": logs}
 
 
-def _clear(out: Path, append: bool, keep: str) -> None:
-    """Remove what is in `out`, but for `keep` and, on appending, the finished corpus; and an empty folder itself."""
-    kept = {keep}
-    if append:
-        shards = read_manifest(out / MANIFEST, str(out / MANIFEST)).header["shards"]
-        kept |= {MANIFEST, REJECTED, TOO_LONG, *(shard["name"] for shard in shards)}
-    for path in sorted(out.iterdir(), key=lambda path: path.name == UNFINISHED):  # last: it says whose the others are
-        if path.name not in kept:
-            path.unlink()
+def _clear(out: Path, append: bool, keep: str, shown: Iterable[str] = ()) -> None:
+    """Remove what an unfinished run left in `out`, but for `keep`; and an empty folder itself.
+
+    Args:
+        append: the logs are of the finished corpus, which stays.
+        shown: the shards that the run had given their names already.
+    """
+    logs = [APPEND_REJECTED] if append else [REJECTED, TOO_LONG, APPEND_REJECTED]
+    for path in [*(out / name for name in (*shown, *logs)), *_work_files(out)]:
+        if path.name != keep:
+            path.unlink(missing_ok=True)
     if not any(out.iterdir()):
         out.rmdir()
+
+
+def _work_files(out: Path) -> list[Path]:
+    """What a run has in `out` only while it works; the marker, which says whose the others are, comes last."""
+    names = {f".{name}.tmp" for name in (MANIFEST, REJECTED, TOO_LONG, APPEND_REJECTED)}
+    marker = re.compile(rf"\.{re.escape(UNFINISHED)}\.\d+\.tmp")  # as `write_json` begins it
+    begun = [path for path in out.iterdir() if path.name in names or marker.fullmatch(path.name)]
+    return [*piece_files(out), *begun, out / UNFINISHED]
 
 
 # ---- the work, in processes ------------------------------------------------------------------------------------------
@@ -333,13 +355,15 @@ def _finish(tasks: list[Task], before: Manifest | None, header: dict[str, Any], 
             f"left to write: {report.num_rejected:,} were refused, {report.num_dropped:,} dropped for their length"
         )
     shards = list(before.header["shards"]) if before else []
+    num_new = sum(len(part["shards"]) for part in headers)
+    names = [_shard_name(number) for number in range(len(shards), len(shards) + num_new)]
+    write_json(out / UNFINISHED, plan | {"shards": names})  # so that they are known for ours, should this run be killed
     lines = [before.table.replace_schema_metadata(None)] if before else []
     for task, part, table in zip(tasks, headers, tables, strict=True):
         numbers = pa.array(np.asarray(table["shard"]) + len(shards), pa.int32())
         lines.append(table.drop_columns(list(PLACES)).set_column(0, "shard", numbers).cast(MANIFEST_SCHEMA))
         for number, entry in enumerate(part["shards"]):
-            # `datasets` finds files called "train" in a folder, and so does not stumble over the manifest beside them.
-            name = f"train-{len(shards):05d}.parquet"
+            name = _shard_name(len(shards))
             with suppress(FileNotFoundError):  # a run that was killed here has renamed it
                 task.path(f"-{number:03d}.parquet").rename(out / name)
             shards.append(entry | {"name": name})
@@ -348,10 +372,15 @@ def _finish(tasks: list[Task], before: Manifest | None, header: dict[str, Any], 
     manifest = pa.concat_tables(lines).combine_chunks()
     del lines, tables
     write_manifest(out, header | {"shards": shards}, manifest)
-    for path in out.glob(".*"):
-        path.unlink()
-    report.num_shards = len(shards) - (len(before.header["shards"]) if before else 0)
+    for path in _work_files(out):
+        path.unlink(missing_ok=True)
+    report.num_shards = num_new
     return report
+
+
+def _shard_name(number: int) -> str:
+    """`datasets` finds files called "train" in a folder, and so does not stumble over the manifest beside them."""
+    return f"train-{number:05d}.parquet"
 
 
 def _join_files(paths: list[Path], out: Path, keep_bytes: int) -> None:

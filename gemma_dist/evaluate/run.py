@@ -8,6 +8,7 @@ point was found in the samples just once.
 """
 
 import io
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -58,7 +59,7 @@ def evaluate(
 
     if world.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for left_over in out.glob(".samples-*.jsonl"):
+        for left_over in _parts(out):
             left_over.unlink()
     world.barrier()
     samples = []
@@ -172,9 +173,14 @@ def _integers(totals: dict[str, float]) -> dict[str, int]:
     return {name: int(value) for name, value in totals.items()}
 
 
+def _parts(out: Path) -> list[Path]:
+    """The files of samples that ranks wrote to `out`, and no others."""
+    return sorted(path for path in out.iterdir() if re.fullmatch(r"\.samples-\d+\.jsonl", path.name))
+
+
 def _join_samples(out: Path, num_points: int) -> None:
     """One samples.jsonl of all ranks' parts, in the order of the data."""
-    parts = sorted(out.glob(".samples-*.jsonl"))
+    parts = _parts(out)
     samples = [sample for part in parts for sample in read_jsonl(part)]
     places = {(sample["trajectory"], sample["turn"]) for sample in samples}
     assert len(places) == len(samples) == num_points, f"{len(samples)} samples, {num_points} decision points"
