@@ -65,6 +65,13 @@ def _options_of(section: str) -> list[click.Parameter]:
     return options
 
 
+def _from_one(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
+    """Refuse a row or step below the first."""
+    if value is not None and value < 1:
+        raise click.BadParameter(f"{param.name}s are counted from 1, as in messages, not {value}", ctx, param)
+    return value
+
+
 @click.group(cls=Walk, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
@@ -115,19 +122,23 @@ def shard(
 
 
 @cli.command(cls=Verb, settings="DataConfig")
-@click.argument("data", type=EXISTING)
+@click.argument("data")
 @click.option("--model", required=True, help="Folder or hub name of the model that would see the row.")
-@click.option("--row", type=click.IntRange(min=0), default=0, show_default=True, help="Number of the row, from 0.")
+@click.option("--row", type=int, callback=_from_one, help="Number of the row, from 1, as messages print it: DATA:ROW.")
+@click.option("--id", "row_id", help="Id of the row, in the place of --row.")
 @click.option("--json", "as_json", is_flag=True, help="Print ids, labels (-100: not trained) and tokens as JSON.")
-def inspect(data: Path, model: str, row: int, as_json: bool, **settings: Any) -> None:
+def inspect(data: str, model: str, row: int | None, row_id: str | None, as_json: bool, **settings: Any) -> None:
     """Show one row as the model sees it, trained tokens coloured.
 
-    DATA is a JSONL file or a shard folder.
+    DATA is a file of rows (their lines are their numbers) or a folder of shards, which may be a URL.
     """
+    chosen: list[int | str] = [one for one in (row, row_id) if one is not None]
+    if len(chosen) != 1:
+        raise click.UsageError("name one row, by --row (its number, from 1) or by --id")
     from gemma_dist.config import DataConfig, load_section
     from gemma_dist.data.inspect import inspect_row
 
-    inspection = inspect_row(data, model, row, load_section(DataConfig, settings))
+    inspection = inspect_row(data, model, chosen[0], load_section(DataConfig, settings))
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     click.echo(json.dumps(inspection.to_json()) if as_json else inspection.render(color))
 
@@ -169,7 +180,9 @@ def check(config: Path, overrides: tuple[str, ...], world_size: int | None, acce
 @click.argument("data")
 @click.argument("config", type=NEW)
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1, type=click.UNPROCESSED)
-@click.option("--step", required=True, type=click.IntRange(min=0), help="First optimiser step, from 0.")
+@click.option(
+    "--step", required=True, type=int, callback=_from_one, help="First optimizer step, from 1 as in metrics.jsonl."
+)
 @click.option("--num-steps", type=click.IntRange(min=1), default=1, show_default=True, help="How many steps.")
 @click.option(
     "--world-size", type=click.IntRange(min=1), help="Number of ranks to reckon with; default: those running."

@@ -694,11 +694,11 @@ def test_a_prompt_is_what_a_server_renders_before_each_decision(
     )
     assert [message["role"] for message in row.messages].index("tool") == 4
     prompts = encoder.prompts(row)
-    assert [prompt.turn for prompt in prompts] == [2, 8, 10]
+    assert [prompt.turn for prompt in prompts] == [3, 9, 11]
     assert [prompt.gold for prompt in prompts] == [row.messages[2:4], row.messages[8:9], row.messages[10:]]
     assert [prompt.images for prompt in prompts] == [row.images[:1], row.images, row.images]
     for prompt in prompts:
-        before = row.messages[: prompt.turn]
+        before = row.messages[: prompt.turn - 1]
         expected = processed(encoder, before, row, add_generation_prompt=True)
         assert prompt.input_ids == expected["input_ids"][0].tolist()
         assert prompt.mm_token_type_ids == expected["mm_token_type_ids"][0].tolist()

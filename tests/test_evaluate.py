@@ -43,7 +43,7 @@ def _read(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return json.loads((out / "report.json").read_text()), samples
 
 
-def test_two_ranks_equal_one(evaluated: Any) -> None:
+def test_two_ranks_equal_one(evaluated: Any, data: Path) -> None:
     alone, samples_alone = _read(evaluated())
     together, samples_together = _read(evaluated("cpu_ddp"))
     assert samples_alone == samples_together
@@ -54,6 +54,12 @@ def test_two_ranks_equal_one(evaluated: Any) -> None:
     # 7 runs of 1 to 3 calls and a final word each, less the one that is not trained
     assert alone["num_decision_points"] == len(samples_alone) == sum(1 + number % 3 + 1 for number in range(7)) - 1
     assert len({(sample["id"], sample["turn"]) for sample in samples_alone}) == len(samples_alone)
+    assert samples_alone[0]["trajectory"] == 1
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for sample in samples_alone:
+        gold = rows[sample["trajectory"] - 1]["messages"][sample["turn"] - 1]
+        assert (gold["role"], rows[sample["trajectory"] - 1]["id"]) == ("assistant", sample["id"])
+        assert gold["content"] == sample["gold"]["content"], "row and turn are counted from 1, as errors count"
 
 
 def test_report_follows_from_the_samples(evaluated: Any, data: Path) -> None:

@@ -56,17 +56,19 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimiser(
 ) -> None:
     paths = [f"model_name_or_path={broken_model}", f"data.train={shards}", f"output_dir={tmp_path / 'out'}"]
     words = [f"launch/{recipe}.yaml", *paths, *SETTINGS]
-    steps = gemma_dist("batches", "-", *words, "--step", 0, "--num-steps", 4, "--json").splitlines()
-    bad = next(number for number, line in enumerate(steps) if f'"row-{POISONED}"' in line)
+    steps = gemma_dist("batches", "-", *words, "--step", 1, "--num-steps", 4, "--json").splitlines()
+    bad = next(number for number, line in enumerate(steps, start=1) if f'"row-{POISONED}"' in line)
     output = gemma_dist("train", *words, launch=launch, fails=True)
-    assert f"step {bad + 1}: the loss of rank" in output
+    assert f"step {bad}: the loss of rank" in output
     assert f"row-{POISONED}" in output
     assert "This is a bug" not in output
     saved = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
-    assert (f"checkpoint-{bad}" in saved) == (bad > 0)
-    assert f"checkpoint-{bad + 1}" not in saved
+    assert (f"checkpoint-{bad - 1}" in saved) == (bad > 1)
+    assert f"checkpoint-{bad}" not in saved
     rows = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in rows] == list(range(1, bad + 1))
+    shown, written = ([(row["step"], row["epoch"]) for row in map(json.loads, lines)] for lines in (steps, rows))
+    assert written == shown[: bad - 1]
+    assert [step for step, _ in shown] == [1, 2, 3, 4]
 
 
 def test_a_gradient_that_is_not_finite_stops_too(shards: Path) -> None:

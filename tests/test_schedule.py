@@ -94,9 +94,11 @@ def test_a_quarantine_takes_out_its_samples_and_moves_no_other(
     num_samples = sum(sizes)
     lengths = data.draw(st.lists(st.integers(1, 300), min_size=num_samples, max_size=num_samples))
     gone = data.draw(st.frozensets(st.integers(0, num_samples - 1)))
-    shards, options = corpus(lengths, sizes), {"packing": packing, "packing_length": None}
-    whole = Schedule(shards, plan(world_size, 2, 12), 1, **options)
-    rest = Schedule(shards, plan(world_size, 2, 12), 1, **options, quarantine=gone)
+    shards, batch = corpus(lengths, sizes), plan(world_size, 2, 12)
+    whole, rest = (
+        Schedule(shards, batch, 1, packing=packing, packing_length=None, quarantine=quarantine)
+        for quarantine in (frozenset[int](), gone)
+    )
     assert rest.steps_per_epoch == whole.steps_per_epoch
     for step in range(2 * whole.steps_per_epoch):
         assert rest.global_batch(step) == [sample for sample in whole.global_batch(step) if sample not in gone]
@@ -143,7 +145,7 @@ def test_a_mixture_keeps_its_weights_and_counts_epochs_for_each_source() -> None
         assert batch == [sample for rank in range(4) for sample in of_rank(other, step, rank)]
         seen.update(batch)
     assert found.steps_per_epoch == 25, "100 samples in 4 lanes"
-    assert found.epochs(24) == [2, 0]
+    assert found.epochs(25) == [round(25 / 9, 4), 1]
     assert {seen[sample] for sample in range(100, 200)} == {1}
     assert {seen[sample] for sample in range(100)} == {2, 3}
 
@@ -180,19 +182,19 @@ def ids(ranks: Any) -> Iterator[str]:
 @pytest.mark.parametrize("packing", ["false", "true"])
 def test_batches_says_what_the_schedule_gives(shards: Path, packing: str) -> None:
     words = ["launch/cpu_full.yaml", "global_batch_size=8", f"packing={packing}", "per_device_train_batch_size=2"]
-    output = gemma_dist("batches", shards, *words, "--step", 0, "--num-steps", 8, "--world-size", 2, "--json")
+    output = gemma_dist("batches", shards, *words, "--step", 1, "--num-steps", 8, "--world-size", 2, "--json")
     steps = [json.loads(line) for line in output.splitlines()]
-    assert [step["step"] for step in steps] == list(range(8))
+    assert [step["step"] for step in steps] == list(range(1, 9))
     found = Schedule(open_shards(shards), plan(2, 2, 8), 42, packing=packing == "true", packing_length=None)
     for step in steps:
-        assert step["ranks"] == [ids_at(found, step["step"], rank) for rank in range(2)]
-    per_epoch = Counter(chain.from_iterable(ids(step["ranks"]) for step in steps if step["epoch"] == 0))
+        assert step["ranks"] == [ids_at(found, step["step"] - 1, rank) for rank in range(2)]
+    per_epoch = Counter(chain.from_iterable(ids(step["ranks"]) for step in steps if step["epoch"] <= 1))
     assert per_epoch == {f"row-{number}": 1 for number in range(50)}
 
 
 def test_batches_honours_a_quarantine_and_prints_for_people(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_text("row-7\n\nrow-9\n")
-    words = ["batches", "-", "launch/cpu_full.yaml", f"data.train={shards}", "--step", 0, "--num-steps", 7]
+    words = ["batches", "-", "launch/cpu_full.yaml", f"data.train={shards}", "--step", 1, "--num-steps", 7]
     whole = gemma_dist(*words)
     rest = gemma_dist(*words, "--quarantine", tmp_path / "bad.txt")
     assert "row-7 " in whole.replace("\n", " ")
@@ -212,7 +214,7 @@ def test_a_quarantine_names_any_id(model: str, tmp_path: Path) -> None:
 def test_a_recipe_mixes_sources_by_weight(shards: Path, model: str, tmp_path: Path) -> None:
     shard_rows(tmp_path, model, [row(number) for number in range(100, 112)])
     sources = f"data.train=[{{path: {shards}, weight: 3}}, {{path: {tmp_path / 'shards'}, weight: 1}}]"
-    words = ["-", "launch/cpu_full.yaml", sources, "global_batch_size=8", "--step", 0, "--num-steps", 8, "--json"]
+    words = ["-", "launch/cpu_full.yaml", sources, "global_batch_size=8", "--step", 1, "--num-steps", 8, "--json"]
     steps = [json.loads(line) for line in gemma_dist("batches", *words).splitlines()]
     for step in steps[:6]:
         assert [len(name) for name in ids(step["ranks"])].count(len("row-100")) == 2, "of twelve in lanes of six steps"

@@ -60,7 +60,7 @@ def test_ranks_answer_what_one_process_answers(
     assert (one.pop("world_size"), two.pop("world_size")) == (1, 2)
     assert one == two
     samples = [json.loads(line) for line in (alone / "samples.jsonl").read_text().splitlines()]
-    assert {bool(sample["num_images"]) for sample in samples if sample["trajectory"] % 2} == {False}
+    assert {bool(sample["num_images"]) for sample in samples if sample["trajectory"] % 2 == 0} == {False}
     assert any(sample["num_images"] for sample in samples)
     assert len({sample["output_tokens"] for sample in samples}) > 1
 

@@ -1,4 +1,7 @@
-"""`gemma-dist batches`: which samples a step trains on, from arithmetic alone, to find the row behind a bad step."""
+"""`gemma-dist batches`: which samples a step trains on, from arithmetic alone, to find the row behind a bad step.
+
+Steps are counted from 1, as messages and `metrics.jsonl` count them.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +15,9 @@ from gemma_dist.data.schedule import Schedule, open_schedule
 class Step:
     """The samples of one optimiser step."""
 
-    step: int
-    epoch: int
-    epochs: list[int]  # of each source
+    step: int  # from 1
+    epoch: float  # passes over the corpus at the end of the step, as in metrics.jsonl
+    epochs: list[float]  # of each source
     ranks: list[list[list[list[str]]]]  # ids of ranks -> micro-batches -> packs
     lines: list[str]
 
@@ -26,7 +29,7 @@ class Step:
 
 
 def batches(config: RunConfig, step: int, num_steps: int, world_size: int) -> Iterator[Step]:
-    """The steps `step` … `step + num_steps - 1` (from 0) of a run, as its ranks would go through them.
+    """The steps `step` … `step + num_steps - 1` (from 1) of a run, as its ranks would go through them.
 
     Raises:
         ConfigError, DataError: as training would.
@@ -37,13 +40,14 @@ def batches(config: RunConfig, step: int, num_steps: int, world_size: int) -> It
 
 
 def _describe(schedule: Schedule, step: int) -> Step:
+    """Step `step`, from 1."""
     shards, epochs = schedule.shards, schedule.epochs(step)
-    epoch = step // schedule.steps_per_epoch
+    epoch = min(epochs)  # of the source that takes longest
     ranks = []
     lines = [f"step {step}, epoch {epoch}" + (f" (of each source: {epochs})" if len(epochs) > 1 else "")]
     for rank in range(schedule.plan.world_size):
         micro_batches = []
-        for number, packs in enumerate(schedule.micro_batches(step, rank)):
+        for number, packs in enumerate(schedule.micro_batches(step - 1, rank), start=1):
             micro_batches.append([[shards.id(sample) for sample in pack] for pack in packs])
             where = f"  rank {rank}  micro-batch {number}"
             lines += [

@@ -75,7 +75,7 @@ class Prompt:
     mm_token_type_ids: list[int]  # (T,)
     images: list[bytes]  # those that the prompt shows, in order
     text: str  # the rendered prompt, one placeholder an image: its end tells which block is left open
-    turn: int  # index of the first message that answers it
+    turn: int  # number of the first message that answers it, from 1 as in errors
     gold: list[dict[str, Any]]  # the assistant message that answers it, or several in a row
 
 
@@ -152,7 +152,7 @@ class Encoder:
             widened = self._widen(text, counts[: len(images)])
             input_ids = self.tokenizer(widened, add_special_tokens=False)["input_ids"]
             types = [int(token == self.image_token_id) for token in input_ids]
-            prompts.append(Prompt(input_ids, types, images, text, turn, gold))
+            prompts.append(Prompt(input_ids, types, images, text, turn + 1, gold))
         return prompts
 
     def pixels(self, images: list[bytes]) -> "dict[str, torch.Tensor]":

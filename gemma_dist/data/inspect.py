@@ -1,6 +1,7 @@
 """One row as the model sees it: every token, and which of them are trained."""
 
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 from gemma_dist.config import DataConfig
 from gemma_dist.data.encode import IGNORE_INDEX, load_encoder
 from gemma_dist.data.pieces import encode_trained, fit, parse
-from gemma_dist.data.rows import read_rows
-from gemma_dist.data.shards import is_shard_folder, open_shards
+from gemma_dist.data.rows import Where, read_rows
+from gemma_dist.data.shards import Shards, is_shard_folder, open_shards
 from gemma_dist.data.strict import at
+from gemma_dist.data.trajectory import name_row
 from gemma_dist.errors import DataError
 
 TRAINED, TRAINED_END = "⟦", "⟧"
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
+NUM_PLACES_SHOWN = 10
+RawRow = tuple[Where, dict[str, Any] | DataError]
 SOFT_TOKENS = re.compile(r"(?:<\|image\|>){2,}")
 
 
@@ -50,21 +54,26 @@ class Inspection:
         return f"{header}\n\n{text}"
 
 
-def inspect_row(data: Path, model: str, row: int, settings: DataConfig) -> Inspection:
-    """Row `row` (from 0) of a shard folder, or of raw rows as `gemma-dist shard` would keep it.
+def inspect_row(data: str | Path, model: str, row: int | str, settings: DataConfig) -> Inspection:
+    """One row of a shard folder, or of raw rows as `gemma-dist shard` would keep it.
+
+    Args:
+        row: its number from 1, as messages print it behind the colon (of a shard folder the sample, of JSONL the line,
+            blank ones included, of anything else the row); or its id.
 
     Raises:
-        DataError: there is no such row; it breaks the data contract; it is longer than `settings.max_length`.
+        DataError: there is no such row, or several of this id; it breaks the data contract; it is longer than
+            `settings.max_length`.
     """
-    encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
     if is_shard_folder(data):
         shards = open_shards(data)
-        _check_range(data, row, len(shards))
-        trajectory = shards.read(row)
+        trajectory = shards.read(_sample(shards, row))
+        encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
         encoded = encoder.encode(trajectory)
     else:
-        where, raw = _raw_row(data, row)
+        where, raw = _raw_row_of_id(Path(data), row) if isinstance(row, str) else _raw_row(Path(data), row)
         trajectory = parse(raw, where, settings)
+        encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
         with at(where):
             encoded = encode_trained(trajectory, encoder)
             fitting = fit(trajectory, encoded, encoder, settings)
@@ -93,16 +102,51 @@ def inspect_row(data: Path, model: str, row: int, settings: DataConfig) -> Inspe
     )
 
 
-def _raw_row(data: Path, row: int) -> Any:
-    """Place and content of raw row `row`. The rows before it need not be valid."""
-    num_rows = 0
-    for number, found in enumerate(read_rows([data])):
-        if number == row:
-            return found
-        num_rows += 1
-    _check_range(data, row, num_rows)
+def _sample(shards: Shards, row: int | str) -> int:
+    """The index of the sample of a number, from 1, or of an id."""
+    (folder,) = shards.folders
+    if isinstance(row, int):
+        if not 1 <= row <= len(shards):
+            raise _no_row(folder, row, len(shards))
+        return row - 1
+    row_id = row.encode(errors="backslashreplace").decode()  # a word of the command line may be no UTF-8
+    found = shards.find({row_id}).get(row_id, [])
+    _require_one(folder, row_id, [shards.place(index) for index in found])
+    return found[0]
 
 
-def _check_range(data: Path, row: int, num_rows: int) -> None:
-    if not 0 <= row < num_rows:
-        raise DataError(f"{data} has {num_rows:,} rows, so --row may be 0 to {num_rows - 1:,}, not {row:,}")
+def _raw_row(data: Path, row: int) -> RawRow:
+    """Place and content of a raw row. Those before it need not be valid."""
+    last = 0
+    for where, found in read_rows([data]):
+        if where.line == row:
+            return where, found
+        if where.line > row >= 1:
+            raise DataError(f"{data}:{row} is a blank line; the row after it is {where.line}")
+        last = where.line
+    raise _no_row(data, row, last)
+
+
+def _raw_row_of_id(data: Path, row_id: str) -> RawRow:
+    """Place and content of the raw row of this id, with which invalid rows are passed over."""
+    found: list[RawRow] = []
+    for where, row in read_rows([data]):
+        with suppress(DataError):
+            if isinstance(row, dict) and name_row(row.get("id"), where) == row_id:
+                found.append((where, row))
+    _require_one(data, row_id, [str(where) for where, _ in found])
+    return found[0]
+
+
+def _no_row(data: Path | str, row: int, last: int) -> DataError:
+    return DataError(f"{data} has no row {row}: rows are counted from 1, and the last one is {last}")
+
+
+def _require_one(data: Path | str, row_id: str, places: list[str]) -> None:
+    if not places:
+        raise DataError(f"{data} has no row with the id {row_id!r}; check the spelling, or name the row by its number")
+    if len(places) > 1:
+        raise DataError(
+            f"{data} has {len(places):,} rows with the id {row_id!r}: {', '.join(places[:NUM_PLACES_SHOWN])}; name the "
+            "one you mean by its number"
+        )

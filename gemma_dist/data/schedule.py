@@ -93,9 +93,9 @@ class Schedule:
         """Optimiser steps of a whole run."""
         return train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * self.steps_per_epoch)
 
-    def epochs(self, step: int) -> list[int]:
-        """The pass, from 0, that each source is in at `step`."""
-        return [step // source.order.steps_per_epoch for source in self._sources]
+    def epochs(self, num_steps: int) -> list[float]:
+        """How often each source was gone through after `num_steps` steps, to four digits."""
+        return [round(num_steps / source.order.steps_per_epoch, 4) for source in self._sources]
 
     def sequences(self, step: int, lanes: range) -> list[Sequence]:
         """The sequences that `lanes` give at `step`, as they are trained on; in the tail of an epoch some give none."""

@@ -103,9 +103,9 @@ class Shards:
         return bisect_right(self.first_sample, index) - 1  # numpy's own gives up the interpreter's lock for it
 
     def place(self, index: int) -> str:
-        """Where sample `index` lies, for messages: file, row group and row."""
-        row_group = self.row_group_of(index)
-        return f"{self._place(row_group)}, row {index - self.first_sample[row_group]}"
+        """Where sample `index` lies, for messages: the folder, and the number of the sample in it, from 1."""
+        folder, _ = self._find(self.row_group_of(index))
+        return f"{self.folders[folder]}:{index - self.first_sample[self._first_row_group[folder]] + 1}"
 
     def read(self, index: int) -> Trajectory:
         """Sample `index`. DataError, with shard, row group and ids, where the stored bytes are damaged."""

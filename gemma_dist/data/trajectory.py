@@ -93,7 +93,7 @@ def parse_row(
         if not isinstance(row, dict):
             raise DataError(f"the row is {short(row)}, not a JSON object; write one object a line")
         clean = functools.partial(_clean_text, neutralise=control_tokens == "neutralise")
-        row_id = _row_id(row.get("id"), where)
+        row_id = name_row(row.get("id"), where)
         row, turns = to_openai(row)
         raw_messages = row.get("messages")
         if not isinstance(raw_messages, list) or not raw_messages:
@@ -119,7 +119,8 @@ def parse_row(
         return Trajectory(row_id, moved, tools, images)
 
 
-def _row_id(given: Any, where: Where | str) -> str:
+def name_row(given: Any, where: Where | str) -> str:
+    """The id of a row that gives `given` as its `id`, or nothing. DataError where that is no text or integer."""
     if given is None or given == "":
         return Path(str(where)).name
     if isinstance(given, bool) or not isinstance(given, (str, int)):

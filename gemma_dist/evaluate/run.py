@@ -1,6 +1,7 @@
 """Evaluate a model on held-out trajectories: generate at every decision point, read, score, add, report.
 
-    OUT/samples.jsonl    one line a decision point: what was asked, written, read, expected, and the score
+    OUT/samples.jsonl    one line a decision point: what was asked, written, read, expected, and the score; trajectories
+                         and turns are counted from 1
     OUT/report.json      every metric with numerator and denominator; written last
 
 Whole trajectories are dealt to the ranks, counts are added exactly, and the report says so only after every decision
@@ -137,7 +138,7 @@ def _sample(number: int, trajectory: Trajectory, prompt: Prompt, written: Answer
     gold_text = "".join(map(_text, prompt.gold))
     return {
         "id": trajectory.id,
-        "trajectory": number,
+        "trajectory": number + 1,
         "turn": prompt.turn,
         "num_images": len(prompt.images),
         "prompt_tokens": len(prompt.input_ids),

@@ -33,8 +33,9 @@ def stop_unless_finite(schedule: Schedule, step: int, *, loss: bool, gradients: 
     ids = "\n".join(f"    rank {rank}: {sample_ids(schedule, step, rank)}" for rank in blamed or range(len(told)))
     raise TrainingError(
         f"step {step + 1}: {what} not finite. The weights were not changed, and checkpoints hold finished steps only. "
-        f"Its samples:\n{ids}\nLook at them (`gemma-dist inspect`) and leave bad ones out (--quarantine), or go on "
-        "from the last checkpoint with a lower learning_rate or a longer warm-up, if loss or grad grew before"
+        f"Its samples:\n{ids}\nLook at them (`gemma-dist inspect SHARDS --id ID`) and leave bad ones out "
+        "(--quarantine), or go on from the last checkpoint with a lower learning_rate or a longer warm-up, if loss or "
+        "grad grew before"
     )
 
 

@@ -85,7 +85,7 @@ def train(config: RunConfig) -> None:
         max(0, num_steps - start_step),
         num_workers=config.train.dataloader_num_workers,
     )
-    log.info("%d trajectories, %s, steps %d to %d", len(shards), plan, start_step, num_steps)
+    log.info("%d trajectories, %s, %d of %d steps done", len(shards), plan, start_step, num_steps)
 
     with alone_in(config.train.output_dir):
         if start_step < num_steps:
