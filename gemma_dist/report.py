@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma_dist import world
+from gemma_dist.files import naming
 
 T = TypeVar("T")
 
@@ -75,11 +76,13 @@ class JsonlWriter:
 
     def __init__(self, path: Path, *, append: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._file = path.open("a" if append else "w", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(to_json(row) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(to_json(row) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()
@@ -145,5 +148,6 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON to `path`, complete or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(to_json(value, indent=2) + "\n", encoding="utf-8")
+    with naming(path):
+        temporary.write_text(to_json(value, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)

@@ -15,6 +15,7 @@ from typing import BinaryIO
 import torch
 
 from gemma_dist.errors import CheckpointError
+from gemma_dist.files import naming
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {
@@ -54,7 +55,7 @@ class TensorFile:
         if entry.dtype not in TORCH_DTYPES:
             raise CheckpointError(f"{name} in {self.path} is stored as {entry.dtype}; use one of {list(TORCH_DTYPES)}")
         data = bytearray(entry.num_bytes)
-        with self.path.open("rb") as file:
+        with naming(self.path), self.path.open("rb") as file:
             file.seek(entry.begin)
             file.readinto(data)
         return torch.frombuffer(data, dtype=TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
@@ -65,7 +66,8 @@ class TensorFile:
         with self.path.open("rb") as file:
             file.seek(self.entries[name].begin)
             while remaining:
-                piece = file.read(min(remaining, COPY_BYTES))
+                with naming(self.path):
+                    piece = file.read(min(remaining, COPY_BYTES))
                 if not piece:
                     raise CheckpointError(f"{self.path} ended inside {name}; it changed while it was read")
                 target.write(piece)
@@ -134,7 +136,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items()
     }
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as target:
+    with naming(path), temporary.open("wb") as target:
         write_header(target, entries, {"format": "pt"})
         for tensor in tensors.values():
             write_tensor(target, tensor)

@@ -100,6 +100,12 @@ def fail_with(error: BaseException, monkeypatch) -> int:
         (DataError("a.jsonl:3: turn 2: no"), 2, False),
         (FileNotFoundError(2, "No such file or directory", "a.parquet"), 2, False),
         (OSError(28, "No space left on device"), 2, False),
+        (OSError(27, "File too large"), 2, False),
+        (OSError(5, "Input/output error"), 2, False),
+        (FileExistsError(17, "File exists", "run"), 2, False),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 2, False),  # as safetensors words it
+        (RuntimeError("Bad file descriptor (os error 9)"), 1, True),
+        (OSError(9, "Bad file descriptor"), 1, True),
         (KeyboardInterrupt(), 130, False),
         (ValueError("ours"), 1, True),
         (AssertionError("ours"), 1, True),
@@ -111,6 +117,21 @@ def test_exit_codes_tell_users_errors_from_bugs(error, code, traceback, monkeypa
     said = capsys.readouterr().err
     assert ("Traceback" in said) == traceback
     assert ("This is a bug" in said) == traceback
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device; make room there"),
+        (OSError(28, "No space left on device", "out/a"), "error: out/a: No space left on device; make room there"),
+        (OSError(28, "No space left on device", "in/a", None, "out/a"), "error: out/a: No space left on device; make"),
+        (OSError(27, "File too large", "out/a"), "error: out/a: File too large; raise `ulimit -f`"),
+        (OSError(2, "No such file or directory", "a"), "error: a: No such file or directory\n"),
+    ],
+)
+def test_an_error_of_the_disk_names_the_file_that_was_written(error, told, monkeypatch, capsys):
+    assert fail_with(error, monkeypatch) == 2
+    assert capsys.readouterr().err.startswith(told)
 
 
 def test_each_of_several_ranks_says_its_error_with_its_number(monkeypatch, capsys):

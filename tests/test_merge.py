@@ -1,8 +1,14 @@
 """Merging: the plan refuses what it cannot sum, the sum has PEFT's bits, and the folder is whole or absent."""
 
+import errno
+import fcntl
 import json
+import re
 import shutil
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +17,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from gemma_dist.__main__ import main
 from gemma_dist.errors import CheckpointError, ConfigError
+from gemma_dist.files import whole_folder
 from gemma_dist.merge import run as merge_run
 from gemma_dist.merge.plan import plan_merge
 from gemma_dist.merge.run import four_bit_round_trip, merge
@@ -538,3 +546,151 @@ def test_broken_files_are_refused(pair: Any, tmp_path: Path) -> None:
     refused("NaN or infinity")
     path.rename(adapter / "adapter_model.bin")
     refused("pickle")
+
+
+# --- two at once, full disks -----------------------------------------------------------------
+
+MERGE_WHEN_TOLD = """
+import sys, transformers
+from gemma_dist.__main__ import main
+from gemma_dist.merge import run
+print("code 0", flush=True)
+for line in sys.stdin:
+    print("code", main(["merge", *line.split()]), flush=True)
+"""
+
+
+def test_of_two_merges_into_one_folder_one_is_refused(bases: Any, tmp_path: Path) -> None:
+    base = bases("31b")
+    expected = {}
+    for std, name in ((0.05, "first"), (0.1, "second")):
+        write_adapter(base, tmp_path / name, std=std)
+        merge(base, tmp_path / name, tmp_path / f"{name}-alone", verify=False, base_weights="as_trained")
+        expected[name] = tensors_of(tmp_path / f"{name}-alone")
+
+    command = [sys.executable, "-c", MERGE_WHEN_TOLD]
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, text=True, **pipes) as one, subprocess.Popen(command, text=True, **pipes) as two:
+        workers: dict[str, Any] = {"first": one, "second": two}
+
+        def codes() -> list[int]:
+            """What each says next, in the order of their sizes."""
+            lines = [next(line for line in worker.stdout if line.startswith("code ")) for worker in workers.values()]
+            return sorted(int(line.split()[1]) for line in lines)
+
+        assert codes() == [0, 0]  # everything is loaded
+        for trial in range(4):
+            out = tmp_path / "results" / f"out-{trial}"
+            for name, worker in workers.items():
+                worker.stdin.write(f"--base {base} --adapter {tmp_path / name} --out {out}\n")
+                worker.stdin.flush()
+            assert codes() == [0, 2]
+            winner = Path(json.loads((out / "gemma_dist.json").read_text())["adapter"]).name
+            result = tensors_of(out)
+            assert all(torch.equal(tensor, expected[winner][name]) for name, tensor in result.items())
+        said = [worker.communicate()[1] for worker in workers.values()]
+    assert sum("name another folder" in line for text in said for line in text.splitlines()) == 4
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [f"out-{trial}" for trial in range(4)]
+
+
+def test_a_killed_merge_neither_blocks_the_next_nor_stays(pair: Any, tmp_path: Path) -> None:
+    base, adapter = pair
+    script = (
+        "import os, signal, sys; from gemma_dist.__main__ import main; from gemma_dist.merge import run;"
+        "run._result = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
+        f"main(['merge', '--base', {str(base)!r}, '--adapter', {str(adapter)!r}, '--out', {str(tmp_path / 'out')!r}])"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / ".out.tmp").glob("*/*")] == ["model.safetensors"]
+    merge(base, adapter, tmp_path / "out", verify=False, base_weights="as_trained")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
+
+
+def test_without_locks_the_slower_merge_is_refused(pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)  # as on NFS, which cannot be had here
+    base, adapter = pair
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match="was written by another process meanwhile"), whole_folder(out, 0):
+        merge(base, adapter, out, verify=False, base_weights="as_trained")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
+    assert (out / "model.safetensors").is_file()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system may be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def main_merge(base: Path, adapter: Path, out: Path) -> int:
+    return main(["merge", "--base", str(base), "--adapter", str(adapter), "--out", str(out)])
+
+
+def test_a_disk_that_fills_meanwhile_is_named_with_what_is_needed(
+    pair: Any, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = pair
+    out = small_disk / "out"
+    assert main_merge(base, adapter, out) == 2
+    assert re.search(r"--out .*out needs \d+\.\d MiB and its disk has 1\.0 MiB free", capfd.readouterr().err)
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_run, "_check_out", lambda *_: None)  # there was room when it looked
+        assert main_merge(base, adapter, out) == 2
+    said = capfd.readouterr().err
+    assert re.search(
+        r"disk/out: No space left on device while writing model.safetensors; the folder takes \d+\.\d MiB, and its "
+        r"disk has 1\.0 MiB free. Nothing of it is left: make room",
+        said,
+    )
+    assert "Traceback" not in said
+    assert list(small_disk.iterdir()) == []
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    assert main_merge(base, adapter, out) == 0
+
+
+def test_a_limit_on_file_sizes_is_a_matter_of_the_users_too(pair: Any, tmp_path: Path) -> None:
+    base, adapter = pair
+    script = (
+        "import resource, sys; from gemma_dist.__main__ import main;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "sys.exit(main(['merge', *sys.argv[1:]]))"
+    )
+    words = ["--base", base, "--adapter", adapter, "--out", tmp_path / "o"]
+    result = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "o: File too large while writing model.safetensors" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_places_that_are_no_folders_are_refused(pair: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base, adapter = pair
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for arguments, told in (
+        ((base, adapter, file), "exists already"),
+        ((base, adapter, file / "out"), "which is a file"),
+        ((base, adapter, file / "deep" / "out"), "which is a file"),
+        ((base, adapter, tmp_path / ("long" * 70)), "File name too long"),
+        ((base, adapter, Path("/proc/out")), "you may not write in /proc|No such file|disk has 0.0 MiB free"),
+        ((base, file, tmp_path / "out"), "the adapter is not a folder"),
+        ((file, adapter, tmp_path / "out"), "neither a folder"),
+    ):
+        assert main_merge(*arguments) == 2
+        said = capfd.readouterr().err
+        assert re.search(told, said), said
+        assert "Traceback" not in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "file"]
+    assert file.read_text() == "mine"

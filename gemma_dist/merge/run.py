@@ -18,7 +18,10 @@ from typing import Any, Literal
 import torch
 
 from gemma_dist.errors import CheckpointError, ConfigError
+from gemma_dist.files import naming, require_free, size, whole_folder
 from gemma_dist.merge.plan import Lora, Step, plan_merge
+from gemma_dist.merge.verify import check_memory
+from gemma_dist.merge.verify import verify as compare
 from gemma_dist.report import log, progress, write_json
 from gemma_dist.tensorfile import Entry, TensorFile, open_tensors, write_header, write_tensor
 
@@ -117,7 +120,7 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
             to 4 bit and back (recorded in the adapter's `gemma_dist.json`); `original` to those of the base as it is.
 
     Raises:
-        ConfigError: `out` is taken, or lies in the base or the adapter.
+        ConfigError: `out` is taken, lies in the base or the adapter, or is being written; or there is no room for it.
         CheckpointError: base and adapter do not fit, are incomplete or of a kind that cannot be merged; or the result
             failed the comparison.
     """
@@ -130,36 +133,19 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
     base_weights, quantization = read_quantization(adapter, base_weights, notes)
     _note_other_base(base, settings, notes)
 
-    steps = plan_merge(
-        base_model.headers,
-        {name: (entry.dtype, entry.shape) for name, entry in adapter_file.entries.items()},
-        settings,
-        tied_embeddings=base_model.tied_embeddings,
-        quantized_modules=quantization["modules"] if quantization else (),
-    )
-    if _untrained(adapter_file, steps):
-        notes.append(
-            "every lora_B of the adapter is zero: it was never trained, and the result computes what the base does"
-        )
-        log.warning(notes[-1])
+    steps = _plan(base_model, adapter_file, settings, quantization)
+    _note_untrained(adapter_file, steps, notes)
+    side_files = _side_files(base_model.folder, adapter)
     if verify:
-        from gemma_dist.merge.verify import check_memory
-        from gemma_dist.merge.verify import verify as compare
-
         check_memory(base_model.headers)
 
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a merge that was killed
-    temporary.mkdir(parents=True)
-    try:
-        _write_weights(base_model, adapter_file, steps, quantization, temporary)
-        side_files = _copy_side_files(base_model.folder, adapter, temporary)
-        if base_model.index is not None:
-            metadata = base_model.index.get("metadata", {}) | {"total_size": base_model.num_bytes}  # without headers
-            write_json(temporary / WEIGHTS_INDEX, base_model.index | {"metadata": metadata})
+    with whole_folder(out, base_model.num_bytes) as folder:
+        _write_weights(base_model, adapter_file, steps, quantization, folder)
+        for name, (source, _) in side_files.items():
+            shutil.copyfile(source, folder / name)
         verification = None
         if verify:
-            verification = compare(base_model.folder, adapter, temporary, quantization=quantization)
+            verification = compare(base_model.folder, adapter, folder, quantization=quantization)
         record = {
             "base_model": str(base),
             "adapter": str(adapter),
@@ -167,16 +153,7 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
             "quantization": quantization,  # what the base went through before the sum; null: nothing
             "verification": verification,
         }
-        write_json(temporary / RECORD, record)
-        for path in (*temporary.iterdir(), temporary):
-            _sync(path)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-        _sync(out.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        write_json(folder / RECORD, record)
 
     return MergeReport(
         out=out,
@@ -187,7 +164,7 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
         num_replaced=sum(step.replaced_by is not None for step in steps),
         num_bytes=base_model.num_bytes,
         seconds=time.monotonic() - started,
-        side_files=side_files,
+        side_files={name: label for name, (_, label) in side_files.items()},
         notes=notes,
         verification=verification,
     )
@@ -306,6 +283,18 @@ def add_lora(weight: torch.Tensor, lora: Lora, adapter: TensorFile) -> torch.Ten
     return merged.mul_(scale.view(-1, 1))
 
 
+def _plan(
+    base: BaseModel, adapter: TensorFile, settings: Mapping[str, Any], quantization: Mapping[str, Any] | None
+) -> list[Step]:
+    return plan_merge(
+        base.headers,
+        {name: (entry.dtype, entry.shape) for name, entry in adapter.entries.items()},
+        settings,
+        tied_embeddings=base.tied_embeddings,
+        quantized_modules=quantization["modules"] if quantization else (),
+    )
+
+
 def _write_weights(
     base: BaseModel,
     adapter: TensorFile,
@@ -313,11 +302,12 @@ def _write_weights(
     quantization: Mapping[str, Any] | None,
     folder: Path,
 ) -> None:
-    """Stream every shard of the base into `folder`, tensor by tensor."""
+    """Stream every shard of the base into `folder`, tensor by tensor; its index, where it has one, comes last."""
     step_of = {step.name: step for step in steps}
     bar = progress(steps, total=len(steps), desc="merge", unit="tensor")
     for shard in base.shards:
-        with (folder / shard.path.name).open("wb") as target:
+        path = folder / shard.path.name
+        with naming(path), path.open("wb") as target:
             write_header(target, shard.entries, shard.metadata)
             for name, entry in shard.entries.items():
                 next(bar)
@@ -326,6 +316,9 @@ def _write_weights(
                 else:
                     write_tensor(target, _result(step_of[name], entry, shard, adapter, quantization))
     assert next(bar, None) is None, "a planned tensor was not written"
+    if base.index is not None:
+        metadata = base.index.get("metadata", {}) | {"total_size": base.num_bytes}  # without headers
+        write_json(folder / WEIGHTS_INDEX, base.index | {"metadata": metadata})
 
 
 def _result(
@@ -352,23 +345,25 @@ def _result(
     return result
 
 
-def _copy_side_files(base: Path, adapter: Path, folder: Path) -> dict[str, str]:
-    """Copy config, tokenizer, processor and template; returns where each came from."""
-    shutil.copyfile(base / "config.json", folder / "config.json")
-    origin = {"config.json": "base"}
+def _side_files(base: Path, adapter: Path) -> dict[str, tuple[Path, str]]:
+    """Config, tokenizer, processor and template of the result: name -> (file, whether of "base" or "adapter")."""
+    found = {"config.json": (base / "config.json", "base")}
     for name in SIDE_FILES:
-        for source, label in ((adapter, "adapter"), (base, "base")):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-                origin[name] = label
+        for folder, label in ((adapter, "adapter"), (base, "base")):
+            if (folder / name).is_file():
+                found[name] = (folder / name, label)
                 break
-    return origin
+    return found
 
 
-def _untrained(adapter: TensorFile, steps: list[Step]) -> bool:
-    """Whether every lora_B is zero, as it is at the start of training."""
+def _note_untrained(adapter: TensorFile, steps: list[Step], notes: list[str]) -> None:
+    """Say so where every lora_B is zero, as it is at the start of training."""
     loras = [step.lora for step in steps if step.lora is not None]
-    return bool(loras) and not any(adapter.read(lora.b).any() for lora in loras)
+    if loras and not any(adapter.read(lora.b).any() for lora in loras):
+        notes.append(
+            "every lora_B of the adapter is zero: it was never trained, and the result computes what the base does"
+        )
+        log.warning(notes[-1])
 
 
 def _check_out(out: Path, base: BaseModel, adapter: Path) -> None:
@@ -376,14 +371,17 @@ def _check_out(out: Path, base: BaseModel, adapter: Path) -> None:
     for folder, role in ((base.folder, "base"), (adapter, "adapter")):
         if out.is_relative_to(folder.resolve()):
             raise ConfigError(f"--out {out} lies in the {role}'s folder {folder}; name a folder outside it")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} exists already; remove it or name another folder")
+    require_free(out)
     parent = out.parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise ConfigError(f"--out {out} would lie in {parent}, which is a file; name a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out}: you may not write in {parent}; change its permissions or name another folder")
     if (free := shutil.disk_usage(parent).free) < base.num_bytes:
         raise ConfigError(
-            f"--out {out} needs {base.num_bytes / 2**30:.1f} GiB and its disk has {free / 2**30:.1f} free; "
+            f"--out {out} needs {size(base.num_bytes)} and its disk has {size(free)} free; "
             "name a folder on another disk"
         )
 
@@ -419,12 +417,3 @@ def _read_json(path: Path, problem: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{problem}: {path} holds no JSON object; save or download it again")
     return value
-
-
-def _sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's entries, on the disk before the rename says that they are there."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

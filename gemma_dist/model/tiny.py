@@ -5,12 +5,12 @@ embeddings and an audio tower (`e4b`), bidirectional attention over images and K
 vision linears, soft-capped logits, the newest chat template. So whatever holds on it holds for a reason.
 """
 
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from gemma_dist.errors import ConfigError
+from gemma_dist.files import require_free, whole_folder
 
 STYLES = ("e4b", "31b", "26b")
 
@@ -69,15 +69,14 @@ def write_tiny_model(
         chat_template: Jinja text; the newest template that TRL ships when absent.
 
     Raises:
-        ConfigError: an unknown style, or `out` exists and is not empty.
+        ConfigError: an unknown style; `out` exists and is not empty, or there is no room for it.
     """
     import torch
     from transformers import Gemma4ForConditionalGeneration, GenerationConfig
 
     if style not in STYLES:
         raise ConfigError(f"--style {style!r} is not known; use one of {', '.join(STYLES)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists already; remove it or name another folder")
+    require_free(out)
 
     processor = tiny_processor(corpus, vocab_size=vocab_size, chat_template=chat_template)
     tokenizer = processor.tokenizer
@@ -94,13 +93,10 @@ def write_tiny_model(
         eos_token_id=tokenizer.convert_tokens_to_ids(stops),
     )
 
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.to(getattr(torch, dtype)).save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    if out.exists():
-        out.rmdir()
-    temporary.rename(out)
+    model.to(getattr(torch, dtype))
+    with whole_folder(out, model.get_memory_footprint()) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
 
 
 def _soften_attention(model: Any) -> None:

@@ -5,7 +5,6 @@ A checkpoint is written under `.unfinished/` and moved to `checkpoint-<step>` wh
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Any
 from gemma_dist import world
 from gemma_dist.config import RunConfig
 from gemma_dist.errors import CheckpointError, ConfigError, PeerError
+from gemma_dist.files import exclusive
 from gemma_dist.report import log, write_json
 
 MARKER = "complete.json"
@@ -131,8 +131,7 @@ def _bound_step(folder: Path, state: dict[str, Any]) -> int:
 def alone_in(output_dir: Path) -> Iterator[None]:
     """Within, no other run writes to `output_dir`: the ranks of a killed launcher may still be at work there.
 
-    Rank 0 locks the folder itself, which leaves no file behind and ends with the process. File systems without such
-    locks go without.
+    Rank 0 locks the folder (`files.exclusive`).
 
     Raises:
         ConfigError: another run has it.
@@ -140,21 +139,12 @@ def alone_in(output_dir: Path) -> Iterator[None]:
     if world.rank() != 0:
         yield
         return
-    output_dir.mkdir(parents=True, exist_ok=True)
-    folder = os.open(output_dir, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"train.output_dir = {str(output_dir)!r}: another run is at work there; wait for it, or end all its "
-                "ranks (`kill -9` of a launcher leaves them), or name another folder"
-            ) from None
-        except OSError:
-            pass
+    problem = (
+        f"train.output_dir = {str(output_dir)!r}: another run is at work there; wait for it, or end all its ranks "
+        "(`kill -9` of a launcher leaves them), or name another folder"
+    )
+    with exclusive(output_dir, problem):
         yield
-    finally:
-        os.close(folder)
 
 
 @contextlib.contextmanager

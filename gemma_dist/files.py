@@ -1,0 +1,141 @@
+"""Writing to disk: whole or not at all, beside other processes, and with a plain word when the disk refuses."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from gemma_dist.errors import ConfigError
+
+# No room for another byte: on the disk, in the user's quota, or in a file of this size (`ulimit -f`).
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}  # what renaming a folder says where something is already
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path, num_bytes: int) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when the block ends well and is gone when it does not.
+
+    It lies in `.<name>.tmp` beside `out`, which one process at a time has: what a killed one left there is removed.
+    Where the file system has no locks, two may be at work; each fills a folder of its own, and the last is refused.
+
+    Args:
+        num_bytes: what the folder will take, for the message when the disk is full.
+
+    Raises:
+        ConfigError: something lies at `out`; another process is writing it, or was faster; there is no room.
+    """
+    workshop = out.with_name(f".{out.name}.tmp")
+    problem = f"{out}: another process is writing it; wait for it, or name another folder"
+    with exclusive(workshop, problem) as locked:
+        folder = workshop / uuid.uuid4().hex
+        try:
+            require_free(out)  # the process before this one may have ended well
+            for left_over in workshop.iterdir() if locked else ():
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+            folder.mkdir()
+            yield folder
+            for path in (*folder.iterdir(), folder):
+                _sync(path)
+            _rename(folder, out)
+            _sync(out.parent)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            shutil.rmtree(folder, ignore_errors=True)  # first, so that the message counts its room as free
+            raise ConfigError(_no_room(out, num_bytes, error)) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # without locks, others may be at work in it
+                workshop.rmdir()
+
+
+def require_free(out: Path) -> None:
+    """Raises ConfigError unless `out` is absent, or an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already; remove it or name another folder")
+
+
+def _rename(folder: Path, out: Path) -> None:
+    """Give `folder` its name, at which at most an empty folder may lie."""
+    try:
+        folder.rename(out)
+    except OSError as error:
+        if error.errno not in TAKEN:
+            raise
+        raise ConfigError(
+            f"{out} was written by another process meanwhile and stays as it is; name another folder"
+        ) from None
+
+
+def _no_room(out: Path, num_bytes: int, error: OSError) -> str:
+    return (
+        f"{out}: {error.strerror} while writing {Path(error.filename2 or error.filename or out).name}; the folder "
+        f"takes {size(num_bytes)}, and its disk has {size(shutil.disk_usage(out.parent).free)} free. Nothing of it is "
+        "left: make room (also in your quota and `ulimit -f`), or name a folder on another disk"
+    )
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for people: in GiB, or in MiB where that says more."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's entries, on the disk before the rename says that they are there."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with naming(path):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, problem: str) -> Iterator[bool]:
+    """Within, no other process has this folder, which is made if need be.
+
+    The lock lies on the folder itself: it leaves no file behind and ends with the process, however that ends. File
+    systems without such locks go without; yields whether this one has them.
+
+    Raises:
+        ConfigError: another process has the folder, or just removed it; `problem` is the message.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        raise ConfigError(problem) from None
+    try:
+        locked = _lock(handle, problem)
+        # Whoever had the lock before may have removed the folder: then a new one of that name is another's to lock.
+        if locked and not (folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())):
+            raise ConfigError(problem)
+        yield locked
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, problem: str) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(problem) from None
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system within carry `path`: those of an open file's `write` and `close` know no name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
