@@ -421,7 +421,9 @@ def _reloaded(bench: Bench, cell: Cell) -> float:
             bnb_4bit_compute_dtype=dtype,
         )
     base = out if cell.tuning == "full" else bench.model(cell.style, cell.dtype)
-    model, report = AutoModelForImageTextToText.from_pretrained(base, output_loading_info=True, **settings)
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        base, output_loading_info=True, trust_remote_code=False, **settings
+    )
     if report["missing_keys"] or report["unexpected_keys"]:
         return float("inf")
     keep_four_bit_exact(model)

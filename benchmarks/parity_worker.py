@@ -153,12 +153,13 @@ def train_with_trl(folder: Path, cell: dict[str, Any]) -> None:
         config.model.model_name_or_path,
         dtype=getattr(torch, config.model.dtype),
         quantization_config=quantization,
+        trust_remote_code=False,
     )
     trainer = ObservedPeer(
         model=model,
         args=arguments,
         train_dataset=dataset,
-        processing_class=AutoProcessor.from_pretrained(config.model.model_name_or_path),
+        processing_class=AutoProcessor.from_pretrained(config.model.model_name_or_path, trust_remote_code=False),
         peft_config=_peft_config(config.lora) if config.lora else None,
     )
     trainer.train()

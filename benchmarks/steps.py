@@ -139,7 +139,7 @@ def _load(folder: Path, packing: bool) -> Any:
 def _control_ids(folder: Path) -> ControlIds:
     from transformers import AutoProcessor
 
-    return control_ids(AutoProcessor.from_pretrained(folder))
+    return control_ids(AutoProcessor.from_pretrained(folder, trust_remote_code=False))
 
 
 def _step(model: Any, batch: dict[str, torch.Tensor]) -> float:

@@ -75,7 +75,7 @@ def overhead(folder: Path) -> None:
     rows = [{"input_ids": one.input_ids, "labels": one.labels} for one in encoded]
 
     def model() -> Any:
-        return AutoModelForImageTextToText.from_pretrained(model_dir)
+        return AutoModelForImageTextToText.from_pretrained(model_dir, trust_remote_code=False)
 
     def ours() -> Any:
         loader = TrajectoryLoader(schedule, encoder, 0, 0, NUM_STEPS, num_workers=config.train.dataloader_num_workers)
@@ -98,7 +98,7 @@ def overhead(folder: Path) -> None:
             report_to=[],
             disable_tqdm=True,
         )
-        processor = AutoProcessor.from_pretrained(model_dir)
+        processor = AutoProcessor.from_pretrained(model_dir, trust_remote_code=False)
         return timed(SFTTrainer)(
             model=model(), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=processor.tokenizer
         )

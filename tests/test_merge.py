@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from gemma_dist.__main__ import main
 from gemma_dist.errors import CheckpointError, ConfigError
@@ -548,7 +549,7 @@ def test_broken_files_are_refused(pair: Any, tmp_path: Path) -> None:
     refused("pickle")
 
 
-# --- two at once, full disks -----------------------------------------------------------------
+# --- two at once, full disks, foreign tokenizers -----------------------------------------------------------------
 
 MERGE_WHEN_TOLD = """
 import sys, transformers
@@ -694,3 +695,42 @@ def test_places_that_are_no_folders_are_refused(pair: Any, tmp_path: Path, capfd
         assert "Traceback" not in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "file"]
     assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("how", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_larger_than_the_embedding_is_refused(bases: Any, how: str, tmp_path: Path) -> None:
+    base, adapter, out = bases("e4b"), tmp_path / "adapter", tmp_path / "out"
+    write_adapter(base, adapter)
+    if how == "tokenizer.json":
+        extended = AutoTokenizer.from_pretrained(base)
+        extended.add_tokens(["<|own|>"])
+        extended.save_pretrained(adapter)
+    else:  # a token that tokenizer.json, the base's, does not have: loading gives it the next id
+        settings = json.loads((base / how).read_text())
+        settings["extra_special_tokens"].append("<|own|>")
+        (adapter / how).write_text(json.dumps(settings))
+    num_rows = len(AutoTokenizer.from_pretrained(base))
+    with pytest.raises(CheckpointError, match=rf"ids up to {num_rows} \('<|own|>'\).* has {num_rows} rows"):
+        merge(base, adapter, out, verify=False, base_weights="as_trained")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_the_embedding_of_each_layer_needs_a_row_for_each_token_too(bases: Any, tmp_path: Path) -> None:
+    write_adapter(bases("e4b"), tmp_path / "adapter")
+    base = tmp_path / "base"
+    shutil.copytree(bases("e4b"), base)
+    name = "model.language_model.embed_tokens_per_layer.weight"
+    tensors = load_file(base / "model.safetensors")
+    tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"but {name} of .* has {len(tensors[name])} rows"):
+        merge(base, tmp_path / "adapter", tmp_path / "out", verify=False, base_weights="as_trained")
+
+
+def test_a_broken_tokenizer_is_not_published(pair: Any, tmp_path: Path) -> None:
+    base, adapter = pair
+    (adapter / "tokenizer.json").write_text("{}")
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer of the result cannot be loaded.*tokenizer\.json of the adapter"
+    ):
+        merge(base, adapter, tmp_path / "out", verify=False, base_weights="as_trained")

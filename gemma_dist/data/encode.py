@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_dist.data.images import decode_image, image_size
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.errors import CheckpointError, ConfigError, DataError
+from gemma_dist.model.folder import embedding_rows, refuse_custom_code, require_embeddings
 
 if TYPE_CHECKING:
     import torch
@@ -236,30 +237,38 @@ class Encoder:
         return "{x:None}" in self._render([{"role": "user", "content": ""}, model])
 
 
-def load_encoder(model: str, *, chat_template: str | None, enable_thinking: bool) -> Encoder:
+def load_encoder(
+    model: str, *, adapter: Path | None = None, chat_template: str | None, enable_thinking: bool
+) -> Encoder:
     """The encoder of a model folder (or hub name).
 
     Args:
+        adapter: a folder whose processor is taken instead, where it has one: training may have changed it.
         chat_template: None for the model's own, the name of a revision that TRL ships (`gemma4_v5`), or a Jinja file.
 
     Raises:
-        CheckpointError: `model` has no Gemma 4 processor.
+        CheckpointError: there is no Gemma 4 processor; it wants to run code of its own; its tokenizer has more tokens
+            than the model's embeddings have rows.
         ConfigError: the template is neither a shipped name nor a file.
     """
     from transformers import AutoProcessor, Gemma4Processor
 
+    folder = str(adapter) if adapter and (adapter / "processor_config.json").is_file() else model
+    refuse_custom_code(folder)
     try:
-        processor = AutoProcessor.from_pretrained(model)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        rows = embedding_rows(model)
     except (OSError, ValueError) as error:
-        if not Path(model).exists():
-            raise CheckpointError(f"{model!r} is neither a folder nor a model that the hub gives: {error}") from error
-        raise CheckpointError(f"no processor can be loaded from {model!r}: {error}") from error
+        if not Path(folder).exists():
+            raise CheckpointError(f"{folder!r} is neither a folder nor a model that the hub gives: {error}") from error
+        raise CheckpointError(f"no processor can be loaded from {folder!r}: {error}") from error
     if not isinstance(processor, Gemma4Processor):
-        raise CheckpointError(f"{model!r} holds a {type(processor).__name__}, not a Gemma 4 processor")
+        raise CheckpointError(f"{folder!r} holds a {type(processor).__name__}, not a Gemma 4 processor")
+    require_embeddings(processor.tokenizer, rows, tokenizer_of=folder, model=model)
     if chat_template is not None:
         processor.chat_template = _read_template(chat_template)
     if processor.chat_template is None:
-        raise CheckpointError(f"{model!r} has no chat template; pass --chat-template gemma4_v5")
+        raise CheckpointError(f"{folder!r} has no chat template; pass --chat-template gemma4_v5")
     return Encoder(processor, enable_thinking=enable_thinking)
 
 

@@ -49,8 +49,9 @@ def evaluate(
     if (out / REPORT).exists():
         raise ConfigError(f"{out / REPORT} exists already; name another --out or remove it")
     world.connect()
-    folder = str(adapter) if adapter and (adapter / "processor_config.json").is_file() else model
-    encoder = load_encoder(folder, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
+    encoder = load_encoder(
+        model, adapter=adapter, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking
+    )
     mine, num_trajectories = _my_points(data, limit, encoder, settings)
     if num_trajectories == 0:
         raise DataError(f"{data} holds no trajectories, so there is nothing to evaluate")

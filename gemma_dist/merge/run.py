@@ -8,7 +8,9 @@ only when it is whole and, if asked, verified.
 
 import json
 import os
+import re
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from gemma_dist.files import naming, require_free, size, whole_folder
 from gemma_dist.merge.plan import Lora, Step, plan_merge
 from gemma_dist.merge.verify import check_memory
 from gemma_dist.merge.verify import verify as compare
+from gemma_dist.model.folder import refuse_custom_code, require_embeddings
 from gemma_dist.report import log, progress, write_json
 from gemma_dist.tensorfile import Entry, TensorFile, open_tensors, write_header, write_tensor
 
@@ -31,6 +34,7 @@ RECORD = "gemma_dist.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+EMBEDDING = re.compile(r"\bembed_tokens(_per_layer)?\.weight$")  # the tables that a token's id looks up
 
 # What stands beside the weights, apart from config.json: the adapter's own file wins where it has one, since training
 # may have chosen another chat template or image size.
@@ -136,6 +140,7 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
     steps = _plan(base_model, adapter_file, settings, quantization)
     _note_untrained(adapter_file, steps, notes)
     side_files = _side_files(base_model.folder, adapter)
+    _check_tokenizer(side_files, base_model, adapter)
     if verify:
         check_memory(base_model.headers)
 
@@ -354,6 +359,29 @@ def _side_files(base: Path, adapter: Path) -> dict[str, tuple[Path, str]]:
                 found[name] = (folder / name, label)
                 break
     return found
+
+
+def _check_tokenizer(side_files: Mapping[str, tuple[Path, str]], base: BaseModel, adapter: Path) -> None:
+    """Refuse side files that no loader would take, or whose tokenizer has more tokens than the embeddings have rows."""
+    from transformers import AutoTokenizer
+
+    refuse_custom_code(base.folder)
+    refuse_custom_code(adapter)
+    if "tokenizer.json" not in side_files:
+        return
+    with tempfile.TemporaryDirectory() as folder:  # as they will stand together
+        for name, (source, _) in side_files.items():
+            (Path(folder) / name).symlink_to(source.resolve())
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # of Rust, of transformers, of json: a broken file may raise anything
+            raise CheckpointError(
+                f"the tokenizer of the result cannot be loaded ({error}); its files are tokenizer.json of the "
+                f"{side_files['tokenizer.json'][1]} and those beside it: save or download them again"
+            ) from error
+    rows = {name: shape[0] for name, (_, shape) in base.headers.items() if EMBEDDING.search(name)}
+    owner = adapter if side_files["tokenizer.json"][1] == "adapter" else base.folder
+    require_embeddings(tokenizer, rows, tokenizer_of=owner, model=base.folder)
 
 
 def _note_untrained(adapter: TensorFile, steps: list[Step], notes: list[str]) -> None:

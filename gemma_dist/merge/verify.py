@@ -66,7 +66,9 @@ def verify(base: Path, adapter: Path, merged: Path, *, quantization: Mapping[str
     del trained
     gc.collect()
 
-    model, loading = _model_class(merged).from_pretrained(merged, dtype=torch.float32, output_loading_info=True)
+    model, loading = _model_class(merged).from_pretrained(
+        merged, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+    )
     if loading["missing_keys"] or loading["mismatched_keys"]:
         raise CheckpointError(
             f"the merged model lacks weights, such as {sorted(loading['missing_keys'])[:3]}; so does its base: "
@@ -132,7 +134,7 @@ def _load_trained(base: Path, adapter: Path, quantization: Mapping[str, Any] | N
     from peft import PeftModel
 
     if quantization is None:
-        model = _model_class(base).from_pretrained(base, dtype=torch.float32)
+        model = _model_class(base).from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     else:
         model = _load_quantized(base, quantization)
     return PeftModel.from_pretrained(model, adapter).eval()
@@ -145,12 +147,13 @@ def _load_quantized(base: Path, quantization: Mapping[str, Any]) -> Any:
 
     modules = set(quantization["modules"])
     with torch.device("meta"):
-        skeleton = _model_class(base)(AutoConfig.from_pretrained(base))
+        skeleton = _model_class(base)(AutoConfig.from_pretrained(base, trust_remote_code=False))
     linears = {name for name, module in skeleton.named_modules() if type(module) is torch.nn.Linear}
     model = _model_class(base).from_pretrained(
         base,
         dtype=quantization.get("weights_dtype", "auto"),
         device_map="cpu",
+        trust_remote_code=False,
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=quantization["bnb_4bit_quant_type"],

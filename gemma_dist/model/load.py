@@ -14,6 +14,7 @@ import torch
 from gemma_dist import world
 from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig, RunConfig
 from gemma_dist.errors import CheckpointError, ConfigError
+from gemma_dist.model.folder import refuse_custom_code
 from gemma_dist.model.zero3 import reading_parts, settings_for_evaluation, spread, spreading
 
 ADAPTER_RECORD = "gemma_dist.json"
@@ -210,7 +211,9 @@ def _without_weights(config: RunConfig) -> Any:
 
     settings = _config(config.model.model_name_or_path)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(settings, attn_implementation=_attention(config.model))
+        model = AutoModelForImageTextToText.from_config(
+            settings, attn_implementation=_attention(config.model), trust_remote_code=False
+        )
         if config.quantization is not None:
             wanted = _bnb_config(config.quantization.model_dump())
             AutoHfQuantizer.from_config(wanted, pre_quantized=False).preprocess_model(model, device_map=None)
@@ -264,7 +267,9 @@ def _from_pretrained(name: str, **arguments: Any) -> Any:
     _config(name)
     try:
         with reading_parts():
-            model, report = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **arguments)
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                name, output_loading_info=True, trust_remote_code=False, **arguments
+            )
     except (OSError, ValueError) as error:
         raise CheckpointError(_no_model(name, error)) from error
     if report["missing_keys"]:
@@ -278,8 +283,9 @@ def _from_pretrained(name: str, **arguments: Any) -> Any:
 def _config(name: str) -> Any:
     from transformers import AutoConfig
 
+    refuse_custom_code(name)
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(_no_model(name, error)) from error
     _require_gemma4(name, config.model_type)

@@ -1,0 +1,103 @@
+"""What the files of a model folder say before any of it is loaded: whose classes it wants, how many tokens it knows.
+
+No torch here, and no code from a model folder is ever run: every `from_pretrained` says `trust_remote_code=False` too,
+since without that transformers asks whoever sits at the terminal.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma_dist.errors import CheckpointError
+
+# The files in which transformers looks for `auto_map`, classes that lie as Python files in the folder.
+CLASS_FILES = (
+    "config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer_config.json",
+)
+
+
+def refuse_custom_code(model: str | Path) -> None:
+    """Refuse a model folder (or hub name, or adapter folder) whose files name classes of their own.
+
+    Raises:
+        CheckpointError: one does, even if transformers knows a class to take instead: that would be another one.
+    """
+    for name in CLASS_FILES:
+        path = _find(model, name)
+        if path is None:
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # loading says what is wrong with it
+            continue
+        for auto_map in _auto_maps(content):
+            raise CheckpointError(
+                f"{str(model)!r}: {name} asks for code of its own, auto_map = {json.dumps(auto_map)}, and no code from "
+                "a model folder is ever run; give a Gemma 4 that transformers' own classes load, or take auto_map out "
+                "and name their class in the file"
+            )
+
+
+def require_embeddings(tokenizer: Any, rows: Mapping[str, int], *, tokenizer_of: str | Path, model: str | Path) -> None:
+    """Refuse a tokenizer with ids that an embedding has no row for.
+
+    Args:
+        rows: how many each table of token embeddings has, by its name.
+
+    Raises:
+        CheckpointError: the largest id lies beyond one of them.
+    """
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    for name, num_rows in rows.items():
+        if largest >= num_rows:
+            raise CheckpointError(
+                f"the tokenizer of {str(tokenizer_of)!r} has ids up to {largest} ({token!r}), but {name} of "
+                f"{str(model)!r} has {num_rows} rows, so ids up to {num_rows - 1}; give the tokenizer that the model "
+                "came with, or a model whose embeddings were resized for this one (resize_token_embeddings) and trained"
+            )
+
+
+def embedding_rows(model: str) -> dict[str, int]:
+    """Rows of each table of token embeddings, as the config has them; none where the folder has no config.
+
+    Raises:
+        ValueError, OSError: transformers cannot read the config.
+    """
+    from transformers import AutoConfig
+
+    if _find(model, "config.json") is None:
+        return {}
+    text = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+    rows = {"embed_tokens": text.vocab_size}
+    if getattr(text, "hidden_size_per_layer_input", 0):
+        rows["embed_tokens_per_layer"] = text.vocab_size_per_layer_input
+    return rows
+
+
+def _find(model: str | Path, name: str) -> Path | None:
+    """A file of a folder, or of a hub model in the cache or on the hub; None where it has none."""
+    if Path(model).is_dir():
+        path = Path(model) / name
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    quiet = ("gated_repo", "missing_entries", "connection_errors")
+    try:
+        found = cached_file(str(model), name, **{f"_raise_exceptions_for_{what}": False for what in quiet})
+    except OSError:  # no such model: loading says so
+        return None
+    return Path(found) if found else None
+
+
+def _auto_maps(value: Any) -> Iterator[Any]:
+    """Every `auto_map` that is not empty, at any depth: processor_config.json holds those of its parts inside."""
+    if isinstance(value, dict):
+        if value.get("auto_map"):
+            yield value["auto_map"]
+        for inner in value.values():
+            yield from _auto_maps(inner)
