@@ -441,11 +441,9 @@ def _named_as_the_base(bench: Bench, cell: Cell) -> bool:
     found = [_header(out), _header(out / f"checkpoint-{NUM_STEPS}")]
     if cell.tuning == "full":
         expected = _header(bench.model(cell.style, cell.dtype))
-    else:  # at ZeRO-3 an adapter has the number format of its base
-        found = [{name: shape for name, (_, shape) in header.items()} for header in found]
-        reference = _header(bench.folder / cell.reference.name / "out")
-        expected = {name: shape for name, (_, shape) in reference.items()}
-    return found == [expected, expected]
+        return found == [expected, expected]
+    reference = _shapes(_header(bench.folder / cell.reference.name / "out"))
+    return [_shapes(header) for header in found] == [reference, reference]  # at ZeRO-3 it has the base's number format
 
 
 def _held_once(folder: Path) -> bool:
@@ -471,6 +469,10 @@ def _files(folder: Path) -> list[Any]:
 def _header(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Number format and shape of each tensor in a folder's files."""
     return {name: (entry.dtype, entry.shape) for file in _files(folder) for name, entry in file.entries.items()}
+
+
+def _shapes(header: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, (_, shape) in header.items()}
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ def evaluate(
     if (out / REPORT).exists():
         raise ConfigError(f"{out / REPORT} exists already; name another --out or remove it")
     world.connect()
+    world.note_processes()
     encoder = load_encoder(
         model, adapter=adapter, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking
     )

@@ -193,15 +193,17 @@ def _together(output_dir: Path, step: int) -> Iterator[None]:
         if not isinstance(error, OSError) and "os error" not in str(error):
             raise
         problem = error
-    failed = world.any_rank([problem is not None])
+    free = shutil.disk_usage(output_dir).free / 1e9 if output_dir.exists() else 0
+    (failed,) = world.any_rank([problem is not None])
+    if failed and world.rank() == 0:
+        shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)  # it takes the room that is wanting
     if problem is not None:
-        free = shutil.disk_usage(output_dir).free / 1e9 if output_dir.exists() else 0
         raise CheckpointError(
             f"train.output_dir = {str(output_dir)!r}: rank {world.rank()} could not write the checkpoint of step "
             f"{step}: {problem} ({free:.1f} GB are free there). Earlier checkpoints are whole: make room (a lower "
             "train.save_total_limit keeps fewer of them), and the same command resumes from the newest"
         ) from problem
-    if any(failed):
+    if failed:
         raise PeerError(f"another rank could not write the checkpoint of step {step}")
 
 

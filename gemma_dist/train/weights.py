@@ -6,6 +6,7 @@ Trainer copies the whole model to the host memory of every rank at ZeRO-1 and 2,
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 GATHERED_AT_ONCE = 64  # parameters of an adapter
 
@@ -19,7 +20,7 @@ def weights_to_save(model: Any, engine: Any | None) -> dict[str, torch.Tensor]:
         engine: DeepSpeed's, around `model`; None without DeepSpeed.
     """
     adapter = None
-    if hasattr(model, "peft_config"):
+    if isinstance(model, PeftModel):
         adapter = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if engine is not None and engine.zero_optimization_partition_weights():
         if adapter is None:
