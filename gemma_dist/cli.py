@@ -15,16 +15,24 @@ from typing import Any, Literal, get_args, get_origin
 import click
 
 from gemma_dist import __version__
+from gemma_dist.errors import GemmaDistError, spell
 
 EXISTING = click.Path(exists=True, path_type=Path)
 NEW = click.Path(path_type=Path)
 
 
 class Walk(click.Group):
-    """Verbs in the order in which they are used, and written below."""
+    """Verbs in the order in which they are used, and written below. Each spells the remedies of errors its own way."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GemmaDistError as error:
+            error.args = (spell(str(error), spellings(self.commands[str(ctx.invoked_subcommand)])),)
+            raise
 
 
 class Verb(click.Command):
@@ -54,7 +62,7 @@ def _options_of(section: str) -> list[click.Parameter]:
             kind = get_args(kind)[0]
         options.append(
             click.Option(
-                ["--" + name.replace("_", "-")],
+                [config.option(name)],
                 type=click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind,
                 is_flag=kind is bool,
                 default=field.default,
@@ -70,6 +78,28 @@ def _from_one(ctx: click.Context, param: click.Parameter, value: int | None) -> 
     if value is not None and value < 1:
         raise click.BadParameter(f"{param.name}s are counted from 1, as in messages, not {value}", ctx, param)
     return value
+
+
+def spellings(verb: click.Command) -> dict[str, str]:
+    """How a user of `verb` changes each setting that a remedy may name, with {} for the value: by an option of the
+    verb, by a key of its recipe, or else by the command that decides the setting."""
+    from gemma_dist.config import SHARDING_ONLY, DataConfig, MergeConfig, option
+
+    params = verb.get_params(click.Context(verb))
+    own = {param.name for param in params if isinstance(param, click.Option)}
+    takes_recipe = any(param.name == "overrides" for param in params)
+    deciding = dict.fromkeys(SHARDING_ONLY, "shard") | dict.fromkeys(MergeConfig.model_fields, "merge")
+    spelled = {}
+    for name in DataConfig.model_fields | MergeConfig.model_fields:
+        if name in own:
+            spelled[name] = f"{option(name)} {{}}"
+        elif name in deciding:
+            spelled[name] = f"`gemma-dist {deciding[name]} … {option(name)} {{}}`"
+        elif takes_recipe:
+            spelled[name] = f"data.{name}={{}}"
+        else:
+            spelled[name] = f"`gemma-dist train … data.{name}={{}}`"
+    return spelled
 
 
 @click.group(cls=Walk, context_settings={"help_option_names": ["-h", "--help"]})

@@ -62,7 +62,30 @@ def _sources(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-class DataConfig(Section):
+class RowConfig(Section):
+    """How a raw row becomes a checked trajectory, then tokens: settings of every verb that reads raw rows."""
+
+    chat_template: str | None = Field(
+        None,
+        description="A Jinja file, or the name of a revision (gemma4_v5); absent: the adapter's or the model's own.",
+    )
+    enable_thinking: bool = Field(False, description="Render with the template's switch that asks for reasoning.")
+    max_image_pixels: int = Field(50_000_000, gt=0, description="Largest picture that is decoded, in pixels.")
+    text_beside_call: Literal["message", "reasoning"] = Field(
+        "message",
+        description="Text beside a tool call moves in front of it: as a message of its own, or as reasoning.",
+    )
+    control_tokens: Literal["reject", "neutralise"] = Field(
+        "reject",
+        description="A control token of Gemma inside a text: refuse the row, or break it by a zero-width blank.",
+    )
+    media_root: Path | None = Field(
+        None,
+        description="Folder that image paths start from and must stay inside; absent: the folder of the data file.",
+    )
+
+
+class DataConfig(RowConfig):
     """Which trajectories, and how a row becomes tokens. What is decided at sharding is also offered by `shard`."""
 
     train: Annotated[list[str | SourceConfig], BeforeValidator(_sources)] = Field(
@@ -78,29 +101,12 @@ class DataConfig(Section):
         description="Folder that keeps row groups of URLs, and how many packs there are, for all ranks of a node.",
     )
     cache_gb: float = Field(50, gt=0, description="Size of cache_dir, in GB; what was used longest ago goes first.")
-    chat_template: str | None = Field(
-        None, description="A Jinja file, or the name of a template revision (gemma4_v5); absent: the model's own."
-    )
-    enable_thinking: bool = Field(False, description="Render with the template's switch that asks for reasoning.")
     max_length: int | None = Field(
         None, gt=0, description="Longest trajectory, in tokens, text and images together; absent: no limit."
     )
-    max_image_pixels: int = Field(50_000_000, gt=0, description="Largest picture that is decoded, in pixels.")
     too_long: Literal["drop", "error", "cut_turns"] = Field(
         "error",
         description="What happens to a trajectory above max_length; cut_turns removes whole turns from its end.",
-    )
-    text_beside_call: Literal["message", "reasoning"] = Field(
-        "message",
-        description="Text beside a tool call moves in front of it: as a message of its own, or as reasoning.",
-    )
-    control_tokens: Literal["reject", "neutralise"] = Field(
-        "reject",
-        description="A control token of Gemma inside a text: refuse the row, or break it by a zero-width blank.",
-    )
-    media_root: Path | None = Field(
-        None,
-        description="Folder that image paths start from and must stay inside; absent: the folder of the data file.",
     )
 
 
@@ -281,8 +287,13 @@ class RunConfig(Section):
         return self.model_dump(mode="json", exclude_none=True, exclude={"data": SHARDING_ONLY})
 
 
+def option(name: str) -> str:
+    """What the command line calls a setting: --max-length is max_length."""
+    return "--" + name.replace("_", "-")
+
+
 def _at_sharding(name: str) -> str:
-    return f"decided when rows are sharded, so give --{name.replace('_', '-')} to `gemma-dist shard`"
+    return f"decided when rows are sharded, so give {option(name)} to `gemma-dist shard`"
 
 
 def _contradictions(config: RunConfig) -> Iterator[str]:
@@ -322,18 +333,14 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
         yield "train.max_steps: 0 would train nothing; give a number of steps, or -1 to let num_train_epochs decide"
 
 
-class EvaluateConfig(Section):
-    """Settings of `evaluate`: they belong to the command, not to a recipe."""
+class EvaluateConfig(RowConfig):
+    """Settings of `evaluate`: they belong to the command, not to a recipe. Those of rows are for held-out raw rows."""
 
     max_new_tokens: int = Field(1024, gt=0, description="Longest answer, in tokens, before it counts as cut off.")
     per_device_eval_batch_size: int = Field(8, gt=0, description="Prompts that one rank answers at once.")
     images: Literal["as_is", "blank"] = Field(
         "as_is", description="blank: empty white pictures instead, to see which answers need the real ones."
     )
-    chat_template: str | None = Field(
-        None, description="A Jinja file, or the name of a template revision; absent: the adapter's or model's own."
-    )
-    enable_thinking: bool = Field(False, description="Render with the template's switch that asks for reasoning.")
 
 
 class MergeConfig(Section):
@@ -410,7 +417,7 @@ def load_section(kind: type[S], options: Mapping[str, Any]) -> S:
     except ValidationError as error:
         raise ConfigError(
             "\n".join(
-                f"--{str(item['loc'][0]).replace('_', '-')} {item['input']}: {item['msg']}. "
+                f"{option(str(item['loc'][0]))} {item['input']}: {item['msg']}. "
                 f"{kind.model_fields[str(item['loc'][0])].description}"
                 for item in error.errors()
             )

@@ -2,7 +2,33 @@
 
 Every message carries the value that was found, the rule that it breaks and a remedy. `assert` is for our own bugs,
 these classes are for the user's data, settings and files.
+
+A remedy names a setting, not an option: the same error may reach a user of Python, of `shard` or of `train`. The
+command line spells the setting for the verb that prints it.
+
+    DataError(f"remove it or use {setting('control_tokens', 'neutralise')}")
 """
+
+import re
+from collections.abc import Mapping
+
+_SETTING = re.compile(r"`(\w+): ([^`\n]+)`")
+
+
+def setting(name: str, value: object) -> str:
+    """A setting and its value as a message names them: `control_tokens: neutralise`. A capital FILE or FOLDER as value
+    stands for one of the user's."""
+    return f"`{name}: {value}`"
+
+
+def spell(message: str, spellings: Mapping[str, str]) -> str:
+    """`message` with each setting of `spellings` written so, the value in place of {}; others are left as they are."""
+
+    def spelled(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        return spellings[name].replace("{}", value) if name in spellings else found[0]
+
+    return _SETTING.sub(spelled, message)
 
 
 class GemmaDistError(ValueError):

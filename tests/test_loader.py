@@ -278,7 +278,7 @@ def test_a_quarantined_row_group_is_never_read(style: Any, tmp_path: Path, monke
     file.write_bytes(damaged)
     reopened = (model, encoder, open_shards(tmp_path / "shards"))
     (loader,) = loaders(reopened, 1, 1, 1, num_steps=NUM_SAMPLES)
-    with pytest.raises(DataError, match=f"row group {bad}: .*checksum.*row-4(.|\n)*--quarantine") as error:
+    with pytest.raises(DataError, match=f"row group {bad}: .*checksum.*row-4(.|\n)*`quarantine: FILE`") as error:
         list(loader)
     ids = [shards.id(index) for index in range(shards.first_sample[bad], shards.first_sample[bad + 1])]
     (tmp_path / "bad.txt").write_text("\n".join(ids) + "\n")

@@ -537,7 +537,7 @@ def test_broken_files_are_refused(pair: Any, tmp_path: Path) -> None:
 
     record = adapter / "gemma_dist.json"
     record.write_text(json.dumps({"quantization": {"load_in_8bit": True, "modules": ["x"]}}))
-    refused("base_weights = original")
+    refused("base_weights: original")
     record.unlink()
 
     path = adapter / "adapter_model.safetensors"

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_dist.data.images import decode_image, image_size
 from gemma_dist.data.trajectory import Trajectory
-from gemma_dist.errors import CheckpointError, ConfigError, DataError
+from gemma_dist.errors import CheckpointError, ConfigError, DataError, setting
 from gemma_dist.model.folder import embedding_rows, refuse_custom_code, require_embeddings
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ IGNORE_INDEX = -100  # the label of a token that is not trained: torch's cross e
 
 # Part of the fingerprint: raise it when ids, labels or pixels of the same row change by a change of this file.
 ENCODING_VERSION = 1
+
+NEWER_TEMPLATE = f"Use a newer template, for example {setting('chat_template', 'gemma4_v5')}"
 
 IMAGE = "<|image|>"
 IMAGE_BLOCK = re.compile(r"\s*<\|image>(?:<\|image\|>)*<image\|>\s*")
@@ -187,7 +189,7 @@ class Encoder:
         if text.count(IMAGE) != len(trajectory.images):
             raise DataError(
                 f"the chat template renders {text.count(IMAGE)} of the row's {len(trajectory.images)} images: it loses "
-                "images that tools return. Use a newer template, for example --chat-template gemma4_v5"
+                f"images that tools return. {NEWER_TEMPLATE}"
             )
         counts = self._count_soft_tokens(trajectory.images)
         text = self._widen(text, counts)
@@ -215,14 +217,14 @@ class Encoder:
         for turn, message in enumerate(trajectory.messages, start=1):
             if message["role"] == "system" and isinstance(message["content"], list) and self._garbles_system_parts:
                 raise DataError(
-                    f"turn {turn}: this chat template writes a system message of several parts as a Python list. Make "
-                    "it one text, or use a newer template, for example --chat-template gemma4_v5"
+                    f"turn {turn}: this chat template writes a system message of several parts as a Python list. "
+                    f"{NEWER_TEMPLATE}, or make it one text"
                 )
             for call in message.get("tool_calls", []):
                 if _holds_none(call["function"]["arguments"]) and self._garbles_null:
                     raise DataError(
                         f"turn {turn} calls {call['function']['name']!r} with a null argument, which this chat "
-                        "template writes as Python's None. Use a newer template, for example --chat-template gemma4_v5"
+                        f"template writes as Python's None. {NEWER_TEMPLATE}"
                     )
 
     @functools.cached_property
@@ -268,7 +270,7 @@ def load_encoder(
     if chat_template is not None:
         processor.chat_template = _read_template(chat_template)
     if processor.chat_template is None:
-        raise CheckpointError(f"{folder!r} has no chat template; pass --chat-template gemma4_v5")
+        raise CheckpointError(f"{folder!r} has no chat template; use {setting('chat_template', 'gemma4_v5')}")
     return Encoder(processor, enable_thinking=enable_thinking)
 
 
@@ -319,8 +321,8 @@ def emitted_spans(text: str, messages: list[dict[str, Any]]) -> tuple[Spans, int
             if closed and not opened:
                 raise DataError(
                     f"turn {turn + 1}: the chat template closes the model's turn before this assistant message and "
-                    "opens no other, so it would stand outside any turn. Use a newer template (--chat-template "
-                    "gemma4_v5) or --text-beside-call reasoning if this is text that stood beside a call"
+                    f"opens no other, so it would stand outside any turn. {NEWER_TEMPLATE}, or "
+                    f"{setting('text_beside_call', 'reasoning')} if this is text that stood beside a call"
                 )
             pieces, at, closed, dropped = _walk_message(text, at, turn, message)
             spans += [(piece, turn) for piece in pieces]
@@ -402,7 +404,7 @@ def _parts(message: dict[str, Any]) -> list[str]:
 def _torn(turn: int, piece: str) -> DataError:
     return DataError(
         f"turn {turn + 1}: the chat template loses or moves {piece}, so what the model emits cannot be told from the "
-        "rest. Use a newer template, for example --chat-template gemma4_v5"
+        f"rest. {NEWER_TEMPLATE}"
     )
 
 

@@ -6,6 +6,7 @@ Shards keep a picture's file as it came; `decode_image` turns it into pixels whe
 import base64
 import binascii
 import io
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from PIL import ExifTags, Image, ImageOps
 
 from gemma_dist.data.strict import short
-from gemma_dist.errors import DataError
+from gemma_dist.errors import DataError, setting
 
 # Formats that PIL decodes by itself; among the others are some that start programs (EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -63,7 +64,7 @@ def check_image(data: bytes, max_image_pixels: int) -> None:
     if width * height > max_image_pixels:
         raise DataError(
             f"the picture has {width} x {height} = {width * height:,} pixels, the limit is {max_image_pixels:,}; "
-            "scale it down or raise --max-image-pixels"
+            f"scale it down or use {setting('max_image_pixels', width * height)}"
         )
     decode_image(data)
 
@@ -106,13 +107,13 @@ def _from_path(text: str, media_root: Path) -> bytes:
         root = media_root.resolve()
         path = (root / text).resolve()  # follows symbolic links, so that they cannot lead out of the root either
         if not path.is_relative_to(root):
-            raise DataError(
-                f"the image {short(text)} lies outside the media root {root}; move it there or name another with "
-                "--media-root"
-            )
+            leads_up = os.path.normpath(text).startswith("..")  # and so out of every other root
+            other = "" if leads_up else f" or use {setting('media_root', 'FOLDER')}"
+            raise DataError(f"the image {short(text)} lies outside the media root {root}; move it there{other}")
         if not path.is_file():
             raise DataError(
-                f"the image {short(text)} is no file in the media root {root}; add it or name another with --media-root"
+                f"the image {short(text)} is no file in the media root {root}; add it or use "
+                f"{setting('media_root', 'FOLDER')}"
             )
         return path.read_bytes()
     except DataError:

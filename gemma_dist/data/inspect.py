@@ -14,7 +14,7 @@ from gemma_dist.data.rows import Where, read_rows
 from gemma_dist.data.shards import Shards, is_shard_folder, open_shards
 from gemma_dist.data.strict import at
 from gemma_dist.data.trajectory import name_row
-from gemma_dist.errors import DataError
+from gemma_dist.errors import DataError, setting
 
 TRAINED, TRAINED_END = "⟦", "⟧"
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
@@ -80,7 +80,7 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: DataConf
             if fitting is None:
                 raise DataError(
                     f"{len(encoded.input_ids):,} tokens, but max_length is {settings.max_length:,}: `gemma-dist shard` "
-                    "drops this row; raise --max-length to see it"
+                    f"drops this row; use {setting('max_length', len(encoded.input_ids))} to see it"
                 )
         trajectory, encoded = fitting
     ids, labels = encoded.input_ids, encoded.labels

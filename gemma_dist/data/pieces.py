@@ -17,17 +17,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gemma_dist.config import DataConfig
+from gemma_dist.config import DataConfig, RowConfig, option
 from gemma_dist.data.encode import Encoded, Encoder
 from gemma_dist.data.manifest import COUNTS, row_group_line
 from gemma_dist.data.manifest import SCHEMA as MANIFEST_SCHEMA
 from gemma_dist.data.rows import Part, Where
 from gemma_dist.data.strict import at
 from gemma_dist.data.trajectory import Trajectory, parse_row
-from gemma_dist.errors import DataError
+from gemma_dist.errors import DataError, setting, spell
 from gemma_dist.report import JsonlWriter
 
 NUM_ERRORS_SHOWN = 5
+OPTIONS = {name: f"{option(name)} {{}}" for name in DataConfig.model_fields}  # of `gemma-dist shard`, in its log
 REJECTED = "rejected.jsonl"
 TOO_LONG = "too_long.jsonl"
 _PIECE_FILE = re.compile(  # as `Task.path` names it, or `_partial` while it is written
@@ -147,7 +148,7 @@ def work(task: Task, encoder: Encoder, rows: Iterator[Any]) -> None:
                 fitting = fit(trajectory, encoded, encoder, task.settings)
         except DataError as error:
             report.num_rejected += 1
-            rejected.write({"file": str(where.file), "line": where.line, "error": str(error)})
+            rejected.write({"file": str(where.file), "line": where.line, "error": spell(str(error), OPTIONS)})
             if len(errors) < NUM_ERRORS_SHOWN:
                 errors.append(str(error))
             continue
@@ -175,7 +176,7 @@ def work(task: Task, encoder: Encoder, rows: Iterator[Any]) -> None:
     writer.close({"report": report.to_json(), "errors": errors})
 
 
-def parse(row: dict[str, Any] | DataError, where: Where, settings: DataConfig) -> Trajectory:
+def parse(row: dict[str, Any] | DataError, where: Where, settings: RowConfig) -> Trajectory:
     """A raw row, as `read_rows` gives it, by the settings. Raises DataError where it breaks the data contract."""
     if isinstance(row, DataError):
         raise row
@@ -211,7 +212,7 @@ def fit(
     if settings.too_long == "error":
         raise DataError(
             f"{len(encoded.input_ids):,} tokens ({encoded.num_image_tokens:,} of images), but max_length is "
-            f"{limit:,}; raise it, or choose --too-long drop or cut_turns"
+            f"{limit:,}; raise it, or use {setting('too_long', 'drop')} or {setting('too_long', 'cut_turns')}"
         )
     if settings.too_long == "cut_turns":
         # From long to short by trial: reasoning is rendered only after the last user turn, so that what remains after a

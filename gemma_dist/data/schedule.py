@@ -21,7 +21,7 @@ from gemma_dist.data.fetch import Fetcher
 from gemma_dist.data.order import Blocks, Order, cut_blocks, lanes_of, micro_batches, split_lanes, spread_lanes
 from gemma_dist.data.packing import count_packs, pack_all
 from gemma_dist.data.shards import Shards, open_shards
-from gemma_dist.errors import ConfigError, DataError
+from gemma_dist.errors import ConfigError, DataError, setting
 
 # A lane holds one block in memory. Large blocks shuffle better and pack tighter (each leaves one pack half full); the
 # samples bound the time that packing takes where rows are short.
@@ -153,7 +153,8 @@ class Schedule:
             index = int(samples[lengths.argmax()])
             raise DataError(
                 f"{shards.place(index)}: sample {shards.id(index)!r} has {lengths.max():,} tokens, but "
-                f"train.packing_length is {self.packing_length:,}; raise it, or shard again with --max-length"
+                f"train.packing_length is {self.packing_length:,}; raise it, or shard the rows again with "
+                f"{setting('max_length', self.packing_length)}"
             )
         counts = count_packs(lengths, starts, self.packing_length)
         if kept:

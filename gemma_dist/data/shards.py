@@ -25,13 +25,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gemma_dist.config import DataConfig
+from gemma_dist.config import RowConfig
 from gemma_dist.data.fetch import Fetcher, FetchError, is_url, join
 from gemma_dist.data.manifest import COUNTS, MANIFEST, UNFINISHED, Manifest, read_manifest
 from gemma_dist.data.pieces import parse
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import Trajectory
-from gemma_dist.errors import DataError
+from gemma_dist.errors import DataError, setting
 
 NUM_IDS_SHOWN = 50
 NUM_CACHED_ROW_GROUPS = 8  # of those that are read one sample at a time
@@ -142,7 +142,7 @@ class Shards:
             raise DataError(
                 f"{self._place(row_group)}: {error}. It holds the samples {', '.join(ids)}{more}. Restore the file "
                 "from its source, make the shards again, or train without these samples: write the line\n"
-                f"    {self._place(row_group)}\ninto a file and pass it with --quarantine"
+                f"    {self._place(row_group)}\ninto a file and use {setting('quarantine', 'FILE')}"
             ) from error
 
     def _read_row_group(self, row_group: int) -> pa.Table:
@@ -252,7 +252,7 @@ def is_shard_folder(path: str | Path) -> bool:
     return is_url(path) or (Path(path) / MANIFEST).exists() or (Path(path) / UNFINISHED).exists()
 
 
-def load_trajectories(path: Path, settings: DataConfig) -> Iterator[Trajectory]:
+def load_trajectories(path: Path, settings: RowConfig) -> Iterator[Trajectory]:
     """The trajectories of a shard folder or of raw rows (any input of `run_shard`), in order, for evaluate and inspect.
 
     Raises:

@@ -21,7 +21,7 @@ from gemma_dist.data.images import check_image, decode_image, load_image
 from gemma_dist.data.rows import Where, read_rows
 from gemma_dist.data.schema import check_calls, parse_tools, tool_name
 from gemma_dist.data.strict import at, map_json, parse_json, short
-from gemma_dist.errors import DataError
+from gemma_dist.errors import DataError, setting
 
 __all__ = ["CONTROL_TOKENS", "Trajectory", "Where", "decode_image", "parse_row", "read_rows"]
 
@@ -165,7 +165,7 @@ def _clean_text(text: str, neutralise: bool) -> str:
     around = text[max(0, found.start() - 20) : found.end() + 20]
     raise DataError(
         f"the control token {found[0]} stands in {short(around)}; the model would read it as structure: "
-        "remove it or pass --control-tokens neutralise"
+        f"remove it or use {setting('control_tokens', 'neutralise')}"
     )
 
 

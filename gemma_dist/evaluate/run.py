@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from gemma_dist import world
-from gemma_dist.config import DataConfig, EvaluateConfig
+from gemma_dist.config import EvaluateConfig
 from gemma_dist.data.encode import Encoder, Prompt, load_encoder
 from gemma_dist.data.shards import load_trajectories
 from gemma_dist.data.trajectory import Trajectory, decode_image
@@ -47,7 +47,7 @@ def evaluate(
         ConfigError: `out` holds a report already.
     """
     if (out / REPORT).exists():
-        raise ConfigError(f"{out / REPORT} exists already; name another --out or remove it")
+        raise ConfigError(f"{out / REPORT} exists already; name another folder or remove it")
     world.connect()
     world.note_processes()
     encoder = load_encoder(
@@ -103,7 +103,7 @@ def _my_points(
 ) -> tuple[list[tuple[int, Trajectory, Prompt]], int]:
     """This rank's decision points, each with the number of its trajectory; and how many trajectories there are."""
     points, number = [], -1
-    for number, trajectory in enumerate(islice(load_trajectories(data, DataConfig()), limit)):
+    for number, trajectory in enumerate(islice(load_trajectories(data, settings), limit)):
         if number % world.world_size() != world.rank():
             continue
         if settings.images == "blank":

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from gemma_dist.errors import CheckpointError, ConfigError
+from gemma_dist.errors import CheckpointError, ConfigError, setting
 from gemma_dist.files import naming, require_free, size, whole_folder
 from gemma_dist.merge.plan import Lora, Step, plan_merge
 from gemma_dist.merge.verify import check_memory
@@ -243,7 +243,8 @@ def read_quantization(
     if not quantization.get("load_in_4bit") or kind not in ("nf4", "fp4") or not quantization.get("modules"):
         raise CheckpointError(
             f"{path}: quantization {json.dumps({**quantization, 'modules': '…'})} is not a list of modules in 4-bit "
-            "nf4 or fp4, the only ones whose weights can be made again; use base_weights = original"
+            "nf4 or fp4, the only ones whose weights can be made again; use "
+            f"{setting('base_weights', 'original')}"
         )
     return base_weights, quantization
 

@@ -294,8 +294,8 @@ def _config(name: str) -> Any:
 
 def _no_model(name: str, error: Exception) -> str:
     if Path(name).exists() or name.count("/") != 1:
-        return f"model.model_name_or_path = {name!r}: no Gemma 4 can be loaded from there: {error}"
-    return f"model.model_name_or_path = {name!r}: neither a folder nor a model that the hub gives: {error}"
+        return f"{name!r}: no Gemma 4 can be loaded from there: {error}"
+    return f"{name!r}: neither a folder nor a model that the hub gives: {error}"
 
 
 def _require_gemma4(name: str, model_type: str) -> None:

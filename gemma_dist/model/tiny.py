@@ -75,7 +75,7 @@ def write_tiny_model(
     from transformers import Gemma4ForConditionalGeneration, GenerationConfig
 
     if style not in STYLES:
-        raise ConfigError(f"--style {style!r} is not known; use one of {', '.join(STYLES)}")
+        raise ConfigError(f"style {style!r} is not known; use one of {', '.join(STYLES)}")
     require_free(out)
 
     processor = tiny_processor(corpus, vocab_size=vocab_size, chat_template=chat_template)

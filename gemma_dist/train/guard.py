@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gemma_dist import world
 from gemma_dist.data.schedule import Schedule
-from gemma_dist.errors import TrainingError
+from gemma_dist.errors import TrainingError, setting
 from gemma_dist.report import log
 
 NUM_IDS_SHOWN = 50  # of a rank, in a message
@@ -34,8 +34,8 @@ def stop_unless_finite(schedule: Schedule, step: int, *, loss: bool, gradients: 
     raise TrainingError(
         f"step {step + 1}: {what} not finite. The weights were not changed, and checkpoints hold finished steps only. "
         f"Its samples:\n{ids}\nLook at them (`gemma-dist inspect SHARDS --id ID`) and leave bad ones out "
-        "(--quarantine), or go on from the last checkpoint with a lower learning_rate or a longer warm-up, if loss or "
-        "grad grew before"
+        f"({setting('quarantine', 'FILE')}), or go on from the last checkpoint with a lower learning_rate or a longer "
+        "warm-up, if loss or grad grew before"
     )
 
 
