@@ -154,7 +154,9 @@ def shard(
 @cli.command(cls=Verb, settings="DataConfig")
 @click.argument("data")
 @click.option("--model", required=True, help="Folder or hub name of the model that would see the row.")
-@click.option("--row", type=int, callback=_from_one, help="Number of the row, from 1, as messages print it: DATA:ROW.")
+@click.option(
+    "--row", type=int, callback=_from_one, help="Number of the row, from 1, as messages print it: DATA:ROW. Default: 1."
+)
 @click.option("--id", "row_id", help="Id of the row, in the place of --row.")
 @click.option("--json", "as_json", is_flag=True, help="Print ids, labels (-100: not trained) and tokens as JSON.")
 def inspect(data: str, model: str, row: int | None, row_id: str | None, as_json: bool, **settings: Any) -> None:
@@ -162,13 +164,12 @@ def inspect(data: str, model: str, row: int | None, row_id: str | None, as_json:
 
     DATA is a file of rows (their lines are their numbers) or a folder of shards, which may be a URL.
     """
-    chosen: list[int | str] = [one for one in (row, row_id) if one is not None]
-    if len(chosen) != 1:
-        raise click.UsageError("name one row, by --row (its number, from 1) or by --id")
+    if row is not None and row_id is not None:
+        raise click.UsageError("name one row: by --row (its number, from 1) or by --id")
     from gemma_dist.config import DataConfig, load_section
     from gemma_dist.data.inspect import inspect_row
 
-    inspection = inspect_row(data, model, chosen[0], load_section(DataConfig, settings))
+    inspection = inspect_row(data, model, row_id or row or 1, load_section(DataConfig, settings))
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     click.echo(json.dumps(inspection.to_json()) if as_json else inspection.render(color))
 
