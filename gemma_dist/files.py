@@ -35,8 +35,8 @@ def whole_folder(out: Path, num_bytes: int) -> Iterator[Path]:
         folder = workshop / uuid.uuid4().hex
         try:
             require_free(out)  # the process before this one may have ended well
-            for left_over in workshop.iterdir() if locked else ():
-                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+            if locked:
+                _empty(workshop)
             folder.mkdir()
             yield folder
             for path in (*folder.iterdir(), folder):
@@ -52,6 +52,14 @@ def whole_folder(out: Path, num_bytes: int) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # without locks, others may be at work in it
                 workshop.rmdir()
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def require_free(out: Path) -> None:

@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,22 +52,23 @@ def say_idle_gpus(words: Sequence[object]) -> None:
         )
 
 
-def progress(items: Iterable[T], *, total: int | None, desc: str, unit: str) -> Iterator[T]:
-    """Go through `items` with a bar on rank 0; without a terminal, a line every 30 seconds instead of a live bar."""
+def progress(items: Iterable[T], *, total: int | None, desc: str, unit: str) -> Generator[T, None, None]:
+    """Go through `items` with a bar on rank 0; without a terminal, a line every 30 seconds instead of a live bar.
+
+    The bar ends its line when it is closed: close it where an error may follow.
+    """
     from tqdm import tqdm
 
     live = sys.stderr.isatty()
-    return iter(
-        tqdm(
-            items,
-            total=total,
-            desc=desc,
-            unit=unit,
-            disable=world.rank() != 0,
-            mininterval=0.1 if live else 30,
-            file=sys.stderr,
-            dynamic_ncols=live,
-        )
+    yield from tqdm(
+        items,
+        total=total,
+        desc=desc,
+        unit=unit,
+        disable=world.rank() != 0,
+        mininterval=0.1 if live else 30,
+        file=sys.stderr,
+        dynamic_ncols=live,
     )
 
 

@@ -6,6 +6,7 @@ transformers itself would drop on saving (K and V of layers that share them). Th
 only when it is whole and, if asked, verified.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -310,18 +311,18 @@ def _write_weights(
 ) -> None:
     """Stream every shard of the base into `folder`, tensor by tensor; its index, where it has one, comes last."""
     step_of = {step.name: step for step in steps}
-    bar = progress(steps, total=len(steps), desc="merge", unit="tensor")
-    for shard in base.shards:
-        path = folder / shard.path.name
-        with naming(path), path.open("wb") as target:
-            write_header(target, shard.entries, shard.metadata)
-            for name, entry in shard.entries.items():
-                next(bar)
-                if step_of[name].untouched:
-                    shard.copy(name, target)
-                else:
-                    write_tensor(target, _result(step_of[name], entry, shard, adapter, quantization))
-    assert next(bar, None) is None, "a planned tensor was not written"
+    with contextlib.closing(progress(steps, total=len(steps), desc="merge", unit="tensor")) as bar:
+        for shard in base.shards:
+            path = folder / shard.path.name
+            with naming(path), path.open("wb") as target:
+                write_header(target, shard.entries, shard.metadata)
+                for name, entry in shard.entries.items():
+                    next(bar)
+                    if step_of[name].untouched:
+                        shard.copy(name, target)
+                    else:
+                        write_tensor(target, _result(step_of[name], entry, shard, adapter, quantization))
+        assert next(bar, None) is None, "a planned tensor was not written"
     if base.index is not None:
         metadata = base.index.get("metadata", {}) | {"total_size": base.num_bytes}  # without headers
         write_json(folder / WEIGHTS_INDEX, base.index | {"metadata": metadata})

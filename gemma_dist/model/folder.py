@@ -1,7 +1,7 @@
 """What the files of a model folder say before any of it is loaded: whose classes it wants, how many tokens it knows.
 
-No torch here, and no code from a model folder is ever run: every `from_pretrained` says `trust_remote_code=False` too,
-since without that transformers asks whoever sits at the terminal.
+No code from a model folder is ever run: every `from_pretrained` says `trust_remote_code=False` too, since without that
+transformers asks whoever sits at the terminal.
 """
 
 import json
