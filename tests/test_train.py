@@ -24,10 +24,11 @@ from safetensors.torch import load_file
 from store import serve
 from transformers import AutoModelForImageTextToText
 
+from gemma_dist.config import load_config
 from gemma_dist.data.shards import open_shards
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.model.fingerprint import fingerprint_base
-from gemma_dist.train.checkpoint import MARKER, alone_in, find_checkpoint
+from gemma_dist.train.checkpoint import MARKER, alone_in, find_checkpoint, saving
 from gemma_dist.train.optimizer import layout
 from gemma_dist.train.trainer import settle_buckets
 
@@ -384,6 +385,20 @@ def test_later_checkpoints_of_another_attempt_are_not_mixed_in(tmp_path: Path) -
         find_checkpoint(tmp_path, str(tmp_path / "checkpoint-20"), {})
     shutil.move(tmp_path / "checkpoint-100", tmp_path / "aside")
     assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-20"), {}) == (tmp_path / "checkpoint-20", 20)
+
+
+def test_checkpoints_of_another_tool_are_not_touched(tmp_path: Path) -> None:
+    """They have no marker of ours: they do not count for save_total_limit, and none is written over."""
+    config = load_config("launch/cpu_lora.yaml", [f"output_dir={tmp_path}", "save_total_limit=1"])
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10" / "adapter_model.safetensors").write_text("of another tool")
+    with pytest.raises(CheckpointError, match="holds checkpoint-10, later than step 0"):
+        find_checkpoint(tmp_path, "auto", {})
+    for step in (20, 30):
+        with saving(tmp_path, step, config, 0, {}) as folder:
+            folder.mkdir()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-30"}
+    assert find_checkpoint(tmp_path, "auto", {}) == (tmp_path / "checkpoint-30", 30)
 
 
 def test_ranks_that_found_different_checkpoints_stop(tmp_path: Path) -> None:

@@ -45,9 +45,9 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, state: dict[s
 
     Raises:
         CheckpointError: the named folder is no complete checkpoint, or was made with another `state`; or `output_dir`
-            has later ones, which would be taken for those of this run.
+            has later ones, complete or not, which would be taken for those of this run, or be in its way.
     """
-    complete = [folder for folder in _checkpoints(output_dir) if (folder / MARKER).is_file()]
+    complete = _complete(output_dir)
     if resume_from_checkpoint == "never" or (resume_from_checkpoint == "auto" and not complete):
         folder, step = None, 0
     elif resume_from_checkpoint == "auto":
@@ -61,7 +61,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, state: dict[s
                 "missing); name a folder checkpoint-<step>, or leave it at auto"
             )
         step = _bound_step(folder, state)
-    if later := [path.name for path in complete if _step(path) > step]:
+    if later := [path.name for path in _checkpoints(output_dir) if _step(path) > step and any(path.iterdir())]:
         raise CheckpointError(
             f"train.output_dir = {str(output_dir)!r} holds {', '.join(later)}, later than step {step}, which this run "
             "starts from; a run started again would go on from there. Move them away, or name another folder"
@@ -172,14 +172,12 @@ def saving(output_dir: Path, step: int, config: RunConfig, epoch: int, state: di
 def _finish(written: Path, folder: Path, config: RunConfig, marker: dict[str, Any]) -> None:
     """Mark the checkpoint that all ranks have `written`, and let it be `folder`."""
     write_json(written / MARKER, marker | {"settings": config.to_json()})
-    shutil.rmtree(folder, ignore_errors=True)
-    written.rename(folder)
-    shutil.rmtree(written.parent)
+    written.rename(folder)  # at most an empty folder lies there: see `find_checkpoint`
     log.info("saved %s", folder)
     if config.train.save_total_limit is not None:
-        for old in _checkpoints(folder.parent)[: -config.train.save_total_limit]:
-            (old / MARKER).unlink(missing_ok=True)  # no longer complete, should the removal be interrupted
-            shutil.rmtree(old)
+        for old in _complete(folder.parent)[: -config.train.save_total_limit]:
+            old.rename(written.parent / old.name)  # removed with it, now or by the next save
+    shutil.rmtree(written.parent)
 
 
 @contextlib.contextmanager
@@ -207,9 +205,15 @@ def _together(output_dir: Path, step: int) -> Iterator[None]:
         raise PeerError(f"another rank could not write the checkpoint of step {step}")
 
 
+def _complete(output_dir: Path) -> list[Path]:
+    """The checkpoints that this package finished, by step. Those of other tools have no marker."""
+    return [folder for folder in _checkpoints(output_dir) if (folder / MARKER).is_file()]
+
+
 def _checkpoints(output_dir: Path) -> list[Path]:
     """The folders checkpoint-<step>, complete or not, by step; `checkpoint-30-mine` is none."""
-    return sorted((path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=_step)
+    named = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(named, key=_step)
 
 
 def _step(folder: Path) -> int:
