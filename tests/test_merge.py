@@ -25,6 +25,7 @@ from gemma_dist.merge import run as merge_run
 from gemma_dist.merge.plan import plan_merge
 from gemma_dist.merge.run import four_bit_round_trip, merge
 from gemma_dist.merge.verify import verify
+from gemma_dist.model.fingerprint import fingerprint_base
 
 TARGETS = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -510,6 +511,19 @@ def test_an_untrained_adapter_is_remarked_on(bases: Any, tmp_path: Path) -> None
     write_adapter(bases("31b"), tmp_path / "adapter", std=0.0)
     report = merge(bases("31b"), tmp_path / "adapter", tmp_path / "out", verify=False, base_weights="as_trained")
     assert any("never trained" in note for note in report.notes)
+
+
+def test_a_sister_of_the_base_is_told_apart_by_the_hash_that_training_recorded(pair: Any, tmp_path: Path) -> None:
+    """A fine-tuned base has the names and shapes of the other; a renamed copy is the same one."""
+    base, adapter = pair
+    (adapter / "gemma_dist.json").write_text(json.dumps(fingerprint_base(str(base))))
+    shutil.copytree(base, tmp_path / "renamed")
+    shutil.copytree(base, tmp_path / "sister")
+    weights = {name: 1.001 * weight for name, weight in load_file(base / "model.safetensors").items()}
+    save_file(weights, tmp_path / "sister" / "model.safetensors", {"format": "pt"})
+    for name, notes in (("renamed", 0), ("sister", 1)):
+        report = merge(tmp_path / name, adapter, tmp_path / f"{name}-merged", verify=False, base_weights="as_trained")
+        assert sum("other weights than those that the adapter was trained on" in note for note in report.notes) == notes
 
 
 def test_broken_files_are_refused(pair: Any, tmp_path: Path) -> None:

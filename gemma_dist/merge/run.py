@@ -25,6 +25,7 @@ from gemma_dist.files import naming, require_free, size, whole_folder
 from gemma_dist.merge.plan import Lora, Step, plan_merge
 from gemma_dist.merge.verify import check_memory
 from gemma_dist.merge.verify import verify as compare
+from gemma_dist.model.fingerprint import fingerprint_base
 from gemma_dist.model.folder import refuse_custom_code, require_embeddings
 from gemma_dist.report import log, progress, write_json
 from gemma_dist.tensorfile import Entry, TensorFile, open_tensors, write_header, write_tensor
@@ -136,7 +137,7 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
     _check_out(out, base_model, adapter)
     notes: list[str] = []
     base_weights, quantization = read_quantization(adapter, base_weights, notes)
-    _note_other_base(base, settings, notes)
+    _note_other_base(base, base_model.folder, adapter, settings, notes)
 
     steps = _plan(base_model, adapter_file, settings, quantization)
     _note_untrained(adapter_file, steps, notes)
@@ -416,10 +417,17 @@ def _check_out(out: Path, base: BaseModel, adapter: Path) -> None:
         )
 
 
-def _note_other_base(base: Path | str, settings: Mapping[str, Any], notes: list[str]) -> None:
-    """Sister models (base and instruction-tuned) have the same shapes, so only the name can tell them apart."""
+def _note_other_base(
+    base: Path | str, folder: Path, adapter: Path, settings: Mapping[str, Any], notes: list[str]
+) -> None:
+    """Sister models (base and instruction-tuned) have the same shapes: the hash that training recorded tells them
+    apart, or else the name."""
     trained_on = settings.get("base_model_name_or_path") or ""
-    if trained_on and Path(trained_on).name != Path(base).name:
+    record = _read_json(adapter / RECORD, "the record of the training is broken") if (adapter / RECORD).exists() else {}
+    if known := record.get("base_weights_hash"):
+        if known != fingerprint_base(str(folder))["base_weights_hash"]:
+            notes.append(f"{base} holds other weights than those that the adapter was trained on ({trained_on})")
+    elif trained_on and Path(trained_on).name != Path(base).name:
         notes.append(
             f"the adapter says that it was trained on {trained_on}, and was added to {base}: the same weights?"
         )

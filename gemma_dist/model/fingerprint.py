@@ -12,7 +12,7 @@ NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")  # of config.json: 
 
 
 def fingerprint_base(name: str) -> dict[str, str]:
-    """`base_config` and `base_weights` of a model folder, or of a model of the hub, which is fetched.
+    """`base_config_hash` and `base_weights_hash` of a model folder, or of a model of the hub, which is fetched.
 
     The weights are told apart by names, shapes and number formats of all tensors, and by the middle of some of them: a
     fine-tuned sister has the same shapes. How they are cut into files makes no difference.
@@ -34,8 +34,8 @@ def fingerprint_base(name: str) -> dict[str, str]:
     for tensor in sorted(tensors)[:: max(1, len(tensors) // NUM_SAMPLED_TENSORS)]:
         weights.update(_middle(tensors[tensor], tensor))
     return {
-        "base_config": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16],
-        "base_weights": weights.hexdigest()[:16],
+        "base_config_hash": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16],
+        "base_weights_hash": weights.hexdigest()[:16],
     }
 
 

@@ -25,8 +25,8 @@ _NAME = re.compile(r"checkpoint-\d+")
 MEANING = {  # of what a run is bound to, where the name alone does not say it
     "manifest": "the corpus (manifest)",
     "num_samples": "its number of samples",
-    "base_config": "the base model (hash of its config.json)",
-    "base_weights": "the base model (hash of its weights)",
+    "base_config_hash": "the base model (hash of its config.json)",
+    "base_weights_hash": "the base model (hash of its weights)",
     "dtype": "model.dtype",
     "four_bit": "quantization",
     "encoding": "its tokenizer, chat template or image processor (fingerprint)",
