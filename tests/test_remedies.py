@@ -28,7 +28,6 @@ RECIPE = Path(__file__).parents[1] / "launch" / "cpu_lora.yaml"
 
 # Modules that one verb alone reaches may name its own options.
 OWNERS = {
-    "data/inspect.py": "inspect",
     "data/sharding.py": "shard",
     "merge/run.py": "merge",
     "merge/verify.py": "merge",
