@@ -59,7 +59,6 @@ def test_version(capsys):
         (["shard", "nowhere.jsonl", "--out", "o", "--model", "m"], "'nowhere.jsonl' does not exist"),
         (["shard", "recipe.yaml", "--out", "o"], "Missing option '--model'"),
         (["inspect", "recipe.yaml", "--model", "m", "--row", "0"], "rows are counted from 1, as in messages, not 0"),
-        (["inspect", "recipe.yaml", "--model", "m"], "by --row (its number, from 1) or by --id"),
         (["inspect", "recipe.yaml", "--model", "m", "--row", "1", "--id", "a"], "name one row"),
         (["inspect", "nowhere.jsonl", "--model", "m", "--row", "1"], "nowhere.jsonl: no such file"),
         (["batches", "-", "recipe.yaml", "--step", "0"], "steps are counted from 1, as in messages, not 0"),
