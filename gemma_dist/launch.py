@@ -226,9 +226,22 @@ def _deepspeed(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"deepspeed_config_file: {path}: no DeepSpeed config can be read there ({error}); the path is relative to "
             "the current directory, so start from the repository's root or write it in full"
         ) from None
+    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
+    if not isinstance(zero, dict):
+        raise ConfigError(
+            f"{path}: not a DeepSpeed config: it has no section zero_optimization; see accelerate_configs/"
+        )
+    sections = {name: settings.get(name, {}) for name in ("fp16", "bf16")}
+    sections |= {f"zero_optimization.{name}": zero.get(name, {}) for name in ("offload_optimizer", "offload_param")}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise ConfigError(
+                f"{path}: {name} is {json.dumps(section)}; write a section, such as {{}}, or leave it out"
+            )
+    return settings

@@ -152,6 +152,25 @@ def test_accelerates_own_keys_are_read_too(tmp_path: Path) -> None:
         read_launch(path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ([], "not a DeepSpeed config"),
+        ({"train_batch_size": 8}, "it has no section zero_optimization"),
+        ({"zero_optimization": None}, "it has no section zero_optimization"),
+        ({"zero_optimization": {"stage": 2}, "bf16": True}, "bf16 is true; write a section"),
+        ({"zero_optimization": {"stage": 2, "offload_param": "cpu"}}, 'zero_optimization.offload_param is "cpu"'),
+    ],
+)
+def test_a_deepspeed_config_of_another_shape_is_refused(tmp_path: Path, settings: Any, reason: str) -> None:
+    (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
+    section = {"deepspeed_config_file": str(tmp_path / "deepspeed.json")}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"distributed_type": "DEEPSPEED", "deepspeed_config": section}))
+    with pytest.raises(ConfigError, match=reason):
+        read_launch(path)
+
+
 def test_a_launch_is_known_from_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for name in ("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "WORLD_SIZE"):
