@@ -16,12 +16,12 @@ def describe_run(config: RunConfig, world_size: int) -> str:
     """The run as text for a terminal.
 
     Raises:
-        ConfigError: the batch sizes do not agree on `world_size` ranks, or train.output_dir is a file.
+        ConfigError: the batch sizes do not agree on `world_size` ranks, or train.output_dir is no place to write to.
         DataError: a folder of data.train holds no finished shards, or the quarantine names what is not in them.
         CheckpointError: the model folder is absent or holds no Gemma 4.
     """
     plan = batch_plan(config, world_size)
-    require_folder(config.train.output_dir)
+    require_folder(config)
     settings = yaml.safe_dump(config.to_json(), sort_keys=False, allow_unicode=True, width=120)
     return "\n".join([settings, str(plan), *_data_lines(config, plan), *describe_training(config)])
 

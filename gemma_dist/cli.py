@@ -169,7 +169,9 @@ def inspect(data: str, model: str, row: int | None, row_id: str | None, as_json:
     from gemma_dist.config import DataConfig, load_section
     from gemma_dist.data.inspect import inspect_row
 
-    inspection = inspect_row(data, model, row_id or row or 1, load_section(DataConfig, settings))
+    inspection = inspect_row(
+        data, model, row_id if row_id is not None else row or 1, load_section(DataConfig, settings)
+    )
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     click.echo(json.dumps(inspection.to_json()) if as_json else inspection.render(color))
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from gemma_dist.errors import ConfigError
 
 # No room for another byte: on the disk, in the user's quota, or in a file of this size (`ulimit -f`).
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+UNFINISHED = re.compile(r"[0-9a-f]{32}")  # a folder that is being filled
 TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}  # what renaming a folder says where something is already
 
 
@@ -36,7 +38,7 @@ def whole_folder(out: Path, num_bytes: int) -> Iterator[Path]:
         try:
             require_free(out)  # the process before this one may have ended well
             if locked:
-                _empty(workshop)
+                _clear(workshop)
             folder.mkdir()
             yield folder
             for path in (*folder.iterdir(), folder):
@@ -50,16 +52,15 @@ def whole_folder(out: Path, num_bytes: int) -> Iterator[Path]:
             raise ConfigError(_no_room(out, num_bytes, error)) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # without locks, others may be at work in it
+            with contextlib.suppress(OSError):  # others may be at work in it, without locks, or it is a user's
                 workshop.rmdir()
 
 
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def _clear(workshop: Path) -> None:
+    """Remove what killed processes were filling, and nothing of others."""
+    for path in workshop.iterdir():
+        if UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def require_free(out: Path) -> None:

@@ -18,8 +18,18 @@ from gemma_dist.config import BatchPlan, RunConfig, batch_plan
 from gemma_dist.errors import ConfigError
 
 TESTED_OPTIMISERS = {"adamw_torch", "adamw_torch_fused"}  # what DeepSpeed takes without zero_allow_untested_optimizer
-# Sections of a DeepSpeed config that change what is learned, and that no recipe can name.
-UNKNOWN_TO_RECIPES = ("amp", "compression_training", "curriculum_learning", "data_efficiency", "progressive_layer_drop")
+# What a DeepSpeed config may say: nothing of it changes what is learned, or it is looked at here. Other settings may,
+# and no recipe can name them.
+# fmt: off
+KNOWN = frozenset((
+    "activation_checkpointing", "aio", "bf16", "checkpoint", "comms_logger", "csv_monitor", "dump_state",
+    "flops_profiler", "fp16", "gradient_accumulation_steps", "gradient_clipping", "memory_breakdown", "optimizer",
+    "scheduler", "steps_per_print", "tensorboard", "train_batch_size", "train_micro_batch_size_per_gpu", "wandb",
+    "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
+))
+# fmt: on
+# Of zero_optimization: numbers are sent between ranks with fewer bits.
+ROUNDING = ("zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_quantized_weights")
 
 
 @dataclass(frozen=True)
@@ -181,9 +191,18 @@ def _contradictions(config: RunConfig, launch: Launch) -> Iterator[str]:
                 f"{'.'.join(path)}: {json.dumps(found)}, but {name} of the recipe is {json.dumps(value)}; write "
                 f'"auto" there, which leaves it to the recipe, or change the recipe'
             )
-    for name in UNKNOWN_TO_RECIPES:
-        if deepspeed.get(name):
-            yield f"{name}: would change what is learned, and no recipe says so; remove it from the DeepSpeed config"
+    zero = deepspeed.get("zero_optimization", {})
+    unknown = [name for name in deepspeed if name not in KNOWN and not _is_off(deepspeed[name])]
+    for name in [*unknown, *(f"zero_optimization.{name}" for name in ROUNDING if zero.get(name))]:
+        yield f"{name}: may change what is learned, and no recipe says so; remove it from the DeepSpeed config"
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a setting says that something is not to be done."""
+    if isinstance(value, dict):
+        return not value or value.get("enabled") is False
+    only_one = type(value) is int and value == 1  # sequence_parallel_size and the like
+    return value is False or value in (None, "", "none") or only_one
 
 
 def settings_of_both(config: RunConfig, plan: BatchPlan) -> dict[tuple[str, ...], tuple[str, Any]]:
@@ -213,13 +232,13 @@ def _deepspeed(section: Mapping[str, Any]) -> dict[str, Any]:
         "offload_param": {"device": section.get("offload_param_device", "none")},
         "stage3_gather_16bit_weights_on_model_save": bool(section.get("zero3_save_16bit_model")),
     }
-    clipping = section.get("gradient_clipping", "auto")
+    clipping = str(section.get("gradient_clipping", "auto")).lower()
     # `accelerate launch` and `accelerate config` write 1 where the user said nothing.
     accumulation = str(section.get("gradient_accumulation_steps", "auto"))
     return {
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "gradient_clipping": clipping if clipping == "auto" else float(clipping),
+        "gradient_clipping": "auto" if clipping in ("auto", "none") else float(clipping),
         "gradient_accumulation_steps": "auto" if accumulation in ("auto", "1") else int(accumulation),
     }
 
@@ -239,6 +258,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         )
     sections = {name: settings.get(name, {}) for name in ("fp16", "bf16")}
     sections |= {f"zero_optimization.{name}": zero.get(name, {}) for name in ("offload_optimizer", "offload_param")}
+    if not isinstance(zero.get("stage", 0), int):
+        raise ConfigError(f"{path}: zero_optimization.stage is {json.dumps(zero['stage'])}; write 1, 2 or 3")
     for name, section in sections.items():
         if not isinstance(section, dict):
             raise ConfigError(

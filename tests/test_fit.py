@@ -63,7 +63,11 @@ def launch(stage: int | None = None, **changed: Any) -> Launch:
             r"bf16.enabled: true, but train.bf16 of the recipe is false",
         ),
         (FULL_BF16, launch(2, bf16={"enabled": False}), r"bf16.enabled: false, but train.bf16 of the recipe is true"),
-        (("cpu_lora",), launch(2, amp={"enabled": True}), r"amp: would change what is learned"),
+        (("cpu_lora",), launch(2, amp={"enabled": True}), r"amp: may change what is learned"),
+        (("cpu_lora",), launch(2, torch_autocast={"enabled": True, "dtype": "float16"}), r"torch_autocast: may change"),
+        (("cpu_lora",), launch(2, prescale_gradients=True), r"prescale_gradients: may change"),
+        (("cpu_lora",), launch(2, bfloat16={"enabled": True}), r"bfloat16: may change"),
+        (("cpu_lora",), launch(2, zero={"zero_quantized_gradients": True}), r"zero_quantized_gradients: may change"),
         (("cpu_lora", "optim=adafactor"), launch(2), r"adafactor would not be Adafactor.*ddp.yaml"),
         (("cpu_lora", "optim=sgd"), launch(2, zero_allow_untested_optimizer=False), r"zero_allow_untested_optimizer"),
         (
@@ -82,6 +86,12 @@ def test_what_does_not_go_together_is_refused(config: tuple[str, ...], launched:
 def test_what_both_say_alike_goes_together(clipping: Any) -> None:
     agreeing = {"gradient_clipping": clipping, "train_batch_size": 16, "gradient_accumulation_steps": 2}
     require_fit(recipe("cpu_lora"), launch(2, **agreeing))
+
+
+def test_settings_that_are_off_or_only_tell_go_together() -> None:
+    off = {"prescale_gradients": False, "torch_autocast": {"enabled": False}, "communication_data_type": None}
+    telling = {"steps_per_print": 10, "wall_clock_breakdown": True, "sequence_parallel_size": 1}
+    require_fit(recipe("cpu_lora"), launch(2, **off, **telling))
 
 
 def test_the_recipe_is_written_into_what_a_deepspeed_config_leaves_out() -> None:
@@ -158,6 +168,7 @@ def test_accelerates_own_keys_are_read_too(tmp_path: Path) -> None:
         ([], "not a DeepSpeed config"),
         ({"train_batch_size": 8}, "it has no section zero_optimization"),
         ({"zero_optimization": None}, "it has no section zero_optimization"),
+        ({"zero_optimization": {"stage": "auto"}}, 'stage is "auto"; write 1, 2 or 3'),
         ({"zero_optimization": {"stage": 2}, "bf16": True}, "bf16 is true; write a section"),
         ({"zero_optimization": {"stage": 2, "offload_param": "cpu"}}, 'zero_optimization.offload_param is "cpu"'),
     ],

@@ -126,6 +126,7 @@ def test_the_command_line_takes_a_number_or_an_id(tmp_path: Path, model: str) ->
     words = ["inspect", tmp_path / "shards", "--model", model, "--json"]
     assert json.loads(gemma_dist(*words, "--row", 2).splitlines()[-1])["id"] == "row-1"
     assert json.loads(gemma_dist(*words, "--id", "row-1").splitlines()[-1])["id"] == "row-1"
+    assert "''" in gemma_dist(*words, "--id", "", fails=True)  # an unset variable of the shell
     with serve({path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()}) as server:
         output = gemma_dist("inspect", server.url, "--model", model, "--json", "--row", 4)
     assert json.loads(output.splitlines()[-1])["id"] == "row-3"

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -471,13 +472,22 @@ def test_an_interrupted_merge_leaves_nothing(pair: Any, tmp_path: Path, monkeypa
 
 
 def test_what_a_killed_merge_left_is_cleared(pair: Any, tmp_path: Path) -> None:
-    (tmp_path / ".out.tmp").mkdir()
-    (tmp_path / ".out.tmp" / "model-00009.safetensors").write_bytes(b"half")
+    half = tmp_path / ".out.tmp" / uuid.uuid4().hex
+    half.mkdir(parents=True)
+    (half / "model-00009.safetensors").write_bytes(b"half")
     (tmp_path / "out").mkdir()
     base, adapter = pair
     merge(base, adapter, tmp_path / "out", verify=False, base_weights="as_trained")
     assert {path.name for path in (tmp_path / "out").glob("*.safetensors")} == {"model.safetensors"}
     assert not (tmp_path / ".out.tmp").exists()
+
+
+def test_a_folder_of_the_users_with_the_temporary_name_stays(pair: Any, tmp_path: Path) -> None:
+    (tmp_path / ".out.tmp").mkdir()
+    (tmp_path / ".out.tmp" / "notes.txt").write_text("precious")
+    base, adapter = pair
+    merge(base, adapter, tmp_path / "out", verify=False, base_weights="as_trained")
+    assert [path.read_text() for path in (tmp_path / ".out.tmp").iterdir()] == ["precious"]
 
 
 def test_a_taken_or_nested_out_is_refused(pair: Any, tmp_path: Path) -> None:

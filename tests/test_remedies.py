@@ -180,15 +180,16 @@ def test_a_row_is_taken_with_the_remedy_as_it_was_printed(
     assert main([*map(str, words), printed[1], value]) == 0
 
 
-def test_a_path_that_leads_up_is_not_mended_by_another_media_root(
+def test_a_path_that_leads_up_is_taken_from_another_media_root(
     tmp_path: Path, reading: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "rows").mkdir()
-    Image.new("1", (50, 40)).save(tmp_path / "small.png")
-    rows = write_rows(tmp_path / "rows" / "rows.jsonl", [picture("../small.png")])
-    message = said(reading("inspect", rows), capsys)
-    assert "move it there" in message
-    assert "media-root" not in message
+    Image.new("1", (50, 40)).save(tmp_path / "rows" / "small.png")
+    rows = write_rows(tmp_path / "rows.jsonl", [picture("../rows/small.png")])
+    words = reading("inspect", rows)
+    message = said(words, capsys)
+    assert "move it there or use --media-root FOLDER" in message
+    assert main([*map(str, words), "--media-root", str(tmp_path / "rows")]) == 0
 
 
 def test_a_long_row_is_shown_by_what_inspect_advises(

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import gemma_dist
 
-from gemma_dist.config import BatchPlan
+from gemma_dist.config import BatchPlan, batch_plan, load_config
 from gemma_dist.data import sharding
-from gemma_dist.data.schedule import Schedule, read_quarantine
+from gemma_dist.data.schedule import Schedule, open_schedule, read_quarantine
 from gemma_dist.data.shards import open_shards
 from gemma_dist.errors import ConfigError, DataError
 
@@ -201,6 +201,15 @@ def test_batches_honours_a_quarantine_and_prints_for_people(shards: Path, tmp_pa
     assert "row-7 " not in rest.replace("\n", " ")
     assert whole.count("row-") == rest.count("row-") + 2 == 50
     assert "names 'row-7000'" in gemma_dist(*words, "--quarantine", _file(tmp_path, "row-7000"), fails=True)
+
+
+def test_a_quarantine_of_everything_is_refused(model: str, tmp_path: Path) -> None:
+    shard_rows(tmp_path, model, [row(0), row(1)])
+    (tmp_path / "bad.txt").write_text("\ufeffrow-0\nrow-1\n", encoding="utf-8")  # as an editor on Windows saves it
+    words = [f"data.train={tmp_path}/shards", f"data.quarantine={tmp_path}/bad.txt", f"output_dir={tmp_path}/out"]
+    config = load_config("launch/cpu_lora.yaml", words)
+    with pytest.raises(DataError, match="leaves nothing of"):
+        open_schedule(config, batch_plan(config, 1))
 
 
 def test_a_quarantine_names_any_id(model: str, tmp_path: Path) -> None:

@@ -253,6 +253,10 @@ def test_schemas() -> None:
         {"type": "integer", "nullable": False},
         {"type": ["integer", "null"]},
         {"enum": [1], "nullable": True},
+        {"const": 1, "nullable": True},
+        {"anyOf": [{"type": "string"}], "nullable": True},
+        {"allOf": [{"type": "string"}], "nullable": True},
+        {"$schema": "http://json-schema.org/draft-04/schema#", "type": "string", "nullable": True},
         {"anyOf": [{"type": "string"}, {"type": "integer", "nullable": True}]},
     ],
     ids=str,
@@ -269,6 +273,13 @@ def test_a_call_is_valid_exactly_where_it_may_be_trained_on(
     except DataError:
         trained = False
     assert values(score_sample(reading(gold), [gold], "", tools))["schema_valid"] == trained
+
+
+@pytest.mark.parametrize("rule", [{"type": "string"}, {"const": 1}, {"anyOf": [{"type": "string"}]}])
+def test_null_fits_whatever_is_nullable(rule: dict[str, Any]) -> None:
+    for nullable in (True, False):
+        schema = {"type": "object", "properties": {"a": rule | {"nullable": nullable}}}
+        assert fits_schema({"a": None}, schema) is nullable
 
 
 @settings(deadline=None)

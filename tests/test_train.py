@@ -28,7 +28,7 @@ from gemma_dist.config import load_config
 from gemma_dist.data.shards import open_shards
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.model.fingerprint import fingerprint_base
-from gemma_dist.train.checkpoint import MARKER, alone_in, find_checkpoint, saving
+from gemma_dist.train.checkpoint import MARKER, alone_in, find_checkpoint, require_folder, saving
 from gemma_dist.train.optimizer import layout
 from gemma_dist.train.trainer import settle_buckets
 
@@ -226,10 +226,21 @@ def test_a_base_is_known_by_its_weights_however_they_are_cut(tiny_model: Any, tm
     loaded.save_pretrained(tmp_path / "cut", max_shard_size="1MB")
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 2
     assert fingerprint_base(str(tmp_path / "cut"))["base_weights_hash"] == known["base_weights_hash"]
-    with torch.no_grad():
-        loaded.model.language_model.layers[3].mlp.up_proj.weight.mul_(1.01)
-    loaded.save_pretrained(tmp_path / "tuned")
-    assert fingerprint_base(str(tmp_path / "tuned"))["base_weights_hash"] != known["base_weights_hash"]
+    for number, weight in enumerate(loaded.parameters()):  # each of them decides
+        if number % 7 and weight is not loaded.lm_head.weight:
+            continue
+        before = weight.detach().clone()
+        weight.data.mul_(1.01).add_(0.01)
+        loaded.save_pretrained(tmp_path / "tuned")
+        assert fingerprint_base(str(tmp_path / "tuned"))["base_weights_hash"] != known["base_weights_hash"]
+        weight.data.copy_(before)
+
+
+def test_a_base_without_safetensors_is_refused(model: str, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="no weights in safetensors"):
+        fingerprint_base(str(tmp_path / "model"))
 
 
 def test_a_checkpoint_of_another_run_is_refused(run: Any, model: str, shards: Path) -> None:
@@ -308,6 +319,14 @@ def test_a_file_in_the_place_of_output_dir_is_refused(model: str, shards: Path, 
         output = gemma_dist(verb, "launch/cpu_lora.yaml", *_paths(model, shards, out), *SETTINGS, fails=True)
         assert f"train.output_dir = '{out}': {file} is a file; name a folder" in output
     assert file.read_text() == "precious"
+
+
+@pytest.mark.parametrize("place", ["model", "shards"])
+def test_the_run_does_not_write_where_it_reads(model: str, shards: Path, place: str) -> None:
+    """An adapter beside its base would be loaded with it; a full result would take its place."""
+    out = {"model": Path(model), "shards": shards}[place]
+    with pytest.raises(ConfigError, match="the run reads from that folder"):
+        require_folder(load_config("launch/cpu_lora.yaml", _paths(model, shards, out / ".")))
 
 
 @pytest.mark.parametrize("launch", [None, "cpu_ddp"])

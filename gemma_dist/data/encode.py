@@ -260,7 +260,7 @@ def load_encoder(
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         rows = embedding_rows(model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of damaged files: what Rust cannot parse is a bare Exception, a list a TypeError
         if not Path(folder).exists():
             raise CheckpointError(f"{folder!r} is neither a folder nor a model that the hub gives: {error}") from error
         raise CheckpointError(f"no processor can be loaded from {folder!r}: {error}") from error

@@ -6,7 +6,6 @@ Shards keep a picture's file as it came; `decode_image` turns it into pixels whe
 import base64
 import binascii
 import io
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -107,9 +106,10 @@ def _from_path(text: str, media_root: Path) -> bytes:
         root = media_root.resolve()
         path = (root / text).resolve()  # follows symbolic links, so that they cannot lead out of the root either
         if not path.is_relative_to(root):
-            leads_up = os.path.normpath(text).startswith("..")  # and so out of every other root
-            other = "" if leads_up else f" or use {setting('media_root', 'FOLDER')}"
-            raise DataError(f"the image {short(text)} lies outside the media root {root}; move it there{other}")
+            raise DataError(
+                f"the image {short(text)} lies outside the media root {root}; move it there or use "
+                f"{setting('media_root', 'FOLDER')}"
+            )
         if not path.is_file():
             raise DataError(
                 f"the image {short(text)} is no file in the media root {root}; add it or use "

@@ -208,6 +208,9 @@ def open_schedule(config: RunConfig, plan: BatchPlan) -> Schedule:
     fetcher = Fetcher(config.data.cache_dir, round(config.data.cache_gb * 1e9))
     shards = open_shards(*paths, weights=weights, fetcher=fetcher)
     train = config.train
+    quarantine = read_quarantine(config.data.quarantine, shards)
+    if len(quarantine) == len(shards):
+        raise DataError(f"data.quarantine: {config.data.quarantine} leaves nothing of data.train to train on")
     return Schedule(
         shards,
         plan,
@@ -215,7 +218,7 @@ def open_schedule(config: RunConfig, plan: BatchPlan) -> Schedule:
         packing=train.packing,
         packing_length=train.packing_length,
         cache_dir=config.data.cache_dir,
-        quarantine=read_quarantine(config.data.quarantine, shards),
+        quarantine=quarantine,
     )
 
 
@@ -228,7 +231,7 @@ def read_quarantine(path: Path | None, shards: Shards) -> frozenset[int]:
     if path is None:
         return frozenset()
     try:
-        names = set(filter(None, map(str.strip, path.read_bytes().decode().split("\n"))))
+        names = set(filter(None, map(str.strip, path.read_bytes().decode("utf-8-sig").split("\n"))))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.quarantine = {str(path)!r}: cannot be read: {error}") from error
     found = shards.find(names)

@@ -95,7 +95,10 @@ def _nullable(dialect: Any) -> Any:
 
         return checked
 
-    return jsonschema.validators.extend(dialect, {keyword: unless_null(keyword) for keyword in ("type", "enum")})
+    # Whatever may say what a value is; as OpenAPI's generators write an optional reference, beside anyOf or allOf.
+    saying = ("type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref")
+    known = [keyword for keyword in saying if keyword in dialect.VALIDATORS]  # older dialects lack some
+    return jsonschema.validators.extend(dialect, {keyword: unless_null(keyword) for keyword in known})
 
 
 def check_calls(places: list[str], messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> None:

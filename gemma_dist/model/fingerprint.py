@@ -2,23 +2,24 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from gemma_dist.errors import CheckpointError
-from gemma_dist.tensorfile import TensorFile, open_tensors
+from gemma_dist.tensorfile import Entry, TensorFile, open_tensors
 
-NUM_SAMPLED_TENSORS, SAMPLE_BYTES = 64, 1024
+SAMPLES_OF_A_TENSOR, SAMPLE_BYTES = 4, 1024
 NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")  # of config.json: written anew by each save
 
 
 def fingerprint_base(name: str) -> dict[str, str]:
     """`base_config_hash` and `base_weights_hash` of a model folder, or of a model of the hub, which is fetched.
 
-    The weights are told apart by names, shapes and number formats of all tensors, and by the middle of some of them: a
-    fine-tuned sister has the same shapes. How they are cut into files makes no difference.
+    The weights are told apart by names, shapes and number formats of all tensors, and by some bytes of each, spread
+    over it: a fine-tuned sister has the same shapes. How they are cut into files makes no difference.
 
     Raises:
-        CheckpointError: there is no model at that place, or a file of it is damaged.
+        CheckpointError: there is no model in safetensors at that place, or a file of it is damaged.
     """
     folder = Path(name) if Path(name).is_dir() else _fetch(name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -27,24 +28,31 @@ def fingerprint_base(name: str) -> dict[str, str]:
     for path in sorted(folder.glob("*.safetensors")):
         file = open_tensors(path)
         tensors |= dict.fromkeys(file.entries, file)
+    if not tensors:
+        raise CheckpointError(
+            f"model.model_name_or_path = {name!r}: it holds no weights in safetensors, and files that can run code "
+            "(.bin, .pt) are not loaded; save it again with transformers' save_pretrained"
+        )
     weights = hashlib.sha256()
     for tensor in sorted(tensors):
         entry = tensors[tensor].entries[tensor]
         weights.update(f"{tensor} {entry.dtype} {entry.shape}\n".encode())
-    for tensor in sorted(tensors)[:: max(1, len(tensors) // NUM_SAMPLED_TENSORS)]:
-        weights.update(_middle(tensors[tensor], tensor))
+        for sample in _samples(tensors[tensor], entry):
+            weights.update(sample)
     return {
         "base_config_hash": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16],
         "base_weights_hash": weights.hexdigest()[:16],
     }
 
 
-def _middle(file: TensorFile, tensor: str) -> bytes:
-    entry = file.entries[tensor]
-    length = min(SAMPLE_BYTES, entry.num_bytes)
+def _samples(file: TensorFile, entry: Entry) -> Iterator[bytes]:
+    """The middles of equal parts of a tensor's bytes: all of a small one."""
+    part = max(entry.num_bytes // SAMPLES_OF_A_TENSOR, SAMPLE_BYTES)
     with file.path.open("rb") as opened:
-        opened.seek(entry.begin + (entry.num_bytes - length) // 2)
-        return opened.read(length)
+        for start in range(0, entry.num_bytes, part):
+            length = min(SAMPLE_BYTES, entry.num_bytes - start)
+            opened.seek(entry.begin + start + (min(part, entry.num_bytes - start) - length) // 2)
+            yield opened.read(length)
 
 
 def _fetch(name: str) -> Path:

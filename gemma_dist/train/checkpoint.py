@@ -69,15 +69,19 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, state: dict[s
     return folder, step
 
 
-def require_folder(output_dir: Path) -> None:
-    """Raises ConfigError where `output_dir` is a file, or cannot become a folder."""
+def require_folder(config: RunConfig) -> None:
+    """Raises ConfigError where train.output_dir is a file, cannot become a folder, or holds the base or the shards."""
+    output_dir = config.train.output_dir
+    problem = f"train.output_dir = {str(output_dir)!r}"
     existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise ConfigError(f"train.output_dir = {str(output_dir)!r}: {existing} is a file; name a folder")
+        raise ConfigError(f"{problem}: {existing} is a file; name a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"train.output_dir = {str(output_dir)!r}: nothing may be written to {existing}; name another folder"
-        )
+        raise ConfigError(f"{problem}: nothing may be written to {existing}; name another folder")
+    sources = [getattr(source, "path", source) for source in config.data.train]
+    for place in (config.model.model_name_or_path, *sources):
+        if Path(place).is_dir() and Path(place).resolve() == output_dir.resolve():
+            raise ConfigError(f"{problem}: the run reads from that folder ({place}); name one of its own")
 
 
 def changed_settings(folder: Path, config: RunConfig) -> list[str]:

@@ -47,7 +47,7 @@ def train(config: RunConfig) -> None:
     """
     launch = current_launch()
     require_fit(config, launch)
-    require_folder(config.train.output_dir)
+    require_folder(config)
     plan = batch_plan(config, world.world_size())
     schedule = open_schedule(config, plan)
     shards = schedule.shards
@@ -85,7 +85,7 @@ def train(config: RunConfig) -> None:
         max(0, num_steps - start_step),
         num_workers=config.train.dataloader_num_workers,
     )
-    log.info("%d trajectories, %s, %d of %d steps done", len(shards), plan, start_step, num_steps)
+    log.info("%d trajectories, %s, %d of %d steps done", len(shards), plan, min(start_step, num_steps), num_steps)
 
     with alone_in(config.train.output_dir):
         if start_step < num_steps:
