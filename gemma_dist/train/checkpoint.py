@@ -78,7 +78,7 @@ def require_folder(config: RunConfig) -> None:
         raise ConfigError(f"{problem}: {existing} is a file; name a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"{problem}: nothing may be written to {existing}; name another folder")
-    sources = [getattr(source, "path", source) for source in config.data.train]
+    sources = [source if isinstance(source, str) else source.path for source in config.data.train]
     for place in (config.model.model_name_or_path, *sources):
         if Path(place).is_dir() and Path(place).resolve() == output_dir.resolve():
             raise ConfigError(f"{problem}: the run reads from that folder ({place}); name one of its own")
