@@ -67,9 +67,10 @@ def test_report_follows_from_the_samples(evaluated: Any, data: Path) -> None:
     rows = {row["id"]: row for row in map(json.loads, data.read_text().splitlines())}
     totals: Counter[str] = Counter()
     for sample in samples:
-        reading = read_output(sample["output"], budget_spent=not sample["stopped"])
-        gold = sample["gold"]
-        totals.update(counts(score_sample(reading, gold["calls"], gold["content"], rows[sample["id"]]["tools"])))
+        gold, tools = sample["gold"], rows[sample["id"]]["tools"]
+        names = [tool["function"]["name"] for tool in tools]
+        reading = read_output(sample["output"], budget_spent=not sample["stopped"], tool_names=names)
+        totals.update(counts(score_sample(reading, gold["calls"], gold["content"], tools)))
     for name, metric in report["metrics"].items():
         if name != "trajectory_exact":
             assert metric["numerator"] == totals[f"{name}.numerator"], name

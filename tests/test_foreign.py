@@ -4,13 +4,15 @@ import json
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_dist.evaluate.foreign import holds_foreign_call
-from gemma_dist.evaluate.read import read_output
+from gemma_dist.evaluate.read import Reading, read_output
+from gemma_dist.evaluate.score import score_sample
 from gemma_dist.report import read_jsonl
 
 JSON_CALL = '{"name": "f", "arguments": {"a": 1}}'
@@ -25,6 +27,7 @@ CALLS = [
     '{"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}',
     '{"function_call": {"name": "f", "arguments": "{}"}}',
     '{"tool": "f", "args": {"a": 1}}',
+    '{"type": "tool_use", "id": "c1", "name": "f", "input": {"a": 1}}',
     f"```json\n{JSON_CALL}\n```",
     f"```\n[{JSON_CALL}]\n```",
     f"```json {JSON_CALL}```",
@@ -94,6 +97,64 @@ TEXTS = [
     "f(a=1)",
 ]
 
+# What counts where tools are declared, these or others: draw_chart is.
+OPENAI_CALL = '{"id": "c1", "type": "function", "function": {"name": "draw_chart", "arguments": "{\\"x\\": 1}"}}'
+DRAWN = '{"name":"draw_chart","arguments":{"x":"1"}}'
+CALLS_OF_DECLARED = [
+    '{"type":"tool_use","id":"x","name":"draw_chart","input":{"x":"1"}}',
+    f"I will draw it now: {DRAWN}",
+    f"```json\n{DRAWN}\n```\nHere is your chart.",
+    f"First.\n\n{DRAWN}\n\nThen I wait.",
+    OPENAI_CALL.removesuffix("}"),
+    OPENAI_CALL.replace('"', "'"),
+    OPENAI_CALL.replace('"', "'").removesuffix("}"),
+    json.dumps({"message": OPENAI_CALL}),
+    '{"action":"draw_chart","action_input":{"x":"1"}}',
+    '{"draw_chart":{"x":"1"}}',
+    '{"calls":[{"tool":"draw_chart","x":"1"}]}',
+    '{"calls":[{"draw_chart":{"x":"1"}}]}',
+    '{name: "draw_chart", arguments: {x: 1}}',
+    '{"name": "functions.draw_chart", "arguments": {}}',
+    '{"name":"draw_chart',
+    "<tool_call>draw_chart</tool_call>",
+    "<tool_call>plot</tool_call>",
+    "<tool_call>",
+    "I will draw it.\n<tool_call>\n",
+    "Sure. <tool_call> draw_chart x=1",
+    "[TOOL_CALLS]draw_chart",
+    'draw_chart(x="1")',
+    'Sure.\n  draw_chart(x="1")\nThere.',
+    'I draw: [draw_chart(x="1")]',
+    '["draw_chart(x=1)"]',
+    '```python\ndraw_chart(x="1")\n```',
+    '```python draw_chart(x="1")```',
+    'result = draw_chart(x="1")',
+    'print(default_api.draw_chart(x="1"))',
+    'I draw: print(default_api.draw_chart(x="1"))',
+    "Action: draw_chart\nAction Input: none",
+    "Action: draw_chart(1)",
+]
+TEXTS_BESIDE_DECLARED = [
+    'Here is the service entry:\n{"name":"web","args":{"port":80}}',
+    '{"name":"web","parameters":{"port":80}}',
+    '```json\n{"function": "sin", "args": {"x": 1}}\n```',
+    "[sorted(key=len)]",
+    "Action: restart\nAction Input: none",
+    "I used draw_chart to draw it.",
+    "`draw_chart(x)` was called.",
+    "`print(default_api.draw_chart(x))` and `[draw_chart(x)]` do the same.",
+    "I called draw_chart(x) for you.",
+    "draw_chart (the tool) draws charts; draw_charts(x) does not exist.",
+    "draw_chart",
+    "- draw_chart: it draws {x}",
+    "[draw_chart](http://example.org) is the name.",
+    '{"tools": ["draw_chart"], "title": "draw_chart", "draw_chart": 7}',
+    '{"name": "draw_chart of the day", "arguments": {}}',
+    "Qwen writes `<tool_call>draw_chart</tool_call>`.",
+    "<tool_call>, or <function_call>, opens a call.\n<tool_call> draws nothing.",
+    "Action: draw_chart was called.",
+]
+
 
 @pytest.mark.parametrize("text", CALLS)
 def test_a_foreign_call_is_an_attempt_that_cannot_be_read(text: str) -> None:
@@ -107,6 +168,55 @@ def test_a_foreign_call_is_an_attempt_that_cannot_be_read(text: str) -> None:
 def test_a_text_that_speaks_of_calls_is_a_text(text: str) -> None:
     reading = read_output(f"{text}<turn|>")
     assert (reading.attempted, reading.status, reading.content) == (False, "no_call", text)
+
+
+def with_draw_chart(text: str, gold: str) -> tuple[Reading, dict[str, Any]]:
+    """The reading of this output, and its score where draw_chart is the only tool and gold calls none."""
+    reading = read_output(f"{text}<turn|>", tool_names=["draw_chart"])
+    return reading, score_sample(reading, [], gold, [{"type": "function", "function": {"name": "draw_chart"}}])
+
+
+@pytest.mark.parametrize("text", CALLS_OF_DECLARED)
+def test_a_declared_name_in_call_position_is_an_attempt(text: str) -> None:
+    reading, score = with_draw_chart(text, "It is drawn.")
+    assert (reading.calls, reading.attempted, reading.status) == ((), True, "malformed")
+    assert (score["status"], score["right"]) == ("malformed", False)
+
+
+@pytest.mark.parametrize("text", TEXTS_BESIDE_DECLARED)
+def test_where_tools_are_declared_other_json_and_code_is_text(text: str) -> None:
+    for gold in (text, "Another answer."):
+        reading, score = with_draw_chart(text, gold)
+        assert (reading.attempted, reading.status, score["status"]) == (False, "no_call", "no_call")
+        assert score["right"]
+        assert score["ratios"]["answer_exact"] == [gold == text, 1]
+
+
+@pytest.mark.parametrize(
+    "text", [f"<tool_call>{JSON_CALL}</tool_call>", "<function=g>{}", f"[TOOL_CALLS][{JSON_CALL}]"]
+)
+def test_a_marker_of_another_format_is_an_attempt_whatever_is_declared(text: str) -> None:
+    _, score = with_draw_chart(text, "It is drawn.")
+    assert score["status"] == "malformed"
+
+
+@pytest.mark.parametrize("text", [*CALLS, *CALLS_OF_DECLARED, *TEXTS, "call: Ann (at home)"])
+def test_an_output_equal_to_gold_is_right_whatever_it_looks_like(text: str) -> None:
+    _, score = with_draw_chart(text, text)
+    assert (score["status"], score["right"], score["ratios"]["answer_exact"]) == ("no_call", True, [1, 1])
+    beside_a_call = read_output(f"{text}<|tool_call>call:f{{}}<tool_call|><turn|>")
+    assert score_sample(beside_a_call, [{"name": "f", "arguments": {}}], text, [])["right"]
+    waiting = read_output(f"{text}<|tool_response>", tool_names=["draw_chart"])
+    assert score_sample(waiting, [], text, [])["status"] == "malformed", "gold does not wait for a tool"
+    cut = read_output(text, budget_spent=True, tool_names=["draw_chart"])
+    assert score_sample(cut, [], text, [])["status"] == "truncated", "gold ends its turn"
+
+
+@pytest.mark.parametrize("name", ["a.b", "mcp:tools:a-b", "名前", "a b#c", "f(", "x|y", "\\", "a" * 1000])
+def test_a_name_is_taken_by_the_letter(name: str) -> None:
+    text = json.dumps({"name": name, "arguments": {}}, ensure_ascii=False)
+    assert holds_foreign_call(text.replace("\\\\", "\\"), [name, "a"])
+    assert not holds_foreign_call(text, ["a", "", "xx"])
 
 
 def test_thinking_of_a_foreign_call_is_a_thought() -> None:
@@ -127,6 +237,27 @@ def test_no_text_of_real_trajectories_is_taken_for_a_call(shared: Path) -> None:
     assert num_texts
 
 
+def test_each_answer_of_real_trajectories_is_right_against_itself(shared: Path) -> None:
+    num_answers = 0
+    for path in (shared / "data").rglob("*.jsonl"):
+        for row in read_jsonl(path):
+            tools = row.get("tools") or []
+            names = [tool["function"]["name"] for tool in tools]
+            for message in row["messages"]:
+                content = message.get("content") or []
+                text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+                if message["role"] != "assistant" or not text.strip():
+                    continue
+                num_answers += 1
+                reading = read_output(f"{text}<turn|>", tool_names=names)
+                assert not reading.attempted, text
+                if not message.get("tool_calls"):
+                    score = score_sample(reading, [], text, tools)
+                    assert score["right"], text
+                    assert score["ratios"]["answer_exact"] == [1, 1], text
+    assert num_answers
+
+
 PIECES = [
     *'{}[]():,"`\\ \n=a1',
     *("```json\n", '{"name":', '"f"', '"arguments":', "tool_calls", "<tool_call>", "1" * 5000),
@@ -134,9 +265,10 @@ PIECES = [
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(st.sampled_from([*PIECES, *CALLS]), max_size=40).map("".join))
+@given(st.lists(st.sampled_from([*PIECES, *CALLS, *CALLS_OF_DECLARED]), max_size=40).map("".join))
 def test_never_raises(text: str) -> None:
     assert holds_foreign_call(text) in (True, False)
+    assert holds_foreign_call(text, ["f", "draw_chart"]) in (True, False)
 
 
 UNITS = [
@@ -144,15 +276,32 @@ UNITS = [
     *("`", "```", "```json\n", " ", "\n \n", '{"tool_calls":[', JSON_CALL, f"{JSON_CALL}\n."),
     *("<tool_call>", "<tool_call> ", "<tool_call>a", "[TOOL_CALLS]a", "<function=", "<invoke "),
     *("tool_code\n", "Action: f\n", "[f(", ")", ") ", "[f()]\n"),
+    *(
+        "[ ",
+        "print( ",
+        "tools.",
+        "await ",
+        "{ ",
+        ", ",
+        "{\n\n",
+        '"name" ',
+        '"name":',
+        '\\"name\\',
+        '{f"',
+        "f",
+        "f.",
+        "a = ",
+    ),
 ]
 
 
 @pytest.mark.parametrize("start", ["", "[f(", "[1,\n", '{"a":"', "Text\n"])
 @pytest.mark.parametrize("unit", UNITS)
-def test_time_is_linear(unit: str, start: str) -> None:
+@pytest.mark.parametrize("names", [(), ("g", "ff")], ids=["none declared", "declared"])
+def test_time_is_linear(unit: str, start: str, names: tuple[str, ...]) -> None:
     def fastest(count: int) -> float:
         text = start + unit * count + "."
-        return min(_seconds(partial(holds_foreign_call, text)) for _ in range(2))
+        return min(_seconds(partial(holds_foreign_call, text, names)) for _ in range(2))
 
     # 16 times the text: about 16 times the time if linear, 256 times if quadratic.
     assert fastest(16_000) < 80 * (fastest(1000) + 1e-4)

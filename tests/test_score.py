@@ -135,6 +135,9 @@ def test_each_fault_is_counted_where_it_belongs(output: Reading, gold: list[Any]
         "<|channel>thought\nNothing to do.<turn|>",
         "<|image|><pad><eos>",
         "\u200b\ufeff\x00<turn|>",
+        "<unused0><unused0><turn|>",
+        "\ufffd\ufffd<turn|>",
+        "<unused12> \ufffd\n<mask><unk><eos>",
     ],
     ids=ascii,
 )

@@ -1,37 +1,44 @@
 """Calls in the syntax of other models, which a model that has lost Gemma's falls back to.
 
 Nothing here reads such a call: a server for Gemma would not. It only tells that one was attempted, so that evaluation
-does not take it for plain text. There are two kinds, and neither is a text that only speaks of calls:
+does not take it for plain text. A marker of another format with what belongs behind it is an attempt by itself,
+anywhere but right behind a backtick. Beyond that:
 
-- a marker of another format with what belongs behind it, anywhere but right behind a backtick;
-- JSON of a call and of nothing else, with which the text begins or ends, in a fence or not. JSON inside a sentence or
-  between two paragraphs is an example; JSON with other keys is data, or the declaration of a tool.
+- Where tools are declared, a declared name in call position is an attempt, whatever stands around it and however
+  broken it is. Other JSON and code is data, and a name in a sentence is a word.
+- Where none are, JSON of a call and of nothing else is, with which the text begins or ends, in a fence or not. JSON
+  inside a sentence or between two paragraphs is an example; JSON with other keys is data, or declares a tool.
 """
 
 import json
 import re
+from collections.abc import Iterable
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-_MARKED = re.compile(
-    r"""
+_FLAGS = re.VERBOSE | re.MULTILINE | re.DOTALL
+_TAG = r"<\|?(?:tool_?calls?|function_?calls?|tool_?use|tool_?code)\|?>"
+_MARKED = rf"""
     (?<!`)(?:
-      <\|?(?:tool_?calls?|function_?calls?|tool_?use|tool_?code)\|?>\s*+           # Hermes, Qwen, Phi, GLM, XML
-        (?:[{\[]|<(?:function|invoke|name|tool_name)\b|[\w.:-]++(?:[({]|\s*+<arg_key>))
-    | <function=[^<>\s]++>\s*+(?:\{|<parameter=|</function>)                       # Llama, Qwen Coder
+      {_TAG}\s*+(?:[{{\[]|<(?:function|invoke|name|tool_name)\b|[\w.:-]++(?:[({{]|\s*+<arg_key>))  # Hermes, Qwen, XML
+    | <function=[^<>\s]++>\s*+(?:\{{|<parameter=|</function>)                      # Llama, Qwen Coder
     | <invoke\s+name\s*=
     | <start_function_call>\s*+call:                                               # FunctionGemma
-    | <\|python_tag\|>\s*+(?:\{|import\b|[\w.]++\()                                # Llama
-    | \[TOOL_CALLS\]\s*+(?:[\[{]|[\w.:-]++\s*+(?:\{|\[ARGS\]|\[CALL_ID\]))         # Mistral
+    | <\|python_tag\|>\s*+(?:\{{|import\b|[\w.]++\()                               # Llama
+    | \[TOOL_CALLS\]\s*+(?:[\[{{]|[\w.:-]++\s*+(?:\{{|\[ARGS\]|\[CALL_ID\]))       # Mistral
     | <[|｜]tool[_▁]calls?[_▁](?:section[_▁])?begin[|｜]>                          # DeepSeek, Kimi
     | <\|channel\|>commentary\s+to=                                                # gpt-oss
     )
-    | ^[ \t]*+`{3,}[ \t]*+(?:tool_code|tool_calls?|function_calls?)\s++[^\s`]      # Gemma before 4
+    | ^[ \t]*+`{{3,}}[ \t]*+(?:tool_code|tool_calls?|function_calls?)\s++[^\s`]      # Gemma before 4
     | ^tool_code[ \t]*+\n\s*+\S
+"""
+_STRICT = re.compile(
+    rf"""{_MARKED}
     | ^Action:[ \t]*+\S++[ \t]*+\n+Action[ ]Input:                                 # ReAct
     | \A\[\s*+[^\W\d][\w.]*+\(\s*+(?=\)|[^\W\d]\w*+\s*+=[^=]).*\)\s*+\]\Z          # a list of Python calls, alone
     """,
-    re.VERBOSE | re.MULTILINE | re.DOTALL,
+    _FLAGS,
 )
 
 # JSON: where it may begin, what may stand before it at the start of the text, and behind it at the end.
@@ -42,13 +49,39 @@ _MAX_LINES = 1000  # each error of the decoder counts the lines before it
 _DECODER = json.JSONDecoder(strict=False, parse_int=float)  # int() refuses thousands of digits
 _WRAPPERS = ("tool_calls", "tool_call", "function_calls", "function_call")
 _NAMES = ("name", "tool", "tool_name", "function")
-_ARGUMENTS = ("arguments", "parameters", "args")
+_ARGUMENTS = ("arguments", "parameters", "args", "input")
 _BESIDE = {"id", "call_id", "type", "index", "status"}
 
 
-def holds_foreign_call(text: str) -> bool:
-    """Whether `text` attempts a call in the syntax of another model. Never raises; time linear in the length."""
-    return bool(_MARKED.search(text)) or _holds_json_call(text)
+def holds_foreign_call(text: str, tool_names: Iterable[str] = ()) -> bool:
+    """Whether `text` attempts a call in the syntax of another model, where tools of these names are declared.
+
+    Never raises; time linear in the length.
+    """
+    names = frozenset(filter(None, tool_names))
+    if names:
+        return bool(_attempt(names).search(text))
+    return bool(_STRICT.search(text)) or _holds_json_call(text)
+
+
+@lru_cache(maxsize=256)
+def _attempt(names: frozenset[str]) -> re.Pattern[str]:
+    """What an attempt looks like where tools of these names are declared."""
+    name = f"(?:{'|'.join(map(re.escape, sorted(names)))})"
+    opener = r"""(?:print\(\s*+|(?:default_api|functions|tools?)\.|\[\s*+["']?+|await[ ])"""
+    return re.compile(
+        rf"""{_MARKED}
+    | ^[ \t]*+{_TAG}(?=\w|[ \t]*+$)                                                  # not a word of a sentence
+    | (?<!`)(?:{_TAG}|\[TOOL_CALLS\]|<\|python_tag\|>)\s*+{name}(?![\w.-])
+    | ^Action:[ \t]*+{name}[ \t]*+$
+    | (?:["']|[{{,]\s*+)(?:(?:tool_|function_)?name|(?:tool|function)(?:_call)?|action|call)\\*+["']?+\s*+:
+        \s*+\\*+["'](?:functions\.|default_api\.)?{name}(?:\\*+["']|\Z)              # the value of a JSON key
+    | (?:["']|[{{,]\s*+){name}\\*+["']?+\s*+:\s*+\{{                                  # a JSON key
+    | (?: ^[ \t]*+(?:`{{3,}}+(?:\w++[ \t]++)?)?(?:Action:[ \t]*+|\w++[ \t]*+=[ \t]*+)?{opener}{{0,3}}
+        | (?<![`\w.(]){opener}{{1,3}} ){name}\(                                        # Python, not behind a backtick
+    """,
+        _FLAGS,
+    )
 
 
 def _holds_json_call(text: str) -> bool:

@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from gemma_dist.errors import DataError
@@ -71,15 +71,18 @@ class Reading:
     # for a tool that nobody called. truncated: the output ends inside a call, or the caller says that its budget was
     # spent.
     status: Status
+    # Where words of the content attempt a call: the reading that takes them for text, as `score` does if gold has them.
+    as_text: "Reading | None" = None
 
 
 class _Unreadable(Exception):
     """This call does not follow the format (never leaves this module)."""
 
 
-def read_output(output: str, prefix: str = "", budget_spent: bool = False) -> Reading:
+def read_output(output: str, prefix: str = "", budget_spent: bool = False, tool_names: Iterable[str] = ()) -> Reading:
     """Read one generated turn. `prefix` is the end of the prompt: where it left a thinking block or a call open, the
-    output begins inside it. `budget_spent` says that generation ended at its token limit."""
+    output begins inside it. `budget_spent` says that generation ended at its token limit. `tool_names` are the tools
+    declared, by which a call in another model's syntax is told from data."""
     opening = _open_block(prefix)
     text = opening + output
     tokens = list(_TOKEN.finditer(text))
@@ -129,14 +132,12 @@ def read_output(output: str, prefix: str = "", budget_spent: bool = False) -> Re
             position = len(text) if response_end is None else response_end.end()
     take(len(text))
     said = "".join(content).strip()
-    if any(_BARE_CALL.search(piece) for piece in content) or holds_foreign_call(said):
-        attempted = malformed = True
-    status: Status = "ok" if attempted else "no_call"
-    if malformed:
-        status = "malformed"
-    elif cut or budget_spent:
-        status = "truncated"
-    return Reading(tuple(calls), said, "".join(reasoning).strip(), attempted, status)
+    status: Status = "truncated" if cut or budget_spent else "ok" if attempted else "no_call"
+    status = "malformed" if malformed else status
+    reading = Reading(tuple(calls), said, "".join(reasoning).strip(), attempted, status)
+    if any(_BARE_CALL.search(piece) for piece in content) or holds_foreign_call(said, tool_names):
+        return replace(reading, attempted=True, status="malformed", as_text=reading)
+    return reading
 
 
 def _open_block(prefix: str) -> str:

@@ -135,7 +135,8 @@ def _answered(
 
 
 def _sample(number: int, trajectory: Trajectory, prompt: Prompt, written: Answer) -> dict[str, Any]:
-    reading = read_output(written.text, prompt.text[-PROMPT_END:], budget_spent=not written.stopped)
+    names = [tool["function"]["name"] for tool in trajectory.tools]
+    reading = read_output(written.text, prompt.text[-PROMPT_END:], not written.stopped, names)
     gold_calls = [call["function"] for call in prompt.gold[-1].get("tool_calls", [])]
     gold_text = "".join(map(_text, prompt.gold))
     return {

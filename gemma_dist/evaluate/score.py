@@ -10,6 +10,7 @@ compared strictly (`same_value`).
 """
 
 import math
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -46,6 +47,7 @@ METRICS = {
 }
 # Ratios that are not a share of trials have no Wilson interval.
 _NOT_SHARES = {"call_f1", "tool_f1", "arg_f1"}
+_NOTHING = re.compile(r"<(?:unused\d+|unk|mask)>|\ufffd")
 
 
 def score_sample(
@@ -57,6 +59,8 @@ def score_sample(
     be hallucinated). Returns status, right (what `overall` counts), match ([gold, predicted] pairs by index) and
     ratios (metric -> [numerator, denominator]; metrics with nothing to judge here are absent).
     """
+    if reading.as_text and same_value(reading.content, gold_text):
+        reading = reading.as_text  # gold's own words are no attempt, whatever they look like
     calls = reading.calls
     pairs = match_calls(gold_calls, calls)
     exact = sum(same_value(gold_calls[g]["arguments"], calls[p].arguments) for g, p in pairs)
@@ -190,8 +194,9 @@ def _nfc(value: Any) -> Any:
 
 
 def _says_something(text: str) -> bool:
-    """Whether anything shows: blanks, control and format characters (a zero-width space) do not."""
-    return any(unicodedata.category(character)[0] not in "CZ" for character in text)
+    """Whether anything shows: blanks, control and format characters (a zero-width space), tokens without a meaning and
+    bytes that are no text do not."""
+    return any(unicodedata.category(character)[0] not in "CZ" for character in _NOTHING.sub("", text))
 
 
 def fits_schema(arguments: Mapping[str, Any], schema: dict[str, Any]) -> bool | None:
