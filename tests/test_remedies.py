@@ -247,7 +247,10 @@ def test_a_damaged_row_group_is_left_out_as_inspect_advises(
     printed = re.search(r"use `gemma-dist train … (data\.quarantine=)FILE`", message)
     assert printed
     (tmp_path / "bad.txt").write_text(line)
-    words = [RECIPE, f"model_name_or_path={model}", f"data.train={tmp_path / 'shards'}"]
+    (tmp_path / "whole").mkdir()
+    shard_rows(tmp_path / "whole", model, [row(2)])  # without it nothing would be left to train on
+    sources = f"data.train=[{tmp_path / 'shards'}, {tmp_path / 'whole' / 'shards'}]"
+    words = [RECIPE, f"model_name_or_path={model}", sources]
     assert main(["check", *map(str, words), f"{printed[1]}{tmp_path / 'bad.txt'}"]) == 0
 
 
