@@ -232,8 +232,8 @@ def _open_manifest(folder: str, fetcher: Fetcher) -> Manifest:
     except (FetchError, OSError) as error:
         if not is_url(folder) and Path(folder).is_file():
             raise DataError(
-                f"{folder} is a file of rows, not a folder of shards; make one with `gemma-dist shard {folder} "
-                "--model MODEL --out FOLDER`, and name it"
+                f"{folder} is a file of rows, not a folder of shards; name the folder that "
+                "`gemma-dist shard … --out FOLDER` makes of it"
             ) from None
         begun = not is_url(folder) and (Path(folder) / UNFINISHED).exists()
         left = " (a `gemma-dist shard` run was interrupted there; run it again)" * begun
