@@ -228,9 +228,9 @@ class Bench:
         """A row with a picture as tensors, to compare logits on."""
         from safetensors.torch import save_file
 
-        from gemma_dist.data.batch import Sample, collate_packs, control_ids
         from gemma_dist.data.encode import load_encoder
-        from gemma_dist.data.shards import open_shards
+        from gemma_dist.shards.reader import open_shards
+        from gemma_dist.stream.collate import Sample, collate_packs, control_ids
 
         encoder = load_encoder(str(self.model(style, "float32")), chat_template=None, enable_thinking=False)
         trajectory = open_shards(self.shards(style, "images")).read(0)
@@ -284,8 +284,8 @@ class Bench:
         """The samples of the first quarter of the lanes at the first two steps: with one, two or four ranks, one of
         them has micro-batches without a single target there."""
         from gemma_dist.config import BatchPlan
-        from gemma_dist.data.schedule import Schedule
-        from gemma_dist.data.shards import open_shards
+        from gemma_dist.shards.reader import open_shards
+        from gemma_dist.stream.schedule import Schedule
 
         path = self.folder / f"quarantine-{cell.style}-{cell.packing}"
         if not path.exists():

@@ -24,11 +24,11 @@ from trl import SFTConfig, SFTTrainer
 
 from gemma_dist import world
 from gemma_dist.config import batch_plan, load_config
-from gemma_dist.data import loader as loader_module
-from gemma_dist.data.batch import ControlIds, Sample, collate
-from gemma_dist.data.schedule import open_schedule
 from gemma_dist.data.trajectory import Trajectory, decode_image
 from gemma_dist.model.load import _peft_config
+from gemma_dist.stream import loader as loader_module
+from gemma_dist.stream.collate import ControlIds, Sample, collate
+from gemma_dist.stream.schedule import open_schedule
 from gemma_dist.train import run
 from gemma_dist.train import trainer as trainer_module
 from gemma_dist.train.trainer import training_arguments

@@ -18,13 +18,13 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from PIL import Image
 
 from gemma_dist.config import BatchPlan, DataConfig
-from gemma_dist.data import sharding
 from gemma_dist.data.images import decode_image
-from gemma_dist.data.loader import NUM_FETCHERS, RowGroups
-from gemma_dist.data.schedule import Schedule
-from gemma_dist.data.shards import open_shards
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.model.tiny import write_tiny_model
+from gemma_dist.shards import sharding
+from gemma_dist.shards.reader import open_shards
+from gemma_dist.stream.loader import NUM_FETCHERS, RowGroups
+from gemma_dist.stream.schedule import Schedule
 
 Samples = Iterator[tuple[Any, list[bytes]]]
 NUM_SAMPLES, NUM_PASSES = 1000, 3

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from gemma_dist.config import ModelConfig
-from gemma_dist.data.batch import ControlIds, Sample, collate_packs, control_ids
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded
-from gemma_dist.data.packing import pack
+from gemma_dist.logs import read_jsonl
 from gemma_dist.model.load import load_model
 from gemma_dist.model.tiny import write_tiny_model
-from gemma_dist.report import read_jsonl
+from gemma_dist.stream.collate import ControlIds, Sample, collate_packs, control_ids
+from gemma_dist.stream.packing import pack
 
 Document = tuple[int, int]  # tokens of text, and images
 IMAGE_TOKENS, PATCHES = 280, (60, 42)  # of an image: nine patches are pooled into a token

@@ -27,9 +27,9 @@ import numpy as np
 import pyarrow as pa
 
 from gemma_dist.config import BatchPlan
-from gemma_dist.data.manifest import COUNTS, MANIFEST, SCHEMA, read_manifest, write_manifest
-from gemma_dist.data.schedule import Schedule
-from gemma_dist.data.shards import Shards, open_shards
+from gemma_dist.shards.manifest import COUNTS, MANIFEST, SCHEMA, read_manifest, write_manifest
+from gemma_dist.shards.reader import Shards, open_shards
+from gemma_dist.stream.schedule import Schedule
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 NUM_REPEATS = 2  # of a reader, in turns with the others: the best counts, as others use the machine too

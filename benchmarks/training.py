@@ -59,9 +59,9 @@ def overhead(folder: Path) -> None:
 
     from gemma_dist.config import batch_plan, load_config
     from gemma_dist.data.encode import load_encoder
-    from gemma_dist.data.loader import TrajectoryLoader
-    from gemma_dist.data.schedule import open_schedule
-    from gemma_dist.report import RunLog
+    from gemma_dist.logs import RunLog
+    from gemma_dist.stream.loader import TrajectoryLoader
+    from gemma_dist.stream.schedule import open_schedule
     from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 
     model_dir, shards = prepare(folder)

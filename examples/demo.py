@@ -64,8 +64,8 @@ def main() -> None:
 
 def make_data_and_model() -> None:
     """Runs to learn from, other runs to be judged on, and a model whose tokenizer has seen the former's words."""
+    from gemma_dist.logs import read_jsonl
     from gemma_dist.model.tiny import write_tiny_model
-    from gemma_dist.report import read_jsonl
 
     say(f"writing {NUM_TRAIN} + {NUM_HELD_OUT} trajectories and a tiny Gemma 4 with random weights")
     path = write_trajectories(RUN / "train", num_trajectories=NUM_TRAIN, seed=1, held_out=False)

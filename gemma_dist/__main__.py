@@ -13,7 +13,7 @@ from gemma_dist import world
 from gemma_dist.cli import cli
 from gemma_dist.errors import GemmaDistError, PeerError
 from gemma_dist.failures import explain, explain_sigterm
-from gemma_dist.report import start_logging
+from gemma_dist.logs import start_logging
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -144,7 +144,7 @@ def shard(
     killed goes on when the same command is given again.
     """
     from gemma_dist.config import DataConfig, load_section
-    from gemma_dist.data.sharding import run_shard
+    from gemma_dist.shards.sharding import run_shard
 
     checked = load_section(DataConfig, settings)
     report = run_shard(list(inputs), out, model, checked, skip_invalid, append=append, num_workers=num_workers)
@@ -167,7 +167,7 @@ def inspect(data: str, model: str, row: int | None, row_id: str | None, as_json:
     if row is not None and row_id is not None:
         raise click.UsageError("name one row: by --row (its number, from 1) or by --id")
     from gemma_dist.config import DataConfig, load_section
-    from gemma_dist.data.inspect import inspect_row
+    from gemma_dist.show.row import inspect_row
 
     inspection = inspect_row(
         data, model, row_id if row_id is not None else row or 1, load_section(DataConfig, settings)
@@ -192,17 +192,17 @@ def check(config: Path, overrides: tuple[str, ...], world_size: int | None, acce
     """
     from gemma_dist import world
     from gemma_dist.config import load_config
-    from gemma_dist.launch import current_launch, read_launch, require_fit
+    from gemma_dist.topology import current_topology, read_topology, require_fit
 
     settings = load_config(config, overrides)
     num_ranks = world_size or world.world_size()
     if accelerate_config:
-        launch = read_launch(accelerate_config)
-        num_ranks = world_size or launch.num_processes
-        require_fit(settings, dataclasses.replace(launch, num_processes=num_ranks))
+        topology = read_topology(accelerate_config)
+        num_ranks = world_size or topology.num_processes
+        require_fit(settings, dataclasses.replace(topology, num_processes=num_ranks))
     elif "WORLD_SIZE" in os.environ:
-        require_fit(settings, current_launch())
-    from gemma_dist.check import describe_run
+        require_fit(settings, current_topology())
+    from gemma_dist.show.check import describe_run
 
     description = describe_run(settings, num_ranks)
     if world.rank() == 0:
@@ -239,8 +239,8 @@ def batches(
     """
     from gemma_dist import world
     from gemma_dist.config import load_config
-    from gemma_dist.data.batches import batches
-    from gemma_dist.report import to_json
+    from gemma_dist.logs import to_json
+    from gemma_dist.show.batches import batches
 
     words = [*overrides, *([f"data.train={data}"] if data != "-" else [])]
     settings = load_config(config, [*words, *([f"data.quarantine={quarantine}"] if quarantine else [])])
@@ -262,7 +262,7 @@ def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None) -> 
 
     overrides = (*overrides, *([f"data.quarantine={quarantine}"] if quarantine else []))
     settings = load_config(config, overrides)  # before torch is loaded: a slip of the hand should cost a second
-    from gemma_dist.report import say_idle_gpus
+    from gemma_dist.logs import say_idle_gpus
     from gemma_dist.train import run
 
     say_idle_gpus(["train", config, *overrides])
@@ -284,7 +284,7 @@ def evaluate(model: str, adapter: Path | None, data: Path, out: Path, limit: int
 
     checked = load_section(EvaluateConfig, settings)
     from gemma_dist.evaluate import run
-    from gemma_dist.report import say_idle_gpus
+    from gemma_dist.logs import say_idle_gpus
 
     say_idle_gpus(["evaluate", *sys.argv[2:]])
     run.evaluate(model, adapter, data, out, limit, checked)

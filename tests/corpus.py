@@ -9,9 +9,9 @@ from typing import Any
 from PIL import Image
 
 from gemma_dist.config import DataConfig
-from gemma_dist.data.pieces import ShardReport
-from gemma_dist.data.schedule import Schedule
-from gemma_dist.data.sharding import run_shard
+from gemma_dist.shards.pieces import ShardReport
+from gemma_dist.shards.sharding import run_shard
+from gemma_dist.stream.schedule import Schedule
 
 TOOLS = [
     {

@@ -2,8 +2,8 @@
 
 import torch
 
-from gemma_dist.data.batch import ControlIds, Sample
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded
+from gemma_dist.stream.collate import ControlIds, Sample
 
 FIRST_WORD, NUM_WORDS = 40, 200  # ids of a tiny tokenizer that are no control tokens
 Picture = tuple[int, int]  # width and height in soft tokens

@@ -4,8 +4,8 @@ import pytest
 import torch
 from documents import document
 
-from gemma_dist.data.batch import ControlIds, Sample, collate, collate_packs
 from gemma_dist.data.encode import IGNORE_INDEX
+from gemma_dist.stream.collate import ControlIds, Sample, collate, collate_packs
 
 IDS = ControlIds(pad=0, begin_image=10, image=11, end_image=12)
 TEXT = document(IDS, 7)

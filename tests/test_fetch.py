@@ -17,11 +17,11 @@ import pytest
 from corpus import row, shard_rows
 from store import Server, serve
 
-from gemma_dist.data import fetch as module
-from gemma_dist.data import sharding
-from gemma_dist.data.fetch import Fetcher, FetchError
-from gemma_dist.data.shards import open_shards
 from gemma_dist.errors import ConfigError, DataError
+from gemma_dist.shards import fetch as module
+from gemma_dist.shards import sharding
+from gemma_dist.shards.fetch import Fetcher, FetchError
+from gemma_dist.shards.reader import open_shards
 
 DATA = bytes(range(256)) * 40
 PIECE = slice(1000, 3000)
@@ -277,7 +277,7 @@ def test_what_a_killed_process_left_is_removed(server: Server, tmp_path: Path) -
 READER = """
 import sys, zlib
 from pathlib import Path
-from gemma_dist.data.fetch import Fetcher
+from gemma_dist.shards.fetch import Fetcher
 data, fetcher = bytes(range(256)) * 40, Fetcher(Path(sys.argv[2]), 10**6)
 print("ready", flush=True)
 sys.stdin.readline()

@@ -10,7 +10,7 @@ from ranks import gemma_dist
 
 from gemma_dist.config import batch_plan, load_config
 from gemma_dist.errors import ConfigError
-from gemma_dist.launch import Launch, current_launch, read_launch, require_fit, write_recipe_into
+from gemma_dist.topology import Topology, current_topology, read_topology, require_fit, write_recipe_into
 
 ROOT = Path(__file__).parents[1]
 FULL_BF16 = ("cpu_full", "model.dtype=bfloat16")
@@ -22,14 +22,14 @@ def recipe(name: str, *overrides: str) -> Any:
     return load_config(ROOT / f"launch/{name}.yaml", overrides)
 
 
-def launch(stage: int | None = None, **changed: Any) -> Launch:
+def launch(stage: int | None = None, **changed: Any) -> Topology:
     """A launch whose DeepSpeed config is that of the package, with changes."""
     if stage is None:
-        return Launch("here", 2, **({"distributed_type": "MULTI_GPU"} | changed))
+        return Topology("here", 2, **({"distributed_type": "MULTI_GPU"} | changed))
     settings = json.loads((ROOT / f"accelerate_configs/deepspeed_zero{stage}.json").read_text())
     zero = settings["zero_optimization"] | changed.pop("zero", {})
     precision = changed.pop("mixed_precision", "no")
-    return Launch("here", 2, "DEEPSPEED", precision, settings | {"zero_optimization": zero} | changed)
+    return Topology("here", 2, "DEEPSPEED", precision, settings | {"zero_optimization": zero} | changed)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def launch(stage: int | None = None, **changed: Any) -> Launch:
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused(config: tuple[str, ...], launched: Launch, reason: str) -> None:
+def test_what_does_not_go_together_is_refused(config: tuple[str, ...], launched: Topology, reason: str) -> None:
     with pytest.raises(ConfigError, match=r"here: 1 problem\n.*" + reason):
         require_fit(recipe(*config), launched)
 
@@ -139,7 +139,7 @@ def test_full_training_in_bfloat16_goes_with_deepspeed(stage: int) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_our_own_configs_are_read_as_accelerate_reads_them(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    found = read_launch(path)
+    found = read_topology(path)
     assert found.zero_stage == STAGES[path.stem.removeprefix("cpu_")]
     assert found.offloads_optimizer == ("offload" in path.stem)
     assert found.num_processes == yaml.safe_load(path.read_text())["num_processes"]
@@ -150,16 +150,16 @@ def test_accelerates_own_keys_are_read_too(tmp_path: Path) -> None:
     section = {"zero_stage": 3, "offload_optimizer_device": "cpu", "zero3_save_16bit_model": True}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"distributed_type": "DEEPSPEED", "num_processes": 4, "deepspeed_config": section}))
-    found = read_launch(path)
+    found = read_topology(path)
     assert (found.zero_stage, found.offloads_optimizer, found.num_processes) == (3, True, 4)
     require_fit(recipe("cpu_lora", "global_batch_size=32"), found)
     section |= {"gradient_clipping": 0.3, "gradient_accumulation_steps": 1}  # as `accelerate config` writes them
     path.write_text(yaml.safe_dump({"distributed_type": "DEEPSPEED", "num_processes": 4, "deepspeed_config": section}))
     with pytest.raises(ConfigError, match=r"1 problem\ngradient_clipping: 0.3, but"):
-        require_fit(recipe("cpu_lora"), read_launch(path))
+        require_fit(recipe("cpu_lora"), read_topology(path))
     path.write_text("just words")
     with pytest.raises(ConfigError, match="not an accelerate config"):
-        read_launch(path)
+        read_topology(path)
 
 
 @pytest.mark.parametrize(
@@ -186,13 +186,13 @@ def test_a_launch_is_known_from_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for name in ("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert current_launch().zero_stage is None
+    assert current_topology().zero_stage is None
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "accelerate_configs/deepspeed_zero3_offload.json")
-    assert (current_launch().zero_stage, current_launch().offloads_optimizer) == (3, True)
+    assert (current_topology().zero_stage, current_topology().offloads_optimizer) == (3, True)
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "gone.json")
     with pytest.raises(ConfigError, match="no DeepSpeed config can be read there"):
-        current_launch()
+        current_topology()
 
 
 def test_check_refuses_before_anything_is_loaded(tmp_path: Path) -> None:

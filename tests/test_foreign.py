@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gemma_dist.evaluate.foreign import holds_foreign_call
 from gemma_dist.evaluate.read import Reading, read_output
 from gemma_dist.evaluate.score import score_sample
-from gemma_dist.report import read_jsonl
+from gemma_dist.logs import read_jsonl
 
 JSON_CALL = '{"name": "f", "arguments": {"a": 1}}'
 CALLS = [

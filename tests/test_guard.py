@@ -10,7 +10,7 @@ from ranks import gemma_dist, needs_compiler
 from safetensors.torch import load_file, save_file
 from store import serve
 
-from gemma_dist.data.shards import open_shards
+from gemma_dist.shards.reader import open_shards
 
 POISONED = 5
 SETTINGS = ["per_device_train_batch_size=2", "global_batch_size=4", "max_steps=4", "save_steps=1"]
@@ -73,8 +73,8 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimiser(
 
 def test_a_gradient_that_is_not_finite_stops_too(shards: Path) -> None:
     from gemma_dist.config import BatchPlan
-    from gemma_dist.data.schedule import Schedule
     from gemma_dist.errors import TrainingError
+    from gemma_dist.stream.schedule import Schedule
     from gemma_dist.train.guard import stop_unless_finite
 
     schedule = Schedule(open_shards(shards), BatchPlan(1, 2, 2, 4), 1, packing=False, packing_length=None)
@@ -87,8 +87,8 @@ def test_a_gradient_that_is_not_finite_stops_too(shards: Path) -> None:
 
 def test_samples_in_quarantine_are_never_blamed(shards: Path, tmp_path: Path) -> None:
     from gemma_dist.config import batch_plan, load_config
-    from gemma_dist.data.schedule import open_schedule
     from gemma_dist.errors import TrainingError
+    from gemma_dist.stream.schedule import open_schedule
     from gemma_dist.train.guard import sample_ids, stop_unless_finite
 
     quarantine = tmp_path / "bad.txt"
@@ -117,6 +117,6 @@ def test_a_rank_that_hangs_is_named_with_its_samples(model: str, shards: Path, t
         assert f"[rank {rank}] no step has ended for 2 s (train.step_timeout_s): this rank is at step 1" in output
         stacks = (out / f"stacks-rank-{rank}.txt").read_text()
         assert "samples row-" in stacks
-        assert "gemma_dist/data/fetch.py" in stacks, "what it waits for"
+        assert "gemma_dist/shards/fetch.py" in stacks, "what it waits for"
         assert 'loader.py", line' in stacks
     assert (out / "model.safetensors").exists()

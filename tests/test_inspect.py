@@ -14,10 +14,10 @@ from store import serve
 
 from gemma_dist.config import DataConfig
 from gemma_dist.data.encode import IGNORE_INDEX, load_encoder
-from gemma_dist.data.inspect import inspect_row
 from gemma_dist.data.rows import read_rows
-from gemma_dist.data.shards import load_trajectories, open_shards
 from gemma_dist.errors import DataError
+from gemma_dist.shards.reader import load_trajectories, open_shards
+from gemma_dist.show.row import inspect_row
 
 ROWS = [row(number) for number in range(4)]
 

@@ -12,16 +12,16 @@ from corpus import ids_at, row, shard_rows
 from torch.utils.data import DataLoader
 
 from gemma_dist.config import BatchPlan
-from gemma_dist.data import loader as module
-from gemma_dist.data import schedule as schedule_module
-from gemma_dist.data import sharding
-from gemma_dist.data.batch import Sample, collate, control_ids
 from gemma_dist.data.encode import IGNORE_INDEX, Encoder, load_encoder
-from gemma_dist.data.fetch import Fetcher
-from gemma_dist.data.loader import TrajectoryLoader
-from gemma_dist.data.schedule import Schedule, read_quarantine
-from gemma_dist.data.shards import Shards, open_shards
 from gemma_dist.errors import DataError
+from gemma_dist.shards import sharding
+from gemma_dist.shards.fetch import Fetcher
+from gemma_dist.shards.reader import Shards, open_shards
+from gemma_dist.stream import loader as module
+from gemma_dist.stream import schedule as schedule_module
+from gemma_dist.stream.collate import Sample, collate, control_ids
+from gemma_dist.stream.loader import TrajectoryLoader
+from gemma_dist.stream.schedule import Schedule, read_quarantine
 
 NUM_SAMPLES = 11
 Batch = dict[str, torch.Tensor]

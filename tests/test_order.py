@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_dist.data.order import Order, cut_blocks, lanes_of, micro_batches, split_lanes, spread_lanes
+from gemma_dist.stream.order import Order, cut_blocks, lanes_of, micro_batches, split_lanes, spread_lanes
 
 blocks = st.lists(st.integers(1, 12), min_size=1, max_size=40).map(np.array)
 lanes = st.integers(1, 24)
@@ -158,5 +158,5 @@ def test_too_many_sources_are_refused() -> None:
 
 
 def test_order_and_packing_import_no_torch() -> None:
-    code = "import sys, gemma_dist.data.order, gemma_dist.data.packing; sys.exit('torch' in sys.modules)"
+    code = "import sys, gemma_dist.stream.order, gemma_dist.stream.packing; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor
 
 from gemma_dist.config import ModelConfig
-from gemma_dist.data.batch import ControlIds, Sample, collate, collate_packs, control_ids
 from gemma_dist.model.attention import find_documents
 from gemma_dist.model.load import load_model
+from gemma_dist.stream.collate import ControlIds, Sample, collate, collate_packs, control_ids
 
 Batch = dict[str, torch.Tensor]
 Tensors = dict[str, torch.Tensor]

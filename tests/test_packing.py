@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_dist.data.packing import count_packs, pack
+from gemma_dist.stream.packing import count_packs, pack
 
 lengths = st.lists(st.integers(1, 120), min_size=1, max_size=80)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_dist.report import JsonlWriter, RunLog, read_jsonl, to_json, write_json
+from gemma_dist.logs import JsonlWriter, RunLog, read_jsonl, to_json, write_json
 
 # What ends a line for somebody, and what UTF-8 cannot encode.
 HARD = [

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from ranks import gemma_dist
 
 from gemma_dist.config import BatchPlan, batch_plan, load_config
-from gemma_dist.data import sharding
-from gemma_dist.data.schedule import Schedule, open_schedule, read_quarantine
-from gemma_dist.data.shards import open_shards
 from gemma_dist.errors import ConfigError, DataError
+from gemma_dist.shards import sharding
+from gemma_dist.shards.reader import open_shards
+from gemma_dist.stream.schedule import Schedule, open_schedule, read_quarantine
 
 
 def corpus(lengths: Any, row_group_sizes: Any, weights: list[float] | None = None) -> Any:
@@ -238,7 +238,7 @@ def test_packs_are_counted_once_for_a_cache(tmp_path: Path, monkeypatch: pytest.
 
     expected = [opened(1).micro_batches(step, 0) for step in range(30)]
     counted = opened(1, cache_dir=tmp_path)
-    monkeypatch.setattr("gemma_dist.data.schedule.count_packs", None)
+    monkeypatch.setattr("gemma_dist.stream.schedule.count_packs", None)
     remembered = opened(1, cache_dir=tmp_path)
     for found in (counted, remembered):
         assert [found.micro_batches(step, 0) for step in range(30)] == expected

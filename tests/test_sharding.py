@@ -18,12 +18,12 @@ import pytest
 from corpus import row, write_rows
 
 from gemma_dist.config import DataConfig
-from gemma_dist.data import sharding as module
-from gemma_dist.data.manifest import read_manifest
 from gemma_dist.data.rows import cut_parts, read_parts, read_rows
-from gemma_dist.data.sharding import run_shard
-from gemma_dist.data.shards import open_shards
 from gemma_dist.errors import DataError
+from gemma_dist.shards import sharding as module
+from gemma_dist.shards.manifest import read_manifest
+from gemma_dist.shards.reader import open_shards
+from gemma_dist.shards.sharding import run_shard
 
 ROWS = [row(number, num_calls=1 + number % 3) for number in range(60)]
 
@@ -77,7 +77,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from gemma_dist.config import DataConfig
-from gemma_dist.data import sharding
+from gemma_dist.shards import sharding
 sharding.PIECE_BYTES, sharding.ROW_GROUP_BYTES, sharding.SHARD_BYTES = 6000, 3000, 5000
 options = {"append": len(sys.argv) > 4, "num_workers": 1}
 sharding.run_shard([Path(sys.argv[1])], Path(sys.argv[2]), sys.argv[3], DataConfig(), False, **options)

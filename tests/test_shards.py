@@ -10,13 +10,13 @@ import pytest
 from corpus import answer, call, picture, row, shard_rows, write_rows
 
 from gemma_dist.config import DataConfig
-from gemma_dist.data import sharding as module
-from gemma_dist.data import shards as shards_module
 from gemma_dist.data.encode import load_encoder
-from gemma_dist.data.pieces import _first_messages, cut_points
-from gemma_dist.data.sharding import run_shard
-from gemma_dist.data.shards import load_trajectories, open_shards
 from gemma_dist.errors import DataError
+from gemma_dist.shards import reader as shards_module
+from gemma_dist.shards import sharding as module
+from gemma_dist.shards.pieces import _first_messages, cut_points
+from gemma_dist.shards.reader import load_trajectories, open_shards
+from gemma_dist.shards.sharding import run_shard
 
 ROWS = [row(number) for number in range(12)]
 

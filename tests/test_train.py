@@ -25,9 +25,9 @@ from store import serve
 from transformers import AutoModelForImageTextToText
 
 from gemma_dist.config import load_config
-from gemma_dist.data.shards import open_shards
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.model.fingerprint import fingerprint_base
+from gemma_dist.shards.reader import open_shards
 from gemma_dist.train.checkpoint import MARKER, alone_in, find_checkpoint, require_folder, saving
 from gemma_dist.train.optimizer import layout
 from gemma_dist.train.trainer import settle_buckets
@@ -123,9 +123,9 @@ def test_loss_is_a_sum_over_the_target_tokens_of_the_global_batch(
 ) -> None:
     """Step 1 against transformers' own loss of each row alone, weighted by its target tokens."""
     from gemma_dist.config import batch_plan, load_config
-    from gemma_dist.data.batch import Sample, collate, control_ids
     from gemma_dist.data.encode import load_encoder
-    from gemma_dist.data.schedule import open_schedule
+    from gemma_dist.stream.collate import Sample, collate, control_ids
+    from gemma_dist.stream.schedule import open_schedule
 
     encoder = load_encoder(model, chat_template=None, enable_thinking=False)
     config = load_config("launch/cpu_full.yaml", [*_paths(model, shards, Path("out")), *SETTINGS, *more])

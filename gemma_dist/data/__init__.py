@@ -1,1 +1,1 @@
-"""From raw rows to the tensors of a micro-batch: parse, shard, order, encode, collate."""
+"""The contract: one raw row becomes one checked trajectory, then token ids and labels."""

@@ -22,15 +22,15 @@ from PIL import Image
 from gemma_dist import world
 from gemma_dist.config import EvaluateConfig
 from gemma_dist.data.encode import Encoder, Prompt, load_encoder
-from gemma_dist.data.shards import load_trajectories
 from gemma_dist.data.trajectory import Trajectory, decode_image
 from gemma_dist.errors import ConfigError, DataError
 from gemma_dist.evaluate.generate import Answer, answer
 from gemma_dist.evaluate.read import read_output, reading_to_json
 from gemma_dist.evaluate.score import METRICS, call_decision, counts, metrics, score_sample, trajectory_counts
+from gemma_dist.logs import JsonlWriter, log, progress, read_jsonl, write_json
 from gemma_dist.model.load import load_for_evaluation
 from gemma_dist.model.zero3 import is_spread
-from gemma_dist.report import JsonlWriter, log, progress, read_jsonl, write_json
+from gemma_dist.shards.reader import load_trajectories
 
 SAMPLES = "samples.jsonl"
 REPORT = "report.json"

@@ -22,12 +22,12 @@ import torch
 
 from gemma_dist.errors import CheckpointError, ConfigError, setting
 from gemma_dist.files import naming, require_free, size, whole_folder
+from gemma_dist.logs import log, progress, write_json
 from gemma_dist.merge.plan import Lora, Step, plan_merge
 from gemma_dist.merge.verify import check_memory
 from gemma_dist.merge.verify import verify as compare
 from gemma_dist.model.fingerprint import fingerprint_base
 from gemma_dist.model.folder import refuse_custom_code, require_embeddings
-from gemma_dist.report import log, progress, write_json
 from gemma_dist.tensorfile import Entry, TensorFile, open_tensors, write_header, write_tensor
 
 BaseWeights = Literal["as_trained", "original"]

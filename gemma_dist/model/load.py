@@ -147,7 +147,7 @@ def add_adapter(model: Any, settings: LoraConfig, *, zero3: bool) -> Any:
 
 def write_record(folder: Path, config: RunConfig, model: Any, **more: Any) -> None:
     """Write `gemma_dist.json` to `folder`: the base, how training held it, and what else is worth keeping."""
-    from gemma_dist.report import write_json
+    from gemma_dist.logs import write_json
 
     quantization = None
     if config.quantization is not None:

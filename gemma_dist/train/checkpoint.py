@@ -17,7 +17,7 @@ from gemma_dist import world
 from gemma_dist.config import RunConfig
 from gemma_dist.errors import CheckpointError, ConfigError, PeerError
 from gemma_dist.files import exclusive
-from gemma_dist.report import log, write_json
+from gemma_dist.logs import log, write_json
 
 MARKER = "complete.json"
 UNFINISHED = ".unfinished"

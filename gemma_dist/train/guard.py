@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gemma_dist import world
-from gemma_dist.data.schedule import Schedule
 from gemma_dist.errors import TrainingError, setting
-from gemma_dist.report import log
+from gemma_dist.logs import log
+from gemma_dist.stream.schedule import Schedule
 
 NUM_IDS_SHOWN = 50  # of a rank, in a message
 

@@ -13,12 +13,12 @@ from typing import Any
 from gemma_dist import world
 from gemma_dist.config import RunConfig, batch_plan
 from gemma_dist.data.encode import load_encoder
-from gemma_dist.data.loader import TrajectoryLoader
-from gemma_dist.data.schedule import open_schedule
-from gemma_dist.launch import current_launch, require_fit
+from gemma_dist.logs import RunLog, log
 from gemma_dist.model.fingerprint import fingerprint_base
 from gemma_dist.model.load import ADAPTER_RECORD, add_adapter, load_model
-from gemma_dist.report import RunLog, log
+from gemma_dist.stream.loader import TrajectoryLoader
+from gemma_dist.stream.schedule import open_schedule
+from gemma_dist.topology import current_topology, require_fit
 from gemma_dist.train.checkpoint import (
     alone_in,
     changed_settings,
@@ -45,8 +45,8 @@ def train(config: RunConfig) -> None:
         CheckpointError: the ranks did not find the same checkpoint.
         TrainingError: a loss or a gradient is not finite.
     """
-    launch = current_launch()
-    require_fit(config, launch)
+    topology = current_topology()
+    require_fit(config, topology)
     require_folder(config)
     plan = batch_plan(config, world.world_size())
     schedule = open_schedule(config, plan)
@@ -71,7 +71,7 @@ def train(config: RunConfig) -> None:
         "tuning": config.tuning,
         "lora": {name: value for name, value in (config.lora or {}) if value},  # options that come later are off
         "optim": config.train.optim.removesuffix("_fused"),
-        "optimizer": layout(config.train.optim, launch.zero_stage, plan.world_size),
+        "optimizer": layout(config.train.optim, topology.zero_stage, plan.world_size),
     }
     checkpoint, start_step = find_checkpoint(config.train.output_dir, config.train.resume_from_checkpoint, state)
     if checkpoint and (changed := changed_settings(checkpoint, config)):

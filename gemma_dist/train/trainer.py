@@ -30,11 +30,11 @@ from trl import SFTConfig, SFTTrainer
 
 from gemma_dist import world
 from gemma_dist.config import BatchPlan, RunConfig
-from gemma_dist.data.loader import TrajectoryLoader
 from gemma_dist.errors import CheckpointError
-from gemma_dist.launch import write_recipe_into
+from gemma_dist.logs import RunLog
 from gemma_dist.model.load import use_cpu, write_record
-from gemma_dist.report import RunLog
+from gemma_dist.stream.loader import TrajectoryLoader
+from gemma_dist.topology import write_recipe_into
 from gemma_dist.train import checkpoint
 from gemma_dist.train.guard import Watchdog, sample_ids, stop_unless_finite
 from gemma_dist.train.optimizer import load_optimizer, save_optimizer

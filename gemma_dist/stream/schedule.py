@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from gemma_dist.config import BatchPlan, RunConfig, SourceConfig, TrainConfig
-from gemma_dist.data.fetch import Fetcher
-from gemma_dist.data.order import Blocks, Order, cut_blocks, lanes_of, micro_batches, split_lanes, spread_lanes
-from gemma_dist.data.packing import count_packs, pack_all
-from gemma_dist.data.shards import Shards, open_shards
 from gemma_dist.errors import ConfigError, DataError, setting
+from gemma_dist.shards.fetch import Fetcher
+from gemma_dist.shards.reader import Shards, open_shards
+from gemma_dist.stream.order import Blocks, Order, cut_blocks, lanes_of, micro_batches, split_lanes, spread_lanes
+from gemma_dist.stream.packing import count_packs, pack_all
 
 # A lane holds one block in memory. Large blocks shuffle better and pack tighter (each leaves one pack half full); the
 # samples bound the time that packing takes where rows are short.

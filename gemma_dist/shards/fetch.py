@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma_dist.errors import ConfigError
-from gemma_dist.report import log
+from gemma_dist.logs import log
 
 NUM_TRIES = 6
 FIRST_WAIT_S = 0.5  # doubled at each try, times 0.5 to 1.5 by chance, so that ranks do not ask in step: 16 s in all

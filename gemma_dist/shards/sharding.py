@@ -34,12 +34,12 @@ import pyarrow as pa
 
 from gemma_dist.config import TRAINING_ONLY, DataConfig
 from gemma_dist.data.encode import Encoder, load_encoder
-from gemma_dist.data.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest, write_manifest
-from gemma_dist.data.manifest import SCHEMA as MANIFEST_SCHEMA
-from gemma_dist.data.pieces import NUM_ERRORS_SHOWN, PLACES, REJECTED, TOO_LONG, ShardReport, Task, piece_files, work
 from gemma_dist.data.rows import Part, cut_parts, read_parts
 from gemma_dist.errors import DataError
-from gemma_dist.report import log, progress, write_json
+from gemma_dist.logs import log, progress, write_json
+from gemma_dist.shards.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest, write_manifest
+from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
+from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, PLACES, REJECTED, TOO_LONG, ShardReport, Task, piece_files, work
 
 PIECE_BYTES = 256 << 20  # of input, that one process works on at a time
 ROW_GROUP_BYTES = 4 << 20  # before compression: what is fetched and checked as one

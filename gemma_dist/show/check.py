@@ -7,8 +7,8 @@ what the weights take.
 import yaml
 
 from gemma_dist.config import BatchPlan, RunConfig, batch_plan
-from gemma_dist.data.schedule import open_schedule
 from gemma_dist.model.load import describe_training
+from gemma_dist.stream.schedule import open_schedule
 from gemma_dist.train.checkpoint import require_folder
 
 

@@ -19,13 +19,13 @@ import pyarrow.parquet as pq
 
 from gemma_dist.config import DataConfig, RowConfig, option
 from gemma_dist.data.encode import Encoded, Encoder
-from gemma_dist.data.manifest import COUNTS, row_group_line
-from gemma_dist.data.manifest import SCHEMA as MANIFEST_SCHEMA
 from gemma_dist.data.rows import Part, Where
 from gemma_dist.data.strict import at
 from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.errors import DataError, setting, spell
-from gemma_dist.report import JsonlWriter
+from gemma_dist.logs import JsonlWriter
+from gemma_dist.shards.manifest import COUNTS, row_group_line
+from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
 
 NUM_ERRORS_SHOWN = 5
 OPTIONS = {name: f"{option(name)} {{}}" for name in DataConfig.model_fields}  # of `gemma-dist shard`, in its log

@@ -33,7 +33,7 @@ ROUNDING = ("zero_quantized_gradients", "zero_quantized_nontrainable_weights", "
 
 
 @dataclass(frozen=True)
-class Launch:
+class Topology:
     """An accelerate config, as far as a recipe has to go with it."""
 
     name: str  # where it stands, for messages
@@ -56,7 +56,7 @@ class Launch:
         return (self.deepspeed or {}).get("zero_optimization", {})
 
 
-def read_launch(path: Path) -> Launch:
+def read_topology(path: Path) -> Topology:
     """The launch that an accelerate config describes. ConfigError where it cannot be read."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -72,10 +72,10 @@ def read_launch(path: Path) -> Launch:
         deepspeed = _read_json(Path(file)) if file else _deepspeed(section)
     precision = str(values.get("mixed_precision", "no")).lower()
     precision = "no" if precision == "false" else precision  # YAML 1.1 reads a bare `no` as false
-    return Launch(str(path), int(values.get("num_processes", 1)), kind, precision, deepspeed)
+    return Topology(str(path), int(values.get("num_processes", 1)), kind, precision, deepspeed)
 
 
-def current_launch() -> Launch:
+def current_topology() -> Topology:
     """The launch that this process is part of. ConfigError where accelerate would not carry it out."""
     env, deepspeed, kind = os.environ, None, "NO"
     num_processes = int(env.get("WORLD_SIZE", "1"))
@@ -104,25 +104,31 @@ def current_launch() -> Launch:
     elif num_processes > 1:
         kind = "MULTI_GPU"
     precision = env.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    return Launch("this launch", num_processes, kind, precision, deepspeed)
+    return Topology("this launch", num_processes, kind, precision, deepspeed)
 
 
-def require_fit(config: RunConfig, launch: Launch) -> None:
-    """Raises ConfigError, with every reason and a remedy for each, where `config` must not run under `launch`."""
-    problems = [*_wrong_launch(config, launch), *_wrong_together(config, launch), *_contradictions(config, launch)]
+def require_fit(config: RunConfig, topology: Topology) -> None:
+    """Raises ConfigError, with every reason and a remedy for each, where `config` must not run under `topology`."""
+    problems = [
+        *_wrong_topology(config, topology),
+        *_wrong_together(config, topology),
+        *_contradictions(config, topology),
+    ]
     if problems:
-        raise ConfigError("\n".join([f"{launch.name}: {len(problems)} problem{'s' * (len(problems) > 1)}", *problems]))
+        raise ConfigError(
+            "\n".join([f"{topology.name}: {len(problems)} problem{'s' * (len(problems) > 1)}", *problems])
+        )
 
 
-def _wrong_launch(config: RunConfig, launch: Launch) -> Iterator[str]:
+def _wrong_topology(config: RunConfig, topology: Topology) -> Iterator[str]:
     """What no recipe goes with, or none of this number format."""
-    if launch.distributed_type in ("FSDP", "MEGATRON_LM", "TP", "XLA"):
+    if topology.distributed_type in ("FSDP", "MEGATRON_LM", "TP", "XLA"):
         yield (
-            f"distributed_type: {launch.distributed_type} is not supported; accelerate_configs/zero3.yaml spreads "
+            f"distributed_type: {topology.distributed_type} is not supported; accelerate_configs/zero3.yaml spreads "
             "weights, gradients and optimiser as well"
         )
-    precisions = {launch.mixed_precision}
-    if (launch.deepspeed or {}).get("fp16", {}).get("enabled") is True:
+    precisions = {topology.mixed_precision}
+    if (topology.deepspeed or {}).get("fp16", {}).get("enabled") is True:
         precisions.add("fp16")
     if precisions & {"fp16", "fp8"}:
         yield (
@@ -131,12 +137,12 @@ def _wrong_launch(config: RunConfig, launch: Launch) -> Iterator[str]:
         )
     if "bf16" in precisions and not config.train.bf16:
         yield "bf16: the recipe computes in float32; set mixed_precision: 'no', or train.bf16: true in the recipe"
-    if launch.deepspeed is None:
+    if topology.deepspeed is None:
         return
-    if launch.zero_stage == 0:
+    if topology.zero_stage == 0:
         yield "zero_optimization.stage: 0 spreads nothing; use accelerate_configs/ddp.yaml, or a stage from 1 to 3"
-    zero = launch.deepspeed.get("zero_optimization", {})
-    if launch.zero_stage == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+    zero = topology.deepspeed.get("zero_optimization", {})
+    if topology.zero_stage == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         yield (
             "zero_optimization.stage3_gather_16bit_weights_on_model_save: must be true, or the result would hold empty "
             "tensors"
@@ -145,44 +151,44 @@ def _wrong_launch(config: RunConfig, launch: Launch) -> Iterator[str]:
         if zero.get(name, {}).get("device") == "nvme":
             yield f"zero_optimization.{name}.device: nvme cannot be used: checkpoints come from memory; use cpu"
     for name, ours in (("optimizer", "train.optim"), ("scheduler", "train.lr_scheduler_type")):
-        if name in launch.deepspeed:
+        if name in topology.deepspeed:
             yield f"{name}: would replace the recipe's {ours} without a word; remove it from the DeepSpeed config"
 
 
-def _wrong_together(config: RunConfig, launch: Launch) -> Iterator[str]:
+def _wrong_together(config: RunConfig, topology: Topology) -> Iterator[str]:
     """What this recipe does not go with."""
     optim = config.train.optim
-    if config.tuning == "full" and config.model.dtype == "bfloat16" and launch.deepspeed is None:
+    if config.tuning == "full" and config.model.dtype == "bfloat16" and topology.deepspeed is None:
         yield (
             "tuning: full with model.dtype: bfloat16 needs DeepSpeed, which trains a float32 copy of the weights; "
             "without it, updates below the rounding of bfloat16 are lost. Use accelerate_configs/zero1.yaml (or 2, 3) "
             "also for a single process, or set model.dtype: float32 with train.bf16: true"
         )
-    if launch.deepspeed is None:
+    if topology.deepspeed is None:
         return
     if optim == "adafactor":
         yield (
             "train.optim: adafactor would not be Adafactor: it needs the shape of each weight, and ZeRO gives it flat "
             "slices; use adamw_8bit, or accelerate_configs/ddp.yaml"
         )
-    elif optim not in TESTED_OPTIMISERS and not launch.deepspeed.get("zero_allow_untested_optimizer"):
+    elif optim not in TESTED_OPTIMISERS and not topology.deepspeed.get("zero_allow_untested_optimizer"):
         yield f"train.optim: {optim} needs zero_allow_untested_optimizer: true in the DeepSpeed config"
-    forced = launch.deepspeed.get("zero_force_ds_cpu_optimizer", True)
-    if launch.offloads_optimizer and forced and optim not in TESTED_OPTIMISERS:
+    forced = topology.deepspeed.get("zero_force_ds_cpu_optimizer", True)
+    if topology.offloads_optimizer and forced and optim not in TESTED_OPTIMISERS:
         yield (
             f"train.optim: {optim} would be replaced by DeepSpeed's CPU Adam where the optimiser is offloaded; "
             "set train.optim: adamw_torch, or use accelerate_configs/zero3.yaml"
         )
 
 
-def _contradictions(config: RunConfig, launch: Launch) -> Iterator[str]:
+def _contradictions(config: RunConfig, topology: Topology) -> Iterator[str]:
     """What a DeepSpeed config says that is for the recipe to say, and says otherwise."""
     try:
-        plan = batch_plan(config, launch.num_processes)
+        plan = batch_plan(config, topology.num_processes)
     except ConfigError as error:
         yield str(error)
         return
-    deepspeed = launch.deepspeed or {}
+    deepspeed = topology.deepspeed or {}
     for path, (name, value) in settings_of_both(config, plan).items():
         section = deepspeed if len(path) == 1 else deepspeed.get(path[0], {})
         found = section.get(path[-1], "auto")

@@ -13,10 +13,10 @@ import pyarrow as pa
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from gemma_dist.data.batch import Sample, collate, collate_packs, control_ids
 from gemma_dist.data.encode import Encoder
-from gemma_dist.data.schedule import Schedule
 from gemma_dist.errors import DataError
+from gemma_dist.stream.collate import Sample, collate, collate_packs, control_ids
+from gemma_dist.stream.schedule import Schedule
 
 NUM_FETCHERS = 32  # requests at a time: with 30 ms each, a store gives some 1,000 row groups a second
 STEPS_AHEAD = 32  # optimiser steps whose row groups are asked for before they are needed

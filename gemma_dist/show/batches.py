@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_dist.config import RunConfig, batch_plan
-from gemma_dist.data.schedule import Schedule, open_schedule
+from gemma_dist.stream.schedule import Schedule, open_schedule
 
 
 @dataclass(frozen=True)
