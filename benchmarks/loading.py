@@ -104,12 +104,16 @@ def load_and_measure(case: str, model: Path, out: Path) -> None:
     from gemma_dist import world
     from gemma_dist.config import batch_plan, load_config
     from gemma_dist.model import load
+    from gemma_dist.resolve import Run
+    from gemma_dist.topology import current_topology
     from gemma_dist.train.trainer import training_arguments
 
     recipe, settings, _ = CASES[case]
     paths = [f"model_name_or_path={model}", f"output_dir={out}", "bf16=true", "data.train=none"]
     config = load_config(REPOSITORY / f"launch/{recipe}.yaml", [*paths, *settings])
-    arguments = training_arguments(config, batch_plan(config, world.world_size()), 1)
+    topology, schedule = current_topology(), None  # no data is read
+    plan = batch_plan(config, topology.num_processes)
+    arguments = training_arguments(Run(config, topology, plan, schedule, num_steps=1))  # type: ignore[arg-type]
     # What the first load of a process imports and starts.
     tiny = config.model.model_copy(update={"model_name_or_path": str(model / "tiny")})
     load.load_model(tiny, config.quantization, packing=False)

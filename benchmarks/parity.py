@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from ranks import ENVIRONMENT  # noqa: E402 (found by the line above)
 
-from gemma_dist.train.optimizer import FOLLOWING_ELEMENTS  # noqa: E402
+from gemma_dist.resolve import FOLLOWING_ELEMENTS  # noqa: E402
 
 LAUNCHES = {  # number of processes; the rest is in accelerate_configs/
     "single": 1,

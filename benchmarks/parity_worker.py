@@ -23,13 +23,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 from gemma_dist import world
-from gemma_dist.config import batch_plan, load_config
+from gemma_dist.config import load_config
 from gemma_dist.data.trajectory import Trajectory, decode_image
 from gemma_dist.model.load import _peft_config
+from gemma_dist.resolve import resolve
 from gemma_dist.stream import loader as loader_module
 from gemma_dist.stream.collate import ControlIds, Sample, collate
-from gemma_dist.stream.schedule import open_schedule
-from gemma_dist.train import run
+from gemma_dist.topology import current_topology
+from gemma_dist.train import run as training
 from gemma_dist.train import trainer as trainer_module
 from gemma_dist.train.trainer import training_arguments
 
@@ -111,8 +112,8 @@ def train_with_trl(folder: Path, cell: dict[str, Any]) -> None:
         return [decode_image(image) for image in trajectory.images]
 
     config = load_config(cell["recipe"], [*cell["overrides"], f"output_dir={folder / 'out'}"])
-    plan = batch_plan(config, world.world_size())
-    schedule = open_schedule(config, plan)
+    run = resolve(config, current_topology())
+    plan, schedule = run.plan, run.schedule
     steps = config.train.max_steps
     samples = [sample for step in range(steps) for sample in schedule.global_batch(step)]
     trajectories = [schedule.shards.read(sample) for sample in samples]
@@ -122,7 +123,7 @@ def train_with_trl(folder: Path, cell: dict[str, Any]) -> None:
         columns["images"] = List(Image())
         rows = [row | {"images": decoded(one)} for row, one in zip(rows, trajectories, strict=True)]
     dataset = Dataset.from_list(rows, features=Features(columns))
-    ours = training_arguments(config, plan, steps)
+    ours = training_arguments(run)
     names = ("learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "bf16", "optim", "adam_beta2", "seed")
     settings = {name: getattr(ours, name) for name in names}
     arguments = SFTConfig(
@@ -180,13 +181,13 @@ def train_cell(folder: Path, cell: dict[str, Any], probe: dict[str, torch.Tensor
     config = load_config(cell["recipe"], [*cell["overrides"], f"output_dir={folder / 'out'}"])
     if cell["unpacked"]:  # the reference of a packed cell: the same trajectories at each step, each in a row of its own
         loader_module.collate_packs = collate_as_rows
-        load_model = run.load_model
-        run.load_model = lambda *args, packing, **kwargs: load_model(*args, packing=False, **kwargs)
+        load_model = training.load_model
+        training.load_model = lambda *args, packing, **kwargs: load_model(*args, packing=False, **kwargs)
     try:
-        run.train(config)
+        training.train(config)
     finally:
         if cell["unpacked"]:
-            loader_module.collate_packs, run.load_model = collate_packs, load_model
+            loader_module.collate_packs, training.load_model = collate_packs, load_model
     model = Observer.last.model_wrapped
     model.eval()
     with torch.no_grad():
@@ -198,7 +199,7 @@ def train_cell(folder: Path, cell: dict[str, Any], probe: dict[str, torch.Tensor
 
 def main() -> None:
     root, launch = Path(sys.argv[1]), sys.argv[2]
-    run.ToolCallTrainer = Observed  # type: ignore[misc]
+    training.ToolCallTrainer = Observed  # type: ignore[misc]
     observe_saving()
     world.disconnect = lambda: None  # the next cell needs it
     for name, cell in json.loads((root / f"{launch}.{CELLS}").read_text()).items():

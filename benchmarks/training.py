@@ -57,18 +57,19 @@ def overhead(folder: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from trl import SFTConfig, SFTTrainer
 
-    from gemma_dist.config import batch_plan, load_config
+    from gemma_dist.config import load_config
     from gemma_dist.data.encode import load_encoder
     from gemma_dist.logs import RunLog
+    from gemma_dist.resolve import resolve
     from gemma_dist.stream.loader import TrajectoryLoader
-    from gemma_dist.stream.schedule import open_schedule
+    from gemma_dist.topology import Topology
     from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 
     model_dir, shards = prepare(folder)
     sizes = [f"per_device_train_batch_size={MICRO_BATCH}", f"global_batch_size={MICRO_BATCH}"]
     config = load_config(ROOT / "launch/cpu_full.yaml", settings(model_dir, shards, folder / "ours", *sizes))
-    plan = batch_plan(config, 1)
-    schedule = open_schedule(config, plan)
+    run = resolve(config, Topology(""))
+    schedule = run.schedule
     encoder = load_encoder(str(model_dir), chat_template=None, enable_thinking=False)
     order = [sample for step in range(NUM_STEPS) for sample in schedule.global_batch(step)]
     encoded = [encoder.encode(schedule.shards.read(sample)) for sample in order]
@@ -80,7 +81,7 @@ def overhead(folder: Path) -> None:
     def ours() -> Any:
         loader = TrajectoryLoader(schedule, encoder, 0, 0, NUM_STEPS, num_workers=config.train.dataloader_num_workers)
         run_log = RunLog(folder / "ours" / "metrics.jsonl", start_step=0, num_steps=NUM_STEPS)
-        return timed(ToolCallTrainer)(config, training_arguments(config, plan, NUM_STEPS), model(), loader, {}, run_log)
+        return timed(ToolCallTrainer)(run, training_arguments(run), model(), loader, run_log)
 
     def bare() -> Any:
         arguments = SFTConfig(

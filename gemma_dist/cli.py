@@ -195,16 +195,15 @@ def check(config: Path, overrides: tuple[str, ...], world_size: int | None, acce
     from gemma_dist.topology import current_topology, read_topology, require_fit
 
     settings = load_config(config, overrides)
-    num_ranks = world_size or world.world_size()
-    if accelerate_config:
-        topology = read_topology(accelerate_config)
-        num_ranks = world_size or topology.num_processes
-        require_fit(settings, dataclasses.replace(topology, num_processes=num_ranks))
-    elif "WORLD_SIZE" in os.environ:
-        require_fit(settings, current_topology())
+    topology = read_topology(accelerate_config) if accelerate_config else current_topology()
+    if world_size:
+        topology = dataclasses.replace(topology, num_processes=world_size)
+    if accelerate_config or "WORLD_SIZE" in os.environ:
+        require_fit(settings, topology)
+    from gemma_dist.resolve import resolve
     from gemma_dist.show.check import describe_run
 
-    description = describe_run(settings, num_ranks)
+    description = describe_run(resolve(settings, topology))
     if world.rank() == 0:
         click.echo(description)
 
@@ -240,11 +239,14 @@ def batches(
     from gemma_dist import world
     from gemma_dist.config import load_config
     from gemma_dist.logs import to_json
+    from gemma_dist.resolve import resolve
     from gemma_dist.show.batches import batches
+    from gemma_dist.topology import Topology
 
     words = [*overrides, *([f"data.train={data}"] if data != "-" else [])]
     settings = load_config(config, [*words, *([f"data.quarantine={quarantine}"] if quarantine else [])])
-    for described in batches(settings, step, num_steps, world_size or world.world_size()):
+    run = resolve(settings, Topology("", world_size or world.world_size()))
+    for described in batches(run.schedule, step, num_steps):
         click.echo(to_json(described.to_json()) if as_json else described.render())
 
 

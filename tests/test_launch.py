@@ -20,7 +20,9 @@ from corpus import row, shard_rows
 from gemma_dist.config import LANGUAGE_MODEL_LINEARS, ModelConfig, RunConfig, batch_plan, load_config
 from gemma_dist.errors import ConfigError
 from gemma_dist.model.load import load_model
+from gemma_dist.resolve import Run, resolve
 from gemma_dist.show.check import describe_run
+from gemma_dist.topology import Topology
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "launch").glob("*.yaml"))
@@ -138,6 +140,10 @@ def true_config(tmp_path_factory: pytest.TempPathFactory, model: str) -> Callabl
     return load
 
 
+def on_ranks(config: RunConfig, world_size: int) -> Run:
+    return resolve(config, Topology("", world_size))
+
+
 @functools.cache
 def true_model(size: str) -> Any:
     """A Gemma 4 of true size without weights."""
@@ -162,7 +168,7 @@ def test_check_validates_every_gpu_recipe_on_the_true_model(true_config, path):
     process = psutil.Process()
     before = process.memory_info().rss
     first, *others = WORLD_SIZES[path.stem]
-    described = describe_run(config, first)
+    described = describe_run(on_ranks(config, first))
     assert process.memory_info().rss - before < 2**30, "some weights were allocated"
     assert f"= {first} ranks x" in described
     for world_size in others:  # nothing else depends on it, and the largest models take seconds
@@ -270,13 +276,13 @@ def four_bit_weights(model: Any) -> list[Any]:
 )
 def test_check_refuses_what_cannot_work(true_config, overrides, message):
     with pytest.raises(ConfigError, match=message):
-        describe_run(true_config(ROOT / "launch/26b_lora_zero3.yaml", *overrides), 8)
+        describe_run(on_ranks(true_config(ROOT / "launch/26b_lora_zero3.yaml", *overrides), 8))
 
 
 def test_experts_are_adapted_where_there_are_some(true_config):
     config = true_config(ROOT / "launch/31b_lora_zero3.yaml", "lora.target_parameters=[experts.down_proj]")
     with pytest.raises(ConfigError, match=r"'experts.down_proj' is the end of no weight .* have no experts: remove it"):
-        describe_run(config, 8)
+        describe_run(on_ranks(config, 8))
 
 
 def test_an_audio_tower_is_loaded_and_left_alone(model):

@@ -3,6 +3,7 @@
 Slow by nature: every run starts processes that load torch, and the first at ZeRO compiles an operator.
 """
 
+import dataclasses
 import json
 import os
 import shlex
@@ -27,10 +28,11 @@ from transformers import AutoModelForImageTextToText
 from gemma_dist.config import load_config
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.model.fingerprint import fingerprint_base
+from gemma_dist.resolve import RunIdentity, resolve, state_layout
 from gemma_dist.shards.reader import open_shards
-from gemma_dist.train.checkpoint import MARKER, alone_in, find_checkpoint, require_folder, saving
-from gemma_dist.train.optimizer import layout
-from gemma_dist.train.trainer import settle_buckets
+from gemma_dist.topology import Topology
+from gemma_dist.train.checkpoint import MARKER, find_checkpoint, lock_output_dir, require_folder, saving
+from gemma_dist.train.trainer import warm_up_ddp_buckets
 
 NUM_STEPS = 4
 # Rows of very different length, with and without images, in an epoch whose last batch is not full: 4 x 4 - 3 rows.
@@ -378,57 +380,77 @@ def test_a_launch_that_would_lose_deepspeed_is_refused(
     assert "ignores its DeepSpeed config" in gemma_dist("train", *words, launch="cpu_zero2", fails=True)
 
 
+def _identity(**changed: Any) -> RunIdentity:
+    """Of some run."""
+    words = dict.fromkeys(("base_config_hash", "base_weights_hash", "dtype", "manifest", "encoding", "tuning"), "same")
+    numbers = dict.fromkeys(("num_samples", "packing_length", "seed", "global_batch_size"), 1)
+    others: dict[str, Any] = {"four_bit": None, "weights": None, "lora": {}, "optim": "adamw_torch", "optimizer": None}
+    return RunIdentity(**(words | numbers | others | changed))
+
+
+def _mark(folder: Path, step: int, identity: RunIdentity) -> None:
+    """An empty checkpoint, complete."""
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir()
+    (checkpoint / MARKER).write_text(json.dumps({"step": step, "identity": identity.to_json()}))
+
+
 def test_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
-    assert find_checkpoint(tmp_path, "auto", {}) == (None, 0)
+    identity = _identity()
+    assert find_checkpoint(tmp_path, "auto", identity) == (None, 0)
     for step in (20, 100, 3):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / MARKER).write_text(json.dumps({"step": step, "state": {"seed": 1}}))
+        _mark(tmp_path, step, identity)
     (tmp_path / "checkpoint-200").mkdir()
-    assert find_checkpoint(tmp_path, "auto", {"seed": 1}) == (tmp_path / "checkpoint-100", 100)
+    assert find_checkpoint(tmp_path, "auto", identity) == (tmp_path / "checkpoint-100", 100)
     (tmp_path / "checkpoint-300-mine").mkdir()
     (tmp_path / "checkpoint-300-mine" / MARKER).write_text("{}")
-    assert find_checkpoint(tmp_path, "auto", {"seed": 1}) == (tmp_path / "checkpoint-100", 100)
-    assert find_checkpoint(tmp_path / "new", "never", {"seed": 1}) == (None, 0)
+    assert find_checkpoint(tmp_path, "auto", identity) == (tmp_path / "checkpoint-100", 100)
+    assert find_checkpoint(tmp_path / "new", "never", identity) == (None, 0)
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        find_checkpoint(tmp_path, str(tmp_path / "checkpoint-200"), {"seed": 1})
+        find_checkpoint(tmp_path, str(tmp_path / "checkpoint-200"), identity)
+    with pytest.raises(
+        CheckpointError, match=r"belongs to another run: seed was 1 and is now 7; train\.optim was 'adam"
+    ):
+        find_checkpoint(tmp_path, "auto", _identity(seed=7, optim="sgd"))
 
 
 def test_later_checkpoints_of_another_attempt_are_not_mixed_in(tmp_path: Path) -> None:
-    """They would be what a restart goes on from, and what save_total_limit keeps instead of new ones."""
+    """They would be what a restart resumes from, and what save_total_limit keeps instead of new ones."""
+    identity = _identity()
     for step in (3, 20, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / MARKER).write_text(json.dumps({"step": step, "state": {}}))
+        _mark(tmp_path, step, identity)
     with pytest.raises(CheckpointError, match="holds checkpoint-3, checkpoint-20, checkpoint-100, later than step 0"):
-        find_checkpoint(tmp_path, "never", {})
+        find_checkpoint(tmp_path, "never", identity)
     with pytest.raises(CheckpointError, match="holds checkpoint-100, later than step 20"):
-        find_checkpoint(tmp_path, str(tmp_path / "checkpoint-20"), {})
+        find_checkpoint(tmp_path, str(tmp_path / "checkpoint-20"), identity)
     shutil.move(tmp_path / "checkpoint-100", tmp_path / "aside")
-    assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-20"), {}) == (tmp_path / "checkpoint-20", 20)
+    assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-20"), identity) == (tmp_path / "checkpoint-20", 20)
 
 
-def test_checkpoints_of_another_tool_are_not_touched(tmp_path: Path) -> None:
+def test_checkpoints_of_another_tool_are_not_touched(model: str, shards: Path, tmp_path: Path) -> None:
     """They have no marker of ours: they do not count for save_total_limit, and none is written over."""
-    config = load_config("launch/cpu_lora.yaml", [f"output_dir={tmp_path}", "save_total_limit=1"])
+    words = [*_paths(model, shards, tmp_path), "save_total_limit=1"]
+    run = resolve(load_config("launch/cpu_lora.yaml", words), Topology(""))
     (tmp_path / "checkpoint-10").mkdir()
     (tmp_path / "checkpoint-10" / "adapter_model.safetensors").write_text("of another tool")
     with pytest.raises(CheckpointError, match="holds checkpoint-10, later than step 0"):
-        find_checkpoint(tmp_path, "auto", {})
+        find_checkpoint(tmp_path, "auto", run.identity)
     for step in (20, 30):
-        with saving(tmp_path, step, config, 0, {}) as folder:
+        with saving(run, step) as folder:
             folder.mkdir()
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-30"}
-    assert find_checkpoint(tmp_path, "auto", {}) == (tmp_path / "checkpoint-30", 30)
+    assert find_checkpoint(tmp_path, "auto", run.identity) == (tmp_path / "checkpoint-30", 30)
 
 
 def test_ranks_that_found_different_checkpoints_stop(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(
         "from gemma_dist import world\n"
-        "from gemma_dist.train.checkpoint import require_one_start\n"
+        "from gemma_dist.train.checkpoint import require_same_start\n"
         "world.connect()\n"
-        "require_one_start(4)\n"
+        "require_same_start(4)\n"
         "print('agreed')\n"
-        "require_one_start(world.rank() * 100)\n"
+        "require_same_start(world.rank() * 100)\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script],
@@ -443,13 +465,13 @@ def test_ranks_that_found_different_checkpoints_stop(tmp_path: Path) -> None:
     assert done.stderr.count("checkpoints of different steps, [0, 100]") >= 2
 
 
-def test_buckets_settle_before_the_first_step(tmp_path: Path) -> None:
+def test_ddp_buckets_are_warm_before_the_first_step(tmp_path: Path) -> None:
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
         model.device_ids = [0]  # as on a GPU, where DDP moves the inputs
-        settle_buckets(model)
+        warm_up_ddp_buckets(model)
         assert all(parameter.grad is None for parameter in model.parameters())
         assert model(torch.ones(1, 2)).shape == (1, 2)
         assert model._has_rebuilt_buckets
@@ -458,24 +480,26 @@ def test_buckets_settle_before_the_first_step(tmp_path: Path) -> None:
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
-    with alone_in(tmp_path / "out"):
-        with pytest.raises(ConfigError, match="another run is at work there"), alone_in(tmp_path / "out"):
+    with lock_output_dir(tmp_path / "out"):
+        with pytest.raises(ConfigError, match="another run is at work there"), lock_output_dir(tmp_path / "out"):
             pass
-        with alone_in(tmp_path / "other"):
+        with lock_output_dir(tmp_path / "other"):
             pass
-    with alone_in(tmp_path / "out"):
+    with lock_output_dir(tmp_path / "out"):
         assert not list((tmp_path / "out").iterdir())
 
 
-def test_8_bit_states_that_are_spread_stay_where_they_were(tmp_path: Path) -> None:
+def test_8_bit_states_that_are_partitioned_stay_where_they_were(tmp_path: Path) -> None:
     """Their scales belong to elements that lay together on a rank."""
-    assert layout("adamw_torch", 2, 4) is None
-    (tmp_path / "checkpoint-2").mkdir()
-    marker: dict[str, Any] = {"step": 2, "state": {"optimizer": layout("adamw_8bit", 2, 4)}}
-    (tmp_path / "checkpoint-2" / MARKER).write_text(json.dumps(marker))
-    assert find_checkpoint(tmp_path, "auto", marker["state"])[1] == 2
-    with pytest.raises(CheckpointError, match=r"same ranks .*was 'cut for 4 ranks at ZeRO-2' and is now 'whole'"):
-        find_checkpoint(tmp_path, "auto", {"optimizer": layout("adamw_8bit", None, 4)})
+    zero2 = Topology("", 4, "DEEPSPEED", deepspeed={"zero_optimization": {"stage": 2}})
+    assert state_layout("adamw_torch", zero2) is None
+    identity = _identity(optim="adamw_8bit", optimizer=state_layout("adamw_8bit", zero2))
+    _mark(tmp_path, 2, identity)
+    assert find_checkpoint(tmp_path, "auto", identity)[1] == 2
+    moved = dataclasses.replace(identity, optimizer=state_layout("adamw_8bit", Topology("", 4)))
+    reason = r"same ranks .*was 'partitioned for 4 ranks \(ZeRO-2\)' and is now 'unpartitioned'"
+    with pytest.raises(CheckpointError, match=reason):
+        find_checkpoint(tmp_path, "auto", moved)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,8 @@ def compare(folder: Path, models: list[tuple[str, str]]) -> None:
     from gemma_dist import world
     from gemma_dist.config import ModelConfig, batch_plan, load_config
     from gemma_dist.model.load import load_model
+    from gemma_dist.resolve import Run
+    from gemma_dist.topology import current_topology
     from gemma_dist.train.trainer import training_arguments
 
     def load(name: str, dtype: str) -> Any:
@@ -126,7 +128,10 @@ def compare(folder: Path, models: list[tuple[str, str]]) -> None:
     for (name, dtype), expected in zip(models, alone, strict=True):
         words = [f"model_name_or_path={name}", f"model.dtype={dtype}", "data.train=none", f"output_dir={folder}"]
         config = load_config(REPOSITORY / "launch/cpu_lora.yaml", [*words, f"bf16={dtype == 'bfloat16'}"])
-        arguments = training_arguments(config, batch_plan(config, world.world_size()), 1)  # turns ZeRO-3 on
+        topology = current_topology()
+        schedule: Any = None  # no data
+        run = Run(config, topology, batch_plan(config, topology.num_processes), schedule, num_steps=1)
+        arguments = training_arguments(run)  # turns ZeRO-3 on
         loaded = load(name, dtype)
         assert all(0 <= 2 * p.ds_tensor.numel() - p.ds_numel < 4 for p in loaded.parameters()), "more than a half"
         assert loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight

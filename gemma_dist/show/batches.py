@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_dist.config import RunConfig, batch_plan
-from gemma_dist.stream.schedule import Schedule, open_schedule
+from gemma_dist.stream.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Step:
-    """The samples of one optimiser step."""
+class StepListing:
+    """The samples of one optimizer step."""
 
     step: int  # from 1
     epoch: float  # passes over the corpus at the end of the step, as in metrics.jsonl
@@ -28,33 +27,29 @@ class Step:
         return "\n".join(self.lines)
 
 
-def batches(config: RunConfig, step: int, num_steps: int, world_size: int) -> Iterator[Step]:
-    """The steps `step` … `step + num_steps - 1` (from 1) of a run, as its ranks would go through them.
-
-    Raises:
-        ConfigError, DataError: as training would.
-    """
-    schedule = open_schedule(config, batch_plan(config, world_size))
+def batches(schedule: Schedule, step: int, num_steps: int) -> Iterator[StepListing]:
+    """The steps `step` … `step + num_steps - 1` (from 1) of a run, as its ranks would go through them."""
     for number in range(step, step + num_steps):
         yield _describe(schedule, number)
 
 
-def _describe(schedule: Schedule, step: int) -> Step:
+def _describe(schedule: Schedule, step: int) -> StepListing:
     """Step `step`, from 1."""
     shards, epochs = schedule.shards, schedule.epochs(step)
     epoch = min(epochs)  # of the source that takes longest
+    of_each_source = f" (of each source: {epochs})" if len(epochs) > 1 else ""
+    lines = [f"step {step}, epoch {epoch}{of_each_source}"]
     ranks = []
-    lines = [f"step {step}, epoch {epoch}" + (f" (of each source: {epochs})" if len(epochs) > 1 else "")]
     for rank in range(schedule.plan.world_size):
         micro_batches = []
         for number, packs in enumerate(schedule.micro_batches(step - 1, rank), start=1):
             micro_batches.append([[shards.id(sample) for sample in pack] for pack in packs])
             where = f"  rank {rank}  micro-batch {number}"
-            lines += [
-                f"{where}  {int(shards.num_text_tokens[pack].sum() + shards.num_image_tokens[pack].sum()):7,d} tokens  "
-                + "  ".join(ids)
-                for pack, ids in zip(packs, micro_batches[-1], strict=True)
-                if pack
-            ] or [f"{where}  filler"]
+            if not any(packs):
+                lines.append(f"{where}  filler")
+            for pack, ids in zip(packs, micro_batches[-1], strict=True):
+                if pack:
+                    num_tokens = int(shards.num_text_tokens[pack].sum() + shards.num_image_tokens[pack].sum())
+                    lines.append(f"{where}  {num_tokens:7,d} tokens  {'  '.join(ids)}")
         ranks.append(micro_batches)
-    return Step(step, epoch, epochs, ranks, lines)
+    return StepListing(step, epoch, epochs, ranks, lines)

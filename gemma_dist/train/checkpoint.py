@@ -18,33 +18,22 @@ from gemma_dist.config import RunConfig
 from gemma_dist.errors import CheckpointError, ConfigError, PeerError
 from gemma_dist.files import exclusive
 from gemma_dist.logs import log, write_json
+from gemma_dist.resolve import Run, RunIdentity
 
 MARKER = "complete.json"
 UNFINISHED = ".unfinished"
 _NAME = re.compile(r"checkpoint-\d+")
-MEANING = {  # of what a run is bound to, where the name alone does not say it
-    "manifest": "the corpus (manifest)",
-    "num_samples": "its number of samples",
-    "base_config_hash": "the base model (hash of its config.json)",
-    "base_weights_hash": "the base model (hash of its weights)",
-    "dtype": "model.dtype",
-    "four_bit": "quantization",
-    "encoding": "its tokenizer, chat template or image processor (fingerprint)",
-    "weights": "the weights of data.train",
-    "optim": "train.optim",
-    "optimizer": "the state of this train.optim, which only the same ranks can read back,",
-}
 
 
-def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, state: dict[str, Any]) -> tuple[Path | None, int]:
-    """The checkpoint to go on from and its step, or (None, 0) for a fresh run.
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, identity: RunIdentity) -> tuple[Path | None, int]:
+    """The checkpoint to resume from and its step, or (None, 0) for a fresh run.
 
     Args:
         resume_from_checkpoint: `auto` (the newest in `output_dir`), `never`, or a folder.
-        state: what a checkpoint must have been made with to be continued: manifest, seed, global batch …
+        identity: what a checkpoint must have been made with.
 
     Raises:
-        CheckpointError: the named folder is no complete checkpoint, or was made with another `state`; or `output_dir`
+        CheckpointError: the named folder is no complete checkpoint, or belongs to another identity; or `output_dir`
             has later ones, complete or not, which would be taken for those of this run, or be in its way.
     """
     complete = _complete(output_dir)
@@ -52,7 +41,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, state: dict[s
         folder, step = None, 0
     elif resume_from_checkpoint == "auto":
         folder = complete[-1]
-        step = _bound_step(folder, state)
+        step = _step_of(folder, identity)
     else:
         folder = Path(resume_from_checkpoint)
         if not (folder / MARKER).is_file():
@@ -60,7 +49,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, state: dict[s
                 f"train.resume_from_checkpoint = {str(folder)!r}: no complete checkpoint is there ({MARKER} is "
                 "missing); name a folder checkpoint-<step>, or leave it at auto"
             )
-        step = _bound_step(folder, state)
+        step = _step_of(folder, identity)
     if later := [path.name for path in _checkpoints(output_dir) if _step(path) > step and any(path.iterdir())]:
         raise CheckpointError(
             f"train.output_dir = {str(output_dir)!r} holds {', '.join(later)}, later than step {step}, which this run "
@@ -86,7 +75,7 @@ def require_folder(config: RunConfig) -> None:
 
 def changed_settings(folder: Path, config: RunConfig) -> list[str]:
     """What of `config` differs from the settings of the run that saved the checkpoint `folder`, in words."""
-    then = _flat(json.loads((folder / MARKER).read_text(encoding="utf-8")).get("settings", {}))
+    then = _flat(read_marker(folder)["settings"])
     now = _flat(config.to_json())
     return [
         f"{key} {json.dumps(then.get(key))} -> {json.dumps(now.get(key))}"
@@ -106,7 +95,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def require_one_start(start_step: int) -> None:
+def require_same_start(start_step: int) -> None:
     """Raises CheckpointError on every rank, of which all call it, unless all of them start from the same step."""
     if len(set(found := world.gather_objects(start_step))) > 1:
         raise CheckpointError(
@@ -115,24 +104,25 @@ def require_one_start(start_step: int) -> None:
         )
 
 
-def _bound_step(folder: Path, state: dict[str, Any]) -> int:
-    """The step of a complete checkpoint. CheckpointError where it was made with another `state`."""
-    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    changed = [
-        f"{MEANING.get(key, key)} was {marker['state'].get(key)!r} and is now {value!r}"
-        for key, value in state.items()
-        if marker["state"].get(key) != value
-    ]
-    if changed:
+def _step_of(folder: Path, identity: RunIdentity) -> int:
+    """The step of a complete checkpoint. CheckpointError where it belongs to a run of another identity."""
+    marker = read_marker(folder)
+    if different := identity.differences(marker["identity"]):
         raise CheckpointError(
-            f"{folder} belongs to another run: {'; '.join(changed)}. Restore that, or start afresh with another "
+            f"{folder} belongs to another run: {'; '.join(different)}. Restore that, or start afresh with another "
             "train.output_dir"
         )
     return marker["step"]
 
 
+def read_marker(folder: Path) -> dict[str, Any]:
+    """What `complete.json` of a checkpoint says: step, epoch, identity and settings of the run that saved it."""
+    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    return {"identity": {}, "settings": {}} | marker  # earlier versions had neither
+
+
 @contextlib.contextmanager
-def alone_in(output_dir: Path) -> Iterator[None]:
+def lock_output_dir(output_dir: Path) -> Iterator[None]:
     """Within, no other run writes to `output_dir`: the ranks of a killed launcher may still be at work there.
 
     Rank 0 locks the folder (`files.exclusive`).
@@ -152,7 +142,7 @@ def alone_in(output_dir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def saving(output_dir: Path, step: int, config: RunConfig, epoch: int, state: dict[str, Any]) -> Iterator[Path]:
+def saving(run: Run, step: int) -> Iterator[Path]:
     """Gives the folder that all ranks write checkpoint `step` into. At the end it is marked and moved to its name, and
     the oldest checkpoints beyond `train.save_total_limit` are removed.
 
@@ -160,6 +150,7 @@ def saving(output_dir: Path, step: int, config: RunConfig, epoch: int, state: di
         CheckpointError: on the rank that could not write.
         PeerError: on the others.
     """
+    output_dir = run.config.train.output_dir
     unfinished = output_dir / UNFINISHED
     folder = unfinished / f"checkpoint-{step}"
     with _together(output_dir, step):
@@ -170,16 +161,23 @@ def saving(output_dir: Path, step: int, config: RunConfig, epoch: int, state: di
         yield folder
     with _together(output_dir, step):
         if world.rank() == 0:
-            _finish(folder, output_dir / folder.name, config, {"step": step, "epoch": epoch, "state": state})
+            _finish(folder, run, step)
 
 
-def _finish(written: Path, folder: Path, config: RunConfig, marker: dict[str, Any]) -> None:
-    """Mark the checkpoint that all ranks have `written`, and let it be `folder`."""
-    write_json(written / MARKER, marker | {"settings": config.to_json()})
+def _finish(written: Path, run: Run, step: int) -> None:
+    """Mark the checkpoint that all ranks have `written`, and give it its name."""
+    marker = {
+        "step": step,
+        "epoch": step // run.schedule.steps_per_epoch,
+        "identity": run.identity.to_json(),
+        "settings": run.config.to_json(),
+    }
+    write_json(written / MARKER, marker)
+    folder = run.config.train.output_dir / written.name
     written.rename(folder)  # at most an empty folder lies there: see `find_checkpoint`
     log.info("saved %s", folder)
-    if config.train.save_total_limit is not None:
-        for old in _complete(folder.parent)[: -config.train.save_total_limit]:
+    if (limit := run.config.train.save_total_limit) is not None:
+        for old in _complete(folder.parent)[:-limit]:
             old.rename(written.parent / old.name)  # removed with it, now or by the next save
     shutil.rmtree(written.parent)
 

@@ -7,7 +7,7 @@ cut through the middle. To go on, a rank copies from the mapped files what overl
 
 `optimizer-<rank>-of-<world size>.safetensors` names tensors `<parameter>/<state>@<first element>`. States that do not
 follow the elements have `#` there: the number of steps, and the scales of an 8-bit optimiser, which at ZeRO can be
-read back only where the same elements lie together (`layout`).
+read back only where the same elements lie together (`resolve.state_layout`).
 """
 
 from collections.abc import Iterator
@@ -23,11 +23,9 @@ from gemma_dist import world
 from gemma_dist.errors import CheckpointError
 from gemma_dist.tensorfile import write_tensors
 
-FOLLOWING_ELEMENTS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "sgd")
-
 
 @dataclass(frozen=True)
-class Run:
+class Slice:
     """Elements `start` to `start + num_elements` of a parameter, from `offset` on in `flat`, by which the optimiser
     knows them; of a parameter that is held whole, `flat` is itself."""
 
@@ -50,13 +48,6 @@ class Saved:
     runs: bool
     tensor: str
     file: Any
-
-
-def layout(optim: str, zero_stage: int | None, world_size: int) -> str | None:
-    """Where the state of `optim` can be read back alone; None: under any launch, on any number of ranks."""
-    if optim in FOLLOWING_ELEMENTS:
-        return None
-    return "whole" if zero_stage is None else f"cut for {world_size} ranks at ZeRO-{zero_stage}"
 
 
 def save_optimizer(folder: Path, model: Any, optimizer: Any) -> None:
@@ -109,24 +100,24 @@ def _zero(optimizer: Any) -> Any:
     return optimizer if hasattr(optimizer, "optimizer") else None
 
 
-def _runs(model: Any, optimizer: Any) -> Iterator[Run]:
+def _runs(model: Any, optimizer: Any) -> Iterator[Slice]:
     """What this rank's optimiser holds of each trained parameter, in the order of the model."""
     zero = _zero(optimizer)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if zero is None:
-            yield Run(name, 0, parameter.numel(), parameter, 0)
+            yield Slice(name, 0, parameter.numel(), parameter, 0)
         elif hasattr(parameter, "ds_id"):  # ZeRO-3: equal runs of each parameter, the last one filled up
             group, offset, num_elements = zero.grad_position[zero.get_param_id(parameter)]
             start = parameter.ds_zero_partition_rank * num_elements
             left = min(num_elements, parameter.ds_numel - start)
             if left > 0:
-                yield Run(name, start, left, zero.fp32_partitioned_groups_flat[group], offset)
+                yield Slice(name, start, left, zero.fp32_partitioned_groups_flat[group], offset)
         elif (piece := parameter._hp_mapping) is not None:  # ZeRO-1 and 2: equal runs of all parameters in a row
             (flat,) = zero.optimizer.param_groups[piece.param_group_index]["params"]
             place, held = piece.lp_fragment_address, piece.hp_fragment_address
-            yield Run(name, place.start, held.numel, flat, held.start)
+            yield Slice(name, place.start, held.numel, flat, held.start)
 
 
 def _index(folder: Path, files: ExitStack) -> dict[str, dict[str, list[Saved]]]:
@@ -143,7 +134,7 @@ def _index(folder: Path, files: ExitStack) -> dict[str, dict[str, list[Saved]]]:
     return index
 
 
-def _copy(run: Run, key: str, pieces: list[Saved], target: torch.Tensor) -> None:
+def _copy(run: Slice, key: str, pieces: list[Saved], target: torch.Tensor) -> None:
     """Fill `target`, the elements of `run`, from the `pieces` that overlap with it."""
     num_copied = 0
     for piece in pieces:

@@ -29,10 +29,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig, SFTTrainer
 
 from gemma_dist import world
-from gemma_dist.config import BatchPlan, RunConfig
 from gemma_dist.errors import CheckpointError
 from gemma_dist.logs import RunLog
 from gemma_dist.model.load import use_cpu, write_record
+from gemma_dist.resolve import Run
 from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.topology import write_recipe_into
 from gemma_dist.train import checkpoint
@@ -52,8 +52,9 @@ OURS = (
 )
 
 
-def training_arguments(config: RunConfig, plan: BatchPlan, num_steps: int) -> SFTConfig:
-    """The recipe as TRL takes it. To be made before the model: at ZeRO-3 it is what spreads the weights on loading."""
+def training_arguments(run: Run) -> SFTConfig:
+    """The recipe as TRL takes it. To be made before the model: at ZeRO-3 it partitions the weights on loading."""
+    config = run.config
     settings = config.train.model_dump()
     for ours in OURS:
         del settings[ours]
@@ -63,8 +64,8 @@ def training_arguments(config: RunConfig, plan: BatchPlan, num_steps: int) -> SF
         **settings
         | {
             "output_dir": str(config.train.output_dir),
-            "max_steps": num_steps,
-            "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+            "max_steps": run.num_steps,
+            "gradient_accumulation_steps": run.plan.gradient_accumulation_steps,
             "fp16": False,
             "activation_checkpointing": checkpointing,
             "activation_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
@@ -84,7 +85,7 @@ def training_arguments(config: RunConfig, plan: BatchPlan, num_steps: int) -> SF
         ddp_timeout=int(world.COLLECTIVE_TIMEOUT.total_seconds()),
     )
     if arguments.deepspeed_plugin is not None:
-        write_recipe_into(arguments.deepspeed_plugin.deepspeed_config, config, plan)
+        write_recipe_into(arguments.deepspeed_plugin.deepspeed_config, config, run.plan)
     return arguments
 
 
@@ -100,16 +101,7 @@ class OneGpuConfig(SFTConfig):
 class ToolCallTrainer(SFTTrainer):
     """One training run of a model (bare or PEFT-wrapped) over the micro-batches of `loader`."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        arguments: SFTConfig,
-        model: Any,
-        loader: TrajectoryLoader,
-        state: dict[str, Any],
-        run_log: RunLog,
-    ) -> None:
-        """`state` is what the run's checkpoints are bound to; see `checkpoint.find_checkpoint`."""
+    def __init__(self, run: Run, arguments: SFTConfig, model: Any, loader: TrajectoryLoader, run_log: RunLog) -> None:
         adapter_dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(
             model=model,
@@ -120,7 +112,7 @@ class ToolCallTrainer(SFTTrainer):
         )
         self.remove_callback(PrinterCallback)  # our own line says it
         self.add_callback(SeedSteps())
-        self.config, self.loader, self.run_state, self.run_log = config, loader, state, run_log
+        self.run, self.loader, self.run_log = run, loader, run_log
         self.model_accepts_loss_kwargs = True
         self._loss_is_finite = torch.tensor(True, device=self.args.device)  # of this rank's micro-batches of the step
         # TRL flips this to reentrant for PEFT at ZeRO-3, from the days when DeepSpeed could not do otherwise.
@@ -138,7 +130,8 @@ class ToolCallTrainer(SFTTrainer):
         `logging_steps` of then.
         """
         self._checkpoint = resume_from_checkpoint
-        self._watchdog = Watchdog(self.config.train.output_dir, self.config.train.step_timeout_s, self._position)
+        settings = self.run.config.train
+        self._watchdog = Watchdog(settings.output_dir, settings.step_timeout_s, self._position)
         try:
             return super().train()
         finally:
@@ -160,7 +153,7 @@ class ToolCallTrainer(SFTTrainer):
         if self.args.activation_checkpointing:
             assert_non_reentrant(self.model)
         if isinstance(self.model_wrapped, DistributedDataParallel):
-            settle_buckets(self.model_wrapped)
+            warm_up_ddp_buckets(self.model_wrapped)
         if self.is_deepspeed_enabled:
             # Its engine steps within the backward pass, before Trainer could look at the gradients.
             engine, step = self.model_wrapped, self.model_wrapped.step
@@ -220,9 +213,7 @@ class ToolCallTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """All that a run needs to resume, complete or absent. What is random follows from the step: see `SeedSteps`."""
-        output_dir, step = self.config.train.output_dir, self.state.global_step
-        epoch = step // self.loader.schedule.steps_per_epoch
-        with checkpoint.saving(output_dir, step, self.config, epoch, self.run_state) as folder:
+        with checkpoint.saving(self.run, self.state.global_step) as folder:
             self.save_model(str(folder))
             save_optimizer(folder, self.model, self.optimizer.optimizer)
 
@@ -236,7 +227,7 @@ class ToolCallTrainer(SFTTrainer):
         folder = Path(output_dir or self.args.output_dir)
         self.model.save_pretrained(folder, state_dict=weights)
         self.processing_class.save_pretrained(folder)
-        write_record(folder, self.config, self.model, **self.run_state)
+        write_record(folder, self.run.config, self.model, **self.run.identity.to_json())
         _check_saved(folder)
 
 
@@ -270,7 +261,7 @@ def _check_saved(folder: Path) -> None:
             )
 
 
-def settle_buckets(model: DistributedDataParallel) -> None:
+def warm_up_ddp_buckets(model: DistributedDataParallel) -> None:
     """Run a backward pass of zeros through `model`, in which the gradients come about as in a real one: those of the
     layers of the language model from the last to the first, then what comes before them.
 

@@ -1,0 +1,112 @@
+"""The resolved run: what a recipe comes to on a topology, made once, before a model is touched.
+
+    run = resolve(load_config("launch/cpu_lora.yaml"), read_topology(Path("accelerate_configs/cpu_ddp.yaml")))
+
+`train` carries it out, `check` prints it, `batches` lists its steps.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+from gemma_dist.config import BatchPlan, RunConfig, batch_plan
+from gemma_dist.stream.schedule import Schedule, open_schedule
+from gemma_dist.topology import Topology
+
+# Optimizers whose states belong to single elements, so that any launch on any number of ranks can take them over. The
+# scales of the others belong to elements that lay together on a rank.
+FOLLOWING_ELEMENTS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "sgd")
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """All that decides what the weights of a run mean. A checkpoint resumes in a run of the same identity only.
+
+    Each field's `meaning` names it in messages, where its own name does not.
+    """
+
+    base_config_hash: str = field(metadata={"meaning": "the base model (hash of its config.json)"})
+    base_weights_hash: str = field(metadata={"meaning": "the base model (hash of its weights)"})
+    dtype: str = field(metadata={"meaning": "model.dtype"})
+    four_bit: dict[str, Any] | None = field(metadata={"meaning": "quantization"})
+    manifest: str = field(metadata={"meaning": "the corpus (manifest)"})
+    num_samples: int = field(metadata={"meaning": "its number of samples"})
+    encoding: str = field(metadata={"meaning": "its tokenizer, chat template or image processor (fingerprint)"})
+    weights: list[float] | None = field(metadata={"meaning": "the weights of data.train"})
+    packing_length: int
+    seed: int
+    global_batch_size: int
+    tuning: str
+    lora: dict[str, Any]  # the options that are set: those that come later are off
+    optim: str = field(metadata={"meaning": "train.optim"})
+    optimizer: str | None = field(
+        metadata={"meaning": "the state of this train.optim, which only the same ranks can read back,"}
+    )
+
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """What a checkpoint, whose identity was `saved` as JSON, was made with instead, in words."""
+        different = []
+        for one in fields(self):
+            was, now = saved.get(one.name), getattr(self, one.name)
+            if was != now:
+                different.append(f"{one.metadata.get('meaning', one.name)} was {was!r} and is now {now!r}")
+        return different
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: its settings, how its processes share memory, and what each of them trains on at each step."""
+
+    config: RunConfig
+    topology: Topology
+    plan: BatchPlan
+    schedule: Schedule
+    num_steps: int  # optimizer steps of the whole run
+
+    @cached_property
+    def identity(self) -> RunIdentity:
+        """Raises CheckpointError where there is no base model, of which files are read."""
+        from gemma_dist.model.fingerprint import fingerprint_base
+
+        config, shards = self.config, self.schedule.shards
+        return RunIdentity(
+            **fingerprint_base(config.model.model_name_or_path),
+            dtype=config.model.dtype,
+            four_bit=config.quantization.model_dump() if config.quantization else None,
+            manifest=shards.manifest_hash,
+            num_samples=len(shards),
+            encoding=shards.fingerprint,
+            weights=shards.weights,
+            packing_length=self.schedule.packing_length,
+            seed=config.train.seed,
+            global_batch_size=self.plan.global_batch_size,
+            tuning=config.tuning,
+            lora={name: value for name, value in (config.lora or {}) if value},
+            optim=config.train.optim.removesuffix("_fused"),
+            optimizer=state_layout(config.train.optim, self.topology),
+        )
+
+
+def resolve(config: RunConfig, topology: Topology) -> Run:
+    """The run that `config` describes on `topology`. No model is touched; see also `topology.require_fit`.
+
+    Raises:
+        ConfigError: the batch does not divide among the ranks, or packing does not fit the corpus.
+        DataError: the corpus or the quarantine is unreadable.
+    """
+    plan = batch_plan(config, topology.num_processes)
+    schedule = open_schedule(config, plan)
+    return Run(config, topology, plan, schedule, schedule.num_steps(config.train))
+
+
+def state_layout(optim: str, topology: Topology) -> str | None:
+    """The one partitioning in which the states of `optim` can be read back; None: in any."""
+    if optim in FOLLOWING_ELEMENTS:
+        return None
+    if topology.zero_stage is None:
+        return "unpartitioned"
+    return f"partitioned for {topology.num_processes} ranks (ZeRO-{topology.zero_stage})"
