@@ -15,6 +15,8 @@ from gemma_dist.errors import ConfigError
 # No room for another byte: on the disk, in the user's quota, or in a file of this size (`ulimit -f`).
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 UNFINISHED = re.compile(r"[0-9a-f]{32}")  # a folder that is being filled
+UMASK = os.umask(0)  # it can only be read by setting it
+os.umask(UMASK)
 TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}  # what renaming a folder says where something is already
 
 
@@ -41,10 +43,9 @@ def whole_folder(out: Path, num_bytes: int) -> Iterator[Path]:
                 _clear(workshop)
             folder.mkdir()
             yield folder
-            for path in (*folder.iterdir(), folder):
-                _sync(path)
+            seal(folder)
             _rename(folder, out)
-            _sync(out.parent)
+            sync(out.parent)
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
@@ -94,8 +95,35 @@ def size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-def _sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's entries, on the disk before the rename says that they are there."""
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A path to write a file to, which becomes `path` when the block ends well: whole and on the disk, or absent.
+
+    The temporary name has the process in it, so that two may write the same file; the last one stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with naming(path):
+            yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def seal(folder: Path) -> None:
+    """Have all files of a folder, which is about to get its name, on the disk, and readable for whom the umask says:
+    safetensors makes them 0600, so that a group could not share them."""
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(0o666 & ~UMASK)
+            sync(path)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's entries, on the disk before a name says that they are there."""
     handle = os.open(path, os.O_RDONLY)
     try:
         with naming(path):

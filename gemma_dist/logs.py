@@ -5,7 +5,6 @@ Rank 0 speaks, every rank warns.
 
 import json
 import logging
-import os
 import re
 import shlex
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma_dist import world
-from gemma_dist.files import naming
+from gemma_dist.files import naming, writing
 
 T = TypeVar("T")
 
@@ -148,7 +147,5 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON to `path`, complete or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with naming(path):
+    with writing(path) as temporary:
         temporary.write_text(to_json(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)

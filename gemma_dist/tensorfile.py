@@ -15,7 +15,7 @@ from typing import BinaryIO
 import torch
 
 from gemma_dist.errors import CheckpointError
-from gemma_dist.files import naming
+from gemma_dist.files import naming, writing
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {
@@ -135,9 +135,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         name: Entry(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
         for name, tensor in tensors.items()
     }
-    temporary = path.with_name(f".{path.name}.tmp")
-    with naming(path), temporary.open("wb") as target:
+    with writing(path) as temporary, temporary.open("wb") as target:
         write_header(target, entries, {"format": "pt"})
         for tensor in tensors.values():
             write_tensor(target, tensor)
-    temporary.replace(path)

@@ -27,6 +27,7 @@ from transformers import AutoModelForImageTextToText
 
 from gemma_dist.config import load_config
 from gemma_dist.errors import CheckpointError, ConfigError
+from gemma_dist.files import UMASK
 from gemma_dist.model.fingerprint import fingerprint_base
 from gemma_dist.resolve import RunIdentity, resolve, state_layout
 from gemma_dist.shards.reader import open_shards
@@ -526,6 +527,8 @@ def test_nothing_is_left_behind_and_no_pickle_anywhere(run: Any) -> None:
     names = {path.name for path in out.iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "gemma_dist.json"} <= names
     assert not [name for name in names if name.startswith((".", "optimizer"))]
+    modes = {path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~UMASK}, "a group could not share them"
     assert not [path for path in out.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".py")]
 
 

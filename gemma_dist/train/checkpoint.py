@@ -16,7 +16,7 @@ from typing import Any
 from gemma_dist import world
 from gemma_dist.config import RunConfig
 from gemma_dist.errors import CheckpointError, ConfigError, PeerError
-from gemma_dist.files import exclusive
+from gemma_dist.files import exclusive, seal, sync
 from gemma_dist.logs import log, write_json
 from gemma_dist.resolve import Run, RunIdentity
 
@@ -173,8 +173,10 @@ def _finish(written: Path, run: Run, step: int) -> None:
         "settings": run.config.to_json(),
     }
     write_json(written / MARKER, marker)
+    seal(written)
     folder = run.config.train.output_dir / written.name
     written.rename(folder)  # at most an empty folder lies there: see `find_checkpoint`
+    sync(folder.parent)
     log.info("saved %s", folder)
     if (limit := run.config.train.save_total_limit) is not None:
         for old in _complete(folder.parent)[:-limit]:

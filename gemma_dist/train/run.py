@@ -13,6 +13,7 @@ from typing import Any
 from gemma_dist import world
 from gemma_dist.config import RunConfig
 from gemma_dist.data.encode import load_encoder
+from gemma_dist.files import writing
 from gemma_dist.logs import RunLog, log
 from gemma_dist.model.load import ADAPTER_RECORD, add_adapter, load_model
 from gemma_dist.resolve import Run, resolve
@@ -115,7 +116,6 @@ def _publish(checkpoint: Path | None, output_dir: Path) -> None:
         if path.is_file() and not any(path.match(pattern) for pattern in STATE_FILES)
     ]
     for path in sorted(result, key=lambda path: path.name == ADAPTER_RECORD):
-        temporary = output_dir / f".{path.name}.tmp"
-        shutil.copyfile(path, temporary)
-        temporary.replace(output_dir / path.name)
+        with writing(output_dir / path.name) as temporary:
+            shutil.copyfile(path, temporary)
     log.info("the result is in %s", output_dir)
