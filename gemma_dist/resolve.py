@@ -5,12 +5,15 @@
 `train` carries it out, `check` prints it, `batches` lists its steps.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from gemma_dist.config import BatchPlan, RunConfig, batch_plan
+from gemma_dist.errors import ConfigError
 from gemma_dist.stream.schedule import Schedule, open_schedule
 from gemma_dist.topology import Topology
 
@@ -101,6 +104,21 @@ def resolve(config: RunConfig, topology: Topology) -> Run:
     plan = batch_plan(config, topology.num_processes)
     schedule = open_schedule(config, plan)
     return Run(config, topology, plan, schedule, schedule.num_steps(config.train))
+
+
+def require_output_dir(config: RunConfig) -> None:
+    """Raises ConfigError where train.output_dir is a file, cannot become a folder, or holds the base or the shards."""
+    output_dir = config.train.output_dir
+    problem = f"train.output_dir = {str(output_dir)!r}"
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{problem}: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{problem}: nothing may be written to {existing}; name another folder")
+    sources = [source if isinstance(source, str) else source.path for source in config.data.train]
+    for place in (config.model.model_name_or_path, *sources):
+        if Path(place).is_dir() and Path(place).resolve() == output_dir.resolve():
+            raise ConfigError(f"{problem}: the run reads from that folder ({place}); name one of its own")
 
 
 def state_layout(optim: str, topology: Topology) -> str | None:

@@ -29,10 +29,10 @@ from gemma_dist.config import load_config
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.files import UMASK
 from gemma_dist.model.fingerprint import fingerprint_base
-from gemma_dist.resolve import RunIdentity, resolve, state_layout
+from gemma_dist.resolve import RunIdentity, require_output_dir, resolve, state_layout
 from gemma_dist.shards.reader import open_shards
 from gemma_dist.topology import Topology
-from gemma_dist.train.checkpoint import MARKER, find_checkpoint, lock_output_dir, require_folder, saving
+from gemma_dist.train.checkpoint import MARKER, find_checkpoint, lock_output_dir, saving
 from gemma_dist.train.trainer import warm_up_ddp_buckets
 
 NUM_STEPS = 4
@@ -329,7 +329,7 @@ def test_the_run_does_not_write_where_it_reads(model: str, shards: Path, place: 
     """An adapter beside its base would be loaded with it; a full result would take its place."""
     out = {"model": Path(model), "shards": shards}[place]
     with pytest.raises(ConfigError, match="the run reads from that folder"):
-        require_folder(load_config("launch/cpu_lora.yaml", _paths(model, shards, out / ".")))
+        require_output_dir(load_config("launch/cpu_lora.yaml", _paths(model, shards, out / ".")))
 
 
 @pytest.mark.parametrize("launch", [None, "cpu_ddp"])

@@ -7,8 +7,7 @@ what the weights take.
 import yaml
 
 from gemma_dist.model.load import describe_training
-from gemma_dist.resolve import Run
-from gemma_dist.train.checkpoint import require_folder
+from gemma_dist.resolve import Run, require_output_dir
 
 
 def describe_run(run: Run) -> str:
@@ -18,7 +17,7 @@ def describe_run(run: Run) -> str:
         ConfigError: train.output_dir is no place to write to.
         CheckpointError: the model folder is absent or holds no Gemma 4.
     """
-    require_folder(run.config)
+    require_output_dir(run.config)
     settings = yaml.safe_dump(run.config.to_json(), sort_keys=False, allow_unicode=True, width=120)
     return "\n".join([settings, str(run.plan), *_data_lines(run), *describe_training(run.config)])
 

@@ -6,7 +6,6 @@ A checkpoint is written under `.unfinished/` and moved to `checkpoint-<step>` wh
 
 import contextlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 from gemma_dist import world
 from gemma_dist.config import RunConfig
-from gemma_dist.errors import CheckpointError, ConfigError, PeerError
+from gemma_dist.errors import CheckpointError, PeerError
 from gemma_dist.files import exclusive, seal, sync
 from gemma_dist.logs import log, write_json
 from gemma_dist.resolve import Run, RunIdentity
@@ -56,21 +55,6 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, identity: Run
             "starts from; a run started again would go on from there. Move them away, or name another folder"
         )
     return folder, step
-
-
-def require_folder(config: RunConfig) -> None:
-    """Raises ConfigError where train.output_dir is a file, cannot become a folder, or holds the base or the shards."""
-    output_dir = config.train.output_dir
-    problem = f"train.output_dir = {str(output_dir)!r}"
-    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"{problem}: {existing} is a file; name a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"{problem}: nothing may be written to {existing}; name another folder")
-    sources = [source if isinstance(source, str) else source.path for source in config.data.train]
-    for place in (config.model.model_name_or_path, *sources):
-        if Path(place).is_dir() and Path(place).resolve() == output_dir.resolve():
-            raise ConfigError(f"{problem}: the run reads from that folder ({place}); name one of its own")
 
 
 def changed_settings(folder: Path, config: RunConfig) -> list[str]:

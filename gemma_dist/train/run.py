@@ -16,14 +16,13 @@ from gemma_dist.data.encode import load_encoder
 from gemma_dist.files import writing
 from gemma_dist.logs import RunLog, log
 from gemma_dist.model.load import ADAPTER_RECORD, add_adapter, load_model
-from gemma_dist.resolve import Run, resolve
+from gemma_dist.resolve import Run, require_output_dir, resolve
 from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.topology import current_topology, require_fit
 from gemma_dist.train.checkpoint import (
     changed_settings,
     find_checkpoint,
     lock_output_dir,
-    require_folder,
     require_same_start,
 )
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
@@ -46,7 +45,7 @@ def train(config: RunConfig) -> None:
     """
     topology, output_dir = current_topology(), config.train.output_dir
     require_fit(config, topology)
-    require_folder(config)
+    require_output_dir(config)
     run = resolve(config, topology)
     encoder = load_encoder(
         config.model.model_name_or_path,
@@ -64,11 +63,13 @@ def train(config: RunConfig) -> None:
         max(0, run.num_steps - start_step),
         num_workers=config.train.dataloader_num_workers,
     )
-    log.info("%d trajectories, %s, %d of %d steps done",
+    log.info(
+        "%d trajectories, %s, %d of %d steps done",
         len(run.schedule.shards),
         run.plan,
         min(start_step, run.num_steps),
-        run.num_steps,)
+        run.num_steps,
+    )
     with lock_output_dir(output_dir):
         if start_step < run.num_steps:
             _train_from(run, loader, checkpoint)
