@@ -1,8 +1,8 @@
 """How the processes of a run share memory, read from an accelerate config or from what `accelerate launch` left in the
-environment, and whether a recipe goes with it.
+environment, and whether a recipe is compatible with it.
 
-What would be learnt differently, or fail after the model is loaded, is refused here, with the nearest launch that
-works.
+A recipe that would learn something else, or fail after the model is loaded, is refused here, with the nearest launch
+that works.
 """
 
 import json
@@ -17,7 +17,7 @@ import yaml
 from gemma_dist.config import BatchPlan, RunConfig, batch_plan
 from gemma_dist.errors import ConfigError
 
-TESTED_OPTIMISERS = {"adamw_torch", "adamw_torch_fused"}  # what DeepSpeed takes without zero_allow_untested_optimizer
+TESTED_OPTIMIZERS = {"adamw_torch", "adamw_torch_fused"}  # what DeepSpeed takes without zero_allow_untested_optimizer
 # What a DeepSpeed config may say: nothing of it changes what is learned, or it is looked at here. Other settings may,
 # and no recipe can name them.
 # fmt: off
@@ -34,7 +34,7 @@ ROUNDING = ("zero_quantized_gradients", "zero_quantized_nontrainable_weights", "
 
 @dataclass(frozen=True)
 class Topology:
-    """An accelerate config, as far as a recipe has to go with it."""
+    """An accelerate config, as far as a recipe has to be compatible with it."""
 
     name: str  # where it stands, for messages
     num_processes: int = 1
@@ -44,7 +44,7 @@ class Topology:
 
     @property
     def zero_stage(self) -> int | None:
-        """None: every rank holds all of the model, its gradients and its optimiser."""
+        """None: every rank holds all of the model, its gradients and its optimizer."""
         return None if self.deepspeed is None else int(self._zero.get("stage", 0))
 
     @property
@@ -57,7 +57,7 @@ class Topology:
 
 
 def read_topology(path: Path) -> Topology:
-    """The launch that an accelerate config describes. ConfigError where it cannot be read."""
+    """What an accelerate config describes. Raises ConfigError if it cannot be read."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -76,7 +76,7 @@ def read_topology(path: Path) -> Topology:
 
 
 def current_topology() -> Topology:
-    """The launch that this process is part of. ConfigError where accelerate would not carry it out."""
+    """What this process was launched with. Raises ConfigError if accelerate would ignore part of it."""
     env, deepspeed, kind = os.environ, None, "NO"
     num_processes = int(env.get("WORLD_SIZE", "1"))
     if env.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -121,11 +121,11 @@ def require_fit(config: RunConfig, topology: Topology) -> None:
 
 
 def _wrong_topology(config: RunConfig, topology: Topology) -> Iterator[str]:
-    """What no recipe goes with, or none of this number format."""
+    """Settings that are unsupported, in general or for this dtype."""
     if topology.distributed_type in ("FSDP", "MEGATRON_LM", "TP", "XLA"):
         yield (
-            f"distributed_type: {topology.distributed_type} is not supported; accelerate_configs/zero3.yaml spreads "
-            "weights, gradients and optimiser as well"
+            f"distributed_type: {topology.distributed_type} is not supported; accelerate_configs/zero3.yaml "
+            "partitions weights, gradients and optimizer states as well"
         )
     precisions = {topology.mixed_precision}
     if (topology.deepspeed or {}).get("fp16", {}).get("enabled") is True:
@@ -140,7 +140,7 @@ def _wrong_topology(config: RunConfig, topology: Topology) -> Iterator[str]:
     if topology.deepspeed is None:
         return
     if topology.zero_stage == 0:
-        yield "zero_optimization.stage: 0 spreads nothing; use accelerate_configs/ddp.yaml, or a stage from 1 to 3"
+        yield "zero_optimization.stage: 0 partitions nothing; use accelerate_configs/ddp.yaml, or a stage from 1 to 3"
     zero = topology.deepspeed.get("zero_optimization", {})
     if topology.zero_stage == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         yield (
@@ -149,14 +149,14 @@ def _wrong_topology(config: RunConfig, topology: Topology) -> Iterator[str]:
         )
     for name in ("offload_optimizer", "offload_param"):
         if zero.get(name, {}).get("device") == "nvme":
-            yield f"zero_optimization.{name}.device: nvme cannot be used: checkpoints come from memory; use cpu"
+            yield f"zero_optimization.{name}.device: nvme is not supported: checkpoints come from memory; use cpu"
     for name, ours in (("optimizer", "train.optim"), ("scheduler", "train.lr_scheduler_type")):
         if name in topology.deepspeed:
-            yield f"{name}: would replace the recipe's {ours} without a word; remove it from the DeepSpeed config"
+            yield f"{name}: would silently override the recipe's {ours}; remove it from the DeepSpeed config"
 
 
 def _wrong_together(config: RunConfig, topology: Topology) -> Iterator[str]:
-    """What this recipe does not go with."""
+    """Settings that this recipe is not compatible with."""
     optim = config.train.optim
     if config.tuning == "full" and config.model.dtype == "bfloat16" and topology.deepspeed is None:
         yield (
@@ -171,18 +171,18 @@ def _wrong_together(config: RunConfig, topology: Topology) -> Iterator[str]:
             "train.optim: adafactor would not be Adafactor: it needs the shape of each weight, and ZeRO gives it flat "
             "slices; use adamw_8bit, or accelerate_configs/ddp.yaml"
         )
-    elif optim not in TESTED_OPTIMISERS and not topology.deepspeed.get("zero_allow_untested_optimizer"):
+    elif optim not in TESTED_OPTIMIZERS and not topology.deepspeed.get("zero_allow_untested_optimizer"):
         yield f"train.optim: {optim} needs zero_allow_untested_optimizer: true in the DeepSpeed config"
     forced = topology.deepspeed.get("zero_force_ds_cpu_optimizer", True)
-    if topology.offloads_optimizer and forced and optim not in TESTED_OPTIMISERS:
+    if topology.offloads_optimizer and forced and optim not in TESTED_OPTIMIZERS:
         yield (
-            f"train.optim: {optim} would be replaced by DeepSpeed's CPU Adam where the optimiser is offloaded; "
+            f"train.optim: {optim} would be replaced by DeepSpeed's CPU Adam where the optimizer is offloaded; "
             "set train.optim: adamw_torch, or use accelerate_configs/zero3.yaml"
         )
 
 
 def _contradictions(config: RunConfig, topology: Topology) -> Iterator[str]:
-    """What a DeepSpeed config says that is for the recipe to say, and says otherwise."""
+    """Settings of the recipe that a DeepSpeed config sets otherwise."""
     try:
         plan = batch_plan(config, topology.num_processes)
     except ConfigError as error:

@@ -40,15 +40,19 @@ def launch(stage: int | None = None, **changed: Any) -> Topology:
         (("cpu_lora",), launch(2, fp16={"enabled": True}), r"fp16: float16 overflows on Gemma"),
         (("cpu_lora",), launch(mixed_precision="bf16"), r"bf16: the recipe computes in float32"),
         (("cpu_lora",), launch(distributed_type="FSDP"), r"FSDP is not supported; accelerate_configs/zero3.yaml"),
-        (("cpu_lora",), launch(2, zero={"stage": 0}), r"stage: 0 spreads nothing; use accelerate_configs/ddp.yaml"),
+        (("cpu_lora",), launch(2, zero={"stage": 0}), r"stage: 0 partitions nothing; use accelerate_configs/ddp.yaml"),
         (
             ("cpu_lora",),
             launch(3, zero={"stage3_gather_16bit_weights_on_model_save": False}),
             r"must be true, or the result would hold empty tensors",
         ),
         (("cpu_lora",), launch(3, zero={"offload_param": {"device": "nvme"}}), r"offload_param.device: nvme .*use cpu"),
-        (("cpu_lora",), launch(2, optimizer={"type": "AdamW"}), r"would replace the recipe's train.optim"),
-        (("cpu_lora",), launch(2, scheduler={"type": "WarmupLR"}), r"would replace the recipe's train.lr_scheduler"),
+        (("cpu_lora",), launch(2, optimizer={"type": "AdamW"}), r"would silently override the recipe's train.optim"),
+        (
+            ("cpu_lora",),
+            launch(2, scheduler={"type": "WarmupLR"}),
+            r"would silently override the recipe's train.lr_scheduler",
+        ),
         (
             ("cpu_lora",),
             launch(2, gradient_clipping=0.5),
@@ -179,7 +183,7 @@ def test_a_deepspeed_config_of_another_shape_is_refused(tmp_path: Path, settings
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"distributed_type": "DEEPSPEED", "deepspeed_config": section}))
     with pytest.raises(ConfigError, match=reason):
-        read_launch(path)
+        read_topology(path)
 
 
 def test_a_launch_is_known_from_inside(monkeypatch: pytest.MonkeyPatch) -> None:
