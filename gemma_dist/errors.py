@@ -1,4 +1,4 @@
-"""Errors that the user can mend. The command line prints them plainly and exits with 2.
+"""User errors. The command line prints them without a traceback and exits with 2.
 
 Every message carries the value that was found, the rule that it breaks and a remedy. `assert` is for our own bugs,
 these classes are for the user's data, settings and files.
@@ -32,7 +32,7 @@ def spell(message: str, spellings: Mapping[str, str]) -> str:
 
 
 class GemmaDistError(ValueError):
-    """Base of everything that the user can mend; anything else that escapes is a bug of ours (exit code 1)."""
+    """Base of all user errors; anything else that escapes is an internal error (exit code 1)."""
 
 
 class ConfigError(GemmaDistError):
@@ -48,8 +48,8 @@ class CheckpointError(GemmaDistError):
 
 
 class TrainingError(GemmaDistError):
-    """A run cannot go on: a step's loss or gradient is not finite; the message names the step's samples."""
+    """A run stopped: a step's loss or gradient is not finite; the message names the step's samples."""
 
 
 class PeerError(GemmaDistError):
-    """Another rank of this run cannot go on, and says why itself: this one ends without a word."""
+    """Another rank of this run stopped and says why itself: this one ends without a message."""

@@ -81,7 +81,7 @@ def _of_the_disk(error: Exception) -> str:
 
 
 def _of_ranks(ended: dict[int, int]) -> str:
-    """Why the others cannot go on without those that ended (rank -> process); empty where it is said elsewhere."""
+    """Why the others stop with those that ended (rank -> process); empty where it is said elsewhere."""
     with _telling:
         left = set(range(world.world_size())) - ended.keys()
         if not ended or world.rank() != min(left) or _told:
@@ -89,7 +89,7 @@ def _of_ranks(ended: dict[int, int]) -> str:
         _told.append(True)
     names = ", ".join(f"rank {rank} (process {process})" for rank, process in ended.items())
     return (
-        f"{names} has ended, so the others cannot go on. Unless it says why itself, the system killed it (exitcode -9 "
+        f"{names} has ended, so the other ranks stop. Unless it says why itself, the system killed it (exitcode -9 "
         "in the launcher's lines): most often the machine was out of memory. Finished checkpoints are whole: the same "
         "command resumes from the newest"
     )

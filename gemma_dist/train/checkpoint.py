@@ -52,7 +52,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, identity: Run
     if later := [path.name for path in _checkpoints(output_dir) if _step(path) > step and any(path.iterdir())]:
         raise CheckpointError(
             f"train.output_dir = {str(output_dir)!r} holds {', '.join(later)}, later than step {step}, which this run "
-            "starts from; a run started again would go on from there. Move them away, or name another folder"
+            "starts from; a restart would resume from there. Move them away, or name another folder"
         )
     return folder, step
 

@@ -16,7 +16,7 @@ NUM_IDS_SHOWN = 50  # of a rank, in a message
 
 
 def stop_unless_finite(schedule: Schedule, step: int, *, loss: bool, gradients: bool) -> None:
-    """Let all ranks stop together, before the optimiser, when the loss or a gradient of step `step` (from 0) is not
+    """Let all ranks stop together, before the optimizer, when the loss or a gradient of step `step` (from 0) is not
     finite on any of them. To be called by every rank: one exchange of two numbers a step.
 
     Args:
@@ -34,7 +34,7 @@ def stop_unless_finite(schedule: Schedule, step: int, *, loss: bool, gradients: 
     raise TrainingError(
         f"step {step + 1}: {what} not finite. The weights were not changed, and checkpoints hold finished steps only. "
         f"Its samples:\n{ids}\nLook at them (`gemma-dist inspect SHARDS --id ID`) and leave bad ones out "
-        f"({setting('quarantine', 'FILE')}), or go on from the last checkpoint with a lower learning_rate or a longer "
+        f"({setting('quarantine', 'FILE')}), or resume from the last checkpoint with a lower learning_rate or a longer "
         "warm-up, if loss or grad grew before"
     )
 

@@ -1,9 +1,9 @@
 """One training run, from a recipe to an adapter or a model in `train.output_dir`.
 
-OUT/checkpoint-<step>/       what a run needs to go on; complete or absent
+OUT/checkpoint-<step>/       what a run needs to resume; complete or absent
 OUT/metrics.jsonl            one line a step
 OUT/adapter_model.safetensors or model.safetensors …, with config, processor and template: the result
-OUT/gemma_dist.json          base, quantisation, data: written last, so it marks a finished run
+OUT/gemma_dist.json          base, quantization, data: written last, so it marks a finished run
 """
 
 import shutil
@@ -27,7 +27,7 @@ from gemma_dist.train.checkpoint import (
 )
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 
-# What a checkpoint holds to go on from, and a result does not need.
+# What a checkpoint holds to resume from, and a result does not need.
 STATE_FILES = (
     "complete.json",
     "optimizer*",

@@ -177,7 +177,7 @@ class ToolCallTrainer(SFTTrainer):
         return norm
 
     def _stop_unless_finite(self, gradients: bool) -> None:
-        """Between the last backward pass of a step and the optimiser, on every rank."""
+        """Between the last backward pass of a step and the optimizer, on every rank."""
         step = self.state.global_step
         stop_unless_finite(self.loader.schedule, step, loss=bool(self._loss_is_finite), gradients=gradients)
 
@@ -232,7 +232,7 @@ class ToolCallTrainer(SFTTrainer):
 
 
 class SeedSteps(TrainerCallback):
-    """Lets what is random in a step (dropout) follow from the seed, the step and the rank, so that a run that goes on
+    """Lets what is random in a step (dropout) follow from the seed, the step and the rank, so that a resumed run
     draws what the uninterrupted one did. Trainer would restore a pickled state instead, and the data loader would then
     draw from it once more."""
 
@@ -266,8 +266,8 @@ def warm_up_ddp_buckets(model: DistributedDataParallel) -> None:
     layers of the language model from the last to the first, then what comes before them.
 
     DDP sorts its buckets anew after the first pass, by the order in which the gradients came. With more than two ranks
-    that is another order of summation, so the first step of a run that goes on would differ in the last bit from the
-    same step of one that never stopped.
+    that is another order of summation, so the first step of a resumed run would differ in the last bit from the same
+    step of an uninterrupted one.
     """
     trained = [(name, parameter) for name, parameter in model.module.named_parameters() if parameter.requires_grad]
     trained.sort(key=lambda named: ".language_model.layers." in named[0])  # the sum is taken apart from its end
