@@ -23,9 +23,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 from gemma_dist import world
-from gemma_dist.config import load_config
 from gemma_dist.data.trajectory import Trajectory, decode_image
 from gemma_dist.model.load import _peft_config
+from gemma_dist.recipe import load_config
 from gemma_dist.resolve import resolve
 from gemma_dist.stream import loader as loader_module
 from gemma_dist.stream.collate import ControlIds, Sample, collate

@@ -57,9 +57,9 @@ def overhead(folder: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from trl import SFTConfig, SFTTrainer
 
-    from gemma_dist.config import load_config
     from gemma_dist.data.encode import load_encoder
     from gemma_dist.logs import RunLog
+    from gemma_dist.recipe import load_config
     from gemma_dist.resolve import resolve
     from gemma_dist.stream.loader import TrajectoryLoader
     from gemma_dist.topology import Topology

@@ -143,7 +143,8 @@ def shard(
     INPUT is JSONL (also .gz, .zst), parquet or a datasets folder; OUT gets parquet files and a manifest. A run that was
     killed goes on when the same command is given again.
     """
-    from gemma_dist.config import DataConfig, load_section
+    from gemma_dist.config import DataConfig
+    from gemma_dist.recipe import load_section
     from gemma_dist.shards.sharding import run_shard
 
     checked = load_section(DataConfig, settings)
@@ -166,7 +167,8 @@ def inspect(data: str, model: str, row: int | None, row_id: str | None, as_json:
     """
     if row is not None and row_id is not None:
         raise click.UsageError("name one row: by --row (its number, from 1) or by --id")
-    from gemma_dist.config import DataConfig, load_section
+    from gemma_dist.config import DataConfig
+    from gemma_dist.recipe import load_section
     from gemma_dist.show.row import inspect_row
 
     inspection = inspect_row(
@@ -191,7 +193,7 @@ def check(config: Path, overrides: tuple[str, ...], world_size: int | None, acce
     whether they go together. KEY=VALUE changes a setting, as in `train`.
     """
     from gemma_dist import world
-    from gemma_dist.config import load_config
+    from gemma_dist.recipe import load_config
     from gemma_dist.topology import current_topology, read_topology, require_fit
 
     settings = load_config(config, overrides)
@@ -237,8 +239,8 @@ def batches(
     CONFIG names.
     """
     from gemma_dist import world
-    from gemma_dist.config import load_config
     from gemma_dist.logs import to_json
+    from gemma_dist.recipe import load_config
     from gemma_dist.resolve import resolve
     from gemma_dist.show.batches import batches
     from gemma_dist.topology import Topology
@@ -260,7 +262,7 @@ def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None) -> 
     Alone, or on many processes under `accelerate launch --config_file ... -m gemma_dist train CONFIG`. KEY=VALUE
     changes a setting of the recipe: learning_rate=1e-4, or lora.r=8 with its section.
     """
-    from gemma_dist.config import load_config
+    from gemma_dist.recipe import load_config
 
     overrides = (*overrides, *([f"data.quarantine={quarantine}"] if quarantine else []))
     settings = load_config(config, overrides)  # before torch is loaded: a slip of the hand should cost a second
@@ -282,7 +284,8 @@ def evaluate(model: str, adapter: Path | None, data: Path, out: Path, limit: int
 
     Alone, or on many processes under `accelerate launch ... -m gemma_dist evaluate`.
     """
-    from gemma_dist.config import EvaluateConfig, load_section
+    from gemma_dist.config import EvaluateConfig
+    from gemma_dist.recipe import load_section
 
     checked = load_section(EvaluateConfig, settings)
     from gemma_dist.evaluate import run

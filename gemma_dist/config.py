@@ -10,15 +10,13 @@ unknown or contradicts another is refused before a model is touched, with its va
 Relative paths in a recipe are relative to the current directory, not to the recipe.
 """
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from gemma_dist.errors import ConfigError
 
@@ -292,7 +290,7 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _at_sharding(name: str) -> str:
+def at_sharding(name: str) -> str:
     return f"decided when rows are sharded, so give {option(name)} to `gemma-dist shard`"
 
 
@@ -307,7 +305,7 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
         yield f"train.packing_length: {train.packing_length}, but packing is off; set train.packing: true, or remove it"
     for name in sorted(SHARDING_ONLY):
         if getattr(config.data, name) != DataConfig.model_fields[name].default:
-            yield f"data.{name}: {_at_sharding(name)}"
+            yield f"data.{name}: {at_sharding(name)}"
     if tuning == "full" and config.lora is not None:
         yield "lora: an adapter needs tuning: lora or qlora, but tuning is full; remove the section or change tuning"
     if config.lora is not None and config.lora.target_parameters:
@@ -387,245 +385,3 @@ def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
             f"{total // at_once}) or set global_batch_size: {made}"
         )
     return BatchPlan(world_size, micro, total // at_once, total)
-
-
-# ---- reading a recipe ------------------------------------------------------------------------------------------------
-
-S = TypeVar("S", bound=Section)
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that a YAML file and `key=value` overrides describe. ConfigError lists every problem that was found."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; recipes to start from are in launch/") from None
-    except (UnicodeDecodeError, IsADirectoryError):
-        raise ConfigError(f"{path}: not a text file; a recipe is a YAML file like those in launch/") from None
-    values = _parse_yaml(text, str(path))
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of sections (model, data, train …), not {values!r}")
-    problems = list(_apply_overrides(values, overrides))
-    return _validated(RunConfig, values, problems, origin=str(path))
-
-
-def load_section(kind: type[S], options: Mapping[str, Any]) -> S:
-    """A section of its own, from the options of a verb (`max_length` stands for --max-length in messages)."""
-    try:
-        return kind.model_validate(dict(options))
-    except ValidationError as error:
-        raise ConfigError(
-            "\n".join(
-                f"{option(str(item['loc'][0]))} {item['input']}: {item['msg']}. "
-                f"{kind.model_fields[str(item['loc'][0])].description}"
-                for item in error.errors()
-            )
-        ) from None
-
-
-def _validated(kind: type[S], values: dict[str, Any], problems: list[str], *, origin: str) -> S:
-    """`values` as a `kind`. Unknown keys are taken out first, so that pydantic can report the rest in the same go."""
-    problems += _take_out_unknown(kind, values)
-    config = None
-    try:
-        config = kind.model_validate(values)
-    except ValidationError as error:
-        reported = tuple(problem.partition(" = ")[0] for problem in problems)
-        problems += [
-            message for message in _messages(error) if not message.startswith(tuple(f"{k}: missing" for k in reported))
-        ]
-    if config is None or problems:
-        raise ConfigError("\n".join([f"{origin}: {len(problems)} problem{'s' * (len(problems) > 1)}", *problems]))
-    return config
-
-
-def _messages(error: ValidationError) -> Iterator[str]:
-    """Pydantic's findings as `dotted.key = value: rule (what the setting means)`."""
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "value_error" and not item["loc"]:
-            yield from str(item["ctx"]["error"]).splitlines()  # our own cross-checks name their keys themselves
-        elif item["type"] == "missing":
-            yield f"{key}: missing. {_description(key)}".rstrip()
-        else:
-            rule = str(item["ctx"]["error"]) if item["type"] == "value_error" else item["msg"]
-            yield f"{key} = {item['input']!r}: {rule}. {_description(key)}".rstrip()
-
-
-# ---- keys: what exists, and what people bring along ------------------------------------------------------------------
-
-SECTIONS: dict[str, type[Section]] = {
-    "model": ModelConfig,
-    "data": DataConfig,
-    "quantization": QuantizationConfig,
-    "lora": LoraConfig,
-    "train": TrainConfig,
-}
-KEYS = ["tuning", *(f"{section}.{name}" for section, kind in SECTIONS.items() for name in kind.model_fields)]
-
-# Names of LLaMA-Factory, axolotl, ms-swift, TRL, unsloth and DeepSpeed for settings that exist here.
-RENAMED = {
-    foreign: key
-    for key, names in {
-        "tuning": "finetuning_type adapter tuner_type train_type use_peft use_lora quantization_bit quant_bits",
-        "model.model_name_or_path": "model base_model model_id model_path model_name pretrained_model_name_or_path",
-        "model.dtype": "torch_dtype model_dtype precision",
-        "model.attn_implementation": "attn_impl flash_attn flash_attention use_flash_attention_2",
-        "data.cache_dir": "local_cache cache cache_path",
-        "data.train": "dataset datasets dataset_name dataset_path dataset_dir data_path data_files train_file",
-        "data.chat_template": "template chat_template_path chat_template_jinja",
-        "data.max_length": "cutoff_len sequence_len max_seq_length max_seq_len seq_length seq_len model_max_length",
-        "lora.r": "lora_rank lora_r rank",
-        "lora.lora_alpha": "alpha",
-        "lora.lora_dropout": "dropout",
-        "lora.target_modules": "lora_target lora_target_modules lora_target_linear",
-        "lora.target_parameters": "lora_target_parameters",
-        "train.output_dir": "out_dir output save_dir",
-        "train.per_device_train_batch_size": "micro_batch_size batch_size train_micro_batch_size_per_gpu",
-        "train.global_batch_size": "train_batch_size total_batch_size effective_batch_size",
-        "train.gradient_accumulation_steps": "grad_accum gradient_accumulation grad_accumulation_steps",
-        "train.packing": "sample_packing neat_packing padding_free",
-        "train.packing_length": "pack_length packing_max_length",
-        "train.dataloader_num_workers": "num_workers dataloader_workers preprocessing_num_workers",
-        "train.gradient_checkpointing": "activation_checkpointing use_gradient_checkpointing",
-        "train.num_train_epochs": "num_epochs epochs max_epochs n_epochs",
-        "train.learning_rate": "lr",
-        "train.lr_scheduler_type": "lr_scheduler scheduler",
-        "train.warmup_steps": "warmup_ratio lr_warmup_steps",
-        "train.max_grad_norm": "gradient_clipping grad_clip clip_grad_norm",
-        "train.optim": "optimizer optimiser",
-        "train.report_to": "use_wandb wandb_project use_tensorboard use_swanlab",
-        "train.resume_from_checkpoint": "resume auto_resume_from_checkpoints",
-    }.items()
-    for foreign in names.split()
-}
-
-_WHAT_TRAINS_ON = "always so: the loss is on what the model itself emits; `train: false` on a message leaves it out"
-_PROCESSES = (
-    "how processes share memory stands in an accelerate config: accelerate launch --config_file accelerate_configs/…"
-)
-_NON_REENTRANT = (
-    "remove it: checkpointing is always non-reentrant here, "
-    "since reentrant recomputation gives wrong gradients where layers share keys and values"
-)
-_EVALUATION = "there is no evaluation inside training; run `gemma-dist evaluate` on a checkpoint"
-_VISION = "lora and qlora leave the vision tower alone unless lora.target_modules names it; full trains it"
-_PIXELS = "pictures are resized by the model's own image processor; data.max_image_pixels only refuses larger ones"
-NOT_SETTINGS = {
-    name: reason
-    for reason, names in {
-        "fp16 overflows on Gemma; use train.bf16, or model.dtype: float32": "fp16 float16 half",
-        "8-bit weights are not offered; tuning: qlora holds them in 4 bits": "load_in_8bit",
-        _NON_REENTRANT: "gradient_checkpointing_kwargs activation_checkpointing_kwargs use_reentrant use_reentrant_gc",
-        _PROCESSES: "deepspeed deepspeed_config zero_stage fsdp fsdp_config device_map num_processes "
-        "ddp_find_unused_parameters",
-        "not a setting: train.packing leaves no padding to save": "group_by_length length_grouped_sampler",
-        "not a setting: shards are always read as a stream, and row groups are shuffled": "streaming buffer_size",
-        _WHAT_TRAINS_ON: "assistant_only_loss completion_only_loss train_on_prompt train_on_inputs roles_to_train "
-        "train_on_eos mask_history loss_scale train_on_last_turn_only",
-        _EVALUATION: "evaluate eval do_eval eval_strategy evaluation_strategy eval_steps eval_dataset val_set_size "
-        "test_datasets max_new_tokens per_device_eval_batch_size",
-        _VISION: "freeze_vision_tower freeze_vit freeze_multi_modal_projector freeze_aligner finetune_vision_layers",
-        _PIXELS: "image_max_pixels max_pixels image_size image_resolution",
-        "remove it: this package has one stage, supervised fine-tuning": "stage do_train rlhf_type",
-        "remove it: no code from a model folder is ever run": "trust_remote_code",
-    }.items()
-    for name in names.split()
-}
-
-
-def _hint(key: str) -> str:
-    """What to write instead of an unknown `key`: another tool's name, a forgotten section, or the nearest spelling."""
-    bare = key.rpartition(".")[2].replace("-", "_").lower()
-    if bare in NOT_SETTINGS:
-        return NOT_SETTINGS[bare]
-    if same := [known for known in KEYS if known.rpartition(".")[2] == bare]:
-        return f"here it is {' or '.join(same)}"
-    if bare in RENAMED:
-        ours = RENAMED[bare]
-        name = ours.removeprefix("data.")
-        return f"here it is {ours}{f', {_at_sharding(name)}' if name in SHARDING_ONLY else ''}. {_description(ours)}"
-    by_name = {name: known for known in KEYS for name in (known, known.rpartition(".")[2])}
-    close = difflib.get_close_matches(key, by_name, 1) or difflib.get_close_matches(bare, by_name, 1)
-    return f"did you mean {by_name[close[0]]}?" if close else "`gemma-dist check` shows every setting of a recipe"
-
-
-def _description(key: str) -> str:
-    """The sentence under a setting, or the first line about a section."""
-    section, _, name = key.partition(".")
-    if section in SECTIONS and not name:
-        return (SECTIONS[section].__doc__ or "").partition("\n")[0]
-    field = SECTIONS.get(section, RunConfig).model_fields.get(name.partition(".")[0] or section)
-    return (field.description or "") if field else ""
-
-
-def _take_out_unknown(kind: type[Section], values: dict[str, Any]) -> Iterator[str]:
-    """Remove what RunConfig does not know from `values`, one message each."""
-    for key in list(values):
-        if key not in kind.model_fields:
-            yield f"{key} = {values.pop(key)!r}: unknown key; {_hint(str(key))}"
-        elif key in SECTIONS and values[key] is None:
-            del values[key]  # a section with all its lines commented out
-        elif key in SECTIONS and not isinstance(values[key], dict):
-            hint = _hint(key) if key in RENAMED else f"for example {key}.{next(iter(SECTIONS[key].model_fields))}"
-            yield f"{key} = {values.pop(key)!r}: {key} is a section of settings; {hint}"
-        elif key in SECTIONS:
-            section = values[key]
-            for name in [name for name in section if name not in SECTIONS[key].model_fields]:
-                dotted = f"{key}.{name}"
-                yield f"{dotted} = {section.pop(name)!r}: unknown key; {_hint(dotted)}"
-
-
-def _apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> Iterator[str]:
-    """Set each `key=value` in `values`; a bare key finds its section. Yields what cannot be understood."""
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key or key.startswith("-"):
-            yield f"override {override!r}: write key=value, such as learning_rate=1e-4 or lora.r=8"
-            continue
-        value = _parse_yaml(text, f"override {override!r}")
-        homes = [known for known in KEYS if known.rpartition(".")[2] == key]
-        section, _, name = (homes[0] if len(homes) == 1 else key).partition(".")
-        if not name or section not in SECTIONS:
-            values[key] = value
-        elif isinstance(values.setdefault(section, {}), dict):
-            values[section][name] = value
-        elif values[section] is None:
-            values[section] = {name: value}
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML 1.2's scalars, so that 1e-4 is a number and a date is text (PyYAML has 1.1's); repeated keys are refused."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own class attribute)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-for _tag, _pattern, _first in [
-    ("null", r"^(?:~|null|Null|NULL|)$", [*"~nN", ""]),
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", [*"tTfF"]),
-    ("int", r"^[-+]?(?:0|[1-9][0-9_]*)$", [*"-+0123456789"]),
-    ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$", [*"-+.0123456789"]),
-    ("float", r"^(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$", [*"-+."]),
-]:
-    _Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
-
-
-def _parse_yaml(text: str, origin: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Yaml)
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark and "\n" in text else ""
-        raise ConfigError(f"{origin}{line}: not YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{origin}: not YAML: {error}") from None

@@ -11,22 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_dist import config as settings
+from gemma_dist.aliases import NOT_SETTINGS, RENAMED
 from gemma_dist.config import (
-    KEYS,
     LANGUAGE_MODEL_LINEARS,
-    NOT_SETTINGS,
-    RENAMED,
-    SECTIONS,
     BatchPlan,
     DataConfig,
     EvaluateConfig,
     MergeConfig,
     RunConfig,
     batch_plan,
-    load_config,
-    load_section,
 )
 from gemma_dist.errors import ConfigError
+from gemma_dist.recipe import KEYS, SECTIONS, load_config, load_section
 
 RECIPE = """
 tuning: lora

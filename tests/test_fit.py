@@ -8,8 +8,9 @@ import pytest
 import yaml
 from ranks import gemma_dist
 
-from gemma_dist.config import batch_plan, load_config
+from gemma_dist.config import batch_plan
 from gemma_dist.errors import ConfigError
+from gemma_dist.recipe import load_config
 from gemma_dist.topology import Topology, current_topology, read_topology, require_fit, write_recipe_into
 
 ROOT = Path(__file__).parents[1]

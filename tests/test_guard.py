@@ -86,8 +86,9 @@ def test_a_gradient_that_is_not_finite_stops_too(shards: Path) -> None:
 
 
 def test_samples_in_quarantine_are_never_blamed(shards: Path, tmp_path: Path) -> None:
-    from gemma_dist.config import batch_plan, load_config
+    from gemma_dist.config import batch_plan
     from gemma_dist.errors import TrainingError
+    from gemma_dist.recipe import load_config
     from gemma_dist.stream.schedule import open_schedule
     from gemma_dist.train.guard import sample_ids, stop_unless_finite
 

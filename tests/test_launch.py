@@ -17,9 +17,10 @@ import torch
 import yaml
 from corpus import row, shard_rows
 
-from gemma_dist.config import LANGUAGE_MODEL_LINEARS, ModelConfig, RunConfig, batch_plan, load_config
+from gemma_dist.config import LANGUAGE_MODEL_LINEARS, ModelConfig, RunConfig, batch_plan
 from gemma_dist.errors import ConfigError
 from gemma_dist.model.load import load_model
+from gemma_dist.recipe import load_config
 from gemma_dist.resolve import Run, resolve
 from gemma_dist.show.check import describe_run
 from gemma_dist.topology import Topology

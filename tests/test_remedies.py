@@ -15,7 +15,7 @@ from PIL import Image
 from ranks import gemma_dist
 
 import gemma_dist as package
-from gemma_dist import config
+from gemma_dist import config, recipe
 from gemma_dist.__main__ import main
 from gemma_dist.cli import cli, spellings
 from gemma_dist.data.rows import Where
@@ -71,7 +71,7 @@ def require_accepted(verb: str, name: str, value: str, words: str) -> None:
         assert str(found.type_cast_value(click.Context(cli.commands[verb]), text)) == value
     else:
         assert any(param.name == "overrides" for param in cli.commands[verb].params), f"{verb} takes no {words}"
-        assert str(getattr(config.load_config(RECIPE, [words]).data, name)) == value
+        assert str(getattr(recipe.load_config(RECIPE, [words]).data, name)) == value
 
 
 @pytest.mark.parametrize("verb", cli.commands)

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import gemma_dist
 
-from gemma_dist.config import BatchPlan, batch_plan, load_config
+from gemma_dist.config import BatchPlan, batch_plan
 from gemma_dist.errors import ConfigError, DataError
+from gemma_dist.recipe import load_config
 from gemma_dist.shards import sharding
 from gemma_dist.shards.reader import open_shards
 from gemma_dist.stream.schedule import Schedule, open_schedule, read_quarantine

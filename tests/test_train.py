@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 from store import serve
 from transformers import AutoModelForImageTextToText
 
-from gemma_dist.config import load_config
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.files import UMASK
 from gemma_dist.model.fingerprint import fingerprint_base
+from gemma_dist.recipe import load_config
 from gemma_dist.resolve import RunIdentity, require_output_dir, resolve, state_layout
 from gemma_dist.shards.reader import open_shards
 from gemma_dist.topology import Topology
@@ -125,8 +125,9 @@ def test_loss_is_a_sum_over_the_target_tokens_of_the_global_batch(
     run: Any, model: str, shards: Path, more: tuple[str, ...]
 ) -> None:
     """Step 1 against transformers' own loss of each row alone, weighted by its target tokens."""
-    from gemma_dist.config import batch_plan, load_config
+    from gemma_dist.config import batch_plan
     from gemma_dist.data.encode import load_encoder
+    from gemma_dist.recipe import load_config
     from gemma_dist.stream.collate import Sample, collate, control_ids
     from gemma_dist.stream.schedule import open_schedule
 
