@@ -17,7 +17,7 @@ import numpy as np
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from PIL import Image
 
-from gemma_dist.config import BatchPlan, DataConfig
+from gemma_dist.config import BatchPlan, ShardConfig
 from gemma_dist.data.images import decode_image
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.model.tiny import write_tiny_model
@@ -68,7 +68,7 @@ def make_corpus(folder: Path, shard_mb: int) -> Path:
         write_tiny_model(model)
     if not shards.exists():
         sharding.SHARD_BYTES = shard_mb << 20
-        sharding.run_shard([source], shards, str(model), DataConfig(), False)
+        sharding.run_shard([source], shards, str(model), ShardConfig(), False)
     return shards
 
 

@@ -55,8 +55,6 @@ def _options_of(section: str) -> list[click.Parameter]:
 
     options: list[click.Parameter] = []
     for name, field in getattr(config, section).model_fields.items():
-        if name in config.TRAINING_ONLY:  # of a recipe: the verbs take their data as an argument
-            continue
         kind = field.annotation
         if get_origin(kind) is types.UnionType:
             kind = get_args(kind)[0]
@@ -83,22 +81,21 @@ def _from_one(ctx: click.Context, param: click.Parameter, value: int | None) -> 
 def spellings(verb: click.Command) -> dict[str, str]:
     """How a user of `verb` changes each setting that a remedy may name, with {} for the value: by an option of the
     verb, by a key of its recipe, or else by the command that decides the setting."""
-    from gemma_dist.config import SHARDING_ONLY, DataConfig, MergeConfig, option
+    from gemma_dist.config import MergeConfig, ShardConfig, TrainDataConfig, option
 
     params = verb.get_params(click.Context(verb))
     own = {param.name for param in params if isinstance(param, click.Option)}
     takes_recipe = any(param.name == "overrides" for param in params)
-    deciding = dict.fromkeys(SHARDING_ONLY, "shard") | dict.fromkeys(MergeConfig.model_fields, "merge")
     spelled = {}
-    for name in DataConfig.model_fields | MergeConfig.model_fields:
+    for name in ShardConfig.model_fields | TrainDataConfig.model_fields | MergeConfig.model_fields:
         if name in own:
             spelled[name] = f"{option(name)} {{}}"
-        elif name in deciding:
-            spelled[name] = f"`gemma-dist {deciding[name]} … {option(name)} {{}}`"
-        elif takes_recipe:
-            spelled[name] = f"data.{name}={{}}"
+        elif name in TrainDataConfig.model_fields:
+            spelled[name] = f"data.{name}={{}}" if takes_recipe else f"`gemma-dist train … data.{name}={{}}`"
+        elif name in ShardConfig.model_fields:
+            spelled[name] = f"`gemma-dist shard … {option(name)} {{}}`"
         else:
-            spelled[name] = f"`gemma-dist train … data.{name}={{}}`"
+            spelled[name] = f"`gemma-dist merge … {option(name)} {{}}`"
     return spelled
 
 
@@ -120,7 +117,7 @@ def tiny(out: Path, style: str) -> None:
     write_tiny_model(out, style=style)
 
 
-@cli.command(cls=Verb, settings="DataConfig")
+@cli.command(cls=Verb, settings="ShardConfig")
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=EXISTING)
 @click.option("--out", required=True, type=NEW, help="Folder of the shards; holds none yet, but for --append.")
 @click.option("--model", required=True, help="Folder or hub name of the model whose tokens are counted.")
@@ -143,16 +140,16 @@ def shard(
     INPUT is JSONL (also .gz, .zst), parquet or a datasets folder; OUT gets parquet files and a manifest. A run that was
     killed goes on when the same command is given again.
     """
-    from gemma_dist.config import DataConfig
+    from gemma_dist.config import ShardConfig
     from gemma_dist.recipe import load_section
     from gemma_dist.shards.sharding import run_shard
 
-    checked = load_section(DataConfig, settings)
+    checked = load_section(ShardConfig, settings)
     report = run_shard(list(inputs), out, model, checked, skip_invalid, append=append, num_workers=num_workers)
     click.echo(json.dumps(report.to_json()) if as_json else report.summary())
 
 
-@cli.command(cls=Verb, settings="DataConfig")
+@cli.command(cls=Verb, settings="ShardConfig")
 @click.argument("data")
 @click.option("--model", required=True, help="Folder or hub name of the model that would see the row.")
 @click.option(
@@ -167,12 +164,12 @@ def inspect(data: str, model: str, row: int | None, row_id: str | None, as_json:
     """
     if row is not None and row_id is not None:
         raise click.UsageError("name one row: by --row (its number, from 1) or by --id")
-    from gemma_dist.config import DataConfig
+    from gemma_dist.config import ShardConfig
     from gemma_dist.recipe import load_section
     from gemma_dist.show.row import inspect_row
 
     inspection = inspect_row(
-        data, model, row_id if row_id is not None else row or 1, load_section(DataConfig, settings)
+        data, model, row_id if row_id is not None else row or 1, load_section(ShardConfig, settings)
     )
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     click.echo(json.dumps(inspection.to_json()) if as_json else inspection.render(color))

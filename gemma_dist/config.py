@@ -1,11 +1,8 @@
-"""Every setting of the package with its default: what a YAML recipe may say, and where the verbs' options start from.
+"""Every setting of the package with its default: what a YAML recipe may say, and the options of the commands.
 
 A recipe (`launch/*.yaml`) says what a run is: model, data, what trains, batch, schedule. How processes share memory
 stands in `accelerate_configs/`, where they run in `slurm/`. Names are Hugging Face's wherever one exists. A key that is
-unknown or contradicts another is refused before a model is touched, with its value and the nearest valid key.
-
-    config = load_config("launch/cpu_lora.yaml", ["learning_rate=1e-4", "lora.r=8"])
-    plan = batch_plan(config, world_size=2)
+unknown (recipe.py) or contradicts another is refused before a model is touched, with its value and a remedy.
 
 Relative paths in a recipe are relative to the current directory, not to the recipe.
 """
@@ -60,14 +57,37 @@ def _sources(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-class RowConfig(Section):
-    """How a raw row becomes a checked trajectory, then tokens: settings of every verb that reads raw rows."""
+class EncodingConfig(Section):
+    """How the chat template turns a trajectory into tokens."""
 
     chat_template: str | None = Field(
         None,
         description="A Jinja file, or the name of a revision (gemma4_v5); absent: the adapter's or the model's own.",
     )
     enable_thinking: bool = Field(False, description="Render with the template's switch that asks for reasoning.")
+
+
+class TrainDataConfig(EncodingConfig):
+    """Which shards a run trains on. How rows became shards is decided before: see ShardConfig."""
+
+    train: Annotated[list[str | SourceConfig], BeforeValidator(_sources)] = Field(
+        default=[],
+        description="Folders or URLs that `gemma-dist shard` wrote: one, a list, or a list of {path, weight}.",
+    )
+    quarantine: Path | None = Field(
+        None,
+        description="File that names what is left out: one id, or damaged row group, a line.",
+    )
+    cache_dir: Path | None = Field(
+        None,
+        description="Folder that keeps row groups of URLs, and how many packs there are, for all ranks of a node.",
+    )
+    cache_gb: float = Field(50, gt=0, description="Size of cache_dir, in GB; what was used longest ago goes first.")
+
+
+class RowConfig(EncodingConfig):
+    """How a raw row becomes a checked trajectory, then tokens: settings of every command that reads raw rows."""
+
     max_image_pixels: int = Field(50_000_000, gt=0, description="Largest picture that is decoded, in pixels.")
     text_beside_call: Literal["message", "reasoning"] = Field(
         "message",
@@ -83,22 +103,9 @@ class RowConfig(Section):
     )
 
 
-class DataConfig(RowConfig):
-    """Which trajectories, and how a row becomes tokens. What is decided at sharding is also offered by `shard`."""
+class ShardConfig(RowConfig):
+    """Settings of `shard`, which its manifest records, and of `inspect`, which shows what `shard` would write."""
 
-    train: Annotated[list[str | SourceConfig], BeforeValidator(_sources)] = Field(
-        default=[],
-        description="Folders or URLs that `gemma-dist shard` wrote: one, a list, or a list of {path, weight}.",
-    )
-    quarantine: Path | None = Field(
-        None,
-        description="File that names what is left out: one id, or damaged row group, a line.",
-    )
-    cache_dir: Path | None = Field(
-        None,
-        description="Folder that keeps row groups of URLs, and how many packs there are, for all ranks of a node.",
-    )
-    cache_gb: float = Field(50, gt=0, description="Size of cache_dir, in GB; what was used longest ago goes first.")
     max_length: int | None = Field(
         None, gt=0, description="Longest trajectory, in tokens, text and images together; absent: no limit."
     )
@@ -106,11 +113,6 @@ class DataConfig(RowConfig):
         "error",
         description="What happens to a trajectory above max_length; cut_turns removes whole turns from its end.",
     )
-
-
-# The rest is decided when rows are sharded, and recorded there: in a recipe it would do nothing.
-TRAINING_ONLY = {"train", "quarantine", "cache_dir", "cache_gb"}
-SHARDING_ONLY = set(DataConfig.model_fields) - TRAINING_ONLY - {"chat_template", "enable_thinking"}
 
 
 class QuantizationConfig(Section):
@@ -252,7 +254,7 @@ class RunConfig(Section):
         description="What trains: every weight, an adapter (lora), or an adapter on a 4-bit base (qlora)."
     )
     model: ModelConfig
-    data: DataConfig
+    data: TrainDataConfig
     train: TrainConfig
     lora: LoraConfig | None = Field(None, description="The adapter; filled in for lora and qlora.")
     quantization: QuantizationConfig | None = Field(None, description="The 4-bit base; filled in for qlora.")
@@ -282,16 +284,12 @@ class RunConfig(Section):
 
     def to_json(self) -> dict[str, Any]:
         """The resolved run as plain JSON values, for `check`, checkpoints and logs."""
-        return self.model_dump(mode="json", exclude_none=True, exclude={"data": SHARDING_ONLY})
+        return self.model_dump(mode="json", exclude_none=True)
 
 
 def option(name: str) -> str:
     """What the command line calls a setting: --max-length is max_length."""
     return "--" + name.replace("_", "-")
-
-
-def at_sharding(name: str) -> str:
-    return f"decided when rows are sharded, so give {option(name)} to `gemma-dist shard`"
 
 
 def _contradictions(config: RunConfig) -> Iterator[str]:
@@ -303,9 +301,6 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
         yield "data.train: some sources have a weight and some have none; give each one {path: …, weight: …}, or none"
     if train.packing_length is not None and not train.packing:
         yield f"train.packing_length: {train.packing_length}, but packing is off; set train.packing: true, or remove it"
-    for name in sorted(SHARDING_ONLY):
-        if getattr(config.data, name) != DataConfig.model_fields[name].default:
-            yield f"data.{name}: {at_sharding(name)}"
     if tuning == "full" and config.lora is not None:
         yield "lora: an adapter needs tuning: lora or qlora, but tuning is full; remove the section or change tuning"
     if config.lora is not None and config.lora.target_parameters:

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from gemma_dist.config import DataConfig
+from gemma_dist.config import ShardConfig
 from gemma_dist.shards.pieces import ShardReport
 from gemma_dist.shards.sharding import run_shard
 from gemma_dist.stream.schedule import Schedule
@@ -67,7 +67,7 @@ def shard_rows(
 ) -> ShardReport:
     """`run_shard` of `rows` into `folder`/shards."""
     source = write_rows(folder / "rows.jsonl", rows)
-    return run_shard([source], folder / "shards", model, DataConfig(**settings), skip_invalid)
+    return run_shard([source], folder / "shards", model, ShardConfig(**settings), skip_invalid)
 
 
 def ids_at(schedule: Schedule, step: int, rank: int) -> list[list[list[str]]]:

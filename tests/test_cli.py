@@ -36,14 +36,13 @@ def test_every_verb_has_help_with_a_whole_first_sentence(verb, capsys):
 
 
 def test_settings_are_offered_with_the_defaults_of_config(capsys):
-    from gemma_dist.config import TRAINING_ONLY, DataConfig
+    from gemma_dist.config import ShardConfig
 
     main(["shard", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for name, field in DataConfig.model_fields.items():
-        if name not in TRAINING_ONLY:
-            assert "--" + name.replace("_", "-") in text
-            assert " ".join((field.description or "").split()) in text
+    for name, field in ShardConfig.model_fields.items():
+        assert "--" + name.replace("_", "-") in text
+        assert " ".join((field.description or "").split()) in text
     assert "[default: 50000000]" in text
 
 
@@ -64,7 +63,7 @@ def test_version(capsys):
         (["batches", "-", "recipe.yaml", "--step", "0"], "steps are counted from 1, as in messages, not 0"),
         (["train", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["train", "recipe.yaml", "--learning-rate", "1e-4"], "write key=value"),
-        (["train", "recipe.yaml", "cutoff_len=8"], "data.max_length"),
+        (["train", "recipe.yaml", "cutoff_len=8"], "give --max-length to `gemma-dist shard`"),
         (["check", "recipe.yaml", "global_batch_size=3", "--world-size", "2"], "use 2 or 4"),
         (["shard", "recipe.yaml", "--out", "o", "--model", "m", "--max-length", "0"], "--max-length 0"),
         (

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_dist import config as settings
-from gemma_dist.aliases import NOT_SETTINGS, RENAMED
+from gemma_dist.aliases import NOT_SETTINGS, RENAMED, RENAMED_OPTIONS
 from gemma_dist.config import (
     LANGUAGE_MODEL_LINEARS,
     BatchPlan,
-    DataConfig,
     EvaluateConfig,
     MergeConfig,
     RunConfig,
+    ShardConfig,
     batch_plan,
 )
 from gemma_dist.errors import ConfigError
@@ -177,9 +177,9 @@ def test_choices_are_known_to_hugging_face():
 # ---- a wrong one -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("foreign", "key"), RENAMED.items())
+@pytest.mark.parametrize(("foreign", "key"), (RENAMED | RENAMED_OPTIONS).items())
 def test_names_of_other_tools_lead_to_ours(problems, foreign, key):
-    assert key in KEYS
+    assert key in KEYS or key in ShardConfig.model_fields
     if foreign not in SECTIONS:
         assert f"{foreign} = 7: unknown key; here it is {key}" in problems(f"{foreign}=7")
 
@@ -191,7 +191,7 @@ def test_what_is_no_setting_here_says_why(problems, foreign, reason):
 
 def test_foreign_names_are_no_names_of_ours():
     bare = {key.rpartition(".")[2] for key in KEYS}
-    assert not bare & (set(RENAMED) | set(NOT_SETTINGS))
+    assert not bare & {*RENAMED, *RENAMED_OPTIONS, *NOT_SETTINGS}
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,8 @@ def test_foreign_names_are_no_names_of_ours():
         ("learning_rat=1", "train.learning_rate"),
         ("train.learning-rate=1", "train.learning_rate"),
         ("lora.targets_module=x", "lora.target_modules"),
-        ("train.max_length=8", "data.max_length"),
+        ("train.max_length=8", "give --max-length to `gemma-dist shard`"),
+        ("data.max_lenght=8", "did you mean max_length?"),
         ("model.seed=8", "train.seed"),
         ("data.model_name_or_paht=8", "model.model_name_or_path"),
     ],
@@ -245,7 +246,11 @@ def test_a_section_given_as_a_value_is_told_once(problems):
         (["data.train=[]"], "data.train: nothing to train on"),
         (["data.train=[a, {path: b, weight: 2}]"], "data.train: some sources have a weight and some have none"),
         (["train.packing_length=4096"], "train.packing_length: 4096, but packing is off"),
-        (["too_long=drop"], "data.too_long: decided when rows are sharded, so give --too-long to `gemma-dist shard`"),
+        (
+            ["data.too_long=drop"],
+            "data.too_long = 'drop': unknown key; too_long is decided when rows are sharded, so give --too-long to "
+            "`gemma-dist shard`",
+        ),
         (["cutoff_len=4096"], "so give --max-length to `gemma-dist shard`"),
         (["target_modules=[q_proj, v_proj]"], "bare names also matches the vision tower"),
         (["target_modules=all-linear"], "also adapts the vision tower"),
@@ -307,9 +312,9 @@ def test_no_override_escapes_as_another_error(key, value):
 
 
 def test_a_verbs_option_is_checked_like_a_setting():
-    assert load_section(DataConfig, {"max_length": 7}).max_length == 7
+    assert load_section(ShardConfig, {"max_length": 7}).max_length == 7
     with pytest.raises(ConfigError, match=r"--max-length 0: Input should be greater than 0"):
-        load_section(DataConfig, {"max_length": 0})
+        load_section(ShardConfig, {"max_length": 0})
 
 
 # ---- batch arithmetic ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from datasets import Dataset
 from ranks import gemma_dist
 from store import serve
 
-from gemma_dist.config import DataConfig
+from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import IGNORE_INDEX, load_encoder
 from gemma_dist.data.rows import read_rows
 from gemma_dist.errors import DataError
@@ -25,12 +25,12 @@ ROWS = [row(number) for number in range(4)]
 def test_raw_rows_and_shards_show_what_the_encoder_gives(tmp_path: Path, model: str) -> None:
     shard_rows(tmp_path, model, ROWS)
     encoder = load_encoder(model, chat_template=None, enable_thinking=False)
-    for number, trajectory in enumerate(load_trajectories(tmp_path / "rows.jsonl", DataConfig())):
+    for number, trajectory in enumerate(load_trajectories(tmp_path / "rows.jsonl", ShardConfig())):
         encoded = encoder.encode(trajectory)
-        raw = inspect_row(tmp_path / "rows.jsonl", model, number + 1, DataConfig())
+        raw = inspect_row(tmp_path / "rows.jsonl", model, number + 1, ShardConfig())
         for data in (tmp_path / "rows.jsonl", tmp_path / "shards"):
-            assert raw == inspect_row(data, model, number + 1, DataConfig())
-            assert raw == inspect_row(data, model, f"row-{number}", DataConfig())
+            assert raw == inspect_row(data, model, number + 1, ShardConfig())
+            assert raw == inspect_row(data, model, f"row-{number}", ShardConfig())
         shown = json.loads(json.dumps(raw.to_json()))
         assert (shown["id"], shown["ids"], shown["labels"]) == (
             f"row-{number}",
@@ -44,7 +44,7 @@ def test_raw_rows_and_shards_show_what_the_encoder_gives(tmp_path: Path, model: 
 
 def test_the_picture_of_a_row_marks_what_is_trained_and_shortens_images(tmp_path: Path, model: str) -> None:
     write_rows(tmp_path / "rows.jsonl", ROWS)
-    inspection = inspect_row(tmp_path / "rows.jsonl", model, 4, DataConfig())
+    inspection = inspect_row(tmp_path / "rows.jsonl", model, 4, ShardConfig())
     plain, colored = inspection.render(color=False), inspection.render(color=True)
     assert re.findall("⟦(.*?)⟧", plain, re.DOTALL) == [
         "<|tool_call>call:plot{n:300}<tool_call|><|tool_response>",
@@ -62,20 +62,20 @@ def test_a_row_that_is_not_there_says_how_many_there_are(tmp_path: Path, model: 
     for data in (tmp_path / "rows.jsonl", tmp_path / "shards"):
         for number in (5, 0, -1):
             with pytest.raises(DataError, match=f"has no row {number}: rows are counted from 1, and the last one is 4"):
-                inspect_row(data, model, number, DataConfig())
+                inspect_row(data, model, number, ShardConfig())
         for unknown in ("row-4", "row-4\udcff"):
             with pytest.raises(DataError, match="has no row with the id 'row-4"):
-                inspect_row(data, model, unknown, DataConfig())
+                inspect_row(data, model, unknown, ShardConfig())
 
 
 def test_bad_rows_before_the_row_do_not_hide_it_and_a_bad_row_says_why(tmp_path: Path, model: str) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [{"messages": []}, ROWS[1]])
     data.write_text("{broken\n" + data.read_text())
     for chosen in (3, "row-1"):
-        assert inspect_row(data, model, chosen, DataConfig()).id == "row-1"
+        assert inspect_row(data, model, chosen, ShardConfig()).id == "row-1"
     for number in (1, 2):
         with pytest.raises(DataError, match=rf"rows\.jsonl:{number}: "):
-            inspect_row(data, model, number, DataConfig())
+            inspect_row(data, model, number, ShardConfig())
 
 
 PLACE = re.compile(r"^(?:error: )?(\S+):(\d+): ")
@@ -87,14 +87,14 @@ def test_the_place_in_a_message_names_the_row_to_inspect(tmp_path: Path, model: 
     blank = tmp_path / "blank.jsonl"
     blank.write_text("\n\n" + "\n\n".join([*lines, '{"id": "bad", "messages": [{"role": "judge"}]}']) + "\n")
     with pytest.raises(DataError) as caught:
-        list(load_trajectories(blank, DataConfig()))
+        list(load_trajectories(blank, ShardConfig()))
     file, line = PLACE.match(str(caught.value)).groups()  # type: ignore[union-attr]
     assert (file, line) == (str(blank), "9")
     with pytest.raises(DataError, match=re.escape(str(caught.value))):
-        inspect_row(file, model, int(line), DataConfig())
-    assert [inspect_row(file, model, number, DataConfig()).id for number in (3, 5, 7)] == ["row-0", "row-1", "row-2"]
+        inspect_row(file, model, int(line), ShardConfig())
+    assert [inspect_row(file, model, number, ShardConfig()).id for number in (3, 5, 7)] == ["row-0", "row-1", "row-2"]
     with pytest.raises(DataError, match=r"blank\.jsonl:4 is a blank line; the row after it is 5"):
-        inspect_row(file, model, 4, DataConfig())
+        inspect_row(file, model, 4, ShardConfig())
 
     table = pa.Table.from_pylist([{"id": row["id"], "messages": json.dumps(row["messages"])} for row in ROWS])
     pq.write_table(table, tmp_path / "rows.parquet", row_group_size=2)
@@ -102,7 +102,7 @@ def test_the_place_in_a_message_names_the_row_to_inspect(tmp_path: Path, model: 
     for data in (tmp_path / "rows.parquet", tmp_path / "saved"):
         for where, found in read_rows([data]):
             assert isinstance(found, dict)
-            assert inspect_row(where.file, model, where.line, DataConfig()).id == found["id"]
+            assert inspect_row(where.file, model, where.line, ShardConfig()).id == found["id"]
 
     shard_rows(tmp_path, model, ROWS)
     (tmp_path / "more").mkdir()
@@ -110,15 +110,15 @@ def test_the_place_in_a_message_names_the_row_to_inspect(tmp_path: Path, model: 
     shards = open_shards(tmp_path / "shards", tmp_path / "more/shards")
     for index in range(len(shards)):
         folder, _, number = shards.place(index).rpartition(":")
-        assert inspect_row(folder, model, int(number), DataConfig()).id == shards.id(index)
+        assert inspect_row(folder, model, int(number), ShardConfig()).id == shards.id(index)
 
 
 def test_an_id_that_is_missing_or_not_alone_is_refused_with_the_places(tmp_path: Path, model: str) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [ROWS[0], {**ROWS[1], "id": ""}, ROWS[0], {**ROWS[2], "id": 7}])
     with pytest.raises(DataError, match=r"has 2 rows with the id 'row-0': \S+rows\.jsonl:1, \S+rows\.jsonl:3"):
-        inspect_row(data, model, "row-0", DataConfig())
-    assert inspect_row(data, model, "rows.jsonl:2", DataConfig()).id == "rows.jsonl:2", "as a row without id is called"
-    assert inspect_row(data, model, "7", DataConfig()).id == "7"
+        inspect_row(data, model, "row-0", ShardConfig())
+    assert inspect_row(data, model, "rows.jsonl:2", ShardConfig()).id == "rows.jsonl:2", "as a row without id is called"
+    assert inspect_row(data, model, "7", ShardConfig()).id == "7"
 
 
 def test_the_command_line_takes_a_number_or_an_id(tmp_path: Path, model: str) -> None:
@@ -135,10 +135,10 @@ def test_the_command_line_takes_a_number_or_an_id(tmp_path: Path, model: str) ->
 def test_a_too_long_row_is_shown_as_the_shards_would_hold_it(tmp_path: Path, model: str) -> None:
     long = row(1, num_calls=5)
     data = write_rows(tmp_path / "rows.jsonl", [long])
-    whole = inspect_row(data, model, 1, DataConfig())
+    whole = inspect_row(data, model, 1, ShardConfig())
     limit = len(whole.ids) - 1
-    cut = inspect_row(data, model, 1, DataConfig(max_length=limit, too_long="cut_turns"))
+    cut = inspect_row(data, model, 1, ShardConfig(max_length=limit, too_long="cut_turns"))
     assert cut.ids == whole.ids[: len(cut.ids)]
     for too_long in ("drop", "error"):
         with pytest.raises(DataError, match=f"max_length is {limit}"):
-            inspect_row(data, model, 1, DataConfig(max_length=limit, too_long=too_long))
+            inspect_row(data, model, 1, ShardConfig(max_length=limit, too_long=too_long))

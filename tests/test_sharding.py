@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from corpus import row, write_rows
 
-from gemma_dist.config import DataConfig
+from gemma_dist.config import ShardConfig
 from gemma_dist.data.rows import cut_parts, read_parts, read_rows
 from gemma_dist.errors import DataError
 from gemma_dist.shards import sharding as module
@@ -36,7 +36,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shard(inputs: list[Path], out: Path, model: str, skip_invalid: bool = False, **options: Any) -> Any:
-    return run_shard(inputs, out, model, DataConfig(), skip_invalid, **{"num_workers": 1, **options})
+    return run_shard(inputs, out, model, ShardConfig(), skip_invalid, **{"num_workers": 1, **options})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -76,11 +76,11 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(
 KILLED = """
 import sys
 from pathlib import Path
-from gemma_dist.config import DataConfig
+from gemma_dist.config import ShardConfig
 from gemma_dist.shards import sharding
 sharding.PIECE_BYTES, sharding.ROW_GROUP_BYTES, sharding.SHARD_BYTES = 6000, 3000, 5000
 options = {"append": len(sys.argv) > 4, "num_workers": 1}
-sharding.run_shard([Path(sys.argv[1])], Path(sys.argv[2]), sys.argv[3], DataConfig(), False, **options)
+sharding.run_shard([Path(sys.argv[1])], Path(sys.argv[2]), sys.argv[3], ShardConfig(), False, **options)
 """
 
 
@@ -211,9 +211,9 @@ def test_an_append_that_does_not_go_is_refused_and_changes_nothing(model: str, t
     assert json.loads(refused.pop("append_rejected.jsonl"))["line"] == 5
     assert refused == before
     with pytest.raises(DataError, match="max_length was None and is 9"):
-        run_shard([more], out, model, DataConfig(max_length=9), False, append=True)
+        run_shard([more], out, model, ShardConfig(max_length=9), False, append=True)
     with pytest.raises(DataError, match="another tokenizer"):
-        run_shard([more], out, model, DataConfig(chat_template="gemma4_v2"), False, append=True)
+        run_shard([more], out, model, ShardConfig(chat_template="gemma4_v2"), False, append=True)
     report = shard([more], out, model, skip_invalid=True, append=True)
     assert (report.num_written, report.num_rejected) == (4, 1)
     assert ids(out) == [row["id"] for row in ROWS[:12]]

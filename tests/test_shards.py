@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from corpus import answer, call, picture, row, shard_rows, write_rows
 
-from gemma_dist.config import DataConfig
+from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.errors import DataError
 from gemma_dist.shards import reader as shards_module
@@ -31,9 +31,9 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_sharded_is_read_back(tmp_path: Path, model: str, small_pieces: None) -> None:
     report = shard_rows(tmp_path, model, ROWS)
     shards = open_shards(tmp_path / "shards")
-    raw = list(load_trajectories(tmp_path / "rows.jsonl", DataConfig()))
+    raw = list(load_trajectories(tmp_path / "rows.jsonl", ShardConfig()))
     assert [shards.read(index) for index in range(len(shards))] == raw
-    assert list(load_trajectories(tmp_path / "shards", DataConfig())) == raw
+    assert list(load_trajectories(tmp_path / "shards", ShardConfig())) == raw
     assert raw[3].images == [picture(300)]
     assert report.num_read == report.num_written == len(shards) == 12
     assert report.num_shards > 1
@@ -63,7 +63,7 @@ def test_plain_datasets_reads_the_shards(tmp_path: Path, model: str, small_piece
     table = load_dataset("parquet", **where, split="train", cache_dir=str(tmp_path / "cache"))
     images = List(Image(decode=False))
     assert table.features == {"id": Value("string"), "messages": Json(), "tools": Json(), "images": images}
-    for found, written in zip(table, load_trajectories(tmp_path / "rows.jsonl", DataConfig()), strict=False):
+    for found, written in zip(table, load_trajectories(tmp_path / "rows.jsonl", ShardConfig()), strict=False):
         assert (found["id"], found["messages"], found["tools"]) == (written.id, written.messages, written.tools)
         assert [image["bytes"] for image in found["images"]] == written.images
 
@@ -117,7 +117,7 @@ def test_skip_invalid_writes_the_rest_and_counts_everything(tmp_path: Path, mode
         shard_rows(tmp_path, model, BAD)
     report = shard_rows(tmp_path, model, BAD, skip_invalid=True)  # what the refused run left is replaced
     check_rejected(tmp_path)
-    assert [t.id for t in load_trajectories(tmp_path / "shards", DataConfig())] == ["row-1", "row-2", "fine"]
+    assert [t.id for t in load_trajectories(tmp_path / "shards", ShardConfig())] == ["row-1", "row-2", "fine"]
     assert (report.num_read, report.num_written, report.num_rejected) == (5, 3, 2)
     assert {path.name for path in (tmp_path / "shards").iterdir()} == {
         "train-00000.parquet",
@@ -137,7 +137,7 @@ def check_rejected(folder: Path) -> None:
 def test_a_line_that_is_no_json_is_a_refused_row(tmp_path: Path, model: str) -> None:
     source = write_rows(tmp_path / "rows.jsonl", ROWS[:2])
     source.write_text(source.read_text() + "{broken\n")
-    report = run_shard([source], tmp_path / "shards", model, DataConfig(), True)
+    report = run_shard([source], tmp_path / "shards", model, ShardConfig(), True)
     assert (report.num_read, report.num_written, report.num_rejected) == (3, 2, 1)
 
 
@@ -154,7 +154,7 @@ def test_finished_shards_and_strange_folders_are_never_overwritten(tmp_path: Pat
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "train-00000.parquet").touch()
     with pytest.raises(DataError, match=r"train-00000\.parquet"):
-        run_shard([tmp_path / "rows.jsonl"], tmp_path / "mine", model, DataConfig(), False)
+        run_shard([tmp_path / "rows.jsonl"], tmp_path / "mine", model, ShardConfig(), False)
     assert (tmp_path / "mine" / "train-00000.parquet").exists()
 
 
@@ -167,7 +167,7 @@ def test_what_a_killed_run_left_is_no_shard_folder_and_is_replaced(tmp_path: Pat
     with pytest.raises(DataError, match="interrupted"):
         open_shards(folder)
     with pytest.raises(DataError, match="interrupted"):
-        list(load_trajectories(folder, DataConfig()))
+        list(load_trajectories(folder, ShardConfig()))
     shard_rows(tmp_path, model, ROWS[:1])
     assert len(open_shards(folder)) == 1
     assert {path.name for path in folder.iterdir()} == {"train-00000.parquet", "manifest.arrow"}
@@ -195,10 +195,10 @@ def test_a_cut_ends_with_a_trained_assistant_message_and_never_inside_a_turn() -
 def test_cut_turns_keeps_the_longest_beginning_that_fits(tmp_path: Path, model: str) -> None:
     long = row(3, num_calls=6)  # a picture comes back from each call
     encoder = load_encoder(model, chat_template=None, enable_thinking=False)
-    (whole,) = load_trajectories(write_rows(tmp_path / "long.jsonl", [long]), DataConfig())
+    (whole,) = load_trajectories(write_rows(tmp_path / "long.jsonl", [long]), ShardConfig())
     limit = len(encoder.encode(whole).input_ids) // 2
     report = shard_rows(tmp_path, model, [long, row(1)], max_length=limit, too_long="cut_turns")
-    kept, _ = load_trajectories(tmp_path / "shards", DataConfig())
+    kept, _ = load_trajectories(tmp_path / "shards", ShardConfig())
     assert (report.num_cut, report.num_dropped, report.num_written) == (1, 0, 2)
     assert kept.messages == whole.messages[: len(kept.messages)]
     assert kept.messages[-1]["role"] == "assistant"
@@ -238,9 +238,9 @@ def test_any_flipped_byte_is_found_and_named(tmp_path: Path, model: str, small_p
         damaged[position] ^= 0x10
         file.write_bytes(damaged)
         with pytest.raises(DataError, match=r"train-00001\.parquet, row group \d+: .*row-\d+"):
-            list(load_trajectories(tmp_path / "shards", DataConfig()))
+            list(load_trajectories(tmp_path / "shards", ShardConfig()))
     file.write_bytes(intact)
-    assert len(list(load_trajectories(tmp_path / "shards", DataConfig()))) == 12
+    assert len(list(load_trajectories(tmp_path / "shards", ShardConfig()))) == 12
 
 
 def test_a_truncated_or_missing_shard_is_found_and_named(tmp_path: Path, model: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gemma_dist.config import DataConfig, RowConfig, option
+from gemma_dist.config import RowConfig, ShardConfig, option
 from gemma_dist.data.encode import Encoded, Encoder
 from gemma_dist.data.rows import Part, Where
 from gemma_dist.data.strict import at
@@ -28,7 +28,7 @@ from gemma_dist.shards.manifest import COUNTS, row_group_line
 from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
 
 NUM_ERRORS_SHOWN = 5
-OPTIONS = {name: f"{option(name)} {{}}" for name in DataConfig.model_fields}  # of `gemma-dist shard`, in its log
+OPTIONS = {name: f"{option(name)} {{}}" for name in ShardConfig.model_fields}  # of `gemma-dist shard`, in its log
 REJECTED = "rejected.jsonl"
 TOO_LONG = "too_long.jsonl"
 _PIECE_FILE = re.compile(  # as `Task.path` names it, or `_partial` while it is written
@@ -101,7 +101,7 @@ class Task:
     number: int
     parts: list[Part]
     model: str
-    settings: DataConfig
+    settings: ShardConfig
     skip_invalid: bool
     row_group_bytes: int
     shard_bytes: int
@@ -199,7 +199,7 @@ def encode_trained(trajectory: Trajectory, encoder: Encoder) -> Encoded:
 
 
 def fit(
-    trajectory: Trajectory, encoded: Encoded, encoder: Encoder, settings: DataConfig
+    trajectory: Trajectory, encoded: Encoded, encoder: Encoder, settings: ShardConfig
 ) -> tuple[Trajectory, Encoded] | None:
     """The trajectory with at most `settings.max_length` tokens: whole, or with turns cut from its end; None: dropped.
 

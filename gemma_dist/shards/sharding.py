@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gemma_dist.config import TRAINING_ONLY, DataConfig
+from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import Encoder, load_encoder
 from gemma_dist.data.rows import Part, cut_parts, read_parts
 from gemma_dist.errors import DataError
@@ -53,7 +53,7 @@ def run_shard(
     inputs: list[Path],
     out: Path,
     model: str,
-    settings: DataConfig,
+    settings: ShardConfig,
     skip_invalid: bool,
     *,
     append: bool = False,
@@ -79,7 +79,7 @@ def run_shard(
     encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
     header = {
         "fingerprint": encoder.fingerprint,
-        "settings": settings.model_dump(mode="json", exclude=TRAINING_ONLY | {"media_root"}),
+        "settings": settings.model_dump(mode="json", exclude={"media_root"}),
     }
     before = _open_to_append(out, header) if append else None
     pieces = list(_cut_pieces(inputs))
@@ -251,7 +251,7 @@ def _work_on(tasks: list[Task], encoder: Encoder, num_workers: int | None) -> No
             raise
 
 
-def _start_worker(model: str, settings: DataConfig, num_rows: Any) -> None:
+def _start_worker(model: str, settings: ShardConfig, num_rows: Any) -> None:
     global _encoder, _num_rows
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: this one ends without a word
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gemma_dist.config import DataConfig
+from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import IGNORE_INDEX, load_encoder
 from gemma_dist.data.rows import Where, read_rows
 from gemma_dist.data.strict import at
@@ -54,7 +54,7 @@ class Inspection:
         return f"{header}\n\n{text}"
 
 
-def inspect_row(data: str | Path, model: str, row: int | str, settings: DataConfig) -> Inspection:
+def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardConfig) -> Inspection:
     """One row of a shard folder, or of raw rows as `gemma-dist shard` would keep it.
 
     Args:
