@@ -33,16 +33,21 @@ class Section(BaseModel):
     )
 
 
+def option(name: str) -> str:
+    """What the command line calls a setting: --max-length is max_length."""
+    return "--" + name.replace("_", "-")
+
+
 class ModelConfig(Section):
     """Which model, and how its weights are held."""
 
-    model_name_or_path: str = Field(description="Folder or hub name of a Gemma 4 model with its processor.")
+    model_name_or_path: str = Field(description="Folder or Hub name of a Gemma 4 model with its processor.")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="Number format of the weights that are loaded; in float16, Gemma overflows."
+        "bfloat16", description="Dtype in which the weights are loaded; in float16, Gemma overflows."
     )
     attn_implementation: Literal["sdpa", "eager"] = Field(
         "sdpa",
-        description="Attention code; FlashAttention-2 ends at head dimension 256, Gemma 4's global layers have 512.",
+        description="Attention kernel; FlashAttention-2 ends at head dimension 256, Gemma 4's global layers have 512.",
     )
 
 
@@ -50,10 +55,10 @@ class SourceConfig(Section):
     """One source of a mixture."""
 
     path: str = Field(description="Folder, or URL of one, that `gemma-dist shard` wrote.")
-    weight: float = Field(gt=0, description="Share of the sequences of each step, relative to the other sources.")
+    weight: float = Field(gt=0, description="Share of each step's sequences, relative to the other sources.")
 
 
-def _sources(value: Any) -> Any:
+def _as_list(value: object) -> list[object]:
     return value if isinstance(value, list) else [value]
 
 
@@ -62,36 +67,38 @@ class EncodingConfig(Section):
 
     chat_template: str | None = Field(
         None,
-        description="A Jinja file, or the name of a revision (gemma4_v5); absent: the adapter's or the model's own.",
+        description="A Jinja file, or the name of a revision (gemma4_v5); default: the adapter's or the model's own.",
     )
-    enable_thinking: bool = Field(False, description="Render with the template's switch that asks for reasoning.")
+    enable_thinking: bool = Field(
+        False, description="Render the chat template with enable_thinking, which asks the model to reason."
+    )
 
 
 class TrainDataConfig(EncodingConfig):
     """Which shards a run trains on. How rows became shards is decided before: see ShardConfig."""
 
-    train: Annotated[list[str | SourceConfig], BeforeValidator(_sources)] = Field(
+    train: Annotated[list[str | SourceConfig], BeforeValidator(_as_list)] = Field(
         default=[],
         description="Folders or URLs that `gemma-dist shard` wrote: one, a list, or a list of {path, weight}.",
     )
     quarantine: Path | None = Field(
-        None,
-        description="File that names what is left out: one id, or damaged row group, a line.",
+        None, description="File of what to leave out: one sample id, or damaged row group, per line."
     )
     cache_dir: Path | None = Field(
-        None,
-        description="Folder that keeps row groups of URLs, and how many packs there are, for all ranks of a node.",
+        None, description="Folder where all ranks of a node cache row groups of URLs, and the number of packs."
     )
-    cache_gb: float = Field(50, gt=0, description="Size of cache_dir, in GB; what was used longest ago goes first.")
+    cache_gb: float = Field(
+        50, gt=0, description="Size limit of cache_dir, in GB; least recently used row groups are evicted first."
+    )
 
 
 class RowConfig(EncodingConfig):
     """How a raw row becomes a checked trajectory, then tokens: settings of every command that reads raw rows."""
 
-    max_image_pixels: int = Field(50_000_000, gt=0, description="Largest picture that is decoded, in pixels.")
+    max_image_pixels: int = Field(50_000_000, gt=0, description="Largest image that is decoded, in pixels.")
     text_beside_call: Literal["message", "reasoning"] = Field(
         "message",
-        description="Text beside a tool call moves in front of it: as a message of its own, or as reasoning.",
+        description="Text in the message of a tool call moves before it: as a message of its own, or as reasoning.",
     )
     control_tokens: Literal["reject", "neutralise"] = Field(
         "reject",
@@ -99,7 +106,7 @@ class RowConfig(EncodingConfig):
     )
     media_root: Path | None = Field(
         None,
-        description="Folder that image paths start from and must stay inside; absent: the folder of the data file.",
+        description="Folder that image paths are relative to and must stay inside; default: the data file's folder.",
     )
 
 
@@ -107,49 +114,46 @@ class ShardConfig(RowConfig):
     """Settings of `shard`, which its manifest records, and of `inspect`, which shows what `shard` would write."""
 
     max_length: int | None = Field(
-        None, gt=0, description="Longest trajectory, in tokens, text and images together; absent: no limit."
+        None, gt=0, description="Maximum length of a trajectory, in tokens of text and images; default: no limit."
     )
     too_long: Literal["drop", "error", "cut_turns"] = Field(
-        "error",
-        description="What happens to a trajectory above max_length; cut_turns removes whole turns from its end.",
+        "error", description="What to do above max_length; cut_turns removes whole turns from the trajectory's end."
     )
 
 
 class QuantizationConfig(Section):
     """The frozen 4-bit base under a QLoRA adapter (bitsandbytes)."""
 
-    load_in_4bit: bool = Field(
-        True, description="Hold the frozen linear layers in 4 bits; `tuning: qlora` means just this."
-    )
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit number format.")
-    bnb_4bit_use_double_quant: bool = Field(True, description="Quantise the scales too: saves 0.4 bit a weight.")
+    load_in_4bit: bool = Field(True, description="Load the frozen linear layers in 4 bits, as qlora requires.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type.")
+    bnb_4bit_use_double_quant: bool = Field(True, description="Quantize the scales as well: saves 0.4 bits per weight.")
     bnb_4bit_compute_dtype: Literal["float32", "bfloat16"] = Field(
-        description="Number format that 4-bit weights become; absent: model.dtype. In float16, Gemma overflows."
+        description="Dtype that 4-bit weights are dequantized to; default: model.dtype. In float16, Gemma overflows."
     )
 
 
 class LoraConfig(Section):
     """The adapter of `tuning: lora` and `tuning: qlora` (PEFT)."""
 
-    r: int = Field(16, gt=0, description="Rank of the two factors of each adapted layer.")
-    lora_alpha: float = Field(32, gt=0, description="Scale: the update is multiplied by lora_alpha / r.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs set to zero in training.")
+    r: int = Field(16, gt=0, description="Rank of the low-rank update of each adapted layer.")
+    lora_alpha: float = Field(32, gt=0, description="Scaling: the update is multiplied by lora_alpha / r.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on the adapter's input.")
     target_modules: str = Field(
         LANGUAGE_MODEL_LINEARS,
-        description="Regular expression over full module names; default: the language model's linears.",
+        description="Regular expression over full module names; default: the linear layers of the language model.",
     )
     target_parameters: list[str] = Field(
         [],
-        description="Stacked weights to adapt as well, by the end of their names: experts.gate_up_proj and "
+        description="Expert weights to adapt as well, by the end of their names: experts.gate_up_proj and "
         "experts.down_proj of 26B-A4B.",
     )
-    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead.")
-    use_dora: bool = Field(False, description="Train a magnitude for each output feature as well (DoRA).")
-    bias: Literal["none"] = Field("none", description="Gemma 4's linears have no bias to train.")
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead (rank-stabilized LoRA).")
+    use_dora: bool = Field(False, description="Also train a magnitude for each output feature (DoRA).")
+    bias: Literal["none"] = Field("none", description="Which biases to train: Gemma 4's linear layers have none.")
 
     @field_validator("target_modules", mode="before")
     @classmethod
-    def _is_a_regex(cls, value: Any) -> Any:
+    def _is_a_regex(cls, value: object) -> object:
         remedy = f"write one regular expression over full module names, such as {LANGUAGE_MODEL_LINEARS!r}"
         if isinstance(value, list):
             raise ValueError(
@@ -157,9 +161,11 @@ class LoraConfig(Section):
             )
         if value == "all-linear":
             raise ValueError(f"this also adapts the vision tower and the gates of the per-layer embeddings; {remedy}")
+        if not isinstance(value, str):
+            raise ValueError(f"not a regular expression; {remedy}")
         try:
             re.compile(value)
-        except (re.error, TypeError) as error:
+        except re.error as error:
             raise ValueError(f"not a regular expression ({error}); {remedy}") from None
         return value
 
@@ -178,80 +184,75 @@ class LoraConfig(Section):
 class TrainConfig(Section):
     """Steps, batch, schedule, checkpoints: names and meanings of Hugging Face's TrainingArguments."""
 
-    output_dir: Path = Field(description="Folder of checkpoints, metrics.jsonl and the result.")
-    num_train_epochs: float = Field(
-        1.0, gt=0, description="Times that each trajectory is seen, where max_steps is not set."
-    )
-    max_steps: int = Field(-1, ge=-1, description="Optimiser steps of the whole run; -1: num_train_epochs decides.")
-    learning_rate: float = Field(
-        2e-5, gt=0, description="Peak of the schedule; adapters usually want ten times the default."
-    )
+    output_dir: Path = Field(description="Folder for checkpoints, metrics.jsonl and the trained adapter or model.")
+    num_train_epochs: float = Field(1.0, gt=0, description="Number of passes over the data, unless max_steps is set.")
+    max_steps: int = Field(-1, ge=-1, description="Optimizer steps of the whole run; -1: num_train_epochs decides.")
+    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate; adapters usually want ten times this.")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "linear", description="Shape of the learning rate after the warm-up."
+        "linear", description="Learning rate schedule after warmup."
     )
     warmup_steps: float = Field(
-        0.0, ge=0, description="Optimiser steps up to the peak learning rate; below 1: a share of the whole run."
+        0.0, ge=0, description="Optimizer steps until the peak learning rate; below 1: a fraction of the whole run."
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay per step, times the learning rate.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean of gradients.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the mean of squared gradients.")
-    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's guard against division by zero.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are scaled down to this norm; 0: never.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="AdamW's decoupled weight decay, multiplied by the learning rate."
+    )
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta1: decay of the first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW beta2: decay of the second moment.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW epsilon, added to the denominator.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping threshold (global L2 norm); 0 disables it.")
     optim: Literal[
         "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor", "sgd"
-    ] = Field("adamw_torch", description="Optimiser, by Hugging Face's names.")
+    ] = Field("adamw_torch", description="Optimizer, by its name in transformers.")
     per_device_train_batch_size: int = Field(
-        1, gt=0, description="Sequences that one rank takes through the model at once."
+        1, gt=0, description="Sequences per rank in one forward pass: the micro-batch."
     )
     global_batch_size: int | None = Field(
-        None,
-        gt=0,
-        description="Sequences per optimiser step, all ranks together; absent: what the other two sizes make.",
+        None, gt=0, description="Sequences per optimizer step, all ranks; default: ranks x micro-batch x accumulation."
     )
     gradient_accumulation_steps: int | None = Field(
-        None,
-        gt=0,
-        description="Micro-batches of a rank per optimiser step; absent: follows from global_batch_size, or 1.",
+        None, gt=0, description="Micro-batches per rank and optimizer step; default: from global_batch_size, or 1."
     )
-    packing: bool = Field(
-        False, description="Put several trajectories into each sequence, exactly as if each stood alone."
-    )
+    packing: bool = Field(False, description="Pack several trajectories into each sequence; none attends to another.")
     packing_length: int | None = Field(
-        None, gt=0, description="Most tokens of a packed sequence; absent: the longest trajectory of the corpus."
+        None, gt=0, description="Maximum length of a packed sequence, in tokens; default: the longest trajectory."
     )
     dataloader_num_workers: int = Field(
-        4, ge=0, description="Threads of each rank that prepare micro-batches; 0: none beside the one that trains."
+        4, ge=0, description="Threads per rank that prepare micro-batches; 0: prepare them in the main thread."
     )
     gradient_checkpointing: bool = Field(
         True, description="Recompute activations in the backward pass: less memory, about a third more time."
     )
-    bf16: bool = Field(description="Compute in bfloat16; absent: as model.dtype says.")
-    seed: int = Field(42, ge=0, description="Seed of initial weights, dropout and the order of the data.")
+    bf16: bool = Field(description="Compute in bfloat16; default: whether model.dtype is bfloat16.")
+    seed: int = Field(42, ge=0, description="Random seed of initial weights, dropout and data order.")
     save_steps: int = Field(
-        500, gt=0, description="Optimiser steps between checkpoints; the last step is always saved."
+        500, gt=0, description="Optimizer steps between checkpoints; the last step is always saved."
     )
-    save_total_limit: int | None = Field(2, gt=0, description="Newest checkpoints that are kept; null: all.")
+    save_total_limit: int | None = Field(2, gt=0, description="Number of newest checkpoints to keep; null: all.")
     step_timeout_s: float = Field(
-        1800, gt=0, description="Seconds without a finished step after which every rank says where it stands."
+        1800, gt=0, description="Seconds without a completed step before every rank dumps its stacks."
     )
-    logging_steps: int = Field(1, gt=0, description="Optimiser steps between printed lines.")
-    report_to: Literal["none", "tensorboard"] = Field("none", description="Where metrics go besides metrics.jsonl.")
+    logging_steps: int = Field(1, gt=0, description="Optimizer steps between printed lines.")
+    report_to: Literal["none", "tensorboard"] = Field("none", description="Where to log metrics besides metrics.jsonl.")
     resume_from_checkpoint: str = Field(
-        "auto",
-        description="auto: the newest complete checkpoint in output_dir, if any; never; or a checkpoint's folder.",
+        "auto", description="A checkpoint folder, never, or auto: the newest complete checkpoint in output_dir, if any."
     )
 
     @field_validator("resume_from_checkpoint", mode="before")
     @classmethod
-    def _yes_and_no(cls, value: Any) -> Any:
-        return {True: "auto", False: "never", None: "never"}.get(value, value) if not isinstance(value, str) else value
+    def _yes_and_no(cls, value: object) -> object:
+        if value in ("auto", True):
+            return "auto"
+        if value in ("never", False, None):
+            return "never"
+        return value
 
 
 class RunConfig(Section):
     """One training run."""
 
     tuning: Literal["full", "lora", "qlora"] = Field(
-        description="What trains: every weight, an adapter (lora), or an adapter on a 4-bit base (qlora)."
+        description="What to train: all weights (full), an adapter (lora), or an adapter on a 4-bit base (qlora)."
     )
     model: ModelConfig
     data: TrainDataConfig
@@ -261,20 +262,23 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Settings whose default follows from another setting."""
-        values = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
-        tuning, model = values.get("tuning"), values.get("model")
-        dtype = model.get("dtype", ModelConfig.model_fields["dtype"].default) if isinstance(model, dict) else None
+    def _fill_in(cls, values: Mapping[str, object]) -> dict[str, object]:
+        """Settings whose default follows from another setting. What is no section is left to pydantic to refuse."""
+        filled = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+        tuning = filled.get("tuning")
         if tuning in ("lora", "qlora"):
-            values.setdefault("lora", {})
+            filled.setdefault("lora", {})
         if tuning == "qlora":
-            values.setdefault("quantization", {})
-        if isinstance(values.get("quantization"), dict):
-            values["quantization"].setdefault("bnb_4bit_compute_dtype", dtype)
-        if isinstance(values.get("train"), dict):
-            values["train"].setdefault("bf16", dtype == "bfloat16")
-        return values
+            filled.setdefault("quantization", {})
+        model, quantization, train = filled.get("model"), filled.get("quantization"), filled.get("train")
+        dtype = None
+        if isinstance(model, dict):
+            dtype = model.get("dtype", ModelConfig.model_fields["dtype"].default)
+        if isinstance(quantization, dict):
+            quantization.setdefault("bnb_4bit_compute_dtype", dtype)
+        if isinstance(train, dict):
+            train.setdefault("bf16", dtype == "bfloat16")
+        return filled
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> "RunConfig":
@@ -287,35 +291,43 @@ class RunConfig(Section):
         return self.model_dump(mode="json", exclude_none=True)
 
 
-def option(name: str) -> str:
-    """What the command line calls a setting: --max-length is max_length."""
-    return "--" + name.replace("_", "-")
-
-
 def _contradictions(config: RunConfig) -> Iterator[str]:
     """What no single section can see, one message each."""
-    tuning, train = config.tuning, config.train
-    if not config.data.train:
+    yield from _contradictions_of_data(config.data)
+    yield from _contradictions_of_tuning(config)
+    yield from _contradictions_of_training(config.train, config.model)
+
+
+def _contradictions_of_data(data: TrainDataConfig) -> Iterator[str]:
+    if not data.train:
         yield "data.train: nothing to train on; name a folder that `gemma-dist shard` wrote"
-    if len({type(source) for source in config.data.train}) > 1:
+    num_weighted = sum(isinstance(source, SourceConfig) for source in data.train)
+    if num_weighted not in (0, len(data.train)):
         yield "data.train: some sources have a weight and some have none; give each one {path: …, weight: …}, or none"
-    if train.packing_length is not None and not train.packing:
-        yield f"train.packing_length: {train.packing_length}, but packing is off; set train.packing: true, or remove it"
-    if tuning == "full" and config.lora is not None:
+
+
+def _contradictions_of_tuning(config: RunConfig) -> Iterator[str]:
+    tuning, lora, quantization = config.tuning, config.lora, config.quantization
+    if tuning == "full" and lora is not None:
         yield "lora: an adapter needs tuning: lora or qlora, but tuning is full; remove the section or change tuning"
-    if config.lora is not None and config.lora.target_parameters:
+    if lora is not None and lora.target_parameters:
         # PEFT adds the adapter to the weight itself, so it never sees the inputs that dropout acts on.
-        for name, value in (("lora_dropout", config.lora.lora_dropout), ("use_dora", config.lora.use_dora)):
+        for name, value in (("lora_dropout", lora.lora_dropout), ("use_dora", lora.use_dora)):
             if value:
                 yield (
                     f"lora.{name}: {str(value).lower()}, which PEFT has for linear layers alone, but "
                     "lora.target_parameters names experts; remove one of the two"
                 )
-    if tuning != "qlora" and config.quantization is not None:
+    if tuning != "qlora" and quantization is not None:
         yield f"quantization: a 4-bit base needs tuning: qlora, but tuning is {tuning}; remove it or change tuning"
-    if tuning == "qlora" and config.quantization is not None and not config.quantization.load_in_4bit:
+    if tuning == "qlora" and quantization is not None and not quantization.load_in_4bit:
         yield "quantization.load_in_4bit: false contradicts tuning: qlora; remove it, or set tuning: lora"
-    if config.model.dtype == "bfloat16" and not train.bf16:
+
+
+def _contradictions_of_training(train: TrainConfig, model: ModelConfig) -> Iterator[str]:
+    if train.packing_length is not None and not train.packing:
+        yield f"train.packing_length: {train.packing_length}, but packing is off; set train.packing: true, or remove it"
+    if model.dtype == "bfloat16" and not train.bf16:
         yield "train.bf16: false contradicts model.dtype: bfloat16; set train.bf16: true or model.dtype: float32"
     if train.lr_scheduler_type == "constant" and train.warmup_steps:
         yield (
@@ -329,10 +341,12 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
 class EvaluateConfig(RowConfig):
     """Settings of `evaluate`: they belong to the command, not to a recipe. Those of rows are for held-out raw rows."""
 
-    max_new_tokens: int = Field(1024, gt=0, description="Longest answer, in tokens, before it counts as cut off.")
-    per_device_eval_batch_size: int = Field(8, gt=0, description="Prompts that one rank answers at once.")
+    max_new_tokens: int = Field(
+        1024, gt=0, description="Maximum number of tokens to generate; an answer that reaches it counts as cut off."
+    )
+    per_device_eval_batch_size: int = Field(8, gt=0, description="Prompts that one rank generates for at once.")
     images: Literal["as_is", "blank"] = Field(
-        "as_is", description="blank: empty white pictures instead, to see which answers need the real ones."
+        "as_is", description="blank: replace all images by white ones, to see which answers depend on them."
     )
 
 
@@ -341,13 +355,13 @@ class MergeConfig(Section):
 
     base_weights: Literal["as_trained", "original"] = Field(
         "as_trained",
-        description="Add to the base as training saw it (after QLoRA: through 4 bits and back), or as it is.",
+        description="Add to the base as training saw it (after QLoRA: in 4 bits and back), or to the original.",
     )
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the sequences of an optimiser step are spread: ranks x micro-batch x accumulation = global batch."""
+    """How an optimizer step is divided: ranks x micro-batch x accumulation = global batch, in sequences."""
 
     world_size: int
     per_device_train_batch_size: int
@@ -362,7 +376,7 @@ class BatchPlan:
 
 
 def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
-    """Spread the global batch over `world_size` ranks. ConfigError where the sizes do not agree."""
+    """Divide the global batch among `world_size` ranks. Raises ConfigError where the sizes do not agree."""
     train = config.train
     micro, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
     at_once = world_size * micro
