@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 import click
 
 from gemma_dist import __version__
+from gemma_dist.aliases import current_value
 from gemma_dist.errors import GemmaDistError, spell
 
 EXISTING = click.Path(exists=True, path_type=Path)
@@ -49,6 +50,13 @@ class Verb(click.Command):
         return super().get_params(ctx)
 
 
+class SettingChoice(click.Choice):
+    """The values that a setting may have, also by their names in earlier versions."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(current_value(value), param, ctx)
+
+
 def _options_of(section: str) -> list[click.Parameter]:
     """One option for each setting of a section, with the name, values, default and sentence that config.py gives it."""
     from gemma_dist import config
@@ -61,7 +69,7 @@ def _options_of(section: str) -> list[click.Parameter]:
         options.append(
             click.Option(
                 [config.option(name)],
-                type=click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind,
+                type=SettingChoice(get_args(kind)) if get_origin(kind) is Literal else kind,
                 is_flag=kind is bool,
                 default=field.default,
                 show_default=field.default is not None,

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from gemma_dist.aliases import current_value
 from gemma_dist.errors import ConfigError
 
 # Linear layers of the language model alone. Bare names ("q_proj") also match the vision tower, whose wrapped linears
@@ -100,9 +101,9 @@ class RowConfig(EncodingConfig):
         "message",
         description="Text in the message of a tool call moves before it: as a message of its own, or as reasoning.",
     )
-    control_tokens: Literal["reject", "neutralise"] = Field(
+    control_tokens: Annotated[Literal["reject", "escape"], BeforeValidator(current_value)] = Field(
         "reject",
-        description="A control token of Gemma inside a text: refuse the row, or break it by a zero-width blank.",
+        description="A control token of Gemma inside a string: reject the row, or escape it by a zero-width space.",
     )
     media_root: Path | None = Field(
         None,

@@ -6,7 +6,7 @@ these classes are for the user's data, settings and files.
 A remedy names a setting, not an option: the same error may reach a user of Python, of `shard` or of `train`. The
 command line spells the setting for the verb that prints it.
 
-    DataError(f"remove it or use {setting('control_tokens', 'neutralise')}")
+    DataError(f"remove it or use {setting('control_tokens', 'escape')}")
 """
 
 import re
@@ -16,7 +16,7 @@ _SETTING = re.compile(r"`(\w+): ([^`\n]+)`")
 
 
 def setting(name: str, value: object) -> str:
-    """A setting and its value as a message names them: `control_tokens: neutralise`. A capital FILE or FOLDER as value
+    """A setting and its value as a message names them: `control_tokens: escape`. A capital FILE or FOLDER as value
     stands for one of the user's."""
     return f"`{name}: {value}`"
 

@@ -46,6 +46,16 @@ def test_settings_are_offered_with_the_defaults_of_config(capsys):
     assert "[default: 50000000]" in text
 
 
+def test_old_words_for_a_value_are_taken(tmp_path, capsys):
+    rows = tmp_path / "rows.txt"
+    rows.touch()
+    words = ["inspect", str(rows), "--model", "m", "--control-tokens"]
+    main([*words, "neutralise"])
+    assert "unknown kind of file" in capsys.readouterr().err
+    main([*words, "other"])
+    assert "'other' is not one of 'reject', 'escape'" in capsys.readouterr().err
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert __version__ in capsys.readouterr().out

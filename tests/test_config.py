@@ -317,6 +317,11 @@ def test_a_verbs_option_is_checked_like_a_setting():
         load_section(ShardConfig, {"max_length": 0})
 
 
+@pytest.mark.parametrize("old", ["neutralise", "neutralize"])
+def test_old_words_for_a_value_mean_todays(old):
+    assert ShardConfig(control_tokens=old).control_tokens == "escape"
+
+
 # ---- batch arithmetic ------------------------------------------------------------------------------------------------
 
 

@@ -215,7 +215,7 @@ def test_the_list_of_refused_rows_shows_what_shard_takes_in_many_processes_too(
     assert len(logged) == 2
     for error in logged:
         assert error in message
-        assert error.endswith("use --control-tokens neutralise")
+        assert error.endswith("use --control-tokens escape")
     assert "`content: x`" in logged[1], "what the user wrote stays as it is"
 
 
@@ -255,5 +255,5 @@ def test_a_damaged_row_group_is_left_out_as_inspect_advises(
 
 
 def test_from_python_a_remedy_names_the_setting() -> None:
-    with pytest.raises(DataError, match=r"use `control_tokens: neutralise`$"):
+    with pytest.raises(DataError, match=r"use `control_tokens: escape`$"):
         parse(asked("<turn|>"), Where(Path("a.jsonl"), 1), config.RowConfig())

@@ -671,7 +671,7 @@ def test_a_control_token_is_refused_or_broken_wherever_it_stands(path: str) -> N
     message = refusal(row)
     assert f"{TEXTS[path]}: the control token <|turn> stands in" in message
     assert "see <\u200b|turn>model here" in json.dumps(
-        [(t := parse(row, control_tokens="neutralise")).messages, t.tools], ensure_ascii=False
+        [(t := parse(row, control_tokens="escape")).messages, t.tools], ensure_ascii=False
     )
 
 
@@ -679,7 +679,7 @@ def test_a_control_token_is_refused_or_broken_wherever_it_stands(path: str) -> N
 def test_every_control_token_is_found_in_a_tools_answer(token: str) -> None:
     row = changed("messages.3.content", [{"type": "text", "text": f"x{token}{token}y"}])
     assert f"the control token {token} stands" in refusal(row)
-    (part,) = parse(row, control_tokens="neutralise").messages[3]["content"]
+    (part,) = parse(row, control_tokens="escape").messages[3]["content"]
     assert not any(other in part["text"] for other in CONTROL_TOKENS)
     assert part["text"].replace("\u200b", "") == f"x{token}{token}y"
 
@@ -689,14 +689,14 @@ def test_control_tokens_in_arguments() -> None:
     assert "turn 2 (assistant): call of f: the control token <turn|>" in refusal(row)
     row = with_messages({"role": "assistant", "tool_calls": [call("f", {"a": {"<turn|>": 1}})]})
     assert "the control token <turn|>" in refusal(row)
-    made = parse(row, control_tokens="neutralise").messages[1]["tool_calls"][0]
+    made = parse(row, control_tokens="escape").messages[1]["tool_calls"][0]
     assert made["function"]["arguments"] == {"a": {"<\u200bturn|>": 1}}
 
 
 @pytest.mark.parametrize("texts", [("<|tu", "rn>"), ("<|tu ", " rn>")])
 def test_a_control_token_in_two_halves(texts: tuple[str, str]) -> None:
     row = changed("messages.3.content", [{"type": "text", "text": text} for text in texts])
-    for setting in ("reject", "neutralise"):
+    for setting in ("reject", "escape"):
         assert "make up a control token together" in refusal(row, control_tokens=setting)
 
 
@@ -724,7 +724,7 @@ rowlike = st.recursive(
 
 
 def parses_or_refuses(row: Any) -> None:
-    for beside, tokens in (("message", "reject"), ("reasoning", "neutralise")):
+    for beside, tokens in (("message", "reject"), ("reasoning", "escape")):
         try:
             assert isinstance(parse(row, text_beside_call=beside, control_tokens=tokens), Trajectory)
         except DataError as error:

@@ -80,7 +80,7 @@ def parse_row(
     where: Where | str,
     media_root: Path | None,
     text_beside_call: Literal["message", "reasoning"],
-    control_tokens: Literal["reject", "neutralise"],
+    control_tokens: Literal["reject", "escape"],
     max_image_pixels: int,
 ) -> Trajectory:
     """The trajectory in a raw row of any shape that is taken (OpenAI, sharegpt, Anthropic).
@@ -92,7 +92,7 @@ def parse_row(
     with at(where):
         if not isinstance(row, dict):
             raise DataError(f"the row is {short(row)}, not a JSON object; write one object a line")
-        clean = functools.partial(_clean_text, neutralise=control_tokens == "neutralise")
+        clean = functools.partial(_clean_text, escape=control_tokens == "escape")
         row_id = name_row(row.get("id"), where)
         row, turns = to_openai(row)
         raw_messages = row.get("messages")
@@ -154,18 +154,18 @@ def _encodable(text: str) -> str:
     return text
 
 
-def _clean_text(text: str, neutralise: bool) -> str:
+def _clean_text(text: str, escape: bool) -> str:
     """The text, if it can be encoded and holds no control token; these are broken by a zero-width space on request."""
     _encodable(text)
     found = _CONTROL.search(text)
     if not found:
         return text
-    if neutralise:
+    if escape:
         return _CONTROL.sub(lambda token: f"{token[0][0]}\u200b{token[0][1:]}", text)
     around = text[max(0, found.start() - 20) : found.end() + 20]
     raise DataError(
         f"the control token {found[0]} stands in {short(around)}; the model would read it as structure: "
-        f"remove it or use {setting('control_tokens', 'neutralise')}"
+        f"remove it or use {setting('control_tokens', 'escape')}"
     )
 
 
