@@ -1,16 +1,18 @@
-"""The command line, in the order of the walk: make a model, shard, inspect, check, train, evaluate, merge.
+"""The command line, in the order of use: make a model, shard, inspect, check, train, evaluate, merge.
 
-A verb reads its options and calls one function of another module. Nothing heavy is imported before a verb runs, not
-even the settings, which need pydantic: so `--help` answers at once.
+A command reads its options and calls one function of another module. Nothing heavy is imported before a command runs,
+not even the settings, which need pydantic: so `--help` answers at once.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
@@ -18,12 +20,17 @@ from gemma_dist import __version__
 from gemma_dist.aliases import current_value
 from gemma_dist.errors import GemmaDistError, spell
 
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from gemma_dist.config import EvaluateConfig, MergeConfig, Section, ShardConfig
+
 EXISTING = click.Path(exists=True, path_type=Path)
 NEW = click.Path(path_type=Path)
 
 
-class Walk(click.Group):
-    """Verbs in the order in which they are used, and written below. Each spells the remedies of errors its own way."""
+class OrderedGroup(click.Group):
+    """Commands in the order in which they are written below. Each spells the remedies of errors its own way."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -32,22 +39,61 @@ class Walk(click.Group):
         try:
             return super().invoke(ctx)
         except GemmaDistError as error:
-            error.args = (spell(str(error), spellings(self.commands[str(ctx.invoked_subcommand)])),)
+            command = self.commands[str(ctx.invoked_subcommand)]
+            error.args = (spell(str(error), spellings(command)),)
             raise
 
 
-class Verb(click.Command):
-    """A command that offers settings of config.py as options; they are looked up when the verb is called."""
+class SettingsCommand(click.Command):
+    """A command with an option for each setting of a section of config.py; its function gets them as `settings`.
 
-    def __init__(self, *args: Any, settings: str | None = None, **kwargs: Any) -> None:
+    `section` picks the class from the module config, which is first imported when a command is called or asked for its
+    own help.
+    """
+
+    def __init__(self, *args: Any, section: Callable[[Any], "type[Section]"], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.settings = settings
+        self._pick_section = section
+
+    @functools.cached_property
+    def section(self) -> "type[Section]":
+        """The class of the settings."""
+        from gemma_dist import config
+
+        return self._pick_section(config)
+
+    @functools.cached_property
+    def setting_options(self) -> list[click.Option]:
+        """One option for each setting."""
+        return [_option_of(name, field) for name, field in self.section.model_fields.items()]
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        if self.settings is not None:
-            self.params += _options_of(self.settings)
-            self.settings = None
-        return super().get_params(ctx)
+        *params, help_option = super().get_params(ctx)
+        return [*params, *self.setting_options, help_option]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from gemma_dist.recipe import load_section
+
+        values = {name: ctx.params.pop(name) for name in self.section.model_fields}
+        ctx.params["settings"] = load_section(self.section, values)
+        return super().invoke(ctx)
+
+
+def _option_of(name: str, field: "FieldInfo") -> click.Option:
+    """The option for a setting, with the name, values, default and sentence that config.py gives it."""
+    from gemma_dist.config import option
+
+    kind = field.annotation
+    if get_origin(kind) is types.UnionType:  # with None, which is to leave the option out
+        kind = get_args(kind)[0]
+    return click.Option(
+        [option(name)],
+        type=SettingChoice(get_args(kind)) if get_origin(kind) is Literal else kind,
+        is_flag=kind is bool,
+        default=field.default,
+        show_default=field.default is not None,
+        help=field.description,
+    )
 
 
 class SettingChoice(click.Choice):
@@ -57,41 +103,12 @@ class SettingChoice(click.Choice):
         return super().convert(current_value(value), param, ctx)
 
 
-def _options_of(section: str) -> list[click.Parameter]:
-    """One option for each setting of a section, with the name, values, default and sentence that config.py gives it."""
-    from gemma_dist import config
-
-    options: list[click.Parameter] = []
-    for name, field in getattr(config, section).model_fields.items():
-        kind = field.annotation
-        if get_origin(kind) is types.UnionType:
-            kind = get_args(kind)[0]
-        options.append(
-            click.Option(
-                [config.option(name)],
-                type=SettingChoice(get_args(kind)) if get_origin(kind) is Literal else kind,
-                is_flag=kind is bool,
-                default=field.default,
-                show_default=field.default is not None,
-                help=field.description,
-            )
-        )
-    return options
-
-
-def _from_one(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
-    """Refuse a row or step below the first."""
-    if value is not None and value < 1:
-        raise click.BadParameter(f"{param.name}s are counted from 1, as in messages, not {value}", ctx, param)
-    return value
-
-
-def spellings(verb: click.Command) -> dict[str, str]:
-    """How a user of `verb` changes each setting that a remedy may name, with {} for the value: by an option of the
-    verb, by a key of its recipe, or else by the command that decides the setting."""
+def spellings(command: click.Command) -> dict[str, str]:
+    """How a user of `command` changes each setting that a remedy may name, with {} for the value: by an option of the
+    command, by a key of its recipe, or else by the command that decides the setting."""
     from gemma_dist.config import MergeConfig, ShardConfig, TrainDataConfig, option
 
-    params = verb.get_params(click.Context(verb))
+    params = command.get_params(click.Context(command))
     own = {param.name for param in params if isinstance(param, click.Option)}
     takes_recipe = any(param.name == "overrides" for param in params)
     spelled = {}
@@ -107,7 +124,30 @@ def spellings(verb: click.Command) -> dict[str, str]:
     return spelled
 
 
-@click.group(cls=Walk, context_settings={"help_option_names": ["-h", "--help"]})
+def _from_one(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
+    """Refuse a row or step below the first."""
+    if value is not None and value < 1:
+        raise click.BadParameter(f"{param.name}s are counted from 1, as in messages, not {value}", ctx, param)
+    return value
+
+
+def recipe_arguments(command: Callable[..., None]) -> Callable[..., None]:
+    """CONFIG and [KEY=VALUE]…, of each command that takes a recipe."""
+    overrides = click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1, type=click.UNPROCESSED)
+    return click.argument("config", type=NEW)(overrides(command))
+
+
+world_size_option = click.option(
+    "--world-size", type=click.IntRange(min=1), help="World size to assume; default: the current one."
+)
+quarantine_option = click.option(
+    "--quarantine", type=EXISTING, help="File of ids or row groups that are left out: data.quarantine."
+)
+# Words like --learning-rate go to the overrides, which say how such a thing is written here.
+UNKNOWN_TO_OVERRIDES = {"ignore_unknown_options": True}
+
+
+@click.group(cls=OrderedGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
     """Fine-tune Gemma 4 on tool calling: from trajectories in JSONL to a merged checkpoint."""
@@ -125,13 +165,13 @@ def tiny(out: Path, style: str) -> None:
     write_tiny_model(out, style=style)
 
 
-@cli.command(cls=Verb, settings="ShardConfig")
+@cli.command(cls=SettingsCommand, section=lambda config: config.ShardConfig)
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=EXISTING)
-@click.option("--out", required=True, type=NEW, help="Folder of the shards; holds none yet, but for --append.")
-@click.option("--model", required=True, help="Folder or hub name of the model whose tokens are counted.")
-@click.option("--skip-invalid", is_flag=True, help="Put refused rows into OUT/rejected.jsonl instead of stopping.")
+@click.option("--out", required=True, type=NEW, help="Folder for the shards; must hold none, except with --append.")
+@click.option("--model", required=True, help="Folder or Hub name of the model whose tokens are counted.")
+@click.option("--skip-invalid", is_flag=True, help="Write invalid rows to OUT/rejected.jsonl instead of stopping.")
 @click.option("--append", is_flag=True, help="Add to finished shards, which stay as they are.")
-@click.option("--num-workers", type=click.IntRange(min=1), help="Processes; default: one for each core.")
+@click.option("--num-workers", type=click.IntRange(min=1), help="Number of processes; default: one per core.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def shard(
     inputs: tuple[Path, ...],
@@ -141,61 +181,51 @@ def shard(
     append: bool,
     num_workers: int | None,
     as_json: bool,
-    **settings: Any,
+    settings: "ShardConfig",
 ) -> None:
     """Check trajectories and write them as shards.
 
-    INPUT is JSONL (also .gz, .zst), parquet or a datasets folder; OUT gets parquet files and a manifest. A run that was
-    killed goes on when the same command is given again.
+    INPUT is JSONL (also .gz, .zst), parquet or a datasets folder; OUT gets parquet files and a manifest. After a kill,
+    the same command resumes where it was.
     """
-    from gemma_dist.config import ShardConfig
-    from gemma_dist.recipe import load_section
     from gemma_dist.shards.sharding import run_shard
 
-    checked = load_section(ShardConfig, settings)
-    report = run_shard(list(inputs), out, model, checked, skip_invalid, append=append, num_workers=num_workers)
+    report = run_shard(list(inputs), out, model, settings, skip_invalid, append=append, num_workers=num_workers)
     click.echo(json.dumps(report.to_json()) if as_json else report.summary())
 
 
-@cli.command(cls=Verb, settings="ShardConfig")
+@cli.command(cls=SettingsCommand, section=lambda config: config.ShardConfig)
 @click.argument("data")
-@click.option("--model", required=True, help="Folder or hub name of the model that would see the row.")
+@click.option("--model", required=True, help="Folder or Hub name of the model that would see the row.")
 @click.option(
     "--row", type=int, callback=_from_one, help="Number of the row, from 1, as messages print it: DATA:ROW. Default: 1."
 )
 @click.option("--id", "row_id", help="Id of the row, in the place of --row.")
 @click.option("--json", "as_json", is_flag=True, help="Print ids, labels (-100: not trained) and tokens as JSON.")
-def inspect(data: str, model: str, row: int | None, row_id: str | None, as_json: bool, **settings: Any) -> None:
-    """Show one row as the model sees it, trained tokens coloured.
+def inspect(data: str, model: str, row: int | None, row_id: str | None, as_json: bool, settings: "ShardConfig") -> None:
+    """Show one row as the model sees it, target tokens colored.
 
     DATA is a file of rows (their lines are their numbers) or a folder of shards, which may be a URL.
     """
     if row is not None and row_id is not None:
         raise click.UsageError("name one row: by --row (its number, from 1) or by --id")
-    from gemma_dist.config import ShardConfig
-    from gemma_dist.recipe import load_section
     from gemma_dist.show.row import inspect_row
 
-    inspection = inspect_row(
-        data, model, row_id if row_id is not None else row or 1, load_section(ShardConfig, settings)
-    )
+    chosen = row_id if row_id is not None else row or 1
+    inspection = inspect_row(data, model, chosen, settings)
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     click.echo(json.dumps(inspection.to_json()) if as_json else inspection.render(color))
 
 
-# Words like --learning-rate go to the overrides, which say how such a thing is written here.
-@cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("config", type=NEW)
-@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1, type=click.UNPROCESSED)
-@click.option(
-    "--world-size", type=click.IntRange(min=1), help="Number of ranks to reckon with; default: those running."
-)
-@click.option("--accelerate-config", type=EXISTING, help="File that the run is to be launched with, to check it too.")
+@cli.command(context_settings=UNKNOWN_TO_OVERRIDES)
+@recipe_arguments
+@world_size_option
+@click.option("--accelerate-config", type=EXISTING, help="Also check compatibility with this accelerate config.")
 def check(config: Path, overrides: tuple[str, ...], world_size: int | None, accelerate_config: Path | None) -> None:
     """Show the run that CONFIG describes, without running it.
 
     Settings, batch arithmetic, data, and what trains; with --accelerate-config, or under `accelerate launch`, also
-    whether they go together. KEY=VALUE changes a setting, as in `train`.
+    whether they are compatible. KEY=VALUE changes a setting, as in `train`.
     """
     from gemma_dist import world
     from gemma_dist.recipe import load_config
@@ -215,18 +245,15 @@ def check(config: Path, overrides: tuple[str, ...], world_size: int | None, acce
         click.echo(description)
 
 
-@cli.command(context_settings={"ignore_unknown_options": True})
+@cli.command(context_settings=UNKNOWN_TO_OVERRIDES)
 @click.argument("data")
-@click.argument("config", type=NEW)
-@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1, type=click.UNPROCESSED)
+@recipe_arguments
 @click.option(
     "--step", required=True, type=int, callback=_from_one, help="First optimizer step, from 1 as in metrics.jsonl."
 )
 @click.option("--num-steps", type=click.IntRange(min=1), default=1, show_default=True, help="How many steps.")
-@click.option(
-    "--world-size", type=click.IntRange(min=1), help="Number of ranks to reckon with; default: those running."
-)
-@click.option("--quarantine", type=EXISTING, help="File of ids or row groups that are left out: data.quarantine.")
+@world_size_option
+@quarantine_option
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON a step.")
 def batches(
     data: str,
@@ -240,8 +267,8 @@ def batches(
 ) -> None:
     """Show which samples a step trains on.
 
-    From arithmetic alone, rank by rank: the row behind a bad step. DATA is a folder of shards, or - for those that
-    CONFIG names.
+    Lists the samples of a step by rank and micro-batch, to find the row behind a bad step. They are computed from the
+    manifest; no row is read. DATA is a folder of shards, or - for those that CONFIG names.
     """
     from gemma_dist import world
     from gemma_dist.logs import to_json
@@ -250,17 +277,19 @@ def batches(
     from gemma_dist.show.batches import batches
     from gemma_dist.topology import Topology
 
-    words = [*overrides, *([f"data.train={data}"] if data != "-" else [])]
-    settings = load_config(config, [*words, *([f"data.quarantine={quarantine}"] if quarantine else [])])
+    if data != "-":
+        overrides = (*overrides, f"data.train={data}")
+    if quarantine:
+        overrides = (*overrides, f"data.quarantine={quarantine}")
+    settings = load_config(config, overrides)
     run = resolve(settings, Topology("", world_size or world.world_size()))
     for described in batches(run.schedule, step, num_steps):
         click.echo(to_json(described.to_json()) if as_json else described.render())
 
 
-@cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("config", type=NEW)
-@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1, type=click.UNPROCESSED)
-@click.option("--quarantine", type=EXISTING, help="File of ids or row groups that are left out: data.quarantine.")
+@cli.command(context_settings=UNKNOWN_TO_OVERRIDES)
+@recipe_arguments
+@quarantine_option
 def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None) -> None:
     """Train as the recipe CONFIG says.
 
@@ -269,8 +298,9 @@ def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None) -> 
     """
     from gemma_dist.recipe import load_config
 
-    overrides = (*overrides, *([f"data.quarantine={quarantine}"] if quarantine else []))
-    settings = load_config(config, overrides)  # before torch is loaded: a slip of the hand should cost a second
+    if quarantine:
+        overrides = (*overrides, f"data.quarantine={quarantine}")
+    settings = load_config(config, overrides)  # before torch is loaded: a typo should cost a second
     from gemma_dist.logs import say_idle_gpus
     from gemma_dist.train import run
 
@@ -278,34 +308,32 @@ def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None) -> 
     run.train(settings)
 
 
-@cli.command(cls=Verb, settings="EvaluateConfig")
-@click.option("--model", required=True, help="Folder or hub name of the model.")
-@click.option("--adapter", type=EXISTING, help="Folder of a LoRA adapter to put on it.")
+@cli.command(cls=SettingsCommand, section=lambda config: config.EvaluateConfig)
+@click.option("--model", required=True, help="Folder or Hub name of the model.")
+@click.option("--adapter", type=EXISTING, help="Folder of a LoRA adapter for the model.")
 @click.option("--data", required=True, type=EXISTING, help="Held-out trajectories: a JSONL file or a shard folder.")
 @click.option("--out", required=True, type=NEW, help="Folder for report.json and samples.jsonl.")
-@click.option("--limit", type=click.IntRange(min=1), help="Evaluate the first so many trajectories only.")
-def evaluate(model: str, adapter: Path | None, data: Path, out: Path, limit: int | None, **settings: Any) -> None:
+@click.option("--limit", type=click.IntRange(min=1), help="Evaluate only this many trajectories, the first ones.")
+def evaluate(
+    model: str, adapter: Path | None, data: Path, out: Path, limit: int | None, settings: "EvaluateConfig"
+) -> None:
     """Let a model answer held-out trajectories and score its calls.
 
     Alone, or on many processes under `accelerate launch ... -m gemma_dist evaluate`.
     """
-    from gemma_dist.config import EvaluateConfig
-    from gemma_dist.recipe import load_section
-
-    checked = load_section(EvaluateConfig, settings)
     from gemma_dist.evaluate import run
     from gemma_dist.logs import say_idle_gpus
 
     say_idle_gpus(["evaluate", *sys.argv[2:]])
-    run.evaluate(model, adapter, data, out, limit, checked)
+    run.evaluate(model, adapter, data, out, limit, settings)
 
 
 @cli.command()
 def read_calls() -> None:
     """Read the calls in model output: JSONL in, JSONL out.
 
-    In: {"output": ..., "prefix"?: ...}, the prefix being the end of the prompt where it left a block open. Out: calls,
-    content, reasoning and status.
+    In: {"output": ..., "prefix"?: ...}; the prefix is the end of the prompt, if that ends inside an open block. Out:
+    calls, content, reasoning and status.
     """
     from gemma_dist.evaluate.read import read_calls_lines
 
@@ -313,13 +341,13 @@ def read_calls() -> None:
         click.echo(line)
 
 
-@cli.command(cls=Verb, settings="MergeConfig")
-@click.option("--base", required=True, help="Folder or hub name of the model that the adapter was trained on.")
+@cli.command(cls=SettingsCommand, section=lambda config: config.MergeConfig)
+@click.option("--base", required=True, help="Folder or Hub name of the model that the adapter was trained on.")
 @click.option("--adapter", required=True, type=EXISTING, help="Folder of the LoRA adapter.")
 @click.option("--out", required=True, type=NEW, help="Folder of the merged model.")
-@click.option("--verify", is_flag=True, help="Also load both and compare their logits.")
-def merge(base: str, adapter: Path, out: Path, verify: bool, **settings: Any) -> None:
+@click.option("--verify", is_flag=True, help="Also compare the logits of the result with those of base and adapter.")
+def merge(base: str, adapter: Path, out: Path, verify: bool, settings: "MergeConfig") -> None:
     """Add an adapter to its base and write a whole model."""
     from gemma_dist.merge import run
 
-    click.echo(run.merge(base, adapter, out, verify=verify, **settings).summary())
+    click.echo(run.merge(base, adapter, out, verify=verify, base_weights=settings.base_weights).summary())

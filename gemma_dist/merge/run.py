@@ -224,8 +224,6 @@ def read_quantization(
     `bnb_4bit_use_double_quant`, `modules` (paths of exactly the modules that were 4-bit) and, where the model was
     loaded in another dtype than its file's, `weights_dtype` (`float32`, `bfloat16`).
     """
-    if base_weights not in ("as_trained", "original"):
-        raise ConfigError(f"base_weights {base_weights!r} is not known; use as_trained or original")
     path = adapter / RECORD
     if not path.exists():
         if base_weights == "as_trained":
