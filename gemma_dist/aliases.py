@@ -68,7 +68,7 @@ _REASONS = {
         "gradients where layers share keys and values"
     ),
     "deepspeed deepspeed_config zero_stage fsdp fsdp_config device_map num_processes ddp_find_unused_parameters": (
-        "how processes share memory stands in an accelerate config: accelerate launch --config_file "
+        "how processes share memory is set by an accelerate config: accelerate launch --config_file "
         "accelerate_configs/…"
     ),
     "group_by_length length_grouped_sampler": "not a setting: train.packing leaves no padding to save",

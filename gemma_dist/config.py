@@ -1,8 +1,8 @@
 """Every setting of the package with its default: what a YAML recipe may say, and the options of the commands.
 
-A recipe (`launch/*.yaml`) says what a run is: model, data, what trains, batch, schedule. How processes share memory
-stands in `accelerate_configs/`, where they run in `slurm/`. Names are Hugging Face's wherever one exists. A key that is
-unknown (recipe.py) or contradicts another is refused before a model is touched, with its value and a remedy.
+A recipe (`launch/*.yaml`) says what a run is: model, data, what trains, batch, schedule. `accelerate_configs/` say how
+its processes share memory, `slurm/` where they run. Names are Hugging Face's wherever one exists. A key that is unknown
+(recipe.py) or contradicts another is refused before a model is touched, with its value and a remedy.
 
 Relative paths in a recipe are relative to the current directory, not to the recipe.
 """
@@ -99,7 +99,7 @@ class RowConfig(EncodingConfig):
     max_image_pixels: int = Field(50_000_000, gt=0, description="Largest image that is decoded, in pixels.")
     text_beside_call: Literal["message", "reasoning"] = Field(
         "message",
-        description="Text in the message of a tool call moves before it: as a message of its own, or as reasoning.",
+        description="Text in a tool call's message is moved before the call: as its own message, or as reasoning.",
     )
     control_tokens: Annotated[Literal["reject", "escape"], BeforeValidator(current_value)] = Field(
         "reject",
@@ -118,7 +118,7 @@ class ShardConfig(RowConfig):
         None, gt=0, description="Maximum length of a trajectory, in tokens of text and images; default: no limit."
     )
     too_long: Literal["drop", "error", "cut_turns"] = Field(
-        "error", description="What to do above max_length; cut_turns removes whole turns from the trajectory's end."
+        "error", description="What to do with a longer trajectory; cut_turns removes whole turns from its end."
     )
 
 
@@ -356,7 +356,7 @@ class MergeConfig(Section):
 
     base_weights: Literal["as_trained", "original"] = Field(
         "as_trained",
-        description="Add to the base as training saw it (after QLoRA: in 4 bits and back), or to the original.",
+        description="Add to the base as training saw it (QLoRA: quantized to 4 bits and back), or to the original.",
     )
 
 

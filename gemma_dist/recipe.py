@@ -2,8 +2,8 @@
 
     config = load_config("launch/cpu_lora.yaml", ["learning_rate=1e-4", "lora.r=8"])
 
-What a setting may be stands in config.py. Here a key that nobody knows is answered with the nearest one that exists, or
-with what aliases.py knows about it.
+config.py says what a setting may be. Here an unknown key is answered with the nearest one that exists, or with what
+aliases.py knows about it.
 """
 
 import difflib
@@ -224,7 +224,7 @@ class _Yaml(yaml.SafeLoader):
             name = str(key.value)
             if name in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
                 )
             seen.add(name)
         return super().construct_mapping(node, deep)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_dist import config as settings
-from gemma_dist.aliases import NOT_SETTINGS, RENAMED, RENAMED_OPTIONS
+from gemma_dist.aliases import NOT_SETTINGS, PAGE, RENAMED, RENAMED_OPTIONS, with_name_table
 from gemma_dist.config import (
     LANGUAGE_MODEL_LINEARS,
     BatchPlan,
@@ -187,6 +187,11 @@ def test_names_of_other_tools_lead_to_ours(problems, foreign, key):
 @pytest.mark.parametrize(("foreign", "reason"), NOT_SETTINGS.items())
 def test_what_is_no_setting_here_says_why(problems, foreign, reason):
     assert f"train.{foreign} = 7: unknown key; {reason}" in problems(f"train.{foreign}=7")
+
+
+def test_the_names_in_the_docs_are_those_of_the_code():
+    page = (Path(__file__).parents[1] / PAGE).read_text(encoding="utf-8")
+    assert with_name_table(page) == page, "write it anew: python -m gemma_dist.aliases"
 
 
 def test_foreign_names_are_no_names_of_ours():
