@@ -102,14 +102,20 @@ def current_value(value: object) -> object:
     return RENAMED_VALUES.get(value, value) if isinstance(value, str) else value
 
 
+def current_values(settings: Mapping[str, object]) -> dict[str, object]:
+    """Recorded settings, each with its value as it is written today."""
+    return {name: current_value(value) for name, value in settings.items()}
+
+
 def name_table() -> str:
     """All names of this module as a Markdown table, what they are called elsewhere beside what to write here."""
     rows = ["| elsewhere | here |", "|---|---|"]
-    rows += [_row(names, f"`{key}`") for names, key in _KEYS.items()]
-    rows += [
-        _row(names, f"`gemma-dist shard --{setting.replace('_', '-')}`") for names, setting in _SHARD_SETTINGS.items()
-    ]
-    rows += [_row(names, reason) for names, reason in _REASONS.items()]
+    for names, key in _KEYS.items():
+        rows.append(_row(names, f"`{key}`"))
+    for names, setting in _SHARD_SETTINGS.items():
+        rows.append(_row(names, f"`gemma-dist shard --{setting.replace('_', '-')}`"))
+    for names, reason in _REASONS.items():
+        rows.append(_row(names, reason))
     return "\n".join(rows)
 
 

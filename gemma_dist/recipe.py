@@ -114,7 +114,7 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[s
             values[section] = {name: parsed}
         elif isinstance(values[section], dict):
             values[section][name] = parsed
-        # else: what stands in the section's place is reported as unknown
+        # else: a section that is no mapping is reported by _take_out_unknown
     return problems
 
 
@@ -242,7 +242,7 @@ for _kind, _pattern, _first in [
 
 
 def _parse_yaml(text: str, origin: str) -> object:
-    """The value of a YAML text; `origin` opens the ConfigError where it is none."""
+    """The value of a YAML string; a ConfigError begins with `origin`, the file or the override."""
     try:
         return yaml.load(text, Loader=_Yaml)
     except yaml.MarkedYAMLError as error:

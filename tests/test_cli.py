@@ -81,6 +81,7 @@ def test_version(capsys):
             "--max-new-tokens 0",
         ),
         (["merge", "--base", "b", "--adapter", "nowhere", "--out", "o"], "'nowhere' does not exist"),
+        (["merge", "--base", "b", "--adapter", ".", "--out", "o", "--base-weights", "x"], "'x' is not one of"),
     ],
 )
 def test_what_the_user_can_mend_ends_with_2_and_no_traceback(arguments, told, tmp_path, monkeypatch, capsys):

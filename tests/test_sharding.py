@@ -225,7 +225,8 @@ def test_an_append_that_does_not_go_is_refused_and_changes_nothing(model: str, t
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
 def test_shards_that_record_an_old_word_can_be_appended_to(model: str, tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "a.jsonl", ROWS[:2]), tmp_path / "shards"
-    run_shard([source], out, model, ShardConfig.model_construct(control_tokens="neutralise"), False, num_workers=1)
+    old = ShardConfig.model_construct(control_tokens="neutralise")  # type: ignore[arg-type]
+    run_shard([source], out, model, old, False, num_workers=1)
     manifest = read_manifest(out / "manifest.arrow", "")
     assert manifest.header["settings"]["control_tokens"] == "neutralise"
     more = write_rows(tmp_path / "b.jsonl", ROWS[2:3])

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gemma_dist.aliases import current_value
+from gemma_dist.aliases import current_values
 from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import Encoder, load_encoder
 from gemma_dist.data.rows import Part, cut_parts, read_parts
@@ -135,8 +135,7 @@ def _open_to_append(out: Path, header: dict[str, Any]) -> Manifest:
             f"{out} was made with another tokenizer, chat template or image processor (fingerprint "
             f"{manifest.header['fingerprint']}, here {header['fingerprint']}); append with the same model and template"
         )
-    old = {name: current_value(value) for name, value in manifest.header["settings"].items()}
-    new = header["settings"]
+    old, new = current_values(manifest.header["settings"]), header["settings"]
     if changed := [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in new if old.get(name) != new[name]]:
         raise DataError(f"{out} was made with other settings: {'; '.join(changed)}; append with the same ones")
     return manifest
