@@ -22,9 +22,11 @@ from transformers import AutoTokenizer
 from gemma_dist.__main__ import main
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.files import whole_folder
+from gemma_dist.merge import arithmetic
 from gemma_dist.merge import run as merge_run
+from gemma_dist.merge.arithmetic import four_bit_round_trip
 from gemma_dist.merge.plan import plan_merge
-from gemma_dist.merge.run import four_bit_round_trip, merge
+from gemma_dist.merge.run import merge
 from gemma_dist.merge.verify import verify
 from gemma_dist.model.fingerprint import fingerprint_base
 
@@ -463,8 +465,8 @@ def test_an_interrupted_merge_leaves_nothing(pair: Any, tmp_path: Path, monkeypa
             raise KeyboardInterrupt
         return real(*arguments)
 
-    real = merge_run.add_lora
-    monkeypatch.setattr(merge_run, "add_lora", interrupted)
+    real = arithmetic.add_lora
+    monkeypatch.setattr(arithmetic, "add_lora", interrupted)
     with pytest.raises(KeyboardInterrupt):
         merge(base, adapter, tmp_path / "out", verify=False, base_weights="as_trained")
     assert num_calls == 5
@@ -622,7 +624,7 @@ def test_a_killed_merge_neither_blocks_the_next_nor_stays(pair: Any, tmp_path: P
     base, adapter = pair
     script = (
         "import os, signal, sys; from gemma_dist.__main__ import main; from gemma_dist.merge import run;"
-        "run._result = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
+        "run.merged_tensor = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
         f"main(['merge', '--base', {str(base)!r}, '--adapter', {str(adapter)!r}, '--out', {str(tmp_path / 'out')!r}])"
     )
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
@@ -671,7 +673,7 @@ def test_a_disk_that_fills_meanwhile_is_named_with_what_is_needed(
     assert main_merge(base, adapter, out) == 2
     assert re.search(r"--out .*out needs \d+\.\d MiB and its disk has 1\.0 MiB free", capfd.readouterr().err)
     with monkeypatch.context() as patch:
-        patch.setattr(merge_run, "_check_out", lambda *_: None)  # there was room when it looked
+        patch.setattr(merge_run, "check_out", lambda *_: None)  # there was room when it looked
         assert main_merge(base, adapter, out) == 2
     said = capfd.readouterr().err
     assert re.search(

@@ -29,7 +29,7 @@ RECIPE = Path(__file__).parents[1] / "launch" / "cpu_lora.yaml"
 # Modules that one verb alone reaches may name its own options.
 OWNERS = {
     "shards/sharding.py": "shard",
-    "merge/run.py": "merge",
+    "merge/folders.py": "merge",
     "merge/verify.py": "merge",
 }
 

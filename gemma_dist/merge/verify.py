@@ -46,7 +46,7 @@ def verify(base: Path, adapter: Path, merged: Path, *, quantization: Mapping[str
     """Compare the logits of `merged` with those of `base` + `adapter`.
 
     Args:
-        quantization: how training held the base, if `merged` was made from that (see `merge.run.read_quantization`).
+        quantization: how training held the base, if `merged` was made from that (`read_quantization`).
 
     Returns:
         `max_logit_difference`, `kl` (nats per position, trained from merged), `top1_agreement` (0 to 1),
