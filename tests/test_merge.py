@@ -70,28 +70,26 @@ def plan(adapter: dict[str, Any], quantized: tuple[str, ...] = (), tied: bool = 
 
 
 def test_every_base_tensor_has_one_step_in_order() -> None:
-    steps = plan(factors(Q, 12) | factors(K, 6), quantized=(K,))
-    assert [step.name for step in steps] == list(BASE)
-    assert [step.name for step in steps if not step.untouched] == [f"{Q}.weight", f"{K}.weight"]
-    assert [step.quantized for step in steps] == [False, False, True, False, False]
-    assert all(step.lora.scale == 2.0 for step in steps if step.lora)
+    ops = plan(factors(Q, 12) | factors(K, 6), quantized=(K,))
+    assert [op.name for op in ops] == list(BASE)
+    assert [op.name for op in ops if not op.untouched] == [f"{Q}.weight", f"{K}.weight"]
+    assert [op.quantized for op in ops] == [False, False, True, False, False]
+    assert all(op.lora.scale == 2.0 for op in ops if op.lora)
 
 
 def test_scale_follows_rank_and_its_root_for_rslora() -> None:
     wide = factors(Q, 12, rank=4)
-    (q,) = [step.lora for step in plan(wide, r=4) if step.lora]
-    (root,) = [step.lora for step in plan(wide, r=4, use_rslora=True) if step.lora]
-    (own,) = [step.lora for step in plan(wide, rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 3}) if step.lora]
+    (q,) = [op.lora for op in plan(wide, r=4) if op.lora]
+    (root,) = [op.lora for op in plan(wide, r=4, use_rslora=True) if op.lora]
+    (own,) = [op.lora for op in plan(wide, rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 3}) if op.lora]
     assert (q.scale, root.scale, own.scale) == (1.0, 2.0, 0.75)
 
 
 def test_modules_to_save_replaces_the_weight() -> None:
     name = "model.embed_vision.embedding_projection.weight"
-    steps = plan(
-        factors(Q, 12) | {f"base_model.model.{name}": ("F32", (8, 5))}, modules_to_save=["embedding_projection"]
-    )
-    (step,) = [step for step in steps if step.replaced_by]
-    assert (step.name, step.replaced_by) == (name, f"base_model.model.{name}")
+    ops = plan(factors(Q, 12) | {f"base_model.model.{name}": ("F32", (8, 5))}, modules_to_save=["embedding_projection"])
+    (op,) = [op for op in ops if op.replaced_by]
+    assert (op.name, op.replaced_by) == (name, f"base_model.model.{name}")
 
 
 @pytest.mark.parametrize(
@@ -153,8 +151,8 @@ GATE_UP, DOWN = factors(f"{EXPERTS}.base_layer", 10, 8, 3 * 2), factors(EXPERTS,
 
 def plan_experts(adapter: dict[str, Any], *weights: str, **settings: Any) -> dict[str, Any]:
     targets = {"target_parameters": [f"experts.{weight}" for weight in weights]}
-    steps = plan_merge(STACKS, adapter, SETTINGS | targets | settings, tied_embeddings=True, quantized_modules=())
-    return {step.name.rpartition(".")[2]: step.lora for step in steps if step.lora}
+    ops = plan_merge(STACKS, adapter, SETTINGS | targets | settings, tied_embeddings=True, quantized_modules=())
+    return {op.name.rpartition(".")[2]: op.lora for op in ops if op.lora}
 
 
 def test_stacked_experts_find_their_factors_however_peft_nests_them() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from gemma_dist.errors import CheckpointError
-from gemma_dist.merge.plan import Lora, Step
+from gemma_dist.merge.plan import Lora, TensorOp
 from gemma_dist.tensorfile import Entry, TensorFile
 
 
@@ -51,23 +51,23 @@ def add_lora(weight: torch.Tensor, lora: Lora, adapter: TensorFile) -> torch.Ten
 
 
 def merged_tensor(
-    step: Step, entry: Entry, shard: TensorFile, adapter: TensorFile, quantization: Mapping[str, Any] | None
+    op: TensorOp, entry: Entry, shard: TensorFile, adapter: TensorFile, quantization: Mapping[str, Any] | None
 ) -> torch.Tensor:
     """One changed tensor, in the shape and dtype of the base's."""
-    base = shard.read(step.name)
-    if step.replaced_by is not None:
-        result = adapter.read(step.replaced_by)
+    base = shard.read(op.name)
+    if op.replaced_by is not None:
+        result = adapter.read(op.replaced_by)
     else:
         result = base
-        if step.quantized:
+        if op.quantized:
             assert quantization is not None
             result = four_bit_round_trip(result, quantization)
-        if step.lora is not None:
-            result = add_lora(result, step.lora, adapter)
+        if op.lora is not None:
+            result = add_lora(result, op.lora, adapter)
     result = result.to(base.dtype)
     if not torch.stack(torch.aminmax(result)).isfinite().all():  # a NaN anywhere is both its least and its greatest
         raise CheckpointError(
-            f"{step.name} would hold NaN or infinity after the merge: the training diverged, or {base.dtype} cannot "
+            f"{op.name} would hold NaN or infinity after the merge: the training diverged, or {base.dtype} cannot "
             "hold the sum. Merge an earlier checkpoint of the adapter"
         )
     assert tuple(result.shape) == entry.shape

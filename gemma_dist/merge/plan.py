@@ -65,7 +65,7 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Step:
+class TensorOp:
     """What becomes of one tensor of the base. The result keeps its name, shape and dtype."""
 
     name: str
@@ -85,8 +85,8 @@ def plan_merge(
     *,
     tied_embeddings: bool,
     quantized_modules: Collection[str],
-) -> list[Step]:
-    """One step for each tensor of the base, in the order of `base`.
+) -> list[TensorOp]:
+    """One `TensorOp` for each tensor of the base, in the order of `base`.
 
     Args:
         settings: the adapter's `adapter_config.json`.
@@ -131,18 +131,18 @@ def plan_merge(
             )
         _check_dtype(name, base)
 
-    steps = [
-        Step(name, name in quantized and name not in replaced_by, loras.get(name), replaced_by.get(name))
+    ops = [
+        TensorOp(name, name in quantized and name not in replaced_by, loras.get(name), replaced_by.get(name))
         for name in base
     ]
-    used = [tensor for step in steps for tensor in _adapter_tensors(step)]
+    used = [tensor for op in ops for tensor in _adapter_tensors(op)]
     assert sorted(used) == sorted(adapter), "an adapter tensor is not used exactly once"
-    return steps
+    return ops
 
 
-def _adapter_tensors(step: Step) -> Iterable[str]:
-    lora = step.lora
-    names = (lora.a, lora.b, lora.magnitude) if lora else (step.replaced_by,)
+def _adapter_tensors(op: TensorOp) -> Iterable[str]:
+    lora = op.lora
+    names = (lora.a, lora.b, lora.magnitude) if lora else (op.replaced_by,)
     return [name for name in names if name is not None]
 
 

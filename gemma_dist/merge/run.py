@@ -30,7 +30,7 @@ from gemma_dist.merge.folders import (
     open_base,
     read_quantization,
 )
-from gemma_dist.merge.plan import Step, plan_merge
+from gemma_dist.merge.plan import TensorOp, plan_merge
 from gemma_dist.merge.verify import check_memory
 from gemma_dist.merge.verify import verify as compare
 from gemma_dist.tensorfile import TensorFile, write_header, write_tensor
@@ -96,15 +96,15 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
     base_weights, quantization = read_quantization(adapter, base_weights, notes)
     note_other_base(base, base_model.folder, adapter, settings, notes)
 
-    steps = _plan(base_model, adapter_file, settings, quantization)
-    _note_untrained(adapter_file, steps, notes)
+    ops = _plan(base_model, adapter_file, settings, quantization)
+    _note_untrained(adapter_file, ops, notes)
     side_files = find_side_files(base_model.folder, adapter)
     check_tokenizer(side_files, base_model, adapter)
     if verify:
         check_memory(base_model.headers)
 
     with whole_folder(out, base_model.num_bytes) as folder:
-        _write_weights(base_model, adapter_file, steps, quantization, folder)
+        _write_weights(base_model, adapter_file, ops, quantization, folder)
         for name, (source, _) in side_files.items():
             shutil.copyfile(source, folder / name)
         verification = None
@@ -122,10 +122,10 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
     return MergeReport(
         out=out,
         base_weights=base_weights,
-        num_tensors=len(steps),
-        num_adapted=sum(step.lora is not None for step in steps),
-        num_quantized=sum(step.quantized for step in steps),
-        num_replaced=sum(step.replaced_by is not None for step in steps),
+        num_tensors=len(ops),
+        num_adapted=sum(op.lora is not None for op in ops),
+        num_quantized=sum(op.quantized for op in ops),
+        num_replaced=sum(op.replaced_by is not None for op in ops),
         num_bytes=base_model.num_bytes,
         seconds=time.monotonic() - started,
         side_files={name: label for name, (_, label) in side_files.items()},
@@ -136,7 +136,7 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
 
 def _plan(
     base: BaseModel, adapter: TensorFile, settings: Mapping[str, Any], quantization: Mapping[str, Any] | None
-) -> list[Step]:
+) -> list[TensorOp]:
     return plan_merge(
         base.headers,
         {name: (entry.dtype, entry.shape) for name, entry in adapter.entries.items()},
@@ -149,32 +149,32 @@ def _plan(
 def _write_weights(
     base: BaseModel,
     adapter: TensorFile,
-    steps: list[Step],
+    ops: list[TensorOp],
     quantization: Mapping[str, Any] | None,
     folder: Path,
 ) -> None:
     """Stream every shard of the base into `folder`, tensor by tensor; its index, where it has one, comes last."""
-    step_of = {step.name: step for step in steps}
-    with contextlib.closing(progress(steps, total=len(steps), desc="merge", unit="tensor")) as bar:
+    op_of = {op.name: op for op in ops}
+    with contextlib.closing(progress(ops, total=len(ops), desc="merge", unit="tensor")) as bar:
         for shard in base.shards:
             path = folder / shard.path.name
             with naming(path), path.open("wb") as target:
                 write_header(target, shard.entries, shard.metadata)
                 for name, entry in shard.entries.items():
                     next(bar)
-                    if step_of[name].untouched:
+                    if op_of[name].untouched:
                         shard.copy(name, target)
                     else:
-                        write_tensor(target, merged_tensor(step_of[name], entry, shard, adapter, quantization))
+                        write_tensor(target, merged_tensor(op_of[name], entry, shard, adapter, quantization))
         assert next(bar, None) is None, "a planned tensor was not written"
     if base.index is not None:
         metadata = base.index.get("metadata", {}) | {"total_size": base.num_bytes}  # without headers
         write_json(folder / WEIGHTS_INDEX, base.index | {"metadata": metadata})
 
 
-def _note_untrained(adapter: TensorFile, steps: list[Step], notes: list[str]) -> None:
+def _note_untrained(adapter: TensorFile, ops: list[TensorOp], notes: list[str]) -> None:
     """Say so where every lora_B is zero, as it is at the start of training."""
-    loras = [step.lora for step in steps if step.lora is not None]
+    loras = [op.lora for op in ops if op.lora is not None]
     if loras and not any(adapter.read(lora.b).any() for lora in loras):
         notes.append(
             "every lora_B of the adapter is zero: it was never trained, and the result computes what the base does"
