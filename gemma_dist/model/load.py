@@ -5,32 +5,19 @@ were held in 4 bits and how. Evaluation loads the base again just so, and mergin
 """
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gemma_dist import world
-from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig, RunConfig
+from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.model.folder import refuse_custom_code
+from gemma_dist.model.record import four_bit_config, read_record
 from gemma_dist.model.zero3 import reading_parts, settings_for_evaluation, spread, spreading
 
-ADAPTER_RECORD = "gemma_dist.json"
 ADAPTER_CONFIG = "adapter_config.json"
-
-# What of the model a parameter belongs to, by the first piece of its name that fits.
-PARTS = {
-    ".experts.": "experts",
-    "model.vision_tower.": "vision tower",
-    "model.audio_tower.": "audio tower",
-    "model.embed_vision.": "projectors",
-    "model.embed_audio.": "projectors",
-    "model.language_model.embed_tokens": "embeddings",
-    "lm_head.": "embeddings",
-    "model.language_model.": "language model",
-}
 
 
 def use_cpu() -> bool:
@@ -54,17 +41,17 @@ def load_model(settings: ModelConfig, quantization: QuantizationConfig | None, *
     """
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, settings.dtype),
-        "attn_implementation": _attention(settings),
+        "attn_implementation": attention_of_parts(settings),
     }
     if quantization is not None:
         from transformers.integrations import is_deepspeed_zero3_enabled
 
-        arguments["quantization_config"] = _bnb_config(quantization.model_dump())
+        arguments["quantization_config"] = four_bit_config(quantization.model_dump())
         if not is_deepspeed_zero3_enabled():  # which places the weights itself
             arguments["device_map"] = {"": device()}
     model = _from_pretrained(settings.model_name_or_path, **arguments)
     keep_four_bit_exact(model)
-    _freeze_audio(model)
+    freeze_audio(model)
     if packing:
         from gemma_dist.model.attention import attend_within_documents
 
@@ -81,11 +68,11 @@ def load_for_evaluation(model: str, adapter: Path | None) -> Any:
         CheckpointError: the model or the adapter is missing or does not fit.
     """
     arguments: dict[str, Any] = {"dtype": "auto"}
-    dtype = _config(model).dtype
+    dtype = read_config(model).dtype
     if adapter is not None:
         _adapter_config(adapter)
         if quantization := read_record(adapter).get("quantization"):
-            arguments["quantization_config"] = _bnb_config(quantization)
+            arguments["quantization_config"] = four_bit_config(quantization)
             arguments["dtype"] = dtype = getattr(torch, quantization["weights_dtype"])
     zero3 = settings_for_evaluation(dtype)
     if zero3 is None:
@@ -145,103 +132,13 @@ def add_adapter(model: Any, settings: LoraConfig, *, zero3: bool) -> Any:
     return adapted
 
 
-def write_record(folder: Path, config: RunConfig, model: Any, **more: Any) -> None:
-    """Write `gemma_dist.json` to `folder`: the base, how training held it, and what else is worth keeping."""
-    from gemma_dist.logs import write_json
-
-    quantization = None
-    if config.quantization is not None:
-        # 4-bit codes depend on the number format that the weights were loaded in.
-        quantization = config.quantization.model_dump() | {"weights_dtype": config.model.dtype}
-        quantization["modules"] = four_bit_modules(model)
-    record = {"base_model": config.model.model_name_or_path, "quantization": quantization}
-    write_json(folder / ADAPTER_RECORD, record | more)
-
-
-def read_record(adapter: Path) -> dict[str, Any]:
-    """What `write_record` wrote beside an adapter; nothing for an adapter from elsewhere."""
-    path = adapter / ADAPTER_RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def four_bit_modules(model: Any) -> list[str]:
-    """Names (as in the checkpoint) of the linear layers that bitsandbytes holds in 4 bits."""
-    from bitsandbytes.nn import Linear4bit
-
-    names = (name for name, module in model.named_modules() if isinstance(module, Linear4bit))
-    return sorted(name.removeprefix("base_model.model.").removesuffix(".base_layer") for name in names)
-
-
-def describe_training(config: RunConfig) -> list[str]:
-    """What trains and what the weights take, part by part, from shapes alone: no weight is read, a 31B takes seconds.
-
-    GiB are those of the base as it is loaded, on each rank, or at ZeRO-3 on all ranks together. The adapter,
-    gradients, optimiser and activations come on top.
-
-    Raises:
-        CheckpointError: there is no Gemma 4 at model.model_name_or_path.
-        ConfigError: lora.target_modules fits nothing that can be adapted.
-    """
-    model = _without_weights(config)
-    num_bytes = _loaded_bytes(model, config)
-    if config.lora is not None:
-        with torch.device("meta"):
-            model = add_adapter(model, config.lora, zero3=False)
-    total, trained = Counter[str](), Counter[str]()
-    weights: dict[str, float] = dict.fromkeys([*PARTS.values(), "other"], 0.0)
-    for name, parameter in model.named_parameters():
-        part = _part(name.removeprefix("base_model.model."))
-        total[part] += parameter.numel()
-        trained[part] += parameter.numel() if parameter.requires_grad else 0
-        weights[part] += num_bytes.get(parameter, 0)
-    lines = [
-        f"trains {sum(trained.values()):,} of {sum(total.values()):,} parameters "
-        f"({sum(trained.values()) / sum(total.values()):.2%}): tuning {config.tuning}; "
-        f"the loaded weights take {sum(weights.values()) / 2**30:.2f} GiB"
-    ]
-    return lines + [
-        f"    {part:<15} {trained[part]:>15,} of {total[part]:>15,} {weights[part] / 2**30:>8.2f} GiB" for part in total
-    ]
-
-
-def _without_weights(config: RunConfig) -> Any:
-    """The base of a recipe on the meta device, with the layers that loading would hold in 4 bits as such."""
-    from transformers import AutoModelForImageTextToText
-    from transformers.quantizers import AutoHfQuantizer
-
-    settings = _config(config.model.model_name_or_path)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(
-            settings, attn_implementation=_attention(config.model), trust_remote_code=False
-        )
-        if config.quantization is not None:
-            wanted = _bnb_config(config.quantization.model_dump())
-            AutoHfQuantizer.from_config(wanted, pre_quantized=False).preprocess_model(model, device_map=None)
-    _freeze_audio(model)
-    return model
-
-
-def _loaded_bytes(model: Any, config: RunConfig) -> dict[torch.nn.Parameter, float]:
-    """Bytes of each parameter of a base once it is loaded: in model.dtype, or in 4 bits with their scales."""
-    in_4_bits: set[torch.nn.Parameter] = set()
-    scale = 0.0
-    if config.quantization is not None:
-        from bitsandbytes.nn import Linear4bit
-
-        in_4_bits = {module.weight for module in model.modules() if isinstance(module, Linear4bit)}
-        # 64 weights share a scale of 4 bytes; quantised too, it takes 1 byte and a share of 4 bytes for 256 of them.
-        scale = (1 + 4 / 256) / 64 if config.quantization.bnb_4bit_use_double_quant else 4 / 64
-    item = getattr(torch, config.model.dtype).itemsize
-    return {p: p.numel() * (0.5 + scale if p in in_4_bits else item) for p in model.parameters()}
-
-
-def _attention(settings: ModelConfig) -> dict[str, str]:
+def attention_of_parts(settings: ModelConfig) -> dict[str, str]:
     """Attention code of each part. transformers has eager attention alone for the audio tower of E2B and E4B."""
     chosen = settings.attn_implementation
     return {"text_config": chosen, "vision_config": chosen, "audio_config": "eager"}
 
 
-def _freeze_audio(model: Any) -> None:
+def freeze_audio(model: Any) -> None:
     """No trajectory has sound: the audio tower of E2B and E4B gets no gradient, for which DDP would wait."""
     for name, parameter in model.named_parameters():
         if "audio" in name:
@@ -257,14 +154,10 @@ def _gather_with_experts(model: Any) -> None:
         set_z3_leaf_modules(model, [ParamWrapper])
 
 
-def _part(name: str) -> str:
-    return next((part for mark, part in PARTS.items() if mark in name), "other")
-
-
 def _from_pretrained(name: str, **arguments: Any) -> Any:
     from transformers import AutoModelForImageTextToText
 
-    _config(name)
+    read_config(name)
     try:
         with reading_parts():
             model, report = AutoModelForImageTextToText.from_pretrained(
@@ -280,7 +173,7 @@ def _from_pretrained(name: str, **arguments: Any) -> Any:
     return model
 
 
-def _config(name: str) -> Any:
+def read_config(name: str) -> Any:
     from transformers import AutoConfig
 
     refuse_custom_code(name)
@@ -314,11 +207,3 @@ def _peft_config(settings: LoraConfig) -> Any:
     from peft import LoraConfig as PeftLoraConfig
 
     return PeftLoraConfig(task_type="CAUSAL_LM", **settings.model_dump())
-
-
-def _bnb_config(settings: dict[str, Any]) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    settings = {key: value for key, value in settings.items() if key not in ("modules", "weights_dtype")}
-    settings["bnb_4bit_compute_dtype"] = getattr(torch, settings["bnb_4bit_compute_dtype"])
-    return BitsAndBytesConfig(**settings)

@@ -6,7 +6,7 @@ what the weights take.
 
 import yaml
 
-from gemma_dist.model.load import describe_training
+from gemma_dist.model.shapes import describe_training
 from gemma_dist.resolve import Run, require_output_dir
 
 

@@ -15,7 +15,8 @@ from gemma_dist.config import RunConfig
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.files import writing
 from gemma_dist.logs import RunLog, log
-from gemma_dist.model.load import ADAPTER_RECORD, add_adapter, load_model
+from gemma_dist.model.load import add_adapter, load_model
+from gemma_dist.model.record import ADAPTER_RECORD
 from gemma_dist.resolve import Run, require_output_dir, resolve
 from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.topology import current_topology, require_fit

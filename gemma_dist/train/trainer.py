@@ -31,7 +31,8 @@ from trl import SFTConfig, SFTTrainer
 from gemma_dist import world
 from gemma_dist.errors import CheckpointError
 from gemma_dist.logs import RunLog
-from gemma_dist.model.load import use_cpu, write_record
+from gemma_dist.model.load import use_cpu
+from gemma_dist.model.record import write_record
 from gemma_dist.resolve import Run
 from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.topology import write_recipe_into
