@@ -29,6 +29,7 @@ from gemma_dist.merge.plan import plan_merge
 from gemma_dist.merge.run import merge
 from gemma_dist.merge.verify import verify
 from gemma_dist.model.fingerprint import fingerprint_base
+from gemma_dist.model.record import Quantization
 
 TARGETS = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -181,7 +182,7 @@ def test_expert_factors_without_their_place_are_refused(adapter: Any, weights: l
         plan_experts(adapter, *weights)
 
 
-def test_quantised_bases_and_foreign_records_are_refused() -> None:
+def test_quantized_bases_and_foreign_records_are_refused() -> None:
     packed = BASE | {f"{Q}.weight": ("U8", (12, 8))}
     with pytest.raises(CheckpointError, match="stored as U8"):
         plan_merge(packed, factors(Q, 12), SETTINGS, tied_embeddings=True, quantized_modules=())
@@ -379,7 +380,8 @@ def test_four_bit_weights_are_the_loaded_models(bases: Any, name: str, dtype: st
     from bitsandbytes.nn import Linear4bit
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-    four_bit = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double_quantized}
+    four_bit: Quantization = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+                              "bnb_4bit_use_double_quant": double_quantized}  # fmt: skip
     model = AutoModelForImageTextToText.from_pretrained(
         bases(name), dtype=dtype, quantization_config=BitsAndBytesConfig(**four_bit)
     )
@@ -388,7 +390,7 @@ def test_four_bit_weights_are_the_loaded_models(bases: Any, name: str, dtype: st
     assert len(layers) > 40
     for path, layer in layers.items():
         real = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        ours = four_bit_round_trip(stored[f"{path}.weight"], four_bit | {"weights_dtype": dtype})
+        ours = four_bit_round_trip(stored[f"{path}.weight"], {**four_bit, "weights_dtype": dtype})
         assert torch.equal(real, ours), path
         assert real.dtype == ours.dtype
 
@@ -557,7 +559,7 @@ def test_broken_files_are_refused(pair: Any, tmp_path: Path) -> None:
 
     quantized = json.loads((base / "config.json").read_text()) | {"quantization_config": {"load_in_4bit": True}}
     (cut / "config.json").write_text(json.dumps(quantized))
-    refused("holds quantised weights", base=cut)
+    refused("holds quantized weights", base=cut)
 
     record = adapter / "gemma_dist.json"
     record.write_text(json.dumps({"quantization": {"load_in_8bit": True, "modules": ["x"]}}))

@@ -18,7 +18,7 @@ from ranks import ENVIRONMENT, REPOSITORY, gemma_dist, needs_compiler
 
 from gemma_dist.evaluate.generate import STOP_TOKENS
 
-# Style, number format of the files, number format in memory.
+# Style, dtype of the files, dtype in memory.
 STYLES = [("e4b", "float32", "float32"), ("31b", "float32", "bfloat16"), ("26b", "bfloat16", "bfloat16")]
 
 

@@ -1,21 +1,19 @@
 """The sum itself: what one tensor of the base becomes, in the order of operations that PEFT and bitsandbytes use."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from gemma_dist.errors import CheckpointError
 from gemma_dist.merge.plan import Lora, TensorOp
+from gemma_dist.model.record import Quantization
 from gemma_dist.tensorfile import Entry, TensorFile
 
 
-def four_bit_round_trip(weight: torch.Tensor, quantization: Mapping[str, Any]) -> torch.Tensor:
+def four_bit_round_trip(weight: torch.Tensor, quantization: Quantization) -> torch.Tensor:
     """`weight` as a 4-bit layer of bitsandbytes holds it, made full again.
 
     Bit-equal to `dequantize_4bit(layer.weight.data, layer.weight.quant_state)` of the loaded layer: same block size
-    (64, its default), same double quantisation, from and to the dtype that the weight was loaded in. Takes the whole
-    tensor, since double quantisation subtracts the mean of all its block scales.
+    (64, its default), same double quantization, from and to the dtype that the weight was loaded in. Takes the whole
+    tensor, since double quantization subtracts the mean of all its block scales.
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -51,7 +49,7 @@ def add_lora(weight: torch.Tensor, lora: Lora, adapter: TensorFile) -> torch.Ten
 
 
 def merged_tensor(
-    op: TensorOp, entry: Entry, shard: TensorFile, adapter: TensorFile, quantization: Mapping[str, Any] | None
+    op: TensorOp, entry: Entry, shard: TensorFile, adapter: TensorFile, quantization: Quantization | None
 ) -> torch.Tensor:
     """One changed tensor, in the shape and dtype of the base's."""
     base = shard.read(op.name)

@@ -9,22 +9,24 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from gemma_dist.errors import CheckpointError, ConfigError, setting
 from gemma_dist.files import require_free, size
+from gemma_dist.merge.plan import Headers, TensorOp
 from gemma_dist.model.fingerprint import fingerprint_base
-from gemma_dist.model.folder import refuse_custom_code, require_embeddings
+from gemma_dist.model.folder import read_json_object, refuse_custom_code, require_embeddings
+from gemma_dist.model.record import ADAPTER_RECORD, AdapterRecord, Quantization, read_record
 from gemma_dist.tensorfile import TensorFile, open_tensors
 
 BaseWeights = Literal["as_trained", "original"]
 
-RECORD = "gemma_dist.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 EMBEDDING = re.compile(r"\bembed_tokens(_per_layer)?\.weight$")  # the tables that a token's id looks up
 
@@ -55,8 +57,8 @@ class BaseModel:
     index: dict[str, Any] | None  # model.safetensors.index.json, where the base has one
 
     @property
-    def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {name: (entry.dtype, entry.shape) for shard in self.shards for name, entry in shard.entries.items()}
+    def headers(self) -> Headers:
+        return {name: header for shard in self.shards for name, header in _headers(shard).items()}
 
     @property
     def num_bytes(self) -> int:
@@ -69,25 +71,56 @@ class BaseModel:
         return self.config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's folder whose header has been read."""
+
+    folder: Path
+    settings: dict[str, Any]  # adapter_config.json
+    weights: TensorFile
+    record: AdapterRecord | None  # gemma_dist.json; None for an adapter from elsewhere
+
+    @property
+    def headers(self) -> Headers:
+        return _headers(self.weights)
+
+
+@dataclass(frozen=True)
+class SideFile:
+    """A file of the result that is copied as it is."""
+
+    path: Path
+    origin: Literal["base", "adapter"]
+
+
+def _headers(file: TensorFile) -> Headers:
+    return {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
+
+
 def open_base(base: Path | str) -> BaseModel:
-    """Read config and headers of a model folder (or hub name) with safetensors weights in 16 or 32 bit."""
+    """Read config and headers of a model folder (or hub name) with safetensors weights in 16 or 32 bit.
+
+    Raises:
+        CheckpointError: there is no such model, its files disagree, or its weights are quantized.
+    """
     folder = Path(base)
     if not folder.is_dir():
         folder = _download(str(base))
-    config = _read_json(folder / "config.json", "the base is not a model folder")
+    config = read_json_object(folder / "config.json", "the base is not a model folder")
     if config.get("quantization_config"):
         raise CheckpointError(
-            f"{folder} holds quantised weights (quantization_config in its config.json), which cannot be added to; "
+            f"{folder} holds quantized weights (quantization_config in its config.json), which cannot be added to; "
             "give the 16-bit model that they were made from"
         )
     index = folder / WEIGHTS_INDEX
     if not index.exists():
         return BaseModel(folder, config, [open_tensors(folder / WEIGHTS)], index=None)
-    content = _read_json(index, "the base's index is broken")
+    content = read_json_object(index, "the base's index is broken")
     weight_map = content.get("weight_map", {})
     shards = [open_tensors(folder / name) for name in sorted(set(weight_map.values()))]
     found = {name: shard.path.name for shard in shards for name in shard.entries}
-    if found != weight_map or len(found) != sum(len(shard.entries) for shard in shards):
+    in_two_shards = len(found) != sum(len(shard.entries) for shard in shards)
+    if found != weight_map or in_two_shards:
         odd = sorted(set(found.items()) ^ set(weight_map.items()))
         raise CheckpointError(
             f"{index} and the files beside it disagree on {len(odd)} entries, such as {odd[0]}; download the base again"
@@ -95,107 +128,138 @@ def open_base(base: Path | str) -> BaseModel:
     return BaseModel(folder, config, shards, content)
 
 
-def open_adapter(folder: Path) -> tuple[TensorFile, dict[str, Any]]:
-    """The adapter's tensors and its `adapter_config.json`."""
-    settings = _read_json(folder / "adapter_config.json", "the adapter is not a folder that PEFT saved")
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+    except Exception as error:  # the client's own family of errors has a dozen roots
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"--base {name} is neither a folder nor a model that could be fetched ({reason}); check the name"
+        ) from None
+
+
+def open_adapter(folder: Path) -> Adapter:
+    """Read settings, header and record of an adapter's folder, as PEFT saves it.
+
+    Raises:
+        CheckpointError: it is no such folder, a file of it is broken, or its weights are a pickle.
+    """
+    settings = read_json_object(folder / ADAPTER_CONFIG, "the adapter is not a folder that PEFT saved")
     weights = folder / ADAPTER_WEIGHTS
     if not weights.exists() and (folder / "adapter_model.bin").exists():
         raise CheckpointError(
             f"{folder} holds its weights as a pickle (adapter_model.bin), which can run code when read; load it with "
             "PEFT where you trust it and save it with safe_serialization=True"
         )
-    return open_tensors(weights), settings
+    return Adapter(folder, settings, open_tensors(weights), read_record(folder))
 
 
-def read_quantization(
-    adapter: Path, base_weights: BaseWeights, notes: list[str]
-) -> tuple[BaseWeights, dict[str, Any] | None]:
-    """What the merge adds to, and, if that is not the base as it is, how training held its frozen weights.
+def read_quantization(adapter: Adapter, base_weights: BaseWeights) -> Quantization | None:
+    """What the base's weights go through before the sum; None: they are added to as they are.
 
-    The dictionary is the `quantization` of the adapter's `gemma_dist.json`: `bnb_4bit_quant_type`,
-    `bnb_4bit_use_double_quant`, `modules` (paths of exactly the modules that were 4-bit) and, where the model was
-    loaded in another dtype than its file's, `weights_dtype` (`float32`, `bfloat16`).
+    Raises:
+        ConfigError: `base_weights` is not known.
+        CheckpointError: the base was held in a way whose weights cannot be made again.
     """
     if base_weights not in ("as_trained", "original"):
         raise ConfigError(f"base_weights {base_weights!r} is not known; use as_trained or original")
-    path = adapter / RECORD
-    if not path.exists():
-        if base_weights == "as_trained":
-            notes.append(
-                f"{path} is absent, so how the base was held in training is not known: added to the base's own "
-                "weights. If it was trained on 4-bit weights, the result differs from what was trained"
-            )
-        return "original", None
-    record = _read_json(path, "the record of the training is broken")
-    quantization = record.get("quantization")
-    if not quantization:
-        return base_weights, None
-    if base_weights == "original":
-        notes.append("trained on 4-bit weights, added to the base's own: the result differs from what was trained")
-        return base_weights, None
+    quantization = adapter.record.get("quantization") if adapter.record else None
+    if not quantization or base_weights == "original":
+        return None
     kind = quantization.get("bnb_4bit_quant_type")
     if not quantization.get("load_in_4bit") or kind not in ("nf4", "fp4") or not quantization.get("modules"):
         raise CheckpointError(
-            f"{path}: quantization {json.dumps({**quantization, 'modules': '…'})} is not a list of modules in 4-bit "
-            "nf4 or fp4, the only ones whose weights can be made again; use "
+            f"{adapter.folder / ADAPTER_RECORD}: quantization {json.dumps({**quantization, 'modules': '…'})} is not a "
+            "list of modules in 4-bit nf4 or fp4, the only ones whose weights can be made again; use "
             f"{setting('base_weights', 'original')}"
         )
-    return base_weights, quantization
+    return quantization
 
 
-def note_other_base(
-    base: Path | str, folder: Path, adapter: Path, settings: Mapping[str, Any], notes: list[str]
-) -> None:
+def note_quantization(adapter: Adapter, base_weights: BaseWeights) -> str | None:
+    """Say so where the result may differ from what was trained, since the sum takes other weights of the base."""
+    if adapter.record is None:
+        if base_weights == "original":
+            return None
+        return (
+            f"{adapter.folder / ADAPTER_RECORD} is absent, so how the base was held in training is not known: added to "
+            "the base's own weights. If it was trained on 4-bit weights, the result differs from what was trained"
+        )
+    if adapter.record.get("quantization") and base_weights == "original":
+        return "trained on 4-bit weights, added to the base's own: the result differs from what was trained"
+    return None
+
+
+def note_other_base(base_name: Path | str, base: BaseModel, adapter: Adapter) -> str | None:
     """Sister models (base and instruction-tuned) have the same shapes: the hash that training recorded tells them
     apart, or else the name."""
-    trained_on = settings.get("base_model_name_or_path") or ""
-    record = _read_json(adapter / RECORD, "the record of the training is broken") if (adapter / RECORD).exists() else {}
-    if known := record.get("base_weights_hash"):
-        if known != fingerprint_base(str(folder))["base_weights_hash"]:
-            notes.append(f"{base} holds other weights than those that the adapter was trained on ({trained_on})")
-    elif trained_on and Path(trained_on).name != Path(base).name:
-        notes.append(
-            f"the adapter says that it was trained on {trained_on}, and was added to {base}: the same weights?"
-        )
+    trained_on = adapter.settings.get("base_model_name_or_path") or ""
+    recorded_hash = adapter.record.get("base_weights_hash") if adapter.record else None
+    if recorded_hash:
+        if recorded_hash == fingerprint_base(str(base.folder))["base_weights_hash"]:
+            return None
+        return f"{base_name} holds other weights than those that the adapter was trained on ({trained_on})"
+    if trained_on and Path(trained_on).name != Path(base_name).name:
+        return f"the adapter says that it was trained on {trained_on}, and was added to {base_name}: the same weights?"
+    return None
 
 
-def find_side_files(base: Path, adapter: Path) -> dict[str, tuple[Path, str]]:
-    """Config, tokenizer, processor and template of the result: name -> (file, whether of "base" or "adapter")."""
-    found = {"config.json": (base / "config.json", "base")}
+def note_untrained(adapter: Adapter, ops: Iterable[TensorOp]) -> str | None:
+    """Say so where every lora_B is zero, as it is at the start of training."""
+    loras = [op.lora for op in ops if op.lora is not None]
+    if not loras or any(adapter.weights.read(lora.b).any() for lora in loras):
+        return None
+    return "every lora_B of the adapter is zero: it was never trained, and the result computes what the base does"
+
+
+def find_side_files(base: BaseModel, adapter: Adapter) -> dict[str, SideFile]:
+    """Config, tokenizer, processor and template of the result, by name."""
+    found = {"config.json": SideFile(base.folder / "config.json", "base")}
     for name in SIDE_FILES:
-        for folder, label in ((adapter, "adapter"), (base, "base")):
-            if (folder / name).is_file():
-                found[name] = (folder / name, label)
-                break
+        if (adapter.folder / name).is_file():
+            found[name] = SideFile(adapter.folder / name, "adapter")
+        elif (base.folder / name).is_file():
+            found[name] = SideFile(base.folder / name, "base")
     return found
 
 
-def check_tokenizer(side_files: Mapping[str, tuple[Path, str]], base: BaseModel, adapter: Path) -> None:
-    """Refuse side files that no loader would take, or whose tokenizer has more tokens than the embeddings have rows."""
+def check_side_files(side_files: Mapping[str, SideFile], base: BaseModel, adapter: Adapter) -> None:
+    """Refuse side files that no loader would take, or whose tokenizer has more tokens than the embeddings have rows.
+
+    Raises:
+        CheckpointError: they are such files.
+    """
     from transformers import AutoTokenizer
 
     refuse_custom_code(base.folder)
-    refuse_custom_code(adapter)
+    refuse_custom_code(adapter.folder)
     if "tokenizer.json" not in side_files:
         return
+    origin = side_files["tokenizer.json"].origin
     with tempfile.TemporaryDirectory() as folder:  # as they will stand together
-        for name, (source, _) in side_files.items():
-            (Path(folder) / name).symlink_to(source.resolve())
+        for name, file in side_files.items():
+            (Path(folder) / name).symlink_to(file.path.resolve())
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # of Rust, of transformers, of json: a broken file may raise anything
             raise CheckpointError(
                 f"the tokenizer of the result cannot be loaded ({error}); its files are tokenizer.json of the "
-                f"{side_files['tokenizer.json'][1]} and those beside it: save or download them again"
+                f"{origin} and those beside it: save or download them again"
             ) from error
     rows = {name: shape[0] for name, (_, shape) in base.headers.items() if EMBEDDING.search(name)}
-    owner = adapter if side_files["tokenizer.json"][1] == "adapter" else base.folder
+    owner = adapter.folder if origin == "adapter" else base.folder
     require_embeddings(tokenizer, rows, tokenizer_of=owner, model=base.folder)
 
 
-def check_out(out: Path, base: BaseModel, adapter: Path) -> None:
-    """Refuse a place that would overwrite something, or where the result cannot fit."""
-    for folder, role in ((base.folder, "base"), (adapter, "adapter")):
+def check_out(out: Path, base: BaseModel, adapter: Adapter) -> None:
+    """Refuse a place that would overwrite something, or where the result cannot fit.
+
+    Raises:
+        ConfigError: `out` is such a place.
+    """
+    for folder, role in ((base.folder, "base"), (adapter.folder, "adapter")):
         if out.is_relative_to(folder.resolve()):
             raise ConfigError(f"--out {out} lies in the {role}'s folder {folder}; name a folder outside it")
     require_free(out)
@@ -211,27 +275,3 @@ def check_out(out: Path, base: BaseModel, adapter: Path) -> None:
             f"--out {out} needs {size(base.num_bytes)} and its disk has {size(free)} free; "
             "name a folder on another disk"
         )
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
-    except Exception as error:  # the client's own family of errors has a dozen roots
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"--base {name} is neither a folder nor a model that could be fetched ({reason}); check the name"
-        ) from None
-
-
-def _read_json(path: Path, problem: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{problem}: {path} cannot be read ({error.strerror}); check the folder's name") from None
-    except ValueError as error:
-        raise CheckpointError(f"{problem}: {path} is not JSON ({error}); save or download it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{problem}: {path} holds no JSON object; save or download it again")
-    return value

@@ -2,7 +2,7 @@
 
 Only names, shapes and settings are looked at here: no torch, no files. The plan proves that each tensor of the adapter
 is used exactly once, that the shapes agree and that the kind of adapter is one whose sum we know; anything else is
-refused by name, since a wrong merge loads and speaks without complaint.
+refused by name, since a wrong merge loads and generates without any error.
 """
 
 import math
@@ -45,7 +45,7 @@ HARMLESS_SETTINGS = frozenset((
     "target_parameters", "task_type", "use_dora", "use_rslora",
 ))
 # fmt: on
-# Initialisations that leave the base weight alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take their start out of it.
+# Initializations that leave the base weight alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take their start out of it.
 PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -127,7 +127,7 @@ def plan_merge(
         if name not in base:
             raise CheckpointError(
                 f"the base has no tensor {name}{_similar(name, base)}, but the adapter's gemma_dist.json lists its "
-                "module as quantised; give the base that the adapter was trained on"
+                "module as quantized; give the base that the adapter was trained on"
             )
         _check_dtype(name, base)
 
@@ -315,7 +315,7 @@ def _check_dtype(name: str, base: Headers) -> None:
     if base[name][0] not in MERGEABLE_DTYPES:
         raise CheckpointError(
             f"{name} in the base is stored as {base[name][0]}; only {', '.join(MERGEABLE_DTYPES)} can be added to. "
-            "Give the base in its original precision, not a quantised copy"
+            "Give the base in its original precision, not a quantized copy"
         )
 
 

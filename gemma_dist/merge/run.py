@@ -9,7 +9,6 @@ only when it is whole and, if asked, verified.
 import contextlib
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,16 @@ from gemma_dist.files import naming, whole_folder
 from gemma_dist.logs import log, progress, write_json
 from gemma_dist.merge.arithmetic import merged_tensor
 from gemma_dist.merge.folders import (
-    RECORD,
     WEIGHTS_INDEX,
+    Adapter,
     BaseModel,
     BaseWeights,
     check_out,
-    check_tokenizer,
+    check_side_files,
     find_side_files,
     note_other_base,
+    note_quantization,
+    note_untrained,
     open_adapter,
     open_base,
     read_quantization,
@@ -33,6 +34,7 @@ from gemma_dist.merge.folders import (
 from gemma_dist.merge.plan import TensorOp, plan_merge
 from gemma_dist.merge.verify import check_memory
 from gemma_dist.merge.verify import verify as compare
+from gemma_dist.model.record import Quantization, write_merge_record
 from gemma_dist.tensorfile import TensorFile, write_header, write_tensor
 
 
@@ -88,36 +90,34 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
             failed the comparison.
     """
     started = time.monotonic()
-    adapter, out = Path(adapter), Path(out).resolve()
-    base_model = open_base(base)
-    adapter_file, settings = open_adapter(adapter)
-    check_out(out, base_model, adapter)
-    notes: list[str] = []
-    base_weights, quantization = read_quantization(adapter, base_weights, notes)
-    note_other_base(base, base_model.folder, adapter, settings, notes)
-
-    ops = _plan(base_model, adapter_file, settings, quantization)
-    _note_untrained(adapter_file, ops, notes)
-    side_files = find_side_files(base_model.folder, adapter)
-    check_tokenizer(side_files, base_model, adapter)
+    out = Path(out).resolve()
+    base_model, trained = open_base(base), open_adapter(Path(adapter))
+    check_out(out, base_model, trained)
+    quantization = read_quantization(trained, base_weights)
+    ops = _plan(base_model, trained, quantization)
+    notes = _notes(base, base_model, trained, base_weights, ops)
+    side_files = find_side_files(base_model, trained)
+    check_side_files(side_files, base_model, trained)
     if verify:
         check_memory(base_model.headers)
+    if trained.record is None:
+        base_weights = "original"
 
     with whole_folder(out, base_model.num_bytes) as folder:
-        _write_weights(base_model, adapter_file, ops, quantization, folder)
-        for name, (source, _) in side_files.items():
-            shutil.copyfile(source, folder / name)
+        _write_weights(base_model, trained.weights, ops, quantization, folder)
+        for name, file in side_files.items():
+            shutil.copyfile(file.path, folder / name)
         verification = None
         if verify:
-            verification = compare(base_model.folder, adapter, folder, quantization=quantization)
-        record = {
-            "base_model": str(base),
-            "adapter": str(adapter),
-            "base_weights": base_weights,
-            "quantization": quantization,  # what the base went through before the sum; null: nothing
-            "verification": verification,
-        }
-        write_json(folder / RECORD, record)
+            verification = compare(base_model.folder, trained.folder, folder, quantization=quantization)
+        write_merge_record(
+            folder,
+            base=base,
+            adapter=trained.folder,
+            base_weights=base_weights,
+            quantization=quantization,
+            verification=verification,
+        )
 
     return MergeReport(
         out=out,
@@ -128,29 +128,38 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
         num_replaced=sum(op.replaced_by is not None for op in ops),
         num_bytes=base_model.num_bytes,
         seconds=time.monotonic() - started,
-        side_files={name: label for name, (_, label) in side_files.items()},
+        side_files={name: file.origin for name, file in side_files.items()},
         notes=notes,
         verification=verification,
     )
 
 
-def _plan(
-    base: BaseModel, adapter: TensorFile, settings: Mapping[str, Any], quantization: Mapping[str, Any] | None
-) -> list[TensorOp]:
+def _plan(base: BaseModel, adapter: Adapter, quantization: Quantization | None) -> list[TensorOp]:
     return plan_merge(
         base.headers,
-        {name: (entry.dtype, entry.shape) for name, entry in adapter.entries.items()},
-        settings,
+        adapter.headers,
+        adapter.settings,
         tied_embeddings=base.tied_embeddings,
         quantized_modules=quantization["modules"] if quantization else (),
     )
+
+
+def _notes(
+    base_name: Path | str, base: BaseModel, adapter: Adapter, base_weights: BaseWeights, ops: list[TensorOp]
+) -> list[str]:
+    """What is no error and yet worth a second look. An adapter that was never trained is warned of at once."""
+    untrained = note_untrained(adapter, ops)
+    if untrained:
+        log.warning(untrained)
+    notes = (note_quantization(adapter, base_weights), note_other_base(base_name, base, adapter), untrained)
+    return [note for note in notes if note]
 
 
 def _write_weights(
     base: BaseModel,
     adapter: TensorFile,
     ops: list[TensorOp],
-    quantization: Mapping[str, Any] | None,
+    quantization: Quantization | None,
     folder: Path,
 ) -> None:
     """Stream every shard of the base into `folder`, tensor by tensor; its index, where it has one, comes last."""
@@ -170,13 +179,3 @@ def _write_weights(
     if base.index is not None:
         metadata = base.index.get("metadata", {}) | {"total_size": base.num_bytes}  # without headers
         write_json(folder / WEIGHTS_INDEX, base.index | {"metadata": metadata})
-
-
-def _note_untrained(adapter: TensorFile, ops: list[TensorOp], notes: list[str]) -> None:
-    """Say so where every lora_B is zero, as it is at the start of training."""
-    loras = [op.lora for op in ops if op.lora is not None]
-    if loras and not any(adapter.read(lora.b).any() for lora in loras):
-        notes.append(
-            "every lora_B of the adapter is zero: it was never trained, and the result computes what the base does"
-        )
-        log.warning(notes[-1])

@@ -24,6 +24,7 @@ import torch
 from gemma_dist.errors import CheckpointError
 from gemma_dist.merge.plan import Headers
 from gemma_dist.model.load import keep_four_bit_exact
+from gemma_dist.model.record import Quantization, four_bit_config
 
 FLOAT32_MAX_LOGIT_DIFFERENCE = 1e-3
 NOISE_FACTOR = 4.0
@@ -42,7 +43,7 @@ def check_memory(headers: Headers) -> None:
         )
 
 
-def verify(base: Path, adapter: Path, merged: Path, *, quantization: Mapping[str, Any] | None) -> dict[str, Any]:
+def verify(base: Path, adapter: Path, merged: Path, *, quantization: Quantization | None) -> dict[str, Any]:
     """Compare the logits of `merged` with those of `base` + `adapter`.
 
     Args:
@@ -129,7 +130,7 @@ def make_prompts(config: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
     return prompts
 
 
-def _load_trained(base: Path, adapter: Path, quantization: Mapping[str, Any] | None) -> Any:
+def _load_trained(base: Path, adapter: Path, quantization: Quantization | None) -> Any:
     """Base + adapter as training held them, computing in float32."""
     from peft import PeftModel
 
@@ -140,10 +141,10 @@ def _load_trained(base: Path, adapter: Path, quantization: Mapping[str, Any] | N
     return PeftModel.from_pretrained(model, adapter).eval()
 
 
-def _load_quantized(base: Path, quantization: Mapping[str, Any]) -> Any:
+def _load_quantized(base: Path, quantization: Quantization) -> Any:
     """The base with exactly the recorded modules in 4 bit, from the dtype that training loaded; the rest float32."""
     from bitsandbytes.nn import Linear4bit, Params4bit
-    from transformers import AutoConfig, BitsAndBytesConfig
+    from transformers import AutoConfig
 
     modules = set(quantization["modules"])
     with torch.device("meta"):
@@ -154,12 +155,8 @@ def _load_quantized(base: Path, quantization: Mapping[str, Any]) -> Any:
         dtype=quantization.get("weights_dtype", "auto"),
         device_map="cpu",
         trust_remote_code=False,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization["bnb_4bit_quant_type"],
-            bnb_4bit_use_double_quant=quantization.get("bnb_4bit_use_double_quant", False),
-            bnb_4bit_compute_dtype=torch.float32,
-            llm_int8_skip_modules=sorted(linears - modules),
+        quantization_config=four_bit_config(
+            {**quantization, "bnb_4bit_compute_dtype": "float32"}, skip_modules=sorted(linears - modules)
         ),
     )
     odd = modules ^ {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
@@ -198,7 +195,7 @@ def _kl(reference: torch.Tensor, other: torch.Tensor) -> float:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
 
-def _stored_in_float32(merged: Path, quantization: Mapping[str, Any] | None) -> bool:
+def _stored_in_float32(merged: Path, quantization: Quantization | None) -> bool:
     """Whether no weight of the merged model was rounded below float32 on its way."""
     config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
     loaded = (quantization or {}).get("weights_dtype", "float32")

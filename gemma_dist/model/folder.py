@@ -21,6 +21,23 @@ CLASS_FILES = (
 )
 
 
+def read_json_object(path: Path, problem: str) -> dict[str, Any]:
+    """The object in a JSON file of a model or adapter folder.
+
+    Raises:
+        CheckpointError: there is no such file, or something else in it; the message begins with `problem`.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{problem}: {path} cannot be read ({error.strerror}); check the folder's name") from None
+    except ValueError as error:
+        raise CheckpointError(f"{problem}: {path} is not JSON ({error}); save or download it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{problem}: {path} holds no JSON object; save or download it again")
+    return value
+
+
 def refuse_custom_code(model: str | Path) -> None:
     """Refuse a model folder (or hub name, or adapter folder) whose files name classes of their own.
 

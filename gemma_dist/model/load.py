@@ -1,10 +1,5 @@
-"""Load a Gemma 4 for training or evaluation, and settle what of it trains.
+"""Load a Gemma 4 for training or evaluation, and settle what of it trains."""
 
-Beside every adapter stands `gemma_dist.json`: which base it was trained on and, after QLoRA, which layers of that base
-were held in 4 bits and how. Evaluation loads the base again just so, and merging adds the adapter to just that.
-"""
-
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +8,8 @@ import torch
 from gemma_dist import world
 from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig
 from gemma_dist.errors import CheckpointError, ConfigError
-from gemma_dist.model.folder import refuse_custom_code
-from gemma_dist.model.record import four_bit_config, read_record
+from gemma_dist.model.folder import read_json_object, refuse_custom_code
+from gemma_dist.model.record import four_bit_config, quantization_of, read_record
 from gemma_dist.model.zero3 import reading_parts, settings_for_evaluation, spread, spreading
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -31,7 +26,7 @@ def device() -> torch.device:
 
 
 def load_model(settings: ModelConfig, quantization: QuantizationConfig | None, *, packing: bool) -> Any:
-    """The model of a recipe, in its number format, or in 4 bits with the rest in that format.
+    """The model of a recipe, in its dtype, or in 4 bits with the rest in that dtype.
 
     Args:
         packing: whether its text layers are to attend within the documents of packs, and so take nothing else.
@@ -46,7 +41,7 @@ def load_model(settings: ModelConfig, quantization: QuantizationConfig | None, *
     if quantization is not None:
         from transformers.integrations import is_deepspeed_zero3_enabled
 
-        arguments["quantization_config"] = four_bit_config(quantization.model_dump())
+        arguments["quantization_config"] = four_bit_config(quantization_of(quantization))
         if not is_deepspeed_zero3_enabled():  # which places the weights itself
             arguments["device_map"] = {"": device()}
     model = _from_pretrained(settings.model_name_or_path, **arguments)
@@ -62,7 +57,7 @@ def load_model(settings: ModelConfig, quantization: QuantizationConfig | None, *
 def load_for_evaluation(model: str, adapter: Path | None) -> Any:
     """A model ready to generate, with an adapter on the base as training saw it (in 4 bits after QLoRA).
 
-    On ranks launched at ZeRO-3 it lies spread over them, and the adapter has the number format of the base.
+    On ranks launched at ZeRO-3 it lies spread over them, and the adapter has the dtype of the base.
 
     Raises:
         CheckpointError: the model or the adapter is missing or does not fit.
@@ -70,8 +65,9 @@ def load_for_evaluation(model: str, adapter: Path | None) -> Any:
     arguments: dict[str, Any] = {"dtype": "auto"}
     dtype = read_config(model).dtype
     if adapter is not None:
-        _adapter_config(adapter)
-        if quantization := read_record(adapter).get("quantization"):
+        _require_adapter(adapter)
+        record = read_record(adapter)
+        if record is not None and (quantization := record.get("quantization")):
             arguments["quantization_config"] = four_bit_config(quantization)
             arguments["dtype"] = dtype = getattr(torch, quantization["weights_dtype"])
     zero3 = settings_for_evaluation(dtype)
@@ -123,7 +119,7 @@ def add_adapter(model: Any, settings: LoraConfig, *, zero3: bool) -> Any:
                 "experts.gate_up_proj and experts.down_proj, the other models have no experts: remove it"
             )
     try:
-        # At ZeRO-3 DeepSpeed gathers parameters of one number format at a time: the adapter keeps that of the base.
+        # At ZeRO-3 DeepSpeed gathers parameters of one dtype at a time: the adapter keeps that of the base.
         adapted = get_peft_model(model, _peft_config(settings), autocast_adapter_dtype=not zero3)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules = {settings.target_modules!r}: {error}") from error
@@ -196,11 +192,11 @@ def _require_gemma4(name: str, model_type: str) -> None:
         raise CheckpointError(f"{name!r} is a {model_type} model; gemma_dist knows Gemma 4 alone")
 
 
-def _adapter_config(adapter: Path) -> dict[str, Any]:
-    path = adapter / ADAPTER_CONFIG
+def _require_adapter(folder: Path) -> None:
+    path = folder / ADAPTER_CONFIG
     if not path.is_file():
-        raise CheckpointError(f"{adapter} is no adapter: it holds no {ADAPTER_CONFIG}")
-    return json.loads(path.read_text(encoding="utf-8"))
+        raise CheckpointError(f"{folder} is no adapter: it holds no {ADAPTER_CONFIG}")
+    read_json_object(path, "the adapter's settings are broken")
 
 
 def _peft_config(settings: LoraConfig) -> Any:

@@ -1,49 +1,118 @@
-"""`gemma_dist.json`, which stands beside every adapter: the base that it was trained on and how training held it.
+"""`gemma_dist.json`, the record beside every adapter and model that this package writes: the base, and how it was held.
 
 After QLoRA it names the layers of the base that were held in 4 bits, and how. Evaluation loads the base again just so,
-and merging adds the adapter to just that.
+and merging adds the adapter to just that. It is written and read here alone.
 """
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 
-from gemma_dist.config import RunConfig
+from gemma_dist.config import QuantizationConfig, RunConfig
 from gemma_dist.logs import write_json
+from gemma_dist.model.folder import read_json_object
 
 ADAPTER_RECORD = "gemma_dist.json"
 
 
+class Quantization(TypedDict, total=False):
+    """How bitsandbytes held the frozen layers of a base."""
+
+    load_in_4bit: bool
+    bnb_4bit_quant_type: str  # nf4 or fp4
+    bnb_4bit_use_double_quant: bool
+    bnb_4bit_compute_dtype: str
+    weights_dtype: str  # what the weights were loaded in, which decides their codes; absent: the dtype of their file
+    modules: list[str]  # paths in the checkpoint of exactly the layers in 4 bits
+
+
+class AdapterRecord(TypedDict, total=False):
+    """What is read again of the record that training writes; it holds all else that a checkpoint is bound to, too."""
+
+    base_model: str
+    quantization: Quantization | None  # None: the base as it is
+    base_weights_hash: str
+
+
 def write_record(folder: Path, config: RunConfig, model: Any, **more: Any) -> None:
-    """Write `gemma_dist.json` to `folder`: the base, how training held it, and what else is worth keeping."""
+    """Write the record of a trained adapter or model.
+
+    Args:
+        model: as it was trained; says which layers are in 4 bits.
+        more: what else the checkpoint is bound to.
+    """
     quantization = None
     if config.quantization is not None:
-        # 4-bit codes depend on the number format that the weights were loaded in.
-        quantization = config.quantization.model_dump() | {"weights_dtype": config.model.dtype}
+        quantization = quantization_of(config.quantization)
+        quantization["weights_dtype"] = config.model.dtype
         quantization["modules"] = four_bit_modules(model)
     record = {"base_model": config.model.model_name_or_path, "quantization": quantization}
     write_json(folder / ADAPTER_RECORD, record | more)
 
 
-def read_record(adapter: Path) -> dict[str, Any]:
-    """What `write_record` wrote beside an adapter; nothing for an adapter from elsewhere."""
+def write_merge_record(
+    folder: Path,
+    *,
+    base: Path | str,
+    adapter: Path,
+    base_weights: str,
+    quantization: Quantization | None,
+    verification: dict[str, Any] | None,
+) -> None:
+    """Write the record of a merged model.
+
+    Args:
+        quantization: what the base went through before the sum; None: nothing.
+        verification: what comparing the logits found; None: they were not compared.
+    """
+    record = {
+        "base_model": str(base),
+        "adapter": str(adapter),
+        "base_weights": base_weights,
+        "quantization": quantization,
+        "verification": verification,
+    }
+    write_json(folder / ADAPTER_RECORD, record)
+
+
+def read_record(adapter: Path) -> AdapterRecord | None:
+    """The record beside an adapter; None for an adapter from elsewhere, which has none.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
     path = adapter / ADAPTER_RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.exists():
+        return None
+    return cast(AdapterRecord, read_json_object(path, "the record of the training is broken"))
 
 
 def four_bit_modules(model: Any) -> list[str]:
-    """Names (as in the checkpoint) of the linear layers that bitsandbytes holds in 4 bits."""
+    """Paths (as in the checkpoint) of the linear layers that bitsandbytes holds in 4 bits."""
     from bitsandbytes.nn import Linear4bit
 
-    names = (name for name, module in model.named_modules() if isinstance(module, Linear4bit))
-    return sorted(name.removeprefix("base_model.model.").removesuffix(".base_layer") for name in names)
+    paths = [path for path, module in model.named_modules() if isinstance(module, Linear4bit)]
+    return sorted(path.removeprefix("base_model.model.").removesuffix(".base_layer") for path in paths)
 
 
-def four_bit_config(settings: dict[str, Any]) -> Any:
+def quantization_of(settings: QuantizationConfig) -> Quantization:
+    """The settings of a recipe as the record has them."""
+    return cast(Quantization, settings.model_dump())
+
+
+def four_bit_config(quantization: Quantization, *, skip_modules: list[str] | None = None) -> Any:
+    """The `BitsAndBytesConfig` that loads a base so.
+
+    Args:
+        skip_modules: paths of the linear layers that stay whole; None: those that transformers leaves whole.
+    """
     from transformers import BitsAndBytesConfig
 
-    settings = {key: value for key, value in settings.items() if key not in ("modules", "weights_dtype")}
-    settings["bnb_4bit_compute_dtype"] = getattr(torch, settings["bnb_4bit_compute_dtype"])
-    return BitsAndBytesConfig(**settings)
+    return BitsAndBytesConfig(
+        load_in_4bit=quantization["load_in_4bit"],
+        bnb_4bit_quant_type=quantization["bnb_4bit_quant_type"],
+        bnb_4bit_use_double_quant=quantization.get("bnb_4bit_use_double_quant", False),
+        bnb_4bit_compute_dtype=getattr(torch, quantization["bnb_4bit_compute_dtype"]),
+        llm_int8_skip_modules=skip_modules,
+    )

@@ -1,15 +1,17 @@
-"""What of a model trains and what its weights take, part by part, from shapes alone: no weight is read."""
+"""What of a model trains and what its weights take, part by part, from shapes alone: no weight is read, a 31B takes
+seconds."""
 
-from collections import Counter
+from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from gemma_dist.config import RunConfig
 from gemma_dist.model.load import add_adapter, attention_of_parts, freeze_audio, read_config
-from gemma_dist.model.record import four_bit_config
+from gemma_dist.model.record import four_bit_config, quantization_of
 
-# What of the model a parameter belongs to, by the first piece of its name that fits.
+# What of the model a parameter belongs to, by the first fragment of its name that fits.
 MODEL_PARTS = {
     ".experts.": "experts",
     "model.vision_tower.": "vision tower",
@@ -22,36 +24,66 @@ MODEL_PARTS = {
 }
 
 
+@dataclass
+class PartSize:
+    """One part of a model."""
+
+    num_parameters: int = 0
+    num_trained: int = 0  # of these
+    num_bytes: float = 0.0  # that the base's weights take once loaded
+
+
 def describe_training(config: RunConfig) -> list[str]:
-    """What trains and what the weights take, part by part, from shapes alone: no weight is read, a 31B takes seconds.
+    """What trains and what the weights take, in lines for the terminal.
 
     GiB are those of the base as it is loaded, on each rank, or at ZeRO-3 on all ranks together. The adapter,
-    gradients, optimiser and activations come on top.
+    gradients, optimizer and activations come on top.
 
     Raises:
         CheckpointError: there is no Gemma 4 at model.model_name_or_path.
         ConfigError: lora.target_modules fits nothing that can be adapted.
+    """
+    sizes = size_by_part(config)
+    num_trained = sum(size.num_trained for size in sizes.values())
+    num_parameters = sum(size.num_parameters for size in sizes.values())
+    num_bytes = sum(size.num_bytes for size in sizes.values())
+    lines = [
+        f"trains {num_trained:,} of {num_parameters:,} parameters ({num_trained / num_parameters:.2%}): tuning "
+        f"{config.tuning}; the loaded weights take {num_bytes / 2**30:.2f} GiB"
+    ]
+    for part, size in sizes.items():
+        lines.append(
+            f"    {part:<15} {size.num_trained:>15,} of {size.num_parameters:>15,} {size.num_bytes / 2**30:>8.2f} GiB"
+        )
+    return lines
+
+
+def size_by_part(config: RunConfig) -> dict[str, PartSize]:
+    """The size of each part of a recipe's model, its adapter included, in the order of the model.
+
+    Raises:
+        CheckpointError, ConfigError: as `describe_training`.
     """
     model = _without_weights(config)
     num_bytes = _loaded_bytes(model, config)
     if config.lora is not None:
         with torch.device("meta"):
             model = add_adapter(model, config.lora, zero3=False)
-    total, trained = Counter[str](), Counter[str]()
-    weights: dict[str, float] = dict.fromkeys([*MODEL_PARTS.values(), "other"], 0.0)
+    sizes: dict[str, PartSize] = defaultdict(PartSize)
     for name, parameter in model.named_parameters():
-        part = _part(name.removeprefix("base_model.model."))
-        total[part] += parameter.numel()
-        trained[part] += parameter.numel() if parameter.requires_grad else 0
-        weights[part] += num_bytes.get(parameter, 0)
-    lines = [
-        f"trains {sum(trained.values()):,} of {sum(total.values()):,} parameters "
-        f"({sum(trained.values()) / sum(total.values()):.2%}): tuning {config.tuning}; "
-        f"the loaded weights take {sum(weights.values()) / 2**30:.2f} GiB"
-    ]
-    return lines + [
-        f"    {part:<15} {trained[part]:>15,} of {total[part]:>15,} {weights[part] / 2**30:>8.2f} GiB" for part in total
-    ]
+        size = sizes[_part(name.removeprefix("base_model.model."))]
+        size.num_parameters += parameter.numel()
+        if parameter.requires_grad:
+            size.num_trained += parameter.numel()
+        size.num_bytes += num_bytes.get(parameter, 0)
+    return dict(sizes)
+
+
+def _part(name: str) -> str:
+    for fragment, part in MODEL_PARTS.items():
+        if fragment in name:
+            return part
+    return "other"
 
 
 def _without_weights(config: RunConfig) -> Any:
@@ -65,7 +97,7 @@ def _without_weights(config: RunConfig) -> Any:
             settings, attn_implementation=attention_of_parts(config.model), trust_remote_code=False
         )
         if config.quantization is not None:
-            wanted = four_bit_config(config.quantization.model_dump())
+            wanted = four_bit_config(quantization_of(config.quantization))
             AutoHfQuantizer.from_config(wanted, pre_quantized=False).preprocess_model(model, device_map=None)
     freeze_audio(model)
     return model
@@ -79,11 +111,10 @@ def _loaded_bytes(model: Any, config: RunConfig) -> dict[torch.nn.Parameter, flo
         from bitsandbytes.nn import Linear4bit
 
         in_4_bits = {module.weight for module in model.modules() if isinstance(module, Linear4bit)}
-        # 64 weights share a scale of 4 bytes; quantised too, it takes 1 byte and a share of 4 bytes for 256 of them.
+        # 64 weights share a scale of 4 bytes; quantized too, it takes 1 byte and a share of 4 bytes for 256 of them.
         scale = (1 + 4 / 256) / 64 if config.quantization.bnb_4bit_use_double_quant else 4 / 64
-    item = getattr(torch, config.model.dtype).itemsize
-    return {p: p.numel() * (0.5 + scale if p in in_4_bits else item) for p in model.parameters()}
-
-
-def _part(name: str) -> str:
-    return next((part for mark, part in MODEL_PARTS.items() if mark in name), "other")
+    num_bytes: dict[torch.nn.Parameter, float] = {}
+    for parameter in model.parameters():
+        each = 0.5 + scale if parameter in in_4_bits else getattr(torch, config.model.dtype).itemsize
+        num_bytes[parameter] = parameter.numel() * each
+    return num_bytes

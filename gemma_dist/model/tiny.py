@@ -102,7 +102,7 @@ def write_tiny_model(
 def _soften_attention(model: Any) -> None:
     """Scale the queries' norms so that attention begins spread out, and a tiny model learns to look in minutes.
 
-    Gemma 4 normalises queries and keys and does not divide by sqrt(head_dim) (the trained norms hold that), so with
+    Gemma 4 normalizes queries and keys and does not divide by sqrt(head_dim) (the trained norms hold that), so with
     fresh norms of 1 every head would stare at one random token.
     """
     import torch

@@ -51,7 +51,7 @@ def _spread_empty(self: Any, parameter: Any) -> None:
 def _can_read_parts(model: Any, files: list[str] | None, load_config: Any) -> bool:
     """Whether all parameters are spread in the plain way, and all weights stand in safetensors files as they are.
 
-    Not so: 4-bit weights, which DeepSpeed spreads later; NVMe offload; copies within a node (hpZ) or quantised
+    Not so: 4-bit weights, which DeepSpeed spreads later; NVMe offload; copies within a node (hpZ) or quantized
     communication (ZeRO++); a checkpoint of another layout, whose weights transformers joins or cuts.
     """
     from transformers.core_model_loading import WeightRenaming
@@ -123,7 +123,7 @@ def settings_for_evaluation(dtype: torch.dtype) -> dict[str, Any] | None:
     """DeepSpeed's settings to evaluate a model of `dtype` with, if several ranks were launched at ZeRO-3.
 
     Raises:
-        CheckpointError: DeepSpeed cannot hold that number format.
+        CheckpointError: DeepSpeed cannot hold that dtype.
     """
     if world.world_size() == 1 or os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         return None
