@@ -120,7 +120,7 @@ def load_and_measure(case: str, model: Path, out: Path) -> None:
     load.load_model(tiny, config.quantization, packing=False)
 
     if case == WITHOUT_OURS:
-        load.reading_parts = contextlib.nullcontext  # type: ignore[assignment]
+        load.loading_partitions = contextlib.nullcontext  # type: ignore[assignment]
 
     world.barrier()
     memory, start = Memory(), time.monotonic()

@@ -93,12 +93,12 @@ def test_any_text_that_a_model_writes_survives(
     hard = ["\u2028", "\u2029", "\x85", "\r", f'{CALL}call:f{{a:"\\ud83d"}}{END}', f'{CALL}call:f{{"\\udc00":1}}{END}']
     said: list[str] = []
 
-    def answer(*arguments: Any, **options: Any) -> list[Answer]:
-        (written,) = generate.answer(*arguments, **options)
+    def hard_answer(*arguments: Any, **options: Any) -> list[Answer]:
+        (written,) = generate.generate(*arguments, **options)
         said.append(f"{written.text}a{hard[len(said) % len(hard)]}b")
         return [replace(written, text=said[-1])]
 
-    monkeypatch.setattr(run, "answer", answer)
+    monkeypatch.setattr(run, "generate", hard_answer)
     words = ["evaluate", "--model", model, "--data", data, "--out", tmp_path / "out", "--max-new-tokens", 2]
     assert main([str(word) for word in [*words, "--per-device-eval-batch-size", 1]]) == 0
     report, samples = _read(tmp_path / "out")

@@ -42,7 +42,7 @@ def test_ranks_load_what_one_process_loads(tiny_model: Callable[..., Path], tmp_
 def test_ranks_answer_what_one_process_answers(
     tiny_model: Callable[..., Path], tmp_path: Path, style: str, adapted: bool
 ) -> None:
-    # Rank 0 takes every other row: all pictures, and more batches than rank 1.
+    # Rank 0 takes every other row: all images, and more batches than rank 1.
     numbers = [0, 1, 3, 2, 6]
     rows = [row(number, num_calls=1 + place % 3) for place, number in enumerate(numbers)]
     model = _talkative(tiny_model(style), tmp_path / "model")
@@ -53,7 +53,7 @@ def test_ranks_answer_what_one_process_answers(
     alone, together = tmp_path / "alone", tmp_path / "together"
     gemma_dist(*words, "--out", alone)
     output = gemma_dist(*words, "--out", together, launch="cpu_zero3")
-    assert "spread over 2 ranks" in output
+    assert "partitioned over 2 ranks" in output
 
     assert (together / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
     one, two = (json.loads((out / "report.json").read_text()) for out in (alone, together))
@@ -107,7 +107,7 @@ def _in_shards(model: Path, folder: Path) -> Path:
 
 
 def compare(folder: Path, models: list[tuple[str, str]]) -> None:
-    """Load each model alone and spread, and compare every weight and buffer, bit by bit and tied alike."""
+    """Load each model alone and partitioned, and compare every weight and buffer, bit by bit and tied alike."""
     from transformers import modeling_utils
 
     from gemma_dist import world

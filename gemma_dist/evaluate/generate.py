@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gemma_dist.data.encode import Encoder, Prompt
-from gemma_dist.model.zero3 import is_spread
+from gemma_dist.model.zero3 import is_partitioned
 from gemma_dist.stream.collate import collate, control_ids
 
 # What ends the model's turn to write: the end of the turn, the wait for a tool's answer, the end of everything.
@@ -23,17 +23,20 @@ class Answer:
     stopped: bool  # False: cut off at max_new_tokens
 
 
-def answer(model: Any, encoder: Encoder, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Answer]:
+def generate(model: Any, encoder: Encoder, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Answer]:
     """One greedy answer for each prompt, all in one batch.
 
     On the CPU in float32 an answer does not depend on the batch that it is in, beyond the order of floating-point sums.
 
-    A model that lies spread over the ranks (ZeRO-3) runs on all of them at once: every rank is to call this as often as
-    the others, at the end without prompts, and all go on until the last has its answers.
+    A model that is partitioned over the ranks (ZeRO-3) runs on all of them at once: every rank is to call this as often
+    as the others, at the end without prompts, and all continue until the last has its answers.
+
+    Args:
+        max_new_tokens: the longest answer, in tokens.
     """
-    together = is_spread(model)
-    inputs = _inputs(encoder, prompts, with_image=together)
-    longest = inputs["input_ids"].shape[1]
+    all_ranks_at_once = is_partitioned(model)
+    inputs = _inputs(encoder, prompts, with_image=all_ranks_at_once)
+    prompt_length = inputs["input_ids"].shape[1]
     stops = encoder.tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
     with torch.inference_mode():
         output = model.generate(
@@ -42,14 +45,21 @@ def answer(model: Any, encoder: Encoder, prompts: Sequence[Prompt], *, max_new_t
             do_sample=False,
             eos_token_id=stops,
             pad_token_id=encoder.tokenizer.pad_token_id,
-            synced_gpus=together,
+            synced_gpus=all_ranks_at_once,
         )
     answers = []
-    for ids in output[: len(prompts), longest:].tolist():
-        end = next((place + 1 for place, token in enumerate(ids) if token in stops), None)
-        written = ids[:end]
-        answers.append(Answer(encoder.tokenizer.decode(written), len(written), stopped=end is not None))
+    for ids in output[: len(prompts), prompt_length:].tolist():
+        written, stopped = _until_stop(ids, stops)
+        answers.append(Answer(encoder.tokenizer.decode(written), len(written), stopped))
     return answers
+
+
+def _until_stop(ids: list[int], stops: list[int]) -> tuple[list[int], bool]:
+    """The ids up to the first stop token, it included, and whether there is one."""
+    for place, token in enumerate(ids):
+        if token in stops:
+            return ids[: place + 1], True
+    return ids, False
 
 
 def _inputs(encoder: Encoder, prompts: Sequence[Prompt], *, with_image: bool) -> dict[str, torch.Tensor]:
@@ -65,20 +75,27 @@ def _inputs(encoder: Encoder, prompts: Sequence[Prompt], *, with_image: bool) ->
             "mm_token_type_ids": prompt.mm_token_type_ids,
         }
         for prompt in prompts
-    ] or [{"input_ids": [encoder.tokenizer.bos_token_id], "attention_mask": [1], "mm_token_type_ids": [0]}]
+    ]
+    if not rows:
+        rows = [{"input_ids": [encoder.tokenizer.bos_token_id], "attention_mask": [1], "mm_token_type_ids": [0]}]
+    images = [image for prompt in prompts for image in prompt.images]
     pixels: dict[str, torch.Tensor] = {}
-    if images := [image for prompt in prompts for image in prompt.images]:
+    if images:
         pixels = encoder.pixels(images)
     elif with_image:
         filler = collate([], control_ids(encoder.processor))
         pixels = {name: filler[name] for name in ("pixel_values", "image_position_ids")}
         filler["attention_mask"] = torch.zeros_like(filler["input_ids"])
         shortest = min(rows, key=lambda row: len(row["input_ids"]))
-        shortest |= {name: filler[name][0].tolist() + row for name, row in shortest.items()}
+        for name in shortest:
+            shortest[name] = filler[name][0].tolist() + shortest[name]
+    return _pad_left(rows, encoder.tokenizer.pad_token_id) | pixels
+
+
+def _pad_left(rows: list[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """One tensor (B, T) a name."""
     longest = max(len(row["input_ids"]) for row in rows)
-    missing = {"input_ids": encoder.tokenizer.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
-    padded = {
-        name: torch.tensor([[value] * (longest - len(row[name])) + row[name] for row in rows])
-        for name, value in missing.items()
-    }
-    return padded | pixels
+    padded = {}
+    for name, padding in {"input_ids": pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}.items():
+        padded[name] = torch.tensor([[padding] * (longest - len(row[name])) + row[name] for row in rows])
+    return padded

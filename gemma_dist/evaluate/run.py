@@ -24,12 +24,12 @@ from gemma_dist.config import EvaluateConfig
 from gemma_dist.data.encode import Encoder, Prompt, load_encoder
 from gemma_dist.data.trajectory import Trajectory, decode_image
 from gemma_dist.errors import ConfigError, DataError
-from gemma_dist.evaluate.generate import Answer, answer
+from gemma_dist.evaluate.generate import Answer, generate
 from gemma_dist.evaluate.read import read_output, reading_to_json
 from gemma_dist.evaluate.score import METRICS, call_decision, counts, metrics, score_sample, trajectory_counts
 from gemma_dist.logs import JsonlWriter, log, progress, read_jsonl, write_json
 from gemma_dist.model.load import load_for_evaluation
-from gemma_dist.model.zero3 import is_spread
+from gemma_dist.model.zero3 import is_partitioned
 from gemma_dist.shards.reader import load_trajectories
 
 SAMPLES = "samples.jsonl"
@@ -57,8 +57,8 @@ def evaluate(
     if num_trajectories == 0:
         raise DataError(f"{data} holds no trajectories, so there is nothing to evaluate")
     loaded = load_for_evaluation(model, adapter)
-    if is_spread(loaded) and world.rank() == 0:
-        log.info("the model lies spread over %d ranks (ZeRO-3)", world.world_size())
+    if is_partitioned(loaded) and world.rank() == 0:
+        log.info("model partitioned over %d ranks (ZeRO-3)", world.world_size())
 
     if world.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -120,16 +120,16 @@ def _answered(
 ) -> Iterator[dict[str, Any]]:
     """A scored sample for each point. The longest come first: what does not fit in memory shows at once.
 
-    A rank with fewer batches than another still takes part in the passes of a model that lies spread over them.
+    A rank with fewer batches than another still takes part in the passes of a model that is partitioned over them.
     """
     points = sorted(points, key=lambda point: -len(point[2].input_ids))
     size = settings.per_device_eval_batch_size
     batches = [points[start : start + size] for start in range(0, len(points), size)]
-    if is_spread(model):
+    if is_partitioned(model):
         batches += [[]] * (max(world.gather_objects(len(batches))) - len(batches))
     for batch in progress(batches, total=len(batches), desc="evaluating", unit="batch"):
         prompts = [prompt for _, _, prompt in batch]
-        answers = answer(model, encoder, prompts, max_new_tokens=settings.max_new_tokens)
+        answers = generate(model, encoder, prompts, max_new_tokens=settings.max_new_tokens)
         for (number, trajectory, prompt), written in zip(batch, answers, strict=True):
             yield _sample(number, trajectory, prompt, written)
 

@@ -10,7 +10,7 @@ from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.model.folder import read_json_object, refuse_custom_code
 from gemma_dist.model.record import four_bit_config, quantization_of, read_record
-from gemma_dist.model.zero3 import reading_parts, settings_for_evaluation, spread, spreading
+from gemma_dist.model.zero3 import loading_partitions, partition_model, partitioning, settings_for_evaluation
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -57,7 +57,7 @@ def load_model(settings: ModelConfig, quantization: QuantizationConfig | None, *
 def load_for_evaluation(model: str, adapter: Path | None) -> Any:
     """A model ready to generate, with an adapter on the base as training saw it (in 4 bits after QLoRA).
 
-    On ranks launched at ZeRO-3 it lies spread over them, and the adapter has the dtype of the base.
+    On ranks launched at ZeRO-3 it is partitioned over them, and the adapter has the dtype of the base.
 
     Raises:
         CheckpointError: the model or the adapter is missing or does not fit.
@@ -73,7 +73,7 @@ def load_for_evaluation(model: str, adapter: Path | None) -> Any:
     zero3 = settings_for_evaluation(dtype)
     if zero3 is None:
         arguments["device_map"] = {"": device()}
-    with spreading(zero3):
+    with partitioning(zero3):
         loaded = _from_pretrained(model, **arguments)
     keep_four_bit_exact(loaded)
     if adapter is not None:
@@ -85,7 +85,7 @@ def load_for_evaluation(model: str, adapter: Path | None) -> Any:
             raise CheckpointError(f"adapter {adapter} does not fit {model!r}: {error}") from error
     if zero3 is not None:
         _gather_with_experts(loaded)
-        spread(loaded, zero3)
+        partition_model(loaded, zero3)
     return loaded.eval()
 
 
@@ -155,7 +155,7 @@ def _from_pretrained(name: str, **arguments: Any) -> Any:
 
     read_config(name)
     try:
-        with reading_parts():
+        with loading_partitions():
             model, report = AutoModelForImageTextToText.from_pretrained(
                 name, output_loading_info=True, trust_remote_code=False, **arguments
             )

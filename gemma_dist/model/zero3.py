@@ -1,9 +1,9 @@
 """Models at ZeRO-3: load them without any rank ever holding one whole, and let them generate.
 
-transformers lets rank 0 read the checkpoint, gathers every weight whole on every rank, and sends it around: slow, and
-for E4B, whose per-layer embeddings are a third of the model in one weight, more memory than the model takes. But
-DeepSpeed cuts a weight into as many equal runs of its elements as there are ranks, and safetensors files are mapped:
-so each rank copies its run from the file, and nothing is sent.
+transformers lets rank 0 read the checkpoint, gathers every weight whole on every rank, and broadcasts it: slow, and for
+E4B, whose per-layer embeddings are a third of the model in one weight, more memory than the model takes. But DeepSpeed
+partitions a weight into as many equal runs of its elements as there are ranks, and safetensors files are mapped: so
+each rank copies its partition from the file, and nothing is sent.
 """
 
 import contextlib
@@ -18,8 +18,15 @@ from gemma_dist.errors import CheckpointError
 
 
 @contextlib.contextmanager
-def reading_parts() -> Iterator[None]:
-    """Within, `from_pretrained` at ZeRO-3 loads in parts; without ZeRO-3, in 4 bits, or where it must, as ever."""
+def loading_partitions() -> Iterator[None]:
+    """Within, `from_pretrained` at ZeRO-3 lets each rank read its own partition of each weight, where it can
+    (`_can_read_partitions`); otherwise leaves `from_pretrained` unchanged.
+
+    Replaces two private functions, as read in transformers 5.23 and DeepSpeed 0.19.8, to which pyproject.toml holds
+    both: `PreTrainedModel._load_pretrained_model`, which has rank 0 read and broadcast, and `Init._zero_init_param`,
+    which broadcasts each weight before it is filled. To be compared with theirs at each new version of the two, and
+    to go once transformers itself fills `ds_tensor` from mapped files; `tests/test_zero3.py` says whether it holds.
+    """
     from transformers import PreTrainedModel
     from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -28,50 +35,57 @@ def reading_parts() -> Iterator[None]:
         return
     from deepspeed.runtime.zero import Init
 
-    load, spread = PreTrainedModel._load_pretrained_model, Init._zero_init_param
+    load_whole = PreTrainedModel._load_pretrained_model
+    broadcast_and_partition = Init._zero_init_param
 
-    def load_parts(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *rest: Any) -> Any:
-        if not _can_read_parts(model, checkpoint_files, load_config):
-            return load(model, state_dict, checkpoint_files, load_config, *rest)
-        return _read_parts(model, checkpoint_files, load_config), None
+    def load_partitions(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *rest: Any) -> Any:
+        if not _can_read_partitions(model, checkpoint_files, load_config):
+            return load_whole(model, state_dict, checkpoint_files, load_config, *rest)
+        return _read_partitions(model, checkpoint_files, load_config), None
 
-    PreTrainedModel._load_pretrained_model, Init._zero_init_param = staticmethod(load_parts), _spread_empty
+    PreTrainedModel._load_pretrained_model = staticmethod(load_partitions)
+    Init._zero_init_param = _partition_empty
     try:
         yield
     finally:
-        PreTrainedModel._load_pretrained_model, Init._zero_init_param = staticmethod(load), spread
+        PreTrainedModel._load_pretrained_model = staticmethod(load_whole)
+        Init._zero_init_param = broadcast_and_partition
 
 
-def _spread_empty(self: Any, parameter: Any) -> None:
-    """As DeepSpeed does while a model is built, without sending to all ranks what is not yet filled."""
+def _partition_empty(self: Any, parameter: Any) -> None:
+    """As DeepSpeed does while a model is built, without broadcasting what is not yet filled."""
     self._convert_to_deepspeed_param(parameter)
     parameter.partition()
 
 
-def _can_read_parts(model: Any, files: list[str] | None, load_config: Any) -> bool:
-    """Whether all parameters are spread in the plain way, and all weights stand in safetensors files as they are.
+def _can_read_partitions(model: Any, files: list[str] | None, load_config: Any) -> bool:
+    """Whether all parameters are partitioned in the plain way, and the files hold all weights as the model has them.
 
-    Not so: 4-bit weights, which DeepSpeed spreads later; NVMe offload; copies within a node (hpZ) or quantized
-    communication (ZeRO++); a checkpoint of another layout, whose weights transformers joins or cuts.
+    Not so: 4-bit weights, which DeepSpeed partitions later; NVMe offload; copies within a node (hpZ) or quantized
+    communication (ZeRO++); a checkpoint of another layout, whose weights transformers joins or splits.
     """
     from transformers.core_model_loading import WeightRenaming
 
-    return (
-        files is not None
-        and all(str(path).endswith(".safetensors") for path in files)
-        and all(isinstance(entry, WeightRenaming) for entry in load_config.weight_mapping or [])
-        and all(
-            getattr(parameter, "ds_tensor", None) is not None
-            and parameter.ds_tensor.final_location is None
-            and not hasattr(parameter.ds_tensor, "ds_quant_scale")
-            and parameter.ds_secondary_tensor is None
-            for parameter in model.parameters()
-        )
-    )
+    if files is None or not all(str(path).endswith(".safetensors") for path in files):
+        return False
+    if not all(isinstance(entry, WeightRenaming) for entry in load_config.weight_mapping or []):
+        return False
+    return all(_is_plain_partition(parameter) for parameter in model.parameters())
 
 
-def _read_parts(model: Any, files: list[str], load_config: Any) -> Any:
-    """Fill the parts of this rank, and all buffers, from `files`; what transformers wants to know about it."""
+def _is_plain_partition(parameter: Any) -> bool:
+    partition = getattr(parameter, "ds_tensor", None)
+    if partition is None or partition.final_location is not None:
+        return False
+    return not hasattr(partition, "ds_quant_scale") and parameter.ds_secondary_tensor is None
+
+
+def _read_partitions(model: Any, files: list[str], load_config: Any) -> Any:
+    """Fill this rank's partitions, and all buffers, from `files`.
+
+    Returns:
+        transformers' `LoadStateDictInfo`: which names were missing, unexpected or of another shape.
+    """
     from safetensors import safe_open
     from transformers.core_model_loading import rename_source_key
     from transformers.modeling_utils import LoadStateDictInfo
@@ -109,14 +123,14 @@ def _read_parts(model: Any, files: list[str], load_config: Any) -> Any:
 
 @torch.no_grad()
 def _fill(tensor: Any, stored: torch.Tensor) -> None:
-    """Copy `stored` into a buffer, or this rank's run of its elements into a spread parameter."""
+    """Copy `stored` into a buffer, or this rank's run of its elements into a partitioned parameter."""
     if not hasattr(tensor, "ds_tensor"):
         tensor.copy_(stored)
         return
-    part = tensor.ds_tensor
-    start = tensor.ds_zero_partition_rank * part.ds_numel
-    run = stored.flatten()[start : start + part.ds_numel]
-    part[: run.numel()].copy_(run)  # the last part may be longer than what is left for it
+    partition = tensor.ds_tensor
+    start = tensor.ds_zero_partition_rank * partition.ds_numel
+    run = stored.flatten()[start : start + partition.ds_numel]
+    partition[: run.numel()].copy_(run)  # the last partition may be longer than what is left for it
 
 
 def settings_for_evaluation(dtype: torch.dtype) -> dict[str, Any] | None:
@@ -145,8 +159,8 @@ def settings_for_evaluation(dtype: torch.dtype) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def spreading(settings: dict[str, Any] | None) -> Iterator[None]:
-    """Within, `from_pretrained` spreads the model over the ranks as `settings` say; without settings, as ever."""
+def partitioning(settings: dict[str, Any] | None) -> Iterator[None]:
+    """Within, `from_pretrained` partitions the model over the ranks as `settings` say; None changes nothing."""
     if settings is None:
         yield
         return
@@ -154,16 +168,16 @@ def spreading(settings: dict[str, Any] | None) -> Iterator[None]:
     from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
-    kept_while_loading = HfDeepSpeedConfig(settings)
+    zero3_switch = HfDeepSpeedConfig(settings)  # transformers loads at ZeRO-3 as long as this object lives
     try:
         yield
     finally:
         unset_hf_deepspeed_config()
-        del kept_while_loading
+        del zero3_switch
 
 
-def spread(model: Any, settings: dict[str, Any]) -> None:
-    """Make a loaded model gather each layer's weights while it runs; what is not spread yet, an adapter, is now."""
+def partition_model(model: Any, settings: dict[str, Any]) -> None:
+    """Make a loaded model gather each layer's weights while it runs, and partition what is still whole: an adapter."""
     import deepspeed
 
     # The module that `generate` calls: DeepSpeed counts the passes by it.
@@ -173,6 +187,6 @@ def spread(model: Any, settings: dict[str, Any]) -> None:
     deepspeed.initialize(model=inner, config=settings)
 
 
-def is_spread(model: Any) -> bool:
-    """Whether `model` lies spread over the ranks: each of its passes is then one of all ranks."""
+def is_partitioned(model: Any) -> bool:
+    """Whether `model` is partitioned over the ranks (ZeRO-3): each of its passes is then one of all ranks."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
