@@ -49,13 +49,16 @@ _HEAD = re.compile(r"""\s*call\s*:\s*([^\s:{}()\[\]<>"',=][^\s{}()\[\]<>"',=]*)\
 _BLANK = re.compile(r"\s*")
 _JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 # A key may hold colons: then its end is the last colon before a quoted value or a container. Otherwise the first one.
-_KEYS = (re.compile(r'[^{}\[\],<"]*:(?=\s*(?:<\|"\|>|[{\["]))'), re.compile(r"[^{},<:]*:"))
+_KEY_BEFORE_QUOTE_OR_CONTAINER = re.compile(r'[^{}\[\],<"]*:(?=\s*(?:<\|"\|>|[{\["]))')
+_KEY = re.compile(r"[^{},<:]*:")
 _WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
 _SCALAR = re.compile(r"(?:true|false|null|True|False|None)\b|-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
 class Call:
+    """A call that could be read."""
+
     name: str
     arguments: dict[str, Any]  # JSON values: str, int, finite float, bool, None, list, dict
     span: tuple[int, int]  # characters of the output, from <|tool_call> to behind <tool_call|>
@@ -63,6 +66,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Reading:
+    """What one generated turn says."""
+
     calls: tuple[Call, ...]
     content: str  # text before, between and after calls, joined and stripped
     reasoning: str  # all thinking blocks, joined and stripped
@@ -83,61 +88,10 @@ def read_output(output: str, prefix: str = "", budget_spent: bool = False, tool_
     """Read one generated turn. `prefix` is the end of the prompt: where it left a thinking block or a call open, the
     output begins inside it. `budget_spent` says that generation ended at its token limit. `tool_names` are the tools
     declared, by which a call in another model's syntax is told from data."""
-    opening = _open_block(prefix)
-    text = opening + output
-    tokens = list(_TOKEN.finditer(text))
-    next_channel = _following(tokens, (CHANNEL, CHANNEL_END))
-    next_block = _following(tokens, BLOCKS)
-    next_response_end = _following(tokens, (RESPONSE_END,))
-    calls: list[Call] = []
-    content: list[str] = []
-    reasoning: list[str] = []
-    attempted = malformed = cut = False
-    thinking = seen_channel = not opening and text.startswith("thought\n")  # some outputs lack the <|channel>
-    position = 0  # all text before it is dealt with
-
-    def take(end: int) -> None:
-        piece = text[max(position, len(opening)) : end]
-        (reasoning if thinking else content).append(_without_label(piece) if thinking else piece)
-
-    for token, channel, block, response_end in zip(tokens, next_channel, next_block, next_response_end, strict=True):
-        kind = token.group()
-        # A call inside a closed thinking block is a thought. In a block that is never closed, it ends the thinking.
-        thought = thinking and kind in BLOCKS_OF_TOOLS and channel is not None and channel.group() == CHANNEL_END
-        if token.start() < position or thought:
-            continue
-        take(token.start())
-        position = token.end()
-        if kind in (TURN_END, EOS):
-            position = len(text)
-            break
-        if kind == CHANNEL:
-            thinking = seen_channel = True
-        elif kind == CHANNEL_END:
-            if not seen_channel and not attempted:  # the block was never opened: what came so far was the thinking
-                reasoning, content = [_without_label("".join(content))], []
-            thinking, seen_channel = False, True
-        elif kind == CALL:
-            thinking, attempted = False, True
-            try:
-                name, arguments, position = _call(text, position)
-                start = max(token.start() - len(opening), 0)
-                calls.append(Call(name, arguments, (start, position - len(opening))))
-            except _Unreadable:  # skip to the end of the call, or to the next block if it has none
-                malformed, cut = malformed or block is not None, block is None
-                position = len(text) if block is None else block.end() if block.group() == CALL_END else block.start()
-        elif kind in (CALL_END, RESPONSE) and not attempted:  # it ends, or waits for, a call that was never begun
-            attempted = malformed = True
-        if kind == RESPONSE and text.startswith("response:", position):  # the model spoke for the tool: not content
-            position = len(text) if response_end is None else response_end.end()
-    take(len(text))
-    said = "".join(content).strip()
-    status: Status = "truncated" if cut or budget_spent else "ok" if attempted else "no_call"
-    status = "malformed" if malformed else status
-    reading = Reading(tuple(calls), said, "".join(reasoning).strip(), attempted, status)
-    if any(_BARE_CALL.search(piece) for piece in content) or holds_foreign_call(said, tool_names):
-        return replace(reading, attempted=True, status="malformed", as_text=reading)
-    return reading
+    reader = _Reader(_open_block(prefix), output)
+    for token in _tokens(reader.text):
+        reader.read(token)
+    return reader.reading(budget_spent, tool_names)
 
 
 def _open_block(prefix: str) -> str:
@@ -146,15 +100,139 @@ def _open_block(prefix: str) -> str:
     return prefix[last:] if last >= 0 and prefix.startswith((CHANNEL, CALL), last) else ""
 
 
-def _following(tokens: list[re.Match[str]], kinds: tuple[str, ...]) -> list[re.Match[str] | None]:
-    """For each token the next one behind it that is of these kinds."""
-    following: list[re.Match[str] | None] = []
-    found = None
-    for token in reversed(tokens):
-        following.append(found)
-        if token.group().startswith(kinds):
-            found = token
-    return following[::-1]
+@dataclass(frozen=True)
+class _Token:
+    """One of Gemma's tokens in the text, and the nearest ones behind it that decide what it means."""
+
+    kind: str
+    start: int
+    end: int
+    next_channel: re.Match[str] | None  # <|channel> or <channel|>
+    next_block: re.Match[str] | None  # any of BLOCKS
+    next_response_end: re.Match[str] | None
+
+
+def _tokens(text: str) -> list[_Token]:
+    """All tokens, in order. Looked at from the end, so that each is looked at once."""
+    tokens = []
+    channel = block = response_end = None
+    for match in reversed(list(_TOKEN.finditer(text))):
+        kind = match.group()
+        tokens.append(_Token(kind, match.start(), match.end(), channel, block, response_end))
+        if kind in (CHANNEL, CHANNEL_END):
+            channel = match
+        if kind == RESPONSE_END:
+            response_end = match
+        if kind.startswith(BLOCKS):  # a turn opener has its role behind it
+            block = match
+    return tokens[::-1]
+
+
+class _Reader:
+    """Reads one turn from token to token: what lies between two of them is content, or reasoning."""
+
+    def __init__(self, opening: str, output: str) -> None:
+        self.text = opening + output
+        self.start_of_output = len(opening)
+        self.position = 0  # all text before it is dealt with
+        self.thinking = not opening and output.startswith("thought\n")  # some outputs lack the <|channel>
+        self.seen_channel = self.thinking
+        self.calls: list[Call] = []
+        self.content: list[str] = []
+        self.reasoning: list[str] = []
+        self.attempted = False
+        self.malformed = False
+        self.ends_in_call = False
+
+    def read(self, token: _Token) -> None:
+        """Deal with everything up to behind `token`, and with the call or tool response that it opens."""
+        if token.start < self.position or self._is_thought(token):
+            return
+        self._take_text(token.start)
+        self.position = token.end
+        if token.kind in (TURN_END, EOS):
+            self.position = len(self.text)
+        elif token.kind == CHANNEL:
+            self.thinking = True
+            self.seen_channel = True
+        elif token.kind == CHANNEL_END:
+            self._end_thinking()
+        elif token.kind == CALL:
+            self._read_call(token)
+        elif token.kind in (CALL_END, RESPONSE):
+            self._note_call_missing()
+        if token.kind == RESPONSE:
+            self._skip_response(token)
+
+    def _is_thought(self, token: _Token) -> bool:
+        """A call inside a closed thinking block is a thought. In a block that is never closed, it ends the thinking."""
+        if not self.thinking or token.kind not in BLOCKS_OF_TOOLS:
+            return False
+        return token.next_channel is not None and token.next_channel.group() == CHANNEL_END
+
+    def _take_text(self, end: int) -> None:
+        piece = self.text[max(self.position, self.start_of_output) : end]
+        if self.thinking:
+            self.reasoning.append(_without_label(piece))
+        else:
+            self.content.append(piece)
+
+    def _end_thinking(self) -> None:
+        if not self.seen_channel and not self.attempted:  # never opened: what came so far was the thinking
+            self.reasoning = [_without_label("".join(self.content))]
+            self.content = []
+        self.thinking = False
+        self.seen_channel = True
+
+    def _read_call(self, token: _Token) -> None:
+        self.thinking = False
+        self.attempted = True
+        try:
+            name, arguments, end = _call(self.text, token.end)
+        except _Unreadable:
+            self._skip_call(token.next_block)
+            return
+        start = max(token.start - self.start_of_output, 0)
+        self.calls.append(Call(name, arguments, (start, end - self.start_of_output)))
+        self.position = end
+
+    def _skip_call(self, next_block: re.Match[str] | None) -> None:
+        """Continue behind the end of an unreadable call, or at the next block if it has none."""
+        if next_block is None:
+            self.ends_in_call = True
+            self.position = len(self.text)
+            return
+        self.malformed = True
+        self.position = next_block.end() if next_block.group() == CALL_END else next_block.start()
+
+    def _note_call_missing(self) -> None:
+        """The end of a call, or the wait for its response, where none was begun."""
+        if not self.attempted:
+            self.attempted = True
+            self.malformed = True
+
+    def _skip_response(self, token: _Token) -> None:
+        """Leave out what the model wrote in the tool's name: not content."""
+        if not self.text.startswith("response:", self.position):
+            return
+        end = token.next_response_end
+        self.position = len(self.text) if end is None else end.end()
+
+    def reading(self, budget_spent: bool, tool_names: Iterable[str]) -> Reading:
+        """What was read, once the last token is."""
+        self._take_text(len(self.text))
+        content = "".join(self.content).strip()
+        status: Status = "ok" if self.attempted else "no_call"
+        if self.malformed:
+            status = "malformed"
+        elif self.ends_in_call or budget_spent:
+            status = "truncated"
+        reasoning = "".join(self.reasoning).strip()
+        reading = Reading(tuple(self.calls), content, reasoning, self.attempted, status)
+        bare_call = any(_BARE_CALL.search(piece) for piece in self.content)
+        if bare_call or holds_foreign_call(content, tool_names):
+            return replace(reading, attempted=True, status="malformed", as_text=reading)
+        return reading
 
 
 def _without_label(thought: str) -> str:
@@ -177,19 +255,21 @@ def _call(text: str, at: int) -> tuple[str, dict[str, Any], int]:
 def _object(text: str, at: int, depth: int) -> tuple[dict[str, Any], int]:
     """The mapping whose brace ends at `at`, and its end. Of a repeated key the last value counts, as in JSON."""
     fields: dict[str, Any] = {}
-    while not text.startswith("}", at := _blank(text, at)):
+    at = _blank(text, at)
+    while not text.startswith("}", at):
         key, at = _key(text, at)
         fields[key], at = _value(text, at, depth)
-        at = _separator(text, at, "}")
+        at = _blank(text, _separator(text, at, "}"))
     return fields, at + 1
 
 
 def _array(text: str, at: int, depth: int) -> tuple[list[Any], int]:
     items: list[Any] = []
-    while not text.startswith("]", at := _blank(text, at)):
+    at = _blank(text, at)
+    while not text.startswith("]", at):
         item, at = _value(text, at, depth)
         items.append(item)
-        at = _separator(text, at, "]")
+        at = _blank(text, _separator(text, at, "]"))
     return items, at + 1
 
 
@@ -200,8 +280,11 @@ def _key(text: str, at: int) -> tuple[str, int]:
         if not text.startswith(":", at):
             raise _Unreadable
         return key, at + 1
-    bare = next((found for pattern in _KEYS if (found := pattern.match(text, at))), None)
-    if bare is None or not (key := bare.group()[:-1].strip()):
+    bare = _KEY_BEFORE_QUOTE_OR_CONTAINER.match(text, at) or _KEY.match(text, at)
+    if not bare:
+        raise _Unreadable
+    key = bare.group().removesuffix(":").strip()
+    if not key:
         raise _Unreadable
     return key, bare.end()
 
@@ -239,8 +322,10 @@ def _string(text: str, at: int) -> tuple[str, int]:
             raise _Unreadable
         return text[start:end], end + len(QUOTE)
     quoted = _JSON_STRING.match(text, at)
+    if not quoted:
+        raise _Unreadable
     try:
-        return json.loads(quoted.group() if quoted else "", strict=False), quoted.end() if quoted else at
+        return json.loads(quoted.group(), strict=False), quoted.end()
     except json.JSONDecodeError:
         raise _Unreadable from None
 
