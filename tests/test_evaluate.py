@@ -13,9 +13,10 @@ from ranks import gemma_dist
 from gemma_dist.__main__ import main
 from gemma_dist.evaluate import generate, run
 from gemma_dist.evaluate.generate import Answer
+from gemma_dist.evaluate.metrics import flat_counts
 from gemma_dist.evaluate.read import CALL, read_output
 from gemma_dist.evaluate.read import CALL_END as END
-from gemma_dist.evaluate.score import counts, score_sample
+from gemma_dist.evaluate.score import score_decision
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +71,15 @@ def test_report_follows_from_the_samples(evaluated: Any, data: Path) -> None:
         gold, tools = sample["gold"], rows[sample["id"]]["tools"]
         names = [tool["function"]["name"] for tool in tools]
         reading = read_output(sample["output"], budget_spent=not sample["stopped"], tool_names=names)
-        totals.update(counts(score_sample(reading, gold["calls"], gold["content"], tools)))
+        score = score_decision(reading, gold["calls"], gold["content"], tools)
+        totals.update(flat_counts(score["ratios"]))
     for name, metric in report["metrics"].items():
         if name != "trajectory_exact":
             assert metric["numerator"] == totals[f"{name}.numerator"], name
             assert metric["denominator"] == totals[f"{name}.denominator"], name
 
 
-def test_blank_pictures_change_what_the_model_sees_and_nothing_else(evaluated: Any) -> None:
+def test_blank_images_change_what_the_model_sees_and_nothing_else(evaluated: Any) -> None:
     _, real = _read(evaluated())
     _, blank = _read(evaluated(None, "--images", "blank"))
     for first, second in zip(real, blank, strict=True):

@@ -11,20 +11,10 @@ from hypothesis import strategies as st
 
 from gemma_dist.data.schema import check_calls
 from gemma_dist.errors import DataError
+from gemma_dist.evaluate.metrics import METRICS, call_decision, divide, flat_counts, wilson
 from gemma_dist.evaluate.read import Call, Reading, read_output
-from gemma_dist.evaluate.score import (
-    METRICS,
-    assign,
-    call_decision,
-    counts,
-    fits_schema,
-    match_calls,
-    metrics,
-    same_value,
-    score_sample,
-    trajectory_counts,
-    wilson,
-)
+from gemma_dist.evaluate.report import ScoredDecision, add_up
+from gemma_dist.evaluate.score import GoldCall, Score, assign, fits_schema, match_calls, same_value, score_decision
 
 
 def tool(name: str, **properties: str) -> dict[str, Any]:
@@ -38,28 +28,28 @@ def tool(name: str, **properties: str) -> dict[str, Any]:
 
 
 TOOLS = [tool("f", a="integer", b="string"), tool("g", a="number")]
-F, F2, G = ({"name": "f", "arguments": {"a": n, "b": "x"}} for n in (1, 2, 3))
-G = {"name": "g", "arguments": {"a": 0.5}}
+F, F2 = (GoldCall(name="f", arguments={"a": n, "b": "x"}) for n in (1, 2))
+G = GoldCall(name="g", arguments={"a": 0.5})
 
 
-def reading(*calls: dict[str, Any], content: str = "", status: Any = None, attempted: bool | None = None) -> Reading:
+def reading(*calls: GoldCall, content: str = "", status: Any = None, attempted: bool | None = None) -> Reading:
     read = tuple(Call(call["name"], call["arguments"], (0, 0)) for call in calls)
     return Reading(
         read, content, "", bool(calls) if attempted is None else attempted, status or ("ok" if calls else "no_call")
     )
 
 
-def values(score: dict[str, Any]) -> dict[str, float]:
+def values(score: Score) -> dict[str, float]:
     return {name: n / d for name, (n, d) in score["ratios"].items()}
 
 
 def test_gold_scores_perfectly_against_itself_in_any_order() -> None:
     gold = [F, F2, G]
     for order in permutations(gold):
-        score = score_sample(reading(*order), gold, "", TOOLS)
+        score = score_decision(reading(*order), gold, "", TOOLS)
         assert score["right"]
         assert all(value == (name != "hallucinated_tool") for name, value in values(score).items())
-    score = score_sample(reading(content=" cafe\u0301\n"), [], "café", TOOLS)
+    score = score_decision(reading(content=" cafe\u0301\n"), [], "café", TOOLS)
     assert score["right"]
     assert set(values(score).values()) == {1.0}
     assert {"abstain_acc", "answer_exact"} <= score["ratios"].keys()
@@ -120,7 +110,7 @@ BROKEN = reading(status="malformed", attempted=True)
     ],
 )
 def test_each_fault_is_counted_where_it_belongs(output: Reading, gold: list[Any], expected: dict[str, float]) -> None:
-    found = values(score_sample(output, gold, "", TOOLS))
+    found = values(score_decision(output, gold, "", TOOLS))
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
@@ -143,7 +133,7 @@ def test_each_fault_is_counted_where_it_belongs(output: Reading, gold: list[Any]
 )
 def test_silence_is_no_answer(output: str, gold_text: str) -> None:
     """It is no attempt either: the reader has nothing to complain of, the scorer has."""
-    score = score_sample(read_output(output), [], gold_text, TOOLS)
+    score = score_decision(read_output(output), [], gold_text, TOOLS)
     expected = {"abstain_acc": 0, "answer_exact": 0, "overall": 0, "parse_ok": 1, "call_accuracy": 1}
     assert {name: values(score)[name] for name in expected} == expected
     assert not score["right"]
@@ -163,21 +153,21 @@ def test_silence_is_no_answer(output: str, gold_text: str) -> None:
 def test_an_attempt_that_cannot_be_read_is_right_nowhere(output: str) -> None:
     expected = {"parse_ok": 0, "overall": 0}
     for gold, call_accuracy in (([], 0), ([F], 1)):
-        found = values(score_sample(read_output(output), gold, "It is 20 degrees.", TOOLS))
+        found = values(score_decision(read_output(output), gold, "It is 20 degrees.", TOOLS))
         assert {name: found[name] for name in expected} == expected
         assert found["call_accuracy"] == call_accuracy
 
 
 def test_an_answer_behind_a_tool_of_the_output_itself_counts_as_ever() -> None:
     reading = read_output("<|tool_call>call:g{a:0.5}<tool_call|><|tool_response>response:g{}<tool_response|>So.")
-    assert score_sample(reading, [G], "", TOOLS)["right"]
+    assert score_decision(reading, [G], "", TOOLS)["right"]
 
 
 def test_keys_are_compared_in_nfc() -> None:
     """As values are, in the schema too: a call that is exact is one that fits where gold fits."""
     composed, decomposed = "caf\u00e9", "cafe\u0301"
 
-    def arguments(text: str) -> dict[str, Any]:
+    def arguments(text: str) -> GoldCall:
         return {"name": "f", "arguments": {text: {text: [text]}}}
 
     parameters = {
@@ -187,19 +177,19 @@ def test_keys_are_compared_in_nfc() -> None:
         "additionalProperties": False,
     }
     tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": parameters}}]
-    score = score_sample(reading(arguments(composed)), [arguments(decomposed)], "", tools)
+    score = score_decision(reading(arguments(composed)), [arguments(decomposed)], "", tools)
     assert score["right"]
     assert set(values(score).values()) - {0.0} == {1.0}
     assert values(score)["hallucinated_tool"] == 0
 
 
 def test_what_cannot_be_judged_is_absent_and_null() -> None:
-    undeclared = score_sample(reading(F), [F], "", [])
+    undeclared = score_decision(reading(F), [F], "", [])
     assert not {"hallucinated_tool", "schema_valid", "abstain_acc", "parallel_exact"} & undeclared["ratios"].keys()
-    report = metrics(counts(undeclared))
-    assert report.keys() == METRICS.keys()
+    report = divide(flat_counts(undeclared["ratios"]))
+    assert list(report) == [metric.name for metric in METRICS]
     assert report["abstain_acc"] == {"value": None, "numerator": 0, "denominator": 0, "low": None, "high": None}
-    assert set(metrics({})["overall"].values()) == {None, 0}
+    assert set(divide({})["overall"].values()) == {None, 0}
 
 
 @pytest.mark.parametrize(
@@ -267,7 +257,7 @@ def test_schemas() -> None:
 def test_a_call_is_valid_exactly_where_it_may_be_trained_on(
     rule: dict[str, Any], value: Any, draft: dict[str, Any]
 ) -> None:
-    gold = {"name": "f", "arguments": {"a": value}}
+    gold = GoldCall(name="f", arguments={"a": value})
     parameters = {**draft, "type": "object", "properties": {"a": rule}}
     tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": parameters}}]
     try:
@@ -275,7 +265,7 @@ def test_a_call_is_valid_exactly_where_it_may_be_trained_on(
         trained = True
     except DataError:
         trained = False
-    assert values(score_sample(reading(gold), [gold], "", tools))["schema_valid"] == trained
+    assert values(score_decision(reading(gold), [gold], "", tools))["schema_valid"] == trained
 
 
 @pytest.mark.parametrize("rule", [{"type": "string"}, {"const": 1}, {"anyOf": [{"type": "string"}]}])
@@ -333,10 +323,10 @@ def test_matching_is_optimal(gold: list[Any], predicted: list[Any]) -> None:
 @settings(max_examples=50, deadline=None)
 @given(GOLD, GOLD, st.randoms(use_true_random=False))
 def test_order_of_calls_changes_nothing(gold: list[Any], predicted: list[Any], random: random.Random) -> None:
-    ratios = score_sample(reading(*predicted), gold, "", TOOLS)["ratios"]
+    ratios = score_decision(reading(*predicted), gold, "", TOOLS)["ratios"]
     random.shuffle(gold)
     random.shuffle(predicted)
-    assert score_sample(reading(*predicted), gold, "", TOOLS)["ratios"] == ratios
+    assert score_decision(reading(*predicted), gold, "", TOOLS)["ratios"] == ratios
 
 
 @settings(max_examples=30, deadline=None)
@@ -344,35 +334,38 @@ def test_order_of_calls_changes_nothing(gold: list[Any], predicted: list[Any], r
 def test_order_of_samples_and_ranks_changes_nothing(
     points: list[tuple[list[Any], list[Any]]], world_size: int, random: random.Random
 ) -> None:
-    scores = [score_sample(reading(*predicted), gold, "", TOOLS) for gold, predicted in points]
+    scores = [score_decision(reading(*predicted), gold, "", TOOLS) for gold, predicted in points]
     total: Counter[str] = Counter()
     for score in scores:
-        total.update(counts(score))
+        total.update(flat_counts(score["ratios"]))
     random.shuffle(scores)
     summed: Counter[str] = Counter()
     for rank in range(world_size):
         for score in scores[rank::world_size]:
-            summed.update(counts(score))
-    assert metrics(summed) == metrics(total)
-    for report in metrics(total).values():
+            summed.update(flat_counts(score["ratios"]))
+    assert divide(summed) == divide(total)
+    for report in divide(total).values():
         if report["denominator"]:
-            assert 0 <= report["numerator"] <= report["denominator"]  # type: ignore[operator]
+            assert 0 <= report["numerator"] <= report["denominator"]
 
 
 def test_call_decision_table() -> None:
     points = [(reading(F), [F]), (BROKEN, [F]), (reading(), [F]), (reading(), []), (reading(F), []), (BROKEN, [])]
     totals: Counter[str] = Counter()
     for output, gold in points:
-        totals.update(counts(score_sample(output, gold, "", TOOLS)))
+        totals.update(flat_counts(score_decision(output, gold, "", TOOLS)["ratios"]))
     assert call_decision(totals) == {"call": {"call": 2, "none": 1}, "none": {"call": 2, "none": 1}}
-    assert metrics(totals)["call_accuracy"]["value"] == 0.5
+    assert divide(totals)["call_accuracy"]["value"] == 0.5
+
+
+def scored(trajectory: int, score: Score) -> ScoredDecision:
+    return {"trajectory": trajectory, "num_images": 0, "score": score}  # type: ignore[typeddict-item]
 
 
 def test_a_trajectory_is_right_when_every_point_is() -> None:
-    right, wrong = score_sample(reading(F), [F], "", TOOLS), score_sample(reading(), [F], "", TOOLS)
-    totals = Counter(trajectory_counts([right, right]))
-    totals.update(trajectory_counts([right, wrong]))
-    report = metrics(totals)["trajectory_exact"]
+    right, wrong = score_decision(reading(F), [F], "", TOOLS), score_decision(reading(), [F], "", TOOLS)
+    scores = [(1, right), (1, right), (2, right), (2, wrong)]
+    report = divide(add_up(scored(trajectory, score) for trajectory, score in scores)["all"])["trajectory_exact"]
     assert (report["value"], report["denominator"]) == (0.5, 2)
 
 

@@ -1,8 +1,7 @@
 """Score a reading against the gold turn: plain data in, numerators and denominators out.
 
-The unit is the decision point: one assistant turn with gold history before it. `score_sample` scores one, `counts`
-makes it addable over samples and ranks, `metrics` divides once at the end. Every metric is a ratio of two sums, so the
-order of samples and their split over ranks change nothing; where there was nothing to judge the value is None.
+The unit is the decision point: one assistant turn with gold history before it. `score_decision` matches its calls with
+gold's and counts; what is measured of these counts is the table in `metrics.py`.
 
 A malformed or truncated call is an attempt, and wrong. To abstain is to answer: an output that says nothing attempts no
 call and is not right either, or a model that has fallen silent would be right at every point without a call. Values are
@@ -12,155 +11,85 @@ compared strictly (`same_value`).
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 from gemma_dist.data.schema import find_misfit
 from gemma_dist.errors import DataError
-from gemma_dist.evaluate.read import Call, Reading
+from gemma_dist.evaluate.metrics import DECISION_METRICS, DecisionCounts, Ratios, ratios
+from gemma_dist.evaluate.read import Call, Reading, Status
 
-# What each metric divides. "Calls" alone means calls that could be read; "points" means decision points.
-METRICS = {
-    "parse_ok": "points neither malformed nor truncated / points",
-    "call_accuracy": "points where gold and output both call or both do not / points",
-    "call_precision": "gold calls too / the output attempts a call",
-    "call_recall": "the output attempts a call too / gold calls",
-    "call_f1": "harmonic mean of call_precision and call_recall",
-    "abstain_acc": "readable text, not empty, without an attempt / gold has no call",
-    "relevance_acc": "the output attempts a call / gold has calls",
-    "tool_set_exact": "the same names as often / gold has calls",
-    "tool_precision": "called names that gold calls too / predicted calls",
-    "tool_recall": "gold names that were called / gold calls",
-    "tool_f1": "harmonic mean of tool_precision and tool_recall",
-    "hallucinated_tool": "calls of a tool that was not offered / predicted calls, where tools are declared",
-    "schema_valid": "calls that fit the tool's schema / predicted calls of offered tools with a usable schema",
-    "arg_precision": "right arguments / arguments of predicted calls that are matched",
-    "arg_recall": "right arguments / arguments of gold calls that are matched",
-    "arg_f1": "harmonic mean of arg_precision and arg_recall",
-    "call_exact": "gold calls with a partner of the same name and arguments / gold calls",
-    "sample_exact": "every call exact, none too many, status ok / gold has calls",
-    "parallel_exact": "sample_exact / gold has two or more calls",
-    "count_match": "as many calls as gold / gold has two or more calls",
-    "answer_exact": "readable text equal to gold's / gold has no call",
-    "overall": "sample_exact where gold calls, abstain_acc elsewhere / points",
-    "trajectory_exact": "trajectories with every point right (overall) / trajectories",
-}
-# Ratios that are not a share of trials have no Wilson interval.
-_NOT_SHARES = {"call_f1", "tool_f1", "arg_f1"}
-_NOTHING = re.compile(r"<(?:unused\d+|unk|mask)>|\ufffd")
+_NOTHING = re.compile(r"<(?:unused\d+|unk|mask)>|\ufffd")  # what says nothing to a reader
 
 
-def score_sample(
-    reading: Reading, gold_calls: Sequence[Mapping[str, Any]], gold_text: str, tools: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Score one decision point, as it goes into samples.jsonl.
+class GoldCall(TypedDict):
+    """A call of the gold turn."""
 
-    `gold_calls` are {"name", "arguments"}, `tools` the OpenAI declarations offered ([]: none declared, so nothing can
-    be hallucinated). Returns status, right (what `overall` counts), match ([gold, predicted] pairs by index) and
-    ratios (metric -> [numerator, denominator]; metrics with nothing to judge here are absent).
+    name: str
+    arguments: dict[str, Any]
+
+
+class Score(TypedDict):
+    """The score of one decision point, as it goes into samples.jsonl."""
+
+    status: Status
+    right: bool  # what `overall` counts
+    match: list[list[int]]  # [gold, predicted] pairs of calls, by index
+    ratios: Ratios  # metrics with nothing to judge here are absent
+
+
+def score_decision(
+    reading: Reading, gold_calls: Sequence[GoldCall], gold_text: str, tools: Sequence[Mapping[str, Any]]
+) -> Score:
+    """Score one decision point.
+
+    `tools` are the OpenAI declarations offered ([]: none declared, so nothing can be hallucinated).
     """
     if reading.as_text and same_value(reading.content, gold_text):
         reading = reading.as_text  # gold's own words are no attempt, whatever they look like
-    calls = reading.calls
-    pairs = match_calls(gold_calls, calls)
-    exact = sum(same_value(gold_calls[g]["arguments"], calls[p].arguments) for g, p in pairs)
-    gold_has, clean = bool(gold_calls), reading.status in ("ok", "no_call")
-    sample_exact = gold_has and clean and exact == len(gold_calls) == len(calls)
-    abstains = reading.status == "no_call" and _says_something(reading.content)
-    right = sample_exact if gold_has else abstains
-
-    right_arguments = sum(_overlap(gold_calls[g]["arguments"], calls[p].arguments) for g, p in pairs)
-    gold_arguments = sum(len(gold_calls[g]["arguments"]) for g, _ in pairs)
-    predicted_arguments = sum(len(calls[p].arguments) for _, p in pairs)
-    schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
-    fits = [
-        fit
-        for call in calls
-        if call.name in schemas and (fit := fits_schema(_nfc(call.arguments), _nfc(schemas[call.name]))) is not None
-    ]
-
-    ratios = {
-        "parse_ok": (clean, 1),
-        "call_accuracy": (gold_has == reading.attempted, 1),
-        "call_precision": (gold_has and reading.attempted, reading.attempted),
-        "call_recall": (gold_has and reading.attempted, gold_has),
-        "call_f1": (2 * (gold_has and reading.attempted), gold_has + reading.attempted),
-        "abstain_acc": (not gold_has and abstains, not gold_has),
-        "relevance_acc": (gold_has and reading.attempted, gold_has),
-        "tool_set_exact": (gold_has and clean and len(pairs) == len(gold_calls) == len(calls), gold_has),
-        "tool_precision": (len(pairs), len(calls)),
-        "tool_recall": (len(pairs), len(gold_calls)),
-        "tool_f1": (2 * len(pairs), len(gold_calls) + len(calls)),
-        "hallucinated_tool": (sum(call.name not in schemas for call in calls), len(calls)) if tools else (0, 0),
-        "schema_valid": (sum(fits), len(fits)),
-        "arg_precision": (right_arguments, predicted_arguments),
-        "arg_recall": (right_arguments, gold_arguments),
-        "arg_f1": (2 * right_arguments, gold_arguments + predicted_arguments),
-        "call_exact": (exact, len(gold_calls)),
-        "sample_exact": (sample_exact, gold_has),
-        "parallel_exact": (sample_exact and len(gold_calls) > 1, len(gold_calls) > 1),
-        "count_match": (clean and len(gold_calls) == len(calls) > 1, len(gold_calls) > 1),
-        "answer_exact": (not gold_has and abstains and same_value(reading.content, gold_text), not gold_has),
-        "overall": (right, 1),
-    }
+    pairs = match_calls(gold_calls, reading.calls)
+    counted = _count(reading, gold_calls, gold_text, tools, pairs)
     return {
         "status": reading.status,
-        "right": right,
+        "right": counted.right,
         "match": [list(pair) for pair in pairs],
-        "ratios": {name: [int(n), int(d)] for name, (n, d) in ratios.items() if d},
+        "ratios": ratios(DECISION_METRICS, counted),
     }
 
 
-def counts(score: Mapping[str, Any]) -> dict[str, int]:
-    """Numerators and denominators of one score under flat names, to be added over samples and ranks."""
-    return {
-        f"{name}.{part}": value
-        for name, ratio in score["ratios"].items()
-        for part, value in zip(("numerator", "denominator"), ratio, strict=True)
-    }
-
-
-def trajectory_counts(scores: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """The counts of one trajectory from the scores of all its decision points."""
-    return {
-        "trajectory_exact.numerator": int(all(score["right"] for score in scores)),
-        "trajectory_exact.denominator": 1,
-    }
-
-
-def metrics(totals: Mapping[str, int]) -> dict[str, dict[str, float | int | None]]:
-    """Divide the summed counts: name -> value, numerator, denominator and, for shares, a 95 % Wilson interval (low,
-    high), which takes decision points as independent although those of one trajectory are not. All None at 0 / 0."""
-    report = {}
-    for name in METRICS:
-        n, d = totals.get(f"{name}.numerator", 0), totals.get(f"{name}.denominator", 0)
-        low, high = wilson(n, d) if d and name not in _NOT_SHARES else (None, None)
-        report[name] = {"value": n / d if d else None, "numerator": n, "denominator": d, "low": low, "high": high}
-    return report
-
-
-def call_decision(totals: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """The two by two table of decision points: {gold: {output: points}} with "call" and "none" on both sides."""
-    both, points = totals.get("call_recall.numerator", 0), totals.get("overall.denominator", 0)
-    gold, attempted = totals.get("call_recall.denominator", 0), totals.get("call_precision.denominator", 0)
-    return {
-        "call": {"call": both, "none": gold - both},
-        "none": {"call": attempted - both, "none": points - gold - attempted + both},
-    }
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927)."""
-    z = 1.959964
-    share, weight = successes / trials, z * z / trials
-    middle = share + weight / 2
-    half = z * math.sqrt((share * (1 - share) + weight / 4) / trials)
-    return max(0.0, (middle - half) / (1 + weight)), min(1.0, (middle + half) / (1 + weight))
+def _count(
+    reading: Reading,
+    gold_calls: Sequence[GoldCall],
+    gold_text: str,
+    tools: Sequence[Mapping[str, Any]],
+    pairs: Sequence[tuple[int, int]],
+) -> DecisionCounts:
+    matched = [(gold_calls[gold]["arguments"], reading.calls[predicted].arguments) for gold, predicted in pairs]
+    schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+    offered = [call for call in reading.calls if call.name in schemas]
+    fits = [fits_schema(_nfc(call.arguments), _nfc(schemas[call.name])) for call in offered]
+    return DecisionCounts(
+        readable=reading.status in ("ok", "no_call"),
+        attempted=reading.attempted,
+        abstains=reading.status == "no_call" and _says_something(reading.content),
+        same_text=same_value(reading.content, gold_text),
+        gold_calls=len(gold_calls),
+        calls=len(reading.calls),
+        matched=len(matched),
+        exact=sum(same_value(want, have) for want, have in matched),
+        gold_arguments=sum(len(want) for want, _ in matched),
+        arguments=sum(len(have) for _, have in matched),
+        right_arguments=sum(_overlap(want, have) for want, have in matched),
+        offered_any=bool(tools),
+        not_offered=len(reading.calls) - len(offered),
+        judged=len(fits) - fits.count(None),
+        fitting=fits.count(True),
+    )
 
 
 def same_value(first: Any, second: Any) -> bool:
-    """Equal as JSON: types must agree, numbers by value (5 equals 5.0), true is not 1, keys after NFC, text after NFC
-    and trimming."""
+    """Equal as JSON: types must agree, numbers by value (5 equals 5.0), true is not 1, keys after NFC, strings after
+    NFC and trimming."""
     return _same(_nfc(first), _nfc(second))
 
 
@@ -180,7 +109,7 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def _nfc(value: Any) -> Any:
-    """A JSON value, its texts and keys in Unicode's NFC. Keys that would become one stay as they are."""
+    """A JSON value, its strings and keys in Unicode's NFC. Keys that would become one stay as they are."""
     if isinstance(value, str):
         return unicodedata.normalize("NFC", value)
     if isinstance(value, list):
@@ -207,22 +136,24 @@ def fits_schema(arguments: Mapping[str, Any], schema: dict[str, Any]) -> bool | 
         return None
 
 
-def match_calls(gold: Sequence[Mapping[str, Any]], predicted: Sequence[Call]) -> list[tuple[int, int]]:
+def match_calls(gold: Sequence[GoldCall], predicted: Sequence[Call]) -> list[tuple[int, int]]:
     """Pair calls of the same name, one to one and without order, as (gold, predicted) indices.
 
     Of all pairings one with the most exact pairs, then the most pairs, then the most right arguments, then the fewest
     other arguments, so that the order of calls changes no metric.
     """
+    # `assign` adds plain integers, so what counts first stands in a higher digit: of a base that no sum over all pairs
+    # of a lower digit reaches.
+    num_arguments = sum(len(call["arguments"]) for call in gold) + sum(len(call.arguments) for call in predicted)
+    base = 2 + len(gold) + num_arguments
 
-    arguments = sum(len(call["arguments"]) for call in gold) + sum(len(call.arguments) for call in predicted)
-    base = 2 + len(gold) + arguments  # worth is a number of three digits: no sum of a lower digit reaches a higher one
-
-    def worth(want: Mapping[str, Any], have: Call) -> int:
+    def worth(want: GoldCall, have: Call) -> int:
         if want["name"] != have.name:
             return 0
         exact = same_value(want["arguments"], have.arguments)
+        right = _overlap(want["arguments"], have.arguments)
         others = len(want["arguments"]) + len(have.arguments)
-        return ((exact * base + 1) * base + _overlap(want["arguments"], have.arguments)) * base - others
+        return exact * base**3 + base**2 + right * base - others
 
     pairs = assign([[worth(want, have) for have in predicted] for want in gold])
     return [(g, p) for g, p in pairs if gold[g]["name"] == predicted[p].name]

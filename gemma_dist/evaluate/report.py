@@ -1,0 +1,117 @@
+"""What evaluation reports: counts of scored decision points added up, every metric with numerator and denominator."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+from gemma_dist.config import EvaluateConfig
+from gemma_dist.evaluate.metrics import (
+    METRICS,
+    TRAJECTORY_METRICS,
+    MetricReport,
+    TrajectoryCounts,
+    call_decision,
+    divide,
+    flat_counts,
+    ratios,
+)
+from gemma_dist.evaluate.score import GoldCall, Score
+
+SLICES = ("with_images", "without_images")
+
+
+class Gold(TypedDict):
+    """What the model was expected to write."""
+
+    calls: list[GoldCall]
+    content: str
+
+
+class ScoredDecision(TypedDict):
+    """One line of samples.jsonl: a decision point, what the model wrote at it, and the score."""
+
+    id: str
+    trajectory: int  # from 1
+    turn: int  # number of the message, from 1
+    num_images: int
+    prompt_tokens: int
+    output: str
+    output_tokens: int
+    stopped: bool  # False: cut off at max_new_tokens
+    parsed: dict[str, Any]  # `reading_to_json`
+    gold: Gold
+    score: Score
+
+
+class Report(TypedDict):
+    """report.json."""
+
+    model: str
+    adapter: str | None
+    data: str
+    settings: dict[str, Any]
+    num_trajectories: int
+    num_decision_points: int
+    world_size: int
+    statuses: dict[str, int]
+    call_decision: dict[str, dict[str, int]]
+    metrics: dict[str, MetricReport]
+    slices: dict[str, dict[str, MetricReport]]
+
+
+def add_up(decisions: Iterable[ScoredDecision]) -> dict[str, Counter[str]]:
+    """Addable counts of whole trajectories: of all their decision points, and of each slice."""
+    totals: dict[str, Counter[str]] = {"all": Counter(), **{name: Counter() for name in SLICES}}
+    right: dict[int, bool] = {}  # trajectory -> at every decision point
+    for decision in decisions:
+        score = decision["score"]
+        counts = flat_counts(score["ratios"])
+        totals["all"].update(counts)
+        totals["with_images" if decision["num_images"] else "without_images"].update(counts)
+        totals["all"][f"status.{score['status']}"] += 1
+        right[decision["trajectory"]] = right.get(decision["trajectory"], True) and score["right"]
+    for all_right in right.values():
+        totals["all"].update(flat_counts(ratios(TRAJECTORY_METRICS, TrajectoryCounts(all_right))))
+    return totals
+
+
+def make_report(
+    totals: Mapping[str, Mapping[str, int]],
+    *,
+    model: str,
+    adapter: Path | None,
+    data: Path,
+    settings: EvaluateConfig,
+    num_trajectories: int,
+    num_decisions: int,
+    world_size: int,
+) -> Report:
+    """The report of a run, from the summed counts of all its ranks (`add_up`)."""
+    statuses = {}
+    for name, count in totals["all"].items():
+        if name.startswith("status."):
+            statuses[name.removeprefix("status.")] = count
+    return {
+        "model": model,
+        "adapter": str(adapter) if adapter else None,
+        "data": str(data),
+        "settings": settings.model_dump(mode="json"),
+        "num_trajectories": num_trajectories,
+        "num_decision_points": num_decisions,
+        "world_size": world_size,
+        "statuses": statuses,
+        "call_decision": call_decision(totals["all"]),
+        "metrics": divide(totals["all"]),
+        "slices": {name: divide(totals[name]) for name in SLICES},
+    }
+
+
+def summary(report: Report) -> Iterator[str]:
+    """Lines for the terminal: each metric with what it divides."""
+    yield f"{report['num_decision_points']} decision points of {report['num_trajectories']} trajectories"
+    for metric in METRICS:
+        found = report["metrics"][metric.name]
+        if found["value"] is not None:
+            share = f"{found['value']:7.1%}  {found['numerator']:>6} of {found['denominator']:<6}"
+            yield f"  {metric.name:<18} {share}  {metric.sentence}"
