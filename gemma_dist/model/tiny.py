@@ -182,6 +182,21 @@ def tiny_config(tokenizer: Any, *, style: str, hidden_size: int, num_hidden_laye
     """The `Gemma4Config` of a style, for the vocabulary of `tokenizer`."""
     from transformers import Gemma4Config
 
+    ids = {
+        f"{name}_id": tokenizer.convert_tokens_to_ids(NAMED_TOKENS[name])
+        for name in ("boi_token", "image_token", "eoi_token", "boa_token", "audio_token")
+    }
+    return Gemma4Config(
+        text_config=_text_config(tokenizer, style, hidden_size, num_hidden_layers),
+        vision_config=_vision_config(style),
+        audio_config=None,
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
+        eoa_token_index=tokenizer.convert_tokens_to_ids("<audio|>"),
+        **ids,
+    )
+
+
+def _text_config(tokenizer: Any, style: str, hidden_size: int, num_hidden_layers: int) -> dict[str, Any]:
     vocab_size = len(tokenizer)
     text: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -203,19 +218,18 @@ def tiny_config(tokenizer: Any, *, style: str, hidden_size: int, num_hidden_laye
         "bos_token_id": tokenizer.bos_token_id,
     }
     if style == "e4b":
-        text |= {
+        return text | {
             "num_kv_shared_layers": 2,
             "use_double_wide_mlp": True,
             "hidden_size_per_layer_input": 16,
             "vocab_size_per_layer_input": vocab_size,
         }
-    else:
-        text |= {
-            "use_bidirectional_attention": "vision",
-            "hidden_size_per_layer_input": 0,
-            "attention_k_eq_v": True,
-            "num_global_key_value_heads": 1,
-        }
+    text |= {
+        "use_bidirectional_attention": "vision",
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+    }
     if style == "26b":
         text |= {
             "enable_moe_block": True,
@@ -223,7 +237,11 @@ def tiny_config(tokenizer: Any, *, style: str, hidden_size: int, num_hidden_laye
             "top_k_experts": 2,
             "moe_intermediate_size": hidden_size // 2,
         }
-    vision = {
+    return text
+
+
+def _vision_config(style: str) -> dict[str, Any]:
+    return {
         "hidden_size": 96,
         "intermediate_size": 192,
         "num_hidden_layers": 2,
@@ -235,15 +253,3 @@ def tiny_config(tokenizer: Any, *, style: str, hidden_size: int, num_hidden_laye
         "use_clipped_linears": style == "e4b",
         "standardize": style != "e4b",
     }
-    ids = {
-        f"{name}_id": tokenizer.convert_tokens_to_ids(NAMED_TOKENS[name])
-        for name in ("boi_token", "image_token", "eoi_token", "boa_token", "audio_token")
-    }
-    return Gemma4Config(
-        text_config=text,
-        vision_config=vision,
-        audio_config=None,
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
-        eoa_token_index=tokenizer.convert_tokens_to_ids("<audio|>"),
-        **ids,
-    )
