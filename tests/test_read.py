@@ -335,5 +335,5 @@ def test_command_lines() -> None:
 
 @pytest.mark.parametrize("bad", ["{", "[" * 100_000, "7", "{}", '{"output": 7}', '{"output": "", "prefix": 0}'])
 def test_a_bad_line_names_its_place(bad: str) -> None:
-    with pytest.raises(DataError, match=r"^stdin:2: .*\"output\": text"):
+    with pytest.raises(DataError, match=r"^stdin:2: .*\"output\": string"):
         list(read_calls_lines(['{"output": ""}', bad]))

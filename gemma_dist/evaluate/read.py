@@ -352,7 +352,7 @@ def reading_to_json(reading: Reading) -> dict[str, Any]:
 
 
 def read_calls_lines(lines: Iterable[str | bytes], source: str = "stdin") -> Iterator[str]:
-    """For each JSON line {"output": text, "prefix"?: text} the line that says what was read; blank lines are skipped.
+    """For each JSON line {"output": string, "prefix"?: string} the line that says what was read. Skips blank lines.
 
     Raises:
         DataError: a line is of another shape, with `source` and line number.
@@ -360,16 +360,16 @@ def read_calls_lines(lines: Iterable[str | bytes], source: str = "stdin") -> Ite
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        rule = 'each line is a JSON object {"output": text, "prefix"?: text}'
+        rule = 'each line is a JSON object {"output": string, "prefix"?: string}'
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{source}:{number}: not JSON ({error}); {rule}; got {_short(line)}") from None
         if not isinstance(row, dict) or not isinstance(row.get("output"), str):
-            raise DataError(f'{source}:{number}: no text under "output"; {rule}; got {_short(line)}')
+            raise DataError(f'{source}:{number}: no string under "output"; {rule}; got {_short(line)}')
         prefix = row.get("prefix")
         if not isinstance(prefix, (str, type(None))):
-            raise DataError(f'{source}:{number}: "prefix" must be text or absent; {rule}; got {_short(line)}')
+            raise DataError(f'{source}:{number}: "prefix" must be a string or absent; {rule}; got {_short(line)}')
         # ASCII only: a lone surrogate from a \ud800 escape cannot be printed otherwise.
         yield json.dumps(reading_to_json(read_output(row["output"], prefix or "")))
 

@@ -1,10 +1,11 @@
-"""Attention inside each document of a pack, exactly as if it stood alone, and without a mask over the pack.
+"""Attention inside each document of a pack, exactly as if it were alone, and without a mask over the pack.
 
-A pack is a row of documents one behind the other, whose `position_ids` each start at 0 (`data/batch.py`). Gemma 4's own
-attention would need a mask of row x row tokens for it, and for the styles with bidirectional images the mask that it
-builds from such positions is wrong. Here each document is cut out and attended to by itself, so the cost is the sum of
-the squares of the documents' lengths; in sliding layers less: a document longer than the window is attended to window
-by window. A mask is built only for a window that holds an image, or that begins behind the start of its document.
+A pack is a row of documents one behind the other, whose `position_ids` each start at 0 (`stream/collate.py`). Gemma 4's
+own attention would need a mask of row x row tokens for it, and for the styles with bidirectional images the mask that
+it builds from such positions is wrong. Here each document is cut out and attended to by itself, so the cost is the sum
+of the squares of the documents' lengths; in sliding layers less: a document longer than the window is attended to
+window by window. A mask is built only for a window that holds an image, or that begins behind the start of its
+document.
 
 What may see what is Gemma 4's own rule (transformers, `create_masks_for_vision_model`): full layers are causal, and
 sliding layers see `q - k < sliding_window`, k before q or, where `use_bidirectional_attention` is "vision", in the same
@@ -24,7 +25,7 @@ PACKED_ATTENTION = "gemma_dist_packed"
 
 
 @dataclass(frozen=True)
-class Piece:
+class QueryBlock:
     """Queries of one document and the keys that they see, counted from the document's first token."""
 
     queries: slice
@@ -32,11 +33,11 @@ class Piece:
     mask: torch.Tensor | None  # (1, 1, queries, keys), True where a query sees a key; None: causal, keys = queries
 
 
-# The pieces of each document, in the order of rows and documents, by layer type.
-Documents = dict[str, list[list[Piece]]]
+# The blocks of each document, in the order of rows and documents, by layer type.
+Documents = dict[str, list[list[QueryBlock]]]
 
 
-def attend_within_documents(model: Any) -> None:
+def use_packed_attention(model: Any) -> None:
     """Make a `Gemma4ForConditionalGeneration` take packs: `position_ids` that restart, and no `attention_mask`.
 
     The documents are found once in a forward pass, with one wait for the device, and reach every layer as a keyword
@@ -57,7 +58,7 @@ def packed_attention(
     documents: Documents,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' SDPA on each piece of each document.
+    """transformers' SDPA on each block of each document.
 
     Args:
         query: (B, heads, T, head_dim); `key` and `value` the same with the key heads.
@@ -69,22 +70,21 @@ def packed_attention(
     batch_size, _, length, _ = query.shape
     assert attention_mask is None, "a pack has no mask"
     assert key.shape[2] == length, "a pack is read at once: no cache, all logits"
-    pieces = documents[module.layer_type]  # type: ignore[index]
-    lengths = [document[-1].queries.stop for document in pieces]
+    blocks = documents[module.layer_type]  # type: ignore[index]
+    lengths = [document[-1].queries.stop for document in blocks]
 
-    def cut(states: torch.Tensor) -> list[torch.Tensor]:
+    def split(states: torch.Tensor) -> list[torch.Tensor]:
         """One (1, heads, t, head_dim) a document. The gradient of a split is one concatenation, whereas that of
         slices would fill a tensor of the whole pack for each."""
         tokens = states.transpose(1, 2).flatten(0, 1)
         return [document.transpose(0, 1)[None] for document in tokens.split(lengths)]
 
-    outputs = [
-        sdpa_attention_forward(
-            module, q[:, :, piece.queries], k[:, :, piece.keys], v[:, :, piece.keys], piece.mask, **settings
-        )[0]
-        for q, k, v, document in zip(cut(query), cut(key), cut(value), pieces, strict=True)
-        for piece in document
-    ]
+    outputs = []
+    for q, k, v, document in zip(split(query), split(key), split(value), blocks, strict=True):
+        for block in document:
+            queries, keys, values = q[:, :, block.queries], k[:, :, block.keys], v[:, :, block.keys]
+            output, _ = sdpa_attention_forward(module, queries, keys, values, block.mask, **settings)
+            outputs.append(output)
     return torch.cat(outputs, dim=1).unflatten(1, (batch_size, length))[0], None
 
 
@@ -106,19 +106,19 @@ def find_documents(position_ids: torch.Tensor, mm_token_type_ids: torch.Tensor, 
     spans = list(pairwise([*starts, len(positions)]))
     whole = [slice(0, end - start) for start, end in spans]
     return {
-        "full_attention": [[Piece(document, document, None)] for document in whole],
+        "full_attention": [[QueryBlock(document, document, None)] for document in whole],
         "sliding_attention": [_windows(images[start:end], numbers[start:end], sliding_window) for start, end in spans],
     }
 
 
-def _windows(images: torch.Tensor, numbers: list[int], window: int) -> list[Piece]:
+def _windows(images: torch.Tensor, numbers: list[int], window: int) -> list[QueryBlock]:
     """One document (T,) of a sliding layer, `window` queries at a time; `numbers` are `images` on the host."""
-    pieces = []
+    blocks = []
     for first in range(0, len(numbers), window):
         end = min(first + window, len(numbers))
         seen, seen_end = max(0, first - window + 1), end
         while seen_end < len(numbers) and numbers[seen_end] == numbers[end - 1] != 0:
-            seen_end += 1  # the last query's image goes on
+            seen_end += 1  # the last query's image continues
         mask = None
         if seen < first or any(numbers[first:end]):
             queries = torch.arange(first, end, device=images.device)[:, None]
@@ -126,8 +126,8 @@ def _windows(images: torch.Tensor, numbers: list[int], window: int) -> list[Piec
             same_image = (images[queries] == images[keys]) & (images[keys] != 0)
             mask = (queries - keys < window) & ((keys <= queries) | same_image)
             mask = mask[None, None]
-        pieces.append(Piece(slice(first, end), slice(seen, seen_end), mask))
-    return pieces
+        blocks.append(QueryBlock(slice(first, end), slice(seen, seen_end), mask))
+    return blocks
 
 
 def _add_documents(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

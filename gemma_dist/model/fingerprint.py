@@ -15,8 +15,8 @@ NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")  # of config.json: 
 def fingerprint_base(name: str) -> dict[str, str]:
     """`base_config_hash` and `base_weights_hash` of a model folder, or of a model of the hub, which is fetched.
 
-    The weights are told apart by names, shapes and number formats of all tensors, and by some bytes of each, spread
-    over it: a fine-tuned sister has the same shapes. How they are cut into files makes no difference.
+    The weights are told apart by names, shapes and dtypes of all tensors, and by some bytes of each, spread
+    over it: a fine-tuned sister has the same shapes. How they are split over files makes no difference.
 
     Raises:
         CheckpointError: there is no model in safetensors at that place, or a file of it is damaged.

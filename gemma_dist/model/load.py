@@ -48,9 +48,9 @@ def load_model(settings: ModelConfig, quantization: QuantizationConfig | None, *
     keep_four_bit_exact(model)
     freeze_audio(model)
     if packing:
-        from gemma_dist.model.attention import attend_within_documents
+        from gemma_dist.model.attention import use_packed_attention
 
-        attend_within_documents(model)
+        use_packed_attention(model)
     return model
 
 
