@@ -160,11 +160,8 @@ def read_quantization(adapter: Adapter, base_weights: BaseWeights) -> Quantizati
     """What the base's weights go through before the sum; None: they are added to as they are.
 
     Raises:
-        ConfigError: `base_weights` is not known.
         CheckpointError: the base was held in a way whose weights cannot be made again.
     """
-    if base_weights not in ("as_trained", "original"):
-        raise ConfigError(f"base_weights {base_weights!r} is not known; use as_trained or original")
     quantization = adapter.record.get("quantization") if adapter.record else None
     if not quantization or base_weights == "original":
         return None
