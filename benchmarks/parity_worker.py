@@ -23,7 +23,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 from gemma_dist import world
-from gemma_dist.data.trajectory import Trajectory, decode_image
+from gemma_dist.data.images import decode_image
+from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.model.load import _peft_config
 from gemma_dist.recipe import load_config
 from gemma_dist.resolve import resolve

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded, Encoder, load_encoder
-from gemma_dist.data.trajectory import CONTROL_TOKENS, Trajectory, parse_row, read_rows
+from gemma_dist.data.rows import read_rows
+from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.errors import CheckpointError, ConfigError, DataError
+from gemma_dist.gemma_format import CONTROL_TOKENS
 from gemma_dist.model.tiny import tiny_processor
 
 TEMPLATES = ("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5")  # all that TRL ships

@@ -15,9 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gemma_dist.data.images import image_size
-from gemma_dist.data.trajectory import CONTROL_TOKENS, Trajectory, decode_image, parse_row, read_rows
+from gemma_dist.data.images import decode_image, image_size
+from gemma_dist.data.rows import read_rows
+from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.errors import DataError
+from gemma_dist.gemma_format import CONTROL_TOKENS
 
 SETTINGS: dict[str, Any] = {"text_beside_call": "message", "control_tokens": "reject", "max_image_pixels": 50_000_000}
 

@@ -16,7 +16,7 @@ import torch
 from corpus import row, write_rows
 from ranks import ENVIRONMENT, REPOSITORY, gemma_dist, needs_compiler
 
-from gemma_dist.evaluate.generate import STOP_TOKENS
+from gemma_dist.gemma_format import STOP_TOKENS
 
 # Style, dtype of the files, dtype in memory.
 STYLES = [("e4b", "float32", "float32"), ("31b", "float32", "bfloat16"), ("26b", "bfloat16", "bfloat16")]

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_dist.data.images import decode_image, image_size
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.errors import CheckpointError, ConfigError, DataError, setting
+from gemma_dist.gemma_format import IMAGE
 from gemma_dist.model.folder import embedding_rows, refuse_custom_code, require_embeddings
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ ENCODING_VERSION = 1
 
 NEWER_TEMPLATE = f"Use a newer template, for example {setting('chat_template', 'gemma4_v5')}"
 
-IMAGE = "<|image|>"
 IMAGE_BLOCK = re.compile(r"\s*<\|image>(?:<\|image\|>)*<image\|>\s*")
 CONTEXT = re.compile(  # what a template puts between two assistant messages, none of it the model's own
     r"<\|turn>model\n"

@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gemma_dist.errors import DataError
-
-MAX_DEPTH = 64  # levels of nesting in arguments and tools; the chat template recurses over them
+from gemma_dist.gemma_format import MAX_DEPTH
 
 _shortener = reprlib.Repr()
 _shortener.maxlevel, _shortener.maxdict, _shortener.maxlist = 2, 4, 4

@@ -17,23 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gemma_dist.data.convert import to_openai, turn_name
-from gemma_dist.data.images import check_image, decode_image, load_image
-from gemma_dist.data.rows import Where, read_rows
+from gemma_dist.data.images import check_image, load_image
+from gemma_dist.data.rows import Where
 from gemma_dist.data.schema import check_calls, parse_tools, tool_name
 from gemma_dist.data.strict import at, map_json, parse_json, short
 from gemma_dist.errors import DataError, setting
+from gemma_dist.gemma_format import CONTROL_TOKENS
 
-__all__ = ["CONTROL_TOKENS", "Trajectory", "Where", "decode_image", "parse_row", "read_rows"]
-
-# What Gemma 4's tokenizer reads as structure wherever it stands in a text (tokenizer_config.json of google/gemma-4-*).
-# fmt: off
-CONTROL_TOKENS = (
-    "<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>",
-    "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>",
-    "<|image>", "<|image|>", "<image|>", "<|audio>", "<|audio|>", "<audio|>", "<|video|>",
-    '<|"|>',
-)
-# fmt: on
 _CONTROL = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
 _UNCARRIED = re.compile(r'[:,{}\[\]"\r\n]')  # ends a bare key of Gemma's calls, or opens something else
 

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 
 from gemma_dist.data.encode import Encoder, Prompt
+from gemma_dist.gemma_format import STOP_TOKENS
 from gemma_dist.model.zero3 import is_partitioned
 from gemma_dist.stream.collate import collate, control_ids
-
-# What ends the model's turn to write: the end of the turn, the wait for a tool's answer, the end of everything.
-STOP_TOKENS = ("<turn|>", "<|tool_response>", "<eos>")
 
 
 @dataclass(frozen=True)

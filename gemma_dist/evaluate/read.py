@@ -23,17 +23,24 @@ from typing import Any, Literal
 
 from gemma_dist.errors import DataError
 from gemma_dist.evaluate.foreign import holds_foreign_call
+from gemma_dist.gemma_format import (
+    CALL,
+    CALL_END,
+    CHANNEL,
+    CHANNEL_END,
+    EOS,
+    MAX_DEPTH,
+    QUOTE,
+    RESPONSE,
+    RESPONSE_END,
+    TURN,
+    TURN_END,
+)
 
 Status = Literal["ok", "no_call", "malformed", "truncated"]
 
-MAX_DEPTH = 64  # containers within containers; deeper calls are unreadable, so recursion here and in `score` is bounded
 MAX_DIGITS = 4300  # Python refuses to read or print longer integers
 
-QUOTE = '<|"|>'
-CALL, CALL_END = "<|tool_call>", "<tool_call|>"
-CHANNEL, CHANNEL_END = "<|channel>", "<channel|>"
-RESPONSE, RESPONSE_END = "<|tool_response>", "<tool_response|>"
-TURN, TURN_END, EOS = "<|turn>", "<turn|>", "<eos>"
 BLOCKS = (CALL, CALL_END, CHANNEL, CHANNEL_END, RESPONSE, RESPONSE_END, TURN, TURN_END, EOS)
 BLOCKS_OF_TOOLS = (CALL, CALL_END, RESPONSE, RESPONSE_END)
 

@@ -21,7 +21,8 @@ from PIL import Image
 from gemma_dist import world
 from gemma_dist.config import EvaluateConfig
 from gemma_dist.data.encode import Encoder, Prompt, load_encoder
-from gemma_dist.data.trajectory import Trajectory, decode_image
+from gemma_dist.data.images import decode_image
+from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.errors import ConfigError, DataError
 from gemma_dist.evaluate.generate import Answer, generate
 from gemma_dist.evaluate.read import read_output, reading_to_json

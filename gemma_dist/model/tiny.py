@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gemma_dist import gemma_format
 from gemma_dist.errors import ConfigError
 from gemma_dist.files import require_free, whole_folder
 
@@ -16,24 +17,24 @@ STYLES = ("e4b", "31b", "26b")
 
 # Gemma's control tokens in the roles that its processor and template give them.
 NAMED_TOKENS = {
-    "boi_token": "<|image>",
-    "image_token": "<|image|>",
-    "eoi_token": "<image|>",
-    "boa_token": "<|audio>",
-    "audio_token": "<|audio|>",
-    "eoa_token": "<audio|>",
-    "sot_token": "<|turn>",
-    "eot_token": "<turn|>",
-    "std_token": "<|tool>",
-    "etd_token": "<tool|>",
-    "stc_token": "<|tool_call>",
-    "etc_token": "<tool_call|>",
-    "str_token": "<|tool_response>",
-    "etr_token": "<tool_response|>",
-    "soc_token": "<|channel>",
-    "eoc_token": "<channel|>",
-    "think_token": "<|think|>",
-    "escape_token": '<|"|>',
+    "boi_token": gemma_format.IMAGE_BEGIN,
+    "image_token": gemma_format.IMAGE,
+    "eoi_token": gemma_format.IMAGE_END,
+    "boa_token": gemma_format.AUDIO_BEGIN,
+    "audio_token": gemma_format.AUDIO,
+    "eoa_token": gemma_format.AUDIO_END,
+    "sot_token": gemma_format.TURN,
+    "eot_token": gemma_format.TURN_END,
+    "std_token": gemma_format.TOOL,
+    "etd_token": gemma_format.TOOL_END,
+    "stc_token": gemma_format.CALL,
+    "etc_token": gemma_format.CALL_END,
+    "str_token": gemma_format.RESPONSE,
+    "etr_token": gemma_format.RESPONSE_END,
+    "soc_token": gemma_format.CHANNEL,
+    "eoc_token": gemma_format.CHANNEL_END,
+    "think_token": gemma_format.THINK,
+    "escape_token": gemma_format.QUOTE,
 }
 
 DEFAULT_CORPUS = (
@@ -86,11 +87,10 @@ def write_tiny_model(
     _soften_attention(model)
     if style == "e4b":
         model = _with_audio_tower(model)
-    stops = ["<eos>", "<turn|>", "<|tool_response>"]
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.convert_tokens_to_ids(stops),
+        eos_token_id=tokenizer.convert_tokens_to_ids(list(gemma_format.STOP_TOKENS)),
     )
 
     model.to(getattr(torch, dtype))
@@ -141,7 +141,15 @@ def tiny_processor(corpus: Iterable[str], *, vocab_size: int, chat_template: str
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     bpe.decoder = decoders.ByteLevel()
-    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *NAMED_TOKENS.values(), "<|video|>"]
+    specials = [
+        gemma_format.PAD,
+        gemma_format.EOS,
+        gemma_format.BOS,
+        gemma_format.UNK,
+        gemma_format.MASK,
+        *NAMED_TOKENS.values(),
+        gemma_format.VIDEO,
+    ]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=specials,
@@ -151,11 +159,11 @@ def tiny_processor(corpus: Iterable[str], *, vocab_size: int, chat_template: str
     bpe.train_from_iterator(_without_control_tokens(corpus, specials), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-        mask_token="<mask>",
+        pad_token=gemma_format.PAD,
+        eos_token=gemma_format.EOS,
+        bos_token=gemma_format.BOS,
+        unk_token=gemma_format.UNK,
+        mask_token=gemma_format.MASK,
         extra_special_tokens=NAMED_TOKENS,
         padding_side="left",
         clean_up_tokenization_spaces=False,
@@ -190,8 +198,8 @@ def tiny_config(tokenizer: Any, *, style: str, hidden_size: int, num_hidden_laye
         text_config=_text_config(tokenizer, style, hidden_size, num_hidden_layers),
         vision_config=_vision_config(style),
         audio_config=None,
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
-        eoa_token_index=tokenizer.convert_tokens_to_ids("<audio|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids(gemma_format.VIDEO),
+        eoa_token_index=tokenizer.convert_tokens_to_ids(gemma_format.AUDIO_END),
         **ids,
     )
 

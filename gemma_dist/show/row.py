@@ -13,6 +13,7 @@ from gemma_dist.data.rows import Where, read_rows
 from gemma_dist.data.strict import at
 from gemma_dist.data.trajectory import name_row
 from gemma_dist.errors import DataError, setting
+from gemma_dist.gemma_format import IMAGE
 from gemma_dist.shards.pieces import encode_trained, fit, parse
 from gemma_dist.shards.reader import Shards, is_shard_folder, open_shards
 
@@ -20,7 +21,7 @@ TRAINED, TRAINED_END = "⟦", "⟧"
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 NUM_PLACES_SHOWN = 10
 RawRow = tuple[Where, dict[str, Any] | DataError]
-SOFT_TOKENS = re.compile(r"(?:<\|image\|>){2,}")
+SOFT_TOKENS = re.compile(f"(?:{re.escape(IMAGE)}){{2,}}")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Inspection:
         )
         start, end = (GREEN + TRAINED, TRAINED_END + PLAIN) if color else (TRAINED, TRAINED_END)
         pieces = [f"{start}{text}{end}" if trained else text for trained, text in self.runs]
-        text = SOFT_TOKENS.sub(lambda run: f"<|image|> x {len(run[0]) // len('<|image|>')}", "".join(pieces))
+        text = SOFT_TOKENS.sub(lambda found: f"{IMAGE} x {len(found[0]) // len(IMAGE)}", "".join(pieces))
         return f"{header}\n\n{text}"
 
 
