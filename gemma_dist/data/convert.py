@@ -8,7 +8,7 @@ import json
 import re
 from typing import Any
 
-from gemma_dist.data.strict import at, parse_json, short
+from gemma_dist.data.strict import error_context, parse_json, short
 from gemma_dist.errors import DataError
 
 SHAREGPT_ROLES = {
@@ -51,7 +51,7 @@ def to_openai(row: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     else:
         return row, list(range(1, len(turns) + 1))
     if row.get("system"):
-        with at("`system` of the row"):
+        with error_context("`system` of the row"):
             given = [m.get("content") for _, m in messages if isinstance(m, dict) and m.get("role") == "system"]
             if given and given != [row["system"]]:
                 raise DataError("says something else than the system turn; keep one of the two")
@@ -64,7 +64,7 @@ def read_json_text(value: Any, name: str) -> Any:
     """The value itself, or what it says where it is JSON text."""
     if not isinstance(value, str):
         return value
-    with at(f"`{name}`"):
+    with error_context(f"`{name}`"):
         return parse_json(value)
 
 
@@ -86,7 +86,7 @@ def _sharegpt_messages(row: dict[str, Any], turns: list[Any]) -> list[tuple[int,
     sources = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
     num_calls, open_ids = 0, []
     for number, (turn, source) in enumerate(zip(turns, sources, strict=True), start=1):
-        with at(turn_name(number, source)):
+        with error_context(turn_name(number, source)):
             if not isinstance(source, str) or source not in SHAREGPT_ROLES:
                 raise DataError(f"`from` is {short(source)}; sharegpt turns come from {', '.join(SHAREGPT_ROLES)}")
             message = {key: turn[key] for key in CARRIED if turn.get(key) is not None}
@@ -169,7 +169,7 @@ def _anthropic_messages(turns: list[Any]) -> list[tuple[int, Any]]:
     messages: list[tuple[int, Any]] = []
     for number, turn in enumerate(turns, start=1):
         role = turn.get("role") if isinstance(turn, dict) else None
-        with at(turn_name(number, role)):
+        with error_context(turn_name(number, role)):
             if not any(map(_is_anthropic_block, _blocks(turn))):
                 messages.append((number, turn))
             elif role == "assistant":

@@ -16,7 +16,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gemma_dist.data.strict import at, parse_json, short
+from gemma_dist.data.strict import error_context, parse_json, short
 from gemma_dist.errors import DataError
 
 PACKED = (".gz", ".zst")  # can be read from the front alone
@@ -143,7 +143,7 @@ def _read_lines(part: Part) -> Iterator[tuple[Where, dict[str, Any] | DataError]
             begun = True
             where = Where(path, number)
             try:
-                with at(where):
+                with error_context(where):
                     row = _read_line(line)
                 yield where, row
             except DataError as error:

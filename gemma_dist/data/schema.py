@@ -13,7 +13,7 @@ import jsonschema
 import referencing
 
 from gemma_dist.data.convert import read_json_text
-from gemma_dist.data.strict import at, map_json, short
+from gemma_dist.data.strict import error_context, map_json, short
 from gemma_dist.errors import DataError
 
 _TOOL_NAME = re.compile(r"[\w./:-]+")
@@ -35,7 +35,7 @@ def parse_tools(tools: Any, clean: Callable[[str], str]) -> list[dict[str, Any]]
         raise DataError(f"`tools` is {short(tools)}; write a list of declarations")
     parsed: dict[str, dict[str, Any]] = {}
     for number, tool in enumerate(tools, start=1):
-        with at(f"tool {number}"):
+        with error_context(f"tool {number}"):
             given = tool if isinstance(tool, dict) else {}
             function = given.get("function") or {key: value for key, value in given.items() if key != "type"}
             if not isinstance(function, dict) or not function or given.get("type") not in (None, "function"):
@@ -43,7 +43,7 @@ def parse_tools(tools: Any, clean: Callable[[str], str]) -> list[dict[str, Any]]
                     f'{short(tool)} declares no function; write {{"type": "function", "function": {{"name": ...}}}}'
                 )
             name = tool_name(function.get("name"))
-        with at(f"tool {name}"):
+        with error_context(f"tool {name}"):
             if name in parsed:
                 raise DataError("is declared twice; tool names are unique")
             function = map_json({key: value for key, value in function.items() if value is not None}, clean, clean)
@@ -109,13 +109,13 @@ def check_calls(places: list[str], messages: list[dict[str, Any]], tools: list[d
             continue
         for call in message.get("tool_calls", []):
             name, arguments = call["function"]["name"], call["function"]["arguments"]
-            with at(place):
+            with error_context(place):
                 if name not in declared:
                     raise DataError(
                         f"calls {name}, which `tools` does not declare ({short(list(declared))}); declare it, mend the "
                         "name, or set train: false on the message if it shows a mistake"
                     )
-                with at(f"call of {name}"):
+                with error_context(f"call of {name}"):
                     misfit = find_misfit(arguments, declared[name])
                     if misfit is not None:
                         raise DataError(

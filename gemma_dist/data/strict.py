@@ -28,7 +28,7 @@ def short(value: object) -> str:
 
 
 @contextmanager
-def at(place: object) -> Iterator[None]:
+def error_context(place: object) -> Iterator[None]:
     """Put `place` in front of every DataError that leaves the block: "train.jsonl:41: turn 5 (tool): ..."."""
     try:
         yield

@@ -20,7 +20,7 @@ from gemma_dist.data.convert import to_openai, turn_name
 from gemma_dist.data.images import check_image, load_image
 from gemma_dist.data.rows import Where
 from gemma_dist.data.schema import check_calls, parse_tools, tool_name
-from gemma_dist.data.strict import at, map_json, parse_json, short
+from gemma_dist.data.strict import error_context, map_json, parse_json, short
 from gemma_dist.errors import DataError, setting
 from gemma_dist.gemma_format import CONTROL_TOKENS
 
@@ -79,7 +79,7 @@ def parse_row(
     the folder that image paths start from and must stay inside, None the folder of the file in `where`.
     Raises DataError for the first thing that is wrong.
     """
-    with at(where):
+    with error_context(where):
         if not isinstance(row, dict):
             raise DataError(f"the row is {short(row)}, not a JSON object; write one object a line")
         clean = functools.partial(_clean_text, escape=control_tokens == "escape")
@@ -96,7 +96,7 @@ def parse_row(
         pictures: list[_Picture] = []
         places = [turn_name(turn, _get(raw, "role")) for turn, raw in zip(turns, raw_messages, strict=True)]
         for place, raw in zip(places, raw_messages, strict=True):
-            with at(place):
+            with error_context(place):
                 message, sources = _parse_message(raw, clean)
             messages.append(message)
             pictures += [_Picture(place, source) for source in sources]
@@ -115,7 +115,7 @@ def name_row(given: Any, where: Where | str) -> str:
         return Path(str(where)).name
     if isinstance(given, bool) or not isinstance(given, (str, int)):
         raise DataError(f"`id` is {short(given)}; write text or an integer, or leave it out")
-    with at("`id`"):
+    with error_context("`id`"):
         return _encodable(str(map_json(given, str, str)))
 
 
@@ -290,7 +290,7 @@ def _parse_calls(raw: dict[str, Any], clean: Clean) -> list[dict[str, Any]]:
                 f'the call {short(call)} is no function call; write {{"function": {{"name", "arguments"}}}}'
             )
         name = tool_name(function.get("name"))
-        with at(f"call of {name}"):
+        with error_context(f"call of {name}"):
             arguments = _parse_arguments(function.get("arguments"), clean)
         parsed.append(
             {"id": _call_id(call.get("id")), "type": "function", "function": {"name": name, "arguments": arguments}}
@@ -301,7 +301,7 @@ def _parse_calls(raw: dict[str, Any], clean: Clean) -> list[dict[str, Any]]:
 def _parse_arguments(arguments: Any, clean: Clean) -> dict[str, Any]:
     """Arguments as an object, from an object or its JSON text; nothing at all stands for no arguments."""
     if isinstance(arguments, str) and arguments.strip():
-        with at("arguments"):
+        with error_context("arguments"):
             arguments = parse_json(arguments)
     elif arguments is None or isinstance(arguments, str):
         arguments = {}
@@ -322,13 +322,13 @@ def _parse_arguments(arguments: Any, clean: Clean) -> dict[str, Any]:
 def _check_order(places: list[str], messages: list[dict[str, Any]]) -> None:
     """An optional system message, then a user's; something to train on."""
     for index, (place, message) in enumerate(zip(places, messages, strict=True)):
-        with at(place):
+        with error_context(place):
             if message["role"] == "system" and index > 0:
                 raise DataError("a system message may only stand first; merge it into the first message")
     first = 1 if messages[0]["role"] == "system" else 0
     if len(messages) == first:
         raise DataError("holds a system message alone; a trajectory goes on with a user message")
-    with at(places[first]):
+    with error_context(places[first]):
         if messages[first]["role"] != "user":
             raise DataError(
                 "a trajectory opens with a user message, after an optional system message; put the task first"
@@ -351,7 +351,7 @@ def _link_answers(places: list[str], messages: list[dict[str, Any]]) -> None:
     answered: list[dict[str, Any]] = []
     for place, message, calls in zip(places, messages, calls_of, strict=True):
         if message["role"] == "tool":
-            with at(place):
+            with error_context(place):
                 call = _answered_call(message, waiting, answered, given_ids)
             waiting.remove(call)
             answered.append(call)
@@ -363,7 +363,7 @@ def _link_answers(places: list[str], messages: list[dict[str, Any]]) -> None:
             )
         for call in calls:
             call["id"] = call["id"] or next(fresh_ids)
-        with at(place):
+        with error_context(place):
             if len({call["id"] for call in calls}) < len(calls):
                 raise DataError(f"two calls of the message have one id: {_names(calls)}; make ids unique")
         calling_place, waiting, answered = place, list(calls), []
@@ -451,7 +451,7 @@ def _load_images(pictures: list[_Picture], column: Any, media_root: Path, max_im
     spare = iter(column or [])
     images = []
     for picture in pictures:
-        with at(picture.place):
+        with error_context(picture.place):
             data = load_image(next(spare) if picture.source is None else picture.source, media_root)
             check_image(data, max_image_pixels)
         images.append(data)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from gemma_dist.config import RowConfig, ShardConfig, option
 from gemma_dist.data.encode import Encoded, Encoder
 from gemma_dist.data.rows import Part, Where
-from gemma_dist.data.strict import at
+from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.errors import DataError, setting, spell
 from gemma_dist.logs import JsonlWriter
@@ -143,7 +143,7 @@ def work(task: Task, encoder: Encoder, rows: Iterator[Any]) -> None:
             if error := task.refused.get((str(where.file), where.line)):
                 raise DataError(error)
             trajectory = parse(row, where, task.settings)
-            with at(where):
+            with error_context(where):
                 encoded = encode_trained(trajectory, encoder)
                 fitting = fit(trajectory, encoded, encoder, task.settings)
         except DataError as error:

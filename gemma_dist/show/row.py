@@ -10,7 +10,7 @@ from typing import Any
 from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import IGNORE_INDEX, load_encoder
 from gemma_dist.data.rows import Where, read_rows
-from gemma_dist.data.strict import at
+from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import name_row
 from gemma_dist.errors import DataError, setting
 from gemma_dist.gemma_format import IMAGE
@@ -75,7 +75,7 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
         where, raw = _raw_row_of_id(Path(data), row) if isinstance(row, str) else _raw_row(Path(data), row)
         trajectory = parse(raw, where, settings)
         encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
-        with at(where):
+        with error_context(where):
             encoded = encode_trained(trajectory, encoder)
             fitting = fit(trajectory, encoded, encoder, settings)
             if fitting is None:
