@@ -18,10 +18,10 @@ import gemma_dist as package
 from gemma_dist import config, recipe
 from gemma_dist.__main__ import main
 from gemma_dist.cli import cli, spellings
+from gemma_dist.data.fit import parse
 from gemma_dist.data.rows import Where
 from gemma_dist.errors import DataError, setting, spell
 from gemma_dist.shards import sharding
-from gemma_dist.shards.pieces import parse
 
 FOLDER = Path(package.__file__).parent
 RECIPE = Path(__file__).parents[1] / "launch" / "cpu_lora.yaml"

@@ -11,10 +11,10 @@ from corpus import answer, call, picture, row, shard_rows, write_rows
 
 from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import load_encoder
+from gemma_dist.data.fit import _first_messages, cut_points
 from gemma_dist.errors import DataError
 from gemma_dist.shards import reader as shards_module
 from gemma_dist.shards import sharding as module
-from gemma_dist.shards.pieces import _first_messages, cut_points
 from gemma_dist.shards.reader import load_trajectories, open_shards
 from gemma_dist.shards.sharding import run_shard
 

@@ -10,19 +10,20 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gemma_dist.config import RowConfig, ShardConfig, option
+from gemma_dist.config import ShardConfig, option
 from gemma_dist.data.encode import Encoded, Encoder
+from gemma_dist.data.fit import encode_trained, fit, parse
 from gemma_dist.data.rows import Part, Where
 from gemma_dist.data.strict import error_context
-from gemma_dist.data.trajectory import Trajectory, parse_row
-from gemma_dist.errors import DataError, setting, spell
+from gemma_dist.data.trajectory import Trajectory
+from gemma_dist.errors import DataError, spell
 from gemma_dist.logs import JsonlWriter
 from gemma_dist.shards.manifest import COUNTS, row_group_line
 from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
@@ -174,78 +175,6 @@ def work(task: Task, encoder: Encoder, rows: Iterator[Any]) -> None:
     for name, total in writer.totals.items():
         setattr(report, name, total)
     writer.close({"report": report.to_json(), "errors": errors})
-
-
-def parse(row: dict[str, Any] | DataError, where: Where, settings: RowConfig) -> Trajectory:
-    """A raw row, as `read_rows` gives it, by the settings. Raises DataError where it breaks the data contract."""
-    if isinstance(row, DataError):
-        raise row
-    return parse_row(
-        row,
-        where=where,
-        media_root=settings.media_root,
-        text_beside_call=settings.text_beside_call,
-        control_tokens=settings.control_tokens,
-        max_image_pixels=settings.max_image_pixels,
-    )
-
-
-def encode_trained(trajectory: Trajectory, encoder: Encoder) -> Encoded:
-    """The encoded trajectory. Raises DataError where the template cannot express it, or not one token is trained."""
-    encoded = encoder.encode(trajectory)
-    if not encoded.num_target_tokens:
-        raise DataError("not one token of this row would be trained; at least one assistant message must say something")
-    return encoded
-
-
-def fit(
-    trajectory: Trajectory, encoded: Encoded, encoder: Encoder, settings: ShardConfig
-) -> tuple[Trajectory, Encoded] | None:
-    """The trajectory with at most `settings.max_length` tokens: whole, or with turns cut from its end; None: dropped.
-
-    Raises:
-        DataError: it is longer and `settings.too_long` is "error".
-    """
-    limit = settings.max_length
-    if limit is None or len(encoded.input_ids) <= limit:
-        return trajectory, encoded
-    if settings.too_long == "error":
-        raise DataError(
-            f"{len(encoded.input_ids):,} tokens ({encoded.num_image_tokens:,} of images), but max_length is "
-            f"{limit:,}; raise it, or use {setting('too_long', 'drop')} or {setting('too_long', 'cut_turns')}"
-        )
-    if settings.too_long == "cut_turns":
-        # From long to short by trial: reasoning is rendered only after the last user turn, so that what remains after a
-        # cut is not a prefix of the tokens of the whole.
-        for end in reversed(cut_points(trajectory.messages)):
-            shorter = _first_messages(trajectory, end)
-            encoded = encoder.encode(shorter)
-            if len(encoded.input_ids) <= limit and encoded.num_target_tokens:
-                return shorter, encoded
-    return None
-
-
-def cut_points(messages: list[dict[str, Any]]) -> list[int]:
-    """How many messages may remain when a trajectory is cut at its end, without the whole of it.
-
-    Each remainder ends with a trained assistant message, which may be a call: its responses go together. It never ends
-    between two assistant messages in a row, which are one turn (the text before a call and the call): the model would
-    learn to stop after announcing a call.
-    """
-    return [
-        end
-        for end in range(1, len(messages))
-        if messages[end - 1]["role"] == "assistant"
-        and messages[end - 1].get("train", True)
-        and messages[end]["role"] != "assistant"
-    ]
-
-
-def _first_messages(trajectory: Trajectory, end: int) -> Trajectory:
-    messages = trajectory.messages[:end]
-    parts = (part for message in messages if isinstance(message["content"], list) for part in message["content"])
-    num_images = sum(part["type"] == "image" for part in parts)
-    return replace(trajectory, messages=messages, images=trajectory.images[:num_images])
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

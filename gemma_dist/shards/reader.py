@@ -26,12 +26,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gemma_dist.config import RowConfig
+from gemma_dist.data.fit import parse
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.errors import DataError, setting
 from gemma_dist.shards.fetch import Fetcher, FetchError, is_url, join
 from gemma_dist.shards.manifest import COUNTS, MANIFEST, UNFINISHED, Manifest, read_manifest
-from gemma_dist.shards.pieces import parse
 
 NUM_IDS_SHOWN = 50
 NUM_CACHED_ROW_GROUPS = 8  # of those that are read one sample at a time

@@ -9,12 +9,12 @@ from typing import Any
 
 from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import IGNORE_INDEX, load_encoder
+from gemma_dist.data.fit import encode_trained, fit, parse
 from gemma_dist.data.rows import Where, read_rows
 from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import name_row
 from gemma_dist.errors import DataError, setting
 from gemma_dist.gemma_format import IMAGE
-from gemma_dist.shards.pieces import encode_trained, fit, parse
 from gemma_dist.shards.reader import Shards, is_shard_folder, open_shards
 
 TRAINED, TRAINED_END = "⟦", "⟧"
