@@ -1,38 +1,49 @@
-"""Tool messages linked to the calls that they answer, and text moved in front of the calls beside it."""
+"""Tool messages linked to the calls that they answer, and text moved in front of the calls beside it.
+
+An answer is a tool message: the result of one call, or an error that came in its place.
+"""
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Literal
 
-from gemma_dist.data.messages import says_something
+from gemma_dist.data.messages import content_parts, content_text, says_something
 from gemma_dist.data.strict import error_context, short
+from gemma_dist.data.types import Message, ToolCall
 from gemma_dist.errors import DataError
 
 
-def link_answers(places: list[str], messages: list[dict[str, Any]]) -> None:
+def link_answers(places: list[str], messages: list[Message]) -> None:
     """Give each call an id and each tool message the id and name of the call that it answers, in place.
 
     The calls of a message are answered before the next user or assistant message, each once. Answers keep their order,
     in which the template renders them. Only the last assistant's calls may stay without answers, and then all of them.
+
+    Args:
+        places: how errors name each message.
+
+    Raises:
+        DataError: an answer has no call, a call has no answer or two, or two calls of a message have one id.
     """
-    calls_of = [message.get("tool_calls", []) for message in messages]
-    given_ids = {call["id"] for calls in calls_of for call in calls} - {None}
-    fresh_ids = (name for name in (f"call_{number}" for number in itertools.count()) if name not in given_ids)
+    given_ids = {call["id"] for message in messages for call in message.get("tool_calls", []) if call["id"]}
+    fresh_ids = _fresh_ids(given_ids)
     calling_place = ""
-    waiting: list[dict[str, Any]] = []
-    answered: list[dict[str, Any]] = []
-    for place, message, calls in zip(places, messages, calls_of, strict=True):
+    waiting: list[ToolCall] = []
+    answered: list[ToolCall] = []
+    for place, message in zip(places, messages, strict=True):
         if message["role"] == "tool":
             with error_context(place):
                 call = _answered_call(message, waiting, answered, given_ids)
             waiting.remove(call)
             answered.append(call)
-            message |= {"tool_call_id": call["id"], "name": call["function"]["name"]}
+            message["tool_call_id"] = call["id"]
+            message["name"] = call["function"]["name"]
             continue
         if waiting:
             raise DataError(
                 f"{calling_place}: {_names(waiting)} without an answer before {place}; add a tool message for it"
             )
+        calls = message.get("tool_calls", [])
         for call in calls:
             call["id"] = call["id"] or next(fresh_ids)
         with error_context(place):
@@ -46,33 +57,25 @@ def link_answers(places: list[str], messages: list[dict[str, Any]]) -> None:
         )
 
 
-def _answered_call(
-    message: dict[str, Any], waiting: list[dict[str, Any]], answered: list[dict[str, Any]], given_ids: set[str]
-) -> dict[str, Any]:
+def _fresh_ids(given_ids: set[str]) -> Iterator[str]:
+    """call_0, call_1, …, without those that the row gives itself."""
+    for number in itertools.count():
+        if f"call_{number}" not in given_ids:
+            yield f"call_{number}"
+
+
+def _answered_call(answer: Message, waiting: list[ToolCall], answered: list[ToolCall], given_ids: set[str]) -> ToolCall:
     """The open call that a tool message answers: by id, else the first of its name, else the only one."""
-    id, name = message["tool_call_id"], message["name"]
-    if id is not None:
-        # An id that we gave to a call is not one that the row can mean.
-        call = next((call for call in waiting if call["id"] == id and id in given_ids), None)
-        if call is None:
-            if any(done["id"] == id for done in answered):
-                why = "is already answered"
-            else:
-                why = "is not open here" if id in given_ids else "no earlier turn made"
-            raise DataError(
-                f"answers call {short(id)}, which {why}; open calls: {_names(waiting)}; "
-                "a call is answered once, right after the message that makes it"
-            )
-        if name is not None and name != call["function"]["name"]:
-            raise DataError(f"is named {short(name)} but answers {_names([call])}; make the two agree")
-        return call
-    if name is not None:
-        call = next((call for call in waiting if call["function"]["name"] == name), None)
-        if call is None:
-            raise DataError(
-                f"answers a call of {short(name)}, which is not open; open calls: {_names(waiting)}; mend the name"
-            )
-        return call
+    if answer["tool_call_id"]:
+        return _call_of_id(answer, waiting, answered, given_ids)
+    name = answer["name"]
+    if name:
+        for call in waiting:
+            if call["function"]["name"] == name:
+                return call
+        raise DataError(
+            f"answers a call of {short(name)}, which is not open; open calls: {_names(waiting)}; mend the name"
+        )
     if len(waiting) != 1:
         raise DataError(
             f"has neither tool_call_id nor name, and one call has to be open; open calls: {_names(waiting)}; add the id"
@@ -80,28 +83,50 @@ def _answered_call(
     return waiting[0]
 
 
-def _names(calls: list[dict[str, Any]]) -> str:
+def _call_of_id(answer: Message, waiting: list[ToolCall], answered: list[ToolCall], given_ids: set[str]) -> ToolCall:
+    call_id, name = answer["tool_call_id"], answer["name"]
+    for call in waiting:
+        # An id that we gave to a call is not one that the row can mean.
+        if call["id"] == call_id and call_id in given_ids:
+            if name and name != call["function"]["name"]:
+                raise DataError(f"is named {short(name)} but answers {_names([call])}; make the two agree")
+            return call
+    if any(done["id"] == call_id for done in answered):
+        why = "is already answered"
+    elif call_id in given_ids:
+        why = "is not open here"
+    else:
+        why = "no earlier turn made"
+    raise DataError(
+        f"answers call {short(call_id)}, which {why}; open calls: {_names(waiting)}; "
+        "a call is answered once, right after the message that makes it"
+    )
+
+
+def _names(calls: list[ToolCall]) -> str:
     return ", ".join(f"call {short(call['id'])} of {call['function']['name']}" for call in calls) or "none"
 
 
-def text_before_call(message: dict[str, Any], text_beside_call: str) -> Iterator[dict[str, Any]]:
+def text_before_calls(message: Message, text_beside_call: Literal["message", "reasoning"]) -> list[Message]:
     """The message, its content moved in front of its calls: the template would write it behind them.
 
-    As "reasoning" it is appended to the reasoning; a content with pictures always becomes a message of its own.
-    Reasoning stays with the first of the two.
+    As "reasoning" it is appended to the reasoning; content with images always becomes a message of its own. The
+    reasoning stays with the first of the two.
     """
     content = message["content"]
     if "tool_calls" not in message:
-        yield message
-        return
+        return [message]
+    calling: Message = {**message, "content": ""}
     if not says_something(content):
-        yield message | {"content": ""}
-        return
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if text_beside_call == "reasoning" and all(part["type"] == "text" for part in parts):
-        reasoning = [message["reasoning_content"]] if "reasoning_content" in message else []
-        reasoning.append("".join(part["text"] for part in parts).strip())
-        yield message | {"content": "", "reasoning_content": "\n".join(reasoning)}
-        return
-    yield {key: value for key, value in message.items() if key != "tool_calls"}
-    yield {key: value for key, value in message.items() if key != "reasoning_content"} | {"content": ""}
+        return [calling]
+    holds_images = any(part["type"] == "image" for part in content_parts(content))
+    if text_beside_call == "reasoning" and not holds_images:
+        text = content_text(content).strip()
+        if "reasoning_content" in message:
+            text = f"{message['reasoning_content']}\n{text}"
+        calling["reasoning_content"] = text
+        return [calling]
+    saying: Message = {**message}
+    del saying["tool_calls"]
+    calling.pop("reasoning_content", None)
+    return [saying, calling]

@@ -1,150 +1,214 @@
-"""Where the model's own words lie in the text that a chat template rendered: what labels are made from."""
+"""Where the model's own words lie in what a chat template rendered: the characters that labels are made from.
+
+A cursor walks through the rendered string message by message. What follows the messages of others (system, user, tool)
+is passed over; of an assistant's message every piece must come where it must be, right behind the one before it.
+"""
 
 import re
-from typing import Any
+from dataclasses import dataclass
 
+from gemma_dist.data.messages import content_parts, count_images
+from gemma_dist.data.types import Message
 from gemma_dist.errors import DataError, setting
-from gemma_dist.gemma_format import IMAGE
+from gemma_dist.gemma_format import (
+    CALL,
+    CALL_END,
+    CHANNEL_END,
+    IMAGE,
+    IMAGE_BEGIN,
+    IMAGE_END,
+    MODEL_TURN,
+    RESPONSE,
+    RESPONSE_END,
+    THOUGHT,
+    TURN,
+    TURN_END,
+)
 
 NEWER_TEMPLATE = f"Use a newer template, for example {setting('chat_template', 'gemma4_v5')}"
 
-IMAGE_BLOCK = re.compile(r"\s*<\|image>(?:<\|image\|>)*<image\|>\s*")
+_response, _response_end = re.escape(RESPONSE), re.escape(RESPONSE_END)
+IMAGE_BLOCK = re.compile(rf"\s*{re.escape(IMAGE_BEGIN)}(?:{re.escape(IMAGE)})*{re.escape(IMAGE_END)}\s*")
 CONTEXT = re.compile(  # what a template puts between two assistant messages, none of it the model's own
-    r"<\|turn>model\n"
-    r"|<\|turn>tool\n.*?<turn\|>\n"  # a turn for each tool message: one old revision
-    r"|(?:<\|tool_response>|(?<=<\|tool_response>))response:.*?<tool_response\|>"
-    r"|<\|channel>thought\n<channel\|>"  # the empty thought that large models' prompts carry when thinking is off
+    rf"{re.escape(MODEL_TURN)}"
+    rf"|{re.escape(TURN)}tool\n.*?{re.escape(TURN_END)}\n"  # a turn for each tool message: one old revision
+    rf"|(?:{_response}|(?<={_response}))response:.*?{_response_end}"
+    rf"|{re.escape(THOUGHT + CHANNEL_END)}"  # the empty thought in large models' prompts when thinking is off
     r"|\n",
     re.DOTALL,
 )
 
-Spans = list[tuple[tuple[int, int], int]]  # ((start, end) in characters, index of the message whose words they are)
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) of the rendered string, written by the assistant's message of this index."""
+
+    start: int
+    end: int
+    message_index: int
 
 
-def emitted_spans(text: str, messages: list[dict[str, Any]]) -> tuple[Spans, int]:
-    """Where in the rendered `text` the model's own words lie.
+@dataclass(frozen=True)
+class Emitted:
+    """All that the model wrote of a trajectory."""
 
-    Returns:
-        A sorted list of ((start, end), index of the message), in characters, and the number of assistant messages whose
-        reasoning the template left out.
+    spans: list[Span]  # in order, none of them empty
+    num_dropped_reasoning: int  # assistant messages whose reasoning the template left out
+
+
+def find_emitted(rendered: str, messages: list[Message]) -> Emitted:
+    """Where in the `rendered` messages the model's own words lie.
 
     Raises:
         DataError: a piece of an assistant message is not where it must be.
     """
-    spans: Spans = []
-    num_dropped_reasoning = 0
-    at = 0
-    closed = True  # no model turn is open at `at`
-    answered = 0  # the end of the last tool message's text, if that lies behind `at`
-    num_tool_images = 0  # returned since the last assistant message
-    for turn, message in enumerate(messages):
-        if message["role"] in ("system", "user"):
-            head = text.find(f"<|turn>{message['role']}\n", max(at, answered))
-            at = text.find("<turn|>", head)
-            if head < 0 or at < 0 or _find_texts(text, head, turn, message) > at:
-                raise _torn(turn, f"the {message['role']} turn")
-            at += len("<turn|>")
-            closed = True
-            num_tool_images = 0  # they lie before this turn
-        elif message["role"] == "assistant":
-            if turn == 0 or messages[turn - 1]["role"] in ("system", "user"):
-                at = text.find("<|turn>model\n", at)
-                if at < 0:
-                    raise _torn(turn, "the model turn")
-            at, opened = _skip_context(text, at, num_images=num_tool_images)
-            num_tool_images = 0
-            if at < answered:
-                raise _torn(turn - 1, "the tool's answer")
-            if closed and not opened:
-                raise DataError(
-                    f"turn {turn + 1}: the chat template closes the model's turn before this assistant message and "
-                    f"opens no other, so it would stand outside any turn. {NEWER_TEMPLATE}, or "
-                    f"{setting('text_beside_call', 'reasoning')} if this is text that stood beside a call"
-                )
-            pieces, at, closed, dropped = _walk_message(text, at, turn, message)
-            spans += [(piece, turn) for piece in pieces]
-            num_dropped_reasoning += dropped
+    cursor = _Cursor(rendered, messages)
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            cursor.read_assistant(index)
+        elif message["role"] == "tool":
+            cursor.find_tool_result(index)
         else:
-            answered = _find_texts(text, max(at, answered), turn, message)
-            num_tool_images += num_images_of(message)
-    return spans, num_dropped_reasoning
+            cursor.pass_turn(index)
+    return Emitted(cursor.spans, cursor.num_dropped_reasoning)
 
 
-def _find_texts(text: str, at: int, turn: int, message: dict[str, Any]) -> int:
-    """The end of the message's texts, which stand in their order somewhere behind `at`."""
-    for part in _parts(message):
-        if part is not IMAGE:
-            found = text.find(part, at)
-            if found < 0:
-                raise _torn(turn, f"the text {part[:60]!r}")
-            at = found + len(part)
-    return at
+class _Cursor:
+    """A position in the rendered string, up to which everything is accounted for."""
 
+    def __init__(self, rendered: str, messages: list[Message]) -> None:
+        self.spans: list[Span] = []
+        self.num_dropped_reasoning = 0
+        self._rendered, self._messages = rendered, messages
+        self._position = 0
+        self._turn_is_closed = True  # no turn of the model is open at the position
+        # Tool results are found ahead of the position, which passes over them before the next assistant message.
+        self._results_end = 0
+        self._num_result_images = 0
 
-def _skip_context(text: str, at: int, *, num_images: int) -> tuple[int, bool]:
-    """The first place from `at` on that may be the model's own, and whether a model turn was opened on the way."""
-    opened = False
-    while found := CONTEXT.match(text, at) or (num_images > 0 and IMAGE_BLOCK.match(text, at)):
-        opened = opened or found.group() == "<|turn>model\n"
-        num_images -= found.group().count("<|image>")
-        at = found.end()
-    return at, opened
+    def pass_turn(self, index: int) -> None:
+        """Go behind the turn of a system or user message, which holds that message's text."""
+        role = self._messages[index]["role"]
+        start = self._rendered.find(f"{TURN}{role}\n", max(self._position, self._results_end))
+        end = self._rendered.find(TURN_END, start)
+        if start < 0 or end < 0 or self._find_texts(index, start) > end:
+            raise _torn(index, f"the {role} turn")
+        self._position = end + len(TURN_END)
+        self._turn_is_closed = True
+        self._num_result_images = 0  # they lie before this turn
 
+    def find_tool_result(self, index: int) -> None:
+        """Find the text of a tool message ahead, without going there."""
+        self._results_end = self._find_texts(index, max(self._position, self._results_end))
+        self._num_result_images += count_images(self._messages[index])
 
-def _walk_message(
-    text: str, at: int, turn: int, message: dict[str, Any]
-) -> tuple[list[tuple[int, int]], int, bool, bool]:
-    """The spans of one assistant message that begins at `at`; the place behind it; whether it closed the model's turn;
-    whether its reasoning was left out."""
-    spans = []
-    start = at
-    dropped = False
-    if reasoning := message.get("reasoning_content"):
-        block = f"<|channel>thought\n{reasoning}\n<channel|>"
-        dropped = not text.startswith(block, at)
-        at += 0 if dropped else len(block)
-    for call in message.get("tool_calls", []):
-        if not text.startswith(f"<|tool_call>call:{call['function']['name']}{{", at):
-            raise _torn(turn, f"the call of {call['function']['name']!r}")
-        at = text.index("<tool_call|>", at) + len("<tool_call|>")
-    for part in _parts(message):
-        if part is IMAGE:  # shown to the model, not written by it
-            found = IMAGE_BLOCK.match(text, at)
+    def read_assistant(self, index: int) -> None:
+        """Go to where an assistant message begins, then through its pieces to its end, and note the spans."""
+        self._enter_turn(index)
+        message = self._messages[index]
+        message_start = span_start = self._position
+        self._read_reasoning(message.get("reasoning_content"))
+        for call in message.get("tool_calls", []):
+            self._read_call(index, call["function"]["name"])
+        for part in content_parts(message["content"]):
+            if part["type"] == "text":
+                self._read_text(index, part["text"].strip())  # as templates write it
+            else:
+                self._note_span(index, span_start)
+                self._pass_image(index)  # shown to the model, not written by it
+                span_start = self._position
+        is_empty = self._position == message_start
+        self._read_stop(waits_for_results=bool(message.get("tool_calls")))
+        if not is_empty:  # else the end of the turn is the template's
+            self._note_span(index, span_start)
+
+    def _enter_turn(self, index: int) -> None:
+        """Go to the first place that may be the model's own, inside of a turn of the model."""
+        if index == 0 or self._messages[index - 1]["role"] in ("system", "user"):
+            self._position = self._rendered.find(MODEL_TURN, self._position)
+            if self._position < 0:
+                raise _torn(index, "the model turn")
+        opened_turn = self._skip_context()
+        if self._position < self._results_end:
+            raise _torn(index - 1, "the tool's answer")
+        if self._turn_is_closed and not opened_turn:
+            raise DataError(
+                f"turn {index + 1}: the chat template closes the model's turn before this assistant message and "
+                f"opens no other, so it would stand outside any turn. {NEWER_TEMPLATE}, or "
+                f"{setting('text_beside_call', 'reasoning')} if this is text that stood beside a call"
+            )
+
+    def _skip_context(self) -> bool:
+        """Pass over what a template puts between two assistant messages, and tool results' images behind them. Whether
+        a turn of the model was opened there."""
+        opened_turn = False
+        num_images = self._num_result_images
+        while True:
+            found = CONTEXT.match(self._rendered, self._position)
+            if not found and num_images > 0:
+                found = IMAGE_BLOCK.match(self._rendered, self._position)
             if not found:
-                raise _torn(turn, "an image")
-            spans.append((start, at))
-            start = at = found.end()
-        elif text.startswith(part, at):
-            at += len(part)
+                break
+            if found.group() == MODEL_TURN:
+                opened_turn = True
+            num_images -= found.group().count(IMAGE_BEGIN)
+            self._position = found.end()
+        self._num_result_images = 0
+        return opened_turn
+
+    def _read_reasoning(self, reasoning: str | None) -> None:
+        if not reasoning:
+            return
+        block = f"{THOUGHT}{reasoning}\n{CHANNEL_END}"
+        if self._rendered.startswith(block, self._position):
+            self._position += len(block)
         else:
-            raise _torn(turn, f"the text {part[:60]!r}")
-    says = at > start or bool(spans)
-    closed = False
-    if message.get("tool_calls") and text.startswith("<|tool_response>", at):
-        at += len("<|tool_response>")
-    elif text.startswith("<turn|>", at):
-        at += len("<turn|>")
-        closed = True
-    if says:  # the end of a turn in which nothing is left is the template's
-        spans.append((start, at))
-    return [span for span in spans if span[0] < span[1]], at, closed, dropped
+            self.num_dropped_reasoning += 1
+
+    def _read_call(self, index: int, name: str) -> None:
+        if not self._rendered.startswith(f"{CALL}call:{name}{{", self._position):
+            raise _torn(index, f"the call of {name!r}")
+        self._position = self._rendered.index(CALL_END, self._position) + len(CALL_END)
+
+    def _read_text(self, index: int, text: str) -> None:
+        if not self._rendered.startswith(text, self._position):
+            raise _torn(index, f"the text {text[:60]!r}")
+        self._position += len(text)
+
+    def _pass_image(self, index: int) -> None:
+        found = IMAGE_BLOCK.match(self._rendered, self._position)
+        if not found:
+            raise _torn(index, "an image")
+        self._position = found.end()
+
+    def _read_stop(self, *, waits_for_results: bool) -> None:
+        """Go behind the token with which the model stops, if it does here."""
+        self._turn_is_closed = False
+        if waits_for_results and self._rendered.startswith(RESPONSE, self._position):
+            self._position += len(RESPONSE)
+        elif self._rendered.startswith(TURN_END, self._position):
+            self._position += len(TURN_END)
+            self._turn_is_closed = True
+
+    def _note_span(self, index: int, start: int) -> None:
+        if start < self._position:
+            self.spans.append(Span(start, self._position, index))
+
+    def _find_texts(self, index: int, start: int) -> int:
+        """The end of the message's texts, which stand in their order somewhere behind `start`."""
+        end = start
+        for part in content_parts(self._messages[index]["content"]):
+            if part["type"] == "text":
+                text = part["text"].strip()
+                found = self._rendered.find(text, end)
+                if found < 0:
+                    raise _torn(index, f"the text {text[:60]!r}")
+                end = found + len(text)
+        return end
 
 
-def _parts(message: dict[str, Any]) -> list[str]:
-    """The text pieces of an assistant message as templates write them (trimmed), IMAGE for each picture."""
-    content = message["content"]
-    if isinstance(content, str):
-        return [content.strip()]
-    return [IMAGE if part["type"] == "image" else part["text"].strip() for part in content]
-
-
-def _torn(turn: int, piece: str) -> DataError:
+def _torn(index: int, piece: str) -> DataError:
     return DataError(
-        f"turn {turn + 1}: the chat template loses or moves {piece}, so what the model emits cannot be told from the "
+        f"turn {index + 1}: the chat template loses or moves {piece}, so what the model emits cannot be told from the "
         f"rest. {NEWER_TEMPLATE}"
     )
-
-
-def num_images_of(message: dict[str, Any]) -> int:
-    content = message["content"]
-    return 0 if isinstance(content, str) else sum(part["type"] == "image" for part in content)

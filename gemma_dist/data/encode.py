@@ -17,13 +17,17 @@ Never trained: system and user turns, tool responses, images, the later <|tool_r
 import functools
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gemma_dist.data.emitted import NEWER_TEMPLATE, Spans, emitted_spans, num_images_of
+from gemma_dist.data.emitted import NEWER_TEMPLATE, find_emitted
 from gemma_dist.data.images import decode_image, image_size
+from gemma_dist.data.messages import count_images
 from gemma_dist.data.trajectory import Trajectory
+from gemma_dist.data.types import Json, Message, Processor, Tokenizer, Tool, ToolCall
 from gemma_dist.errors import CheckpointError, ConfigError, DataError, setting
 from gemma_dist.gemma_format import IMAGE
 from gemma_dist.model.folder import embedding_rows, refuse_custom_code, require_embeddings
@@ -65,17 +69,23 @@ class Prompt:
     images: list[bytes]  # those that the prompt shows, in order
     text: str  # the rendered prompt, one placeholder an image: its end tells which block is left open
     turn: int  # number of the first message that answers it, from 1 as in errors
-    gold: list[dict[str, Any]]  # the assistant message that answers it, or several in a row
+    gold: list[Message]  # the assistant message that answers it, or several in a row
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    text: str  # with a placeholder for each soft token of an image
+    image_lengths: list[int]  # (N,) soft tokens of each image
 
 
 class Encoder:
     """A processor, its chat template and what was settled about rendering: trajectories in, tokens and pixels out."""
 
-    def __init__(self, processor: Any, *, enable_thinking: bool) -> None:
+    def __init__(self, processor: Processor, *, enable_thinking: bool) -> None:
         self.processor = processor
-        self.tokenizer = processor.tokenizer
+        self.tokenizer: Tokenizer = processor.tokenizer
         self.enable_thinking = enable_thinking
-        self.image_token_id: int = processor.image_token_id
+        self.image_token_id = processor.image_token_id
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -98,23 +108,23 @@ class Encoder:
         Raises:
             DataError: the chat template loses or tears a part of this row; the message says which and what to do.
         """
-        text, _, spans, num_dropped_reasoning = self._walk(trajectory)
-        is_trained = bytearray(len(text) + 1)  # a flag for each character
-        for (start, end), turn in spans:
-            if trajectory.messages[turn].get("train", True):
-                is_trained[start:end] = b"\x01" * (end - start)
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        input_ids = encoding["input_ids"]
-        labels = [
-            token if all(is_trained[start : max(end, start + 1)]) else IGNORE_INDEX
-            for token, (start, end) in zip(input_ids, encoding["offset_mapping"], strict=True)
-        ]
+        rendered = self._render_whole(trajectory)
+        emitted = find_emitted(rendered.text, trajectory.messages)
+        is_trained = bytearray(len(rendered.text) + 1)  # a flag for each character
+        for span in emitted.spans:
+            if trajectory.messages[span.message_index].get("train", True):
+                is_trained[span.start : span.end] = b"\x01" * (span.end - span.start)
+        encoding = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+        input_ids, labels = encoding["input_ids"], []
+        for token, (start, end) in zip(input_ids, encoding["offset_mapping"], strict=True):
+            characters = is_trained[start : max(end, start + 1)]
+            labels.append(token if all(characters) else IGNORE_INDEX)
         return Encoded(
             input_ids=input_ids,
             labels=labels,
-            mm_token_type_ids=[int(token == self.image_token_id) for token in input_ids],
+            mm_token_type_ids=self._token_types(input_ids),
             num_images=len(trajectory.images),
-            num_dropped_reasoning=num_dropped_reasoning,
+            num_dropped_reasoning=emitted.num_dropped_reasoning,
         )
 
     def prompts(self, trajectory: Trajectory) -> list[Prompt]:
@@ -124,24 +134,25 @@ class Encoder:
         Raises:
             DataError: as `encode`.
         """
-        _, counts, _, _ = self._walk(trajectory)  # a history that the template tears is no prompt
+        whole = self._render_whole(trajectory)
+        find_emitted(whole.text, trajectory.messages)  # a history that the template tears is no prompt
         messages, prompts = trajectory.messages, []
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant" or (turn > 0 and messages[turn - 1]["role"] == "assistant"):
-                continue
-            gold = []
-            for answer in messages[turn:]:
-                if answer["role"] != "assistant":
-                    break
-                gold.append(answer)
-            if not all(answer.get("train", True) for answer in gold):
-                continue
-            text = self._render(messages[:turn], trajectory.tools, add_generation_prompt=True)
-            images = trajectory.images[: sum(num_images_of(earlier) for earlier in messages[:turn])]
-            widened = self._widen(text, counts[: len(images)])
+        for index, gold in _decision_points(messages):
+            history = messages[:index]
+            text = self._render(history, trajectory.tools, add_generation_prompt=True)
+            num_images = sum(map(count_images, history))
+            widened = self._widen(text, whole.image_lengths[:num_images])
             input_ids = self.tokenizer(widened, add_special_tokens=False)["input_ids"]
-            types = [int(token == self.image_token_id) for token in input_ids]
-            prompts.append(Prompt(input_ids, types, images, text, turn + 1, gold))
+            prompts.append(
+                Prompt(
+                    input_ids=input_ids,
+                    mm_token_type_ids=self._token_types(input_ids),
+                    images=trajectory.images[:num_images],
+                    text=text,
+                    turn=index + 1,
+                    gold=gold,
+                )
+            )
         return prompts
 
     def pixels(self, images: list[bytes]) -> "dict[str, torch.Tensor]":
@@ -153,8 +164,8 @@ class Encoder:
 
     def _render(
         self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
+        messages: list[Message],
+        tools: list[Tool] | None = None,
         add_generation_prompt: bool = False,
     ) -> str:
         try:
@@ -168,8 +179,16 @@ class Encoder:
         except Exception as error:  # a template may raise anything: jinja's own errors, or its raise_exception
             raise DataError(f"the chat template cannot render this row: {error}") from error
 
-    def _walk(self, trajectory: Trajectory) -> tuple[str, list[int], Spans, int]:
-        """The whole rendered text, the soft tokens of each image, and what `emitted_spans` finds."""
+    def _token_types(self, input_ids: list[int]) -> list[int]:
+        """(T,): 1 on image soft tokens, else 0."""
+        return [int(token == self.image_token_id) for token in input_ids]
+
+    def _render_whole(self, trajectory: Trajectory) -> "_Rendered":
+        """All messages as one string, with each image as wide as the model sees it.
+
+        Raises:
+            DataError: the template garbles a message or loses an image.
+        """
         self._refuse_garbled(trajectory)
         text = self._render(trajectory.messages, trajectory.tools)
         if text.count(IMAGE) != len(trajectory.images):
@@ -177,9 +196,8 @@ class Encoder:
                 f"the chat template renders {text.count(IMAGE)} of the row's {len(trajectory.images)} images: it loses "
                 f"images that tools return. {NEWER_TEMPLATE}"
             )
-        counts = self._count_soft_tokens(trajectory.images)
-        text = self._widen(text, counts)
-        return text, counts, *emitted_spans(text, trajectory.messages)
+        lengths = self._count_soft_tokens(trajectory.images)
+        return _Rendered(self._widen(text, lengths), lengths)
 
     def _count_soft_tokens(self, images: list[bytes]) -> list[int]:
         """Soft tokens of each picture: the processor's own arithmetic, from the sizes alone."""
@@ -215,14 +233,22 @@ class Encoder:
 
     @functools.cached_property
     def _garbles_system_parts(self) -> bool:
-        system = {"role": "system", "content": [{"type": "text", "text": ""}]}
+        system: Message = {"role": "system", "content": [{"type": "text", "text": ""}]}
         return "'type'" in self._render([system, {"role": "user", "content": ""}])
 
     @functools.cached_property
     def _garbles_null(self) -> bool:
-        calls = [{"function": {"name": "f", "arguments": {"x": None}}}]
-        model = {"role": "assistant", "content": "", "tool_calls": calls}
+        call: ToolCall = {"id": "call_0", "type": "function", "function": {"name": "f", "arguments": {"x": None}}}
+        model: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
         return "{x:None}" in self._render([{"role": "user", "content": ""}, model])
+
+
+def _decision_points(messages: list[Message]) -> Iterator[tuple[int, list[Message]]]:
+    """Index and messages of each assistant turn that is trained as a whole; assistant messages in a row are one."""
+    for is_model, group in groupby(enumerate(messages), key=lambda pair: pair[1]["role"] == "assistant"):
+        turn = list(group)
+        if is_model and all(message.get("train", True) for _, message in turn):
+            yield turn[0][0], [message for _, message in turn]
 
 
 def load_encoder(
@@ -270,7 +296,7 @@ def _read_template(name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _holds_none(value: Any) -> bool:
+def _holds_none(value: Json) -> bool:
     if isinstance(value, dict):
         return any(map(_holds_none, value.values()))
     if isinstance(value, list):

@@ -4,16 +4,17 @@ What is sharded and what `inspect` shows goes through here, so that both see the
 """
 
 from dataclasses import replace
-from typing import Any
 
 from gemma_dist.config import ShardConfig, RowConfig
 from gemma_dist.data.encode import Encoded, Encoder
+from gemma_dist.data.messages import count_images
 from gemma_dist.data.rows import Where
 from gemma_dist.data.trajectory import Trajectory, parse_row
+from gemma_dist.data.types import Message, RawRow
 from gemma_dist.errors import DataError, setting
 
 
-def parse(row: dict[str, Any] | DataError, where: Where, settings: RowConfig) -> Trajectory:
+def parse(row: RawRow | DataError, where: Where, settings: RowConfig) -> Trajectory:
     """A raw row, as `read_rows` gives it, by the settings. Raises DataError where it breaks the data contract."""
     if isinstance(row, DataError):
         raise row
@@ -62,24 +63,23 @@ def fit(
     return None
 
 
-def cut_points(messages: list[dict[str, Any]]) -> list[int]:
+def cut_points(messages: list[Message]) -> list[int]:
     """How many messages may remain when a trajectory is cut at its end, without the whole of it.
 
     Each remainder ends with a trained assistant message, which may be a call: its responses go together. It never ends
     between two assistant messages in a row, which are one turn (the text before a call and the call): the model would
     learn to stop after announcing a call.
     """
-    return [
-        end
-        for end in range(1, len(messages))
-        if messages[end - 1]["role"] == "assistant"
-        and messages[end - 1].get("train", True)
-        and messages[end]["role"] != "assistant"
-    ]
+    ends = []
+    for end in range(1, len(messages)):
+        last, following = messages[end - 1], messages[end]
+        is_trained = last["role"] == "assistant" and last.get("train", True)
+        if is_trained and following["role"] != "assistant":
+            ends.append(end)
+    return ends
 
 
 def _first_messages(trajectory: Trajectory, end: int) -> Trajectory:
     messages = trajectory.messages[:end]
-    parts = (part for message in messages if isinstance(message["content"], list) for part in message["content"])
-    num_images = sum(part["type"] == "image" for part in parts)
+    num_images = sum(map(count_images, messages))
     return replace(trajectory, messages=messages, images=trajectory.images[:num_images])

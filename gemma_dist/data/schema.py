@@ -6,20 +6,24 @@ Training data and evaluation ask the same function, so that a call that may be t
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeAlias, cast
 
 import jsonschema
 import referencing
 
 from gemma_dist.data.convert import read_json_text
-from gemma_dist.data.strict import error_context, map_json, short
+from gemma_dist.data.strict import error_context, map_json_object, short
+from gemma_dist.data.types import CalledFunction, Clean, Function, Json, JsonObject, Message, Tool
 from gemma_dist.errors import DataError
+
+# How jsonschema checks one keyword: by validator, rule, value and schema.
+Check: TypeAlias = Callable[[object, Json, Json, JsonObject], Iterable[Exception]]
 
 _TOOL_NAME = re.compile(r"[\w./:-]+")
 
 
-def tool_name(name: Any) -> str:
+def tool_name(name: object) -> str:
     """The name itself. DataError if Gemma's call format cannot carry it."""
     if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
         raise DataError(
@@ -28,35 +32,48 @@ def tool_name(name: Any) -> str:
     return name
 
 
-def parse_tools(tools: Any, clean: Callable[[str], str]) -> list[dict[str, Any]]:
-    """Declarations in OpenAI's form, as given but for the wrapper and the keys that the template needs."""
-    tools = read_json_text(tools, "tools") if tools else []
-    if not isinstance(tools, list):
-        raise DataError(f"`tools` is {short(tools)}; write a list of declarations")
-    parsed: dict[str, dict[str, Any]] = {}
-    for number, tool in enumerate(tools, start=1):
+def parse_tools(tools: object, clean: Clean) -> list[Tool]:
+    """Declarations in OpenAI's form, as given but for the wrapper and the keys that the template needs.
+
+    Raises:
+        DataError: one is no declaration of a function, is declared twice, or has an invalid schema.
+    """
+    given = read_json_text(tools, "tools") if tools else []
+    if not isinstance(given, list):
+        raise DataError(f"`tools` is {short(given)}; write a list of declarations")
+    parsed: dict[str, Tool] = {}
+    for number, tool in enumerate(given, start=1):
         with error_context(f"tool {number}"):
-            given = tool if isinstance(tool, dict) else {}
-            function = given.get("function") or {key: value for key, value in given.items() if key != "type"}
-            if not isinstance(function, dict) or not function or given.get("type") not in (None, "function"):
-                raise DataError(
-                    f'{short(tool)} declares no function; write {{"type": "function", "function": {{"name": ...}}}}'
-                )
+            function = _declared_function(tool)
             name = tool_name(function.get("name"))
         with error_context(f"tool {name}"):
             if name in parsed:
                 raise DataError("is declared twice; tool names are unique")
-            function = map_json({key: value for key, value in function.items() if value is not None}, clean, clean)
-            function.setdefault("description", "")
-            if not isinstance(function["description"], str):
-                raise DataError(f"the description is {short(function['description'])}; write it as text")
-            if "parameters" in function:
-                _check_parameters(function["parameters"])
-            parsed[name] = {"type": "function", "function": function}
+            parsed[name] = {"type": "function", "function": _parse_function(function, clean)}
     return list(parsed.values())
 
 
-def _check_parameters(parameters: Any) -> None:
+def _declared_function(tool: object) -> dict[str, object]:
+    """What a declaration says of its function, inside of OpenAI's wrapper or without one."""
+    if isinstance(tool, dict) and tool.get("type") in (None, "function"):
+        function = tool.get("function") or {key: value for key, value in tool.items() if key != "type"}
+        if isinstance(function, dict) and function:
+            return function
+    raise DataError(f'{short(tool)} declares no function; write {{"type": "function", "function": {{"name": ...}}}}')
+
+
+def _parse_function(function: dict[str, object], clean: Clean) -> Function:
+    given = {key: value for key, value in function.items() if value is not None}
+    parsed = map_json_object(given, clean, clean)
+    description = parsed.setdefault("description", "")
+    if not isinstance(description, str):
+        raise DataError(f"the description is {short(description)}; write it as text")
+    if "parameters" in parsed:
+        _check_parameters(parsed["parameters"])
+    return cast(Function, parsed)  # which may have other keys, too
+
+
+def _check_parameters(parameters: Json) -> None:
     if not isinstance(parameters, dict):
         raise DataError(f"parameters are {short(parameters)}; write a JSON schema of type object")
     if not parameters:
@@ -70,7 +87,7 @@ def _check_parameters(parameters: Any) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _validator(schema_json: str) -> Any:
+def _validator(schema_json: str) -> jsonschema.protocols.Validator:
     """A validator of the schema in its own dialect, by default 2020-12. It fetches nothing that a $ref names."""
     schema = json.loads(schema_json)
     try:
@@ -82,16 +99,16 @@ def _validator(schema_json: str) -> Any:
 
 
 @functools.cache
-def _nullable(dialect: Any) -> Any:
+def _nullable(dialect: type[jsonschema.protocols.Validator]) -> type[jsonschema.protocols.Validator]:
     """The dialect with OpenAPI's `nullable: true`, which Gemma's template shows to the model."""
 
-    def unless_null(keyword: str) -> Any:
+    def unless_null(keyword: str) -> Check:
         check = dialect.VALIDATORS[keyword]
 
-        def checked(validator: Any, rule: Any, value: Any, schema: Any) -> Any:
-            return (
-                () if value is None and schema.get("nullable") is True else check(validator, rule, value, schema) or ()
-            )
+        def checked(validator: object, rule: Json, value: Json, schema: JsonObject) -> Iterable[Exception]:
+            if value is None and schema.get("nullable") is True:
+                return ()
+            return check(validator, rule, value, schema) or ()
 
         return checked
 
@@ -101,30 +118,40 @@ def _nullable(dialect: Any) -> Any:
     return jsonschema.validators.extend(dialect, {keyword: unless_null(keyword) for keyword in known})
 
 
-def check_calls(places: list[str], messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> None:
-    """Calls of trained messages name declared tools and fit their schema; others may show a mistake."""
+def check_calls(places: list[str], messages: list[Message], tools: list[Tool]) -> None:
+    """Calls of trained messages name declared tools and fit their schema; others may show a mistake.
+
+    Args:
+        places: how errors name each message.
+
+    Raises:
+        DataError: a call of a trained message does not.
+    """
     declared = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
     for place, message in zip(places, messages, strict=True):
-        if not message.get("train", True):
-            continue
-        for call in message.get("tool_calls", []):
-            name, arguments = call["function"]["name"], call["function"]["arguments"]
+        if message.get("train", True):
             with error_context(place):
-                if name not in declared:
-                    raise DataError(
-                        f"calls {name}, which `tools` does not declare ({short(list(declared))}); declare it, mend the "
-                        "name, or set train: false on the message if it shows a mistake"
-                    )
-                with error_context(f"call of {name}"):
-                    misfit = find_misfit(arguments, declared[name])
-                    if misfit is not None:
-                        raise DataError(
-                            f"the arguments do not fit the tool's schema: {misfit}; mend them, or set train: false on "
-                            "the message if it shows a mistake"
-                        )
+                for call in message.get("tool_calls", []):
+                    _check_call(call["function"], declared)
 
 
-def find_misfit(arguments: Mapping[str, Any], parameters: dict[str, Any] | None) -> str | None:
+def _check_call(call: CalledFunction, declared: dict[str, JsonObject | None]) -> None:
+    name = call["name"]
+    if name not in declared:
+        raise DataError(
+            f"calls {name}, which `tools` does not declare ({short(list(declared))}); declare it, mend the name, or "
+            "set train: false on the message if it shows a mistake"
+        )
+    with error_context(f"call of {name}"):
+        misfit = find_misfit(call["arguments"], declared[name])
+        if misfit is not None:
+            raise DataError(
+                f"the arguments do not fit the tool's schema: {misfit}; mend them, or set train: false on the message "
+                "if it shows a mistake"
+            )
+
+
+def find_misfit(arguments: Mapping[str, Json], parameters: JsonObject | None) -> str | None:
     """Where and why `arguments` do not fit the JSON schema of a tool's parameters; None if they do, or there is none.
 
     Raises:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from gemma_dist.data.types import Json, JsonObject
 from gemma_dist.errors import DataError
 from gemma_dist.gemma_format import MAX_DEPTH
 
@@ -60,18 +61,24 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def map_json(value: Any, text: Callable[[str], str], key: Callable[[str], str], depth: int = 0) -> Any:
-    """A copy of a JSON value with `text` applied to every string and `key` to every key of an object.
+def get(value: object, key: str) -> Any:
+    """The value of a key; None where `value` is no object or has no such key."""
+    return value.get(key) if isinstance(value, dict) else None
 
-    DataError on what JSON, the template or a shard cannot carry: NaN, Infinity, integers beyond 64 bits, other types,
-    more than MAX_DEPTH levels.
+
+def map_json(value: object, string: Callable[[str], str], key: Callable[[str], str], depth: int = 0) -> Json:
+    """A copy of a JSON value with `string` applied to every string and `key` to every key of an object.
+
+    Raises:
+        DataError: what JSON, the template or a shard cannot carry: NaN, Infinity, integers beyond 64 bits, other types,
+            more than MAX_DEPTH levels.
     """
     if depth > MAX_DEPTH:
         raise DataError(f"nested deeper than {MAX_DEPTH} levels; flatten it")
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
-        return text(value)
+        return string(value)
     if isinstance(value, int):
         if not -(2**63) <= value < 2**63:
             raise DataError(f"the integer {short(value)} does not fit 64 bits; write it as text")
@@ -83,10 +90,17 @@ def map_json(value: Any, text: Callable[[str], str], key: Callable[[str], str], 
             )
         return value
     if isinstance(value, list):
-        return [map_json(item, text, key, depth + 1) for item in value]
+        return [map_json(item, string, key, depth + 1) for item in value]
     if isinstance(value, dict):
-        for name in value:
-            if not isinstance(name, str):
-                raise DataError(f"the key {short(name)} is no text; JSON keys are texts")
-        return {key(name): map_json(item, text, key, depth + 1) for name, item in value.items()}
+        return map_json_object(value, string, key, depth)
     raise DataError(f"{short(value)} ({type(value).__name__}) is not a JSON value; write it as text")
+
+
+def map_json_object(
+    value: dict[str, object], string: Callable[[str], str], key: Callable[[str], str], depth: int = 0
+) -> JsonObject:
+    """As `map_json`, of an object at this depth."""
+    for name in value:
+        if not isinstance(name, str):
+            raise DataError(f"the key {short(name)} is no text; JSON keys are texts")
+    return {key(name): map_json(item, string, key, depth + 1) for name, item in value.items()}

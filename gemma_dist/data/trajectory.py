@@ -10,44 +10,41 @@ decode. What comes out is in the normal form that the chat template takes as it 
 
 import functools
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from gemma_dist.data.answers import link_answers, text_before_call
+from gemma_dist.data.answers import link_answers, text_before_calls
 from gemma_dist.data.convert import to_openai, turn_name
 from gemma_dist.data.images import check_image, load_image
-from gemma_dist.data.messages import clean_text, get, parse_message, require_encodable
+from gemma_dist.data.messages import clean_text, parse_message, require_encodable
 from gemma_dist.data.rows import Where
 from gemma_dist.data.schema import check_calls, parse_tools
-from gemma_dist.data.strict import error_context, map_json, short
+from gemma_dist.data.strict import error_context, get, map_json, short
+from gemma_dist.data.types import Message, Tool
 from gemma_dist.errors import DataError
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A checked trajectory in normal form.
-
-    `messages`: {"role": system|user|assistant|tool, "content": str or list of {"type": "text", "text"} and
-    {"type": "image"}}; an assistant's may have "tool_calls" [{"id", "type", "function": {"name", "arguments": dict}}],
-    "reasoning_content" and "train": False; a tool's has "tool_call_id" and "name". Absent is absent, never None.
-    """
+    """A checked trajectory in normal form."""
 
     id: str
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]]  # {"type": "function", "function": {"name", "description", "parameters"?}}
+    messages: list[Message]
+    tools: list[Tool]
     images: list[bytes]  # files as they came, one for each image part, in the order of the messages
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _ImagePlace:
     """Where an image part of a row was found; `source` is None where the row's `images` column has to fill it."""
 
     place: str
-    source: Any
+    source: object
 
 
 def parse_row(
-    row: Any,
+    row: object,
     *,
     where: Where | str,
     media_root: Path | None,
@@ -57,41 +54,48 @@ def parse_row(
 ) -> Trajectory:
     """The trajectory in a raw row of any shape that is taken (OpenAI, sharegpt, Anthropic).
 
-    `where` is "file:line"; it opens every message and names a row without id ("<file name>:<line>"). `media_root` is
-    the folder that image paths start from and must stay inside, None the folder of the file in `where`.
-    Raises DataError for the first thing that is wrong.
+    Args:
+        where: "file:line"; it opens every message and names a row without id ("<file name>:<line>").
+        media_root: the folder that image paths start from and must stay inside; None: that of the file in `where`.
+        text_beside_call: whether text in the same message as a call becomes a message before it or reasoning.
+        control_tokens: whether a string with one is refused, or the token broken by a zero-width space.
+        max_image_pixels: width x height.
+
+    Raises:
+        DataError: for the first thing that is wrong.
     """
     with error_context(where):
         if not isinstance(row, dict):
             raise DataError(f"the row is {short(row)}, not a JSON object; write one object a line")
-        clean = functools.partial(clean_text, neutralise=control_tokens == "neutralise")
+        clean = functools.partial(clean_text, neutralize=control_tokens == "neutralise")
         row_id = name_row(row.get("id"), where)
-        row, turns = to_openai(row)
-        raw_messages = row.get("messages")
-        if not isinstance(raw_messages, list) or not raw_messages:
+        row, raw_messages = to_openai(row)
+        if not raw_messages:
             raise DataError(
-                f"`messages` is {short(raw_messages)}; a row holds a list of messages (OpenAI or Anthropic), "
+                f"`messages` is {short(row.get('messages'))}; a row holds a list of messages (OpenAI or Anthropic), "
                 f"or `conversations` (sharegpt); this one has the keys {short(list(row))}"
             )
         tools = parse_tools(row.get("tools"), clean)
-        messages: list[dict[str, Any]] = []
-        pictures: list[_Picture] = []
-        places = [turn_name(turn, get(raw, "role")) for turn, raw in zip(turns, raw_messages, strict=True)]
-        for place, raw in zip(places, raw_messages, strict=True):
+        places: list[str] = []
+        messages: list[Message] = []
+        image_places: list[_ImagePlace] = []
+        for turn, raw in raw_messages:
+            place = turn_name(turn, get(raw, "role"))
             with error_context(place):
-                message, sources = parse_message(raw, clean)
-            messages.append(message)
-            pictures += [_Picture(place, source) for source in sources]
+                parsed = parse_message(raw, clean)
+            places.append(place)
+            messages.append(parsed.message)
+            image_places += [_ImagePlace(place, source) for source in parsed.image_sources]
         _check_order(places, messages)
         link_answers(places, messages)
         if tools:
             check_calls(places, messages, tools)
-        images = _load_images(pictures, row.get("images"), _media_root(media_root, where), max_image_pixels)
-        moved = [part for message in messages for part in text_before_call(message, text_beside_call)]
-        return Trajectory(row_id, moved, tools, images)
+        images = _load_images(image_places, row.get("images"), _media_root(media_root, where), max_image_pixels)
+        ordered = chain.from_iterable(text_before_calls(message, text_beside_call) for message in messages)
+        return Trajectory(row_id, list(ordered), tools, images)
 
 
-def name_row(given: Any, where: Where | str) -> str:
+def name_row(given: object, where: Where | str) -> str:
     """The id of a row that gives `given` as its `id`, or nothing. DataError where that is no text or integer."""
     if given is None or given == "":
         return Path(str(where)).name
@@ -108,7 +112,7 @@ def _media_root(given: Path | None, where: Where | str) -> Path:
     return file if file.is_dir() else file.parent
 
 
-def _check_order(places: list[str], messages: list[dict[str, Any]]) -> None:
+def _check_order(places: list[str], messages: list[Message]) -> None:
     """An optional system message, then a user's; something to train on."""
     for index, (place, message) in enumerate(zip(places, messages, strict=True)):
         with error_context(place):
@@ -126,14 +130,13 @@ def _check_order(places: list[str], messages: list[dict[str, Any]]) -> None:
         raise DataError("no assistant message is trained; add one or remove train: false")
 
 
-# ---- pictures ----
-
-
-def _load_images(pictures: list[_Picture], column: Any, media_root: Path, max_image_pixels: int) -> list[bytes]:
-    """The files of all image parts in order; parts without their own picture are filled from the row's `images`."""
+def _load_images(
+    image_places: list[_ImagePlace], column: object, media_root: Path, max_image_pixels: int
+) -> list[bytes]:
+    """The files of all image parts in order; parts without their own image are filled from the row's `images`."""
     if column is not None and not isinstance(column, list):
         raise DataError(f"`images` is {short(column)}; write a list")
-    num_empty = sum(picture.source is None for picture in pictures)
+    num_empty = sum(image.source is None for image in image_places)
     if num_empty != len(column or []):
         raise DataError(
             f"`images` holds {len(column or [])} pictures for {num_empty} image parts without one of their own; "
@@ -141,9 +144,9 @@ def _load_images(pictures: list[_Picture], column: Any, media_root: Path, max_im
         )
     spare = iter(column or [])
     images = []
-    for picture in pictures:
-        with error_context(picture.place):
-            data = load_image(next(spare) if picture.source is None else picture.source, media_root)
+    for image in image_places:
+        with error_context(image.place):
+            data = load_image(next(spare) if image.source is None else image.source, media_root)
             check_image(data, max_image_pixels)
         images.append(data)
     return images

@@ -1,0 +1,148 @@
+"""The shapes of a trajectory's parts in normal form, and what is used of Gemma 4's processor and tokenizer."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Literal, NotRequired, Protocol, TypeAlias, TypedDict
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+# What `json` makes of a JSON text.
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+JsonObject: TypeAlias = dict[str, Json]
+
+# A row as a file holds it: nothing about it has been checked, and parquet brings bytes.
+RawRow: TypeAlias = dict[str, object]
+
+# What makes a string of a row safe to render, or raises DataError.
+Clean: TypeAlias = Callable[[str], str]
+
+
+class TextPart(TypedDict):
+    """A string in a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(TypedDict):
+    """Where an image stands in a message's content; its file is in `Trajectory.images`."""
+
+    type: Literal["image"]
+
+
+Part: TypeAlias = TextPart | ImagePart
+Content: TypeAlias = str | list[Part]
+
+
+class CalledFunction(TypedDict):
+    """Which tool a call wants, and with what."""
+
+    name: str
+    arguments: JsonObject
+
+
+class ToolCall(TypedDict):
+    """A call in an assistant message."""
+
+    id: str  # unique in its message; "" until `link_answers` gives one to a call that came without
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class Message(TypedDict):
+    """A message of a trajectory. What is absent has no key: no value is None."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: Content
+    tool_calls: NotRequired[list[ToolCall]]  # of an assistant, at least one
+    reasoning_content: NotRequired[str]  # of an assistant
+    train: NotRequired[Literal[False]]  # of an assistant that is kept out of the loss
+    tool_call_id: NotRequired[str]  # of a tool: the call that it answers
+    name: NotRequired[str]  # of a tool: the function of that call
+
+
+class Function(TypedDict):
+    """The declaration of a tool: its JSON schema, as given, is checked but not changed."""
+
+    name: str
+    description: str
+    parameters: NotRequired[JsonObject]
+
+
+class Tool(TypedDict):
+    """An entry of a row's `tools`."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class BackendTokenizer(Protocol):
+    """The `tokenizers.Tokenizer` inside of a fast tokenizer."""
+
+    def to_str(self) -> str:
+        """Everything that it does, as JSON."""
+
+
+class Tokenizer(Protocol):
+    """What is used of a fast tokenizer of transformers."""
+
+    backend_tokenizer: BackendTokenizer
+    pad_token_id: int
+
+    def __call__(self, text: str, *, add_special_tokens: bool, return_offsets_mapping: bool = False) -> "Encoding":
+        """Token ids of a string."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The string of token ids, control tokens kept."""
+
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
+        """The id of each token."""
+
+
+class Encoding(TypedDict):
+    """What a tokenizer gives for a string of T tokens."""
+
+    input_ids: list[int]  # (T,)
+    offset_mapping: list[tuple[int, int]]  # (T,): [start, end) in characters; only where it is asked for
+
+
+class SoftTokenCounts(Protocol):
+    """What a processor says about images before it has their pixels."""
+
+    num_image_tokens: list[int]  # of each image
+
+
+class ImageProcessor(Protocol):
+    """What is used of Gemma 4's image processor."""
+
+    def __call__(self, *, images: "list[Image]", return_tensors: str) -> "Mapping[str, torch.Tensor]":
+        """Pixels and positions of the patches of N images."""
+
+    def to_dict(self) -> dict[str, object]:
+        """Its settings."""
+
+
+class Processor(Protocol):
+    """What is used of a `Gemma4Processor`."""
+
+    tokenizer: Tokenizer
+    image_processor: ImageProcessor
+    chat_template: str
+    image_token_id: int
+    boi_token: str
+    eoi_token: str
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, object]],
+        *,
+        tools: list[Tool] | None,
+        tokenize: Literal[False],
+        add_generation_prompt: bool,
+        enable_thinking: bool,
+    ) -> str:
+        """The messages as one string."""
+
+    def _get_num_multimodal_tokens(self, *, image_sizes: list[tuple[int, int]]) -> SoftTokenCounts:
+        """The soft tokens of images of (height, width) pixels. ValueError where one cannot be made into patches."""
