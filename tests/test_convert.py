@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from gemma_dist.data.trajectory import Trajectory, parse_row
+from gemma_dist.data.types import Json, Tool, ToolCall
 from gemma_dist.errors import DataError
 
 
@@ -36,12 +37,14 @@ def png(colour: str) -> bytes:
     return file.getvalue()
 
 
-def call(id: str, name: str, **arguments: Any) -> dict[str, Any]:
+def call(id: str, name: str, **arguments: Any) -> ToolCall:
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Tells.", "parameters": SCHEMA}}]
+SCHEMA: dict[str, Json] = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS: list[Tool] = [
+    {"type": "function", "function": {"name": "weather", "description": "Tells.", "parameters": SCHEMA}}
+]
 
 
 def sharegpt() -> dict[str, Any]:

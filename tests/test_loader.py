@@ -102,7 +102,7 @@ def test_a_micro_batch_without_an_image_gets_one_filler(
     assert not batch["pixel_values"].any()
     assert sorted(map(tuple, batch["image_position_ids"][0].tolist())) == [(x, y) for x in range(3) for y in range(3)]
     (image,) = (batch["input_ids"] == encoder.image_token_id).nonzero().tolist()
-    tokenizer = encoder.tokenizer
+    tokenizer: Any = encoder.tokenizer
     filler = batch["input_ids"][image[0], image[1] - 1 : image[1] + 2]
     assert tokenizer.convert_ids_to_tokens(filler.tolist()) == ["<|image>", "<|image|>", "<image|>"]
     assert batch["mm_token_type_ids"].sum() == 1

@@ -259,9 +259,10 @@ def test_a_call_is_valid_exactly_where_it_may_be_trained_on(
 ) -> None:
     gold = GoldCall(name="f", arguments={"a": value})
     parameters = {**draft, "type": "object", "properties": {"a": rule}}
-    tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": parameters}}]
+    tools: Any = [{"type": "function", "function": {"name": "f", "description": "", "parameters": parameters}}]
+    messages: Any = [{"role": "assistant", "tool_calls": [{"function": gold}]}]
     try:
-        check_calls(["turn 2"], [{"role": "assistant", "tool_calls": [{"function": gold}]}], tools)
+        check_calls(["turn 2"], messages, tools)
         trained = True
     except DataError:
         trained = False

@@ -178,7 +178,7 @@ def test_what_a_killed_run_left_is_no_shard_folder_and_is_replaced(tmp_path: Pat
 
 def test_a_cut_ends_with_a_trained_assistant_message_and_never_inside_a_turn() -> None:
     said: dict[str, Any] = {"role": "assistant", "content": "One moment."}
-    messages = [
+    messages: Any = [
         {"role": "user", "content": "Two charts."},
         said,  # the text beside the call, moved in front of it
         call(1),

@@ -88,6 +88,7 @@ class Tokenizer(Protocol):
     """What is used of a fast tokenizer of transformers."""
 
     backend_tokenizer: BackendTokenizer
+    bos_token_id: int
     pad_token_id: int
 
     def __call__(self, text: str, *, add_special_tokens: bool, return_offsets_mapping: bool = False) -> "Encoding":

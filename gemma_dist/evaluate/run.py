@@ -22,6 +22,7 @@ from gemma_dist import world
 from gemma_dist.config import EvaluateConfig
 from gemma_dist.data.encode import Encoder, Prompt, load_encoder
 from gemma_dist.data.images import decode_image
+from gemma_dist.data.messages import content_text
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.errors import ConfigError, DataError
 from gemma_dist.evaluate.generate import Answer, generate
@@ -152,7 +153,7 @@ def _scored(decision: Decision, answer: Answer) -> ScoredDecision:
     end_of_prompt = prompt.text[-PROMPT_END:]
     reading = read_output(answer.text, end_of_prompt, budget_spent=not answer.stopped, tool_names=tool_names)
     gold_calls = [call["function"] for call in prompt.gold[-1].get("tool_calls", [])]
-    gold_text = "".join(_text(message) for message in prompt.gold)
+    gold_text = "".join(content_text(message["content"]) for message in prompt.gold)
     return {
         "id": decision.trajectory.id,
         "trajectory": decision.trajectory_number,
@@ -168,13 +169,22 @@ def _scored(decision: Decision, answer: Answer) -> ScoredDecision:
     }
 
 
-def _text(message: Mapping[str, Any]) -> str:
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+def _counts(samples: list[dict[str, Any]]) -> dict[str, Counter[str]]:
+    """Addable counts of all samples and of each slice."""
+    totals: dict[str, Counter[str]] = {"all": Counter(), "with_images": Counter(), "without_images": Counter()}
+    by_trajectory: dict[int, list[dict[str, Any]]] = {}
+    for sample in samples:
+        for name in ("all", "with_images" if sample["num_images"] else "without_images"):
+            totals[name].update(counts(sample["score"]))
+        totals["all"][f"status.{sample['score']['status']}"] += 1
+        by_trajectory.setdefault(sample["trajectory"], []).append(sample["score"])
+    for scores in by_trajectory.values():
+        totals["all"].update(trajectory_counts(scores))
+    return totals
 
 
-def _sum_over_ranks(counts: Mapping[str, int]) -> dict[str, int]:
-    return {name: int(count) for name, count in world.sum_counts(counts).items()}
+def _integers(totals: dict[str, float]) -> dict[str, int]:
+    return {name: int(value) for name, value in totals.items()}
 
 
 def _parts(out: Path) -> list[Path]:
