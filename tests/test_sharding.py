@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from corpus import row, write_rows
 
-from gemma_dist.config import ShardConfig
-from gemma_dist.data.rows import cut_parts, read_parts, read_rows
+from gemma_dist.config import DataConfig
+from gemma_dist.data.rows import read_ranges, read_rows, split_input
 from gemma_dist.errors import DataError
 from gemma_dist.shards import sharding as module
 from gemma_dist.shards.manifest import read_manifest
@@ -385,21 +385,21 @@ def test_an_input_that_was_cut_short_is_refused(write: Callable[[Path], Path], m
         shard([path], tmp_path / "shards", model, skip_invalid=True)
 
 
-@pytest.mark.parametrize("part_bytes", [1, 300, 5000, 10**6])
+@pytest.mark.parametrize("range_bytes", [1, 300, 5000, 10**6])
 @pytest.mark.parametrize("end", ["\n", "", "\n\n\n"])
-def test_the_parts_of_a_file_are_the_file(tmp_path: Path, part_bytes: int, end: str) -> None:
+def test_the_ranges_of_a_file_are_the_file(tmp_path: Path, range_bytes: int, end: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(json.dumps({"n": n, "é": "ü" * n}) for n in range(90)).encode())
     path.write_bytes(path.read_bytes() + end.encode())
-    parts = list(cut_parts(path, part_bytes))
-    assert len(parts) > 1 or part_bytes > 5000
-    assert sum(size for _, size in parts) == path.stat().st_size
-    assert list(read_parts(part for part, _ in parts)) == list(read_rows([path]))
+    ranges = list(split_input(path, range_bytes))
+    assert len(ranges) > 1 or range_bytes > 5000
+    assert sum(size for _, size in ranges) == path.stat().st_size
+    assert list(read_ranges(input_range for input_range, _ in ranges)) == list(read_rows([path]))
     assert [where.line for where, _ in read_rows([path])] == list(range(1, 180, 2))
 
 
-def test_the_parts_of_a_parquet_file_are_the_file(tmp_path: Path) -> None:
+def test_the_ranges_of_a_parquet_file_are_the_file(tmp_path: Path) -> None:
     path = as_parquet(tmp_path)
-    parts = [part for part, _ in cut_parts(path, 1)]
-    assert len(parts) == 9
-    assert list(read_parts(parts)) == list(read_rows([path]))
+    ranges = [input_range for input_range, _ in split_input(path, 1)]
+    assert len(ranges) == 9
+    assert list(read_ranges(ranges)) == list(read_rows([path]))

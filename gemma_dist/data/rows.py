@@ -11,12 +11,13 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gemma_dist.data.strict import error_context, parse_json, short
+from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
 PACKED = (".gz", ".zst")  # can be read from the front alone
@@ -36,8 +37,8 @@ class Where:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of an input: bytes [start, end) of JSONL, row groups [start, end) of parquet, or all of it (no end)."""
+class InputRange:
+    """A range of an input: bytes [start, end) of JSONL, row groups [start, end) of parquet, or all of it (no end)."""
 
     file: Path
     first_line: int = 1  # its first line (not JSONL: row), counted from 1 over the whole input
@@ -45,35 +46,39 @@ class Part:
     end: int | None = None
 
 
-def read_rows(paths: Iterable[str | Path]) -> Iterator[tuple[Where, dict[str, Any] | DataError]]:
+# A row as it was read, or why it could not be.
+ReadRow: TypeAlias = tuple[Where, RawRow | DataError]
+
+
+def read_rows(paths: Iterable[str | Path]) -> Iterator[ReadRow]:
     """The rows of JSONL (also .gz, .zst), parquet files and folders that `datasets` saved, in the order given.
 
     A row that cannot be read comes as the DataError that says why, with file and line. DataError is raised, not
     yielded, where a whole file is missing, cut short or of another kind. Memory does not grow with the files.
     """
-    return read_parts(Part(Path(path)) for path in paths)
+    return read_ranges(InputRange(Path(path)) for path in paths)
 
 
-def read_parts(parts: Iterable[Part]) -> Iterator[tuple[Where, dict[str, Any] | DataError]]:
-    """The rows of parts of inputs, as `read_rows` gives them."""
-    for part in parts:
-        path = part.file
+def read_ranges(ranges: Iterable[InputRange]) -> Iterator[ReadRow]:
+    """The rows of ranges of inputs, as `read_rows` gives them."""
+    for input_range in ranges:
+        path = input_range.file
         if not path.exists():
             raise DataError(f"{path}: no such file; check the path")
         if path.is_dir():
-            read: Iterator[Any] = _read_saved_dataset(path)
+            read: Iterator[ReadRow] = _read_saved_dataset(path)
         elif path.suffix == ".parquet":
-            read = _read_parquet(part)
+            read = _read_parquet(input_range)
         else:
-            read = _read_lines(part)
+            read = _read_lines(input_range)
         try:
             yield from read
         except BROKEN_FILE as error:
             raise DataError(f"{path}: cannot be read to its end: {error}; restore the file") from None
 
 
-def cut_parts(path: Path, part_bytes: int) -> Iterator[tuple[Part, int]]:
-    """Parts of an input of about `part_bytes` each, with their size in bytes. Compressed files and folders stay whole.
+def split_input(path: Path, range_bytes: int) -> Iterator[tuple[InputRange, int]]:
+    """Ranges of an input of about `range_bytes` each, with their bytes. Compressed files and folders stay whole.
 
     Raises:
         DataError: the input is missing, or is no parquet file by its end.
@@ -81,26 +86,26 @@ def cut_parts(path: Path, part_bytes: int) -> Iterator[tuple[Part, int]]:
     if not path.exists():
         raise DataError(f"{path}: no such file; check the path")
     if path.is_dir():
-        yield Part(path), sum(file.stat().st_size for file in path.iterdir())
+        yield InputRange(path), sum(file.stat().st_size for file in path.iterdir())
     elif path.suffix == ".parquet":
         try:
             metadata = pq.read_metadata(path)
         except BROKEN_FILE as error:
             raise DataError(f"{path}: cannot be read to its end: {error}; restore the file") from None
-        yield from _cut_parquet(path, metadata, part_bytes)
-    elif path.suffix in PACKED or path.stat().st_size <= part_bytes:
-        yield Part(path), path.stat().st_size
+        yield from _split_parquet(path, metadata, range_bytes)
+    elif path.suffix in PACKED or path.stat().st_size <= range_bytes:
+        yield InputRange(path), path.stat().st_size
     else:
-        yield from _cut_lines(path, part_bytes)
+        yield from _split_lines(path, range_bytes)
 
 
-def _cut_lines(path: Path, part_bytes: int) -> Iterator[tuple[Part, int]]:
+def _split_lines(path: Path, range_bytes: int) -> Iterator[tuple[InputRange, int]]:
     with path.open("rb") as file:
         start, line, size = 0, 1, path.stat().st_size
         while start < size:
-            num_lines = sum(chunk.count(b"\n") for chunk in _chunks(file, part_bytes))
+            num_lines = sum(chunk.count(b"\n") for chunk in _chunks(file, range_bytes))
             num_lines += file.readline().count(b"\n")
-            yield Part(path, line, start, file.tell()), file.tell() - start
+            yield InputRange(path, line, start, file.tell()), file.tell() - start
             start, line = file.tell(), line + num_lines
 
 
@@ -111,36 +116,37 @@ def _chunks(file: IO[bytes], num_bytes: int) -> Iterator[bytes]:
         yield chunk
 
 
-def _cut_parquet(path: Path, metadata: pq.FileMetaData, part_bytes: int) -> Iterator[tuple[Part, int]]:
+def _split_parquet(path: Path, metadata: pq.FileMetaData, range_bytes: int) -> Iterator[tuple[InputRange, int]]:
     start, line, size, num_rows = 0, 1, 0, 0
     if not metadata.num_row_groups:
-        yield Part(path), 0
+        yield InputRange(path), 0
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         size, num_rows = size + group.total_byte_size, num_rows + group.num_rows
-        if size >= part_bytes or number == metadata.num_row_groups - 1:
-            yield Part(path, line, start, number + 1), size
+        if size >= range_bytes or number == metadata.num_row_groups - 1:
+            yield InputRange(path, line, start, number + 1), size
             start, line, size, num_rows = number + 1, line + num_rows, 0, 0
 
 
-def _read_lines(part: Part) -> Iterator[tuple[Where, dict[str, Any] | DataError]]:
-    path = part.file
+def _read_lines(input_range: InputRange) -> Iterator[ReadRow]:
+    path = input_range.file
     with _open(path) as file:
-        begun = part.start > 0
-        if part.start:
-            file.seek(part.start)
-        at_byte = part.start
-        for number, line in enumerate(file, start=part.first_line):
-            if part.end is not None and at_byte >= part.end:
+        if input_range.start:
+            file.seek(input_range.start)
+        position = input_range.start
+        is_first_row = input_range.start == 0
+        for number, line in enumerate(file, start=input_range.first_line):
+            if input_range.end is not None and position >= input_range.end:
                 break
-            at_byte += len(line)
+            position += len(line)
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
+            content = line.strip()
+            if not content:
                 continue
-            if not begun and line.strip().startswith(b"[") and not line.strip().endswith(b"]"):
+            if is_first_row and content.startswith(b"[") and not content.endswith(b"]"):
                 raise DataError(f"{path}: a JSON array, not JSONL; write one object a line: jq -c '.[]' {path}")
-            begun = True
+            is_first_row = False
             where = Where(path, number)
             try:
                 with error_context(where):
@@ -150,7 +156,7 @@ def _read_lines(part: Part) -> Iterator[tuple[Where, dict[str, Any] | DataError]
                 yield where, error
 
 
-def _read_line(line: bytes) -> dict[str, Any]:
+def _read_line(line: bytes) -> RawRow:
     try:
         row = parse_json(line.decode())
     except UnicodeDecodeError as error:
@@ -179,14 +185,14 @@ def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
     return path.open("rb")
 
 
-def _read_parquet(part: Part) -> Iterator[tuple[Where, dict[str, Any]]]:
-    with pq.ParquetFile(part.file) as file:
-        row_groups = None if part.end is None else range(part.start, part.end)
+def _read_parquet(input_range: InputRange) -> Iterator[tuple[Where, RawRow]]:
+    with pq.ParquetFile(input_range.file) as file:
+        row_groups = None if input_range.end is None else range(input_range.start, input_range.end)
         batches = file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=row_groups)
-        yield from _number(part.file, batches, part.first_line)
+        yield from _number(input_range.file, batches, input_range.first_line)
 
 
-def _read_saved_dataset(folder: Path) -> Iterator[tuple[Where, dict[str, Any]]]:
+def _read_saved_dataset(folder: Path) -> Iterator[tuple[Where, RawRow]]:
     """Rows of a folder by `Dataset.save_to_disk`: `state.json` names Arrow stream files.
 
     Read with pyarrow and not with `datasets`, which would decode pictures and encode them again.
@@ -214,7 +220,7 @@ def _arrow_batches(files: Iterable[Path]) -> Iterator[pa.RecordBatch]:
                     yield batch.slice(start, ROWS_AT_ONCE)
 
 
-def _number(file: Path, batches: Iterable[pa.RecordBatch], line: int = 1) -> Iterator[tuple[Where, dict[str, Any]]]:
+def _number(file: Path, batches: Iterable[pa.RecordBatch], line: int = 1) -> Iterator[tuple[Where, RawRow]]:
     for batch in batches:
         for row in batch.to_pylist():
             yield Where(file, line), row

@@ -9,7 +9,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from gemma_dist.config import ShardConfig, option
 from gemma_dist.data.encode import Encoded, Encoder
 from gemma_dist.data.fit import encode_trained, fit, parse
-from gemma_dist.data.rows import Part, Where
+from gemma_dist.data.rows import InputRange, ReadRow, Where
 from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.errors import DataError, spell
@@ -32,7 +32,7 @@ NUM_ERRORS_SHOWN = 5
 OPTIONS = {name: f"{option(name)} {{}}" for name in ShardConfig.model_fields}  # of `gemma-dist shard`, in its log
 REJECTED = "rejected.jsonl"
 TOO_LONG = "too_long.jsonl"
-_PIECE_FILE = re.compile(  # as `Task.path` names it, or `_partial` while it is written
+_PIECE_FILE = re.compile(  # as `ShardJob.path` names it, or `_partial` while it is written
     rf"\.?\.piece-(\d{{5,}})(\.arrow|-{re.escape(REJECTED)}|-{re.escape(TOO_LONG)}|-\d{{3,}}\.parquet)(\.tmp)?"
 )
 
@@ -95,12 +95,12 @@ class ShardReport:
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardJob:
     """A piece of the input, with all that a process needs to work on it."""
 
     out: Path
     number: int
-    parts: list[Part]
+    ranges: list[InputRange]
     model: str
     settings: ShardConfig
     skip_invalid: bool
@@ -127,49 +127,47 @@ def piece_files(out: Path, number: int | None = None) -> list[Path]:
     return found
 
 
-def work(task: Task, encoder: Encoder, rows: Iterator[Any]) -> None:
+def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow]) -> None:
     """Write the shards, the logs and last the record of a piece."""
-    task.record.unlink(missing_ok=True)  # first: a record stands for files that are there
-    for left in piece_files(task.out, task.number):
+    job.record.unlink(missing_ok=True)  # first: a record stands for files that are there
+    for left in piece_files(job.out, job.number):
         left.unlink()
-    report, errors = ShardReport(str(task.out)), list[str]()
-    rejected, too_long, writer = (
-        _RowLog(task.path(f"-{REJECTED}")),
-        _RowLog(task.path(f"-{TOO_LONG}")),
-        _ShardWriter(task),
-    )
+    report = ShardReport(str(job.out))
+    errors: list[str] = []
+    rejected = _RowLog(job.path(f"-{REJECTED}"))
+    too_long = _RowLog(job.path(f"-{TOO_LONG}"))
+    writer = _ShardWriter(job)
     for where, row in rows:
         report.num_read += 1
+        place = {"file": str(where.file), "line": where.line}
         try:
-            if error := task.refused.get((str(where.file), where.line)):
+            if error := job.refused.get((str(where.file), where.line)):
                 raise DataError(error)
-            trajectory = parse(row, where, task.settings)
+            trajectory = parse(row, where, job.settings)
             with error_context(where):
                 encoded = encode_trained(trajectory, encoder)
-                fitting = fit(trajectory, encoded, encoder, task.settings)
+                fitting = fit(trajectory, encoded, encoder, job.settings)
         except DataError as error:
             report.num_rejected += 1
-            rejected.write({"file": str(where.file), "line": where.line, "error": spell(str(error), OPTIONS)})
+            rejected.write(place | {"error": spell(str(error), OPTIONS)})
             if len(errors) < NUM_ERRORS_SHOWN:
                 errors.append(str(error))
             continue
-        if fitting is None or fitting[0] is not trajectory:
-            num_kept = len(fitting[0].messages) if fitting else 0
-            too_long.write(
-                {
-                    "file": str(where.file),
-                    "line": where.line,
-                    "id": trajectory.id,
-                    "num_tokens": len(encoded.input_ids),
-                    "num_messages": len(trajectory.messages),
-                    "num_messages_kept": num_kept,
-                }
-            )
+        kept, encoded_kept = fitting or (None, None)
+        if kept is not trajectory:
+            num_kept = len(kept.messages) if kept else 0
+            length = {
+                "id": trajectory.id,
+                "num_tokens": len(encoded.input_ids),
+                "num_messages": len(trajectory.messages),
+                "num_messages_kept": num_kept,
+            }
+            too_long.write(place | length)
             report.num_cut += num_kept > 0
             report.num_dropped += num_kept == 0
-        if fitting:
-            writer.add(*fitting, where)
-            report.num_dropped_reasoning += fitting[1].num_dropped_reasoning
+        if kept and encoded_kept:
+            writer.add(kept, encoded_kept, where)
+            report.num_dropped_reasoning += encoded_kept.num_dropped_reasoning
     rejected.close()
     too_long.close()
     for name, total in writer.totals.items():
@@ -183,8 +181,8 @@ def work(task: Task, encoder: Encoder, rows: Iterator[Any]) -> None:
 class _ShardWriter:
     """Rows into row groups into the shard files of a piece, all bounded by bytes, and in the end its record."""
 
-    def __init__(self, task: Task) -> None:
-        self._task = task
+    def __init__(self, job: ShardJob) -> None:
+        self._job = job
         self.totals: Counter[str] = Counter()  # as a ShardReport counts them
         self._shards: list[dict[str, Any]] = []  # the finished ones, as the manifest lists them
         self._lines: list[dict[str, Any]] = []  # of the manifest, with the places: their row groups
@@ -199,9 +197,9 @@ class _ShardWriter:
         images = [{"bytes": image, "path": None} for image in trajectory.images]
         row = {"id": trajectory.id, "messages": messages, "tools": tools, "images": images}
         num_bytes = len(messages.encode()) + len(tools.encode()) + sum(map(len, trajectory.images))
-        if self._rows and self._row_bytes + num_bytes > self._task.row_group_bytes:
+        if self._rows and self._row_bytes + num_bytes > self._job.row_group_bytes:
             self._end_row_group()
-        if self._parquet and self._shard_bytes + num_bytes > self._task.shard_bytes:
+        if self._parquet and self._shard_bytes + num_bytes > self._job.shard_bytes:
             self._end_row_group()
             self._end_shard()
         counts = [
@@ -222,12 +220,12 @@ class _ShardWriter:
         self._end_shard()
         table = pa.Table.from_pylist(self._lines, RECORD_SCHEMA)
         table = table.replace_schema_metadata({"header": json.dumps(header | {"shards": self._shards})})
-        with pa.ipc.new_file(_partial(self._task.record), table.schema) as file:
+        with pa.ipc.new_file(_partial(self._job.record), table.schema) as file:
             file.write_table(table)
-        _partial(self._task.record).rename(self._task.record)
+        _partial(self._job.record).rename(self._job.record)
 
     def _path(self) -> Path:
-        return self._task.path(f"-{len(self._shards):03d}.parquet")
+        return self._job.path(f"-{len(self._shards):03d}.parquet")
 
     def _end_row_group(self) -> None:
         if not self._rows:

@@ -35,12 +35,21 @@ import pyarrow as pa
 from gemma_dist.aliases import current_values
 from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import Encoder, load_encoder
-from gemma_dist.data.rows import Part, cut_parts, read_parts
+from gemma_dist.data.rows import InputRange, read_ranges, split_input
 from gemma_dist.errors import DataError
 from gemma_dist.logs import log, progress, write_json
 from gemma_dist.shards.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest, write_manifest
 from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
-from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, PLACES, REJECTED, TOO_LONG, ShardReport, Task, piece_files, work
+from gemma_dist.shards.pieces import (
+    NUM_ERRORS_SHOWN,
+    PLACES,
+    REJECTED,
+    TOO_LONG,
+    ShardJob,
+    ShardReport,
+    piece_files,
+    run_job,
+)
 
 PIECE_BYTES = 256 << 20  # of input, that one process works on at a time
 ROW_GROUP_BYTES = 4 << 20  # before compression: what is fetched and checked as one
@@ -83,38 +92,38 @@ def run_shard(
         "settings": settings.model_dump(mode="json", exclude={"media_root"}),
     }
     before = _open_to_append(out, header) if append else None
-    pieces = list(_cut_pieces(inputs))
-    tasks = [
-        Task(out, number, parts, model, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES)
-        for number, parts in enumerate(pieces)
+    pieces = list(_split_pieces(inputs))
+    jobs = [
+        ShardJob(out, number, ranges, model, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES)
+        for number, ranges in enumerate(pieces)
     ]
     plan = header | {
-        "inputs": [[str(part.file), part.start, *_stamp(part.file)] for part in chain.from_iterable(pieces)],
+        "inputs": [[str(one.file), one.start, *_stamp(one.file)] for one in chain.from_iterable(pieces)],
         "media_root": str(settings.media_root),
         "skip_invalid": skip_invalid,
         "sizes": [PIECE_BYTES, ROW_GROUP_BYTES, SHARD_BYTES],
         "append_to": before.sha256 if before else None,
     }
     plan = _claim(out, plan, before)
-    _work_on(tasks, encoder, num_workers)
-    if repeated := _find_repeated(tasks, before, out):  # those pieces are done again, without these rows
-        _work_on([replace(tasks[number], refused=rows) for number, rows in repeated.items()], encoder, num_workers)
-    return _finish(tasks, before, header, plan)
+    _work_on(jobs, encoder, num_workers)
+    if repeated := _find_repeated(jobs, before, out):  # those pieces are done again, without these rows
+        _work_on([replace(jobs[number], refused=rows) for number, rows in repeated.items()], encoder, num_workers)
+    return _finish(jobs, before, header, plan)
 
 
-def _cut_pieces(inputs: list[Path]) -> Iterator[list[Part]]:
-    """Parts of the inputs, in order, that make about PIECE_BYTES together."""
-    parts: list[Part] = []
+def _split_pieces(inputs: list[Path]) -> Iterator[list[InputRange]]:
+    """Ranges of the inputs, in order, that make about PIECE_BYTES together."""
+    ranges: list[InputRange] = []
     total = 0
     for path in inputs:
-        for part, num_bytes in cut_parts(path, PIECE_BYTES):
-            parts.append(part)
+        for input_range, num_bytes in split_input(path, PIECE_BYTES):
+            ranges.append(input_range)
             total += num_bytes
             if total >= PIECE_BYTES:
-                yield parts
-                parts, total = [], 0
-    if parts:
-        yield parts
+                yield ranges
+                ranges, total = [], 0
+    if ranges:
+        yield ranges
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -214,20 +223,20 @@ _encoder: Encoder
 _num_rows: Any
 
 
-def _work_on(tasks: list[Task], encoder: Encoder, num_workers: int | None) -> None:
-    """Do the tasks that are not done, here or in `num_workers` processes."""
-    tasks = [task for task in tasks if task.refused or not task.record.exists()]
-    num_workers = min(len(tasks), len(os.sched_getaffinity(0)) if num_workers is None else num_workers)
+def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None) -> None:
+    """Do the jobs that are not done, here or in `num_workers` processes."""
+    jobs = [job for job in jobs if job.refused or not job.record.exists()]
+    num_workers = min(len(jobs), len(os.sched_getaffinity(0)) if num_workers is None else num_workers)
     if num_workers <= 1:
-        for task in tasks:
-            rows = progress(read_parts(task.parts), total=None, desc="sharding", unit=" rows")
-            work(task, encoder, rows)
+        for job in jobs:
+            rows = progress(read_ranges(job.ranges), total=None, desc="sharding", unit=" rows")
+            run_job(job, encoder, rows)
         return
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
-    setup = (tasks[0].model, tasks[0].settings, counter)
+    setup = (jobs[0].model, jobs[0].settings, counter)
     with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=setup) as pool:
-        running = [pool.submit(_work_in_worker, task) for task in tasks]
+        running = [pool.submit(_work_in_worker, job) for job in jobs]
 
         def rows_read() -> Iterator[None]:
             """One item for each row that the workers read, while they do."""
@@ -240,7 +249,7 @@ def _work_on(tasks: list[Task], encoder: Encoder, num_workers: int | None) -> No
                 num_seen = counter.value
 
         try:
-            for _ in progress(rows_read(), total=None, desc=f"sharding {len(tasks)} pieces", unit=" rows"):
+            for _ in progress(rows_read(), total=None, desc=f"sharding {len(jobs)} pieces", unit=" rows"):
                 pass
         except BaseException as error:
             pool.shutdown(cancel_futures=True)
@@ -268,28 +277,28 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work_in_worker(task: Task) -> None:
+def _work_in_worker(job: ShardJob) -> None:
     def counted() -> Iterator[Any]:
-        for row in read_parts(task.parts):
+        for row in read_ranges(job.ranges):
             with _num_rows.get_lock():
                 _num_rows.value += 1
             yield row
 
-    work(task, _encoder, counted())
+    run_job(job, _encoder, counted())
 
 
 # ---- putting the pieces together -------------------------------------------------------------------------------------
 
 
-def _read_record(task: Task) -> tuple[dict[str, Any], pa.Table]:
-    """What `work` left of a piece: header, and lines of the manifest with places."""
-    table = pa.ipc.open_file(pa.memory_map(str(task.record))).read_all()
+def _read_record(job: ShardJob) -> tuple[dict[str, Any], pa.Table]:
+    """What `run_job` left of a piece: header, and lines of the manifest with places."""
+    table = pa.ipc.open_file(pa.memory_map(str(job.record))).read_all()
     return json.loads(table.schema.metadata[b"header"]), table
 
 
-def _find_repeated(tasks: list[Task], before: Manifest | None, out: Path) -> dict[int, Refused]:
+def _find_repeated(jobs: list[ShardJob], before: Manifest | None, out: Path) -> dict[int, Refused]:
     """The rows whose id an earlier row has: for each piece, by file and line, with the error."""
-    tables = [_read_record(task)[1] for task in tasks]
+    tables = [_read_record(job)[1] for job in jobs]
     old = pa.chunked_array([before.ids] if before else [], pa.large_string())
     new = [pa.chunked_array([c.flatten() for c in table["id"].chunks], pa.large_string()) for table in tables]
     ids = pa.chunked_array([chunk for part in (old, *new) for chunk in part.chunks], pa.large_string())
@@ -328,16 +337,16 @@ def _hashes(ids: pa.ChunkedArray) -> Iterator[int]:
             yield int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
 
 
-def _finish(tasks: list[Task], before: Manifest | None, header: dict[str, Any], plan: dict[str, Any]) -> ShardReport:
+def _finish(jobs: list[ShardJob], before: Manifest | None, header: dict[str, Any], plan: dict[str, Any]) -> ShardReport:
     """Show the shards under their names, and write the logs and the manifest; or refuse the whole."""
-    out, append = tasks[0].out, before is not None
-    headers, tables = zip(*map(_read_record, tasks), strict=True)
+    out, append = jobs[0].out, before is not None
+    headers, tables = zip(*map(_read_record, jobs), strict=True)
     report = ShardReport(str(out))
     for part in headers:
         for name, count in part["report"].items():
             if name != "out":
                 setattr(report, name, getattr(report, name) + count)
-    rejected, too_long = ([task.path(name) for task in tasks] for name in (f"-{REJECTED}", f"-{TOO_LONG}"))
+    rejected, too_long = ([job.path(name) for job in jobs] for name in (f"-{REJECTED}", f"-{TOO_LONG}"))
     if report.num_rejected and not plan["skip_invalid"]:
         kept = APPEND_REJECTED if append else REJECTED
         _join_files(rejected, out / kept, 0)
@@ -360,13 +369,13 @@ def _finish(tasks: list[Task], before: Manifest | None, header: dict[str, Any], 
     names = [_shard_name(number) for number in range(len(shards), len(shards) + num_new)]
     write_json(out / UNFINISHED, plan | {"shards": names})  # so that they are known for ours, should this run be killed
     lines = [before.table.replace_schema_metadata(None)] if before else []
-    for task, part, table in zip(tasks, headers, tables, strict=True):
+    for job, part, table in zip(jobs, headers, tables, strict=True):
         numbers = pa.array(np.asarray(table["shard"]) + len(shards), pa.int32())
         lines.append(table.drop_columns(list(PLACES)).set_column(0, "shard", numbers).cast(MANIFEST_SCHEMA))
         for number, entry in enumerate(part["shards"]):
             name = _shard_name(len(shards))
             with suppress(FileNotFoundError):  # a run that was killed here has renamed it
-                task.path(f"-{number:03d}.parquet").rename(out / name)
+                job.path(f"-{number:03d}.parquet").rename(out / name)
             shards.append(entry | {"name": name})
     _join_files(rejected, out / REJECTED, plan["logs"].get(REJECTED, 0))
     _join_files(too_long, out / TOO_LONG, plan["logs"].get(TOO_LONG, 0))
