@@ -21,7 +21,7 @@ from gemma_dist.stream import loader as module
 from gemma_dist.stream import schedule as schedule_module
 from gemma_dist.stream.collate import Sample, collate, control_ids
 from gemma_dist.stream.loader import TrajectoryLoader
-from gemma_dist.stream.schedule import Schedule, read_quarantine
+from gemma_dist.stream.schedule import BlockId, Schedule, read_quarantine
 
 NUM_SAMPLES = 11
 Batch = dict[str, torch.Tensor]
@@ -369,7 +369,9 @@ def test_each_row_group_is_read_once_by_one_rank(
         list(rank)
         assert len(set(counting.row_groups_read)) == len(counting.row_groups_read)
         shares.append(len(counting.row_groups_read))
-    largest_block = max(len(rank.schedule.row_groups((0, b))) for b in range(len(rank.schedule._sources[0].blocks)))
+    largest_block = max(
+        len(rank.schedule.row_groups(BlockId(0, b))) for b in range(len(rank.schedule._sources[0].blocks))
+    )
     assert num_row_groups <= sum(shares) <= num_row_groups + largest_block
     assert max(shares) < 0.65 * num_row_groups
 

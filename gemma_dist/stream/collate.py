@@ -8,15 +8,15 @@ of one image.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded
+from gemma_dist.data.types import Processor
 
-POOLING = 3  # Gemma 4 pools 3 x 3 patches into one soft token, so 9 patches are the smallest picture
-PATCH_VALUES = 3 * 16 * 16  # colours x pixels of one patch
+POOLING = 3  # Gemma 4 pools 3 x 3 patches into one soft token, so 9 patches are the smallest image
+PATCH_VALUES = 3 * 16 * 16  # colors x pixels of one patch
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ControlIds:
     end_image: int
 
 
-def control_ids(processor: Any) -> ControlIds:
+def control_ids(processor: Processor) -> ControlIds:
     """The ids of a `Gemma4Processor`'s padding and image tokens."""
     tokenizer = processor.tokenizer
     begin_image, end_image = tokenizer.convert_tokens_to_ids([processor.boi_token, processor.eoi_token])
@@ -115,6 +115,6 @@ def _append(
 
 
 def _filler_pixels() -> dict[str, torch.Tensor]:
-    """One black picture of 3 x 3 patches, which the vision tower pools into one soft token; positions are (x, y)."""
+    """One black image of 3 x 3 patches, which the vision tower pools into one soft token; positions are (x, y)."""
     positions = torch.cartesian_prod(torch.arange(POOLING), torch.arange(POOLING)).flip(-1)
     return {"pixel_values": torch.zeros(1, POOLING**2, PATCH_VALUES), "image_position_ids": positions[None]}

@@ -8,6 +8,8 @@ whose dispatcher cuts the tensors of images by the number of samples.
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import pyarrow as pa
 import torch
@@ -16,18 +18,21 @@ from torch.utils.data import IterableDataset, get_worker_info
 from gemma_dist.data.encode import Encoder
 from gemma_dist.errors import DataError
 from gemma_dist.stream.collate import Sample, collate, collate_packs, control_ids
-from gemma_dist.stream.schedule import Schedule
+from gemma_dist.stream.schedule import BlockId, Schedule
 
 NUM_FETCHERS = 32  # requests at a time: with 30 ms each, a store gives some 1,000 row groups a second
-STEPS_AHEAD = 32  # optimiser steps whose row groups are asked for before they are needed
+STEPS_AHEAD = 32  # optimizer steps whose row groups are asked for before they are needed
+
+# Row groups by number, as far as they have come.
+Tables: TypeAlias = dict[int, Future[pa.Table]]
 
 
 class TrajectoryLoader(IterableDataset):
-    """This rank's micro-batches of `num_steps` optimiser steps from `start_step` on, as `collate` makes them, or, with
+    """This rank's micro-batches of `num_steps` optimizer steps from `start_step` on, as `collate` makes them, or, with
     packing, `collate_packs`.
 
     Each iteration starts at `start_step` again. For `torch.utils.data.DataLoader(loader, batch_size=None)` without
-    workers: the threads are its own. Decoding pictures and tokenising release the interpreter's lock, so threads help
+    workers: the threads are its own. Decoding images and tokenizing release the interpreter's lock, so threads help
     and nothing needs to be pickled. The order does not depend on their number.
     """
 
@@ -93,13 +98,13 @@ class TrajectoryLoader(IterableDataset):
         num_tokens = shards.num_text_tokens[batch].sum() + shards.num_image_tokens[batch].sum()
         return int(shards.num_target_tokens[batch].sum()), int(num_tokens)
 
-    def _prepare(self, packs: list[list[int]], tables: dict[int, Future[pa.Table]]) -> dict[str, torch.Tensor]:
+    def _prepare(self, packs: list[list[int]], tables: Tables) -> dict[str, torch.Tensor]:
         samples = [[self._sample(index, tables) for index in pack] for pack in packs]
         if self.schedule.packing:
             return collate_packs(samples, self._ids)
         return collate([sample for pack in samples for sample in pack], self._ids)
 
-    def _sample(self, index: int, tables: dict[int, Future[pa.Table]]) -> Sample:
+    def _sample(self, index: int, tables: Tables) -> Sample:
         sample_id = self.shards.id(index)
         try:
             trajectory = self.shards.trajectory(tables[self.shards.row_group_of(index)].result(), index)
@@ -112,36 +117,54 @@ class TrajectoryLoader(IterableDataset):
             raise
 
 
+@dataclass(frozen=True)
+class _StepData:
+    """What a rank needs for one step."""
+
+    step: int
+    blocks: set[BlockId]  # that its lanes are in
+    tables: Tables
+
+
 class RowGroups:
     """The row groups that a rank is working on, each fetched once, a few steps ahead, and dropped with its block."""
 
     def __init__(self, schedule: Schedule, rank: int, steps: range, pool: ThreadPoolExecutor) -> None:
         self._schedule, self._rank, self._pool = schedule, rank, pool
         self._steps = iter(steps)
-        self._window: deque[tuple[int, set[tuple[int, int]], dict[int, Future[pa.Table]]]] = deque()
-        self._in_use: set[tuple[int, int]] = set()  # blocks of the steps in the window
-        self._tables: dict[int, Future[pa.Table]] = {}
+        self._window: deque[_StepData] = deque()
+        self._blocks_in_use: set[BlockId] = set()  # those of the steps in the window
+        self._tables: Tables = {}
 
-    def of_step(self, step: int) -> dict[int, Future[pa.Table]]:
-        """The row groups of a step, by number, and a start on those of the next ones. Steps come in order."""
-        while len(self._window) <= STEPS_AHEAD and (next_step := next(self._steps, None)) is not None:
-            self._window.append((next_step, *self._ask_for(next_step)))
-        found, _, tables = self._window.popleft()
-        assert found == step, (found, step)
-        in_use = set[tuple[int, int]]().union(*(blocks for _, blocks, _ in self._window))
-        if in_use != self._in_use:
-            self._in_use = in_use
-            keep = {row_group for block in in_use for row_group in self._schedule.row_groups(block)}
-            self._tables = {number: table for number, table in self._tables.items() if number in keep}
-        return tables
+    def of_step(self, step: int) -> Tables:
+        """The row groups of a step, and a start on those of the next ones. Steps come in order."""
+        while len(self._window) <= STEPS_AHEAD:
+            next_step = next(self._steps, None)
+            if next_step is None:
+                break
+            self._window.append(self._ask_for(next_step))
+        current = self._window.popleft()
+        assert current.step == step, (current.step, step)
+        self._drop_unused()
+        return current.tables
 
-    def _ask_for(self, step: int) -> tuple[set[tuple[int, int]], dict[int, Future[pa.Table]]]:
-        shards, tables = self._schedule.shards, {}
+    def _drop_unused(self) -> None:
+        """Forget the row groups of blocks that no step in the window needs."""
+        blocks = set[BlockId]().union(*(data.blocks for data in self._window))
+        if blocks == self._blocks_in_use:
+            return
+        self._blocks_in_use = blocks
+        needed = {row_group for block in blocks for row_group in self._schedule.row_groups(block)}
+        self._tables = {row_group: table for row_group, table in self._tables.items() if row_group in needed}
+
+    def _ask_for(self, step: int) -> _StepData:
+        shards = self._schedule.shards
         sequences = self._schedule.rank_sequences(step, self._rank)
+        tables: Tables = {}
         for sequence in sequences:
             for sample in sequence.samples:
-                number = shards.row_group_of(sample)
-                if number not in self._tables:
-                    self._tables[number] = self._pool.submit(shards.read_row_group, number)
-                tables[number] = self._tables[number]
-        return {sequence.block for sequence in sequences}, tables
+                row_group = shards.row_group_of(sample)
+                if row_group not in self._tables:
+                    self._tables[row_group] = self._pool.submit(shards.read_row_group, row_group)
+                tables[row_group] = self._tables[row_group]
+        return _StepData(step, {sequence.block for sequence in sequences}, tables)

@@ -15,9 +15,11 @@ other lane goes through its slice backwards: neighbours then come to the block t
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
 BLOCKS, BLOCK_ORDER, UNIT_ORDER = range(3)  # what a shuffle is for: none shares its random words with another
 
 
@@ -47,8 +49,9 @@ def cut_blocks(num_bytes: np.ndarray, num_samples: np.ndarray, seed: int, max_by
         num_bytes, num_samples: (R,), of each row group.
     """
     order = _shuffled(len(num_bytes), seed, BLOCKS)
-    size = np.maximum(num_bytes[order] / max_bytes, num_samples[order] / max_samples)
-    number = np.floor(np.cumsum(size) - size)  # a block is a run of row groups that begin in the same unit of size
+    size = np.maximum(num_bytes[order] / max_bytes, num_samples[order] / max_samples)  # 1: as large as a block may be
+    begin = np.cumsum(size) - size
+    number = np.floor(begin)  # of the block: row groups that begin in the same unit of size are one
     starts = np.flatnonzero(np.diff(number, prepend=-1.0, append=np.inf))
     return Blocks(order, starts)
 
@@ -68,7 +71,7 @@ class Order:
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps until every unit has come once; in the last one some lanes may have run dry."""
+        """Optimizer steps until every unit has come once; in the last one some lanes may have run dry."""
         return -(-self.total // self.num_lanes)
 
     def at(self, step: int, lane: int) -> tuple[int, int] | None:
@@ -76,21 +79,23 @@ class Order:
 
         None where the lane has nothing left in this epoch.
         """
-        epoch, step = divmod(step, self.steps_per_epoch)
-        first, end = lane * self.total // self.num_lanes, (lane + 1) * self.total // self.num_lanes
-        if step >= end - first:
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        first = lane * self.total // self.num_lanes
+        end = (lane + 1) * self.total // self.num_lanes
+        if step_in_epoch >= end - first:
             return None
-        place = first + step if lane % 2 == 0 else end - 1 - step
+        goes_forward = lane % 2 == 0
+        position = first + step_in_epoch if goes_forward else end - 1 - step_in_epoch  # among the epoch's units
         blocks, starts = _epoch_order(self, epoch)
-        turn = bisect_right(starts, place) - 1
-        block = int(blocks[turn])
+        slot = bisect_right(starts, position) - 1
+        block = int(blocks[slot])
         units = _shuffled(int(self.num_units[block]), self.seed, UNIT_ORDER, epoch, block)
-        return block, int(units[place - int(starts[turn])])
+        return block, int(units[position - int(starts[slot])])
 
 
 @lru_cache(maxsize=4)  # this epoch and the next, for each of a few sources
 def _epoch_order(order: Order, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The blocks in the order of an epoch, and the number of units before each."""
+    """(NB,) each: the blocks in the order of an epoch, and the number of units before each."""
     blocks = _shuffled(len(order.num_units), order.seed, BLOCK_ORDER, epoch)
     units = order.num_units[blocks]
     return blocks, np.cumsum(units) - units
@@ -116,7 +121,11 @@ def split_lanes(weights: list[float], num_lanes: int) -> list[int]:
 def spread_lanes(num_lanes: list[int]) -> list[tuple[int, int]]:
     """Which source, and which of its lanes, each lane of the whole is: the sources are dealt evenly over the lanes, so
     that every rank has its share of each."""
-    places = [((i + 0.5) / count, source, i) for source, count in enumerate(num_lanes) for i in range(count)]
+    places = []
+    for source, count in enumerate(num_lanes):
+        for lane in range(count):
+            middle = (lane + 0.5) / count  # of the lane's share, where all lanes of the source share 0 … 1 evenly
+            places.append((middle, source, lane))
     return [(source, lane) for _, source, lane in sorted(places)]
 
 
@@ -125,7 +134,7 @@ def lanes_of(rank: int, world_size: int, num_lanes: int) -> range:
     return range(rank * num_lanes // world_size, (rank + 1) * num_lanes // world_size)
 
 
-def micro_batches(sequences: list, num_sequences: int, num_micro_batches: int) -> list[list]:
+def micro_batches(sequences: list[T], num_sequences: int, num_micro_batches: int) -> list[list[T]]:
     """The sequences of a rank at a step, `num_sequences` to a micro-batch.
 
     Always `num_micro_batches` lists, so that all ranks do the same number of forward passes. In the tail of an epoch
@@ -136,11 +145,12 @@ def micro_batches(sequences: list, num_sequences: int, num_micro_batches: int) -
 
 
 @lru_cache(maxsize=4096)  # the blocks that lanes are in
-def _shuffled(num: int, *key: int) -> np.ndarray:
-    """A permutation of 0 … num-1 for a key: seed, purpose, epoch, block. Sorting raw Philox words keeps it the same
-    under every numpy version: numpy fixes the streams of its bit generators for good, but not those of
-    `Generator.permutation`."""
-    seed, purpose, epoch, block = (*key, 0, 0)[:4]
+def _shuffled(num: int, seed: int, purpose: int, epoch: int = 0, block: int = 0) -> np.ndarray:
+    """(num,): a permutation of 0 … num-1, another one for each combination of the other integers.
+
+    Sorting raw Philox words keeps it the same under every numpy version: numpy fixes the streams of its bit generators
+    for good, but not those of `Generator.permutation`.
+    """
     counter = np.array([0, 0, purpose, block], dtype=np.uint64)
     words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=counter).random_raw(num)
     # Each number rides in the low bits of its word: sorting is several times faster than argsort, and no two are equal.

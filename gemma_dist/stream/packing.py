@@ -20,7 +20,11 @@ def pack(lengths: np.ndarray, packing_length: int) -> list[list[int]]:
 
 
 def pack_all(blocks: list[np.ndarray], packing_length: int) -> list[list[list[int]]]:
-    """What `pack` makes of each of several blocks, all at once: a rank that starts needs one for each of its lanes."""
+    """What `pack` makes of each of several blocks, all at once: a rank that starts needs one for each of its lanes.
+
+    Args:
+        blocks: the lengths (n,) of each, in tokens.
+    """
     if not blocks:
         return []
     matrix = np.zeros((len(blocks), max(map(len, blocks))), np.int64)
@@ -28,9 +32,9 @@ def pack_all(blocks: list[np.ndarray], packing_length: int) -> list[list[list[in
         row[: len(lengths)] = lengths
     numbers, counts = _best_fit(matrix, packing_length)
     packs: list[list[list[int]]] = [[[] for _ in range(count)] for count in counts.tolist()]
-    for lengths, mine, found in zip(blocks, numbers, packs, strict=True):
-        for position, number in enumerate(mine[: len(lengths)].tolist()):
-            found[number].append(position)
+    for lengths, pack_numbers, packs_of_block in zip(blocks, numbers, packs, strict=True):
+        for position, number in enumerate(pack_numbers[: len(lengths)].tolist()):
+            packs_of_block[number].append(position)
     return packs
 
 

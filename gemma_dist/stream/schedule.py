@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,12 +30,19 @@ BLOCK_BYTES, BLOCK_SAMPLES = 8 << 20, 256
 PACKED_BLOCK_BYTES, PACKED_BLOCK_SAMPLES = 32 << 20, 512
 
 
-@dataclass(frozen=True)
-class Sequence:
-    """What one lane gives at one step."""
+class BlockId(NamedTuple):
+    """A block of a corpus, which may be a mixture of several sources."""
 
-    samples: list[int]  # of the corpus: one, or those of a pack; none where all of them are in quarantine
-    block: tuple[int, int]  # source and block that the lane is in
+    source: int
+    number: int  # in the source
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """What one lane gives at one step: a sample of the corpus, or a pack of several."""
+
+    samples: list[int]  # numbers in the corpus, ascending; none where all of them are in quarantine
+    block: BlockId  # where the lane is
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class Schedule:
             quarantine: samples that nobody trains on.
 
         Raises:
-            ConfigError, DataError: the corpus does not go with the batch or the length of packs.
+            ConfigError, DataError: the corpus does not fit the batch or the length of packs.
         """
         self.shards, self.plan, self.packing, self._cache_dir = shards, plan, packing, cache_dir
         self.packing_length = packing_length or self._longest() if packing else 0
@@ -82,7 +90,7 @@ class Schedule:
             ) from None
         self._sources = [self._source(rows, lanes, seed) for rows, lanes in zip(ranges, num_lanes, strict=True)]
         self._lanes = spread_lanes(num_lanes)
-        self._packs: OrderedDict[tuple[int, int], list[list[int]]] = OrderedDict()  # of blocks, last used last
+        self._packs: OrderedDict[BlockId, list[list[int]]] = OrderedDict()  # of blocks, last used last
         self._lock = threading.Lock()  # the watchdog asks from a thread of its own
 
     @property
@@ -90,21 +98,21 @@ class Schedule:
         return max(source.order.steps_per_epoch for source in self._sources)
 
     def num_steps(self, train: TrainConfig) -> int:
-        """Optimiser steps of a whole run."""
+        """Optimizer steps of a whole run."""
         return train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * self.steps_per_epoch)
 
     def epochs(self, num_steps: int) -> list[float]:
         """How often each source was gone through after `num_steps` steps, to four digits."""
         return [round(num_steps / source.order.steps_per_epoch, 4) for source in self._sources]
 
-    def sequences(self, step: int, lanes: range) -> list[Sequence]:
+    def sequences(self, step: int, lanes: range) -> list[PackedSequence]:
         """The sequences that `lanes` give at `step`, as they are trained on; in the tail of an epoch some give none."""
         places = [place for lane in lanes if (place := self._place(step, lane))]
         with self._lock:
             packs = self._packs_of({block for block, _ in places})
-        return [Sequence(self._kept(packs[block][unit]), block) for block, unit in places]
+        return [PackedSequence(self._kept(packs[block][unit]), block) for block, unit in places]
 
-    def rank_sequences(self, step: int, rank: int) -> list[Sequence]:
+    def rank_sequences(self, step: int, rank: int) -> list[PackedSequence]:
         return self.sequences(step, lanes_of(rank, self.plan.world_size, self.plan.global_batch_size))
 
     def micro_batches(self, step: int, rank: int) -> list[list[list[int]]]:
@@ -118,10 +126,10 @@ class Schedule:
         sequences = self.sequences(step, range(self.plan.global_batch_size))
         return [sample for sequence in sequences for sample in sequence.samples]
 
-    def row_groups(self, block: tuple[int, int]) -> list[int]:
+    def row_groups(self, block: BlockId) -> list[int]:
         """The row groups that a sequence's block lies in."""
-        source = self._sources[block[0]]
-        return [source.first_row_group + number for number in source.blocks[block[1]]]
+        source = self._sources[block.source]
+        return [source.first_row_group + number for number in source.blocks[block.number]]
 
     def _kept(self, samples: list[int]) -> list[int]:
         """A unit without its samples in quarantine: they leave after packing, so that no other changes its pack."""
@@ -148,7 +156,7 @@ class Schedule:
         starts = np.concatenate([[0], np.cumsum(blocks.sums(num_samples))])
         samples = np.repeat(shards.first_sample[part][blocks.row_groups], num_samples[blocks.row_groups])
         samples += _count_up(num_samples[blocks.row_groups])
-        lengths = shards.num_text_tokens[samples] + shards.num_image_tokens[samples]
+        lengths = self._num_tokens(samples)
         if lengths.max() > self.packing_length:
             index = int(samples[lengths.argmax()])
             raise DataError(
@@ -163,29 +171,35 @@ class Schedule:
             temporary.replace(kept)
         return counts
 
+    def _num_tokens(self, samples: np.ndarray) -> np.ndarray:
+        """The lengths (n,) of samples (n,), in tokens of text and images."""
+        return self.shards.num_text_tokens[samples] + self.shards.num_image_tokens[samples]
+
     def _longest(self) -> int:
         """Tokens of the corpus's longest sample."""
         return int((self.shards.num_text_tokens + self.shards.num_image_tokens).max())
 
-    def _place(self, step: int, lane: int) -> tuple[tuple[int, int], int] | None:
+    def _place(self, step: int, lane: int) -> tuple[BlockId, int] | None:
         """The block, as its source and number, that `lane` is in, and the unit in it; None in the tail of an epoch."""
         source, lane_in_source = self._lanes[lane]
-        found = self._sources[source].order.at(step, lane_in_source)
-        return found and ((source, found[0]), found[1])
+        place = self._sources[source].order.at(step, lane_in_source)
+        if place is None:
+            return None
+        number, unit = place
+        return BlockId(source, number), unit
 
-    def _packs_of(self, blocks: set[tuple[int, int]]) -> dict[tuple[int, int], list[list[int]]]:
-        """All units of each block, as sample numbers. Those that are not in memory are packed at once."""
-        packs = {block: known for block in blocks if (known := self._packs.get(block))}
+    def _packs_of(self, blocks: set[BlockId]) -> dict[BlockId, list[list[int]]]:
+        """All units of each block, as sample numbers. The blocks that are not in memory are packed at once."""
+        packs = {block: self._packs[block] for block in blocks if block in self._packs}
         missing = sorted(blocks - packs.keys())
         samples = [np.fromiter(self._samples(self.row_groups(block)), np.int64) for block in missing]
         if self.packing:
-            lengths = [self.shards.num_text_tokens[mine] + self.shards.num_image_tokens[mine] for mine in samples]
-            for block, mine, found in zip(missing, samples, pack_all(lengths, self.packing_length), strict=True):
-                packs[block] = [mine[positions].tolist() for positions in found]
+            lengths = [self._num_tokens(samples_of_block) for samples_of_block in samples]
+            positions = pack_all(lengths, self.packing_length)
         else:
-            packs |= {
-                block: [[sample] for sample in mine.tolist()] for block, mine in zip(missing, samples, strict=True)
-            }
+            positions = [[[position] for position in range(len(block))] for block in samples]
+        for block, samples_of_block, units in zip(missing, samples, positions, strict=True):
+            packs[block] = [samples_of_block[unit].tolist() for unit in units]
         for block in packs:
             self._packs[block] = packs[block]
             self._packs.move_to_end(block)
@@ -200,11 +214,15 @@ class Schedule:
 
 
 def open_schedule(config: RunConfig, plan: BatchPlan) -> Schedule:
-    """The schedule of a recipe's corpus, without its quarantine. DataError or ConfigError where either is not to be had
-    or does not go."""
-    sources = [source if isinstance(source, SourceConfig) else None for source in config.data.train]
+    """The schedule of a recipe's corpus, without its quarantine.
+
+    Raises:
+        DataError: the corpus or the quarantine is unreadable.
+        ConfigError: they do not fit the batch plan.
+    """
     paths = [source.path if isinstance(source, SourceConfig) else source for source in config.data.train]
-    weights = None if None in sources else [source.weight for source in sources if source]
+    weighted = [source.weight for source in config.data.train if isinstance(source, SourceConfig)]
+    weights = weighted if len(weighted) == len(paths) else None
     fetcher = Fetcher(config.data.cache_dir, round(config.data.cache_gb * 1e9))
     shards = open_shards(*paths, weights=weights, fetcher=fetcher)
     train = config.train
