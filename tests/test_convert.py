@@ -230,7 +230,7 @@ REFUSED = [
     ),
     (turn(sharegpt(), 3, value='{"name": "wether", "arguments": {}}'), "turn 5 (tool)"),
     (turn(sharegpt(), 4, **{"from": "human"}), "without an answer before turn 4 (user)"),
-    (turn(sharegpt(), 5, value="no map"), "`images` holds 2 pictures for 1 image parts"),
+    (turn(sharegpt(), 5, value="no map"), "`images` holds 2 images for 1 image parts"),
     (turn(sharegpt(), 6, value="<turn|>"), "turn 6 (assistant): the control token <turn|>"),
     (turn(sharegpt(), 6, value=3), "turn 6 (assistant): the content is 3"),
     (turn(sharegpt(), 6, value=None), "turn 6 (assistant): says nothing"),

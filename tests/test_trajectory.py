@@ -418,7 +418,7 @@ REFUSED = [
     (changed("messages.1.content", "\ud83d"), "half of a surrogate pair"),
     (
         changed("messages.0.content", [{"type": "image", "image": {"bytes": png()}}]),
-        "drops pictures of a system message",
+        "drops images of a system message",
     ),
     # calls and answers
     (
@@ -533,8 +533,8 @@ REFUSED = [
     (changed("tools.0.function.parameters.properties.a.maximum", float("nan")), "tool add: the number nan"),
     (changed("tools.0.function.parameters.properties.a.maximum", 2**64), "tool add: the integer"),
     # pictures
-    (changed("messages.3.content", [{"type": "image"}]), "`images` holds 0 pictures for 1 image parts"),
-    (changed("images", [png()]), "`images` holds 1 pictures for 0 image parts"),
+    (changed("messages.3.content", [{"type": "image"}]), "`images` holds 0 images for 1 image parts"),
+    (changed("images", [png()]), "`images` holds 1 images for 0 image parts"),
     (changed("images", "x.png"), "`images` is 'x.png'; write a list"),
 ]
 

@@ -270,7 +270,7 @@ def _anthropic_part(block: object) -> object:
     if source.get("type") == "url":
         return {"type": "image", "url": source.get("url")}
     raise DataError(
-        f"the image source {short(source)} is of another kind than base64 and url; put the picture in as base64"
+        f"the image source {short(source)} is of another kind than base64 and url; put the image in as base64"
     )
 
 

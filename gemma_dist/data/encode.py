@@ -156,10 +156,10 @@ class Encoder:
         return prompts
 
     def pixels(self, images: list[bytes]) -> "dict[str, torch.Tensor]":
-        """Pictures as the vision tower takes them: `pixel_values` (N, P, 768) and `image_position_ids` (N, P, 2),
-        P the patches of the largest budget (position -1 where there is none). At least one picture is needed."""
-        pictures = [decode_image(data) for data in images]
-        batch = self.processor.image_processor(images=pictures, return_tensors="pt")
+        """Images as the vision tower takes them: `pixel_values` (N, P, 768) and `image_position_ids` (N, P, 2),
+        P the patches of the largest budget (position -1 where there is none). At least one image is needed."""
+        decoded = [decode_image(data) for data in images]
+        batch = self.processor.image_processor(images=decoded, return_tensors="pt")
         return {name: batch[name] for name in ("pixel_values", "image_position_ids")}
 
     def _render(
@@ -200,7 +200,7 @@ class Encoder:
         return _Rendered(self._widen(text, lengths), lengths)
 
     def _count_soft_tokens(self, images: list[bytes]) -> list[int]:
-        """Soft tokens of each picture: the processor's own arithmetic, from the sizes alone."""
+        """Soft tokens of each image: the processor's own arithmetic, from the sizes alone."""
         if not images:
             return []
         sizes = [image_size(data) for data in images]
@@ -210,7 +210,7 @@ class Encoder:
             raise DataError(f"an image of (height, width) in {sizes} cannot be cut into patches: {error}") from error
 
     def _widen(self, text: str, counts: list[int]) -> str:
-        """Rendered text with each image placeholder widened to the soft tokens of its picture, as the processor does
+        """Rendered text with each image placeholder widened to the soft tokens of its image, as the processor does
         it."""
         first, *pieces = text.split(IMAGE)
         boi, eoi = self.processor.boi_token, self.processor.eoi_token

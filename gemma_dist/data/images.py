@@ -1,6 +1,6 @@
-"""Pictures of a trajectory: found (path, data: URL, base64, bytes), checked, and decoded in one place for all.
+"""Images of a trajectory: found (path, data: URL, base64, bytes), checked, and decoded in one place for all.
 
-Shards keep a picture's file as it came; `decode_image` turns it into pixels wherever these are needed.
+Shards keep an image's file as it came; `decode_image` turns it into pixels wherever these are needed.
 """
 
 import base64
@@ -8,11 +8,10 @@ import binascii
 import io
 import re
 from pathlib import Path
-from typing import Any
 
 from PIL import ExifTags, Image, ImageOps
 
-from gemma_dist.data.strict import short
+from gemma_dist.data.strict import reason, short
 from gemma_dist.errors import DataError, setting
 
 # Formats that PIL decodes by itself; among the others are some that start programs (EPS).
@@ -21,28 +20,24 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{40,}={0,2}\s*")
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """The picture in an encoded file: RGB, turned as its EXIF says, first frame, transparency laid on white.
+    """The image in an encoded file: RGB, turned as its EXIF says, first frame, transparency laid on white.
 
-    DataError if `data` is not a whole picture in one of FORMATS.
+    DataError if `data` is not a whole image in one of FORMATS.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             opened.load()
-            picture = ImageOps.exif_transpose(opened)
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            return picture.convert("RGB")
-    except (
-        Exception
-    ) as error:  # PIL's decoders raise a dozen types on broken files, struct.error and SyntaxError among them
-        raise DataError(
-            f"the picture ({len(data)} bytes) does not decode: {_reason(error)}; replace the file"
-        ) from None
+            image = ImageOps.exif_transpose(opened)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:  # PIL's decoders raise a dozen types on broken files, even struct.error, SyntaxError
+        raise DataError(f"the image ({len(data)} bytes) does not decode: {reason(error)}; replace the file") from None
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Height and width in pixels of the picture that `decode_image` makes, from the file's header alone."""
+    """Height and width in pixels of the image that `decode_image` makes, from the file's header alone."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
         width, height = opened.size
         turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter, mirrored or not
@@ -55,20 +50,18 @@ def check_image(data: bytes, max_image_pixels: int) -> None:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             width, height = opened.size
     except Image.DecompressionBombError as error:
-        raise DataError(f"the picture is too large: {error}; scale it down") from None
+        raise DataError(f"the image is too large: {error}; scale it down") from None
     except Exception as error:
-        raise DataError(
-            f"the picture ({len(data)} bytes) is not readable: {_reason(error)}; replace the file"
-        ) from None
+        raise DataError(f"the image ({len(data)} bytes) is not readable: {reason(error)}; replace the file") from None
     if width * height > max_image_pixels:
         raise DataError(
-            f"the picture has {width} x {height} = {width * height:,} pixels, the limit is {max_image_pixels:,}; "
+            f"the image has {width} x {height} = {width * height:,} pixels, the limit is {max_image_pixels:,}; "
             f"scale it down or use {setting('max_image_pixels', width * height)}"
         )
     decode_image(data)
 
 
-def load_image(source: Any, media_root: Path) -> bytes:
+def load_image(source: object, media_root: Path) -> bytes:
     """The encoded file behind the image entry of a row.
 
     `source` is bytes, {"bytes", "path"} as `datasets` stores them, {"url"}, or a text: a path inside `media_root`, a
@@ -119,7 +112,7 @@ def _from_path(text: str, media_root: Path) -> bytes:
     except DataError:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero byte, a circle of links
-        raise DataError(f"the image {short(text)} cannot be read: {_reason(error)}; give a path of a picture") from None
+        raise DataError(f"the image {short(text)} cannot be read: {reason(error)}; give a path of an image") from None
 
 
 def _is_file(path: Path) -> bool:
@@ -127,7 +120,3 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # base64 makes a poor file name
         return False
-
-
-def _reason(error: Exception) -> str:
-    return short(str(error) or type(error).__name__).strip("'\"")

@@ -67,7 +67,7 @@ def parse_message(raw: object, clean: Clean) -> ParsedMessage:
     elif calls or reasoning:
         raise DataError("only an assistant's message may hold calls or reasoning; move them to one")
     if message["role"] == "system" and image_sources:
-        raise DataError("the chat template drops pictures of a system message; move them to the first user message")
+        raise DataError("the chat template drops images of a system message; move them to the first user message")
     if message["role"] == "tool":
         message["tool_call_id"] = _call_id(raw.get("tool_call_id"))
         message["name"] = _string(raw, "name")

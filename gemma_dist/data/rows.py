@@ -195,7 +195,7 @@ def _read_parquet(input_range: InputRange) -> Iterator[tuple[Where, RawRow]]:
 def _read_saved_dataset(folder: Path) -> Iterator[tuple[Where, RawRow]]:
     """Rows of a folder by `Dataset.save_to_disk`: `state.json` names Arrow stream files.
 
-    Read with pyarrow and not with `datasets`, which would decode pictures and encode them again.
+    Read with pyarrow and not with `datasets`, which would decode images and encode them again.
     """
     if (folder / "dataset_dict.json").is_file():
         splits = ", ".join(str(child) for child in sorted(folder.iterdir()) if child.is_dir())

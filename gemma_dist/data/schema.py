@@ -13,7 +13,7 @@ import jsonschema
 import referencing
 
 from gemma_dist.data.convert import read_json_text
-from gemma_dist.data.strict import error_context, map_json_object, short
+from gemma_dist.data.strict import error_context, map_json_object, reason, short
 from gemma_dist.data.types import CalledFunction, Clean, Function, Json, JsonObject, Message, Tool
 from gemma_dist.errors import DataError
 
@@ -95,7 +95,7 @@ def _validator(schema_json: str) -> jsonschema.protocols.Validator:
         dialect.check_schema(schema)
         return _nullable(dialect)(schema, registry=referencing.Registry())
     except Exception as error:  # whatever trips the validator's own reading of a schema is a fault of the schema
-        raise DataError(f"parameters are no valid JSON schema: {_reason(error)}; mend the schema") from None
+        raise DataError(f"parameters are no valid JSON schema: {reason(error)}; mend the schema") from None
 
 
 @functools.cache
@@ -164,13 +164,8 @@ def find_misfit(arguments: Mapping[str, Json], parameters: JsonObject | None) ->
         error = jsonschema.exceptions.best_match(validator.iter_errors(arguments))
     except Exception as broken:  # a $ref that leads nowhere, a pattern that is no regular expression, endless recursion
         raise DataError(
-            f"the tool's schema cannot be applied: {_reason(broken)}; mend the schema (no remote $ref)"
+            f"the tool's schema cannot be applied: {reason(broken)}; mend the schema (no remote $ref)"
         ) from None
     if error is None:
         return None
-    return f"{'.'.join(map(str, error.absolute_path)) or 'as a whole'}: {_reason(error)}"
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(getattr(error, "message", "") or error or type(error).__name__).split())
-    return text if len(text) <= 200 else f"{text[:120]} ... {text[-70:]}"
+    return f"{'.'.join(map(str, error.absolute_path)) or 'as a whole'}: {reason(error)}"

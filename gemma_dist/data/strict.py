@@ -28,6 +28,12 @@ def short(value: object) -> str:
         return "a number of thousands of digits"
 
 
+def reason(error: Exception) -> str:
+    """What an error of another library says, on one line of at most 200 characters, for an error message of ours."""
+    text = " ".join(str(getattr(error, "message", "") or error or type(error).__name__).split())
+    return text if len(text) <= 200 else f"{text[:120]} ... {text[-70:]}"
+
+
 @contextmanager
 def error_context(place: object) -> Iterator[None]:
     """Put `place` in front of every DataError that leaves the block: "train.jsonl:41: turn 5 (tool): ..."."""

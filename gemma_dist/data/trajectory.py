@@ -4,7 +4,7 @@
         trajectory = parse_row(row, where=where, media_root=None, ...)
 
 Everything that could go wrong later, silently, is refused here with file, line, turn (counted from 1), rule and remedy:
-answers without a call, calls that Gemma's format cannot carry, control tokens in a tool's output, pictures that do not
+answers without a call, calls that Gemma's format cannot carry, control tokens in a tool's output, images that do not
 decode. What comes out is in the normal form that the chat template takes as it is, and that the shards store.
 """
 
@@ -139,7 +139,7 @@ def _load_images(
     num_empty = sum(image.source is None for image in image_places)
     if num_empty != len(column or []):
         raise DataError(
-            f"`images` holds {len(column or [])} pictures for {num_empty} image parts without one of their own; "
+            f"`images` holds {len(column or [])} images for {num_empty} image parts without one of their own; "
             "the numbers must agree"
         )
     spare = iter(column or [])

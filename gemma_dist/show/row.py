@@ -1,16 +1,17 @@
 """One row as the model sees it: every token, and which of them are trained."""
 
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gemma_dist.config import ShardConfig
-from gemma_dist.data.encode import IGNORE_INDEX, load_encoder
+from gemma_dist.config import DataConfig
+from gemma_dist.data.encode import IGNORE_INDEX, Encoded, load_encoder
 from gemma_dist.data.fit import encode_trained, fit, parse
-from gemma_dist.data.rows import Where, read_rows
+from gemma_dist.data.rows import ReadRow, read_rows
 from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import name_row
 from gemma_dist.errors import DataError, setting
@@ -20,7 +21,6 @@ from gemma_dist.shards.reader import Shards, is_shard_folder, open_shards
 TRAINED, TRAINED_END = "⟦", "⟧"
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 NUM_PLACES_SHOWN = 10
-RawRow = tuple[Where, dict[str, Any] | DataError]
 SOFT_TOKENS = re.compile(f"(?:{re.escape(IMAGE)}){{2,}}")
 
 
@@ -32,14 +32,14 @@ class Inspection:
     ids: list[int]
     labels: list[int]
     tokens: list[str]  # each id decoded alone; a character that is spread over several tokens reads U+FFFD in each
-    runs: list[tuple[bool, str]]  # the text cut where training begins and ends: (trained, text)
+    segments: list[tuple[bool, str]]  # the text split where training begins and ends: (trained, text)
     num_text_tokens: int
     num_image_tokens: int
     num_images: int
     num_target_tokens: int
 
     def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "runs"}
+        return {name: value for name, value in asdict(self).items() if name != "segments"}
 
     def render(self, color: bool) -> str:
         """The row as text under a line of counts. Trained text stands in ⟦ ⟧, and is green with `color`; the soft
@@ -50,7 +50,7 @@ class Inspection:
             f"({self.num_images} images); {self.num_target_tokens:,} trained"
         )
         start, end = (GREEN + TRAINED, TRAINED_END + PLAIN) if color else (TRAINED, TRAINED_END)
-        pieces = [f"{start}{text}{end}" if trained else text for trained, text in self.runs]
+        pieces = [f"{start}{text}{end}" if trained else text for trained, text in self.segments]
         text = SOFT_TOKENS.sub(lambda found: f"{IMAGE} x {len(found[0]) // len(IMAGE)}", "".join(pieces))
         return f"{header}\n\n{text}"
 
@@ -86,21 +86,24 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
         trajectory, encoded = fitting
     ids, labels = encoded.input_ids, encoded.labels
     decode = encoder.tokenizer.decode
-    runs = [
-        (trained, decode([token for token, _ in run]))
-        for trained, run in groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != IGNORE_INDEX)
-    ]
     return Inspection(
         id=trajectory.id,
         ids=ids,
         labels=labels,
         tokens=[decode([token]) for token in ids],
-        runs=runs,
+        segments=[(trained, decode(tokens)) for trained, tokens in _split_by_training(encoded)],
         num_text_tokens=len(ids) - encoded.num_image_tokens,
         num_image_tokens=encoded.num_image_tokens,
         num_images=encoded.num_images,
         num_target_tokens=encoded.num_target_tokens,
     )
+
+
+def _split_by_training(encoded: Encoded) -> Iterator[tuple[bool, list[int]]]:
+    """The token ids in segments that are trained as a whole or not at all."""
+    pairs = zip(encoded.input_ids, encoded.labels, strict=True)
+    for trained, segment in groupby(pairs, lambda pair: pair[1] != IGNORE_INDEX):
+        yield trained, [token for token, _ in segment]
 
 
 def _sample(shards: Shards, row: int | str) -> int:
@@ -116,7 +119,7 @@ def _sample(shards: Shards, row: int | str) -> int:
     return found[0]
 
 
-def _raw_row(data: Path, row: int) -> RawRow:
+def _raw_row(data: Path, row: int) -> ReadRow:
     """Place and content of a raw row. Those before it need not be valid."""
     last = 0
     for where, found in read_rows([data]):
@@ -128,9 +131,9 @@ def _raw_row(data: Path, row: int) -> RawRow:
     raise _no_row(data, row, last)
 
 
-def _raw_row_of_id(data: Path, row_id: str) -> RawRow:
+def _raw_row_of_id(data: Path, row_id: str) -> ReadRow:
     """Place and content of the raw row of this id, with which invalid rows are passed over."""
-    found: list[RawRow] = []
+    found: list[ReadRow] = []
     for where, row in read_rows([data]):
         with suppress(DataError):
             if isinstance(row, dict) and name_row(row.get("id"), where) == row_id:
