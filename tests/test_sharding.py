@@ -20,6 +20,8 @@ from corpus import row, write_rows
 from gemma_dist.config import DataConfig
 from gemma_dist.data.rows import read_ranges, read_rows, split_input
 from gemma_dist.errors import DataError
+from gemma_dist.shards import assemble
+from gemma_dist.shards import folder as folder_module
 from gemma_dist.shards import sharding as module
 from gemma_dist.shards.manifest import read_manifest
 from gemma_dist.shards.reader import open_shards
@@ -141,7 +143,7 @@ def test_files_of_another_plan_are_never_taken_for_those_of_this_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_clear", killed)
+        patch.setattr(folder_module, "clear_folder", killed)
         with pytest.raises(KeyboardInterrupt):
             shard([other], out, model)
     shard([other], out, model)
@@ -262,7 +264,7 @@ def kill_before_the_manifest(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "write_manifest", killed)
+        patch.setattr(assemble, "write_manifest", killed)
         with pytest.raises(KeyboardInterrupt):
             shard(*arguments, **options)
 

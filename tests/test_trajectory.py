@@ -116,7 +116,8 @@ def test_every_real_row_goes_through(file: str, shared: Path) -> None:
         assert trajectory.id == row["id"]
         assert trajectory.tools == row["tools"]
         assert sum(part == {"type": "image"} for part in parts) == len(trajectory.images)
-        given_calls = [call["function"] for message in row["messages"] for call in message.get("tool_calls") or []]
+        raw_messages: Any = row["messages"]
+        given_calls = [call["function"] for message in raw_messages for call in message.get("tool_calls") or []]
         assert [call["function"] for m in trajectory.messages for call in m.get("tool_calls", [])] == given_calls
         for message in trajectory.messages:
             assert not (message.get("tool_calls") and message["content"])

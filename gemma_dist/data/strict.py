@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from gemma_dist.data.types import Json, JsonObject
+from gemma_dist.data.types import Json, JsonObject, RawRow
 from gemma_dist.errors import DataError
 from gemma_dist.gemma_format import MAX_DEPTH
 
@@ -43,7 +43,7 @@ def error_context(place: object) -> Iterator[None]:
         raise DataError(f"{place}: {error}") from None
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str) -> object:
     """The value of a JSON text. DataError (with the column, from 1) if it is not JSON or holds a key twice."""
     try:
         return json.loads(text, object_pairs_hook=_unique_keys)
@@ -58,7 +58,7 @@ def parse_json(text: str) -> Any:
         raise DataError("an integer of thousands of digits; integers fit 64 bits, write longer ones as text") from None
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, object]]) -> RawRow:
     result = dict(pairs)
     if len(result) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +15,66 @@ from gemma_dist.errors import DataError
 from gemma_dist.logs import write_json
 from gemma_dist.shards.folder import APPEND_REJECTED, clear_folder, shard_name, work_files
 from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
-from gemma_dist.shards.manifest import UNFINISHED, Manifest, write_manifest
-from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, PLACES, REJECTED, TOO_LONG, ShardJob, ShardReport
+from gemma_dist.shards.manifest import UNFINISHED, Manifest, ShardEntry, write_manifest
+from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, PLACES, REJECTED, TOO_LONG, Refused, ShardJob, ShardReport
 
-Refused = dict[tuple[str, int], str]  # by file and line: the error
+IDS_AT_ONCE = 1 << 16  # bounds the memory of hashing
 
 
-def _read_record(job: ShardJob) -> tuple[dict[str, Any], pa.Table]:
-    """What `run_job` left of a piece: header, and lines of the manifest with places."""
+@dataclass(frozen=True)
+class _Piece:
+    """What `run_job` left in the record of a piece."""
+
+    job: ShardJob
+    report: dict[str, Any]  # a ShardReport's
+    errors: list[str]  # the first few
+    shards: list[ShardEntry]
+    lines: pa.Table  # of the manifest, with PLACES
+
+
+def _read_piece(job: ShardJob) -> _Piece:
     table = pa.ipc.open_file(pa.memory_map(str(job.record))).read_all()
-    return json.loads(table.schema.metadata[b"header"]), table
+    header = json.loads(table.schema.metadata[b"header"])
+    return _Piece(job, header["report"], header["errors"], header["shards"], table)
+
+
+# ---- repeated ids ----------------------------------------------------------------------------------------------------
 
 
 def find_repeated(jobs: list[ShardJob], before: Manifest | None, out: Path) -> dict[int, Refused]:
-    """The rows whose id an earlier row has: for each piece, by file and line, with the error."""
-    tables = [_read_record(job)[1] for job in jobs]
-    old = pa.chunked_array([before.ids] if before else [], pa.large_string())
-    new = [pa.chunked_array([c.flatten() for c in table["id"].chunks], pa.large_string()) for table in tables]
-    ids = pa.chunked_array([chunk for part in (old, *new) for chunk in part.chunks], pa.large_string())
-    hashes = np.fromiter(_hashes(ids), np.uint64, len(ids))
-    by_hash = np.argsort(hashes, kind="stable")
-    starts = np.cumsum([len(old), *map(len, new)])  # of each piece
-    firsts: dict[str, int] = {}
-    repeated: dict[int, Refused] = {}
+    """The rows whose id an earlier row has: for each piece, by file and line, with the error.
+
+    Args:
+        before: the manifest of the corpus that the rows are added to, whose ids come first.
+    """
+    tables = [_read_piece(job).lines for job in jobs]
+    old_ids = pa.chunked_array([before.ids] if before else [], pa.large_string())
+    ids_of_pieces = [_flatten(table["id"]) for table in tables]
+    chunks = list(old_ids.chunks)
+    for piece_ids in ids_of_pieces:
+        chunks += piece_ids.chunks
+    ids = pa.chunked_array(chunks, pa.large_string())
+    first_of_piece = np.cumsum([len(old_ids), *map(len, ids_of_pieces)])
 
     def place(index: int) -> tuple[int, str, int]:
-        piece = int(np.searchsorted(starts, index, side="right")) - 1
-        row = index - int(starts[piece])
-        file, line = (
-            pa.chunked_array([c.flatten() for c in tables[piece][name].chunks])[row].as_py() for name in PLACES
-        )
+        """Piece, file and line of a new row."""
+        piece = int(np.searchsorted(first_of_piece, index, side="right")) - 1
+        row = index - int(first_of_piece[piece])
+        file, line = (_flatten(tables[piece][name])[row].as_py() for name in PLACES)
         return piece, file, line
 
-    alike = np.flatnonzero(hashes[by_hash][1:] == hashes[by_hash][:-1])
-    for first, index in zip(by_hash[alike].tolist(), by_hash[alike + 1].tolist(), strict=True):
+    first_of_id: dict[str, int] = {}
+    repeated: dict[int, Refused] = {}
+    for earlier, index in _pairs_of_equal_hash(ids):
         name = ids[index].as_py()
-        if ids[first].as_py() != name:
+        if ids[earlier].as_py() != name:
             continue  # two ids of one hash: so rare that a third between two equal ones is not looked for
-        first = firsts.setdefault(name, first)
-        owner = str(out) if first < len(old) else "{1}:{2}".format(*place(first))
+        first = first_of_id.setdefault(name, earlier)
+        if first < len(old_ids):
+            owner = str(out)
+        else:
+            _, file, line = place(first)
+            owner = f"{file}:{line}"
         piece, file, line = place(index)
         repeated.setdefault(piece, {})[file, line] = (
             f"{file}:{line}: the id {name!r} belongs to {owner} already; ids are unique over the whole input: rename "
@@ -61,61 +83,112 @@ def find_repeated(jobs: list[ShardJob], before: Manifest | None, out: Path) -> d
     return repeated
 
 
+def _flatten(lists: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of lists, one a row group, as their values one behind the other."""
+    return pa.chunked_array([chunk.flatten() for chunk in lists.chunks], lists.type.value_type)
+
+
+def _pairs_of_equal_hash(ids: pa.ChunkedArray) -> Iterator[tuple[int, int]]:
+    """Of the ids with one hash, in their order, each with the one before it. Hashes take less memory than the ids."""
+    hashes = np.fromiter(_hashes(ids), np.uint64, len(ids))
+    by_hash = np.argsort(hashes, kind="stable")
+    in_order = hashes[by_hash]
+    equal = in_order[1:] == in_order[:-1]
+    yield from zip(by_hash[:-1][equal].tolist(), by_hash[1:][equal].tolist(), strict=True)
+
+
 def _hashes(ids: pa.ChunkedArray) -> Iterator[int]:
-    for start in range(0, len(ids), 1 << 16):
-        for name in ids.slice(start, 1 << 16).to_pylist():
+    for start in range(0, len(ids), IDS_AT_ONCE):
+        for name in ids.slice(start, IDS_AT_ONCE).to_pylist():
             yield int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
 
 
+# ---- the finished folder ---------------------------------------------------------------------------------------------
+
+
 def finish(jobs: list[ShardJob], before: Manifest | None, header: dict[str, Any], plan: dict[str, Any]) -> ShardReport:
-    """Show the shards under their names, and write the logs and the manifest; or refuse the whole."""
-    out, append = jobs[0].out, before is not None
-    headers, tables = zip(*map(_read_record, jobs), strict=True)
-    report = ShardReport(str(out))
-    for part in headers:
-        for name, count in part["report"].items():
-            if name != "out":
-                setattr(report, name, getattr(report, name) + count)
-    rejected, too_long = ([job.path(name) for job in jobs] for name in (f"-{REJECTED}", f"-{TOO_LONG}"))
-    if report.num_rejected and not plan["skip_invalid"]:
-        kept = APPEND_REJECTED if append else REJECTED
-        _join_files(rejected, out / kept, 0)
-        clear_folder(out, append, keep=kept)
-        errors = [f"  {error}" for part in headers for error in part["errors"]][:NUM_ERRORS_SHOWN]
-        raise DataError(
-            f"{report.num_rejected:,} of {report.num_read:,} rows were refused, so nothing was written. The first:\n"
-            + "\n".join(errors)
-            + f"\nAll of them are in {out / kept}; mend them, or leave them out with --skip-invalid"
-        )
-    if not sum(table.num_rows for table in tables):
-        _join_files(rejected, out / (APPEND_REJECTED if append else REJECTED), 0)
-        clear_folder(out, append, keep=APPEND_REJECTED if append else REJECTED)
-        raise DataError(
-            f"none of the {report.num_read:,} rows of {', '.join(sorted({file for file, *_ in plan['inputs']}))} is "
-            f"left to write: {report.num_rejected:,} were refused, {report.num_dropped:,} dropped for their length"
-        )
-    shards = list(before.header["shards"]) if before else []
-    num_new = sum(len(part["shards"]) for part in headers)
-    names = [shard_name(number) for number in range(len(shards), len(shards) + num_new)]
+    """Show the shards under their names, and write the logs and the manifest; or refuse the whole.
+
+    Raises:
+        DataError: rows were refused that the plan does not skip, or none is left. Of the pieces, nothing is left then
+            but the list of what was refused.
+    """
+    out = jobs[0].out
+    pieces = [_read_piece(job) for job in jobs]
+    report = _add_reports(out, pieces)
+    _require_rows(report, pieces, plan, is_append=before is not None)
+    old_shards = before.header["shards"] if before else []
+    report.num_shards = sum(len(piece.shards) for piece in pieces)
+    names = [shard_name(len(old_shards) + i) for i in range(report.num_shards)]
     write_json(out / UNFINISHED, plan | {"shards": names})  # so that they are known for ours, should this run be killed
-    lines = [before.table.replace_schema_metadata(None)] if before else []
-    for job, part, table in zip(jobs, headers, tables, strict=True):
-        numbers = pa.array(np.asarray(table["shard"]) + len(shards), pa.int32())
-        lines.append(table.drop_columns(list(PLACES)).set_column(0, "shard", numbers).cast(MANIFEST_SCHEMA))
-        for number, entry in enumerate(part["shards"]):
-            name = shard_name(len(shards))
-            with suppress(FileNotFoundError):  # a run that was killed here has renamed it
-                job.path(f"-{number:03d}.parquet").rename(out / name)
-            shards.append(entry | {"name": name})
-    _join_files(rejected, out / REJECTED, plan["logs"].get(REJECTED, 0))
-    _join_files(too_long, out / TOO_LONG, plan["logs"].get(TOO_LONG, 0))
-    manifest = pa.concat_tables(lines).combine_chunks()
-    del lines, tables
-    write_manifest(out, header | {"shards": shards}, manifest)
+    new_shards = _name_shards(pieces, names)
+    _join_files(_logs(pieces, REJECTED), out / REJECTED, plan["logs"].get(REJECTED, 0))
+    _join_files(_logs(pieces, TOO_LONG), out / TOO_LONG, plan["logs"].get(TOO_LONG, 0))
+    write_manifest(out, header | {"shards": old_shards + new_shards}, _join_lines(pieces, before))
     for path in work_files(out):
         path.unlink(missing_ok=True)
-    report.num_shards = num_new
     return report
+
+
+def _add_reports(out: Path, pieces: list[_Piece]) -> ShardReport:
+    report = ShardReport(str(out))
+    for piece in pieces:
+        for name, count in piece.report.items():
+            if name != "out":
+                setattr(report, name, getattr(report, name) + count)
+    return report
+
+
+def _require_rows(report: ShardReport, pieces: list[_Piece], plan: dict[str, Any], *, is_append: bool) -> None:
+    """Refuse the whole, and leave the list of refused rows alone in the folder, where it must not be finished."""
+    refused = report.num_rejected and not plan["skip_invalid"]
+    num_written = sum(piece.lines.num_rows for piece in pieces)
+    if num_written and not refused:
+        return
+    out = Path(report.out)
+    kept = APPEND_REJECTED if is_append else REJECTED
+    _join_files(_logs(pieces, REJECTED), out / kept, 0)
+    clear_folder(out, is_append, keep=kept)
+    if refused:
+        errors = [f"  {error}" for piece in pieces for error in piece.errors]
+        raise DataError(
+            f"{report.num_rejected:,} of {report.num_read:,} rows were refused, so nothing was written. The first:\n"
+            + "\n".join(errors[:NUM_ERRORS_SHOWN])
+            + f"\nAll of them are in {out / kept}; mend them, or leave them out with --skip-invalid"
+        )
+    files = sorted({file for file, *_ in plan["inputs"]})
+    raise DataError(
+        f"none of the {report.num_read:,} rows of {', '.join(files)} is left to write: {report.num_rejected:,} were "
+        f"refused, {report.num_dropped:,} dropped for their length"
+    )
+
+
+def _name_shards(pieces: list[_Piece], names: list[str]) -> list[ShardEntry]:
+    """Rename the pieces' shards to `names`, in order; their entries for the manifest."""
+    entries: list[ShardEntry] = []
+    for piece in pieces:
+        for number, entry in enumerate(piece.shards):
+            name = names[len(entries)]
+            with suppress(FileNotFoundError):  # a run that was killed here has renamed it
+                piece.job.shard_path(number).rename(piece.job.out / name)
+            entries.append({**entry, "name": name})
+    return entries
+
+
+def _join_lines(pieces: list[_Piece], before: Manifest | None) -> pa.Table:
+    """The lines of the whole manifest, with shards counted over all pieces, behind those of the corpus `before`."""
+    tables = [before.table.replace_schema_metadata(None)] if before else []
+    num_shards = len(before.header["shards"]) if before else 0
+    for piece in pieces:
+        numbers = pa.array(np.asarray(piece.lines["shard"]) + num_shards, pa.int32())
+        lines = piece.lines.drop_columns(list(PLACES)).set_column(0, "shard", numbers)
+        tables.append(lines.cast(MANIFEST_SCHEMA))
+        num_shards += len(piece.shards)
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def _logs(pieces: list[_Piece], name: str) -> list[Path]:
+    return [piece.job.path(f"-{name}") for piece in pieces]
 
 
 def _join_files(paths: list[Path], out: Path, keep_bytes: int) -> None:

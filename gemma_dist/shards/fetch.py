@@ -16,10 +16,10 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from gemma_dist.errors import ConfigError
 from gemma_dist.logs import log
@@ -34,7 +34,7 @@ os.register_at_fork(before=_making.acquire, after_in_parent=_making.release, aft
 
 
 class FetchError(Exception):
-    """Bytes cannot be had, or are not those that were written."""
+    """The bytes are unreachable or fail their checksum."""
 
 
 def is_url(path: str | Path) -> bool:
@@ -47,8 +47,18 @@ def join(folder: str | Path, name: str) -> str:
     return f"{str(folder).rstrip('/')}/{name}"
 
 
+class FileSystem(Protocol):
+    """What is used of fsspec's file systems."""
+
+    def info(self, path: str) -> Mapping[str, Any]:
+        """What is known of a file; `size` in bytes, or None."""
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        """The bytes [start, end) of a file, or all of them."""
+
+
 class Fetcher:
-    """Reads byte ranges for all threads of a process. A forked process may go on with it."""
+    """Reads byte ranges for all threads of a process. A forked process may keep using it."""
 
     def __init__(self, cache_dir: Path | None, cache_bytes: int) -> None:
         """Folders of ours are made in `cache_dir`, and nothing else in it is touched. Without it no row group is kept.
@@ -56,7 +66,7 @@ class Fetcher:
         Raises:
             ConfigError: `cache_dir` cannot be written, or its disk has no locks.
         """
-        self._systems: dict[tuple[int, str], Any] = {}
+        self._systems: dict[tuple[int, str], FileSystem] = {}  # by process and protocol
         self._downloads = cache_dir / "gemma_dist-manifests" if cache_dir else None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         try:
@@ -67,7 +77,7 @@ class Fetcher:
             ) from error
 
     def size(self, path: str) -> int:
-        """Bytes of a file. OSError or FetchError where it is not to be had."""
+        """Bytes of a file. Raises OSError or FetchError if it cannot be read."""
         if not is_url(path):
             return Path(path).stat().st_size
 
@@ -84,8 +94,8 @@ class Fetcher:
         return num_bytes
 
     def read(self, path: str, offset: int, num_bytes: int, crc32: int) -> bytes:
-        """The bytes [offset, offset + num_bytes) of a file. OSError or FetchError where they are not to be had, or not
-        those of the checksum."""
+        """The bytes [offset, offset + num_bytes) of a file. Raises OSError or FetchError if they cannot be read or fail
+        their checksum."""
         if not is_url(path):
             with open(path, "rb") as file:
                 file.seek(offset)
@@ -117,7 +127,7 @@ class Fetcher:
             _write(file, data)
         return file
 
-    def _system(self, path: str) -> Any:
+    def _system(self, path: str) -> FileSystem:
         """fsspec's file system for a URL: credentials and endpoints come from where it looks for them."""
         import fsspec
 

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +35,25 @@ def claim_folder(out: Path, plan: dict[str, Any], before: Manifest | None) -> di
     """Make `out` ours to write to: with what the same call left there when it was killed, and nothing else of the kind.
 
     Returns the plan, with the sizes that the logs had before an append.
+
+    Raises:
+        DataError: `out` is a file, finished, or holds what no run of ours left there.
     """
     append = before is not None
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; name a folder with --out")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if MANIFEST in names and not append:
-        raise DataError(
-            f"{out} holds finished shards already; remove it, name another folder with --out, or add to it by --append"
-        )
-    begun = (out / UNFINISHED).is_file()
-    if not begun and not append and names - {REJECTED}:
-        raise DataError(
-            f"{out} holds {min(names - {REJECTED})!r}, which `gemma-dist shard` did not leave there; name a new folder"
-            " with --out"
-        )
+    if not append:
+        _require_unfinished(out, names)
     out.mkdir(parents=True, exist_ok=True)
-    left: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        left = json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
+    left = _read_marker(out)
     finished = {shard["name"] for shard in before.header["shards"]} if before else set()
     shown = [name for name in left.get("shards", []) if name not in finished]
-    if strange := sorted(set(filter(_SHARD.fullmatch, names)) - finished - set(shown)):
+    strange = {name for name in names if _SHARD.fullmatch(name)} - finished - set(shown)
+    if strange:
         raise DataError(
-            f"{out} holds {strange[0]!r}, which no manifest there names, and new shards would take its place; move it "
-            f"away, or put the {MANIFEST} back that names it"
+            f"{out} holds {min(strange)!r}, which no manifest there names, and new shards would take its place; move "
+            f"it away, or put the {MANIFEST} back that names it"
         )
     if plan.items() <= left.items():
         log.info("going on with what an earlier run left in %s", out)
@@ -73,6 +66,27 @@ def claim_folder(out: Path, plan: dict[str, Any], before: Manifest | None) -> di
     clear_folder(out, append, keep=UNFINISHED, shown=shown)
     write_json(out / UNFINISHED, plan | {"logs": logs})
     return plan | {"logs": logs}
+
+
+def _require_unfinished(out: Path, names: set[str]) -> None:
+    """A new corpus takes a folder that is empty but for a list of refused rows, or one that a run of ours began."""
+    if MANIFEST in names:
+        raise DataError(
+            f"{out} holds finished shards already; remove it, name another folder with --out, or add to it by --append"
+        )
+    others = names - {REJECTED}
+    if others and not (out / UNFINISHED).is_file():
+        raise DataError(
+            f"{out} holds {min(others)!r}, which `gemma-dist shard` did not leave there; name a new folder with --out"
+        )
+
+
+def _read_marker(out: Path) -> dict[str, Any]:
+    """What a run that is not finished noted of itself; nothing where there is none."""
+    try:
+        return json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def clear_folder(out: Path, append: bool, keep: str, shown: Iterable[str] = ()) -> None:

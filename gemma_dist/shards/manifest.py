@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -46,6 +46,22 @@ SCHEMA = pa.schema(
 )
 
 
+class ShardEntry(TypedDict):
+    """A shard as the header lists it."""
+
+    name: str  # of the file
+    bytes: int  # the size of the file
+    rest_crc32: int  # of all bytes outside of the row groups
+
+
+class RowGroupPlace(NamedTuple):
+    """Where the bytes of a row group lie in its shard, and their checksum."""
+
+    offset: int
+    num_bytes: int
+    crc32: int
+
+
 @dataclass(frozen=True)
 class Manifest:
     """One open manifest of R row groups and N samples. The arrays lie in the mapped file."""
@@ -61,6 +77,11 @@ class Manifest:
     def row_groups(self, name: str) -> np.ndarray:
         """(R,) of `shard`, `offset`, `num_bytes`, `crc32`, `num_samples` or `num_tokens`."""
         return self._batch.column(name).to_numpy()
+
+    def place(self, row_group: int) -> tuple[int, RowGroupPlace]:
+        """The shard of a row group, and where it lies in it."""
+        place = RowGroupPlace(*(int(self.row_groups(name)[row_group]) for name in RowGroupPlace._fields))
+        return int(self.row_groups("shard")[row_group]), place
 
     def footer(self, shard: int) -> bytes:
         """The bytes of a shard behind its last row group: parquet's metadata, its length, and `PAR1`."""
@@ -81,16 +102,21 @@ def row_group_line(
     ids: Sequence[str],
     counts: Sequence[Sequence[int]],
     shard: int,
-    offset: int,
-    num_bytes: int,
-    crc32: int,
+    place: RowGroupPlace,
     footer: bytes | None,
 ) -> dict[str, Any]:
     """A line of the manifest. `counts` holds, for each sample, the values of COUNTS; `footer` is deflated."""
     columns = {name: [sample[i] for sample in counts] for i, name in enumerate(COUNTS)}
     num_tokens = sum(columns["num_text_tokens"]) + sum(columns["num_image_tokens"])
-    place = {"shard": shard, "offset": offset, "num_bytes": num_bytes, "crc32": crc32, "footer": footer}
-    return place | {"num_samples": len(ids), "num_tokens": num_tokens, "id": list(ids), **columns}
+    return {
+        "shard": shard,
+        **place._asdict(),
+        "num_samples": len(ids),
+        "num_tokens": num_tokens,
+        "footer": footer,
+        "id": list(ids),
+        **columns,
+    }
 
 
 def write_manifest(folder: Path, header: dict[str, Any], table: pa.Table) -> None:

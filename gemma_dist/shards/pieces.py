@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,9 +23,10 @@ from gemma_dist.data.fit import encode_trained, fit, parse
 from gemma_dist.data.rows import InputRange, ReadRow, Where
 from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory
+from gemma_dist.data.types import Message, Tool
 from gemma_dist.errors import DataError, spell
 from gemma_dist.logs import JsonlWriter
-from gemma_dist.shards.manifest import COUNTS, row_group_line
+from gemma_dist.shards.manifest import COUNTS, RowGroupPlace, ShardEntry, row_group_line
 from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
 
 NUM_ERRORS_SHOWN = 5
@@ -35,6 +36,9 @@ TOO_LONG = "too_long.jsonl"
 _PIECE_FILE = re.compile(  # as `ShardJob.path` names it, or `_partial` while it is written
     rf"\.?\.piece-(\d{{5,}})(\.arrow|-{re.escape(REJECTED)}|-{re.escape(TOO_LONG)}|-\d{{3,}}\.parquet)(\.tmp)?"
 )
+
+# Rows to refuse, by file and line: the error.
+Refused: TypeAlias = dict[tuple[str, int], str]
 
 IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 # What `datasets.Features(…).arrow_schema` gives for id, Json, Json, List(Image(decode=False)), without the import.
@@ -106,10 +110,13 @@ class ShardJob:
     skip_invalid: bool
     row_group_bytes: int
     shard_bytes: int
-    refused: dict[tuple[str, int], str] = field(default_factory=dict)  # rows to refuse, by file and line: the error
+    refused: Refused = field(default_factory=dict)
 
     def path(self, suffix: str) -> Path:
         return self.out / f".piece-{self.number:05d}{suffix}"
+
+    def shard_path(self, number: int) -> Path:
+        return self.path(f"-{number:03d}.parquet")
 
     @property
     def record(self) -> Path:
@@ -178,16 +185,23 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow]) -> None:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Sample:
+    id: str
+    counts: list[int]  # the values of COUNTS
+    where: Where
+
+
 class _ShardWriter:
     """Rows into row groups into the shard files of a piece, all bounded by bytes, and in the end its record."""
 
     def __init__(self, job: ShardJob) -> None:
         self._job = job
         self.totals: Counter[str] = Counter()  # as a ShardReport counts them
-        self._shards: list[dict[str, Any]] = []  # the finished ones, as the manifest lists them
+        self._shards: list[ShardEntry] = []  # the finished ones
         self._lines: list[dict[str, Any]] = []  # of the manifest, with the places: their row groups
-        self._samples: list[list[tuple[str, list[int], Where]]] = [[]]  # for each row group of this shard
-        self._rows: list[dict[str, Any]] = []  # of the row group that is being filled
+        self._samples: list[list[_Sample]] = [[]]  # for each row group of this shard
+        self._rows: list[dict[str, object]] = []  # of the row group that is being filled
         self._row_bytes = 0
         self._shard_bytes = 0
         self._parquet: pq.ParquetWriter | None = None
@@ -195,7 +209,7 @@ class _ShardWriter:
     def add(self, trajectory: Trajectory, encoded: Encoded, where: Where) -> None:
         messages, tools = _to_json(trajectory.messages), _to_json(trajectory.tools)
         images = [{"bytes": image, "path": None} for image in trajectory.images]
-        row = {"id": trajectory.id, "messages": messages, "tools": tools, "images": images}
+        row: dict[str, object] = {"id": trajectory.id, "messages": messages, "tools": tools, "images": images}
         num_bytes = len(messages.encode()) + len(tools.encode()) + sum(map(len, trajectory.images))
         if self._rows and self._row_bytes + num_bytes > self._job.row_group_bytes:
             self._end_row_group()
@@ -208,7 +222,7 @@ class _ShardWriter:
             encoded.num_images,
             encoded.num_target_tokens,
         ]
-        self._samples[-1].append((trajectory.id, counts, where))
+        self._samples[-1].append(_Sample(trajectory.id, counts, where))
         self.totals.update(dict(zip(COUNTS, counts, strict=True)) | {"num_written": 1})
         self._rows.append(row)
         self._row_bytes += num_bytes
@@ -225,7 +239,7 @@ class _ShardWriter:
         _partial(self._job.record).rename(self._job.record)
 
     def _path(self) -> Path:
-        return self._job.path(f"-{len(self._shards):03d}.parquet")
+        return self._job.shard_path(len(self._shards))
 
     def _end_row_group(self) -> None:
         if not self._rows:
@@ -251,15 +265,21 @@ class _ShardWriter:
         self._parquet.close()
         path = self._path()
         _partial(path).rename(path)
-        entry, places, deflated = _describe(path)
-        footer: bytes | None = deflated
-        for samples, place in zip(self._samples, places, strict=False):
-            ids, counts, where = zip(*samples, strict=True)
-            line = row_group_line(ids, counts, len(self._shards), *place, footer)
-            places_in_input = {"file": [str(one.file) for one in where], "line": [one.line for one in where]}
-            self._lines.append(line | places_in_input)
-            footer = None
-        self._shards.append(entry)
+        finished = _describe(path)
+        footer: bytes | None = finished.footer
+        for samples, place in zip(self._samples, finished.row_groups, strict=False):
+            line = row_group_line(
+                [sample.id for sample in samples],
+                [sample.counts for sample in samples],
+                len(self._shards),
+                place,
+                footer,
+            )
+            line["file"] = [str(sample.where.file) for sample in samples]
+            line["line"] = [sample.where.line for sample in samples]
+            self._lines.append(line)
+            footer = None  # on the first line of a shard alone
+        self._shards.append(finished.entry)
         self._parquet, self._shard_bytes, self._samples = None, 0, [[]]
 
 
@@ -285,23 +305,31 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def _to_json(value: Any) -> str:
+def _to_json(value: list[Message] | list[Tool]) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def _describe(path: Path) -> tuple[dict[str, Any], list[tuple[int, int, int]], bytes]:
-    """A finished shard: as the manifest's header lists it; offset, bytes and crc32 of each of its row groups; footer,
-    deflated."""
+@dataclass(frozen=True)
+class _FinishedShard:
+    entry: ShardEntry
+    row_groups: list[RowGroupPlace]
+    footer: bytes  # deflated
+
+
+def _describe(path: Path) -> _FinishedShard:
+    """What the manifest says of a shard that has been written."""
     metadata = pq.read_metadata(path)
     places = []
     with path.open("rb") as file:
-        rest = zlib.crc32(file.read(4))
+        rest_crc32 = zlib.crc32(file.read(4))
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
-            chunks = [group.column(column) for column in range(group.num_columns)]
-            offset, num_bytes = chunks[0].data_page_offset, sum(chunk.total_compressed_size for chunk in chunks)
+            columns = [group.column(column) for column in range(group.num_columns)]
+            offset = columns[0].data_page_offset
+            num_bytes = sum(column.total_compressed_size for column in columns)
             assert offset == file.tell(), "row groups lie one behind the other, without dictionary pages"
-            places.append((offset, num_bytes, zlib.crc32(file.read(num_bytes))))
+            places.append(RowGroupPlace(offset, num_bytes, zlib.crc32(file.read(num_bytes))))
         footer = file.read()
-        rest = zlib.crc32(footer, rest)
-        return {"name": path.name, "bytes": file.tell(), "rest_crc32": rest}, places, zlib.compress(footer)
+        rest_crc32 = zlib.crc32(footer, rest_crc32)
+        entry: ShardEntry = {"name": path.name, "bytes": file.tell(), "rest_crc32": rest_crc32}
+    return _FinishedShard(entry, places, zlib.compress(footer))

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +30,7 @@ from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.errors import DataError, setting
 from gemma_dist.shards.fetch import Fetcher, FetchError, is_url, join
-from gemma_dist.shards.manifest import COUNTS, MANIFEST, UNFINISHED, Manifest, read_manifest
+from gemma_dist.shards.manifest import COUNTS, MANIFEST, UNFINISHED, Manifest, ShardEntry, read_manifest
 
 NUM_IDS_SHOWN = 50
 NUM_CACHED_ROW_GROUPS = 8  # of those that are read one sample at a time
@@ -148,9 +147,7 @@ class Shards:
     def _read_row_group(self, row_group: int) -> pa.Table:
         folder, number = self._find(row_group)
         manifest = self._manifests[folder]
-        shard, offset, num_bytes, crc32 = (
-            int(manifest.row_groups(name)[number]) for name in ("shard", "offset", "num_bytes", "crc32")
-        )
+        shard, place = manifest.place(number)
         entry = manifest.header["shards"][shard]
         path = join(self.folders[folder], entry["name"])
         footer = self._footers.get((folder, shard))
@@ -159,9 +156,9 @@ class Shards:
             if not is_url(path):
                 _check_file(path, entry, raw)
             footer = self._footers[folder, shard] = pq.read_metadata(pa.BufferReader(b"PAR1" + raw))
-        data = self._fetcher.read(path, offset, num_bytes, crc32)
+        data = self._fetcher.read(path, *place)
         number_in_shard = number - int(np.searchsorted(manifest.row_groups("shard"), shard))
-        with pq.ParquetFile(_Window(data, offset), metadata=footer) as parquet:
+        with pq.ParquetFile(_Window(data, place.offset), metadata=footer) as parquet:
             return parquet.read_row_group(number_in_shard)
 
     def _find(self, row_group: int) -> tuple[int, int]:
@@ -213,7 +210,7 @@ class _Window(io.RawIOBase):
         return data
 
 
-def _check_file(path: str, entry: dict[str, Any], footer: bytes) -> None:
+def _check_file(path: str, entry: ShardEntry, footer: bytes) -> None:
     """A local shard has the size and, outside of the row groups, the bytes that its manifest says."""
     num_bytes = Path(path).stat().st_size
     if num_bytes != entry["bytes"]:

@@ -8,7 +8,7 @@ A shard folder holds
     too_long.jsonl          the rows that were cut or dropped for their length
 
 The input is cut into pieces, which depend on nothing but the input, and each is worked on by one process
-(`pieces.py`). So the same input gives the same bytes on any number of cores, a killed run goes on where it was, and
+(`pieces.py`). So the same input gives the same bytes on any number of cores, a killed run resumes where it was, and
 nothing shows up in the folder before all of it is there. Of what lies in it, a run removes its own files, each by its
 exact name, and no others.
 """
@@ -27,7 +27,7 @@ from typing import Any
 
 from gemma_dist.config import TRAINING_ONLY, DataConfig
 from gemma_dist.data.encode import Encoder, load_encoder
-from gemma_dist.data.rows import InputRange, read_ranges, split_input
+from gemma_dist.data.rows import InputRange, ReadRow, read_ranges, split_input
 from gemma_dist.errors import DataError
 from gemma_dist.logs import progress
 from gemma_dist.shards.assemble import find_repeated, finish
@@ -55,7 +55,7 @@ def run_shard(
 ) -> ShardReport:
     """Check, measure and write all rows of `inputs` to the shard folder `out`.
 
-    The same call goes on with what a killed run left. A process holds one row group, and some 300 bytes for each sample
+    The same call resumes what a killed run left. A process holds one row group, and some 300 bytes for each sample
     of its piece; in the end about 100 bytes for each sample of the whole are held.
 
     Args:
@@ -169,7 +169,7 @@ def _start_worker(model: str, settings: ShardConfig, num_rows: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker that outlived a killed run would write to the same files as the run that goes on."""
+    """A worker that outlived a killed run would write to the same files as the run that resumes."""
     parent = multiprocessing.parent_process()
     assert parent
     parent.join()
@@ -177,7 +177,7 @@ def _end_with_parent() -> None:
 
 
 def _work_in_worker(job: ShardJob) -> None:
-    def counted() -> Iterator[Any]:
+    def counted() -> Iterator[ReadRow]:
         for row in read_ranges(job.ranges):
             with _num_rows.get_lock():
                 _num_rows.value += 1
