@@ -4,7 +4,6 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from gemma_dist.evaluate.foreign import holds_foreign_call
 from gemma_dist.evaluate.read import Reading, read_output
-from gemma_dist.evaluate.score import score_decision
+from gemma_dist.evaluate.score import Score, score_decision
 from gemma_dist.logs import read_jsonl
 
 JSON_CALL = '{"name": "f", "arguments": {"a": 1}}'
@@ -170,7 +169,7 @@ def test_a_text_that_speaks_of_calls_is_a_text(text: str) -> None:
     assert (reading.attempted, reading.status, reading.content) == (False, "no_call", text)
 
 
-def with_draw_chart(text: str, gold: str) -> tuple[Reading, dict[str, Any]]:
+def with_draw_chart(text: str, gold: str) -> tuple[Reading, Score]:
     """The reading of this output, and its score where draw_chart is the only tool and gold calls none."""
     reading = read_output(f"{text}<turn|>", tool_names=["draw_chart"])
     return reading, score_decision(reading, [], gold, [{"type": "function", "function": {"name": "draw_chart"}}])

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from corpus import row, write_rows
 
-from gemma_dist.config import DataConfig
+from gemma_dist.config import ShardConfig
 from gemma_dist.data.rows import read_ranges, read_rows, split_input
 from gemma_dist.errors import DataError
 from gemma_dist.shards import assemble

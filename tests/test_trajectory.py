@@ -682,7 +682,7 @@ def test_a_control_token_is_refused_or_broken_wherever_it_stands(path: str) -> N
 def test_every_control_token_is_found_in_a_tools_answer(token: str) -> None:
     row = changed("messages.3.content", [{"type": "text", "text": f"x{token}{token}y"}])
     assert f"the control token {token} stands" in refusal(row)
-    content: Any = parse(row, control_tokens="neutralise").messages[3]["content"]
+    content: Any = parse(row, control_tokens="escape").messages[3]["content"]
     (part,) = content
     assert not any(other in part["text"] for other in CONTROL_TOKENS)
     assert part["text"].replace("\u200b", "") == f"x{token}{token}y"

@@ -109,8 +109,8 @@ def require_encodable(text: str) -> str:
     return text
 
 
-def clean_text(text: str, neutralize: bool) -> str:
-    """The string, if it can be encoded and holds no control token; with `neutralize`, a zero-width space breaks them.
+def clean_text(text: str, escape: bool) -> str:
+    """The string, if it can be encoded and holds no control token; with `escape`, a zero-width space breaks them.
 
     Raises:
         DataError: it cannot be encoded, or holds a control token.
@@ -119,12 +119,12 @@ def clean_text(text: str, neutralize: bool) -> str:
     found = _CONTROL.search(text)
     if not found:
         return text
-    if neutralize:
+    if escape:
         return _CONTROL.sub(lambda token: f"{token[0][0]}\u200b{token[0][1:]}", text)
     around = text[max(0, found.start() - 20) : found.end() + 20]
     raise DataError(
         f"the control token {found[0]} stands in {short(around)}; the model would read it as structure: "
-        f"remove it or use {setting('control_tokens', 'neutralise')}"
+        f"remove it or use {setting('control_tokens', 'escape')}"
     )
 
 

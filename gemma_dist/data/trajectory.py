@@ -67,7 +67,7 @@ def parse_row(
     with error_context(where):
         if not isinstance(row, dict):
             raise DataError(f"the row is {short(row)}, not a JSON object; write one object a line")
-        clean = functools.partial(clean_text, neutralize=control_tokens == "neutralise")
+        clean = functools.partial(clean_text, escape=control_tokens == "escape")
         row_id = name_row(row.get("id"), where)
         row, raw_messages = to_openai(row)
         if not raw_messages:

@@ -169,22 +169,8 @@ def _scored(decision: Decision, answer: Answer) -> ScoredDecision:
     }
 
 
-def _counts(samples: list[dict[str, Any]]) -> dict[str, Counter[str]]:
-    """Addable counts of all samples and of each slice."""
-    totals: dict[str, Counter[str]] = {"all": Counter(), "with_images": Counter(), "without_images": Counter()}
-    by_trajectory: dict[int, list[dict[str, Any]]] = {}
-    for sample in samples:
-        for name in ("all", "with_images" if sample["num_images"] else "without_images"):
-            totals[name].update(counts(sample["score"]))
-        totals["all"][f"status.{sample['score']['status']}"] += 1
-        by_trajectory.setdefault(sample["trajectory"], []).append(sample["score"])
-    for scores in by_trajectory.values():
-        totals["all"].update(trajectory_counts(scores))
-    return totals
-
-
-def _integers(totals: dict[str, float]) -> dict[str, int]:
-    return {name: int(value) for name, value in totals.items()}
+def _sum_over_ranks(counts: Mapping[str, int]) -> dict[str, int]:
+    return {name: int(count) for name, count in world.sum_counts(counts).items()}
 
 
 def _parts(out: Path) -> list[Path]:

@@ -170,6 +170,7 @@ def _from_pretrained(name: str, **arguments: Any) -> Any:
 
 
 def read_config(name: str) -> Any:
+    """The config of a Gemma 4. Raises CheckpointError where there is none, or one that would run code of its own."""
     from transformers import AutoConfig
 
     refuse_custom_code(name)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gemma_dist.aliases import current_values
 from gemma_dist.errors import DataError
 from gemma_dist.logs import log, write_json
 from gemma_dist.shards.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest
@@ -25,7 +26,7 @@ def open_to_append(out: Path, header: dict[str, Any]) -> Manifest:
             f"{out} was made with another tokenizer, chat template or image processor (fingerprint "
             f"{manifest.header['fingerprint']}, here {header['fingerprint']}); append with the same model and template"
         )
-    old, new = manifest.header["settings"], header["settings"]
+    old, new = current_values(manifest.header["settings"]), header["settings"]
     if changed := [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in new if old.get(name) != new[name]]:
         raise DataError(f"{out} was made with other settings: {'; '.join(changed)}; append with the same ones")
     return manifest

@@ -25,7 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from gemma_dist.config import TRAINING_ONLY, DataConfig
+from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import Encoder, load_encoder
 from gemma_dist.data.rows import InputRange, ReadRow, read_ranges, split_input
 from gemma_dist.errors import DataError

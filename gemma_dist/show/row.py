@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gemma_dist.config import DataConfig
+from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded, load_encoder
 from gemma_dist.data.fit import encode_trained, fit, parse
 from gemma_dist.data.rows import ReadRow, read_rows
