@@ -28,6 +28,8 @@ RECIPE = Path(__file__).parents[1] / "launch" / "cpu_lora.yaml"
 
 # Modules that one verb alone reaches may name its own options.
 OWNERS = {
+    "shards/assemble.py": "shard",
+    "shards/folder.py": "shard",
     "shards/sharding.py": "shard",
     "merge/folders.py": "merge",
     "merge/verify.py": "merge",
