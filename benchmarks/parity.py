@@ -37,10 +37,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from ranks import ENVIRONMENT  # noqa: E402 (found by the line above)
+sys.path.insert(0, str(ROOT))
 
 from gemma_dist.resolve import FOLLOWING_ELEMENTS  # noqa: E402
+from tests.support.ranks import ENVIRONMENT  # noqa: E402 (found by the line above)
 
 LAUNCHES = {  # number of processes; the rest is in accelerate_configs/
     "single": 1,
@@ -213,7 +213,7 @@ class Bench:
 
     def _shards(self, style: str, data: str) -> Path:
         """Rows of one call; `row` puts a picture into every third."""
-        from corpus import row, shard_rows
+        from tests.support.corpus import row, shard_rows
 
         numbers = {"text": (1, 2), "images": (0,), "some": (0, 1, 2), "empty": (0, 1, 2)}[data]
         rows = [row(3 * (i // len(numbers)) + numbers[i % len(numbers)]) for i in range(NUM_ROWS)]

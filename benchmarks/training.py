@@ -21,8 +21,8 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from ranks import ENVIRONMENT  # noqa: E402 (found by the line above)
+sys.path.insert(0, str(ROOT))
+from tests.support.ranks import ENVIRONMENT  # noqa: E402 (found by the line above)
 
 NUM_STEPS, NUM_ROUNDS, MICRO_BATCH, WARM_UP = 12, 4, 4, 2
 NUM_ROWS = NUM_STEPS * MICRO_BATCH
@@ -30,9 +30,8 @@ NUM_ROWS = NUM_STEPS * MICRO_BATCH
 
 def prepare(folder: Path) -> tuple[Path, Path]:
     """A model whose layers cost something, and text rows."""
-    from corpus import row, shard_rows
-
     from gemma_dist.model.tiny import write_tiny_model
+    from tests.support.corpus import row, shard_rows
 
     model = folder / "model"
     write_tiny_model(model, hidden_size=256, num_hidden_layers=6)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from documents import document
 
 from gemma_dist.data.encode import IGNORE_INDEX
 from gemma_dist.stream.collate import ControlIds, Sample, collate, collate_packs
+from tests.support.documents import document
 
 IDS = ControlIds(pad=0, begin_image=10, image=11, end_image=12)
 TEXT = document(IDS, 7)

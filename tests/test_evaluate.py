@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corpus import row, write_rows
-from ranks import gemma_dist
 
 from gemma_dist.__main__ import main
 from gemma_dist.evaluate import generate, run
@@ -17,6 +15,8 @@ from gemma_dist.evaluate.metrics import flat_counts
 from gemma_dist.evaluate.read import CALL, read_output
 from gemma_dist.evaluate.read import CALL_END as END
 from gemma_dist.evaluate.score import score_decision
+from tests.support.corpus import row, write_rows
+from tests.support.ranks import gemma_dist
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from corpus import row, shard_rows
-from store import Server, serve
 
 from gemma_dist.errors import ConfigError, DataError
 from gemma_dist.shards import fetch as module
 from gemma_dist.shards import sharding
 from gemma_dist.shards.fetch import Fetcher, FetchError
 from gemma_dist.shards.reader import open_shards
+from tests.support.corpus import row, shard_rows
+from tests.support.store import Server, serve
 
 DATA = bytes(range(256)) * 40
 PIECE = slice(1000, 3000)

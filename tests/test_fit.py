@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import yaml
-from ranks import gemma_dist
 
 from gemma_dist.config import batch_plan
 from gemma_dist.errors import ConfigError
 from gemma_dist.recipe import load_config
 from gemma_dist.topology import Topology, current_topology, read_topology, require_fit, write_recipe_into
+from tests.support.ranks import gemma_dist
 
 ROOT = Path(__file__).parents[1]
 FULL_BF16 = ("cpu_full", "model.dtype=bfloat16")

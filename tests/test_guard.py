@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpus import row, shard_rows
-from ranks import gemma_dist, needs_compiler
 from safetensors.torch import load_file, save_file
-from store import serve
 
 from gemma_dist.shards.reader import open_shards
+from tests.support.corpus import row, shard_rows
+from tests.support.ranks import gemma_dist, needs_compiler
+from tests.support.store import serve
 
 POISONED = 5
 SETTINGS = ["per_device_train_batch_size=2", "global_batch_size=4", "max_steps=4", "save_steps=1"]

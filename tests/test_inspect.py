@@ -7,10 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpus import row, shard_rows, write_rows
 from datasets import Dataset
-from ranks import gemma_dist
-from store import serve
 
 from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import IGNORE_INDEX, load_encoder
@@ -18,6 +15,9 @@ from gemma_dist.data.rows import read_rows
 from gemma_dist.errors import DataError
 from gemma_dist.shards.reader import load_trajectories, open_shards
 from gemma_dist.show.row import inspect_row
+from tests.support.corpus import row, shard_rows, write_rows
+from tests.support.ranks import gemma_dist
+from tests.support.store import serve
 
 ROWS = [row(number) for number in range(4)]
 

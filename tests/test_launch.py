@@ -15,7 +15,6 @@ import psutil
 import pytest
 import torch
 import yaml
-from corpus import row, shard_rows
 
 from gemma_dist.config import LANGUAGE_MODEL_LINEARS, ModelConfig, RunConfig, batch_plan
 from gemma_dist.errors import ConfigError
@@ -24,6 +23,7 @@ from gemma_dist.recipe import load_config
 from gemma_dist.resolve import Run, resolve
 from gemma_dist.show.check import describe_run
 from gemma_dist.topology import Topology
+from tests.support.corpus import row, shard_rows
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "launch").glob("*.yaml"))

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from corpus import ids_at, row, shard_rows
 from torch.utils.data import DataLoader
 
 from gemma_dist.config import BatchPlan
@@ -22,6 +21,7 @@ from gemma_dist.stream import schedule as schedule_module
 from gemma_dist.stream.collate import Sample, collate, control_ids
 from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.stream.schedule import BlockId, Schedule, read_quarantine
+from tests.support.corpus import ids_at, row, shard_rows
 
 NUM_SAMPLES = 11
 Batch = dict[str, torch.Tensor]

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corpus import row, shard_rows
 
 from gemma_dist.__main__ import main
 from gemma_dist.model.folder import refuse_custom_code
+from tests.support.corpus import row, shard_rows
 
 # What a model folder could bring along; whoever imports it leaves a mark.
 EVIL = """

@@ -10,7 +10,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from documents import document
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor
@@ -19,6 +18,7 @@ from gemma_dist.config import ModelConfig
 from gemma_dist.model.attention import find_documents
 from gemma_dist.model.load import load_model
 from gemma_dist.stream.collate import ControlIds, Sample, collate, collate_packs, control_ids
+from tests.support.documents import document
 
 Batch = dict[str, torch.Tensor]
 Tensors = dict[str, torch.Tensor]

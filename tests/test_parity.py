@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import ENVIRONMENT, REPOSITORY, needs_compiler
+
+from tests.support.ranks import ENVIRONMENT, REPOSITORY, needs_compiler
 
 sys.path.append(str(REPOSITORY / "benchmarks"))
 from parity import DATA, LAUNCHES, STYLES, TUNINGS, Cell, all_cells, pruned_cells

@@ -10,9 +10,7 @@ from typing import Any
 
 import click
 import pytest
-from corpus import row, shard_rows, write_rows
 from PIL import Image
-from ranks import gemma_dist
 
 import gemma_dist as package
 from gemma_dist import config, recipe
@@ -22,6 +20,8 @@ from gemma_dist.data.fit import parse
 from gemma_dist.data.rows import Where
 from gemma_dist.errors import DataError, setting, spell
 from gemma_dist.shards import sharding
+from tests.support.corpus import row, shard_rows, write_rows
+from tests.support.ranks import gemma_dist
 
 FOLDER = Path(package.__file__).parent
 RECIPE = Path(__file__).parents[1] / "launch" / "cpu_lora.yaml"

@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpus import ids_at, row, shard_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import gemma_dist
 
 from gemma_dist.config import BatchPlan, batch_plan
 from gemma_dist.errors import ConfigError, DataError
@@ -23,6 +21,8 @@ from gemma_dist.recipe import load_config
 from gemma_dist.shards import sharding
 from gemma_dist.shards.reader import open_shards
 from gemma_dist.stream.schedule import Schedule, open_schedule, read_quarantine
+from tests.support.corpus import ids_at, row, shard_rows
+from tests.support.ranks import gemma_dist
 
 
 def corpus(lengths: Any, row_group_sizes: Any, weights: list[float] | None = None) -> Any:

@@ -15,7 +15,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpus import row, write_rows
 
 from gemma_dist.config import ShardConfig
 from gemma_dist.data.rows import read_ranges, read_rows, split_input
@@ -26,6 +25,7 @@ from gemma_dist.shards import sharding as module
 from gemma_dist.shards.manifest import read_manifest
 from gemma_dist.shards.reader import open_shards
 from gemma_dist.shards.sharding import run_shard
+from tests.support.corpus import row, write_rows
 
 ROWS = [row(number, num_calls=1 + number % 3) for number in range(60)]
 

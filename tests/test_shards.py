@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from corpus import answer, call, picture, row, shard_rows, write_rows
 
 from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import load_encoder
@@ -17,6 +16,7 @@ from gemma_dist.shards import reader as shards_module
 from gemma_dist.shards import sharding as module
 from gemma_dist.shards.reader import load_trajectories, open_shards
 from gemma_dist.shards.sharding import run_shard
+from tests.support.corpus import answer, call, picture, row, shard_rows, write_rows
 
 ROWS = [row(number) for number in range(12)]
 

@@ -18,11 +18,8 @@ import psutil
 import pytest
 import torch
 import yaml
-from corpus import row, write_rows
 from peft import PeftModel
-from ranks import ENVIRONMENT, REPOSITORY, gemma_dist, kill, needs_compiler, start, wait_for
 from safetensors.torch import load_file
-from store import serve
 from transformers import AutoModelForImageTextToText
 
 from gemma_dist.errors import CheckpointError, ConfigError
@@ -34,6 +31,9 @@ from gemma_dist.shards.reader import open_shards
 from gemma_dist.topology import Topology
 from gemma_dist.train.checkpoint import MARKER, find_checkpoint, lock_output_dir, saving
 from gemma_dist.train.trainer import warm_up_ddp_buckets
+from tests.support.corpus import row, write_rows
+from tests.support.ranks import ENVIRONMENT, REPOSITORY, gemma_dist, kill, needs_compiler, start, wait_for
+from tests.support.store import serve
 
 NUM_STEPS = 4
 # Rows of very different length, with and without images, in an epoch whose last batch is not full: 4 x 4 - 3 rows.

@@ -1,6 +1,6 @@
 """ZeRO-3: what its ranks load together is what one process loads, none of them holds it whole, and it answers alike.
 
-This file is also what each rank runs: accelerate launch … tests/test_zero3.py FOLDER MODEL DTYPE [MODEL DTYPE]…
+This file is also what each rank runs: accelerate launch … -m tests.test_zero3 FOLDER MODEL DTYPE [MODEL DTYPE]…
 """
 
 import json
@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from corpus import row, write_rows
-from ranks import ENVIRONMENT, REPOSITORY, gemma_dist, needs_compiler
 
 from gemma_dist.gemma_format import STOP_TOKENS
+from tests.support.corpus import row, write_rows
+from tests.support.ranks import ENVIRONMENT, REPOSITORY, gemma_dist, needs_compiler
 
 # Style, dtype of the files, dtype in memory.
 STYLES = [("e4b", "float32", "float32"), ("31b", "float32", "bfloat16"), ("26b", "bfloat16", "bfloat16")]
@@ -29,7 +29,7 @@ def test_ranks_load_what_one_process_loads(tiny_model: Callable[..., Path], tmp_
         models += [_in_shards(tiny_model(style, stored), tmp_path / style), dtype]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     launch += ["--config_file", "accelerate_configs/cpu_zero3.yaml"]
-    words = [*launch, __file__, *map(str, [tmp_path, *models])]
+    words = [*launch, "-m", "tests.test_zero3", *map(str, [tmp_path, *models])]
     run = subprocess.run(
         words, cwd=REPOSITORY, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300
     )

@@ -1,0 +1,1 @@
+"""Packages so that tests and benchmarks import what they share by one name, `tests.support`."""
