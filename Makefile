@@ -30,7 +30,7 @@ bench: .venv ## streaming beside its peers, some 25 minutes on 2 cores; one tabl
 	python benchmarks/streaming.py $(ARGS)
 
 parity: .venv ## every launch config beside one process, two hours on 2 cores; make parity ARGS="--pruned --against trl"
-	python benchmarks/parity.py $(ARGS)
+	python -m tests.parity $(ARGS)
 
 check: .venv ## formatting, lint and types
 	ruff format --check .

@@ -1,6 +1,6 @@
 """Every launch config trains the same model: the pruned parity matrix, cell by cell.
 
-Slow, 8 minutes, or 14 beside another test: `benchmarks/parity.py --pruned` starts nine sets of processes and trains
+Slow, 8 minutes, or 14 beside another test: `python -m tests.parity --pruned` starts nine sets of processes and trains
 some forty tiny runs.
 """
 
@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.parity.__main__ import DATA, LAUNCHES, STYLES, TUNINGS, Cell, all_cells, pruned_cells
 from tests.support.ranks import ENVIRONMENT, REPOSITORY, needs_compiler
-
-sys.path.append(str(REPOSITORY / "benchmarks"))
-from parity import DATA, LAUNCHES, STYLES, TUNINGS, Cell, all_cells, pruned_cells
 
 pytestmark = needs_compiler
 
@@ -26,7 +24,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     """What the command found for each cell."""
     found: Path = tmp_path_factory.mktemp("parity") / "figures.json"
     done = subprocess.run(
-        [sys.executable, "benchmarks/parity.py", "--pruned", "--json", found],
+        [sys.executable, "-m", "tests.parity", "--pruned", "--json", found],
         cwd=REPOSITORY,
         env=os.environ | ENVIRONMENT,
         capture_output=True,

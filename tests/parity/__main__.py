@@ -1,8 +1,8 @@
 """The parity matrix: every launch, way of training, kind of model and of data learns what one plain process learns.
 
     make parity                                   all cells: about two hours on 2 cores
-    python benchmarks/parity.py --pruned          every launch, tuning, style, kind of data and option at least once
-    python benchmarks/parity.py --only zero3      cells whose name has these words
+    python -m tests.parity --pruned          every launch, tuning, style, kind of data and option at least once
+    python -m tests.parity --only zero3      cells whose name has these words
 
 Each launch is real: processes under `accelerate launch` with a file of accelerate_configs/ (gloo, DeepSpeed,
 bitsandbytes' NF4, all on the CPU), tiny Gemma 4 models of transformers' own classes, shards, and the function that
@@ -36,11 +36,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from gemma_dist.resolve import FOLLOWING_ELEMENTS
+from tests.support.ranks import ENVIRONMENT, REPOSITORY
 
-from gemma_dist.resolve import FOLLOWING_ELEMENTS  # noqa: E402
-from tests.support.ranks import ENVIRONMENT  # noqa: E402 (found by the line above)
+ROOT = REPOSITORY
 
 LAUNCHES = {  # number of processes; the rest is in accelerate_configs/
     "single": 1,
@@ -315,7 +314,7 @@ def run_launch(bench: Bench, launch: str, cells: list[Cell]) -> None:
             (bench.folder / name).mkdir()
         listed = bench.folder / f"{launch.replace(' ', '-')}.cells.json"
         listed.write_text(json.dumps(runs))
-        command, words = [sys.executable], [str(bench.folder), launch.replace(" ", "-")]
+        command, words = [sys.executable], ["-m", "tests.parity.worker", str(bench.folder), launch.replace(" ", "-")]
         if launch != "single":
             config = f"accelerate_configs/{launch.partition(' ')[0]}.yaml"
             command += ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
@@ -323,7 +322,7 @@ def run_launch(bench: Bench, launch: str, cells: list[Cell]) -> None:
         start = time.perf_counter()
         try:
             done = subprocess.run(
-                [*command, "benchmarks/parity_worker.py", *words],
+                [*command, *words],
                 cwd=ROOT,
                 env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
                 capture_output=True,

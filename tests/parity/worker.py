@@ -1,7 +1,7 @@
-"""One rank of the parity matrix (`parity.py`): trains the cells of one launch, one after the other, through the same
+"""One rank of the parity matrix (`__main__.py`): trains the cells of one launch, one after the other, through the same
 function as `gemma-dist train`, and writes down what came out.
 
-    accelerate launch --config_file accelerate_configs/cpu_zero3.yaml benchmarks/parity_worker.py FOLDER LAUNCH
+    accelerate launch --config_file accelerate_configs/cpu_zero3.yaml -m tests.parity.worker FOLDER LAUNCH
 
 FOLDER/<LAUNCH>.cells.json lists the cells. Each leaves FOLDER/<name>/: `out` as training writes it, `gradients` of
 step 1 (averaged over the ranks, before clipping) and `logits` of the trained model on the probe, as safetensors, and
