@@ -9,18 +9,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.parity.__main__ import DATA, LAUNCHES, STYLES, TUNINGS, Cell, all_cells, pruned_cells
+from tests.parity.cells import DATA, LAUNCHES, STYLES, TUNINGS, Cell, all_cells, pruned_cells
+from tests.parity.judge import Figures
 from tests.support.ranks import ENVIRONMENT, REPOSITORY, needs_compiler
 
 pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Figures]:
     """What the command found for each cell."""
     found: Path = tmp_path_factory.mktemp("parity") / "figures.json"
     done = subprocess.run(
@@ -39,7 +39,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 @pytest.mark.timeout(1600)  # the first one waits for the command
 @pytest.mark.parametrize("cell", pruned_cells(), ids=lambda cell: cell.name)
-def test_a_cell_equals_its_reference(figures: dict[str, dict[str, Any]], cell: Cell) -> None:
+def test_a_cell_equals_its_reference(figures: dict[str, Figures], cell: Cell) -> None:
     found = figures[cell.name]
     assert "error" not in found, found["error"]
     assert found["ok"], found
@@ -52,5 +52,5 @@ def test_each_row_and_column_is_touched(cells: list[Cell]) -> None:
         assert {getattr(cell, name) for cell in cells} == set(values)
     for name in ("packing", "checkpointing", "accumulation", "dtype"):
         assert len({getattr(cell, name) for cell in cells}) >= 2, name
-    assert any(cell.resumed and cell.whole.launch != cell.launch for cell in cells)
+    assert any(cell.resumed_from not in ("", cell.launch) for cell in cells)
     assert len({cell.name for cell in cells}) == len(cells)

@@ -7,6 +7,7 @@ OUT/gemma_dist.json          base, quantization, data: written last, so it marks
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ STATE_FILES = (
 )
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig, *, trainer_class: Callable[..., ToolCallTrainer] = ToolCallTrainer) -> None:
     """Train as `config` says, alone or as one rank of many, from the newest complete checkpoint if there is one.
 
     Raises:
@@ -73,7 +74,7 @@ def train(config: RunConfig) -> None:
     )
     with lock_output_dir(output_dir):
         if start_step < run.num_steps:
-            _train_from(run, loader, checkpoint)
+            _train_from(run, loader, checkpoint, trainer_class)
             checkpoint = output_dir / f"checkpoint-{run.num_steps}"
         else:
             log.info(
@@ -84,7 +85,9 @@ def train(config: RunConfig) -> None:
     world.disconnect()
 
 
-def _train_from(run: Run, loader: TrajectoryLoader, checkpoint: Path | None) -> None:
+def _train_from(
+    run: Run, loader: TrajectoryLoader, checkpoint: Path | None, trainer_class: Callable[..., ToolCallTrainer]
+) -> None:
     """The remaining steps of a run: the loader starts with the first of them."""
     arguments = training_arguments(run)  # at ZeRO-3 it has to be there before the model: it partitions the weights
     world.note_processes()
@@ -92,7 +95,7 @@ def _train_from(run: Run, loader: TrajectoryLoader, checkpoint: Path | None) -> 
     model = _load_model(run)
     metrics = run.config.train.output_dir / "metrics.jsonl"
     run_log = RunLog(metrics, start_step=loader.start_step, num_steps=run.num_steps)
-    trainer = ToolCallTrainer(run, arguments, model, loader, run_log)
+    trainer = trainer_class(run, arguments, model, loader, run_log)
     trainer.train(resume_from_checkpoint=checkpoint)
     run_log.close()
 

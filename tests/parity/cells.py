@@ -1,0 +1,190 @@
+"""The cells of the matrix: which launch trains what, how, and what it is compared with."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+
+from gemma_dist.resolve import FOLLOWING_ELEMENTS
+
+LAUNCHES = {  # number of processes; the rest is in accelerate_configs/
+    "single": 1,
+    "cpu_ddp": 2,
+    "cpu_zero1": 2,
+    "cpu_zero2": 2,
+    "cpu_zero3": 2,
+    "cpu_zero3_offload": 2,
+    "cpu_ddp x4": 4,
+    "cpu_zero3 x4": 4,
+}
+UP_TO_TWO = tuple(launch for launch, num_processes in LAUNCHES.items() if num_processes <= 2)
+TUNINGS = {  # recipe in launch/, and overrides
+    "full": ("cpu_full", []),
+    "lora": ("cpu_lora", []),
+    "dora": ("cpu_lora", ["lora.use_rslora=true", "lora.use_dora=true"]),
+    "qlora": ("cpu_qlora", []),
+    "experts": ("cpu_lora", ["lora.target_parameters=[experts.gate_up_proj, experts.down_proj]"]),  # 26b alone has some
+}
+FOR_ALL_STYLES = ("full", "lora", "dora", "qlora")
+STYLES = ("e4b", "31b", "26b")
+DATA = ("text", "images", "some", "empty")  # images in none, all, some rows; "empty": a rank's batch is all quarantined
+OPTIMIZERS = ("adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "adafactor", "sgd")
+PEERS = ("trl", "trl-token-weighted")  # plain SFTTrainer; and with its loss by tokens, which the model switches off
+ELSEWHERE = {  # the launch, of another world size, that resumes from a checkpoint of this one
+    "single": "cpu_zero3",
+    "cpu_ddp": "single",
+    "cpu_zero1": "cpu_zero3 x4",
+    "cpu_zero2": "single",
+    "cpu_zero3": "cpu_ddp x4",
+    "cpu_zero3_offload": "single",
+    "cpu_ddp x4": "cpu_zero2",
+    "cpu_zero3 x4": "cpu_zero1",
+}
+OPTIONS = tuple(product((False, True), (False, True), (1, 4)))  # packing, checkpointing, accumulation
+GLOBAL_BATCH = 8
+LIMITS = {"float32": 1e-5, "bfloat16": 5e-2}
+# Of steps 2 to 5 with experts, or with 8-bit states of the optimizer: which expert a token goes to and which of 256
+# levels a state gets are step functions, and where two are nearly equal, a difference in the eighth digit decides.
+ROUNDED_LIMIT = 1e-3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the matrix."""
+
+    launch: str
+    tuning: str
+    style: str
+    data: str
+    packing: bool = False
+    checkpointing: bool = False
+    accumulation: int = 1
+    dtype: str = "float32"
+    optim: str = "adamw_torch"
+    resumed_from: str = ""  # the launch whose checkpoint of step 2 it resumes from
+    is_reference: bool = False
+    peer: str = ""  # one of PEERS: trained by plain TRL instead
+
+    @property
+    def name(self) -> str:
+        """Of the cell and its folder: what differs from the defaults, in words."""
+        words = [self.launch, self.tuning, self.style, self.data]
+        if self.packing:
+            words.append("packed")
+        if self.checkpointing:
+            words.append("checkpointed")
+        if self.accumulation > 1:
+            words.append(f"accumulated{self.accumulation}")
+        if self.dtype == "bfloat16":
+            words.append("bfloat16")
+        if self.optim != "adamw_torch":
+            words.append(self.optim)
+        if self.resumed_from:
+            words.append(f"resumed-{self.resumed_from}")
+        if self.peer:
+            words.append(self.peer)
+        if self.is_reference:
+            words.append("reference")
+        return file_name("-".join(words))
+
+    @property
+    def reference(self) -> "Cell":
+        """One process, float32, all trajectories of a step as rows of one batch; packs only say which these are."""
+        return Cell(
+            "single",
+            self.tuning,
+            self.style,
+            self.data,
+            packing=self.packing,
+            dtype=self.dtype,
+            optim=self.optim,
+            is_reference=True,
+            peer=self.peer,
+        )
+
+    @property
+    def whole(self) -> "Cell":
+        """The uninterrupted run of a resumed one."""
+        return replace(self, launch=self.resumed_from, resumed_from="")
+
+    @property
+    def later_limit(self) -> float:
+        """For the losses of the steps after the first."""
+        limit = LIMITS[self.dtype]
+        rounded = self.style == "26b" or self.optim == "adamw_8bit"
+        return max(limit, ROUNDED_LIMIT) if rounded else limit
+
+
+def file_name(launch: str) -> str:
+    """A launch as it is written in names of files."""
+    return launch.replace(" ", "-")
+
+
+def all_cells() -> list[Cell]:
+    """Every launch x tuning x style x data (with four processes: only data with images in some rows), the options
+    dealt so that each meets each of the others; bfloat16; the other optimizers; and every launch resumed in itself
+    and in another."""
+    cells = []
+    kinds = [*product(LAUNCHES, FOR_ALL_STYLES, STYLES, DATA), *product(LAUNCHES, ["experts"], ["26b"], DATA)]
+    for i, (launch, tuning, style, data) in enumerate(kinds):
+        packing, checkpointing, accumulation = OPTIONS[(i + i // len(OPTIONS)) % len(OPTIONS)]
+        if data == "some" or launch in UP_TO_TWO:
+            cells.append(_dealt(Cell(launch, tuning, style, data, packing, checkpointing, accumulation)))
+    for launch, tuning in product(UP_TO_TWO, FOR_ALL_STYLES):
+        if tuning != "full" or "zero" in launch:  # the others are refused
+            cells.append(Cell(launch, tuning, "e4b", "some", dtype="bfloat16"))
+    for launch, optim in product(UP_TO_TWO, OPTIMIZERS):
+        if optim in FOLLOWING_ELEMENTS or "zero" not in launch:  # others see flat slices there
+            cells.append(Cell(launch, "full", "31b", "some", optim=optim))
+
+    resumed = [cell for cell in cells if cell.style == "e4b" and cell.data == "some" and cell.dtype == "float32"]
+    resumed += [cell for cell in cells if cell.optim != "adamw_torch" and cell.launch in ("cpu_ddp", "cpu_zero2")]
+    resumed += [cell for cell in cells if cell.tuning == "experts" and cell.data == "some"]
+    return [*cells, *_resumed(resumed, ELSEWHERE)]
+
+
+def pruned_cells() -> list[Cell]:
+    """Every launch with two of the tunings; style and data (four pairs, so that cells share references) and options
+    rotate. Four processes once for each launch of them."""
+    kinds = (("e4b", "some", True), ("31b", "images", False), ("26b", "empty", False), ("e4b", "text", False))
+    cells = []
+    for i, (launch, tuning) in enumerate(product(UP_TO_TWO, FOR_ALL_STYLES)):
+        if (i + i // 4) % 2:
+            continue
+        style, data, packing = kinds[(i // 2 + i // 4) % len(kinds)]
+        checkpointing, accumulation = ((False, 4), (True, 1), (True, 4), (False, 1))[(i + i // 8) % 4]
+        if (launch, tuning) == ("cpu_zero3", "dora"):
+            checkpointing = True  # recomputed at ZeRO-3, DoRA looks into other layers
+        cells.append(_dealt(Cell(launch, tuning, style, data, packing, checkpointing, accumulation)))
+    resumed = [cell for cell in cells if cell.tuning in ("full", "lora") or cell.launch == "cpu_zero3"]
+    # Resumed, too: the sum of two numbers does not depend on their order, that of four does.
+    four = Cell("cpu_ddp x4", "full", "e4b", "some", packing=True)
+    resumed.append(four)
+    cells += [four, Cell("cpu_zero3 x4", "lora", "31b", "images")]
+    cells.append(Cell("cpu_zero3", "experts", "26b", "empty", checkpointing=True))
+    for launch in ("cpu_ddp", "cpu_zero2", "cpu_zero3"):
+        cells.append(Cell(launch, "lora", "e4b", "some", dtype="bfloat16"))
+    staying = ("cpu_zero1", "cpu_zero3", "cpu_zero3_offload", "cpu_ddp x4")
+    return [*cells, *_resumed(resumed, ELSEWHERE | dict.fromkeys(staying))]
+
+
+def peer_cells(peer: str) -> list[Cell]:
+    """What TRL can be asked for: it has no quarantine, its packs would make other steps, and it saves what it likes.
+    Rows with images it takes only where these come with the user's message."""
+    cells = []
+    for i, (launch, tuning) in enumerate(product(UP_TO_TWO, FOR_ALL_STYLES)):
+        checkpointing, accumulation = ((False, 1), (True, 1), (False, 4), (True, 4))[(i + i // 4) % 4]
+        cells.append(_dealt(Cell(launch, tuning, "e4b", "text", False, checkpointing, accumulation, peer=peer)))
+    return [*cells, *(Cell(launch, "lora", "e4b", "some", peer=peer) for launch in UP_TO_TWO)]
+
+
+def _dealt(cell: Cell) -> Cell:
+    """With no more accumulation than a rank has sequences of a step."""
+    return replace(cell, accumulation=min(cell.accumulation, GLOBAL_BATCH // LAUNCHES[cell.launch]))
+
+
+def _resumed(cells: Iterable[Cell], elsewhere: Mapping[str, str | None]) -> Iterator[Cell]:
+    """Each of `cells` resumed in its own launch, and in the one that `elsewhere` names for it."""
+    for cell in cells:
+        yield replace(cell, resumed_from=cell.launch)
+        if other := elsewhere[cell.launch]:
+            yield replace(cell, launch=other, resumed_from=cell.launch)
