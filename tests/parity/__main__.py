@@ -39,7 +39,8 @@ def main() -> int:
 
     try:
         results = run(pruned_cells() if options.pruned else all_cells())
-        show(results)
+        if results:
+            show(results)
         peers: dict[Cell, Figures] = {}
         for peer in options.against:
             found = run(peer_cells(peer))

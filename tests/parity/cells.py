@@ -28,7 +28,9 @@ FOR_ALL_STYLES = ("full", "lora", "dora", "qlora")
 STYLES = ("e4b", "31b", "26b")
 DATA = ("text", "images", "some", "empty")  # images in none, all, some rows; "empty": a rank's batch is all quarantined
 OPTIMIZERS = ("adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "adafactor", "sgd")
-PEERS = ("trl", "trl-token-weighted")  # plain SFTTrainer; and with its loss by tokens, which the model switches off
+# Plain SFTTrainer; and the same with `model.accepts_loss_kwargs = True`: transformers' Gemma 4 has it False, and
+# TRL's loss is then not weighted by target tokens.
+PEERS = ("trl", "trl-token-weighted")
 ELSEWHERE = {  # the launch, of another world size, that resumes from a checkpoint of this one
     "single": "cpu_zero3",
     "cpu_ddp": "single",
@@ -169,7 +171,7 @@ def pruned_cells() -> list[Cell]:
 
 def peer_cells(peer: str) -> list[Cell]:
     """What TRL can be asked for: it has no quarantine, its packs would make other steps, and it saves what it likes.
-    Rows with images it takes only where these come with the user's message."""
+    The cells with images show what it says to those of a tool's message that come in the column `images`."""
     cells = []
     for i, (launch, tuning) in enumerate(product(UP_TO_TWO, FOR_ALL_STYLES)):
         checkpointing, accumulation = ((False, 1), (True, 1), (False, 4), (True, 4))[(i + i // 4) % 4]
