@@ -42,7 +42,7 @@ def picture(rng: np.random.Generator) -> bytes:
 
 
 def row(number: int, rng: np.random.Generator) -> dict[str, Any]:
-    """A trajectory of two calls that each return a picture."""
+    """A trajectory of two calls that each return an image."""
     messages: list[dict[str, Any]] = [{"role": "user", "content": f"Draw the sales of {number} and of last year."}]
     for name in ("c0", "c1"):
         url = "data:image/png;base64," + base64.b64encode(picture(rng)).decode()
@@ -95,7 +95,7 @@ def read_ours(shards: str | Path) -> Samples:
 
 
 def read_datasets(shards: str | Path, shuffle: bool = False, prefetch: bool = False) -> Samples:
-    """`datasets` streaming of the same parquet, its pictures left encoded."""
+    """`datasets` streaming of the same parquet, its images left encoded."""
     import datasets
     import pyarrow as pa
     from pyarrow.dataset import ParquetFragmentScanOptions

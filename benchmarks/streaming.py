@@ -69,7 +69,7 @@ def read(folder: Path) -> None:
         rounds = [[reading.rate(reader, with_decode) for reader in found.values()] for _ in range(NUM_REPEATS)]
         rates.append(np.max(rounds, axis=0))
     show(
-        f"read: samples/s, one process, {reading.NUM_SAMPLES:,} trajectories of two 45 KB pictures x "
+        f"read: samples/s, one process, {reading.NUM_SAMPLES:,} trajectories of two 45 KB images x "
         f"{reading.NUM_PASSES}, best of {NUM_REPEATS}",
         ("", "raw", "with decode"),
         *zip(found, *rates, strict=True),
@@ -277,13 +277,13 @@ def train(folder: Path) -> None:
         print(
             f"  padding at micro-batch 4, 8 where the {len(toolcalls) - len(short)} longer ones are left out: {found}"
         )
-    pictures = SHARED / "multimodal"
-    if pictures.is_dir():
-        documents = steps.screenshots(pictures)
+    screenshots = SHARED / "multimodal"
+    if screenshots.is_dir():
+        documents = steps.screenshots(screenshots)
         rows = steps.compare(folder / "screenshots", documents, 8192, {4: 2}, num_packs=2)
         show(f"train: {len(documents)} trajectories with screenshots of 280 tokens, packs of 8,192", head, *rows)
     else:
-        print(f"\n{pictures}: not there, so its screenshots are left out")
+        print(f"\n{screenshots}: not there, so its screenshots are left out")
 
 
 SECTIONS: dict[str, Callable[[Path], None]] = {

@@ -1,4 +1,4 @@
-"""Small corpora of real rows, with pictures made on the spot, for the tests of shards, loader and inspect."""
+"""Small corpora of real rows, with images made on the spot, for the tests of shards, loader and inspect."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ TOOLS = [
 
 
 def picture(number: int) -> bytes:
-    """A PNG whose size and colour depend on `number`."""
+    """A PNG whose size and color depend on `number`."""
     file = io.BytesIO()
     Image.new("RGB", (48 + 16 * (number % 5), 64), (number % 256, 40, 200)).save(file, "PNG")
     return file.getvalue()
@@ -49,7 +49,7 @@ def answer(number: int, image: bool) -> dict[str, Any]:
 
 
 def row(number: int, num_calls: int = 1, **fields: Any) -> dict[str, Any]:
-    """A question, some calls one after the other (a picture comes back in every third row), and a final word."""
+    """A question, some calls one after the other (an image comes back in every third row), and a final word."""
     messages: list[dict[str, Any]] = [{"role": "user", "content": f"Draw {number}, please." + " Now." * (number % 4)}]
     for i in range(num_calls):
         messages += [call(100 * number + i), answer(100 * number + i, image=number % 3 == 0)]
