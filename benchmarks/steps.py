@@ -4,9 +4,10 @@ real lengths."""
 import json
 import math
 import time
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +24,23 @@ Document = tuple[int, int]  # tokens of text, and images
 IMAGE_TOKENS, PATCHES = 280, (60, 42)  # of an image: nine patches are pooled into a token
 NUM_ROUNDS = 2
 Rows = list[tuple[Any, ...]]
+MicroBatches = list[list[list[int]]]  # the documents of each row of each micro-batch
+
+
+class Way(NamedTuple):
+    """One way to make an epoch of micro-batches."""
+
+    epoch: MicroBatches
+    num_timed: int
+    collate: Callable[[list[list[Sample]], ControlIds], dict[str, Any]]
+    own_attention: bool = False  # inside each document; else what transformers makes of the batch
 
 
 def compare(
     folder: Path, documents: list[Document], packing_length: int, sizes: dict[int, int], num_packs: int
 ) -> Rows:
-    """Useful tokens a CPU second, packed, and padded to the longest of micro-batches of so many trajectories.
+    """Useful tokens a CPU second, packed, text also as TRL packs it, and padded to the longest of micro-batches of so
+    many trajectories.
 
     Args:
         sizes: of padded micro-batches, with how many of each are timed.
@@ -36,10 +48,13 @@ def compare(
     write_tiny_model(folder, hidden_size=512, num_hidden_layers=4)
     models = {packing: _load(folder, packing) for packing in (True, False)}
     lengths = np.array([_num_tokens(document) for document in documents])
-    epochs = {"packed": (num_packs, [[lot] for lot in pack(lengths, packing_length)])}
+    packs = [[documents_of_pack] for documents_of_pack in pack(lengths, packing_length)]
+    ways = {"packed": Way(packs, num_packs, collate_packs, own_attention=True)}
+    if not any(num_images for _, num_images in documents):  # with images TRL refuses packing=True
+        ways["TRL, packing=True"] = Way(trl_packs(lengths, packing_length), num_packs, _flatten)
     for size, count in sizes.items():
-        epochs[f"micro-batch {size}, padded"] = count, deal(len(documents), size)
-    chosen = {name: _typical(epoch, lengths, count) for name, (count, epoch) in epochs.items()}
+        ways[f"micro-batch {size}, padded"] = Way(deal(len(documents), size), count, _pad)
+    chosen = {name: _typical(way.epoch, lengths, way.num_timed) for name, way in ways.items()}
     seconds = dict.fromkeys(chosen, 0.0)
     ids = _control_ids(folder)
     _step(models[True], collate_packs([[_sample((64, 0), ids)]], ids))
@@ -47,19 +62,28 @@ def compare(
         for name, micro_batches in chosen.items():
             for rows in micro_batches[round_number::NUM_ROUNDS]:
                 samples = [[_sample(documents[i], ids) for i in row] for row in rows]
-                batch = collate_packs(samples, ids) if name == "packed" else _pad(samples, ids)
-                seconds[name] += _step(models[name == "packed"], batch)
+                seconds[name] += _step(models[ways[name].own_attention], ways[name].collate(samples, ids))
     useful = {name: lengths[list(chain.from_iterable(chain.from_iterable(lot)))].sum() for name, lot in chosen.items()}
     rates = {name: useful[name] / seconds[name] for name in chosen}
     table: Rows = []
     for name, rate in rates.items():
-        share = padding(epochs[name][1], lengths)
+        share = padding(ways[name].epoch, lengths)
         gains = f"{rates['packed'] / rate:.2f}", f"{1 / (1 - share):.2f}"
         table.append((name, f"{share:.1%}", len(chosen[name]), rate, *gains))
     return table
 
 
-def deal(num_documents: int, size: int) -> list[list[list[int]]]:
+def trl_packs(lengths: np.ndarray, packing_length: int) -> MicroBatches:
+    """An epoch of micro-batches of one pack, as SFTTrainer with `packing=True` makes them of text."""
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    numbered = Dataset.from_dict({"input_ids": [[i] * length for i, length in enumerate(lengths.tolist())]})
+    packs = pack_dataset(numbered, packing_length, "bfd")
+    return [[list(dict.fromkeys(row))] for row in packs["input_ids"]]
+
+
+def deal(num_documents: int, size: int) -> MicroBatches:
     """An epoch of micro-batches of single trajectories in random order."""
     order = np.random.default_rng(0).permutation(num_documents)[: num_documents // size * size]
     return [[[i] for i in lot] for lot in order.reshape(-1, size).tolist()]
@@ -75,7 +99,7 @@ def _num_tokens(document: Document) -> int:
     return document[0] + document[1] * (IMAGE_TOKENS + 2)
 
 
-def _typical(epoch: list[list[list[int]]], lengths: np.ndarray, count: int) -> list[list[list[int]]]:
+def _typical(epoch: MicroBatches, lengths: np.ndarray, count: int) -> MicroBatches:
     """So many micro-batches of an epoch, that together are nearest to all of it: of 5,000 random choices, the one whose
     useful tokens, padded tokens, and squares of row lengths differ least from the mean of the epoch."""
     rows = [[lengths[row].sum() for row in micro_batch] for micro_batch in epoch]
@@ -87,7 +111,7 @@ def _typical(epoch: list[list[list[int]]], lengths: np.ndarray, count: int) -> l
     return [epoch[i] for i in best]
 
 
-def padding(epoch: list[list[list[int]]], lengths: np.ndarray) -> float:
+def padding(epoch: MicroBatches, lengths: np.ndarray) -> float:
     """Of the places of an epoch's micro-batches, as they come to the model."""
     rows = [[lengths[row].sum() for row in micro_batch] for micro_batch in epoch]
     return 1 - sum(map(sum, rows)) / sum(len(row) * max(row) for row in rows)
@@ -131,6 +155,19 @@ def _pad(rows: list[list[Sample]], ids: ControlIds) -> dict[str, torch.Tensor]:
     return batch
 
 
+def _flatten(rows: list[list[Sample]], ids: ControlIds) -> dict[str, Any]:
+    """One pack by TRL's collator, from whose positions transformers makes a mask over the whole pack on a CPU."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    encoded = [sample.encoded for row in rows for sample in row]
+    pack_of_trl = {
+        "input_ids": list(chain.from_iterable(row.input_ids for row in encoded)),
+        "labels": list(chain.from_iterable(row.labels for row in encoded)),
+        "seq_lengths": [len(row.input_ids) for row in encoded],
+    }
+    return DataCollatorForLanguageModeling(ids.pad, padding_free=True)([pack_of_trl])
+
+
 def _load(folder: Path, packing: bool) -> Any:
     settings = ModelConfig(model_name_or_path=str(folder), dtype="float32")
     return load_model(settings, None, packing=packing).train()
@@ -142,7 +179,7 @@ def _control_ids(folder: Path) -> ControlIds:
     return control_ids(AutoProcessor.from_pretrained(folder, trust_remote_code=False))
 
 
-def _step(model: Any, batch: dict[str, torch.Tensor]) -> float:
+def _step(model: Any, batch: dict[str, Any]) -> float:
     """CPU seconds of one forward and backward pass."""
     model.zero_grad(set_to_none=True)
     start = time.process_time()
