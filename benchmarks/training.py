@@ -3,7 +3,7 @@
     python benchmarks/training.py [--only overhead|scaling]
 
 overhead: the same text rows, the same model, full fine-tuning in float32, one process: steps of `ToolCallTrainer`,
-which also encodes its rows, and of `SFTTrainer` on rows that were tokenised before, in turns. CPU time stands in for
+which also encodes its rows, and of `SFTTrainer` on rows that were tokenized before, in turns. CPU time stands in for
 the clock, which other jobs would disturb.
 scaling: tokens a second of `gemma-dist train` on one process bound to one core, and on two under cpu_ddp.yaml.
 """

@@ -4,10 +4,10 @@
 
 writes OUT/trajectories.jsonl and OUT/charts/*.png, in the OpenAI style that `gemma-dist shard` takes. The runs hold
 what real logs hold: several tools, parallel calls, a tool that fails and is called again, questions that need no tool,
-and charts that come back as pictures: the colour of the longest bar stands in the picture and nowhere else.
+and charts that come back as pictures: the color of the longest bar stands in the picture and nowhere else.
 
 With --held-out the runs ask for other combinations of metric, region and month than those without: a model that is
-right on them has learnt to call, not the calls.
+right on them has learned to call, not the calls.
 """
 
 import argparse
@@ -70,7 +70,7 @@ class Source:
 
     def chart(self, kind: str) -> tuple[str, str]:
         """Draw four bars (lying) or columns (standing) on 192 x 192 pixels; the picture's path and the longest's
-        colour."""
+        color."""
         size, names = 192, self.random.sample(list(COLOURS), 4)
         lengths = [*self.random.sample(range(30, 101, 10), 3), self.random.randint(150, 170)]
         self.random.shuffle(lengths)

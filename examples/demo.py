@@ -28,7 +28,7 @@ MODEL, TRAIN, HELD_OUT = RUN / "model", RUN / "shards/train", RUN / "shards/held
 FULL, ADAPTER, MERGED = RUN / "full", RUN / "qlora", RUN / "merged"
 
 # What must come out, as shares: calls exact on held-out runs, answers that stand in the picture alone; blanked pictures
-# leave a guess among eight colours.
+# leave a guess among eight colors.
 MIN_CALLS, MIN_PICTURES, MAX_BLANK, MAX_BEFORE = 0.95, 0.85, 0.30, 0.05
 
 

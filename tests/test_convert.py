@@ -31,9 +31,9 @@ def refusal(row: Any) -> str:
     return str(caught.value)
 
 
-def png(colour: str) -> bytes:
+def png(color: str) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (4, 3), colour).save(file, "PNG")
+    Image.new("RGB", (4, 3), color).save(file, "PNG")
     return file.getvalue()
 
 

@@ -51,7 +51,7 @@ def broken_model(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
         pytest.param("cpu_lora", "cpu_zero3", marks=needs_compiler),
     ],
 )
-def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimiser(
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimizer(
     broken_model: Path, shards: Path, tmp_path: Path, recipe: str, launch: str
 ) -> None:
     paths = [f"model_name_or_path={broken_model}", f"data.train={shards}", f"output_dir={tmp_path / 'out'}"]

@@ -220,7 +220,7 @@ def memory(path: Path, config: RunConfig) -> dict[str, float]:
     model = true_model(path.stem.partition("_")[0])
     everything = count(model.parameters())
     four_bit = count(four_bit_weights(model)) if config.quantization else 0
-    # NF4 with double quantisation: half a byte, and for 64 weights a scale of a byte, for 256 of these another of four.
+    # NF4 with double quantization: half a byte, and for 64 weights a scale of a byte, for 256 of these another of four.
     in_4_bits = four_bit * (0.5 + (1 + 4 / 256) / 64)
     base = in_4_bits + 2 * (everything - four_bit)
     experts = [p for name, p in model.named_parameters() if ".experts." in name]

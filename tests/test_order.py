@@ -70,7 +70,7 @@ def test_blocks_hold_every_row_group_once_and_stay_small(
     assert cut.sums(num_samples).sum() == num_samples.sum()
 
 
-def test_neighbouring_lanes_come_to_the_block_between_them_at_the_same_time() -> None:
+def test_neighboring_lanes_come_to_the_block_between_them_at_the_same_time() -> None:
     order = Order(
         np.full(10, 8), num_lanes=4, seed=0
     )  # 20 units a lane: a block is shared by lanes 0 and 1, and 2 and 3
@@ -123,7 +123,7 @@ def test_a_batch_comes_from_as_many_shards_as_a_random_one(num_lanes: int) -> No
     assert abs(np.mean(found) / np.mean(true) - 1) < 0.05
 
 
-def test_neighbours_of_the_corpus_land_anywhere() -> None:
+def test_neighbors_of_the_corpus_land_anywhere() -> None:
     """The mean jump of a random permutation of n is n / 3."""
     order = Order(np.full(100, 30), num_lanes=20, seed=5)
     places = [block * 30 + unit for step in range(order.steps_per_epoch) for block, unit in batch(order, step)]

@@ -151,7 +151,7 @@ def test_loss_is_a_sum_over_the_target_tokens_of_the_global_batch(
 
 @needs_compiler
 def test_a_killed_run_goes_on_with_another_world_size(run: Any, model: str, shards: Path, tmp_path: Path) -> None:
-    """kill -9 on two ranks that share an optimiser, once the first checkpoint stands; one rank without DeepSpeed then
+    """kill -9 on two ranks that share an optimizer, once the first checkpoint stands; one rank without DeepSpeed then
     goes on with the same batches."""
     out = tmp_path / "out"
     words = ["launch/cpu_full.yaml", *_paths(model, shards, out), *SETTINGS, *PACKED]

@@ -34,9 +34,9 @@ def refusal(row: Any, **changed: Any) -> str:
     return str(caught.value)
 
 
-def png(size: tuple[int, int] = (4, 3), colour: str = "red", kind: str = "PNG") -> bytes:
+def png(size: tuple[int, int] = (4, 3), color: str = "red", kind: str = "PNG") -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, kind)
+    Image.new("RGB", size, color).save(file, kind)
     return file.getvalue()
 
 
@@ -355,16 +355,16 @@ def test_text_beside_a_call_becomes_reasoning() -> None:
 
 
 def test_pictures_beside_a_call_move_with_their_text_and_keep_their_order() -> None:
-    content = [{"type": "image", "image": {"bytes": png(colour="blue")}}, {"type": "text", "text": "See."}]
+    content = [{"type": "image", "image": {"bytes": png(color="blue")}}, {"type": "text", "text": "See."}]
     row = with_messages({"role": "assistant", "content": content, "tool_calls": [call()]})
-    row["messages"][0]["content"] = [{"type": "image", "image": {"bytes": png(colour="green")}}]
+    row["messages"][0]["content"] = [{"type": "image", "image": {"bytes": png(color="green")}}]
     for setting in ("message", "reasoning"):
         trajectory = parse(row, text_beside_call=setting)
         assert [message["content"] for message in trajectory.messages[1:]] == [
             [{"type": "image"}, {"type": "text", "text": "See."}],
             "",
         ]
-        assert trajectory.images == [png(colour="green"), png(colour="blue")]
+        assert trajectory.images == [png(color="green"), png(color="blue")]
 
 
 def test_blanks_beside_a_call_are_dropped() -> None:
@@ -625,10 +625,10 @@ def test_an_absolute_path_inside_the_media_root(media: Path) -> None:
 
 def test_the_images_column_fills_the_empty_parts_in_order(media: Path) -> None:
     row = good_row()
-    row["messages"][1]["content"] = [{"type": "image"}, {"type": "image", "image": {"bytes": png(colour="blue")}}]
+    row["messages"][1]["content"] = [{"type": "image"}, {"type": "image", "image": {"bytes": png(color="blue")}}]
     row["messages"][3]["content"] = [{"type": "image"}]
-    row["images"] = ["good.png", {"bytes": png(colour="green"), "path": None}]
-    assert parse(row, media_root=media).images == [png(), png(colour="blue"), png(colour="green")]
+    row["images"] = ["good.png", {"bytes": png(color="green"), "path": None}]
+    assert parse(row, media_root=media).images == [png(), png(color="blue"), png(color="green")]
 
 
 def test_decoding_lays_transparency_on_white_and_turns_as_exif_says() -> None:

@@ -2,14 +2,14 @@
 
 A global batch has L = `global_batch_size` sequences, one from each of L lanes. The corpus is shuffled and laid out in a
 row; lane l owns the l-th of L equal slices of it, and step s takes the next sequence of each lane. A rank serves L/W
-neighbouring lanes. So the global batch of a step is the same for every world size, each rank reads its own part of the
+neighboring lanes. So the global batch of a step is the same for every world size, each rank reads its own part of the
 corpus, and a run that resumes needs no more state than the step.
 
     row groups --(seed: shuffle, cut)--> blocks --(seed, epoch: shuffle blocks, then units in each)--> lanes
 
 A unit is what makes one sequence: a sample, or with packing several (`packing.py`). Units are shuffled within a block
 of a few row groups, which a lane holds in memory while it goes through it, and blocks over the whole corpus. Every
-other lane goes through its slice backwards: neighbours then come to the block that they share at the same time.
+other lane goes through its slice backwards: neighbors then come to the block that they share at the same time.
 """
 
 from bisect import bisect_right
@@ -130,7 +130,7 @@ def spread_lanes(num_lanes: list[int]) -> list[tuple[int, int]]:
 
 
 def lanes_of(rank: int, world_size: int, num_lanes: int) -> range:
-    """The lanes that a rank serves: neighbours, so that ranks share as few blocks as can be."""
+    """The lanes that a rank serves: neighbors, so that ranks share as few blocks as can be."""
     return range(rank * num_lanes // world_size, (rank + 1) * num_lanes // world_size)
 
 

@@ -1,4 +1,4 @@
-"""The trainer core: TRL's `SFTTrainer` with our order of data, our loss normalisation and our checkpoints.
+"""The trainer core: TRL's `SFTTrainer` with our order of data, our loss normalization and our checkpoints.
 
 TRL gives the fused LM head (the logits of 262,144 tokens never exist), mixed precision, DDP and DeepSpeed. Changed are
 the places where it would train something else on Gemma 4:
