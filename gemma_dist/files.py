@@ -105,11 +105,16 @@ def writing(path: Path) -> Iterator[Path]:
     try:
         with naming(path):
             yield temporary
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
+        publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name: its bytes are on the disk before, the name after."""
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
 
 
 def seal(folder: Path) -> None:

@@ -29,6 +29,7 @@ from gemma_dist.evaluate.generate import Answer, generate
 from gemma_dist.evaluate.read import read_output, reading_to_json
 from gemma_dist.evaluate.report import Report, ScoredDecision, add_up, make_report, summary
 from gemma_dist.evaluate.score import score_decision
+from gemma_dist.files import writing
 from gemma_dist.logs import JsonlWriter, log, progress, read_jsonl, write_json
 from gemma_dist.model.load import load_for_evaluation
 from gemma_dist.model.zero3 import is_partitioned
@@ -203,12 +204,11 @@ def _join_parts(out: Path, num_decisions: int) -> None:
     places = {_place(decision) for decision in decisions}
     complete = len(places) == len(decisions) == num_decisions
     assert complete, f"{len(decisions)} lines of samples, {num_decisions} decision points"
-    temporary = out / f".{SAMPLES}.tmp"
-    writer = JsonlWriter(temporary, append=False)
-    for decision in sorted(decisions, key=_place):
-        writer.write(decision)
-    writer.close()
-    temporary.replace(out / SAMPLES)
+    with writing(out / SAMPLES) as temporary:
+        writer = JsonlWriter(temporary, append=False)
+        for decision in sorted(decisions, key=_place):
+            writer.write(decision)
+        writer.close()
     for part in parts:
         part.unlink()
 

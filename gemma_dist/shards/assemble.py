@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from gemma_dist.errors import DataError
+from gemma_dist.files import publish, sync
 from gemma_dist.logs import write_json
 from gemma_dist.shards.folder import APPEND_REJECTED, clear_folder, shard_name, work_files
 from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
@@ -172,6 +173,7 @@ def _name_shards(pieces: list[_Piece], names: list[str]) -> list[ShardEntry]:
             with suppress(FileNotFoundError):  # a run that was killed here has renamed it
                 piece.job.shard_path(number).rename(piece.job.out / name)
             entries.append({**entry, "name": name})
+    sync(pieces[0].job.out)
     return entries
 
 
@@ -202,6 +204,6 @@ def _join_files(paths: list[Path], out: Path, keep_bytes: int) -> None:
                 file.write(path.read_bytes())
         length = file.tell()
     if length:
-        temporary.replace(out)
+        publish(temporary, out)
     else:
         temporary.unlink()

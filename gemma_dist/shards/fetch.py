@@ -258,6 +258,7 @@ def _remove_unfinished(folder: Path) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
+    """Put a file into the cache, whole or not at all. What the disk loses of it is fetched again: no fsync."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)

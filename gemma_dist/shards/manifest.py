@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from gemma_dist.errors import DataError
+from gemma_dist.files import publish
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.arrow"
@@ -134,7 +135,7 @@ def write_manifest(folder: Path, header: dict[str, Any], table: pa.Table) -> Non
     temporary = path.with_name(f".{MANIFEST}.tmp")
     with pa.ipc.new_file(temporary, table.schema) as file:
         file.write_table(table, max_chunksize=max(1, table.num_rows))
-    temporary.replace(path)
+    publish(temporary, path)
 
 
 def read_manifest(path: Path, origin: str) -> Manifest:

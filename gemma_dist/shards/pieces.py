@@ -25,6 +25,7 @@ from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message, Tool
 from gemma_dist.errors import DataError, spell
+from gemma_dist.files import publish
 from gemma_dist.logs import JsonlWriter
 from gemma_dist.shards.manifest import COUNTS, RowGroupPlace, ShardEntry, row_group_line
 from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
@@ -236,7 +237,7 @@ class _ShardWriter:
         table = table.replace_schema_metadata({"header": json.dumps(header | {"shards": self._shards})})
         with pa.ipc.new_file(_partial(self._job.record), table.schema) as file:
             file.write_table(table)
-        _partial(self._job.record).rename(self._job.record)
+        publish(_partial(self._job.record), self._job.record)
 
     def _path(self) -> Path:
         return self._job.shard_path(len(self._shards))
@@ -264,7 +265,7 @@ class _ShardWriter:
             return
         self._parquet.close()
         path = self._path()
-        _partial(path).rename(path)
+        publish(_partial(path), path)
         finished = _describe(path)
         footer: bytes | None = finished.footer
         for samples, place in zip(self._samples, finished.row_groups, strict=False):
@@ -297,7 +298,7 @@ class _RowLog:
     def close(self) -> None:
         if self._file:
             self._file.close()
-            _partial(self._path).rename(self._path)
+            publish(_partial(self._path), self._path)
 
 
 def _partial(path: Path) -> Path:

@@ -6,7 +6,6 @@ schedule.micro_batches(step=1000, rank=3)     [[[17, 4], [250]], …]: micro-bat
 
 import hashlib
 import math
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import numpy as np
 
 from gemma_dist.config import BatchPlan, RunConfig, SourceConfig, TrainConfig
 from gemma_dist.errors import ConfigError, DataError, setting
+from gemma_dist.files import writing
 from gemma_dist.shards.fetch import Fetcher
 from gemma_dist.shards.reader import Shards, open_shards
 from gemma_dist.stream.order import Blocks, Order, cut_blocks, lanes_of, micro_batches, split_lanes, spread_lanes
@@ -166,9 +166,8 @@ class Schedule:
             )
         counts = count_packs(lengths, starts, self.packing_length)
         if kept:
-            temporary = kept.with_name(f"{kept.stem}.{os.getpid()}.tmp.npy")
-            np.save(temporary, counts)
-            temporary.replace(kept)
+            with writing(kept) as temporary, temporary.open("wb") as file:
+                np.save(file, counts)
         return counts
 
     def _num_tokens(self, samples: np.ndarray) -> np.ndarray:
