@@ -79,7 +79,7 @@ class JsonlWriter:
         self._path = path
         self._file = path.open("a" if append else "w", encoding="utf-8")
 
-    def write(self, row: Mapping[str, Any]) -> None:
+    def write(self, row: Mapping[str, object]) -> None:
         with naming(self._path):
             self._file.write(to_json(row) + "\n")
             self._file.flush()
@@ -139,13 +139,13 @@ class RunLog:
             self._file.close()
 
 
-def to_json(value: Any, *, indent: int | None = None) -> str:
+def to_json(value: object, *, indent: int | None = None) -> str:
     """`value` as JSON that UTF-8 can encode and that no reader of lines tears, whatever its texts hold."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write `value` as JSON to `path`, complete or not at all."""
     with writing(path) as temporary:
         temporary.write_text(to_json(value, indent=2) + "\n", encoding="utf-8")

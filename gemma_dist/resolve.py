@@ -47,7 +47,7 @@ class RunIdentity:
         metadata={"meaning": "the state of this train.optim, which only the same ranks can read back,"}
     )
 
-    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+    def differences(self, saved: Mapping[str, object]) -> list[str]:
         """What a checkpoint, whose identity was `saved` as JSON, was made with instead, in words."""
         different = []
         for one in fields(self):
@@ -56,7 +56,7 @@ class RunIdentity:
                 different.append(f"{one.metadata.get('meaning', one.name)} was {was!r} and is now {now!r}")
         return different
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return asdict(self)
 
 

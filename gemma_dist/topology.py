@@ -203,7 +203,7 @@ def _contradictions(config: RunConfig, topology: Topology) -> Iterator[str]:
         yield f"{name}: may change what is learned, and no recipe says so; remove it from the DeepSpeed config"
 
 
-def _is_off(value: Any) -> bool:
+def _is_off(value: object) -> bool:
     """Whether a setting says that something is not to be done."""
     if isinstance(value, dict):
         return not value or value.get("enabled") is False
@@ -211,7 +211,7 @@ def _is_off(value: Any) -> bool:
     return value is False or value in (None, "", "none") or only_one
 
 
-def settings_of_both(config: RunConfig, plan: BatchPlan) -> dict[tuple[str, ...], tuple[str, Any]]:
+def settings_of_both(config: RunConfig, plan: BatchPlan) -> dict[tuple[str, ...], tuple[str, float | bool]]:
     """What a recipe and a DeepSpeed config can both say: keys of the latter -> dotted key and value of the recipe."""
     return {
         ("gradient_clipping",): ("train.max_grad_norm", config.train.max_grad_norm),

@@ -8,12 +8,13 @@ import datetime
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 # Longer than any one rank may lead another: building a 31B model from a slow disk, or saving it.
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
 
+T = TypeVar("T")
 _processes: list[tuple[str, int]] = []  # host and process of each rank, once they have met
 
 
@@ -63,13 +64,13 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
-def gather_objects(item: Any) -> list[Any]:
+def gather_objects(item: T) -> list[T]:
     """Every rank's `item`, in rank order, on every rank. For small things: reports and errors, not tensors."""
     if world_size() == 1:
         return [item]
     import torch
 
-    gathered: list[Any] = [None] * world_size()
+    gathered: list[Any] = [None] * world_size()  # filled in below
     torch.distributed.all_gather_object(gathered, item)
     return gathered
 
@@ -127,8 +128,3 @@ def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:
         for key, value in part.items():
             total[key] = total.get(key, 0) + value
     return total
-
-
-def my_share(items: Iterable[Any]) -> list[Any]:
-    """The items of this rank: number i goes to rank i mod world size, by global rank (two nodes never repeat work)."""
-    return [item for index, item in enumerate(items) if index % world_size() == rank()]

@@ -184,7 +184,7 @@ def _model_class(folder: Path) -> Any:
 
 
 @torch.no_grad()
-def _logits(model: Any, prompts: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+def _logits(model: torch.nn.Module, prompts: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """Logits of all positions of all prompts, (positions, vocabulary), float32."""
     return torch.cat([model(**prompt).logits[0].float() for prompt in prompts])
 

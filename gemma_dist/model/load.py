@@ -89,7 +89,7 @@ def load_for_evaluation(model: str, adapter: Path | None) -> Any:
     return loaded.eval()
 
 
-def keep_four_bit_exact(model: Any) -> None:
+def keep_four_bit_exact(model: torch.nn.Module) -> None:
     """Let 4-bit layers compute on every CPU what they compute on others.
 
     Where a CPU multiplies bfloat16 by itself, bitsandbytes repacks their weights on the first pass outside of training:
@@ -134,14 +134,14 @@ def attention_of_parts(settings: ModelConfig) -> dict[str, str]:
     return {"text_config": chosen, "vision_config": chosen, "audio_config": "eager"}
 
 
-def freeze_audio(model: Any) -> None:
+def freeze_audio(model: torch.nn.Module) -> None:
     """No trajectory has sound: the audio tower of E2B and E4B gets no gradient, for which DDP would wait."""
     for name, parameter in model.named_parameters():
         if "audio" in name:
             parameter.requires_grad_(False)
 
 
-def _gather_with_experts(model: Any) -> None:
+def _gather_with_experts(model: torch.nn.Module) -> None:
     """At ZeRO-3, gather the experts' adapter as they are: it is added to them without its own layers being called."""
     from deepspeed.utils import set_z3_leaf_modules
     from peft.tuners.lora.layer import ParamWrapper

@@ -7,11 +7,14 @@ vision linears, soft-capped logits, the newest chat template. So whatever holds 
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_dist import gemma_format
 from gemma_dist.errors import ConfigError
 from gemma_dist.files import require_free, whole_folder
+
+if TYPE_CHECKING:
+    import torch
 
 STYLES = ("e4b", "31b", "26b")
 
@@ -99,7 +102,7 @@ def write_tiny_model(
         processor.save_pretrained(folder)
 
 
-def _soften_attention(model: Any) -> None:
+def _soften_attention(model: "torch.nn.Module") -> None:
     """Scale the queries' norms so that attention begins spread out, and a tiny model learns to look in minutes.
 
     Gemma 4 normalizes queries and keys and does not divide by sqrt(head_dim) (the trained norms hold that), so with

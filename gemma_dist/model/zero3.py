@@ -187,6 +187,6 @@ def partition_model(model: Any, settings: dict[str, Any]) -> None:
     deepspeed.initialize(model=inner, config=settings)
 
 
-def is_partitioned(model: Any) -> bool:
+def is_partitioned(model: torch.nn.Module) -> bool:
     """Whether `model` is partitioned over the ranks (ZeRO-3): each of its passes is then one of all ranks."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

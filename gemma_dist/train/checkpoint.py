@@ -8,7 +8,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,9 @@ def changed_settings(folder: Path, config: RunConfig) -> list[str]:
     ]
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Settings by their dotted keys."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")

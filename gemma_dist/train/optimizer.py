@@ -10,7 +10,7 @@ follow the elements have `#` there: the number of steps, and the scales of an 8-
 read back only where the same elements lie together (`resolve.state_layout`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,7 @@ class SavedTensor:
     follows_elements: bool  # a value for each element from `start` on; else something beside them
 
 
-def save_optimizer(folder: Path, model: Any, optimizer: Any) -> None:
+def save_optimizer(folder: Path, model: torch.nn.Module, optimizer: Any) -> None:
     """Write this rank's part of the state of `optimizer` (torch's, or DeepSpeed's around it). All ranks call it."""
     zero = _zero(optimizer)
     states = (optimizer.optimizer if zero else optimizer).state
@@ -67,7 +67,7 @@ def save_optimizer(folder: Path, model: Any, optimizer: Any) -> None:
         write_tensors(folder / f"optimizer-{world.rank():05d}-of-{world.world_size():05d}.safetensors", tensors)
 
 
-def load_optimizer(folder: Path, model: Any, optimizer: Any) -> None:
+def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: Any) -> None:
     """Take states, and the weights of trained parameters, from what any launch saved. All ranks call it.
 
     Raises:
@@ -107,10 +107,11 @@ def _zero(optimizer: Any) -> Any:
     return optimizer if hasattr(optimizer, "optimizer") else None
 
 
-def _slices(model: Any, optimizer: Any) -> Iterator[Slice]:
+def _slices(model: torch.nn.Module, optimizer: Any) -> Iterator[Slice]:
     """What this rank's optimizer holds of each trained parameter, in the order of the model."""
     zero = _zero(optimizer)
-    for name, parameter in model.named_parameters():
+    parameters: Iterable[tuple[str, Any]] = model.named_parameters()  # with DeepSpeed's attributes
+    for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
         if zero is None:

@@ -124,7 +124,7 @@ class ToolCallTrainer(SFTTrainer):
             if parameter.requires_grad and parameter.dtype != adapter_dtypes[name]:
                 parameter.data = parameter.data.to(adapter_dtypes[name])
 
-    def train(self, resume_from_checkpoint: Path | None = None) -> Any:
+    def train(self, resume_from_checkpoint: Path | None = None) -> object:
         """Train from the loader's first step on; its state is in `resume_from_checkpoint`, if it is not the first.
 
         Trainer itself knows nothing of a checkpoint: its own state would bring back the `save_steps` and
@@ -141,12 +141,12 @@ class ToolCallTrainer(SFTTrainer):
     def get_train_dataloader(self) -> DataLoader:
         return DataLoader(self.loader, batch_size=None)
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+    def _init_training_state(self, *args: object, **kwargs: object) -> Any:
         initial = super()._init_training_state(*args, **kwargs)
         self.state.global_step = self._logged_step = self.loader.start_step
         return initial
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(self, *args: object, **kwargs: object) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self._checkpoint is not None:
             load_optimizer(self._checkpoint, self.model, self.optimizer.optimizer)
@@ -166,12 +166,12 @@ class ToolCallTrainer(SFTTrainer):
             engine.step = step_if_finite
         return prepared
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, *args: object, **kwargs: object) -> Any:
         loss = super().compute_loss(*args, **kwargs)
         self._loss_is_finite &= loss.detach().isfinite()  # looked at once a step: no wait for the device here
         return loss
 
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> float:
+    def _get_grad_norm(self, *args: object, **kwargs: object) -> float:
         norm = super()._get_grad_norm(*args, **kwargs)
         if not self.is_deepspeed_enabled:
             self._stop_unless_finite(math.isfinite(norm))
@@ -182,7 +182,7 @@ class ToolCallTrainer(SFTTrainer):
         step = self.state.global_step
         stop_unless_finite(self.loader.schedule, step, loss=bool(self._loss_is_finite), gradients=gradients)
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(self, *args: object, **kwargs: object) -> None:
         """At the end of each step."""
         self._watchdog.feed()
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -212,7 +212,7 @@ class ToolCallTrainer(SFTTrainer):
             )
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: object, trial: object) -> None:
         """All that a run needs to resume, complete or absent. What is random follows from the step: see `SeedSteps`."""
         with checkpoint.saving(self.run, self.state.global_step) as folder:
             self.save_model(str(folder))
@@ -237,7 +237,7 @@ class SeedSteps(TrainerCallback):
     draws what the uninterrupted one did. Trainer would restore a pickled state instead, and the data loader would then
     draw from it once more."""
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: object, **kwargs: object) -> None:
         words = np.random.SeedSequence((args.seed, state.global_step, world.rank())).generate_state(1)
         set_seed(int(words[0]))
 

@@ -11,7 +11,7 @@ from peft import PeftModel
 GATHERED_AT_ONCE = 64  # parameters of an adapter
 
 
-def weights_to_save(model: Any, engine: Any | None) -> dict[str, torch.Tensor]:
+def weights_to_save(model: torch.nn.Module, engine: Any | None) -> dict[str, torch.Tensor]:
     """The tensors for `model.save_pretrained`, by the names in `model`: of a PEFT model its adapter, else all.
 
     At ZeRO-3 every rank is to call it, and all but rank 0 get nothing; elsewhere only the one that saves.
@@ -30,7 +30,7 @@ def weights_to_save(model: Any, engine: Any | None) -> dict[str, torch.Tensor]:
     return tensors if engine is None else _copies(tensors)
 
 
-def _gather(adapter: dict[str, Any], engine: Any) -> dict[str, torch.Tensor]:
+def _gather(adapter: dict[str, torch.nn.Parameter], engine: Any) -> dict[str, torch.Tensor]:
     """The whole of parameters that lie partitioned, on rank 0. The frozen base is not gathered for it."""
     from deepspeed.runtime.zero import GatheredParameters
 
