@@ -4,6 +4,7 @@ A tiny Gemma 4 with random weights learns to work as a data analyst: which tool 
 the chart that comes back shows. Every step is a command that works the same on real models; each is printed.
 """
 
+import argparse
 import json
 import os
 import shlex
@@ -87,7 +88,7 @@ def texts(value: Any) -> list[str]:
 
 
 def gemma_dist(*arguments: Any) -> None:
-    """Run a verb in this process: the same as the printed command, without loading torch again."""
+    """Run a command in this process: the same as the printed command, without loading torch again."""
     from gemma_dist.__main__ import main as command_line
 
     words = [str(argument) for argument in arguments]
@@ -156,4 +157,5 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -4,7 +4,7 @@ Every message carries the value that was found, the rule that it breaks and a re
 these classes are for the user's data, settings and files.
 
 A remedy names a setting, not an option: the same error may reach a user of Python, of `shard` or of `train`. The
-command line spells the setting for the verb that prints it.
+command line spells the setting for the command that prints it.
 
     DataError(f"remove it or use {setting('control_tokens', 'escape')}")
 """

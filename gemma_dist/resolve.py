@@ -51,9 +51,12 @@ class RunIdentity:
         """What a checkpoint, whose identity was `saved` as JSON, was made with instead, in words."""
         different = []
         for one in fields(self):
+            meaning = one.metadata.get("meaning", one.name)
             was, now = saved.get(one.name), getattr(self, one.name)
-            if was != now:
-                different.append(f"{one.metadata.get('meaning', one.name)} was {was!r} and is now {now!r}")
+            if one.name not in saved:
+                different.append(f"{meaning} was not recorded, by an earlier version of gemma_dist")
+            elif was != now:
+                different.append(f"{meaning} was {was!r} and is now {now!r}")
         return different
 
     def to_json(self) -> dict[str, object]:

@@ -414,6 +414,11 @@ def test_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
         CheckpointError, match=r"belongs to another run: seed was 1 and is now 7; train\.optim was 'adam"
     ):
         find_checkpoint(tmp_path, "auto", _identity(seed=7, optim="sgd"))
+    marker = tmp_path / "checkpoint-100" / MARKER  # as an earlier version wrote it
+    recorded = {name: value for name, value in identity.to_json().items() if name != "base_weights_hash"}
+    marker.write_text(json.dumps({"step": 100, "state": recorded}))
+    with pytest.raises(CheckpointError, match=r"run: the base model \(hash of its weights\) was not recorded, by an"):
+        find_checkpoint(tmp_path, "auto", identity)
 
 
 def test_later_checkpoints_of_another_attempt_are_not_mixed_in(tmp_path: Path) -> None:

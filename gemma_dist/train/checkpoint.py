@@ -102,7 +102,8 @@ def _step_of(folder: Path, identity: RunIdentity) -> int:
 def read_marker(folder: Path) -> dict[str, Any]:
     """What `complete.json` of a checkpoint says: step, epoch, identity and settings of the run that saved it."""
     marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    return {"identity": {}, "settings": {}} | marker  # earlier versions had neither
+    # Earlier versions called the identity state, and had less in it.
+    return {"identity": marker.get("state", {}), "settings": {}} | marker
 
 
 @contextlib.contextmanager
