@@ -638,7 +638,7 @@ def test_without_locks_the_slower_merge_is_refused(pair: Any, tmp_path: Path, mo
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "flock", no_locks)  # as on NFS, which cannot be had here
+    monkeypatch.setattr(fcntl, "flock", no_locks)  # as on NFS, which is not mounted here
     base, adapter = pair
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="was written by another process meanwhile"), whole_folder(out, 0):

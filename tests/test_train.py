@@ -291,7 +291,7 @@ def test_a_finished_run_is_not_trained_again(run: Any, model: str, shards: Path)
 
 
 def test_one_process_takes_one_of_several_gpus(model: str, shards: Path, tmp_path: Path) -> None:
-    """Trainer would take both, with `nn.DataParallel`. GPUs cannot be had here: their number is made up."""
+    """Trainer would take both, with `nn.DataParallel`. No GPU is at hand here: their number is made up."""
     script = tmp_path / "two_gpus.py"
     script.write_text(
         "import sys, torch, transformers\n"
