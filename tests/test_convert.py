@@ -9,20 +9,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from gemma_dist.config import RowConfig
 from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.data.types import Json, Tool, ToolCall
 from gemma_dist.errors import DataError
 
 
 def parse(row: Any) -> Trajectory:
-    return parse_row(
-        row,
-        where="chats.jsonl:2",
-        media_root=None,
-        text_beside_call="message",
-        control_tokens="reject",
-        max_image_pixels=1000,
-    )
+    return parse_row(row, "chats.jsonl:2", RowConfig(max_image_pixels=1000))
 
 
 def refusal(row: Any) -> str:

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from gemma_dist.config import RowConfig
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded, Encoder, load_encoder
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import Trajectory, parse_row
@@ -52,14 +53,8 @@ def encoder(encoder_of: EncoderOf) -> Encoder:
 
 
 def trajectory(*messages: dict[str, Any], text_beside_call: Any = "message", **fields: Any) -> Trajectory:
-    return parse_row(
-        {"messages": list(messages), **fields},
-        where="rows.jsonl:1",
-        media_root=None,
-        text_beside_call=text_beside_call,
-        control_tokens="reject",
-        max_image_pixels=50_000_000,
-    )
+    settings = RowConfig(text_beside_call=text_beside_call)
+    return parse_row({"messages": list(messages), **fields}, "rows.jsonl:1", settings)
 
 
 def system(content: Any) -> dict[str, Any]:
@@ -151,8 +146,7 @@ def check_against_processor(encoder: Encoder, row: Trajectory) -> Encoded:
 def real_rows(shared: Path) -> list[Trajectory]:
     names = ("toolcalls/train", "toolcalls/eval_multiturn", "multimodal/train", "multimodal/eval")
     files = [shared / "data" / f"{name}.jsonl" for name in (*names, "multimodal/image_pairs")]
-    settings: Any = {"text_beside_call": "message", "control_tokens": "reject", "max_image_pixels": 50_000_000}
-    return [parse_row(row, where=where, media_root=None, **settings) for where, row in read_rows(files)]
+    return [parse_row(row, where, RowConfig()) for where, row in read_rows(files)]
 
 
 def expected_refusal(template: str, row: Trajectory) -> str | None:

@@ -15,17 +15,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from gemma_dist.config import RowConfig
 from gemma_dist.data.images import decode_image, image_size
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.errors import DataError
 from gemma_dist.gemma_format import CONTROL_TOKENS
 
-SETTINGS: dict[str, Any] = {"text_beside_call": "message", "control_tokens": "reject", "max_image_pixels": 50_000_000}
+SETTINGS = RowConfig()
 
 
 def parse(row: Any, where: str = "train.jsonl:7", media_root: Path | None = None, **changed: Any) -> Trajectory:
-    return parse_row(row, where=where, media_root=media_root, **{**SETTINGS, **changed})
+    return parse_row(row, where, RowConfig(media_root=media_root, **changed))
 
 
 def refusal(row: Any, **changed: Any) -> str:
@@ -106,7 +107,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 def test_every_real_row_goes_through(file: str, shared: Path) -> None:
     for where, row in read_rows([shared / "data" / file]):
         assert isinstance(row, dict)
-        trajectory = parse_row(row, where=where, media_root=None, **SETTINGS)
+        trajectory = parse_row(row, where, SETTINGS)
         parts = [
             part
             for message in trajectory.messages
@@ -858,7 +859,7 @@ def test_parquet_as_nested_columns_and_as_json_text(tmp_path: Path) -> None:
     found = list(read_rows([nested, text]))
     assert [where.line for where, _ in found] == [*range(1, 41), 1]
     for where, raw in found:
-        trajectory = parse_row(raw, where=where, media_root=None, **SETTINGS)
+        trajectory = parse_row(raw, where, SETTINGS)
         assert (trajectory.messages, trajectory.tools) == (parse(row).messages, parse(row).tools)
 
 
@@ -877,7 +878,7 @@ def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
     made = datasets.Dataset.from_list([row | {"id": str(number)} for number in range(40)], features=features)
     made.select(range(20, 40)).save_to_disk(str(tmp_path / "saved"))
     found = list(read_rows([tmp_path / "saved"]))
-    parsed = [parse_row(raw, where=where, media_root=None, **SETTINGS) for where, raw in found]
+    parsed = [parse_row(raw, where, SETTINGS) for where, raw in found]
     assert [trajectory.id for trajectory in parsed] == [str(number) for number in range(20, 40)]
     assert parsed[0].images == [png()]
     assert parsed[0].messages == parse(row).messages
@@ -913,7 +914,7 @@ def test_pictures_are_found_beside_the_file_that_names_them(tmp_path: Path) -> N
     row = changed("messages.1.content", [{"type": "image", "image": "chart.png"}])
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     ((where, raw),) = read_rows([tmp_path / "rows.jsonl"])
-    assert parse_row(raw, where=where, media_root=None, **SETTINGS).images == [png()]
+    assert parse_row(raw, where, SETTINGS).images == [png()]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -18,14 +18,7 @@ def parse(row: RawRow | DataError, where: Where, settings: RowConfig) -> Traject
     """A raw row, as `read_rows` gives it, by the settings. Raises DataError where it breaks the data contract."""
     if isinstance(row, DataError):
         raise row
-    return parse_row(
-        row,
-        where=where,
-        media_root=settings.media_root,
-        text_beside_call=settings.text_beside_call,
-        control_tokens=settings.control_tokens,
-        max_image_pixels=settings.max_image_pixels,
-    )
+    return parse_row(row, where, settings)
 
 
 def encode_trained(trajectory: Trajectory, encoder: Encoder) -> Encoded:

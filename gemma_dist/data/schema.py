@@ -12,8 +12,7 @@ from typing import TypeAlias, cast
 import jsonschema
 import referencing
 
-from gemma_dist.data.convert import read_json_text
-from gemma_dist.data.strict import error_context, map_json_object, reason, short
+from gemma_dist.data.strict import error_context, map_json_object, read_json_text, reason, short
 from gemma_dist.data.types import CalledFunction, Clean, Function, Json, JsonObject, Message, Tool
 from gemma_dist.errors import DataError
 

@@ -58,6 +58,14 @@ def parse_json(text: str) -> object:
         raise DataError("an integer of thousands of digits; integers fit 64 bits, write longer ones as text") from None
 
 
+def read_json_text(value: object, name: str) -> object:
+    """The value itself, or what it says where it is JSON text; `name` is what errors call it."""
+    if not isinstance(value, str):
+        return value
+    with error_context(f"`{name}`"):
+        return parse_json(value)
+
+
 def _unique_keys(pairs: list[tuple[str, object]]) -> RawRow:
     result = dict(pairs)
     if len(result) < len(pairs):

@@ -1,7 +1,7 @@
 """One raw row becomes one checked trajectory: the first arrow of the walk from JSONL to checkpoint.
 
     for where, row in read_rows(["train.jsonl"]):
-        trajectory = parse_row(row, where=where, media_root=None, ...)
+        trajectory = parse_row(row, where, settings)
 
 Everything that could go wrong later, silently, is refused here with file, line, turn (counted from 1), rule and remedy:
 answers without a call, calls that Gemma's format cannot carry, control tokens in a tool's output, images that do not
@@ -9,14 +9,16 @@ decode. What comes out is in the normal form that the chat template takes as it 
 """
 
 import functools
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
+from gemma_dist.config import RowConfig
 from gemma_dist.data.answers import link_answers, text_before_calls
-from gemma_dist.data.convert import to_openai, turn_name
+from gemma_dist.data.convert import to_openai
 from gemma_dist.data.images import check_image, load_image
+from gemma_dist.data.layouts.turns import turn_name
 from gemma_dist.data.messages import clean_text, parse_message, require_encodable
 from gemma_dist.data.rows import Where
 from gemma_dist.data.schema import check_calls, parse_tools
@@ -33,6 +35,7 @@ class Trajectory:
     messages: list[Message]
     tools: list[Tool]
     images: list[bytes]  # files as they came, one for each image part, in the order of the messages
+    notes: Counter[str] = field(default_factory=Counter)  # what parsing changed or left out, in words: how often
 
 
 @dataclass(frozen=True)
@@ -43,23 +46,11 @@ class _ImagePlace:
     source: object
 
 
-def parse_row(
-    row: object,
-    *,
-    where: Where | str,
-    media_root: Path | None,
-    text_beside_call: Literal["message", "reasoning"],
-    control_tokens: Literal["reject", "escape"],
-    max_image_pixels: int,
-) -> Trajectory:
-    """The trajectory in a raw row of any shape that is taken (OpenAI, sharegpt, Anthropic).
+def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajectory:
+    """The trajectory in a raw row of any layout that is taken (`data/layouts/`).
 
     Args:
         where: "file:line"; it opens every message and names a row without id ("<file name>:<line>").
-        media_root: the folder that image paths start from and must stay inside; None: that of the file in `where`.
-        text_beside_call: whether text in the same message as a call becomes a message before it or reasoning.
-        control_tokens: whether a string with one is refused, or the token broken by a zero-width space.
-        max_image_pixels: width x height.
 
     Raises:
         DataError: for the first thing that is wrong.
@@ -67,19 +58,19 @@ def parse_row(
     with error_context(where):
         if not isinstance(row, dict):
             raise DataError(f"the row is {short(row)}, not a JSON object; write one object a line")
-        clean = functools.partial(clean_text, escape=control_tokens == "escape")
+        clean = functools.partial(clean_text, escape=settings.control_tokens == "escape")
         row_id = name_row(row.get("id"), where)
-        row, raw_messages = to_openai(row)
-        if not raw_messages:
+        converted = to_openai(row)
+        if not converted.messages:
             raise DataError(
                 f"`messages` is {short(row.get('messages'))}; a row holds a list of messages (OpenAI or Anthropic), "
                 f"or `conversations` (sharegpt); this one has the keys {short(list(row))}"
             )
-        tools = parse_tools(row.get("tools"), clean)
+        tools = parse_tools(converted.tools, clean)
         places: list[str] = []
         messages: list[Message] = []
         image_places: list[_ImagePlace] = []
-        for turn, raw in raw_messages:
+        for turn, raw in converted.messages:
             place = turn_name(turn, get(raw, "role"))
             with error_context(place):
                 parsed = parse_message(raw, clean)
@@ -90,9 +81,10 @@ def parse_row(
         link_answers(places, messages)
         if tools:
             check_calls(places, messages, tools)
-        images = _load_images(image_places, row.get("images"), _media_root(media_root, where), max_image_pixels)
-        ordered = chain.from_iterable(text_before_calls(message, text_beside_call) for message in messages)
-        return Trajectory(row_id, list(ordered), tools, images)
+        media_root = _media_root(settings.media_root, where)
+        images = _load_images(image_places, converted.images, media_root, settings.max_image_pixels)
+        ordered = chain.from_iterable(text_before_calls(message, settings.text_beside_call) for message in messages)
+        return Trajectory(row_id, list(ordered), tools, images, converted.notes)
 
 
 def name_row(given: object, where: Where | str) -> str:

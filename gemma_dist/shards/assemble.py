@@ -135,7 +135,9 @@ def _add_reports(out: Path, pieces: list[_Piece]) -> ShardReport:
     report = ShardReport(str(out))
     for piece in pieces:
         for name, count in piece.report.items():
-            if name != "out":
+            if name == "notes":
+                report.notes.update(count)
+            elif name != "out":
                 setattr(report, name, getattr(report, name) + count)
     return report
 

@@ -73,9 +73,10 @@ class ShardReport:
     num_images: int = 0
     num_target_tokens: int = 0
     num_dropped_reasoning: int = 0  # assistant messages whose reasoning the chat template leaves out
+    notes: Counter[str] = field(default_factory=Counter)  # of the written rows: what parsing changed, how often
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"notes": dict(self.notes)}  # asdict counts the pairs of a Counter anew
 
     def summary(self) -> str:
         lines = [
@@ -96,6 +97,7 @@ class ShardReport:
                 f"{self.num_dropped_reasoning:,} messages lose their reasoning, since the chat template renders it "
                 "after the last user turn only: to train on it, make one row for each user turn"
             )
+        lines += [f"{count:,} x {note}" for note, count in sorted(self.notes.items())]
         return "\n".join(lines)
 
 
@@ -176,6 +178,7 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow]) -> None:
         if kept and encoded_kept:
             writer.add(kept, encoded_kept, where)
             report.num_dropped_reasoning += encoded_kept.num_dropped_reasoning
+            report.notes += kept.notes
     rejected.close()
     too_long.close()
     for name, total in writer.totals.items():

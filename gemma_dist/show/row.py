@@ -37,6 +37,7 @@ class Inspection:
     num_image_tokens: int
     num_images: int
     num_target_tokens: int
+    notes: dict[str, int]  # what parsing changed or left out of a raw row: how often
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "segments"}
@@ -49,6 +50,8 @@ class Inspection:
             f"{self.id}: {num_tokens:,} tokens = {self.num_text_tokens:,} text + {self.num_image_tokens:,} image "
             f"({self.num_images} images); {self.num_target_tokens:,} trained"
         )
+        for note, count in sorted(self.notes.items()):
+            header += f"\n{count:,} x {note}"
         start, end = (GREEN + TRAINED, TRAINED_END + PLAIN) if color else (TRAINED, TRAINED_END)
         pieces = [f"{start}{text}{end}" if trained else text for trained, text in self.segments]
         text = SOFT_TOKENS.sub(lambda found: f"{IMAGE} x {len(found[0]) // len(IMAGE)}", "".join(pieces))
@@ -96,6 +99,7 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
         num_image_tokens=encoded.num_image_tokens,
         num_images=encoded.num_images,
         num_target_tokens=encoded.num_target_tokens,
+        notes=dict(trajectory.notes),
     )
 
 

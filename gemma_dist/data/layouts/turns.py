@@ -1,0 +1,30 @@
+"""What the layouts share: messages that remember their turn, and how errors name it."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+# Messages with the turn of the row, from 1, that each came from; 0 for a `system` beside the turns.
+NumberedMessages = list[tuple[int, object]]
+
+
+@dataclass
+class OpenAIRow:
+    """A row in the OpenAI shape, moved but not checked: `parse_row` refuses what is wrong, once for all layouts."""
+
+    messages: NumberedMessages
+    tools: object = None
+    images: object = None  # of image parts without a source of their own, in order
+    notes: Counter[str] = field(default_factory=Counter)  # what was changed or left out on the way: how often
+
+
+def turn_name(turn: int, role: object) -> str:
+    """How errors name a turn: "turn 5 (tool)", counted from 1."""
+    if not turn:
+        return "`system` of the row"
+    is_word = isinstance(role, str) and len(role) < 20
+    return f"turn {turn} ({role})" if is_word else f"turn {turn}"
+
+
+def number_turns(turns: list[object]) -> NumberedMessages:
+    """Turns that are messages already, each with its number."""
+    return list(enumerate(turns, start=1))
