@@ -335,7 +335,7 @@ def read_calls() -> None:
     In: {"output": ..., "prefix"?: ...}; the prefix is the end of the prompt, if that ends inside an open block. Out:
     calls, content, reasoning and status.
     """
-    from gemma_dist.evaluate.read import read_calls_lines
+    from gemma_dist.data.read import read_calls_lines
 
     for line in read_calls_lines(sys.stdin.buffer):  # as bytes: UTF-8 in any locale, and lines end at \n alone
         click.echo(line)

@@ -22,6 +22,7 @@ from gemma_dist.config import RowConfig
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded, Encoder, load_encoder
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import Trajectory, parse_row
+from gemma_dist.data.types import Message
 from gemma_dist.errors import CheckpointError, ConfigError, DataError
 from gemma_dist.gemma_format import CONTROL_TOKENS
 from gemma_dist.model.tiny import tiny_processor
@@ -172,12 +173,12 @@ def expected_dropped_reasoning(template: str, row: Trajectory) -> int:
     return len({"gemma4_v2": reasoned, NEWEST: []}.get(template, without_call))
 
 
-# 160 rows with screenshots in tool messages; 222 rows in which a text stands beside a call.
+# 160 rows with screenshots in tool messages; 221 rows in which a text stands beside a call.
 REFUSED = {
-    "gemma4": {"loses images": 160, "closes the model's turn": 222},
+    "gemma4": {"loses images": 160, "closes the model's turn": 221},
     "gemma4_v2": {},
-    "gemma4_v3": {"loses images": 160, "closes the model's turn": 222},
-    "gemma4_v4": {"closes the model's turn": 222},
+    "gemma4_v3": {"loses images": 160, "closes the model's turn": 221},
+    "gemma4_v4": {"closes the model's turn": 221},
     "gemma4_v5": {},
 }
 
@@ -369,9 +370,9 @@ GOLDEN: dict[str, tuple[list[dict[str, Any]], str]] = {
         USER + "⟦Let me see.⟧<|tool_call>call:f{}<tool_call|><|tool_response>"
         'response:f{value:<|"|>1<|"|>}<tool_response|>⟦Ok.<turn|>⟧\n',
     ),
-    "two texts in a row, a token across them": (
-        [user("Go."), model("sel"), model("ect"), user("Go."), model("sel"), model("123", train=False)],
-        USER + "⟦select<turn|>⟧\n<|turn>user\nGo.<turn|>\n<|turn>model\n⟦sel⟧123<turn|>\n",
+    "two texts in a row": (
+        [user("Go."), model("One. "), model("Two.\n"), user("Go."), model("Three.")],
+        USER + "⟦One.\n\nTwo.<turn|>⟧\n<|turn>user\nGo.<turn|>\n<|turn>model\n⟦Three.<turn|>⟧\n",
     ),
     "an untrained message that says nothing": (
         [user("Go."), model("", train=False), user("Well?"), model("Ok.")],
@@ -439,8 +440,14 @@ def test_a_token_across_a_trained_and_an_untrained_text_is_not_trained(encoder: 
     """Such a token is neither text's own: "ec" of "sel" + "ect"."""
     ids = encoder.tokenizer("select", add_special_tokens=False)["input_ids"]
     assert len(ids) == 1, "one token of the default corpus"
-    check(encoder, trajectory(user("Go."), model("sel"), model("ect", train=False)), USER + "select<turn|>\n")
-    check(encoder, trajectory(user("Go."), model("sel", train=False), model("ect")), USER + "select⟦<turn|>⟧\n")
+    for is_first_trained, golden in ((True, "select<turn|>\n"), (False, "select⟦<turn|>⟧\n")):
+        neighbors: list[Message] = [
+            {"role": "user", "content": "Go."},
+            {"role": "assistant", "content": "sel"},
+            {"role": "assistant", "content": "ect"},
+        ]
+        neighbors[2 if is_first_trained else 1]["train"] = False
+        check(encoder, Trajectory("row", neighbors, [], []), USER + golden)
 
 
 def test_reasoning_of_an_earlier_user_turn_is_not_rendered_and_is_counted(encoder: Encoder) -> None:
@@ -546,7 +553,10 @@ def test_the_second_revision_gives_each_message_a_turn_of_its_own(encoder_of: En
     [
         *[(name, GOLDEN["arguments of every kind"][0], "turn 2 calls 'f' with a null") for name in TEMPLATES[:4]],
         *[(name, GOLDEN["several images in one response"][0], "0 of the row's 2 images") for name in LOSES_TOOL_IMAGES],
-        *[(name, GOLDEN["two texts in a row, a token across them"][0], "turn 3: .* closes") for name in CLOSES_TURNS],
+        *[
+            (name, GOLDEN["trained text in front of an untrained call"][0], "turn 3: .* closes")
+            for name in CLOSES_TURNS
+        ],
         *[(name, GOLDEN["a system message in parts"][0], "turn 1: .* Python list") for name in TEMPLATES[1:3]],
     ],
 )
@@ -805,10 +815,9 @@ json_values = st.recursive(
 
 
 def make_up_no_token(parts: list[dict[str, Any]]) -> bool:
-    """Whether no control token comes together from several parts, given or trimmed: such rows are refused."""
-    given = [part.get("text", "") for part in parts]
-    joined = ("".join(given), "".join(map(str.strip, given)))
-    return not any(token in text for token in CONTROL_TOKENS for text in joined)
+    """Whether no control token comes together from several parts: such rows are refused."""
+    together = "".join(part.get("text", "") for part in parts)
+    return not any(token in together for token in CONTROL_TOKENS)
 
 
 parts = st.lists(st.builds(text, texts) | st.sampled_from([SQUARE, WIDE]), min_size=1, max_size=3).filter(

@@ -36,7 +36,7 @@ WITHOUT_TORCH = [
     "cli",
     "config",
     "evaluate.metrics",
-    "evaluate.read",
+    "data.read",
     "evaluate.score",
     "merge.plan",
     "recipe",

@@ -412,7 +412,7 @@ REFUSED = [
     (changed("messages.4", {"role": "assistant", "reasoning": "a", "thinking": "b"}), "say different things"),
     (changed("messages.4.reasoning_content", ["a"]), "`reasoning_content` is ['a']"),
     # content
-    (changed("messages.3.content", {"sum": 3}), "turn 4 (tool): the content is {'sum': 3} (dict); write it as text"),
+    (changed("messages.1.content", {"sum": 3}), "turn 2 (user): the content is {'sum': 3} (dict); write it as text"),
     (changed("messages.3.content", 3), "the content is 3 (int); write it as text"),
     (changed("messages.1.content", ["x"]), "the part 'x' is of type None"),
     (changed("messages.1.content", [{"type": "input_audio"}]), "is of type 'input_audio'"),
@@ -434,7 +434,7 @@ REFUSED = [
         "turn 3 (assistant): call 'c1' of add without an answer before turn 4",
     ),
     (changed("messages.2.tool_calls", None) | {"x": 1}, "turn 3 (assistant): says nothing"),
-    (changed("messages.2.tool_calls", "add()"), "`tool_calls` is 'add()'"),
+    (changed("messages.2.tool_calls", "add()"), "`tool_calls`: not JSON"),
     (changed("messages.2.tool_calls", [3]), "the call 3 is no function call"),
     (changed("messages.2.tool_calls.0.type", "custom"), "is no function call"),
     (changed("messages.2.tool_calls.0.id", 1.5), "the call id is 1.5"),
@@ -505,11 +505,14 @@ REFUSED = [
     ),
     (changed("messages.2.tool_calls.0.function.name", None), "the tool name None"),
     *[
-        (changed("messages.2.tool_calls.0.function.name", name), "cannot be carried by Gemma's call format")
+        (changed("messages.2.tool_calls.0.function.name", name), "cannot be represented in Gemma's call format")
         for name in ("", "add numbers", "add{", "add}", "add(1)", "a,b", "<x>", "add\n", 'a"b')
     ],
     *[
-        (changed("messages.2.tool_calls.0.function.arguments", arguments), "cannot be carried by Gemma's call format")
+        (
+            changed("messages.2.tool_calls.0.function.arguments", arguments),
+            "cannot be represented in Gemma's call format",
+        )
         for key in ("", " a", "a ", "a:b", "a,b", "a{b", "a}b", "a[0", "0]", 'a"b', "a\nb")
         for arguments in ({key: 1}, {"a": [{"b": {key: 1}}]})
     ],
@@ -698,11 +701,10 @@ def test_control_tokens_in_arguments() -> None:
     assert made["function"]["arguments"] == {"a": {"<\u200bturn|>": 1}}
 
 
-@pytest.mark.parametrize("texts", [("<|tu", "rn>"), ("<|tu ", " rn>")])
-def test_a_control_token_in_two_halves(texts: tuple[str, str]) -> None:
-    row = changed("messages.3.content", [{"type": "text", "text": text} for text in texts])
-    for setting in ("reject", "escape"):
-        assert "make up a control token together" in refusal(row, control_tokens=setting)
+def test_a_control_token_in_two_halves() -> None:
+    row = changed("messages.3.content", [{"type": "text", "text": text} for text in ("<|tu", "rn>")])
+    assert "the control token <|turn> stands in" in refusal(row)
+    assert parse(row, control_tokens="escape").messages[3]["content"] == [{"type": "text", "text": "<\u200b|turn>"}]
 
 
 # ---- anything at all ----

@@ -23,9 +23,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemma_dist.data.content import count_images
 from gemma_dist.data.emitted import NEWER_TEMPLATE, find_emitted
 from gemma_dist.data.images import decode_image, image_size
-from gemma_dist.data.messages import count_images
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Json, Message, Processor, Tokenizer, Tool, ToolCall
 from gemma_dist.errors import CheckpointError, ConfigError, DataError, setting

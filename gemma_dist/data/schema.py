@@ -26,7 +26,8 @@ def tool_name(name: object) -> str:
     """The name itself. DataError if Gemma's call format cannot carry it."""
     if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
         raise DataError(
-            f"the tool name {short(name)} cannot be carried by Gemma's call format; use letters, digits and _ - . / :"
+            f"the tool name {short(name)} cannot be represented in Gemma's call format; use letters, digits and "
+            "_ - . / :"
         )
     return name
 

@@ -66,6 +66,18 @@ def read_json_text(value: object, name: str) -> object:
         return parse_json(value)
 
 
+def require_encodable(text: str) -> str:
+    """The string itself. DataError if UTF-8 cannot encode it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{short(text[max(0, error.start - 20) : error.end + 20])} holds half of a surrogate pair, which UTF-8 "
+            "cannot encode; write the whole character"
+        ) from None
+    return text
+
+
 def _unique_keys(pairs: list[tuple[str, object]]) -> RawRow:
     result = dict(pairs)
     if len(result) < len(pairs):

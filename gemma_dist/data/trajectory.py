@@ -15,14 +15,17 @@ from itertools import chain
 from pathlib import Path
 
 from gemma_dist.config import RowConfig
-from gemma_dist.data.answers import link_answers, text_before_calls
+from gemma_dist.data import marks
+from gemma_dist.data.answers import link_answers
+from gemma_dist.data.content import clean_text
 from gemma_dist.data.convert import to_openai
 from gemma_dist.data.images import check_image, load_image
 from gemma_dist.data.layouts.turns import turn_name
-from gemma_dist.data.messages import clean_text, parse_message, require_encodable
+from gemma_dist.data.messages import parse_message
+from gemma_dist.data.model_turns import JOINED, join_neighbors, text_before_calls
 from gemma_dist.data.rows import Where
 from gemma_dist.data.schema import check_calls, parse_tools
-from gemma_dist.data.strict import error_context, get, map_json, short
+from gemma_dist.data.strict import error_context, get, map_json, require_encodable, short
 from gemma_dist.data.types import Message, Tool
 from gemma_dist.errors import DataError
 
@@ -60,6 +63,7 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
             raise DataError(f"the row is {short(row)}, not a JSON object; write one object a line")
         clean = functools.partial(clean_text, escape=settings.control_tokens == "escape")
         row_id = name_row(row.get("id"), where)
+        marks.refuse_on_row(row)
         converted = to_openai(row)
         if not converted.messages:
             raise DataError(
@@ -76,6 +80,7 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
                 parsed = parse_message(raw, clean)
             places.append(place)
             messages.append(parsed.message)
+            converted.notes += parsed.notes
             image_places += [_ImagePlace(place, source) for source in parsed.image_sources]
         _check_order(places, messages)
         link_answers(places, messages)
@@ -83,8 +88,10 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
             check_calls(places, messages, tools)
         media_root = _media_root(settings.media_root, where)
         images = _load_images(image_places, converted.images, media_root, settings.max_image_pixels)
-        ordered = chain.from_iterable(text_before_calls(message, settings.text_beside_call) for message in messages)
-        return Trajectory(row_id, list(ordered), tools, images, converted.notes)
+        in_order = chain.from_iterable(text_before_calls(message, settings.text_beside_call) for message in messages)
+        joined, num_joined = join_neighbors(list(in_order))
+        converted.notes += Counter({JOINED: num_joined})
+        return Trajectory(row_id, joined, tools, images, converted.notes)
 
 
 def name_row(given: object, where: Where | str) -> str:

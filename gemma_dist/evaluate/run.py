@@ -20,13 +20,13 @@ from PIL import Image
 
 from gemma_dist import world
 from gemma_dist.config import EvaluateConfig
+from gemma_dist.data.content import content_text
 from gemma_dist.data.encode import Encoder, Prompt, load_encoder
 from gemma_dist.data.images import decode_image
-from gemma_dist.data.messages import content_text
+from gemma_dist.data.read import read_output, reading_to_json
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.errors import ConfigError, DataError
 from gemma_dist.evaluate.generate import Answer, generate
-from gemma_dist.evaluate.read import read_output, reading_to_json
 from gemma_dist.evaluate.report import Report, ScoredDecision, add_up, make_report, summary
 from gemma_dist.evaluate.score import score_decision
 from gemma_dist.files import writing

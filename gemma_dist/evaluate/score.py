@@ -14,10 +14,10 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+from gemma_dist.data.read import Call, Reading, Status
 from gemma_dist.data.schema import find_misfit
 from gemma_dist.errors import DataError
 from gemma_dist.evaluate.metrics import DECISION_METRICS, DecisionCounts, Ratios, ratios
-from gemma_dist.evaluate.read import Call, Reading, Status
 
 _NOTHING = re.compile(r"<(?:unused\d+|unk|mask)>|\ufffd")  # what says nothing to a reader
 

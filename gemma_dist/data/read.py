@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from gemma_dist.data.foreign import holds_foreign_call
 from gemma_dist.errors import DataError
-from gemma_dist.evaluate.foreign import holds_foreign_call
 from gemma_dist.gemma_format import (
     CALL,
     CALL_END,
@@ -99,6 +99,17 @@ def read_output(output: str, prefix: str = "", budget_spent: bool = False, tool_
     for token in _tokens(reader.text):
         reader.read(token)
     return reader.reading(budget_spent, tool_names)
+
+
+def read_call(text: str) -> Call | None:
+    """The call that is the whole of `text`, from <|tool_call> to <tool_call|>; None where it cannot be read as one."""
+    if not text.startswith(CALL):
+        return None
+    try:
+        name, arguments, end = _call(text, len(CALL))
+    except _Unreadable:
+        return None
+    return Call(name, arguments, (0, end)) if end == len(text) else None
 
 
 def _open_block(prefix: str) -> str:
