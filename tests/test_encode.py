@@ -912,3 +912,21 @@ def test_any_trajectory_has_the_processors_ids_and_trains_what_the_model_says(
     encoded = check_against_processor(encoder, row)
     trained = [label for label in encoded.labels if label != IGNORE_INDEX]
     assert encoder.tokenizer.decode(trained) == emitted(row.messages)
+
+
+# ---- calls read back -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("f", {"a<b": 1}, "turn 2: the call of 'f' does not read back"),
+        (":f", {}, "turn 2: the call of ':f' does not read back"),
+        ("f", {"outer": {"a<b": 1}}, "turn 2: the call of 'f' does not read back"),
+    ],
+)
+def test_a_call_that_does_not_read_back_is_refused(
+    encoder: Encoder, name: str, arguments: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(DataError, match=re.escape(words)):
+        encoder.encode(trajectory(user("Go."), calls((name, arguments))))

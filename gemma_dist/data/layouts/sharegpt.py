@@ -18,8 +18,7 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
-# Keys of a sharegpt turn that its message keeps.
-CARRIED = ("train", "weight", "loss", "reasoning_content", "reasoning", "thinking", "name")
+OWN_KEYS = ("from", "value")  # of a turn; its message keeps the others
 
 
 def is_layout(row: RawRow) -> bool:
@@ -52,7 +51,7 @@ def _messages(turns: list[object]) -> NumberedMessages:
         with error_context(turn_name(number, source)):
             if not isinstance(turn, dict) or not isinstance(source, str) or source not in SHAREGPT_ROLES:
                 raise DataError(f"`from` is {short(source)}; sharegpt turns come from {', '.join(SHAREGPT_ROLES)}")
-            message = {key: turn[key] for key in CARRIED if turn.get(key) is not None}
+            message = {key: value for key, value in turn.items() if key not in OWN_KEYS}
             message["role"] = SHAREGPT_ROLES[source]
             value = turn.get("value")
             if source == "function_call":
