@@ -31,12 +31,9 @@ from gemma_dist.data.rows import InputRange, ReadRow, read_ranges, split_input
 from gemma_dist.errors import DataError
 from gemma_dist.logs import progress
 from gemma_dist.shards.assemble import find_repeated, finish
-from gemma_dist.shards.folder import claim_folder, open_to_append
-from gemma_dist.shards.pieces import (
-    ShardJob,
-    ShardReport,
-    run_job,
-)
+from gemma_dist.shards.folder import Plan, claim_folder, open_to_append
+from gemma_dist.shards.manifest import CorpusHeader
+from gemma_dist.shards.pieces import ShardJob, ShardReport, run_job
 
 PIECE_BYTES = 256 << 20  # of input, that one process works on at a time
 ROW_GROUP_BYTES = 4 << 20  # before compression: what is fetched and checked as one
@@ -71,28 +68,29 @@ def run_shard(
         if path.resolve() in [earlier.resolve() for earlier in inputs[:number]]:
             raise DataError(f"{path} is named twice; name each input once")
     encoder = load_encoder(model, settings)
-    header = {
+    corpus: CorpusHeader = {
         "fingerprint": encoder.fingerprint,
         "settings": settings.model_dump(mode="json", exclude={"media_root"}),
     }
-    before = open_to_append(out, header) if append else None
+    before = open_to_append(out, corpus) if append else None
     pieces = list(_split_pieces(inputs))
     jobs = [
         ShardJob(out, number, ranges, model, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES)
         for number, ranges in enumerate(pieces)
     ]
-    plan = header | {
+    plan: Plan = {
+        **corpus,
         "inputs": [[str(one.file), one.start, *_stamp(one.file)] for one in chain.from_iterable(pieces)],
         "media_root": str(settings.media_root),
         "skip_invalid": skip_invalid,
         "sizes": [PIECE_BYTES, ROW_GROUP_BYTES, SHARD_BYTES],
         "append_to": before.sha256 if before else None,
     }
-    plan = claim_folder(out, plan, before)
+    log_sizes = claim_folder(out, plan, before)
     _work_on(jobs, encoder, num_workers)
     if repeated := find_repeated(jobs, before, out):  # those pieces are done again, without these rows
         _work_on([replace(jobs[number], refused=rows) for number, rows in repeated.items()], encoder, num_workers)
-    return finish(jobs, before, header, plan)
+    return finish(jobs, before, plan, log_sizes)
 
 
 def _split_pieces(inputs: list[Path]) -> Iterator[list[InputRange]]:
