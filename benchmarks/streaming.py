@@ -208,7 +208,7 @@ def shuffle(folder: Path) -> None:
 
 
 def toolcall_lengths() -> np.ndarray | None:
-    """Tokens of the shared tool calls, about: a token for 3.3 characters. None where they are not to be had."""
+    """Tokens of the shared tool calls, about: a token for 3.3 characters. None where they are absent."""
     path = SHARED / "toolcalls" / "train.jsonl"
     if not path.exists():
         print(f"\n{path}: not there, so its lengths are left out")

@@ -106,7 +106,7 @@ WIDE, WIDE_TOKENS = picture(480, 48), "<|image>" + "<|image|>" * 52 + "<image|>"
 
 
 def with_pictures(messages: Sequence[Mapping[str, Any]], images: list[bytes]) -> list[Mapping[str, Any]]:
-    """The messages as the processor itself takes them: pictures inside their parts."""
+    """The messages as the processor itself takes them: images inside their parts."""
     pictures = iter(images)
 
     def part_with_picture(part: dict[str, Any]) -> dict[str, Any]:
@@ -886,7 +886,7 @@ def emitted(messages: Sequence[Mapping[str, Any]]) -> str:
     return said
 
 
-INTERRUPTED = [  # the model's picture is not the one that the tool returned before the user spoke
+INTERRUPTED = [  # the model's image is not the one that the tool returned before the user spoke
     user("x"),
     calls(("f", {})),
     tool("f", [SQUARE]),

@@ -42,7 +42,7 @@ def test_raw_rows_and_shards_show_what_the_encoder_gives(tmp_path: Path, model: 
         assert shown["num_target_tokens"] == sum(label != IGNORE_INDEX for label in shown["labels"])
 
 
-def test_the_picture_of_a_row_marks_what_is_trained_and_shortens_images(tmp_path: Path, model: str) -> None:
+def test_a_rendered_row_marks_what_is_trained_and_shortens_images(tmp_path: Path, model: str) -> None:
     write_rows(tmp_path / "rows.jsonl", ROWS)
     inspection = inspect_row(tmp_path / "rows.jsonl", model, 4, ShardConfig())
     plain, colored = inspection.render(color=False), inspection.render(color=True)

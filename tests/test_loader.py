@@ -31,7 +31,7 @@ Batch = dict[str, torch.Tensor]
 def style(
     request: pytest.FixtureRequest, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Any, Encoder, Shards]:
-    """A tiny model with weights, its encoder, and a corpus of 11 rows, the rows 0, 3, 6, 9 with a picture."""
+    """A tiny model with weights, its encoder, and a corpus of 11 rows, the rows 0, 3, 6, 9 with an image."""
     from transformers import AutoModelForImageTextToText
 
     folder = tmp_path_factory.mktemp(request.param)

@@ -193,7 +193,7 @@ def test_a_cut_ends_with_a_trained_assistant_message_and_never_inside_a_turn() -
 
 
 def test_cut_turns_keeps_the_longest_beginning_that_fits(tmp_path: Path, model: str) -> None:
-    long = row(3, num_calls=6)  # a picture comes back from each call
+    long = row(3, num_calls=6)  # an image comes back from each call
     encoder = load_encoder(model, EncodingConfig())
     (whole,) = load_trajectories(write_rows(tmp_path / "long.jsonl", [long]), ShardConfig())
     limit = len(encoder.encode(whole).input_ids) // 2

@@ -167,7 +167,7 @@ def _require_rows(report: ShardReport, pieces: list[_Piece], plan: Plan, *, is_a
         raise DataError(
             f"{report.num_rejected:,} of {report.num_read:,} rows were refused, so nothing was written. The first:\n"
             + "\n".join(errors[:NUM_ERRORS_SHOWN])
-            + f"\nAll of them are in {out / kept}; mend them, or leave them out with --skip-invalid"
+            + f"\nAll of them are in {out / kept}; fix them, or leave them out with --skip-invalid"
         )
     files = sorted({str(file) for file, *_ in plan["inputs"]})
     raise DataError(

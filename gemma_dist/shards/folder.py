@@ -76,7 +76,7 @@ def claim_folder(out: Path, plan: Plan, before: Manifest | None) -> dict[str, in
             f"it away, or put the {MANIFEST} back that names it"
         )
     if plan.items() <= left.items():
-        log.info("going on with what an earlier run left in %s", out)
+        log.info("resuming what an earlier run left in %s", out)
         return left["logs"]
     logs = {name: (out / name).stat().st_size for name in (REJECTED, TOO_LONG) if append and (out / name).is_file()}
     if append and left.get("append_to") == plan["append_to"]:  # the logs may have grown already, the corpus has not

@@ -255,7 +255,7 @@ class _ShardWriter:
         if not self._rows:
             return
         if self._parquet is None:
-            # Pictures are compressed already. Statistics of the long texts would only bloat the footer.
+            # Images are compressed already. Statistics of the long strings would only bloat the footer.
             self._parquet = pq.ParquetWriter(
                 _partial(self._path()),
                 SCHEMA,

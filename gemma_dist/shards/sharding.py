@@ -153,14 +153,14 @@ def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None) ->
             if isinstance(error, BrokenProcessPool):
                 raise DataError(
                     "a process of `gemma-dist shard` was killed, most often for want of memory: run the same command "
-                    "again with a smaller --num-workers, and it goes on where it was"
+                    "again with a smaller --num-workers to resume it"
                 ) from None
             raise
 
 
 def _start_worker(model: str, settings: ShardConfig, num_rows: Any) -> None:
     global _encoder, _num_rows
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: this one ends without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: this one ends silently
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = load_encoder(model, settings)
     _num_rows = num_rows

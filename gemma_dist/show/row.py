@@ -26,12 +26,12 @@ SOFT_TOKENS = re.compile(f"(?:{re.escape(IMAGE)}){{2,}}")
 
 @dataclass(frozen=True)
 class Inspection:
-    """Ids, labels (-100: not trained) and texts of the tokens of one row."""
+    """Ids, labels (-100: not trained) and strings of the tokens of one row."""
 
     id: str
     ids: list[int]
     labels: list[int]
-    tokens: list[str]  # each id decoded alone; a character that is spread over several tokens reads U+FFFD in each
+    tokens: list[str]  # each id decoded alone; a character that is split over several tokens reads U+FFFD in each
     segments: list[tuple[bool, str]]  # the text split where training begins and ends: (trained, text)
     num_text_tokens: int
     num_image_tokens: int
