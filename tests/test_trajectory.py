@@ -388,7 +388,7 @@ REFUSED = [
     (changed("messages.1.role", ["user"]), "turn 2: the role is ['user']"),
     (changed("messages.1.role", "system"), "turn 2 (system): a system message may only stand first"),
     (changed("messages.4", {"role": "developer", "content": "x"}), "turn 5 (developer): a system message may only"),
-    (changed("messages", [{"role": "system", "content": "x"}]), "goes on with a user message"),
+    (changed("messages", [{"role": "system", "content": "x"}]), "continues with a user message"),
     (
         changed("messages.1", {"role": "assistant", "content": "x"}),
         "turn 2 (assistant): a trajectory opens with a user",
@@ -411,8 +411,11 @@ REFUSED = [
     (changed("messages.4", {"role": "assistant", "reasoning": "a", "thinking": "b"}), "say different things"),
     (changed("messages.4.reasoning_content", ["a"]), "`reasoning_content` is ['a']"),
     # content
-    (changed("messages.3.content", {"sum": 3}), "turn 4 (tool): the content is {'sum': 3} (dict); write it as text"),
-    (changed("messages.3.content", 3), "the content is 3 (int); write it as text"),
+    (
+        changed("messages.3.content", {"sum": 3}),
+        "turn 4 (tool): the content is {'sum': 3} (dict); write it as a string",
+    ),
+    (changed("messages.3.content", 3), "the content is 3 (int); write it as a string"),
     (changed("messages.1.content", ["x"]), "the part 'x' is of type None"),
     (changed("messages.1.content", [{"type": "input_audio"}]), "is of type 'input_audio'"),
     (changed("messages.1.content", [{"type": "text", "text": 3}]), "the text of a part is 3"),
@@ -504,11 +507,14 @@ REFUSED = [
     ),
     (changed("messages.2.tool_calls.0.function.name", None), "the tool name None"),
     *[
-        (changed("messages.2.tool_calls.0.function.name", name), "cannot be carried by Gemma's call format")
+        (changed("messages.2.tool_calls.0.function.name", name), "cannot be represented in Gemma's call format")
         for name in ("", "add numbers", "add{", "add}", "add(1)", "a,b", "<x>", "add\n", 'a"b')
     ],
     *[
-        (changed("messages.2.tool_calls.0.function.arguments", arguments), "cannot be carried by Gemma's call format")
+        (
+            changed("messages.2.tool_calls.0.function.arguments", arguments),
+            "cannot be represented in Gemma's call format",
+        )
         for key in ("", " a", "a ", "a:b", "a,b", "a{b", "a}b", "a[0", "0]", 'a"b', "a\nb")
         for arguments in ({key: 1}, {"a": [{"b": {key: 1}}]})
     ],

@@ -205,7 +205,7 @@ def _anthropic_assistant(turn: RawRow) -> RawRow:
         elif kind == "thinking":
             thinking = get(block, "thinking")
             if not isinstance(thinking, str):
-                raise DataError(f"the thinking block holds {short(thinking)}, not text; write text or remove it")
+                raise DataError(f"the thinking block holds {short(thinking)}, not a string; write one or remove it")
             reasoning.append(thinking)
         else:
             content.append(_anthropic_part(block))
@@ -216,7 +216,7 @@ def _anthropic_assistant(turn: RawRow) -> RawRow:
     if reasoning:
         texts = [text for text in reasoning if isinstance(text, str)]
         if len(texts) < len(reasoning):
-            raise DataError(f"reasoning_content is {short(reasoning[0])}, not text; write it as text")
+            raise DataError(f"reasoning_content is {short(reasoning[0])}, not a string; write it as a string")
         message["reasoning_content"] = "\n".join(texts)
     return message
 

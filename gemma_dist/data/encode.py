@@ -223,7 +223,7 @@ class Encoder:
             if message["role"] == "system" and isinstance(message["content"], list) and self._garbles_system_parts:
                 raise DataError(
                     f"turn {turn}: this chat template writes a system message of several parts as a Python list. "
-                    f"{NEWER_TEMPLATE}, or make it one text"
+                    f"{NEWER_TEMPLATE}, or make it one string"
                 )
             for call in message.get("tool_calls", []):
                 if _holds_none(call["function"]["arguments"]) and self._garbles_null:

@@ -136,7 +136,7 @@ def _parse_content(content: object, clean: Clean) -> tuple[Content, list[object]
         return clean(content), []
     if not isinstance(content, list):
         raise DataError(
-            f"the content is {short(content)} ({type(content).__name__}); write it as text, such as its JSON"
+            f"the content is {short(content)} ({type(content).__name__}); write it as a string, such as its JSON"
         )
     parts: list[Part] = []
     image_sources: list[object] = []
@@ -158,7 +158,7 @@ def _parse_content(content: object, clean: Clean) -> tuple[Content, list[object]
 def _part_text(part: RawRow, clean: Clean) -> str:
     text = part.get("text")
     if text is not None and not isinstance(text, str):
-        raise DataError(f"the text of a part is {short(text)}; write it as text")
+        raise DataError(f"the text of a part is {short(text)}; write it as a string")
     return clean(text or "")
 
 
@@ -169,7 +169,7 @@ def _refuse_joined_token(parts: list[Part]) -> None:
     trimmed = "".join(text.strip() for text in texts)
     if _CONTROL.search(as_given) or _CONTROL.search(trimmed):
         raise DataError(
-            "text parts of the message make up a control token together; merge them into one part and mend it"
+            "text parts of the message make up a control token together; merge them into one part and fix it"
         )
 
 
@@ -180,7 +180,7 @@ def _string(raw: RawRow, key: str) -> str:
     """A string of a message; "" where there is none."""
     value = raw.get(key)
     if value is not None and not isinstance(value, str):
-        raise DataError(f"`{key}` is {short(value)}; write it as text")
+        raise DataError(f"`{key}` is {short(value)}; write it as a string")
     return value or ""
 
 
@@ -212,7 +212,7 @@ def _call_id(given: object) -> str:
     if given is None or given == "":
         return ""
     if isinstance(given, bool) or not isinstance(given, (str, int)):
-        raise DataError(f"the call id is {short(given)}; write it as text")
+        raise DataError(f"the call id is {short(given)}; write it as a string")
     return require_encodable(str(map_json(given, str, str)))
 
 
@@ -252,8 +252,8 @@ def _parse_arguments(arguments: object, clean: Clean) -> JsonObject:
         is_bare = bool(key) and key == key.strip() and not _UNCARRIED.search(key)
         if not is_bare:
             raise DataError(
-                f"the argument name {short(key)} cannot be carried by Gemma's call format, which writes names bare: "
-                'not empty, no blanks around, none of : , { } [ ] " or line breaks; rename it'
+                f"the argument name {short(key)} cannot be represented in Gemma's call format, which writes names "
+                'bare: not empty, no blanks around, none of : , { } [ ] " or line breaks; rename it'
             )
         return clean(key)
 
