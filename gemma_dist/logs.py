@@ -140,7 +140,7 @@ class RunLog:
 
 
 def to_json(value: object, *, indent: int | None = None) -> str:
-    """`value` as JSON that UTF-8 can encode and that no reader of lines tears, whatever its texts hold."""
+    """`value` as JSON that UTF-8 can encode and that no reader of lines tears, whatever its strings hold."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 

@@ -2,7 +2,7 @@
 
 The format (https://huggingface.co/docs/safetensors, "Format"): 8 bytes with the length N of the header, unsigned and
 little-endian; N bytes of JSON, {name: {"dtype", "shape", "data_offsets": [begin, end]}} with offsets from the end of
-the header, "__metadata__" for a map of texts, spaces at the end allowed; then the data, without gaps, little-endian.
+the header, "__metadata__" for a map of strings, spaces at the end allowed; then the data, without gaps, little-endian.
 """
 
 import json

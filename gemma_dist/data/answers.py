@@ -72,7 +72,7 @@ def _answered_call(answer: Message, waiting: list[ToolCall], answered: list[Tool
             if call["function"]["name"] == name:
                 return call
         raise DataError(
-            f"answers a call of {short(name)}, which is not open; open calls: {_names(waiting)}; mend the name"
+            f"answers a call of {short(name)}, which is not open; open calls: {_names(waiting)}; fix the name"
         )
     if len(waiting) != 1:
         raise DataError(

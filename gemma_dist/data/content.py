@@ -79,7 +79,9 @@ def parse_content(given: object, clean: Clean, notes: Counter[str]) -> ParsedCon
     if isinstance(given, str):
         return ParsedContent(clean(given))
     if not isinstance(given, list):
-        raise DataError(f"the content is {short(given)} ({type(given).__name__}); write it as text, such as its JSON")
+        raise DataError(
+            f"the content is {short(given)} ({type(given).__name__}); write it as a string, such as its JSON"
+        )
     parsed = ParsedContent()
     parts: list[Part] = []
     for part in given:

@@ -207,7 +207,7 @@ class _Cursor:
             self.spans.append(Span(start, self._position, index))
 
     def _find_texts(self, index: int, start: int) -> int:
-        """The end of the message's texts, which stand in their order somewhere behind `start`."""
+        """The end of the message's text parts, which stand in their order somewhere behind `start`."""
         end = start
         for part in content_parts(self._messages[index]["content"]):
             if part["type"] == "text":

@@ -95,7 +95,7 @@ def _holds_json_call(text: str) -> bool:
         try:
             value, end = _DECODER.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            end = error.pos  # going on from here, and not from the next line, reads nothing twice
+            end = error.pos  # continuing from here, and not from the next line, reads nothing twice
             continue
         except RecursionError:
             return False

@@ -64,7 +64,7 @@ def check_image(data: bytes, max_image_pixels: int) -> None:
 def load_image(source: object, media_root: Path) -> bytes:
     """The encoded file behind the image entry of a row.
 
-    `source` is bytes, {"bytes", "path"} as `datasets` stores them, {"url"}, or a text: a path inside `media_root`, a
+    `source` is bytes, {"bytes", "path"} as `datasets` stores them, {"url"}, or a string: a path inside `media_root`, a
     data: URL, or base64. DataError if it is none of these, does not exist, lies outside `media_root` or on a network.
     """
     if isinstance(source, dict):

@@ -67,7 +67,7 @@ def _parse_function(function: dict[str, object], clean: Clean) -> Function:
     parsed = map_json_object(given, clean, clean)
     description = parsed.setdefault("description", "")
     if not isinstance(description, str):
-        raise DataError(f"the description is {short(description)}; write it as text")
+        raise DataError(f"the description is {short(description)}; write it as a string")
     if "parameters" in parsed:
         _check_parameters(parsed["parameters"])
     return cast(Function, parsed)  # which may have other keys, too
@@ -95,7 +95,7 @@ def _validator(schema_json: str) -> jsonschema.protocols.Validator:
         dialect.check_schema(schema)
         return _nullable(dialect)(schema, registry=referencing.Registry())
     except Exception as error:  # whatever trips the validator's own reading of a schema is a fault of the schema
-        raise DataError(f"parameters are no valid JSON schema: {reason(error)}; mend the schema") from None
+        raise DataError(f"parameters are no valid JSON schema: {reason(error)}; fix the schema") from None
 
 
 @functools.cache
@@ -139,14 +139,14 @@ def _check_call(call: CalledFunction, declared: dict[str, JsonObject | None]) ->
     name = call["name"]
     if name not in declared:
         raise DataError(
-            f"calls {name}, which `tools` does not declare ({short(list(declared))}); declare it, mend the name, or "
+            f"calls {name}, which `tools` does not declare ({short(list(declared))}); declare it, fix the name, or "
             "set train: false on the message if it shows a mistake"
         )
     with error_context(f"call of {name}"):
         misfit = find_misfit(call["arguments"], declared[name])
         if misfit is not None:
             raise DataError(
-                f"the arguments do not fit the tool's schema: {misfit}; mend them, or set train: false on the message "
+                f"the arguments do not fit the tool's schema: {misfit}; fix them, or set train: false on the message "
                 "if it shows a mistake"
             )
 
@@ -164,7 +164,7 @@ def find_misfit(arguments: Mapping[str, Json], parameters: JsonObject | None) ->
         error = jsonschema.exceptions.best_match(validator.iter_errors(arguments))
     except Exception as broken:  # a $ref that leads nowhere, a pattern that is no regular expression, endless recursion
         raise DataError(
-            f"the tool's schema cannot be applied: {reason(broken)}; mend the schema (no remote $ref)"
+            f"the tool's schema cannot be applied: {reason(broken)}; fix the schema (no remote $ref)"
         ) from None
     if error is None:
         return None

@@ -95,11 +95,11 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
 
 
 def name_row(given: object, where: Where | str) -> str:
-    """The id of a row that gives `given` as its `id`, or nothing. DataError where that is no text or integer."""
+    """The id of a row that gives `given` as its `id`, or nothing. DataError where that is no string or integer."""
     if given is None or given == "":
         return Path(str(where)).name
     if isinstance(given, bool) or not isinstance(given, (str, int)):
-        raise DataError(f"`id` is {short(given)}; write text or an integer, or leave it out")
+        raise DataError(f"`id` is {short(given)}; write a string or an integer, or leave it out")
     with error_context("`id`"):
         return require_encodable(str(map_json(given, str, str)))
 
@@ -119,7 +119,7 @@ def _check_order(places: list[str], messages: list[Message]) -> None:
                 raise DataError("a system message may only stand first; merge it into the first message")
     first = 1 if messages[0]["role"] == "system" else 0
     if len(messages) == first:
-        raise DataError("holds a system message alone; a trajectory goes on with a user message")
+        raise DataError("holds a system message alone; a trajectory continues with a user message")
     with error_context(places[first]):
         if messages[first]["role"] != "user":
             raise DataError(

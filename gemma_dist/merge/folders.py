@@ -18,7 +18,7 @@ from gemma_dist.errors import CheckpointError, ConfigError, setting
 from gemma_dist.files import require_free, size
 from gemma_dist.merge.plan import Headers, TensorOp
 from gemma_dist.model.fingerprint import fingerprint_base
-from gemma_dist.model.folder import read_json_object, refuse_custom_code, require_embeddings
+from gemma_dist.model.folder import local_folder, read_json_object, refuse_custom_code, require_embeddings
 from gemma_dist.model.record import ADAPTER_RECORD, AdapterRecord, Quantization, read_record
 from gemma_dist.tensorfile import TensorFile, open_tensors
 
@@ -103,9 +103,7 @@ def open_base(base: Path | str) -> BaseModel:
     Raises:
         CheckpointError: there is no such model, its files disagree, or its weights are quantized.
     """
-    folder = Path(base)
-    if not folder.is_dir():
-        folder = _download(str(base))
+    folder = local_folder(base, f"--base {base}")
     config = read_json_object(folder / "config.json", "the base is not a model folder")
     if config.get("quantization_config"):
         raise CheckpointError(
@@ -126,18 +124,6 @@ def open_base(base: Path | str) -> BaseModel:
             f"{index} and the files beside it disagree on {len(odd)} entries, such as {odd[0]}; download the base again"
         )
     return BaseModel(folder, config, shards, content)
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
-    except Exception as error:  # the client's own family of errors has a dozen roots
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"--base {name} is neither a folder nor a model that could be fetched ({reason}); check the name"
-        ) from None
 
 
 def open_adapter(folder: Path) -> Adapter:

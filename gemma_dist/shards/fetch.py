@@ -283,7 +283,7 @@ def _is_final(error: Exception) -> bool:
     status = getattr(error, "status", None) or getattr(error, "code", None)  # as aiohttp and gcsfs say it
     if isinstance(status, int):
         return 400 <= status < 500 and status not in (408, 429)
-    # s3fs makes EINVAL of 400 and 416, gcsfs a text of 403.
+    # s3fs makes EINVAL of 400 and 416, gcsfs a message of 403.
     return isinstance(error, OSError) and (error.errno == errno.EINVAL or str(error).startswith("Forbidden"))
 
 

@@ -4,38 +4,57 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from gemma_dist.aliases import current_values
 from gemma_dist.errors import DataError
 from gemma_dist.logs import log, write_json
-from gemma_dist.shards.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest
+from gemma_dist.shards.manifest import MANIFEST, UNFINISHED, CorpusHeader, Manifest, read_manifest
 from gemma_dist.shards.pieces import REJECTED, TOO_LONG, piece_files
 
 APPEND_REJECTED = "append_rejected.jsonl"  # of an --append that was refused
 _SHARD = re.compile(r"train-\d{5,}\.parquet")  # as `shard_name` names it
 
 
-def open_to_append(out: Path, header: dict[str, Any]) -> Manifest:
+class Plan(CorpusHeader):
+    """All that decides what a call of `gemma-dist shard` writes: a call of the same plan resumes what it left."""
+
+    inputs: list[list[str | int]]  # of each range of the input: its file, first byte, size and time of the file
+    media_root: str
+    skip_invalid: bool
+    sizes: list[int]  # of a piece, a row group and a shard, at most, in bytes
+    append_to: str | None  # sha256 of the manifest that is appended to
+
+
+class Marker(TypedDict, total=False):
+    """What is read again of UNFINISHED: nothing where there is no such file. While a run is at work, it holds the plan,
+    too."""
+
+    append_to: str | None
+    logs: dict[str, int]  # bytes of the logs before the append
+    shards: list[str]  # those that were about to get their names
+
+
+def open_to_append(out: Path, corpus: CorpusHeader) -> Manifest:
     """The manifest of a folder that rows can be added to."""
     if not (out / MANIFEST).is_file():
         raise DataError(f"{out} holds no finished shards to append to; leave --append out to make the folder")
     manifest = read_manifest(out / MANIFEST, str(out / MANIFEST))
-    if manifest.header["fingerprint"] != header["fingerprint"]:
+    if manifest.header["fingerprint"] != corpus["fingerprint"]:
         raise DataError(
             f"{out} was made with another tokenizer, chat template or image processor (fingerprint "
-            f"{manifest.header['fingerprint']}, here {header['fingerprint']}); append with the same model and template"
+            f"{manifest.header['fingerprint']}, here {corpus['fingerprint']}); append with the same model and template"
         )
-    old, new = current_values(manifest.header["settings"]), header["settings"]
+    old, new = current_values(manifest.header["settings"]), corpus["settings"]
     if changed := [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in new if old.get(name) != new[name]]:
         raise DataError(f"{out} was made with other settings: {'; '.join(changed)}; append with the same ones")
     return manifest
 
 
-def claim_folder(out: Path, plan: dict[str, Any], before: Manifest | None) -> dict[str, Any]:
+def claim_folder(out: Path, plan: Plan, before: Manifest | None) -> dict[str, int]:
     """Make `out` ours to write to: with what the same call left there when it was killed, and nothing else of the kind.
 
-    Returns the plan, with the sizes that the logs had before an append.
+    Returns the bytes that the logs had before an append, by name.
 
     Raises:
         DataError: `out` is a file, finished, or holds what no run of ours left there.
@@ -57,16 +76,17 @@ def claim_folder(out: Path, plan: dict[str, Any], before: Manifest | None) -> di
             f"it away, or put the {MANIFEST} back that names it"
         )
     if plan.items() <= left.items():
-        log.info("going on with what an earlier run left in %s", out)
-        return left
+        log.info("resuming what an earlier run left in %s", out)
+        return left["logs"]
     logs = {name: (out / name).stat().st_size for name in (REJECTED, TOO_LONG) if append and (out / name).is_file()}
     if append and left.get("append_to") == plan["append_to"]:  # the logs may have grown already, the corpus has not
         logs = left["logs"]
     # While files of the other plan are there, the marker names none: they must not be taken for those of this one.
-    write_json(out / UNFINISHED, {"append_to": plan["append_to"], "logs": logs, "shards": shown})
+    marker: Marker = {"append_to": plan["append_to"], "logs": logs, "shards": shown}
+    write_json(out / UNFINISHED, marker)
     clear_folder(out, append, keep=UNFINISHED, shown=shown)
-    write_json(out / UNFINISHED, plan | {"logs": logs})
-    return plan | {"logs": logs}
+    write_json(out / UNFINISHED, {**plan, "logs": logs})
+    return logs
 
 
 def _require_unfinished(out: Path, names: set[str]) -> None:
@@ -82,7 +102,7 @@ def _require_unfinished(out: Path, names: set[str]) -> None:
         )
 
 
-def _read_marker(out: Path) -> dict[str, Any]:
+def _read_marker(out: Path) -> Marker:
     """What a run that is not finished noted of itself; nothing where there is none."""
     try:
         return json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
