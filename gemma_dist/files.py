@@ -1,4 +1,8 @@
-"""Writing to disk: whole or not at all, beside other processes, and with a plain word when the disk refuses."""
+"""Writing to disk: whole or not at all, beside other processes, and with a plain word when the disk refuses.
+
+Whole or not at all means: written under a temporary name, with all bytes on the disk (fsync), and renamed then. A
+reader, or a run after a power failure, finds the file as it was before or as it is now.
+"""
 
 import contextlib
 import errno

@@ -1,4 +1,8 @@
-"""Load a Gemma 4 for training or evaluation, and settle what of it trains."""
+"""Load a Gemma 4 for training or evaluation, and settle what of it trains.
+
+transformers, bitsandbytes and PEFT do the loading. Added here: what is no whole Gemma 4 is refused before anything is
+computed with it, what could get no gradient is frozen, and 4-bit layers compute the same on every CPU.
+"""
 
 from pathlib import Path
 from typing import Any

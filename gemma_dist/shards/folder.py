@@ -1,4 +1,9 @@
-"""The folder that `gemma-dist shard` writes to: claimed, cleared, and left with nothing in it but a corpus."""
+"""The folder that `gemma-dist shard` writes to: claimed, cleared, and left with nothing in it but a corpus.
+
+While a run works, the marker `.unfinished` says what it set out to do. A run that was killed leaves it behind: the same
+call then takes over the pieces that are whole, and any other clears them away. Nothing that no run of ours left is ever
+removed: a folder with something else in it is refused.
+"""
 
 import json
 import re

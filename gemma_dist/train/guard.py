@@ -1,4 +1,7 @@
-"""What watches over a run's steps: nothing that is not finite reaches the weights, and a hang names its culprit."""
+"""What watches over a run's steps: nothing that is not finite reaches the weights, and a hang names its culprit.
+
+The first costs an exchange of two numbers a step, the second a thread that sleeps.
+"""
 
 import faulthandler
 import sys
