@@ -271,19 +271,11 @@ def _lora(
         raise CheckpointError(
             f"{name} in the base has shape {list(weight_shape)}; LoRA is merged into matrices and experts' stacks only"
         )
-    *stack, out_features, in_features = weight_shape
-    rows = rank * math.prod(stack)
-    shapes = {
-        "lora_A.weight": (rows, in_features),
-        "lora_B.weight": (out_features, rows),
-        "lora_magnitude_vector": (out_features,),
-    }
-    for kind in wanted:
-        _, shape = adapter[found[kind]]
-        if shape != shapes[kind]:
+    for kind, shape in _factor_shapes(weight_shape, rank).items():
+        if kind in wanted and (actual := adapter[found[kind]][1]) != shape:
             raise CheckpointError(
-                f"{found[kind]} in the adapter has shape {list(shape)}; with r = {rank} and {name} of shape "
-                f"{list(weight_shape)} in the base it must be {list(shapes[kind])}. Give the base that the adapter was "
+                f"{found[kind]} in the adapter has shape {list(actual)}; with r = {rank} and {name} of shape "
+                f"{list(weight_shape)} in the base it must be {list(shape)}. Give the base that the adapter was "
                 "trained on, and its own adapter_config.json"
             )
     return Lora(
@@ -293,6 +285,17 @@ def _lora(
         magnitude=found.get("lora_magnitude_vector"),
         num_experts=weight_shape[0] if stacked else None,
     )
+
+
+def _factor_shapes(weight_shape: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each kind of adapter tensor beside a weight (out, in), or a stack of them (experts, out, in)."""
+    *stack, out_features, in_features = weight_shape
+    rows = rank * math.prod(stack)
+    return {
+        "lora_A.weight": (rows, in_features),
+        "lora_B.weight": (out_features, rows),
+        "lora_magnitude_vector": (out_features,),
+    }
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
