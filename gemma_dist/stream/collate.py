@@ -96,8 +96,8 @@ def _collate(packs: list[list[Sample]], ids: ControlIds) -> dict[str, torch.Tens
     for name, value in (("pixel_values", 0), ("image_position_ids", -1)):
         padded = []
         for part in images:  # (images of a sample, patches, values of a patch)
-            missing = most_patches - part[name].shape[1]
-            padded.append(pad(part[name], (0, 0, 0, missing), value=value))
+            missing_patches = most_patches - part[name].shape[1]
+            padded.append(pad(part[name], (0, 0, 0, missing_patches), value=value))
         batch[name] = torch.cat(padded)
     return batch
 
