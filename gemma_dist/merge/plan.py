@@ -102,7 +102,6 @@ def plan_merge(
     """
     _check_kind(settings)
     _check_not_empty(adapter)
-    quantized = {f"{module}.weight" for module in quantized_modules}
 
     factors: dict[str, dict[str, str]] = {}  # module -> kind of tensor -> its name in the adapter
     replaced_by: dict[str, str] = {}
@@ -124,6 +123,7 @@ def plan_merge(
             )
     for name in loras.keys() & replaced_by.keys():
         raise CheckpointError(f"{name} is both adapted and replaced (by {replaced_by[name]}); train it one way only")
+    quantized = {f"{module}.weight" for module in quantized_modules}
     _check_quantized(quantized, base)
 
     ops = []

@@ -145,7 +145,7 @@ def _index(folder: Path, files: ExitStack) -> dict[str, dict[str, list[SavedTens
 
 
 def _read(saved: SavedTensor) -> torch.Tensor:
-    """The tensor in the CPU's memory, copied from its file."""
+    """The whole tensor, on the CPU."""
     return saved.file.get_tensor(saved.name)
 
 
