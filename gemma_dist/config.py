@@ -242,6 +242,7 @@ class TrainConfig(Section):
     @field_validator("resume_from_checkpoint", mode="before")
     @classmethod
     def _yes_and_no(cls, value: object) -> object:
+        """Take true for auto, and false or an empty value for never."""
         if value in ("auto", True):
             return "auto"
         if value in ("never", False, None):
@@ -383,10 +384,11 @@ def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
     at_once = world_size * micro
     total = train.global_batch_size or at_once * (accumulation or 1)
     if total % at_once:
-        below, above = total - total % at_once, total - total % at_once + at_once
+        below = total - total % at_once
+        nearest = f"{below} or {below + at_once}" if below else str(at_once)
         raise ConfigError(
             f"train.global_batch_size: global batch {total} is not a multiple of {world_size} ranks x {micro} "
-            f"micro-batch = {at_once}; use {f'{below} or ' if below else ''}{above}"
+            f"micro-batch = {at_once}; use {nearest}"
         )
     if accumulation and (made := at_once * accumulation) != total:
         raise ConfigError(

@@ -89,19 +89,14 @@ def open_tensors(path: Path) -> TensorFile:
             header = json.loads(file.read(header_bytes))
         metadata = header.pop("__metadata__", {})
         start = 8 + header_bytes
-        entries = {
-            name: Entry(
-                item["dtype"],
-                tuple(item["shape"]),
-                start + item["data_offsets"][0],
-                item["data_offsets"][1] - item["data_offsets"][0],
-            )
-            for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"])
-        }
+        entries = {}
         end = start
-        for name, entry in entries.items():
+        for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
+            offsets = item["data_offsets"]
+            entry = Entry(item["dtype"], tuple(item["shape"]), start + offsets[0], offsets[1] - offsets[0])
             if entry.begin != end or entry.num_bytes < 0:
                 raise ValueError(f"{name} does not begin where the tensor before it ends")
+            entries[name] = entry
             end += entry.num_bytes
         if end != size:
             raise ValueError(f"it has {size} bytes, its header says {end}")
@@ -131,10 +126,9 @@ def write_tensor(target: BinaryIO, tensor: torch.Tensor) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a whole file, under a temporary name until it is complete."""
-    entries = {
-        name: Entry(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
-        for name, tensor in tensors.items()
-    }
+    entries = {}
+    for name, tensor in tensors.items():
+        entries[name] = Entry(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
     with writing(path) as temporary, temporary.open("wb") as target:
         write_header(target, entries, {"format": "pt"})
         for tensor in tensors.values():

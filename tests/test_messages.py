@@ -7,7 +7,7 @@ import pytest
 
 from gemma_dist.config import RowConfig
 from gemma_dist.data.marks import ON_MESSAGE, UNCLEAR
-from gemma_dist.data.read import read_call
+from gemma_dist.data.read import read_whole_call
 from gemma_dist.data.reasoning import split_think_tags
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import Trajectory, parse_row
@@ -277,9 +277,9 @@ def test_a_result_of_parts_and_values_is_refused() -> None:
 
 
 def test_a_call_is_read_as_a_whole_or_not_at_all() -> None:
-    found = read_call('<|tool_call>call:f{a:<|"|>x<|"|>,n:1}<tool_call|>')
+    found = read_whole_call('<|tool_call>call:f{a:<|"|>x<|"|>,n:1}<tool_call|>')
     assert found is not None
     assert (found.name, found.arguments) == ("f", {"a": "x", "n": 1})
-    assert read_call("<|tool_call>call:f{a<b:1}<tool_call|>") is None
-    assert read_call("<|tool_call>call:f{}<tool_call|>.") is None
-    assert read_call("call:f{}") is None
+    assert read_whole_call("<|tool_call>call:f{a<b:1}<tool_call|>") is None
+    assert read_whole_call("<|tool_call>call:f{}<tool_call|>.") is None
+    assert read_whole_call("call:f{}") is None

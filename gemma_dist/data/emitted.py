@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from gemma_dist.data.content import content_parts, count_images
-from gemma_dist.data.read import Call, read_call
+from gemma_dist.data.read import Call, read_whole_call
 from gemma_dist.data.strict import short
 from gemma_dist.data.types import CalledFunction, JsonObject, Message
 from gemma_dist.errors import DataError, setting
@@ -175,7 +175,7 @@ class _Cursor:
         if not self._rendered.startswith(f"{CALL}call:{name}{{", start):
             raise _torn(index, f"the call of {name!r}")
         self._position = self._rendered.index(CALL_END, start) + len(CALL_END)
-        found = read_call(self._rendered[start : self._position])
+        found = read_whole_call(self._rendered[start : self._position])
         if found is None or found.name != name or not _equal(found.arguments, called["arguments"]):
             raise DataError(
                 f"turn {index + 1}: the call of {name!r} does not read back from Gemma's call format as it stands in "

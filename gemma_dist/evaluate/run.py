@@ -147,6 +147,10 @@ def _answered(
 
 
 def _scored(decision: Decision, answer: Answer) -> ScoredDecision:
+    """A decision point as its line in samples.jsonl: what the model wrote, what was read in it, gold and the score.
+
+    Where gold is several assistant messages in a row, its text is theirs joined, and its calls are those of the last.
+    """
     prompt = decision.prompt
     tool_names = [tool["function"]["name"] for tool in decision.trajectory.tools]
     end_of_prompt = prompt.text[-PROMPT_END:]
@@ -169,6 +173,7 @@ def _scored(decision: Decision, answer: Answer) -> ScoredDecision:
 
 
 def _sum_over_ranks(counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts of this rank -> counts of all of them, on every rank. All call it."""
     return {name: int(count) for name, count in world.sum_counts(counts).items()}
 
 
@@ -212,4 +217,5 @@ def _join_parts(out: Path, num_decisions: int) -> None:
 
 
 def _place(decision: ScoredDecision) -> tuple[int, int]:
+    """Where a decision point is in the data: number of its trajectory, and of its turn in it."""
     return decision["trajectory"], decision["turn"]

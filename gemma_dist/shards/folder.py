@@ -1,4 +1,9 @@
-"""The folder that `gemma-dist shard` writes to: claimed, cleared, and left with nothing in it but a corpus."""
+"""The folder that `gemma-dist shard` writes to: claimed, cleared, and left with nothing in it but a corpus.
+
+While a run works, the marker `.unfinished` says what it set out to do. A run that was killed leaves it behind: the same
+call then takes over the pieces that are whole, and any other clears them away. Nothing that no run of ours left is ever
+removed: a folder with something else in it is refused.
+"""
 
 import json
 import re
@@ -36,7 +41,14 @@ class Marker(TypedDict, total=False):
 
 
 def open_to_append(out: Path, corpus: CorpusHeader) -> Manifest:
-    """The manifest of a folder that rows can be added to."""
+    """The manifest of a folder that rows can be added to.
+
+    Args:
+        corpus: what this call would write into the manifest's header.
+
+    Raises:
+        DataError: there is no finished corpus, or it was made with other settings.
+    """
     if not (out / MANIFEST).is_file():
         raise DataError(f"{out} holds no finished shards to append to; leave --append out to make the folder")
     manifest = read_manifest(out / MANIFEST, str(out / MANIFEST))
@@ -45,8 +57,12 @@ def open_to_append(out: Path, corpus: CorpusHeader) -> Manifest:
             f"{out} was made with another tokenizer, chat template or image processor (fingerprint "
             f"{manifest.header['fingerprint']}, here {corpus['fingerprint']}); append with the same model and template"
         )
-    old, new = current_values(manifest.header["settings"]), corpus["settings"]
-    if changed := [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in new if old.get(name) != new[name]]:
+    old = current_values(manifest.header["settings"])
+    changed = []
+    for name, value in corpus["settings"].items():
+        if old.get(name) != value:
+            changed.append(f"{name} was {old.get(name)!r} and is {value!r}")
+    if changed:
         raise DataError(f"{out} was made with other settings: {'; '.join(changed)}; append with the same ones")
     return manifest
 
@@ -56,21 +72,26 @@ def claim_folder(out: Path, plan: Plan, before: Manifest | None) -> dict[str, in
 
     Returns the bytes that the logs had before an append, by name.
 
+    Args:
+        plan: what this call is to do; a marker that says the same is of a run that this one may continue.
+        before: the finished corpus that is added to; None for a new one.
+
     Raises:
         DataError: `out` is a file, finished, or holds what no run of ours left there.
     """
-    append = before is not None
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; name a folder with --out")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if not append:
+    finished = set()
+    if before is None:
         _require_unfinished(out, names)
+    else:
+        finished = {shard["name"] for shard in before.header["shards"]}
     out.mkdir(parents=True, exist_ok=True)
     left = _read_marker(out)
-    finished = {shard["name"] for shard in before.header["shards"]} if before else set()
-    shown = [name for name in left.get("shards", []) if name not in finished]
-    strange = {name for name in names if _SHARD.fullmatch(name)} - finished - set(shown)
-    if strange:
+    shown = [name for name in left.get("shards", []) if name not in finished]  # of the run that is not finished
+    shards = {name for name in names if _SHARD.fullmatch(name)}
+    if strange := shards - finished - set(shown):
         raise DataError(
             f"{out} holds {min(strange)!r}, which no manifest there names, and new shards would take its place; move "
             f"it away, or put the {MANIFEST} back that names it"
@@ -78,15 +99,21 @@ def claim_folder(out: Path, plan: Plan, before: Manifest | None) -> dict[str, in
     if plan.items() <= left.items():
         log.info("resuming what an earlier run left in %s", out)
         return left["logs"]
-    logs = {name: (out / name).stat().st_size for name in (REJECTED, TOO_LONG) if append and (out / name).is_file()}
-    if append and left.get("append_to") == plan["append_to"]:  # the logs may have grown already, the corpus has not
-        logs = left["logs"]
+    logs: dict[str, int] = {}
+    if before is not None:
+        same_append = left.get("append_to") == plan["append_to"]
+        logs = left["logs"] if same_append else _log_sizes(out)  # they may have grown already, the corpus has not
     # While files of the other plan are there, the marker names none: they must not be taken for those of this one.
     marker: Marker = {"append_to": plan["append_to"], "logs": logs, "shards": shown}
     write_json(out / UNFINISHED, marker)
-    clear_folder(out, append, keep=UNFINISHED, shown=shown)
+    clear_folder(out, append=before is not None, keep=UNFINISHED, shown=shown)
     write_json(out / UNFINISHED, {**plan, "logs": logs})
     return logs
+
+
+def _log_sizes(out: Path) -> dict[str, int]:
+    """Bytes of each log of a corpus that is there: what an append that fails cuts it back to."""
+    return {name: (out / name).stat().st_size for name in (REJECTED, TOO_LONG) if (out / name).is_file()}
 
 
 def _require_unfinished(out: Path, names: set[str]) -> None:
@@ -118,7 +145,8 @@ def clear_folder(out: Path, append: bool, keep: str, shown: Iterable[str] = ()) 
         shown: the shards that the run had given their names already.
     """
     logs = [APPEND_REJECTED] if append else [REJECTED, TOO_LONG, APPEND_REJECTED]
-    for path in [*(out / name for name in (*shown, *logs)), *work_files(out)]:
+    left = [out / name for name in (*shown, *logs)] + work_files(out)
+    for path in left:
         if path.name != keep:
             path.unlink(missing_ok=True)
     if not any(out.iterdir()):
