@@ -98,12 +98,15 @@ class RowConfig(EncodingConfig):
 
     max_image_pixels: int = Field(50_000_000, gt=0, description="Largest image that is decoded, in pixels.")
     text_beside_call: Literal["message", "reasoning"] = Field(
-        "message",
-        description="Text in a tool call's message is moved before the call: as its own message, or as reasoning.",
+        "message", description="Text in a call's message is moved before the call: as its own message, or as reasoning."
     )
     control_tokens: Annotated[Literal["reject", "escape"], BeforeValidator(current_value)] = Field(
         "reject",
         description="A control token of Gemma inside a string: reject the row, or escape it by a zero-width space.",
+    )
+    arrow_nulls: Literal["auto", "drop", "keep"] = Field(
+        "auto",
+        description="Null arguments, as Arrow fills them in: drop or keep all; auto: as the tool's schema shows.",
     )
     media_root: Path | None = Field(
         None,

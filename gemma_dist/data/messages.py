@@ -6,7 +6,17 @@ from typing import Literal
 
 from gemma_dist.data.schema import tool_name
 from gemma_dist.data.strict import error_context, get, map_json, map_json_object, parse_json, short
-from gemma_dist.data.types import CalledFunction, Clean, Content, JsonObject, Message, Part, RawRow, ToolCall
+from gemma_dist.data.types import (
+    CalledFunction,
+    Clean,
+    Content,
+    JsonObject,
+    Message,
+    Part,
+    RawRow,
+    TextObject,
+    ToolCall,
+)
 from gemma_dist.errors import DataError, setting
 from gemma_dist.gemma_format import CONTROL_TOKENS
 
@@ -243,6 +253,8 @@ def _parse_arguments(arguments: object, clean: Clean) -> JsonObject:
     if isinstance(arguments, str) and arguments.strip():
         with error_context("arguments"):
             arguments = parse_json(arguments)
+        if isinstance(arguments, dict):
+            arguments = TextObject(arguments)
     elif arguments is None or isinstance(arguments, str):
         arguments = {}
     if not isinstance(arguments, dict):

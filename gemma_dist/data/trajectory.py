@@ -20,6 +20,7 @@ from gemma_dist.data.convert import to_openai
 from gemma_dist.data.images import check_image, load_image
 from gemma_dist.data.layouts.turns import turn_name
 from gemma_dist.data.messages import clean_text, parse_message, require_encodable
+from gemma_dist.data.nulls import settle_nulls
 from gemma_dist.data.rows import Where
 from gemma_dist.data.schema import check_calls, parse_tools
 from gemma_dist.data.strict import error_context, get, map_json, short
@@ -66,7 +67,7 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
                 f"`messages` is {short(row.get('messages'))}; a row holds a list of messages (OpenAI or Anthropic), "
                 f"or `conversations` (sharegpt); this one has the keys {short(list(row))}"
             )
-        tools = parse_tools(converted.tools, clean)
+        tools = parse_tools(converted.tools, clean, converted.notes)
         places: list[str] = []
         messages: list[Message] = []
         image_places: list[_ImagePlace] = []
@@ -79,6 +80,7 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
             image_places += [_ImagePlace(place, source) for source in parsed.image_sources]
         _check_order(places, messages)
         link_answers(places, messages)
+        settle_nulls(places, messages, tools, settings.arrow_nulls, converted.notes)
         if tools:
             check_calls(places, messages, tools)
         media_root = _media_root(settings.media_root, where)
