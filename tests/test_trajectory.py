@@ -537,7 +537,8 @@ REFUSED = [
     # pictures
     (changed("messages.3.content", [{"type": "image"}]), "`images` holds 0 images for 1 image parts"),
     (changed("images", [png()]), "`images` holds 1 images for 0 image parts"),
-    (changed("images", "x.png"), "`images` is 'x.png'; write a list"),
+    (changed("images", "x.png"), "`images` holds 1 images for 0 image parts"),
+    (changed("images", 3), "`images` is 3; write a list"),
 ]
 
 
@@ -563,7 +564,7 @@ IMAGE_REFUSED = [
     ("large.png", "has 40 x 30 = 1,200 pixels, the limit is 1,000"),
     ("http://example.com/x.png", "nothing is downloaded"),
     ("https://example.com/x.png", "nothing is downloaded"),
-    ("file:///etc/passwd", "nothing is downloaded"),
+    ("file:///etc/passwd", "lies outside the media root"),
     ("data:image/png,abc", "no base64 data: URL"),
     ("data:image/png;base64,a", "is not base64"),
     ("x" * 5000 + ".png", "cannot be read"),

@@ -33,7 +33,19 @@ _ROLES: dict[str, Role] = {
     "function": "tool",
 }
 _REFUSED_KEYS = ("audio", "images", "videos", "tool_responses", "refusal")  # would change what the message says
-_IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")
+_IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "data", "bytes")
+# Keys of an image part that say nothing of where the image is.
+_BESIDE_IMAGE = """
+    type text index detail mimeType mime_type media_type format name id alt annotations _meta cache_control
+    min_pixels max_pixels resized_height resized_width
+""".split()  # noqa: SIM905
+
+
+@dataclass(frozen=True)
+class ColumnIndex:
+    """What an image part says that names its image by number, from 0: {"type": "image", "index": 0}."""
+
+    number: object
 
 
 @dataclass(frozen=True)
@@ -156,13 +168,28 @@ def _parse_content(content: object, clean: Clean) -> tuple[Content, list[object]
             parts.append({"type": "text", "text": _part_text(part, clean)})
         elif kind in ("image", "image_url"):
             parts.append({"type": "image"})
-            image_sources.append(next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None))
+            image_sources.append(image_source(part))
         else:
             raise DataError(
                 f"the part {short(part)} is of type {short(kind)}; parts are text, image and image_url objects"
             )
     _refuse_joined_token(parts)
     return parts, image_sources
+
+
+def image_source(part: RawRow) -> object:
+    """What an image part says of its image; None where it takes the next one of the row's `images`."""
+    for key in _IMAGE_KEYS:
+        source = part.get(key)
+        if source is not None:
+            return {"base64": source} if key in ("base64", "data") and isinstance(source, str) else source
+    unknown = [key for key, value in part.items() if key not in _BESIDE_IMAGE and value is not None]
+    if unknown:
+        raise DataError(
+            f"the image part has {short(unknown)}, which is not known; its image stands under one of "
+            f"{', '.join(_IMAGE_KEYS)}, or, if it has no key but type, in the row's `images`"
+        )
+    return None if part.get("index") is None else ColumnIndex(part["index"])
 
 
 def _part_text(part: RawRow, clean: Clean) -> str:
