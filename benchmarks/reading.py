@@ -17,7 +17,8 @@ import numpy as np
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from PIL import Image
 
-from gemma_dist.config import BatchPlan, ShardConfig
+from gemma_dist.batch_plan import BatchPlan
+from gemma_dist.config import ShardConfig
 from gemma_dist.data.images import decode_image
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.model.tiny import write_tiny_model

@@ -26,7 +26,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import numpy as np
 import pyarrow as pa
 
-from gemma_dist.config import BatchPlan
+from gemma_dist.batch_plan import BatchPlan
 from gemma_dist.shards.manifest import COUNTS, MANIFEST, SCHEMA, ShardEntry, read_manifest, write_manifest
 from gemma_dist.shards.reader import Shards, open_shards
 from gemma_dist.stream.schedule import Schedule

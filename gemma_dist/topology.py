@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from gemma_dist.config import BatchPlan, RunConfig, batch_plan
+from gemma_dist.batch_plan import BatchPlan, batch_plan
+from gemma_dist.config import RunConfig
 from gemma_dist.errors import ConfigError
 
 TESTED_OPTIMIZERS = {"adamw_torch", "adamw_torch_fused"}  # what DeepSpeed takes without zero_allow_untested_optimizer

@@ -16,7 +16,8 @@ import pytest
 import torch
 import yaml
 
-from gemma_dist.config import LANGUAGE_MODEL_LINEARS, ModelConfig, RunConfig, batch_plan
+from gemma_dist.batch_plan import batch_plan
+from gemma_dist.config import LANGUAGE_MODEL_LINEARS, ModelConfig, RunConfig
 from gemma_dist.errors import ConfigError
 from gemma_dist.model.load import load_model
 from gemma_dist.recipe import load_config

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from gemma_dist.config import BatchPlan, EncodingConfig
+from gemma_dist.batch_plan import BatchPlan
+from gemma_dist.config import EncodingConfig
 from gemma_dist.data.encode import IGNORE_INDEX, Encoder, load_encoder
 from gemma_dist.errors import DataError
 from gemma_dist.shards import sharding

@@ -125,7 +125,8 @@ def test_loss_is_a_sum_over_the_target_tokens_of_the_global_batch(
     run: Any, model: str, shards: Path, more: tuple[str, ...]
 ) -> None:
     """Step 1 against transformers' own loss of each row alone, weighted by its target tokens."""
-    from gemma_dist.config import EncodingConfig, batch_plan
+    from gemma_dist.batch_plan import batch_plan
+    from gemma_dist.config import EncodingConfig
     from gemma_dist.data.encode import load_encoder
     from gemma_dist.recipe import load_config
     from gemma_dist.stream.collate import Sample, collate, control_ids

@@ -533,7 +533,7 @@ REFUSED = [
         changed("tools.0.function.parameters.properties.a.type", "int"),
         "tool add: parameters are no valid JSON schema: 'int'",
     ),
-    (changed("tools.0.function.parameters.properties.a", None), "tool add: parameters are no valid JSON schema"),
+    (changed("tools.0.function.parameters.properties.a", None), "not allowed ('a' was unexpected)"),
     (changed("tools.0.function.parameters.$schema", []), "tool add: parameters are no valid JSON schema"),
     (changed("tools.0.function.parameters.properties.a", {"$ref": "https://example.com/a.json"}), "no remote $ref"),
     (changed("tools.0.function.parameters.properties.a", {"$ref": "#/$defs/none"}), "schema cannot be applied"),
@@ -543,7 +543,8 @@ REFUSED = [
     # images
     (changed("messages.3.content", [{"type": "image"}]), "`images` holds 0 images for 1 image parts"),
     (changed("images", [png()]), "`images` holds 1 images for 0 image parts"),
-    (changed("images", "x.png"), "`images` is 'x.png'; write a list"),
+    (changed("images", "x.png"), "`images` holds 1 images for 0 image parts"),
+    (changed("images", 3), "`images` is 3; write a list"),
 ]
 
 
@@ -569,7 +570,7 @@ IMAGE_REFUSED = [
     ("large.png", "has 40 x 30 = 1,200 pixels, the limit is 1,000"),
     ("http://example.com/x.png", "nothing is downloaded"),
     ("https://example.com/x.png", "nothing is downloaded"),
-    ("file:///etc/passwd", "nothing is downloaded"),
+    ("file:///etc/passwd", "lies outside the media root"),
     ("data:image/png,abc", "no base64 data: URL"),
     ("data:image/png;base64,a", "is not base64"),
     ("x" * 5000 + ".png", "cannot be read"),
@@ -897,7 +898,7 @@ def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
     [
         ("none.jsonl", None, "no such file"),
         ("rows.csv", b"a,b", "unknown kind of file"),
-        ("rows.json", b'[\n{"a": 1}\n]', "a JSON array, not JSONL"),
+        ("rows.json", b'[\n{"a": 1},\n', "not JSON at column 13"),
         ("rows.jsonl.gz", b"not gzip", "cannot be read"),
         ("rows.parquet", b"not parquet", "cannot be read"),
         ("folder", "folder", "no state.json"),

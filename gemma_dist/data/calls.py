@@ -11,7 +11,7 @@ import re
 from gemma_dist.data.marks import ON_MESSAGE, refuse_finer
 from gemma_dist.data.schema import tool_name
 from gemma_dist.data.strict import error_context, map_json, map_json_object, parse_json, require_encodable, short
-from gemma_dist.data.types import CalledFunction, Clean, JsonObject, RawRow, ToolCall
+from gemma_dist.data.types import CalledFunction, Clean, JsonObject, RawRow, TextObject, ToolCall
 from gemma_dist.errors import DataError
 
 _UNCARRIED = re.compile(r'[:,{}\[\]"\r\n]')  # ends a bare key of Gemma's calls, or opens something else
@@ -111,6 +111,8 @@ def _parse_arguments(arguments: object, clean: Clean) -> JsonObject:
     if isinstance(arguments, str) and arguments.strip():
         with error_context("arguments"):
             arguments = parse_json(arguments)
+        if isinstance(arguments, dict):
+            arguments = TextObject(arguments)
     elif arguments is None or isinstance(arguments, str):
         arguments = {}
     if not isinstance(arguments, dict):

@@ -13,9 +13,21 @@ from gemma_dist.errors import DataError, setting
 from gemma_dist.gemma_format import CONTROL_TOKENS
 
 _CONTROL = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
-_IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")
+_IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "data", "bytes")
+# Keys of an image part that say nothing of where the image is.
+_BESIDE_IMAGE = """
+    type text index detail mimeType mime_type media_type format name id alt annotations _meta cache_control
+    min_pixels max_pixels resized_height resized_width
+""".split()  # noqa: SIM905
 # Parts that a tool's result is made of. A list of anything else is a value, and shown as its JSON.
 _RESULT_PARTS = ("text", "image", "image_url", "resource", "resource_link", "audio")
+
+
+@dataclass(frozen=True)
+class ColumnIndex:
+    """What an image part says that names its image by number, from 0: {"type": "image", "index": 0}."""
+
+    number: object
 
 
 @dataclass
@@ -92,7 +104,7 @@ def parse_content(given: object, clean: Clean, notes: Counter[str]) -> ParsedCon
             _add_text(parts, _part_text(part))
         elif kind in ("image", "image_url"):
             parts.append({"type": "image"})
-            parsed.image_sources.append(next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None))
+            parsed.image_sources.append(image_source(part))
         elif kind in ENCRYPTED_TYPES:
             notes[ENCRYPTED] += 1
         elif kind in PART_TYPES:
@@ -106,6 +118,21 @@ def parse_content(given: object, clean: Clean, notes: Counter[str]) -> ParsedCon
             joined["text"] = clean(joined["text"])
     parsed.content = parts
     return parsed
+
+
+def image_source(part: RawRow) -> object:
+    """What an image part says of its image; None where it takes the next one of the row's `images`."""
+    for key in _IMAGE_KEYS:
+        source = part.get(key)
+        if source is not None:
+            return {"base64": source} if key in ("base64", "data") and isinstance(source, str) else source
+    unknown = [key for key, value in part.items() if key not in _BESIDE_IMAGE and value is not None]
+    if unknown:
+        raise DataError(
+            f"the image part has {short(unknown)}, which is not known; its image stands under one of "
+            f"{', '.join(_IMAGE_KEYS)}, or, if it has no key but type, in the row's `images`"
+        )
+    return None if part.get("index") is None else ColumnIndex(part["index"])
 
 
 def _add_text(parts: list[Part], text: str) -> None:

@@ -6,12 +6,14 @@ Training data and evaluation ask the same function, so that a call that may be t
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias, cast
 
 import jsonschema
 import referencing
 
+from gemma_dist.data.schema_nulls import drop_schema_nulls
 from gemma_dist.data.strict import error_context, map_json_object, read_json_text, reason, short
 from gemma_dist.data.types import CalledFunction, Clean, Function, Json, JsonObject, Message, Tool
 from gemma_dist.errors import DataError
@@ -32,8 +34,9 @@ def tool_name(name: object) -> str:
     return name
 
 
-def parse_tools(tools: object, clean: Clean) -> list[Tool]:
-    """Declarations in OpenAI's form, as given but for the wrapper and the keys that the template needs.
+def parse_tools(tools: object, clean: Clean, notes: Counter[str] | None = None) -> list[Tool]:
+    """Declarations in OpenAI's form, as given but for the wrapper, the keys that the template needs, and nulls that say
+    nothing, which are left out and counted in `notes`.
 
     Raises:
         DataError: one is no declaration of a function, is declared twice, or has an invalid schema.
@@ -49,6 +52,7 @@ def parse_tools(tools: object, clean: Clean) -> list[Tool]:
         with error_context(f"tool {name}"):
             if name in parsed:
                 raise DataError("is declared twice; tool names are unique")
+            function = drop_schema_nulls(function, notes if notes is not None else Counter())
             parsed[name] = {"type": "function", "function": _parse_function(function, clean)}
     return list(parsed.values())
 
@@ -157,15 +161,22 @@ def find_misfit(arguments: Mapping[str, Json], parameters: JsonObject | None) ->
     Raises:
         DataError: the schema is invalid or cannot be applied to these arguments.
     """
-    if not parameters:
+    error = jsonschema.exceptions.best_match(find_misfits(arguments, parameters))
+    if error is None:
         return None
+    return f"{'.'.join(map(str, error.absolute_path)) or 'as a whole'}: {reason(error)}"
+
+
+def find_misfits(
+    arguments: Mapping[str, Json], parameters: JsonObject | None
+) -> list[jsonschema.exceptions.ValidationError]:
+    """As `find_misfit`, but everything that does not fit, in the validator's words."""
+    if not parameters:
+        return []
     validator = _validator(json.dumps(parameters))
     try:
-        error = jsonschema.exceptions.best_match(validator.iter_errors(arguments))
+        return list(validator.iter_errors(arguments))
     except Exception as broken:  # a $ref that leads nowhere, a pattern that is no regular expression, endless recursion
         raise DataError(
             f"the tool's schema cannot be applied: {reason(broken)}; fix the schema (no remote $ref)"
         ) from None
-    if error is None:
-        return None
-    return f"{'.'.join(map(str, error.absolute_path)) or 'as a whole'}: {reason(error)}"

@@ -9,9 +9,9 @@ import math
 import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
-from gemma_dist.data.types import Json, JsonObject, RawRow
+from gemma_dist.data.types import ArrowStruct, Json, JsonObject, RawRow, TextObject
 from gemma_dist.errors import DataError
 from gemma_dist.gemma_format import MAX_DEPTH
 
@@ -127,8 +127,11 @@ def map_json(value: object, string: Callable[[str], str], key: Callable[[str], s
 def map_json_object(
     value: dict[str, object], string: Callable[[str], str], key: Callable[[str], str], depth: int = 0
 ) -> JsonObject:
-    """As `map_json`, of an object at this depth."""
+    """As `map_json`, of an object at this depth. It stays an `ArrowStruct` or `TextObject`."""
     for name in value:
         if not isinstance(name, str):
             raise DataError(f"the key {short(name)} is not a string; JSON keys are strings")
-    return {key(name): map_json(item, string, key, depth + 1) for name, item in value.items()}
+    mapped = {key(name): map_json(item, string, key, depth + 1) for name, item in value.items()}
+    if isinstance(value, (ArrowStruct, TextObject)):
+        return cast(JsonObject, type(value)(mapped))
+    return mapped

@@ -17,12 +17,13 @@ from pathlib import Path
 from gemma_dist.config import RowConfig
 from gemma_dist.data import marks
 from gemma_dist.data.answers import link_answers
-from gemma_dist.data.content import clean_text
+from gemma_dist.data.content import ColumnIndex, clean_text
 from gemma_dist.data.convert import to_openai
 from gemma_dist.data.images import check_image, load_image
 from gemma_dist.data.layouts.turns import turn_name
 from gemma_dist.data.messages import parse_message
 from gemma_dist.data.model_turns import JOINED, join_neighbors, text_before_calls
+from gemma_dist.data.nulls import settle_nulls
 from gemma_dist.data.rows import Where
 from gemma_dist.data.schema import check_calls, parse_tools
 from gemma_dist.data.strict import error_context, get, map_json, require_encodable, short
@@ -70,7 +71,7 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
                 f"`messages` is {short(row.get('messages'))}; a row holds a list of messages (OpenAI or Anthropic), "
                 f"or `conversations` (sharegpt); this one has the keys {short(list(row))}"
             )
-        tools = parse_tools(converted.tools, clean)
+        tools = parse_tools(converted.tools, clean, converted.notes)
         places: list[str] = []
         messages: list[Message] = []
         image_places: list[_ImagePlace] = []
@@ -84,6 +85,7 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
             image_places += [_ImagePlace(place, source) for source in parsed.image_sources]
         _check_order(places, messages)
         link_answers(places, messages)
+        settle_nulls(places, messages, tools, settings.arrow_nulls, converted.notes)
         if tools:
             check_calls(places, messages, tools)
         media_root = _media_root(settings.media_root, where)
@@ -135,17 +137,34 @@ def _load_images(
     """The files of all image parts in order; parts without their own image are filled from the row's `images`."""
     if column is not None and not isinstance(column, list):
         raise DataError(f"`images` is {short(column)}; write a list")
-    num_empty = sum(image.source is None for image in image_places)
-    if num_empty != len(column or []):
+    column = column or []
+    num_taking = sum(_takes_next_image(image) for image in image_places)
+    if num_taking != len(column):
         raise DataError(
-            f"`images` holds {len(column or [])} images for {num_empty} image parts without one of their own; "
-            "the numbers must agree"
+            f"`images` holds {len(column)} images for {num_taking} image parts without one of their own; "
+            "the numbers must agree: write a part or a marker <image> where each image belongs"
         )
-    spare = iter(column or [])
+    spare = iter(enumerate(column))
     images = []
     for image in image_places:
         with error_context(image.place):
-            data = load_image(next(spare) if image.source is None else image.source, media_root)
+            source = image.source
+            if _takes_next_image(image):
+                index, source = next(spare)
+                _require_index(image.source, index)
+            data = load_image(source, media_root)
             check_image(data, max_image_pixels)
         images.append(data)
     return images
+
+
+def _takes_next_image(image: _ImagePlace) -> bool:
+    return image.source is None or isinstance(image.source, ColumnIndex)
+
+
+def _require_index(source: object, index: int) -> None:
+    if isinstance(source, ColumnIndex) and source.number != index:
+        raise DataError(
+            f"the part takes image {short(source.number)} of `images`, from 0, where number {index} is the next; "
+            "put the images in the order of their parts"
+        )

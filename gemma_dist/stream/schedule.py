@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gemma_dist.config import BatchPlan, RunConfig, SourceConfig, TrainConfig
+from gemma_dist.batch_plan import BatchPlan
+from gemma_dist.config import RunConfig, SourceConfig, TrainConfig
 from gemma_dist.errors import ConfigError, DataError, setting
 from gemma_dist.files import writing
 from gemma_dist.shards.fetch import Fetcher

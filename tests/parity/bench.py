@@ -126,7 +126,7 @@ class Bench:
     def _quarantine(self, cell: Cell) -> Path:
         """The samples of the first quarter of the lanes at the first two steps: with one, two or four ranks, one of
         them has micro-batches without a single target there."""
-        from gemma_dist.config import BatchPlan
+        from gemma_dist.batch_plan import BatchPlan
         from gemma_dist.shards.reader import open_shards
         from gemma_dist.stream.schedule import Schedule
 
