@@ -22,6 +22,7 @@ from gemma_dist.data.layouts.turns import turn_name
 from gemma_dist.data.messages import clean_text, parse_message, require_encodable
 from gemma_dist.data.rows import Where
 from gemma_dist.data.schema import check_calls, parse_tools
+from gemma_dist.data.schema_show import show_tools
 from gemma_dist.data.strict import error_context, get, map_json, short
 from gemma_dist.data.types import Message, Tool
 from gemma_dist.errors import DataError
@@ -66,7 +67,7 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
                 f"`messages` is {short(row.get('messages'))}; a row holds a list of messages (OpenAI or Anthropic), "
                 f"or `conversations` (sharegpt); this one has the keys {short(list(row))}"
             )
-        tools = parse_tools(converted.tools, clean)
+        tools = parse_tools(converted.tools, clean, converted.notes)
         places: list[str] = []
         messages: list[Message] = []
         image_places: list[_ImagePlace] = []
@@ -81,6 +82,9 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
         link_answers(places, messages)
         if tools:
             check_calls(places, messages, tools)
+            tools = show_tools(tools, settings.schemas, converted.notes)
+        elif any("tool_calls" in message for message in messages):
+            converted.notes["rows call tools but declare none"] += 1
         media_root = _media_root(settings.media_root, where)
         images = _load_images(image_places, converted.images, media_root, settings.max_image_pixels)
         ordered = chain.from_iterable(text_before_calls(message, settings.text_beside_call) for message in messages)

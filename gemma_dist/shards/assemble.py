@@ -17,7 +17,17 @@ from gemma_dist.logs import write_json
 from gemma_dist.shards.folder import APPEND_REJECTED, clear_folder, shard_name, work_files
 from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
 from gemma_dist.shards.manifest import UNFINISHED, Manifest, ShardEntry, write_manifest
-from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, PLACES, REJECTED, TOO_LONG, Refused, ShardJob, ShardReport
+from gemma_dist.shards.pieces import (
+    NUM_ERRORS_SHOWN,
+    PIECE_TOOLS,
+    PLACES,
+    REJECTED,
+    TOO_LONG,
+    Refused,
+    ShardJob,
+    ShardReport,
+)
+from gemma_dist.shards.tools import TOOLS, write_tools
 
 IDS_AT_ONCE = 1 << 16  # bounds the memory of hashing
 
@@ -108,7 +118,7 @@ def _hashes(ids: pa.ChunkedArray) -> Iterator[int]:
 
 
 def finish(jobs: list[ShardJob], before: Manifest | None, header: dict[str, Any], plan: dict[str, Any]) -> ShardReport:
-    """Show the shards under their names, and write the logs and the manifest; or refuse the whole.
+    """Show the shards under their names, write the logs, the tools and the manifest; or refuse the whole.
 
     Raises:
         DataError: rows were refused that the plan does not skip, or none is left. Of the pieces, nothing is left then
@@ -125,7 +135,11 @@ def finish(jobs: list[ShardJob], before: Manifest | None, header: dict[str, Any]
     new_shards = _name_shards(pieces, names)
     _join_files(_logs(pieces, REJECTED), out / REJECTED, plan["logs"].get(REJECTED, 0))
     _join_files(_logs(pieces, TOO_LONG), out / TOO_LONG, plan["logs"].get(TOO_LONG, 0))
-    write_manifest(out, header | {"shards": old_shards + new_shards}, _join_lines(pieces, before))
+    tools = write_tools(out, before, _logs(pieces, PIECE_TOOLS))
+    if twice := tools.names_declared_twice():
+        report.notes[f"tools are declared in different ways, such as {twice[0]}; {TOOLS} holds each"] = len(twice)
+    header = header | {"shards": old_shards + new_shards, "num_tools": len(tools)}
+    write_manifest(out, header, _join_lines(pieces, before))
     for path in work_files(out):
         path.unlink(missing_ok=True)
     return report
