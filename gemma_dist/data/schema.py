@@ -167,7 +167,10 @@ def find_misfit(arguments: Mapping[str, Json], parameters: JsonObject | None) ->
     validator = _validator(json.dumps(parameters))
     try:
         error = jsonschema.exceptions.best_match(validator.iter_errors(arguments))
-    except Exception as broken:  # a $ref that leads nowhere, a pattern that is no regular expression, endless recursion
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as broken:  # a $ref that leads nowhere, a pattern that is no regular expression; or endless
+        # recursion, which may end in a panic of jsonschema's Rust: that is no Exception
         raise DataError(
             f"the tool's schema cannot be applied: {reason(broken)}; mend the schema (no remote $ref)"
         ) from None
