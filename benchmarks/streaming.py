@@ -141,7 +141,7 @@ def write_synthetic_manifest(folder: Path, lengths: np.ndarray) -> Path:
         for i in range(1 + numbers[-1] // SHARD_ROW_GROUPS)
     ]
     folder.mkdir()
-    write_manifest(folder, {"fingerprint": "", "settings": {}}, files, pa.table(columns, schema=SCHEMA))
+    write_manifest(folder, {"fingerprint": "", "settings": {}}, files, pa.table(columns, schema=SCHEMA), num_tools=None)
     return folder
 
 

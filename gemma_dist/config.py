@@ -110,6 +110,9 @@ class RowConfig(EncodingConfig):
         None,
         description="Folder that image paths are relative to and must stay inside; default: the data file's folder.",
     )
+    schemas: Literal["as_given", "simplify"] = Field(
+        "as_given", description="Schemas of tools as given, or in an equal spelling that the chat template can show."
+    )
 
 
 class ShardConfig(RowConfig):

@@ -530,8 +530,8 @@ REFUSED = [
     (changed("tools.0.function.parameters", []), "parameters are []"),
     (changed("tools.0.function.parameters.type", "string"), "the type of parameters is 'string'"),
     (
-        changed("tools.0.function.parameters.properties.a.type", "int"),
-        "tool add: parameters are no valid JSON schema: 'int'",
+        changed("tools.0.function.parameters.properties.a.type", "float64"),
+        "tool add: parameters are no valid JSON schema: a: 'float64' is no type; write one of string, number",
     ),
     (changed("tools.0.function.parameters.properties.a", None), "not allowed ('a' was unexpected)"),
     (changed("tools.0.function.parameters.$schema", []), "tool add: parameters are no valid JSON schema"),

@@ -6,6 +6,7 @@ all layouts. Each converted message remembers the turn that it came from, so tha
 
 from collections.abc import Callable
 
+from gemma_dist.data.declarations import find_declarations, without_tools
 from gemma_dist.data.layouts import anthropic, sharegpt
 from gemma_dist.data.layouts.markers import image_column, place_images
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, number_turns
@@ -36,6 +37,8 @@ def to_openai(row: RawRow) -> OpenAIRow:
             break
     else:
         converted = _openai(row)
+    converted.tools = find_declarations(row, converted.tools, converted.notes)
+    converted.messages = [(turn, without_tools(message)) for turn, message in converted.messages]
     if row.get("system") and converted.messages:
         converted.messages = _with_system(row["system"], converted.messages)
     converted.images = image_column(row) or converted.images

@@ -14,6 +14,7 @@ import jsonschema
 import referencing
 
 from gemma_dist.data.schema_nulls import drop_schema_nulls
+from gemma_dist.data.schema_types import normalize_schema
 from gemma_dist.data.strict import error_context, map_json_object, read_json_text, reason, short
 from gemma_dist.data.types import CalledFunction, Clean, Function, Json, JsonObject, Message, Tool
 from gemma_dist.errors import DataError
@@ -34,9 +35,9 @@ def tool_name(name: object) -> str:
     return name
 
 
-def parse_tools(tools: object, clean: Clean, notes: Counter[str] | None = None) -> list[Tool]:
-    """Declarations in OpenAI's form, as given but for the wrapper, the keys that the template needs, and nulls that say
-    nothing, which are left out and counted in `notes`.
+def parse_tools(tools: object, clean: Clean, notes: Counter[str]) -> list[Tool]:
+    """Declarations in OpenAI's form, as given but for the wrapper, the names of types, the keys that the template
+    needs, and nulls that say nothing. `notes` count what was changed.
 
     Raises:
         DataError: one is no declaration of a function, is declared twice, or has an invalid schema.
@@ -52,8 +53,8 @@ def parse_tools(tools: object, clean: Clean, notes: Counter[str] | None = None) 
         with error_context(f"tool {name}"):
             if name in parsed:
                 raise DataError("is declared twice; tool names are unique")
-            function = drop_schema_nulls(function, notes if notes is not None else Counter())
-            parsed[name] = {"type": "function", "function": _parse_function(function, clean)}
+            function = drop_schema_nulls(function, notes)
+            parsed[name] = {"type": "function", "function": _parse_function(function, clean, notes)}
     return list(parsed.values())
 
 
@@ -61,33 +62,36 @@ def _declared_function(tool: object) -> dict[str, object]:
     """What a declaration says of its function, inside of OpenAI's wrapper or without one."""
     if isinstance(tool, dict) and tool.get("type") in (None, "function"):
         function = tool.get("function") or {key: value for key, value in tool.items() if key != "type"}
-        if isinstance(function, dict) and function:
+        if isinstance(function, dict) and function.get("name") is not None:
             return function
     raise DataError(f'{short(tool)} declares no function; write {{"type": "function", "function": {{"name": ...}}}}')
 
 
-def _parse_function(function: dict[str, object], clean: Clean) -> Function:
+def _parse_function(function: dict[str, object], clean: Clean, notes: Counter[str]) -> Function:
     given = {key: value for key, value in function.items() if value is not None}
     parsed = map_json_object(given, clean, clean)
     description = parsed.setdefault("description", "")
     if not isinstance(description, str):
         raise DataError(f"the description is {short(description)}; write it as a string")
     if "parameters" in parsed:
-        _check_parameters(parsed["parameters"])
+        parsed["parameters"] = _parse_parameters(parsed["parameters"], notes)
     return cast(Function, parsed)  # which may have other keys, too
 
 
-def _check_parameters(parameters: Json) -> None:
+def _parse_parameters(parameters: Json, notes: Counter[str]) -> JsonObject:
     if not isinstance(parameters, dict):
         raise DataError(f"parameters are {short(parameters)}; write a JSON schema of type object")
     if not parameters:
-        return
+        return parameters
+    with error_context("parameters are no valid JSON schema"):
+        parameters = normalize_schema(parameters, notes)
     # Without the type the template never closes the brace of the parameters.
     if parameters.setdefault("type", "object") != "object":
         raise DataError(
             f'the type of parameters is {short(parameters.get("type"))}; arguments are an object: write "object"'
         )
     _validator(json.dumps(parameters))
+    return parameters
 
 
 @functools.lru_cache(maxsize=4096)
@@ -176,7 +180,10 @@ def find_misfits(
     validator = _validator(json.dumps(parameters))
     try:
         return list(validator.iter_errors(arguments))
-    except Exception as broken:  # a $ref that leads nowhere, a pattern that is no regular expression, endless recursion
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as broken:  # a $ref that leads nowhere, a pattern that is no regular expression; or endless
+        # recursion, which may end in a panic of jsonschema's Rust: that is no Exception
         raise DataError(
             f"the tool's schema cannot be applied: {reason(broken)}; fix the schema (no remote $ref)"
         ) from None

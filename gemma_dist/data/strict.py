@@ -28,7 +28,7 @@ def short(value: object) -> str:
         return "a number of thousands of digits"
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """What an error of another library says, on one line of at most 200 characters, for an error message of ours."""
     text = " ".join(str(getattr(error, "message", "") or error or type(error).__name__).split())
     return text if len(text) <= 200 else f"{text[:120]} ... {text[-70:]}"

@@ -26,6 +26,7 @@ from gemma_dist.data.model_turns import JOINED, join_neighbors, text_before_call
 from gemma_dist.data.nulls import settle_nulls
 from gemma_dist.data.rows import Where
 from gemma_dist.data.schema import check_calls, parse_tools
+from gemma_dist.data.schema_show import show_tools
 from gemma_dist.data.strict import error_context, get, map_json, require_encodable, short
 from gemma_dist.data.types import Message, Tool
 from gemma_dist.errors import DataError
@@ -88,6 +89,9 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
         settle_nulls(places, messages, tools, settings.arrow_nulls, converted.notes)
         if tools:
             check_calls(places, messages, tools)
+            tools = show_tools(tools, settings.schemas, converted.notes)
+        elif any("tool_calls" in message for message in messages):
+            converted.notes["rows call tools but declare none"] += 1
         media_root = _media_root(settings.media_root, where)
         images = _load_images(image_places, converted.images, media_root, settings.max_image_pixels)
         in_order = chain.from_iterable(text_before_calls(message, settings.text_beside_call) for message in messages)

@@ -18,6 +18,7 @@ from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
 from gemma_dist.shards.manifest import UNFINISHED, Manifest, ShardEntry, write_manifest
 from gemma_dist.shards.pieces import (
     NUM_ERRORS_SHOWN,
+    PIECE_TOOLS,
     PLACES,
     REJECTED,
     TOO_LONG,
@@ -26,6 +27,7 @@ from gemma_dist.shards.pieces import (
     ShardJob,
     ShardReport,
 )
+from gemma_dist.shards.tools import TOOLS, write_tools
 
 IDS_AT_ONCE = 1 << 16  # bounds the memory of hashing
 
@@ -116,7 +118,7 @@ def _hashes(ids: pa.ChunkedArray) -> Iterator[int]:
 
 
 def finish(jobs: list[ShardJob], before: Manifest | None, plan: Plan, log_sizes: dict[str, int]) -> ShardReport:
-    """Show the shards under their names, and write the logs and the manifest; or refuse the whole.
+    """Show the shards under their names, write the logs, the tools and the manifest; or refuse the whole.
 
     Args:
         log_sizes: bytes of the logs before an append, by name, behind which this run's lines come.
@@ -137,7 +139,10 @@ def finish(jobs: list[ShardJob], before: Manifest | None, plan: Plan, log_sizes:
     new_shards = _name_shards(pieces, names)
     _join_files(_logs(pieces, REJECTED), out / REJECTED, log_sizes.get(REJECTED, 0))
     _join_files(_logs(pieces, TOO_LONG), out / TOO_LONG, log_sizes.get(TOO_LONG, 0))
-    write_manifest(out, plan, old_shards + new_shards, _join_lines(pieces, before))
+    tools = write_tools(out, before, _logs(pieces, PIECE_TOOLS))
+    if twice := tools.names_declared_twice():
+        report.notes[f"tools are declared in different ways, such as {twice[0]}; {TOOLS} holds each"] = len(twice)
+    write_manifest(out, plan, old_shards + new_shards, _join_lines(pieces, before), num_tools=len(tools))
     for path in work_files(out):
         path.unlink(missing_ok=True)
     return report

@@ -16,6 +16,7 @@ from gemma_dist.errors import DataError
 from gemma_dist.logs import log, write_json
 from gemma_dist.shards.manifest import MANIFEST, UNFINISHED, CorpusHeader, Manifest, read_manifest
 from gemma_dist.shards.pieces import REJECTED, TOO_LONG, piece_files
+from gemma_dist.shards.tools import TOOLS, refuse_foreign_tools
 
 APPEND_REJECTED = "append_rejected.jsonl"  # of an --append that was refused
 _SHARD = re.compile(r"train-\d{5,}\.parquet")  # as `shard_name` names it
@@ -64,6 +65,7 @@ def open_to_append(out: Path, corpus: CorpusHeader) -> Manifest:
             changed.append(f"{name} was {old.get(name)!r} and is {value!r}")
     if changed:
         raise DataError(f"{out} was made with other settings: {'; '.join(changed)}; append with the same ones")
+    refuse_foreign_tools(out, manifest)
     return manifest
 
 
@@ -144,7 +146,7 @@ def clear_folder(out: Path, append: bool, keep: str, shown: Iterable[str] = ()) 
         append: the logs are of the finished corpus, which stays.
         shown: the shards that the run had given their names already.
     """
-    logs = [APPEND_REJECTED] if append else [REJECTED, TOO_LONG, APPEND_REJECTED]
+    logs = [APPEND_REJECTED] if append else [REJECTED, TOO_LONG, APPEND_REJECTED, TOOLS]
     left = [out / name for name in (*shown, *logs)] + work_files(out)
     for path in left:
         if path.name != keep:
@@ -155,7 +157,7 @@ def clear_folder(out: Path, append: bool, keep: str, shown: Iterable[str] = ()) 
 
 def work_files(out: Path) -> list[Path]:
     """What a run has in `out` only while it works; the marker, which says whose the others are, comes last."""
-    names = {f".{name}.tmp" for name in (MANIFEST, REJECTED, TOO_LONG, APPEND_REJECTED)}
+    names = {f".{name}.tmp" for name in (MANIFEST, REJECTED, TOO_LONG, APPEND_REJECTED, TOOLS)}
     marker = re.compile(rf"\.{re.escape(UNFINISHED)}\.\d+\.tmp")  # as `write_json` begins it
     begun = [path for path in out.iterdir() if path.name in names or marker.fullmatch(path.name)]
     return [*piece_files(out), *begun, out / UNFINISHED]

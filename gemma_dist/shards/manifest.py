@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -67,6 +67,7 @@ class ManifestHeader(CorpusHeader):
 
     format_version: int
     shards: list[ShardEntry]
+    num_tools: NotRequired[int]  # declarations in tools.json; earlier versions wrote none
 
 
 class RowGroupPlace(NamedTuple):
@@ -134,10 +135,13 @@ def row_group_line(
     }
 
 
-def write_manifest(folder: Path, corpus: CorpusHeader, shards: list[ShardEntry], table: pa.Table) -> None:
+def write_manifest(
+    folder: Path, corpus: CorpusHeader, shards: list[ShardEntry], table: pa.Table, num_tools: int | None
+) -> None:
     """Write `folder`/manifest.arrow, complete or not at all: the folder is finished from here on.
 
     Args:
+        num_tools: declarations in tools.json; None: no such list was made.
         table: lines of SCHEMA, in the order of the shards and of the row groups in them.
     """
     assert table.schema.equals(SCHEMA), table.schema
@@ -148,6 +152,8 @@ def write_manifest(folder: Path, corpus: CorpusHeader, shards: list[ShardEntry],
         "settings": corpus["settings"],
         "shards": shards,
     }
+    if num_tools is not None:
+        header["num_tools"] = num_tools
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
     table = table.replace_schema_metadata({"header": text, "crc32": str(_crc32(text, table))})
     path = folder / MANIFEST

@@ -29,13 +29,17 @@ from gemma_dist.files import publish
 from gemma_dist.logs import JsonlWriter
 from gemma_dist.shards.manifest import COUNTS, RowGroupPlace, ShardEntry, row_group_line
 from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
+from gemma_dist.shards.tools import SeenTools
 
 NUM_ERRORS_SHOWN = 5
 OPTIONS = {name: f"{option(name)} {{}}" for name in ShardConfig.model_fields}  # of `gemma-dist shard`, in its log
 REJECTED = "rejected.jsonl"
 TOO_LONG = "too_long.jsonl"
+PIECE_TOOLS = "tools.jsonl"  # the declarations of a piece, each once
+NUM_NOTES_SHOWN = 20
 _PIECE_FILE = re.compile(  # as `ShardJob.path` names it, or `_partial` while it is written
-    rf"\.?\.piece-(\d{{5,}})(\.arrow|-{re.escape(REJECTED)}|-{re.escape(TOO_LONG)}|-\d{{3,}}\.parquet)(\.tmp)?"
+    rf"\.?\.piece-(\d{{5,}})(\.arrow|-{re.escape(REJECTED)}|-{re.escape(TOO_LONG)}|-{re.escape(PIECE_TOOLS)}"
+    r"|-\d{3,}\.parquet)(\.tmp)?"
 )
 
 # Rows to refuse, by file and line: the error.
@@ -97,7 +101,10 @@ class ShardReport:
                 f"{self.num_dropped_reasoning:,} messages lose their reasoning, since the chat template renders it "
                 "after the last user turn only: to train on it, make one row for each user turn"
             )
-        lines += [f"{count:,} x {note}" for note, count in sorted(self.notes.items())]
+        notes = sorted(self.notes.items(), key=lambda item: (-item[1], item[0]))
+        lines += [f"{count:,} x {note}" for note, count in notes[:NUM_NOTES_SHOWN]]
+        if len(notes) > NUM_NOTES_SHOWN:
+            lines.append(f"and {len(notes) - NUM_NOTES_SHOWN:,} more notes of this kind: --json prints them all")
         return "\n".join(lines)
 
 
@@ -154,6 +161,7 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow]) -> None:
     errors: list[str] = []
     rejected = _RowLog(job.path(f"-{REJECTED}"))
     too_long = _RowLog(job.path(f"-{TOO_LONG}"))
+    tools, seen_tools = _RowLog(job.path(f"-{PIECE_TOOLS}")), SeenTools()
     writer = _ShardWriter(job)
     for where, row in rows:
         report.num_read += 1
@@ -186,7 +194,11 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow]) -> None:
         if kept and encoded_kept:
             writer.add(kept, encoded_kept, where)
             report.num_dropped_reasoning += encoded_kept.num_dropped_reasoning
-            report.notes += kept.notes
+            for note, count in kept.notes.items():
+                report.notes[spell(note, OPTIONS)] += count
+            for tool in filter(seen_tools.is_new, kept.tools):
+                tools.write(tool)
+    tools.close()
     rejected.close()
     too_long.close()
     for name, total in writer.totals.items():

@@ -14,8 +14,9 @@ from gemma_dist.data.fit import encode_trained, fit, parse
 from gemma_dist.data.rows import ReadRow, read_rows
 from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import name_row
-from gemma_dist.errors import DataError, setting
+from gemma_dist.errors import DataError, setting, spell
 from gemma_dist.gemma_format import IMAGE
+from gemma_dist.shards.pieces import OPTIONS
 from gemma_dist.shards.reader import Shards, is_shard_folder, open_shards
 
 TRAINED, TRAINED_END = "⟦", "⟧"
@@ -99,7 +100,7 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
         num_image_tokens=encoded.num_image_tokens,
         num_images=encoded.num_images,
         num_target_tokens=encoded.num_target_tokens,
-        notes=dict(trajectory.notes),
+        notes={spell(note, OPTIONS): count for note, count in trajectory.notes.items()},
     )
 
 

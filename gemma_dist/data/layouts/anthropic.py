@@ -25,10 +25,7 @@ def to_openai(row: RawRow) -> OpenAIRow:
     """The row in the OpenAI shape. DataError where a block cannot be converted."""
     turns = row["messages"]
     assert isinstance(turns, list)
-    tools = row.get("tools")
-    if isinstance(tools, list):
-        tools = [_tool(tool) for tool in tools]
-    return OpenAIRow(_messages(turns), tools, row.get("images"))
+    return OpenAIRow(_messages(turns), row.get("tools"), row.get("images"))
 
 
 def _is_own_block(block: object) -> bool:
@@ -106,11 +103,3 @@ def _part(block: object) -> object:
     raise DataError(
         f"the image source {short(source)} is of another kind than base64 and url; put the image in as base64"
     )
-
-
-def _tool(tool: object) -> object:
-    """A declaration with OpenAI's keys; one that has them already passes."""
-    schema = get(tool, "input_schema")
-    if not schema:
-        return tool
-    return {"name": get(tool, "name"), "description": get(tool, "description"), "parameters": schema}
