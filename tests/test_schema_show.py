@@ -27,7 +27,7 @@ STRING = re.compile(r'<\|"\|>.*?<\|"\|>', re.DOTALL)
 def shown(function: dict[str, Any], template: str = "gemma4_v5") -> str:
     """What a template shows of a tool, between its control tokens."""
     messages = [{"role": "user", "content": "x"}]
-    tools = [{"type": "function", "function": function}]
+    tools: Any = [{"type": "function", "function": function}]
     text = TEMPLATES[template].render(messages=messages, tools=tools, bos_token="")
     return text.partition("<|tool>declaration:f")[2].partition("<tool|>")[0]
 
@@ -38,9 +38,8 @@ def with_parameter(schema: dict[str, Any], **others: Any) -> dict[str, Any]:
 
 
 def simplified(function: dict[str, Any], notes: Counter[str] | None = None) -> dict[str, Any]:
-    (tool,) = show_tools(
-        [{"type": "function", "function": function}], "simplify", Counter() if notes is None else notes
-    )
+    tools: Any = [{"type": "function", "function": function}]
+    (tool,) = show_tools(tools, "simplify", Counter() if notes is None else notes)
     return dict(tool["function"])
 
 

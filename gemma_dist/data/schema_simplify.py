@@ -32,7 +32,7 @@ def simplify(parameters: JsonObject) -> JsonObject:
         before = simple
         with suppress(TooLargeError, RecursionError):  # or a chain of a thousand definitions
             simple = inline_refs(before)
-        simple = {"type": "object"} | _simplify(simple)
+        simple = {"type": "object", **_simplify(simple)}
         if simple == before:
             break
     return simple
