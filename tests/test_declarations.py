@@ -127,6 +127,7 @@ def test_columns_that_declare_nothing_pass() -> None:
         "available_tools": ["weather", "now"],
         "expected_tool_calls": [{"name": "weather", "parameters": {"city": "Rome"}}],
         "tool_results": [{"name": "weather", "description": "x"}],
+        "gen_ai.tool.definitions": json.dumps([FUNCTION]),  # the same again
     }
     assert parse(row(**columns)).tools == [TOOL]
 
@@ -142,7 +143,7 @@ REFUSED = [
     (row(tool_list=[FUNCTION]), "the column `tool_list` declares tools, but is not read; rename it to `tools`"),
     (row(toolset=json.dumps([TOOL])), "the column `toolset` declares tools"),
     (row(available_functions=[FUNCTION]), "the column `available_functions` declares tools"),
-    (row(apis=[FUNCTION], tools=[TOOL]), "the column `apis` declares tools"),
+    (row(apis=[OTHER["function"]], tools=[TOOL]), "the column `apis` declares tools"),
     (row(api_list=json.dumps([NAMED])), "the column `api_list` declares tools"),
     (row(mcp_tools={"weather": {"inputSchema": PARAMETERS}}), "the column `mcp_tools` declares tools"),
     (row(functions="[{]"), "`functions`: not JSON at column 3"),

@@ -27,7 +27,7 @@ STRING = re.compile(r'<\|"\|>.*?<\|"\|>', re.DOTALL)
 def shown(function: dict[str, Any], template: str = "gemma4_v5") -> str:
     """What a template shows of a tool, between its control tokens."""
     messages = [{"role": "user", "content": "x"}]
-    tools = [{"type": "function", "function": function}]
+    tools: Any = [{"type": "function", "function": function}]
     text = TEMPLATES[template].render(messages=messages, tools=tools, bos_token="")
     return text.partition("<|tool>declaration:f")[2].partition("<tool|>")[0]
 

@@ -37,7 +37,7 @@ def to_openai(row: RawRow) -> OpenAIRow:
             break
     else:
         converted = _openai(row)
-    converted.tools = find_declarations(row, converted.tools, converted.notes)
+    converted.tools = find_declarations(row, converted.tools, converted.messages, converted.notes)
     converted.messages = [(turn, without_tools(message)) for turn, message in converted.messages]
     if row.get("system") and converted.messages:
         converted.messages = _with_system(row["system"], converted.messages)

@@ -21,7 +21,7 @@ A single one may stand without a list, and any of them as JSON text. Whether the
 import json
 from collections import Counter
 
-from gemma_dist.data.layouts.turns import turn_name
+from gemma_dist.data.layouts.turns import NumberedMessages, number_turns, turn_name
 from gemma_dist.data.schema_types import is_optional
 from gemma_dist.data.schema_walk import CONSTRAINTS
 from gemma_dist.data.strict import error_context, get, parse_json, read_json_text, short
@@ -57,49 +57,52 @@ _BESIDE_FLAT = ("type", "required", "title", "description", "$schema", "addition
 FLAT_NOTE = "declarations had parameters without `properties` around them"
 
 
-def find_declarations(row: RawRow, tools: object, notes: Counter[str]) -> object:
+def find_declarations(row: RawRow, tools: object, messages: NumberedMessages, notes: Counter[str]) -> object:
     """The row's declarations as a list in OpenAI's form; what is none stays as it is, to be refused with the rest.
 
     Args:
         tools: what the layout found; most often the column `tools`.
+        messages: as the layout converted them.
         notes: get a count of what was left out.
 
     Raises:
         DataError: two places declare different tools; a column looks like declarations and is not one that is read.
     """
     found: dict[str, object] = {}
-    for place, value in _places(row, tools).items():
+    for place, value in _places(row, tools, messages).items():
         with error_context(f"`{place}`"):
             declared = to_openai_tools(_decoded(value), notes)
         if declared:
             found[place] = declared
-    _refuse_unread(row)
     first, *others = found or ["tools"]
     for other in others:
         if _canonical(found[other]) != _canonical(found[first]):
             raise DataError(f"`{first}` and `{other}` declare different tools; keep one of the two")
+    _refuse_unread(row, found.get(first))
     return found.get(first)
 
 
-def _places(row: RawRow, tools: object) -> dict[str, object]:
+def _places(row: RawRow, tools: object, messages: NumberedMessages) -> dict[str, object]:
     """What each place of a row that may hold declarations says, by its name in errors."""
     given = {
-        "tools": tools,
+        "tools": tools or row.get("tools"),
         "functions": row.get("functions"),
         "available_tools": _unless_names(row.get("available_tools")),
         "chat_template_kwargs.tools": get(row.get("chat_template_kwargs"), "tools"),
     }
-    for column in ("messages", "conversations"):
-        turns = row.get(column)
-        for number, turn in enumerate(turns if isinstance(turns, list) else [], start=1):
-            if get(turn, "tools"):
-                role = get(turn, "role") or get(turn, "from")
-                if number > 1 or role not in ("system", "developer"):
-                    raise DataError(
-                        f"{turn_name(number, role)}: `tools` of a message that is not the first system message; "
-                        "declare all tools in the row's `tools`"
-                    )
-                given["tools of the system message"] = turn["tools"]
+    turns = list(messages)
+    conversations = row.get("conversations")
+    if isinstance(conversations, list) and not row.get("messages"):
+        turns += number_turns(conversations)
+    for number, turn in turns:
+        if get(turn, "tools"):
+            role = get(turn, "role") or get(turn, "from")
+            if number > 1 or role not in ("system", "developer"):
+                raise DataError(
+                    f"{turn_name(number, role)}: `tools` of a message that is not the first system message; declare "
+                    "all tools in the row's `tools`"
+                )
+            given["tools of the system message"] = get(turn, "tools")
     return {place: value for place, value in given.items() if value}
 
 
@@ -121,22 +124,29 @@ def _unless_names(value: object) -> object:
     return decoded
 
 
-def _refuse_unread(row: RawRow) -> None:
+def _refuse_unread(row: RawRow, found: object) -> None:
+    """Refuse a column that declares other tools than those that were found, under a name that is not read."""
     for column, value in row.items():
         name = str(column).lower()
         is_read = column in (*COLUMNS, *NO_DECLARATIONS)
         is_suspicious = any(word in name for word in SUSPICIOUS) and not any(word in name for word in CALLS)
-        if is_suspicious and not is_read and _looks_declared(value):
+        if not is_suspicious or is_read:
+            continue
+        declared = _declared(value)
+        if declared is not None and _canonical(declared) != _canonical(found):
             raise DataError(f"the column `{column}` declares tools, but is not read; rename it to `tools`")
 
 
-def _looks_declared(value: object) -> bool:
-    """Whether a column's value holds declarations: objects with a name, and a description or schema beside it."""
+def _declared(value: object) -> object:
+    """The declarations that a column holds: objects with a name, and a description or schema; None without one."""
     try:
-        listed = _listed(_decoded(value))
+        decoded = _decoded(value)
+        listed = _listed(decoded)
+        if isinstance(listed, list) and any(isinstance(tool, dict) and _is_declaration(tool) for tool in listed):
+            return to_openai_tools(decoded, Counter())
     except DataError:
-        return False
-    return isinstance(listed, list) and any(isinstance(tool, dict) and _is_declaration(tool) for tool in listed)
+        pass
+    return None
 
 
 def _canonical(tools: object) -> object:
