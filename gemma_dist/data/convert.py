@@ -7,6 +7,7 @@ all layouts. Each converted message remembers the turn that it came from, so tha
 from collections.abc import Callable
 
 from gemma_dist.data.layouts import anthropic, sharegpt
+from gemma_dist.data.layouts.text_calls import convert_text_calls
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, number_turns
 from gemma_dist.data.strict import error_context, get, read_json_text
 from gemma_dist.data.types import RawRow
@@ -33,7 +34,7 @@ def to_openai(row: RawRow) -> OpenAIRow:
         converted = _openai(row)
     if row.get("system") and converted.messages:
         converted.messages = _with_system(row["system"], converted.messages)
-    return converted
+    return convert_text_calls(converted)
 
 
 # How each layout is told from the others, and converted. The first one that knows the row takes it.

@@ -1,0 +1,147 @@
+"""Calls that a row's messages write as text, in the syntax of another model: into `tool_calls` and their answers.
+
+    {"role": "assistant", "content": "I look.\\n<tool_call>\\n{'name': 'f', 'arguments': {'a': 1}}\\n</tool_call>"}
+    {"role": "user", "content": "<tool_response>\\n{'name': 'f', 'content': 20}\\n</tool_response>"}
+
+Only what can be nothing else is converted: calls at the end of a message, with text before them or none. Where tools
+are declared, anything else that attempts a call is refused: trained as it is, it would teach the wrong syntax. Words
+about such a syntax are words: inside backticks, or without tools and with text around.
+"""
+
+from gemma_dist.data.layouts.call_marks import WrittenCalls, find_calls
+from gemma_dist.data.layouts.call_syntax import Signatures, signatures_of
+from gemma_dist.data.layouts.system_text import find_listing, without_instructions, without_listing
+from gemma_dist.data.layouts.text_results import TextResult, holds_result, match_results, read_results
+from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, turn_name
+from gemma_dist.data.strict import error_context, get
+from gemma_dist.errors import DataError
+
+
+def convert_text_calls(row: OpenAIRow) -> OpenAIRow:
+    """The row with calls, results and declarations that it wrote as text where the OpenAI shape has them.
+
+    Raises:
+        DataError: a message attempts a call as text that cannot be converted.
+    """
+    if not row.messages:
+        return row
+    tools, notes = row.tools, row.notes.copy()
+    system = _system_text(row.messages)
+    with error_context(turn_name(row.messages[0][0], "system")):
+        listing = find_listing(system)
+    declared = tools if signatures_of(tools) or not listing else listing.tools
+    messages, styles = _convert_messages(row.messages, signatures_of(declared))
+    for style in sorted(styles):
+        notes[f"rows with calls written as text ({style}) were converted"] += 1
+    if listing and (listing.is_announced or styles):
+        messages = _with_system(messages, without_listing(system, listing))
+        if declared is tools:
+            notes["rows whose system text listed tools beside `tools`: the list was removed"] += 1
+        else:
+            notes["rows whose system text listed their tools: the list was moved to `tools`"] += 1
+            tools = declared
+    elif styles and without_instructions(system) != system.strip():
+        messages = _with_system(messages, without_instructions(system))
+        notes["rows whose system text asked for another call syntax: the request was removed"] += 1
+    return OpenAIRow(messages, tools, row.images, notes)
+
+
+# ---- the system message ----------------------------------------------------------------------------------------------
+
+
+def _system_text(messages: NumberedMessages) -> str:
+    """What the first message says, if it is a system's."""
+    _, first = messages[0]
+    return (_text(first) or "") if get(first, "role") in ("system", "developer") else ""
+
+
+def _with_system(messages: NumberedMessages, text: str) -> NumberedMessages:
+    """The messages with another system text; without a system message where nothing is left to say."""
+    (number, system), *others = messages
+    assert isinstance(system, dict)
+    return [(number, {**system, "content": text}), *others] if text else others
+
+
+def _text(message: object) -> str | None:
+    """The text of a message; None where it holds anything else."""
+    content = get(message, "content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [get(part, "text") for part in parts if get(part, "type") == "text"]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        return None
+    return "".join(texts)
+
+
+# ---- calls and results -----------------------------------------------------------------------------------------------
+
+
+def _convert_messages(messages: NumberedMessages, signatures: Signatures) -> tuple[NumberedMessages, set[str]]:
+    """The messages with calls and results in OpenAI's form, and in whose syntax calls were written."""
+    converted: NumberedMessages = []
+    styles: set[str] = set()
+    waiting: list[str] = []  # the tools that the last message called in its text
+    results: NumberedMessages = []  # of these calls
+    followers = [message for _, message in messages[1:]] + [None]
+    for (number, message), follower in zip(messages, followers, strict=True):
+        if waiting and holds_result(message):
+            results.append((number, message))
+            continue
+        converted += _answers(results, waiting)
+        results, waiting = [], []
+        written = _written_calls(number, message, follower, signatures)
+        if written:
+            styles.add(written.style)
+            waiting = [call["function"]["name"] for call in written.calls]
+            message = {**message, "content": written.before, "tool_calls": written.calls}
+        converted.append((number, message))
+    return converted + _answers(results, waiting), styles
+
+
+def _written_calls(number: int, message: object, follower: object, signatures: Signatures) -> WrittenCalls | None:
+    """The calls that an assistant's message writes as text; None where it writes none.
+
+    Raises:
+        DataError: it attempts one that cannot be converted, and is trained.
+    """
+    text = _text(message)
+    if get(message, "role") != "assistant" or not text:
+        return None
+    is_structured = bool(get(message, "tool_calls") or get(message, "function_call"))
+    is_answered = holds_result(follower) and not is_structured
+    is_trained = not any(get(message, key) in (False, 0) for key in ("train", "loss", "weight"))
+    with error_context(turn_name(number, "assistant")):
+        try:
+            written = find_calls(text, signatures, is_answered)
+        except DataError:
+            if is_trained:
+                raise
+            return None
+        if written and is_structured:
+            raise DataError(
+                f"holds `tool_calls` and writes a call as text, too, in the style of {written.style}; "
+                "remove the text of the call"
+            )
+    return written
+
+
+def _answers(results: NumberedMessages, waiting: list[str]) -> NumberedMessages:
+    """The results, each as the tool message of a call, and what a user says behind the last one."""
+    if not results:
+        return []
+    found: list[tuple[int, TextResult]] = []
+    said = ""
+    for number, message in results:
+        with error_context(turn_name(number, get(message, "role"))):
+            if said:
+                raise DataError("holds a result behind what the user said; move the results in front")
+            in_message, said = read_results(message, waiting, len(waiting))
+        found += [(number, result) for result in in_message]
+    number, last = results[-1]
+    with error_context(turn_name(number, get(last, "role"))):
+        answers = match_results([result for _, result in found], waiting)
+    numbered: NumberedMessages = []
+    for (number, _), answer in zip(found, answers, strict=True):
+        numbered.append((number, answer))
+    if said.strip():
+        numbered.append((number, {**last, "content": said.strip()}))
+    return numbered
