@@ -8,8 +8,8 @@ import re
 FLAGS = re.VERBOSE | re.MULTILINE | re.DOTALL
 TAG = r"<\|?(?i:tool_?calls?|function_?calls?|tool_?use|tool_?code)\|?>"
 MARKED = rf"""
-    (?<!`)(?:
-      {TAG}\s*+(?:[{{\[]|<(?:function|invoke|name|tool_name)\b|[\w.:-]++(?:[({{]|\s*+<arg_key>))  # Hermes, Qwen, XML
+    (?<!`)(?:                                                                      # Hermes, Qwen, XML
+      {TAG}\s*+(?:[{{\[]|<(?:function|invoke|name|tool_name|tool_call)\b|[\w.:-]++(?:[({{]|\s*+<arg_key>))
     | <function=[^<>\s]++>\s*+(?:\{{|<parameter=|</function>)                      # Llama, Qwen Coder
     | <invoke\s+name\s*=
     | <start_function_call>\s*+call:                                               # FunctionGemma

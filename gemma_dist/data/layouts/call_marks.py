@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from gemma_dist.data.call_markers import FLAGS, MARKED
-from gemma_dist.data.layouts.call_syntax import Signatures, read_calls
+from gemma_dist.data.layouts.call_syntax import Signatures, TextBesideCalls, read_calls
 from gemma_dist.data.literals import parse_calls, parse_literal
 from gemma_dist.data.strict import get, short
 from gemma_dist.data.types import RawRow
@@ -35,7 +35,7 @@ _MISTRAL = re.compile(
     re.DOTALL,
 )
 _OPEN_TO_END = re.compile(r"\[TOOL_CALLS\]|<\|python_tag\|>|tool_code[ \t]*\n")  # the calls are all that follows
-_TOOL_CODE = re.compile(r"[ \t]*`{3,}[ \t]*\w+\s+(.*?)`{3,}", re.DOTALL)
+_CALL_FENCE = re.compile(r"[ \t]*`{3,}[ \t]*(?:tool_code|tool_calls?|function_calls?)\s+(.*?)`{3,}", re.DOTALL)
 _WHOLE_FENCE = re.compile(r"\s*`{3,}\w*\s*\n(.*?)\n?\s*`{3,}\s*", re.DOTALL)
 _THOUGHT = re.compile(r".*</think(?:ing)?>\s*", re.DOTALL)
 _END_TOKENS = re.compile(r"(?:\s|<\|endoftext\|>|<\|im_end\|>|<\|eot_id\|>|<\|eom_id\|>|</s>)+\Z")
@@ -60,7 +60,7 @@ def find_calls(text: str, signatures: Signatures, is_answered: bool) -> WrittenC
     """The calls at the end of a message's text; None where it attempts none.
 
     Args:
-        signatures: the declared tools. Without them a marker is an attempt only where nothing stands before the calls,
+        signatures: the declared tools. Without them a marker is an attempt only where nothing stands around the calls,
             or a result behind them.
         is_answered: a tool's result follows.
 
@@ -72,7 +72,7 @@ def find_calls(text: str, signatures: Signatures, is_answered: bool) -> WrittenC
     said = _END_TOKENS.sub("", text[first:])
     is_expected = bool(signatures) or is_answered
     fence = _WHOLE_FENCE.fullmatch(said)
-    if fence and is_expected and not _TOOL_CODE.match(said):
+    if fence and is_expected and not _CALL_FENCE.match(said):
         said = fence[1]
     marker = _MARKED.search(_without_code(said))
     if marker is None:
@@ -83,9 +83,11 @@ def find_calls(text: str, signatures: Signatures, is_answered: bool) -> WrittenC
     style = _style(said[start:])
     try:
         calls = _read_marked(said[start:], signatures)
-    except DataError as error:
+    except TextBesideCalls as error:
         if not is_expected:
             return None
+        raise _refusal(style, error) from None
+    except DataError as error:
         raise _refusal(style, error) from None
     return WrittenCalls((text[:first] + said[:start]).strip(), style, calls)
 
@@ -115,13 +117,13 @@ def _read_marked(text: str, signatures: Signatures) -> list[RawRow]:
     rest_marker = _OPEN_TO_END.match(text)
     if rest_marker:
         return read_calls(text[rest_marker.end() :], signatures)
-    block = _TOOL_CODE if _TOOL_CODE.match(text) else _TAGGED
+    block = _CALL_FENCE if _CALL_FENCE.match(text) else _TAGGED
     calls = []
     position = 0
     while text[position:].strip():
         match = block.match(text, position)
         if match is None:
-            raise DataError(f"{short(text[position:].strip())} stands there, too; calls come last in a message")
+            raise TextBesideCalls(f"{short(text[position:].strip())} stands there, too; calls come last in a message")
         inside = match[match.lastindex or 0].strip()
         nested = _TAGGED.match(inside)
         calls += _read_marked(inside, signatures) if nested else read_calls(inside, signatures)
@@ -136,7 +138,7 @@ def _read_mistral(text: str) -> list[RawRow]:
     while position < len(text):
         match = _MISTRAL.match(text, position)
         if match is None:
-            raise DataError(f"{short(text[position:])} is no call in the form of the others")
+            raise TextBesideCalls(f"{short(text[position:])} is no call in the form of the others")
         calls += parse_calls({"name": match[1], "arguments": parse_literal(match[2])})
         position = match.end()
     return calls

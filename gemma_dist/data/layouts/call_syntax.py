@@ -40,6 +40,10 @@ _PYTHON_CALL = re.compile(r"""\s*([^()\[\]{}'",=]+?)\s*\((.*)\)\s*""", re.DOTALL
 _PYTHON_ARGUMENT = re.compile(r"""\s*([^\s=,()\[\]{}'"]+)\s*=(?!=)(.*)""", re.DOTALL)
 
 
+class TextBesideCalls(DataError):
+    """Something else than a call stands among the calls or behind them."""
+
+
 def signatures_of(tools: object) -> dict[str, Mapping[str, object]]:
     """Names and arguments of declarations in any form: OpenAI's, MCP's, flat, JSON text of one or of all of them."""
     signatures: dict[str, Mapping[str, object]] = {}
@@ -130,7 +134,7 @@ def _all(pattern: re.Pattern[str], text: str) -> list[tuple[str, str]]:
     while text[position:].strip():
         match = pattern.match(text, position)
         if match is None:
-            raise DataError(f"{short(text[position:])} is no call in the form of the others")
+            raise TextBesideCalls(f"{short(text[position:])} is no call in the form of the others")
         found.append((match[1], match[2]))
         position = match.end()
         while position < len(text) and text[position].isspace():

@@ -61,9 +61,8 @@ _INSTRUCTIONS = (
     r"Respond in the format \{\"name\": function name, \"parameters\": dictionary of argument name and its value\}\.?"
     r"(?: ?Do not use variables\.)?",
 )
-_INSTRUCTION = re.compile(
-    "|".join(sentence.replace(" ", r"\s+") for sentence in _INSTRUCTIONS), re.IGNORECASE | re.DOTALL
-)
+_SENTENCES = "|".join(_INSTRUCTIONS).replace(" ", r"\s+")
+_INSTRUCTION = re.compile(rf"(?:{_SENTENCES})[ \t]*", re.IGNORECASE | re.DOTALL)
 _GLAIVE = re.compile(r"\s+with access to the following functions\.\s+Use them if required[ :-]*", re.IGNORECASE)
 _BRACES = re.compile(r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}")  # with the pydantic model that Hermes prints
 

@@ -88,6 +88,9 @@ def _convert_messages(messages: NumberedMessages, signatures: Signatures) -> tup
             continue
         converted += _answers(results, waiting)
         results, waiting = [], []
+        if signatures and get(message, "role") == "user" and holds_result(message):
+            with error_context(turn_name(number, "user")):
+                raise DataError("is a tool's result as text, but no call waits for one; write the call before it")
         written = _written_calls(number, message, follower, signatures)
         if written:
             styles.add(written.style)
