@@ -392,6 +392,25 @@ def test_a_result_without_a_call_is_refused() -> None:
     )
 
 
+def test_glaive_as_published() -> None:
+    chat = (
+        'USER: Rome?\n\n\nASSISTANT: <functioncall> {"name": "weather", "arguments": \'{"city": "Rome"}\'} '
+        '<|endoftext|>\n\n\nFUNCTION RESPONSE: {"t": 20}\n\n\nASSISTANT: 20 degrees. <|endoftext|>\n\n\n'
+        "USER: Thanks.\n\n\nASSISTANT: Bye. <|endoftext|>\n\n\n"
+    )
+    trajectory = parse({"system": f"SYSTEM: {GLAIVE}", "chat": chat})
+    assert calls_of(trajectory) == [("weather", {"city": "Rome"})]
+    assert said(trajectory) == [
+        ("system", "You are a helpful assistant."),
+        ("user", "Rome?"),
+        ("tool", '{"t": 20}'),
+        ("assistant", "20 degrees."),
+        ("user", "Thanks."),
+        ("assistant", "Bye."),
+    ]
+    assert "`chat` is 'Hello.'; it opens with `USER:`" in refusal({"chat": "Hello."})
+
+
 # ---- the cases that were filed ---------------------------------------------------------------------------------------
 
 CASES = ["format_glaive_sharegpt_text", "format_hermes_singleturn", "format_ms_swift_agent", "format_toucan_sft"]

@@ -6,7 +6,7 @@ all layouts. Each converted message remembers the turn that it came from, so tha
 
 from collections.abc import Callable
 
-from gemma_dist.data.layouts import anthropic, sharegpt
+from gemma_dist.data.layouts import anthropic, glaive, sharegpt
 from gemma_dist.data.layouts.text_calls import convert_text_calls
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, number_turns
 from gemma_dist.data.strict import error_context, get, read_json_text
@@ -33,7 +33,10 @@ def to_openai(row: RawRow) -> OpenAIRow:
     else:
         converted = _openai(row)
     if row.get("system") and converted.messages:
-        converted.messages = _with_system(row["system"], converted.messages)
+        system = row["system"]
+        if isinstance(system, str):
+            system = system.removeprefix(glaive.SYSTEM)
+        converted.messages = _with_system(system, converted.messages)
     return convert_text_calls(converted)
 
 
@@ -41,6 +44,7 @@ def to_openai(row: RawRow) -> OpenAIRow:
 LAYOUTS: list[tuple[Callable[[RawRow], bool], Callable[[RawRow], OpenAIRow]]] = [
     (sharegpt.is_layout, sharegpt.to_openai),
     (anthropic.is_layout, anthropic.to_openai),
+    (glaive.is_layout, glaive.to_openai),
 ]
 
 

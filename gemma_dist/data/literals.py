@@ -3,9 +3,9 @@
 import ast
 import json
 import warnings
+from typing import Any
 
 from gemma_dist.data.strict import get, map_json, parse_json, short
-from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
 _CONSTANTS = {"true": True, "false": False, "null": None}
@@ -66,7 +66,7 @@ def _refuse_twice(tree: ast.AST) -> None:
             raise DataError(f"the key {short(twice)} stands twice in one object; remove one of the two")
 
 
-def parse_calls(value: object) -> list[RawRow]:
+def parse_calls(value: object) -> list[dict[str, Any]]:
     """The calls that a value says, itself or its text, as OpenAI's `tool_calls`.
 
         {'name': 'f', 'arguments': '{"a": 1}'}  ->  [{"type": "function", "function": {"name": "f", "arguments": ...}}]
@@ -83,7 +83,7 @@ def parse_calls(value: object) -> list[RawRow]:
     return [_tool_call(call) for call in calls]
 
 
-def _tool_call(call: object) -> RawRow:
+def _tool_call(call: object) -> dict[str, Any]:
     outer = call
     if isinstance(call, dict) and isinstance(call.get("function"), dict):
         call = call["function"]
@@ -95,7 +95,7 @@ def _tool_call(call: object) -> RawRow:
     arguments = beside.get("arguments")
     if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
         beside["arguments"] = parse_literal(arguments)
-    tool_call: RawRow = {"type": "function", "function": beside}
+    tool_call: dict[str, Any] = {"type": "function", "function": beside}
     call_id = get(outer, "id") or call.get("id")
     if call_id:
         tool_call["id"] = call_id

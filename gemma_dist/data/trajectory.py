@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from gemma_dist.config import RowConfig
+from gemma_dist.config import EvaluateConfig, RowConfig
 from gemma_dist.data.answers import link_answers, text_before_calls
 from gemma_dist.data.convert import to_openai
+from gemma_dist.data.expected import is_test_case, with_expected_answer
 from gemma_dist.data.images import check_image, load_image
 from gemma_dist.data.layouts.turns import turn_name
 from gemma_dist.data.messages import clean_text, parse_message, require_encodable
 from gemma_dist.data.rows import Where
-from gemma_dist.data.schema import check_calls, parse_tools
+from gemma_dist.data.schema import check_calls, parse_tools, without_schemas
 from gemma_dist.data.strict import error_context, get, map_json, short
 from gemma_dist.data.types import Message, Tool
 from gemma_dist.errors import DataError
@@ -36,6 +37,7 @@ class Trajectory:
     tools: list[Tool]
     images: list[bytes]  # files as they came, one for each image part, in the order of the messages
     notes: Counter[str] = field(default_factory=Counter)  # what parsing changed or left out, in words: how often
+    is_outline: bool = False  # of a test case: its answer names tools, or none, and gives no arguments and no words
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,14 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
                 f"`messages` is {short(row.get('messages'))}; a row holds a list of messages (OpenAI or Anthropic), "
                 f"or `conversations` (sharegpt); this one has the keys {short(list(row))}"
             )
+        is_outline = False
+        if is_test_case(row, converted):
+            if not isinstance(settings, EvaluateConfig):
+                raise DataError(
+                    "ends without an answer and says which call is expected: a test case for `evaluate`; add the "
+                    "assistant message with the call to train on it"
+                )
+            converted, is_outline = with_expected_answer(row, converted)
         tools = parse_tools(converted.tools, clean)
         places: list[str] = []
         messages: list[Message] = []
@@ -80,11 +90,11 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
         _check_order(places, messages)
         link_answers(places, messages)
         if tools:
-            check_calls(places, messages, tools)
+            check_calls(places, messages, without_schemas(tools) if is_outline else tools)
         media_root = _media_root(settings.media_root, where)
         images = _load_images(image_places, converted.images, media_root, settings.max_image_pixels)
         ordered = chain.from_iterable(text_before_calls(message, settings.text_beside_call) for message in messages)
-        return Trajectory(row_id, list(ordered), tools, images, converted.notes)
+        return Trajectory(row_id, list(ordered), tools, images, converted.notes, is_outline)
 
 
 def name_row(given: object, where: Where | str) -> str:

@@ -6,12 +6,12 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from gemma_dist.data.call_markers import FLAGS, MARKED
 from gemma_dist.data.layouts.call_syntax import Signatures, TextBesideCalls, read_calls
 from gemma_dist.data.literals import parse_calls, parse_literal
 from gemma_dist.data.strict import get, short
-from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
 # Whose syntax a marker is. The first that matches where the calls begin says it.
@@ -53,7 +53,7 @@ class WrittenCalls:
 
     before: str
     style: str
-    calls: list[RawRow]
+    calls: list[dict[str, Any]]
 
 
 def find_calls(text: str, signatures: Signatures, is_answered: bool) -> WrittenCalls | None:
@@ -108,7 +108,7 @@ def _without_code(text: str) -> str:
     return _CODE.sub(lambda code: " " * len(code[0]), text)
 
 
-def _read_marked(text: str, signatures: Signatures) -> list[RawRow]:
+def _read_marked(text: str, signatures: Signatures) -> list[dict[str, Any]]:
     """The calls of a text that begins with a marker. DataError if anything else stands in it."""
     if text.startswith(("<function=", "<invoke")):
         return read_calls(text, signatures)
@@ -131,9 +131,9 @@ def _read_marked(text: str, signatures: Signatures) -> list[RawRow]:
     return calls
 
 
-def _read_mistral(text: str) -> list[RawRow]:
+def _read_mistral(text: str) -> list[dict[str, Any]]:
     """`[TOOL_CALLS]f[ARGS]{"a": 1}`, one or several."""
-    calls: list[RawRow] = []
+    calls: list[dict[str, Any]] = []
     position = 0
     while position < len(text):
         match = _MISTRAL.match(text, position)
@@ -192,7 +192,7 @@ def _is_python_alone(said: str, signatures: Signatures) -> bool:
         return False
 
 
-def _is_call(call: RawRow, signatures: Signatures) -> bool:
+def _is_call(call: dict[str, Any], signatures: Signatures) -> bool:
     """Whether a JSON value is a call, and neither data with a name nor the declaration of a tool."""
     function = call["function"]
     if not isinstance(function, dict) or function.keys() != {"name", "arguments"}:

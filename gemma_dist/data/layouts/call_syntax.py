@@ -13,7 +13,7 @@ Nothing is ever run. What the three XML forms write is text: the tool's schema s
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from gemma_dist.data.literals import parse_calls, parse_literal, parse_python
 from gemma_dist.data.strict import error_context, get, parse_json, short
@@ -52,8 +52,7 @@ def signatures_of(tools: object) -> dict[str, Mapping[str, object]]:
         name = get(function, "name")
         if not isinstance(name, str) or not name:
             continue
-        schemas = [get(function, key) for key in ("parameters", "input_schema", "inputSchema")]
-        schema = next(filter(None, schemas), {})
+        schema = get(function, "parameters") or get(function, "input_schema") or get(function, "inputSchema")
         properties = get(schema, "properties") or schema
         signatures[name] = properties if isinstance(properties, dict) else {}
     return signatures
@@ -69,7 +68,7 @@ def _declarations(tools: object) -> list[object]:
         return []
 
 
-def read_calls(text: str, signatures: Signatures) -> list[RawRow]:
+def read_calls(text: str, signatures: Signatures) -> list[dict[str, Any]]:
     """The calls that `text` writes in any of the forms, as OpenAI's `tool_calls`.
 
     Raises:
@@ -90,7 +89,7 @@ def read_calls(text: str, signatures: Signatures) -> list[RawRow]:
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def _json_calls(text: str) -> list[RawRow]:
+def _json_calls(text: str) -> list[dict[str, Any]]:
     """Calls as JSON or Python literals, several with nothing, a blank or `;` between."""
     glaive = _GLAIVE.fullmatch(text)
     if glaive:
@@ -142,7 +141,7 @@ def _all(pattern: re.Pattern[str], text: str) -> list[tuple[str, str]]:
     return found
 
 
-def _xml_call(name: str, body: str, parameter: re.Pattern[str], signatures: Signatures) -> RawRow:
+def _xml_call(name: str, body: str, parameter: re.Pattern[str], signatures: Signatures) -> dict[str, Any]:
     """The call of a tool whose arguments stand in tags, or as JSON."""
     with error_context(f"call of {name}"):
         if body.lstrip().startswith("{"):
@@ -177,7 +176,7 @@ def _typed(key: str, text: str, schema: object) -> object:
 # ---- Python ----------------------------------------------------------------------------------------------------------
 
 
-def _python_calls(text: str, signatures: Signatures) -> Iterator[RawRow]:
+def _python_calls(text: str, signatures: Signatures) -> Iterator[dict[str, Any]]:
     """The calls of `[f(a=1), g()]`, of lines of calls, and of `print(f(a=1))`."""
     if text.startswith("[") and text.endswith("]"):
         text = text[1:-1]

@@ -11,7 +11,7 @@ The same turns are taken under `messages` and with OpenAI's keys, as ms-swift, L
 import itertools
 import re
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, turn_name
 from gemma_dist.data.literals import as_text, parse_calls, parse_literal
@@ -152,9 +152,9 @@ def _message(turn: RawRow, role: str) -> RawRow:
     return {**_rest(turn), "role": role, "content": _split_markers(_value(turn))}
 
 
-def _calling_message(run: Run, fresh_ids: Iterator[str]) -> RawRow:
+def _calling_message(run: Run, fresh_ids: Iterator[str]) -> dict[str, Any]:
     """One message with the calls of all turns of the run, each under an id."""
-    calls: list[RawRow] = []
+    calls: list[dict[str, Any]] = []
     rest = _rest(run[0][1])
     for number, turn in run:
         with error_context(turn_name(number, _source(turn))):

@@ -123,7 +123,7 @@ def _tagged_declarations(text: str) -> list[object]:
 def _is_declaration(value: object) -> bool:
     """Whether a value declares a tool, and is no example of a call."""
     function = get(value, "function") or value
-    if not isinstance(get(function, "name"), str):
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         return False
     has_schema = any(isinstance(get(function, key), dict) for key in ("parameters", "input_schema", "inputSchema"))
     return has_schema or (get(value, "type") == "function" and "description" in function)

@@ -8,13 +8,19 @@ are declared, anything else that attempts a call is refused: trained as it is, i
 about such a syntax are words: inside backticks, or without tools and with text around.
 """
 
+from typing import TypeAlias
+
 from gemma_dist.data.layouts.call_marks import WrittenCalls, find_calls
 from gemma_dist.data.layouts.call_syntax import Signatures, signatures_of
 from gemma_dist.data.layouts.system_text import find_listing, without_instructions, without_listing
 from gemma_dist.data.layouts.text_results import TextResult, holds_result, match_results, read_results
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, turn_name
 from gemma_dist.data.strict import error_context, get
+from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
+
+# Messages that hold results, with their turns.
+Results: TypeAlias = list[tuple[int, RawRow]]
 
 
 def convert_text_calls(row: OpenAIRow) -> OpenAIRow:
@@ -80,10 +86,10 @@ def _convert_messages(messages: NumberedMessages, signatures: Signatures) -> tup
     converted: NumberedMessages = []
     styles: set[str] = set()
     waiting: list[str] = []  # the tools that the last message called in its text
-    results: NumberedMessages = []  # of these calls
+    results: Results = []  # of these calls
     followers = [message for _, message in messages[1:]] + [None]
     for (number, message), follower in zip(messages, followers, strict=True):
-        if waiting and holds_result(message):
+        if waiting and isinstance(message, dict) and holds_result(message):
             results.append((number, message))
             continue
         converted += _answers(results, waiting)
@@ -92,7 +98,7 @@ def _convert_messages(messages: NumberedMessages, signatures: Signatures) -> tup
             with error_context(turn_name(number, "user")):
                 raise DataError("is a tool's result as text, but no call waits for one; write the call before it")
         written = _written_calls(number, message, follower, signatures)
-        if written:
+        if written and isinstance(message, dict):
             styles.add(written.style)
             waiting = [call["function"]["name"] for call in written.calls]
             message = {**message, "content": written.before, "tool_calls": written.calls}
@@ -127,7 +133,7 @@ def _written_calls(number: int, message: object, follower: object, signatures: S
     return written
 
 
-def _answers(results: NumberedMessages, waiting: list[str]) -> NumberedMessages:
+def _answers(results: Results, waiting: list[str]) -> NumberedMessages:
     """The results, each as the tool message of a call, and what a user says behind the last one."""
     if not results:
         return []
