@@ -411,6 +411,22 @@ def test_glaive_as_published() -> None:
     assert "`chat` is 'Hello.'; it opens with `USER:`" in refusal({"chat": "Hello."})
 
 
+def test_text_results_of_structured_calls() -> None:
+    row = answer_row("", tool_calls=[{"id": "c", "function": {"name": "weather", "arguments": OSLO}}])
+    row["messages"] += [{"role": "user", "content": "<tool_response>30</tool_response>"}]
+    row["messages"] += [{"role": "assistant", "content": "30 degrees."}]
+    answer: dict[str, Any] = {"role": "tool", "content": "30", "tool_call_id": "c", "name": "weather"}
+    assert parse(row).messages[2] == answer
+
+
+def test_xlam_as_published() -> None:
+    answers = json.dumps([{"name": "weather", "arguments": ROME}, {"name": "weather", "arguments": OSLO}])
+    trajectory = parse({"id": 7, "query": "Rome, Oslo?", "answers": answers, "tools": f"[{BARE}]"})
+    assert calls_of(trajectory) == [("weather", ROME), ("weather", OSLO)]
+    assert said(trajectory) == [("user", "Rome, Oslo?")]
+    assert "`answers`: not JSON" in refusal({"query": "Rome?", "answers": "20 degrees", "tools": LISTED})
+
+
 # ---- the cases that were filed ---------------------------------------------------------------------------------------
 
 CASES = ["format_glaive_sharegpt_text", "format_hermes_singleturn", "format_ms_swift_agent", "format_toucan_sft"]

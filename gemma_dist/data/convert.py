@@ -6,7 +6,7 @@ all layouts. Each converted message remembers the turn that it came from, so tha
 
 from collections.abc import Callable
 
-from gemma_dist.data.layouts import anthropic, glaive, sharegpt
+from gemma_dist.data.layouts import anthropic, glaive, sharegpt, xlam
 from gemma_dist.data.layouts.text_calls import convert_text_calls
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, number_turns
 from gemma_dist.data.strict import error_context, get, read_json_text
@@ -45,6 +45,7 @@ LAYOUTS: list[tuple[Callable[[RawRow], bool], Callable[[RawRow], OpenAIRow]]] = 
     (sharegpt.is_layout, sharegpt.to_openai),
     (anthropic.is_layout, anthropic.to_openai),
     (glaive.is_layout, glaive.to_openai),
+    (xlam.is_layout, xlam.to_openai),
 ]
 
 

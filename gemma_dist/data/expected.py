@@ -21,8 +21,6 @@ _CALL_KEYS = (
     "expected_tools",
     "expected_tool_call",
     "expected_tool_calls",
-    "expected_call",
-    "expected_calls",
     "expected_function",
 )
 _ARGUMENTS_KEYS = ("expected_arguments", "expected_args", "expected_parameters", "expected_tool_args")

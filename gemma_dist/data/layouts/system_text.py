@@ -87,6 +87,8 @@ def find_listing(text: str) -> Listing | None:
         tools = _tagged_declarations(match[2])
         if tools:
             return Listing(match.start(), match.end(), tools, is_announced=True)
+    if '"name"' not in text:
+        return None
     decoder = json.JSONDecoder()
     tools, start, end = [], 0, 0
     for opening in _VALUE.finditer(text):

@@ -100,8 +100,10 @@ def _convert_messages(messages: NumberedMessages, signatures: Signatures) -> tup
         written = _written_calls(number, message, follower, signatures)
         if written and isinstance(message, dict):
             styles.add(written.style)
-            waiting = [call["function"]["name"] for call in written.calls]
+            waiting = _called(written.calls)
             message = {**message, "content": written.before, "tool_calls": written.calls}
+        elif get(follower, "role") == "user":
+            waiting = _called(get(message, "tool_calls"))  # whose results may be text
         converted.append((number, message))
     return converted + _answers(results, waiting), styles
 
@@ -133,24 +135,34 @@ def _written_calls(number: int, message: object, follower: object, signatures: S
     return written
 
 
+def _called(calls: object) -> list[str]:
+    """The names of the tools that are called."""
+    listed = calls if isinstance(calls, list) else []
+    names = [get(get(call, "function") or call, "name") for call in listed]
+    return [name for name in names if isinstance(name, str)]
+
+
 def _answers(results: Results, waiting: list[str]) -> NumberedMessages:
     """The results, each as the tool message of a call, and what a user says behind the last one."""
     if not results:
         return []
-    found: list[tuple[int, TextResult]] = []
+    found: list[TextResult] = []
+    turns: Results = []  # of the results in `found`
     said = ""
     for number, message in results:
         with error_context(turn_name(number, get(message, "role"))):
             if said:
                 raise DataError("holds a result behind what the user said; move the results in front")
             in_message, said = read_results(message, waiting, len(waiting))
-        found += [(number, result) for result in in_message]
+        found += in_message
+        turns += [(number, message)] * len(in_message)
     number, last = results[-1]
     with error_context(turn_name(number, get(last, "role"))):
-        answers = match_results([result for _, result in found], waiting)
+        answers = match_results(found, waiting)
     numbered: NumberedMessages = []
-    for (number, _), answer in zip(found, answers, strict=True):
-        numbered.append((number, answer))
+    for (number, message), answer in zip(turns, answers, strict=True):
+        kept = {key: value for key, value in message.items() if key != "tool_call_id"}
+        numbered.append((number, {**kept, **answer}))
     if said.strip():
         numbered.append((number, {**last, "content": said.strip()}))
     return numbered
