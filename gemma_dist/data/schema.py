@@ -126,6 +126,11 @@ def _nullable(dialect: type[jsonschema.protocols.Validator]) -> type[jsonschema.
     return jsonschema.validators.extend(dialect, {keyword: unless_null(keyword) for keyword in known})
 
 
+def without_schemas(tools: list[Tool]) -> list[Tool]:
+    """The tools by name alone, so that all arguments fit them."""
+    return [{"type": "function", "function": {"name": tool["function"]["name"], "description": ""}} for tool in tools]
+
+
 def check_calls(places: list[str], messages: list[Message], tools: list[Tool]) -> None:
     """Calls of trained messages name declared tools and fit their schema; others may show a mistake.
 
