@@ -1,6 +1,7 @@
 """Calls written as text, in the syntax of other models, mean the same as `tool_calls`; what is unclear is refused."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ ONE_CALL = {
     "Mistral": f"[TOOL_CALLS] [{JSON_CALL}]",
     "Mistral, ARGS": '[TOOL_CALLS]weather[ARGS]{"city": "Rome", "days": 2}',
     "Llama": '<|python_tag|>{"name": "weather", "parameters": {"city": "Rome", "days": 2}}<|eom_id|>',
+    "Llama 4": "<|python_start|>[weather(city='Rome', days=2)]<|python_end|>",
+    "Granite": f"<|tool_call|>[{JSON_CALL}]<|end_of_text|>",
     "Llama, tag": '<function=weather>{"city": "Rome", "days": 2}</function>',
     "Llama, bare": '{"name": "weather", "parameters": {"city": "Rome", "days": 2}}',
     "Llama, type": '{"type": "function", "name": "weather", "parameters": {"city": "Rome", "days": 2}}',
@@ -175,10 +178,18 @@ def test_words_about_calls_and_data_stay_text(text: str, tools: Any) -> None:
     assert not trajectory.notes
 
 
+def test_a_call_without_tools_and_answer_is_one_at_the_end_alone() -> None:
+    row = answer_row(f"<tool_call>{JSON_CALL}</tool_call>", tools=None)
+    assert calls_of(parse(row)) == [("weather", ROME)]
+    row["messages"] += [{"role": "user", "content": "Is that Hermes?"}, {"role": "assistant", "content": "Yes."}]
+    assert calls_of(parse(row)) == []
+
+
 STYLE = "turn 2 (assistant): writes a call as text in the style of"
 REMEDY = "write it under `tool_calls`, or set train: false on the message if it shows a mistake"
 REFUSED = {
     "text behind": (f"<tool_call>{JSON_CALL}</tool_call> Done.", f"{STYLE} Hermes, which cannot be converted: 'Done.'"),
+    "tags alone": ("<tool_call>" * 10_000, f"{STYLE} Hermes, which cannot be converted: no call stands in it"),
     "broken JSON": ('<tool_call>{"name": "weather", "arg', f"{STYLE} Hermes, which cannot be converted: not JSON at"),
     "a key twice": (
         '<tool_call>{"name": "weather", "arguments": {"city": "Rome", "city": "Oslo"}}</tool_call>',
@@ -210,6 +221,23 @@ def test_an_attempt_that_cannot_be_converted_is_refused(text: str, words: str) -
     assert words in message
     if STYLE in message:
         assert message.endswith(REMEDY)
+
+
+HUGE = {
+    "spaces": "x" + " " * 50_000 + "y",
+    "backticks": "`" * 50_000 + "<tool_call>" * 5_000,
+    "single backticks": "` " * 30_000,
+    "brackets": "[" * 30_000 + "weather(",
+    "JSON lines": '{"name": "weather"}\n' * 5_000,
+    "thoughts": "</think>" * 10_000,
+}
+
+
+@pytest.mark.parametrize("text", HUGE.values(), ids=HUGE)
+def test_long_texts_take_no_time(text: str) -> None:
+    start = time.perf_counter()
+    assert calls_of(parse(answer_row(text))) == []
+    assert time.perf_counter() - start < 5
 
 
 def test_a_mistake_that_is_not_trained_stays_as_it_is() -> None:

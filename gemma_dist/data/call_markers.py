@@ -13,7 +13,7 @@ MARKED = rf"""
     | <function=[^<>\s]++>\s*+(?:\{{|<parameter=|</function>)                      # Llama, Qwen Coder
     | <invoke\s+name\s*=
     | <start_function_call>\s*+call:                                               # FunctionGemma
-    | <\|python_tag\|>\s*+(?:\{{|import\b|[\w.]++\()                               # Llama
+    | <\|python_(?:tag|start)\|>\s*+(?:[\[{{]|import\b|[\w.]++\()                  # Llama
     | \[TOOL_CALLS\]\s*+(?:[\[{{]|[\w.:-]++\s*+(?:\{{|\[ARGS\]|\[CALL_ID\]))       # Mistral
     | <[|｜]tool[_▁]calls?[_▁](?:section[_▁])?begin[|｜]>                          # DeepSeek, Kimi
     | <\|channel\|>commentary\s+to=                                                # gpt-oss

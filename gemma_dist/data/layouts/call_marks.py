@@ -20,13 +20,11 @@ _STYLES = (
     (r"<functioncall>", "glaive"),
     (r"<\|?tool_?call\|?>\s*[\w./:-]+\s*<arg_key>", "GLM"),
     (r"<\|?tool_?call\|?>\s*<function=|<function=[^>]+>\s*(?:<parameter|</function>)", "Qwen Coder"),
-    (r"<\|?tool_?calls?\|?>", "Hermes"),
+    (r"<\|?(?i:tool_?calls?)\|?>", "Hermes"),
     (r"<function_calls?>\s*<invoke|<invoke", "Claude"),
-    (r"<function=|<\|python_tag\|>", "Llama"),
+    (r"<function=|<\|python_(?:tag|start)\|>", "Llama"),
     (r"\[TOOL_CALLS\]", "Mistral"),
     (r"[ \t]*`{3,}[ \t]*tool_code|tool_code", "Gemma 3"),
-    (r"[ \t]*\[?\s*[{]", "JSON"),
-    (r"", "Python"),
 )
 _NAMES = r"(?i:tool_?calls?|function_?calls?|tool_?use|tool_?code)"
 _TAGGED = re.compile(rf"<\|?({_NAMES})\|?>(.*?)(?:<\|?/\1\|?>|(?=<\|?\1\|?>)|\Z)", re.DOTALL)
@@ -34,15 +32,25 @@ _MISTRAL = re.compile(
     r"\[TOOL_CALLS\]\s*([\w./:-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\])?\s*(\{.*?\})\s*(?=\[TOOL_CALLS\]|\Z)",
     re.DOTALL,
 )
-_OPEN_TO_END = re.compile(r"\[TOOL_CALLS\]|<\|python_tag\|>|tool_code[ \t]*\n")  # the calls are all that follows
-_CALL_FENCE = re.compile(r"[ \t]*`{3,}[ \t]*(?:tool_code|tool_calls?|function_calls?)\s+(.*?)`{3,}", re.DOTALL)
-_WHOLE_FENCE = re.compile(r"\s*`{3,}\w*\s*\n(.*?)\n?\s*`{3,}\s*", re.DOTALL)
+# The calls are all that follows.
+_OPEN_TO_END = re.compile(r"\[TOOL_CALLS\]|<\|python_(?:tag|start)\|>|tool_code[ \t]*\n")
+_CALL_FENCE = re.compile(r"[ \t]*+`{3,}+[ \t]*+(?:tool_code|tool_calls?|function_calls?)\s+(.*?)`{3,}", re.DOTALL)
+_WHOLE_FENCE = re.compile(r"\s*`{3,}+\w*\s*\n(.*?)\n?\s*`{3,}\s*", re.DOTALL)
 _THOUGHT = re.compile(r".*</think(?:ing)?>\s*", re.DOTALL)
-_END_TOKENS = re.compile(r"(?:\s|<\|endoftext\|>|<\|im_end\|>|<\|eot_id\|>|<\|eom_id\|>|</s>)+\Z")
-_CODE = re.compile(r"(`{3,})(?!\s*(?:tool_code|tool_calls?|function_calls?)\b).*?(?:\1|\Z)|`[^`\n]+`", re.DOTALL)
+_END_TOKENS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|python_end|>",
+    "<|end|>",
+    "</s>",
+)
+_CODE = re.compile(r"(`{3,}+)(?!\s*(?:tool_code|tool_calls?|function_calls?)\b).*?(?:\1|\Z)|`[^`\n]+`", re.DOTALL)
 _MARKED = re.compile(MARKED, FLAGS)
 _GEMMA_CALL = re.compile(r"<\|tool_call>")
-_JSON_LINE = re.compile(r"^[ \t]*(?=\[?\s*\{)", re.MULTILINE)
+_JSON_LINE = re.compile(r"^[ \t]*+(?=\[?\s*+\{)", re.MULTILINE)
 _ARGUMENTS_KEY = re.compile(r"""["'](?:arguments|parameters)["']\s*:""")
 _REMEDY = "write it under `tool_calls`, or set train: false on the message if it shows a mistake"
 
@@ -56,20 +64,21 @@ class WrittenCalls:
     calls: list[dict[str, Any]]
 
 
-def find_calls(text: str, signatures: Signatures, is_answered: bool) -> WrittenCalls | None:
+def find_calls(text: str, signatures: Signatures, *, is_answered: bool, is_last: bool) -> WrittenCalls | None:
     """The calls at the end of a message's text; None where it attempts none.
 
     Args:
-        signatures: the declared tools. Without them a marker is an attempt only where nothing stands around the calls,
-            or a result behind them.
+        signatures: the declared tools. Without them a marker is an attempt only in front of a result, or in the last
+            message with nothing around the calls.
         is_answered: a tool's result follows.
+        is_last: nothing follows.
 
     Raises:
         DataError: calls are attempted that cannot be converted.
     """
     thought = _THOUGHT.match(text)
     first = thought.end() if thought else 0
-    said = _END_TOKENS.sub("", text[first:])
+    said = _without_end(text[first:])
     is_expected = bool(signatures) or is_answered
     fence = _WHOLE_FENCE.fullmatch(said)
     if fence and is_expected and not _CALL_FENCE.match(said):
@@ -78,8 +87,10 @@ def find_calls(text: str, signatures: Signatures, is_answered: bool) -> WrittenC
     if marker is None:
         return _find_bare(text[:first], said, signatures) if is_expected else None
     start = marker.start()
-    if _GEMMA_CALL.match(said, start) or (said[:start].strip() and not is_expected):
-        return None  # Gemma's own token is for the check of control tokens
+    if _GEMMA_CALL.match(said, start):
+        return None  # the check of control tokens refuses it
+    if not is_expected and (said[:start].strip() or not is_last):
+        return None
     style = _style(said[start:])
     try:
         calls = _read_marked(said[start:], signatures)
@@ -103,6 +114,14 @@ def _style(text: str) -> str:
     return "another model"
 
 
+def _without_end(text: str) -> str:
+    """The text without blanks and the tokens with which other models end at its end."""
+    text = text.rstrip()
+    while text.endswith(_END_TOKENS):
+        text = text[: text.rindex("<")].rstrip()
+    return text
+
+
 def _without_code(text: str) -> str:
     """The text with blanks for what stands in backticks, but for fences whose language says that they hold calls."""
     return _CODE.sub(lambda code: " " * len(code[0]), text)
@@ -118,7 +137,7 @@ def _read_marked(text: str, signatures: Signatures) -> list[dict[str, Any]]:
     if rest_marker:
         return read_calls(text[rest_marker.end() :], signatures)
     block = _CALL_FENCE if _CALL_FENCE.match(text) else _TAGGED
-    calls = []
+    calls: list[dict[str, Any]] = []
     position = 0
     while text[position:].strip():
         match = block.match(text, position)
@@ -126,8 +145,11 @@ def _read_marked(text: str, signatures: Signatures) -> list[dict[str, Any]]:
             raise TextBesideCalls(f"{short(text[position:].strip())} stands there, too; calls come last in a message")
         inside = match[match.lastindex or 0].strip()
         nested = _TAGGED.match(inside)
-        calls += _read_marked(inside, signatures) if nested else read_calls(inside, signatures)
+        if inside:
+            calls += _read_marked(inside, signatures) if nested else read_calls(inside, signatures)
         position = _skip_blanks(text, match.end())
+    if not calls:
+        raise DataError("no call stands in it")
     return calls
 
 
@@ -164,7 +186,7 @@ def _find_bare(thought: str, said: str, signatures: Signatures) -> WrittenCalls 
     if line and _names_call(said[line.end() :], names):
         start, style = line.end(), "JSON"
     else:
-        python = re.search(rf"^[ \t]*\[\s*(?:{names})\(", outside, re.MULTILINE)
+        python = re.search(rf"^[ \t]*+\[\s*+(?:{names})\(", outside, re.MULTILINE)
         alone = re.match(rf"\s*(?:print\()?(?:default_api\.)?(?:{names})\(|\s*\[", said) if signatures else None
         if not python and not (alone and _is_python_alone(said, signatures)):
             return None

@@ -16,7 +16,7 @@ from gemma_dist.data.strict import get
 from gemma_dist.errors import DataError
 
 _TAGGED = re.compile(r"<(tools|AVAILABLE_TOOLS)>(.*?)</\1>", re.DOTALL)
-_VALUE = re.compile(r"[{\[]")
+_VALUE = re.compile(r"""[{\[](?=[\s\[{]*")""")  # where JSON of objects may begin
 # What announces a list of declarations that stands in no tags.
 _ANNOUNCED = re.compile(
     r"access to the following functions|functions in JSON format that you can invoke|given the following functions",

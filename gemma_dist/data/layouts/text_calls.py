@@ -123,7 +123,7 @@ def _written_calls(number: int, message: object, follower: object, signatures: S
     is_trained = not any(get(message, key) in (False, 0) for key in ON_MESSAGE)
     with error_context(turn_name(number, "assistant")):
         try:
-            written = find_calls(text, signatures, is_answered)
+            written = find_calls(text, signatures, is_answered=is_answered, is_last=follower is None)
         except DataError:
             if is_trained:
                 raise
