@@ -17,7 +17,8 @@ import numpy as np
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from PIL import Image
 
-from gemma_dist.config import BatchPlan, ShardConfig
+from gemma_dist.batch_plan import BatchPlan
+from gemma_dist.config import ShardConfig
 from gemma_dist.data.images import decode_image
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.model.tiny import write_tiny_model
@@ -32,7 +33,7 @@ REQUEST_S, BYTES_PER_S = 0.030, 100e6  # of the simulated store: a request, and 
 BATCH = 16
 
 
-def picture(rng: np.random.Generator) -> bytes:
+def chart(rng: np.random.Generator) -> bytes:
     """A PNG of 512 x 512 pixels and 45 KB: a page with a patch of noise."""
     page = np.full((512, 512, 3), 245, np.uint8)
     page[40:160, 40:160] = rng.integers(0, 256, (120, 120, 3))
@@ -45,7 +46,7 @@ def row(number: int, rng: np.random.Generator) -> dict[str, Any]:
     """A trajectory of two calls that each return an image."""
     messages: list[dict[str, Any]] = [{"role": "user", "content": f"Draw the sales of {number} and of last year."}]
     for name in ("c0", "c1"):
-        url = "data:image/png;base64," + base64.b64encode(picture(rng)).decode()
+        url = "data:image/png;base64," + base64.b64encode(chart(rng)).decode()
         function = {"name": "plot", "arguments": {"n": number}}
         messages += [
             {

@@ -26,8 +26,8 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import numpy as np
 import pyarrow as pa
 
-from gemma_dist.config import BatchPlan
-from gemma_dist.shards.manifest import COUNTS, MANIFEST, SCHEMA, read_manifest, write_manifest
+from gemma_dist.batch_plan import BatchPlan
+from gemma_dist.shards.manifest import COUNTS, MANIFEST, SCHEMA, ShardEntry, read_manifest, write_manifest
 from gemma_dist.shards.reader import Shards, open_shards
 from gemma_dist.stream.schedule import Schedule
 
@@ -136,12 +136,12 @@ def write_synthetic_manifest(folder: Path, lengths: np.ndarray) -> Path:
         "id": pa.LargeListArray.from_arrays(starts, ids),
         **dict(zip(COUNTS, lists, strict=True)),
     }
-    files = [
+    files: list[ShardEntry] = [
         {"name": f"train-{i:05}.parquet", "bytes": 0, "rest_crc32": 0}
         for i in range(1 + numbers[-1] // SHARD_ROW_GROUPS)
     ]
     folder.mkdir()
-    write_manifest(folder, {"fingerprint": "", "settings": {}, "shards": files}, pa.table(columns, schema=SCHEMA))
+    write_manifest(folder, {"fingerprint": "", "settings": {}}, files, pa.table(columns, schema=SCHEMA))
     return folder
 
 
@@ -208,7 +208,7 @@ def shuffle(folder: Path) -> None:
 
 
 def toolcall_lengths() -> np.ndarray | None:
-    """Tokens of the shared tool calls, about: a token for 3.3 characters. None where they are not to be had."""
+    """Tokens of the shared tool calls, about: a token for 3.3 characters. None where they are absent."""
     path = SHARED / "toolcalls" / "train.jsonl"
     if not path.exists():
         print(f"\n{path}: not there, so its lengths are left out")

@@ -28,9 +28,9 @@ RUN = Path("runs/demo")
 MODEL, TRAIN, HELD_OUT = RUN / "model", RUN / "shards/train", RUN / "shards/held_out"
 FULL, ADAPTER, MERGED = RUN / "full", RUN / "qlora", RUN / "merged"
 
-# What must come out, as shares: calls exact on held-out runs, answers that stand in the picture alone; blanked pictures
+# What must come out, as shares: calls exact on held-out runs, answers that stand in the image alone; blanked images
 # leave a guess among eight colors.
-MIN_CALLS, MIN_PICTURES, MAX_BLANK, MAX_BEFORE = 0.95, 0.85, 0.30, 0.05
+MIN_CALLS, MIN_IMAGES, MAX_BLANK, MAX_BEFORE = 0.95, 0.85, 0.30, 0.05
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
         {
             "random weights": before,
             "full fine-tuning": after,
-            "    pictures blanked": blank,
+            "    images blanked": blank,
             "+ QLoRA (NF4)": adapted,
             "merged": merged,
         }
@@ -77,7 +77,7 @@ def make_data_and_model() -> None:
 
 
 def texts(value: Any) -> list[str]:
-    """Every text inside messages, arguments unpacked."""
+    """Every string inside messages, arguments unpacked."""
     if isinstance(value, dict):
         return [text for item in value.values() for text in texts(item)]
     if isinstance(value, list):
@@ -121,7 +121,7 @@ def print_table(reports: dict[str, dict[str, Any]]) -> None:
         "calls exact": lambda report: report["metrics"]["call_exact"],
         "runs' calls exact": lambda report: report["metrics"]["trajectory_exact"],
         "answers": lambda report: report["metrics"]["answer_exact"],
-        "answers from pictures": from_pictures,
+        "answers from images": from_images,
     }
     print(f"\n{'':<21}" + "".join(f"{name:>22}" for name in columns))
     for name, report in reports.items():
@@ -130,8 +130,8 @@ def print_table(reports: dict[str, dict[str, Any]]) -> None:
         print(f"{name:<21}" + "".join(f"{share:>22}" for share in shares))
 
 
-def from_pictures(report: dict[str, Any]) -> dict[str, Any]:
-    """The answers after a chart came back: only its picture tells them."""
+def from_images(report: dict[str, Any]) -> dict[str, Any]:
+    """The answers after a chart came back: only its image tells them."""
     metric: dict[str, Any] = report["slices"]["with_images"]["answer_exact"]
     return metric
 
@@ -139,10 +139,10 @@ def from_pictures(report: dict[str, Any]) -> dict[str, Any]:
 def check(before: Any, after: Any, blank: Any, adapted: Any, merged: Any) -> None:
     """Say what did not come out as promised, and fail."""
     rules = [("before: calls", before["metrics"]["call_exact"]["value"], "<", MAX_BEFORE)]
-    rules.append(("blanked pictures: answers", from_pictures(blank)["value"], "<", MAX_BLANK))
+    rules.append(("blanked images: answers", from_images(blank)["value"], "<", MAX_BLANK))
     for name, report in (("full", after), ("qlora", adapted), ("merged", merged)):
         rules.append((f"{name}: calls", report["metrics"]["call_exact"]["value"], ">", MIN_CALLS))
-        rules.append((f"{name}: answers from pictures", from_pictures(report)["value"], ">", MIN_PICTURES))
+        rules.append((f"{name}: answers from images", from_images(report)["value"], ">", MIN_IMAGES))
     failed = [
         f"{what}: {value:.1%}, expected {sign} {limit:.0%}"
         for what, value, sign, limit in rules

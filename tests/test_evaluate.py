@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from gemma_dist.__main__ import main
+from gemma_dist.data.read import CALL, read_output
+from gemma_dist.data.read import CALL_END as END
 from gemma_dist.evaluate import generate, run
 from gemma_dist.evaluate.generate import Answer
 from gemma_dist.evaluate.metrics import flat_counts
-from gemma_dist.evaluate.read import CALL, read_output
-from gemma_dist.evaluate.read import CALL_END as END
 from gemma_dist.evaluate.score import score_decision
 from tests.support.corpus import row, write_rows
 from tests.support.ranks import gemma_dist

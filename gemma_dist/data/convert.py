@@ -8,12 +8,14 @@ from collections.abc import Callable
 
 from gemma_dist.data.declarations import find_declarations, without_tools
 from gemma_dist.data.layouts import anthropic, sharegpt
+from gemma_dist.data.layouts.markers import image_column, place_images
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, number_turns
 from gemma_dist.data.strict import error_context, get, read_json_text
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
 COLUMNS_AS_TEXT = ("messages", "conversations", "tools")  # may hold the JSON text of their value
+UNCARRIED = ("videos", "audios")
 
 
 def to_openai(row: RawRow) -> OpenAIRow:
@@ -26,6 +28,9 @@ def to_openai(row: RawRow) -> OpenAIRow:
     for key in COLUMNS_AS_TEXT:
         if row.get(key):
             row[key] = read_json_text(row[key], key)
+    for column in UNCARRIED:
+        if row.get(column):
+            raise DataError(f"the row brings `{column}`, which the trajectories cannot hold; remove the column")
     for is_layout, convert in LAYOUTS:
         if is_layout(row):
             converted = convert(row)
@@ -36,6 +41,8 @@ def to_openai(row: RawRow) -> OpenAIRow:
     converted.messages = [(turn, without_tools(message)) for turn, message in converted.messages]
     if row.get("system") and converted.messages:
         converted.messages = _with_system(row["system"], converted.messages)
+    converted.images = image_column(row) or converted.images
+    place_images(converted)
     return converted
 
 
@@ -47,13 +54,10 @@ LAYOUTS: list[tuple[Callable[[RawRow], bool], Callable[[RawRow], OpenAIRow]]] = 
 
 
 def _openai(row: RawRow) -> OpenAIRow:
-    """The row as it is. OpenAI's messages may also stand under `conversations`, with `image` beside them."""
+    """The row as it is. OpenAI's messages may also stand under `conversations`."""
     turns = row.get("messages") or row.get("conversations")
     messages = number_turns(turns) if isinstance(turns, list) else []
-    images = row.get("images")
-    if not row.get("messages") and not images:
-        images = [row["image"]] if row.get("image") else None
-    return OpenAIRow(messages, row.get("tools"), images)
+    return OpenAIRow(messages, row.get("tools"))
 
 
 def _with_system(system: object, messages: NumberedMessages) -> NumberedMessages:

@@ -1,4 +1,4 @@
-"""Images of a trajectory: found (path, data: URL, base64, bytes), checked, and decoded in one place for all.
+"""Images of a trajectory: found (path, file: or data: URL, base64, bytes), checked, and decoded in one place for all.
 
 Shards keep an image's file as it came; `decode_image` turns it into pixels wherever these are needed.
 """
@@ -7,47 +7,119 @@ import base64
 import binascii
 import io
 import re
+import unicodedata
 from pathlib import Path
+from urllib.parse import unquote
 
-from PIL import ExifTags, Image, ImageOps
+import numpy as np
+from PIL import ExifTags, Image
 
+from gemma_dist.data.png import mend_png
 from gemma_dist.data.strict import reason, short
 from gemma_dist.errors import DataError, setting
 
 # Formats that PIL decodes by itself; among the others are some that start programs (EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{40,}={0,2}\s*")
+# How base64 of these begins: PNG, JPEG (also with the URL-safe alphabet), GIF, WEBP, BMP, TIFF.
+_BASE64_HEADS = ("iVBORw0KGgo", "/9j/", "_9j_", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{40,}={0,2}\s*")
+_FROM_URL_SAFE = str.maketrans("-_", "+/")
+# How to set upright what is stored in each way of EXIF but the first, which is upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """The image in an encoded file: RGB, turned as its EXIF says, first frame, transparency laid on white.
+    """The image in an encoded file as the model sees it: RGB, upright, first frame, transparency laid on white.
 
-    DataError if `data` is not a whole image in one of FORMATS.
+    Gray of 16 bits is scaled from 0..65535, floats from 0..1. Other 32-bit gray (floats beyond 0..1, integers) says
+    nowhere what is black and what is white, and is refused.
+
+    DataError if `data` is not a whole image in one of FORMATS. Metadata alone, broken or huge, is no reason.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        with _open(data) as opened:
+            turn = _UPRIGHT.get(_orientation(opened))
             opened.load()
-            image = ImageOps.exif_transpose(opened)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            image = _to_rgb(opened)
+            return image if turn is None else image.transpose(turn)
+    except DataError:
+        raise
     except Exception as error:  # PIL's decoders raise a dozen types on broken files, even struct.error, SyntaxError
         raise DataError(f"the image ({len(data)} bytes) does not decode: {reason(error)}; replace the file") from None
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Height and width in pixels of the image that `decode_image` makes, from the file's header alone."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+    """Height and width in pixels of the image that `decode_image` makes, from the file's header alone (but of TIFF)."""
+    with _open(data) as opened:
+        if opened.format == "TIFF":  # PIL turns it while it loads
+            opened.load()
         width, height = opened.size
-        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter, mirrored or not
-    return (width, height) if turned else (height, width)
+        is_on_its_side = _orientation(opened) >= 5
+    return (width, height) if is_on_its_side else (height, width)
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(mend_png(data)), formats=FORMATS)
+
+
+def _orientation(opened: Image.Image) -> int:
+    """EXIF's number for how the pixels of a file lie: 1 is upright; so is what broken metadata says nothing about."""
+    if opened.format == "TIFF":
+        return 1
+    try:
+        return int(Image.Image.getexif(opened).get(ExifTags.Base.Orientation, 1))
+    except Exception:  # whatever trips PIL in metadata
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = _scale_16_bits(image)
+    elif image.mode in ("I", "F"):
+        image = _scale_32_bits(image)
+    elif image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _scale_16_bits(image: Image.Image) -> Image.Image:
+    """Gray of 8 bits; PIL's own conversion would make everything above 255 white."""
+    samples = np.asarray(image).astype(np.uint32)
+    levels = ((samples + 128) // 257).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        levels[samples == transparent] = 255
+    return Image.fromarray(levels)
+
+
+def _scale_32_bits(image: Image.Image) -> Image.Image:
+    """Gray of 8 bits from floats within 0..1."""
+    samples = np.asarray(image)
+    low, high = samples.min(), samples.max()
+    if image.mode != "F" or not (low >= 0 and high <= 1):
+        kind = "floats" if image.mode == "F" else "integers"
+        raise DataError(
+            f"the image holds 32-bit {kind} from {low:g} to {high:g}, and only floats from 0 to 1 say what is black "
+            "and what is white; save it as gray of 8 or 16 bits"
+        )
+    return Image.fromarray((samples * 255 + 0.5).astype(np.uint8))
 
 
 def check_image(data: bytes, max_image_pixels: int) -> None:
     """DataError unless `data` decodes to its last row and has at most `max_image_pixels` (width x height)."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        with _open(data) as opened:
             width, height = opened.size
     except Image.DecompressionBombError as error:
         raise DataError(f"the image is too large: {error}; scale it down") from None
@@ -61,58 +133,85 @@ def check_image(data: bytes, max_image_pixels: int) -> None:
     decode_image(data)
 
 
+# ---- where the file is -----------------------------------------------------------------------------------------------
+
+
 def load_image(source: object, media_root: Path) -> bytes:
     """The encoded file behind the image entry of a row.
 
-    `source` is bytes, {"bytes", "path"} as `datasets` stores them, {"url"}, or a text: a path inside `media_root`, a
-    data: URL, or base64. DataError if it is none of these, does not exist, lies outside `media_root` or on a network.
+    `source` is bytes, a string (a path inside `media_root`, a file: or data: URL, base64), or {"bytes", "path"} as
+    `datasets` stores them, {"url"} or {"base64"}. DataError if it is none of these, does not exist, lies outside
+    `media_root` or on a network.
     """
+    given = source
     if isinstance(source, dict):
-        source = next((source[key] for key in ("bytes", "path", "url", "base64") if source.get(key) is not None), None)
+        if isinstance(source.get("base64"), str):
+            return _from_data_url_or_base64(source["base64"])
+        source = next((source[key] for key in ("bytes", "path", "url") if source.get(key) is not None), None)
     if isinstance(source, bytes):
         return source
     if not isinstance(source, str) or not source.strip():
-        raise DataError(f"the image {short(source)} is no path, data: URL, base64 text or bytes; give one of them")
+        raise DataError(f"the image {short(given)} is no path, data: URL, base64 text or bytes; give one of them")
     if source.startswith("data:"):
-        head, comma, payload = source.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise DataError(f"the image {short(source)} is no base64 data: URL; write data:image/png;base64,...")
-        return _from_base64(payload)
+        return _from_data_url_or_base64(source)
+    if source[:7].lower() == "file://":
+        return _from_file_url(source, media_root)
     if "://" in source[:20]:
         raise DataError(
             f"the image {short(source)} lies elsewhere; nothing is downloaded: fetch it first and give its path"
         )
-    if _BASE64.fullmatch(source) and not _is_file(media_root / source):
+    is_base64 = source.startswith(_BASE64_HEADS) and _BASE64.fullmatch(source) is not None
+    if is_base64 and not _is_file(media_root / source):
         return _from_base64(source)
     return _from_path(source, media_root)
 
 
+def _from_data_url_or_base64(text: str) -> bytes:
+    if not text.startswith("data:"):
+        return _from_base64(text)
+    head, comma, payload = text.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise DataError(f"the image {short(text)} is no base64 data: URL; write data:image/png;base64,...")
+    return _from_base64(unquote(payload))
+
+
 def _from_base64(text: str) -> bytes:
+    """The bytes of base64 in either alphabet, padded or not, in lines or not."""
+    digits = "".join(text.split()).translate(_FROM_URL_SAFE).rstrip("=")
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise DataError(f"the image {short(text)} is not base64: {error}; encode the file again") from None
 
 
+def _from_file_url(url: str, media_root: Path) -> bytes:
+    """The file of file:///folder/name.png, with or without `localhost`."""
+    host, slash, path = url[7:].partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise DataError(f"the image {short(url)} names the host {short(host)}; write file:///FOLDER/NAME or the path")
+    return _from_path("/" + unquote(path), media_root)
+
+
 def _from_path(text: str, media_root: Path) -> bytes:
+    """The file of a path, whose accents may be composed (as Linux and the web write them) or not (as a Mac does)."""
     try:
         root = media_root.resolve()
-        path = (root / text).resolve()  # follows symbolic links, so that they cannot lead out of the root either
-        if not path.is_relative_to(root):
-            raise DataError(
-                f"the image {short(text)} lies outside the media root {root}; move it there or use "
-                f"{setting('media_root', 'FOLDER')}"
-            )
-        if not path.is_file():
-            raise DataError(
-                f"the image {short(text)} is no file in the media root {root}; add it or use "
-                f"{setting('media_root', 'FOLDER')}"
-            )
-        return path.read_bytes()
+        for spelled in (text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)):
+            path = (root / spelled).resolve()  # follows symbolic links, so that they cannot lead out of the root either
+            if not path.is_relative_to(root):
+                raise DataError(
+                    f"the image {short(text)} lies outside the media root {root}; move it there or use "
+                    f"{setting('media_root', 'FOLDER')}"
+                )
+            if path.is_file():
+                return path.read_bytes()
     except DataError:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero byte, a circle of links
         raise DataError(f"the image {short(text)} cannot be read: {reason(error)}; give a path of an image") from None
+    raise DataError(
+        f"the image {short(text)} is no file in the media root {root}; add it or use {setting('media_root', 'FOLDER')}"
+    )
 
 
 def _is_file(path: Path) -> bool:

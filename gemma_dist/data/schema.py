@@ -13,6 +13,7 @@ from typing import TypeAlias, cast
 import jsonschema
 import referencing
 
+from gemma_dist.data.schema_nulls import drop_schema_nulls
 from gemma_dist.data.schema_types import normalize_schema
 from gemma_dist.data.strict import error_context, map_json_object, read_json_text, reason, short
 from gemma_dist.data.types import CalledFunction, Clean, Function, Json, JsonObject, Message, Tool
@@ -28,14 +29,15 @@ def tool_name(name: object) -> str:
     """The name itself. DataError if Gemma's call format cannot carry it."""
     if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
         raise DataError(
-            f"the tool name {short(name)} cannot be carried by Gemma's call format; use letters, digits and _ - . / :"
+            f"the tool name {short(name)} cannot be represented in Gemma's call format; use letters, digits and "
+            "_ - . / :"
         )
     return name
 
 
-def parse_tools(tools: object, clean: Clean, notes: Counter[str]) -> list[Tool]:
-    """Declarations in OpenAI's form, as given but for the wrapper, the names of types and the keys that the template
-    needs. `notes` count what was changed.
+def parse_tools(tools: object, clean: Clean, notes: Counter[str] | None = None) -> list[Tool]:
+    """Declarations in OpenAI's form, as given but for the wrapper, the keys that the template needs, the names of
+    types, and nulls that say nothing; `notes` count what was changed.
 
     Raises:
         DataError: one is no declaration of a function, is declared twice, or has an invalid schema.
@@ -43,6 +45,7 @@ def parse_tools(tools: object, clean: Clean, notes: Counter[str]) -> list[Tool]:
     given = read_json_text(tools, "tools") if tools else []
     if not isinstance(given, list):
         raise DataError(f"`tools` is {short(given)}; write a list of declarations")
+    notes = Counter() if notes is None else notes
     parsed: dict[str, Tool] = {}
     for number, tool in enumerate(given, start=1):
         with error_context(f"tool {number}"):
@@ -51,6 +54,7 @@ def parse_tools(tools: object, clean: Clean, notes: Counter[str]) -> list[Tool]:
         with error_context(f"tool {name}"):
             if name in parsed:
                 raise DataError("is declared twice; tool names are unique")
+            function = drop_schema_nulls(function, notes)
             parsed[name] = {"type": "function", "function": _parse_function(function, clean, notes)}
     return list(parsed.values())
 
@@ -69,7 +73,7 @@ def _parse_function(function: dict[str, object], clean: Clean, notes: Counter[st
     parsed = map_json_object(given, clean, clean)
     description = parsed.setdefault("description", "")
     if not isinstance(description, str):
-        raise DataError(f"the description is {short(description)}; write it as text")
+        raise DataError(f"the description is {short(description)}; write it as a string")
     if "parameters" in parsed:
         parsed["parameters"] = _parse_parameters(parsed["parameters"], notes)
     return cast(Function, parsed)  # which may have other keys, too
@@ -100,7 +104,7 @@ def _validator(schema_json: str) -> jsonschema.protocols.Validator:
         dialect.check_schema(schema)
         return _nullable(dialect)(schema, registry=referencing.Registry())
     except Exception as error:  # whatever trips the validator's own reading of a schema is a fault of the schema
-        raise DataError(f"parameters are no valid JSON schema: {reason(error)}; mend the schema") from None
+        raise DataError(f"parameters are no valid JSON schema: {reason(error)}; fix the schema") from None
 
 
 @functools.cache
@@ -144,14 +148,14 @@ def _check_call(call: CalledFunction, declared: dict[str, JsonObject | None]) ->
     name = call["name"]
     if name not in declared:
         raise DataError(
-            f"calls {name}, which `tools` does not declare ({short(list(declared))}); declare it, mend the name, or "
+            f"calls {name}, which `tools` does not declare ({short(list(declared))}); declare it, fix the name, or "
             "set train: false on the message if it shows a mistake"
         )
     with error_context(f"call of {name}"):
         misfit = find_misfit(call["arguments"], declared[name])
         if misfit is not None:
             raise DataError(
-                f"the arguments do not fit the tool's schema: {misfit}; mend them, or set train: false on the message "
+                f"the arguments do not fit the tool's schema: {misfit}; fix them, or set train: false on the message "
                 "if it shows a mistake"
             )
 
@@ -162,18 +166,25 @@ def find_misfit(arguments: Mapping[str, Json], parameters: JsonObject | None) ->
     Raises:
         DataError: the schema is invalid or cannot be applied to these arguments.
     """
-    if not parameters:
+    error = jsonschema.exceptions.best_match(find_misfits(arguments, parameters))
+    if error is None:
         return None
+    return f"{'.'.join(map(str, error.absolute_path)) or 'as a whole'}: {reason(error)}"
+
+
+def find_misfits(
+    arguments: Mapping[str, Json], parameters: JsonObject | None
+) -> list[jsonschema.exceptions.ValidationError]:
+    """As `find_misfit`, but everything that does not fit, in the validator's words."""
+    if not parameters:
+        return []
     validator = _validator(json.dumps(parameters))
     try:
-        error = jsonschema.exceptions.best_match(validator.iter_errors(arguments))
+        return list(validator.iter_errors(arguments))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as broken:  # a $ref that leads nowhere, a pattern that is no regular expression; or endless
         # recursion, which may end in a panic of jsonschema's Rust: that is no Exception
         raise DataError(
-            f"the tool's schema cannot be applied: {reason(broken)}; mend the schema (no remote $ref)"
+            f"the tool's schema cannot be applied: {reason(broken)}; fix the schema (no remote $ref)"
         ) from None
-    if error is None:
-        return None
-    return f"{'.'.join(map(str, error.absolute_path)) or 'as a whole'}: {reason(error)}"

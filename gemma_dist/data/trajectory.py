@@ -15,15 +15,19 @@ from itertools import chain
 from pathlib import Path
 
 from gemma_dist.config import RowConfig
-from gemma_dist.data.answers import link_answers, text_before_calls
+from gemma_dist.data import marks
+from gemma_dist.data.answers import link_answers
+from gemma_dist.data.content import ColumnIndex, clean_text
 from gemma_dist.data.convert import to_openai
 from gemma_dist.data.images import check_image, load_image
 from gemma_dist.data.layouts.turns import turn_name
-from gemma_dist.data.messages import clean_text, parse_message, require_encodable
+from gemma_dist.data.messages import parse_message
+from gemma_dist.data.model_turns import JOINED, join_neighbors, text_before_calls
+from gemma_dist.data.nulls import settle_nulls
 from gemma_dist.data.rows import Where
 from gemma_dist.data.schema import check_calls, parse_tools
 from gemma_dist.data.schema_show import show_tools
-from gemma_dist.data.strict import error_context, get, map_json, short
+from gemma_dist.data.strict import error_context, get, map_json, require_encodable, short
 from gemma_dist.data.types import Message, Tool
 from gemma_dist.errors import DataError
 
@@ -61,6 +65,7 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
             raise DataError(f"the row is {short(row)}, not a JSON object; write one object a line")
         clean = functools.partial(clean_text, escape=settings.control_tokens == "escape")
         row_id = name_row(row.get("id"), where)
+        marks.refuse_on_row(row)
         converted = to_openai(row)
         if not converted.messages:
             raise DataError(
@@ -77,9 +82,11 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
                 parsed = parse_message(raw, clean)
             places.append(place)
             messages.append(parsed.message)
+            converted.notes += parsed.notes
             image_places += [_ImagePlace(place, source) for source in parsed.image_sources]
         _check_order(places, messages)
         link_answers(places, messages)
+        settle_nulls(places, messages, tools, settings.arrow_nulls, converted.notes)
         if tools:
             check_calls(places, messages, tools)
             tools = show_tools(tools, settings.schemas, converted.notes)
@@ -87,16 +94,18 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
             converted.notes["rows call tools but declare none"] += 1
         media_root = _media_root(settings.media_root, where)
         images = _load_images(image_places, converted.images, media_root, settings.max_image_pixels)
-        ordered = chain.from_iterable(text_before_calls(message, settings.text_beside_call) for message in messages)
-        return Trajectory(row_id, list(ordered), tools, images, converted.notes)
+        in_order = chain.from_iterable(text_before_calls(message, settings.text_beside_call) for message in messages)
+        joined, num_joined = join_neighbors(list(in_order))
+        converted.notes += Counter({JOINED: num_joined})
+        return Trajectory(row_id, joined, tools, images, converted.notes)
 
 
 def name_row(given: object, where: Where | str) -> str:
-    """The id of a row that gives `given` as its `id`, or nothing. DataError where that is no text or integer."""
+    """The id of a row that gives `given` as its `id`, or nothing. DataError where that is no string or integer."""
     if given is None or given == "":
         return Path(str(where)).name
     if isinstance(given, bool) or not isinstance(given, (str, int)):
-        raise DataError(f"`id` is {short(given)}; write text or an integer, or leave it out")
+        raise DataError(f"`id` is {short(given)}; write a string or an integer, or leave it out")
     with error_context("`id`"):
         return require_encodable(str(map_json(given, str, str)))
 
@@ -116,7 +125,7 @@ def _check_order(places: list[str], messages: list[Message]) -> None:
                 raise DataError("a system message may only stand first; merge it into the first message")
     first = 1 if messages[0]["role"] == "system" else 0
     if len(messages) == first:
-        raise DataError("holds a system message alone; a trajectory goes on with a user message")
+        raise DataError("holds a system message alone; a trajectory continues with a user message")
     with error_context(places[first]):
         if messages[first]["role"] != "user":
             raise DataError(
@@ -132,17 +141,34 @@ def _load_images(
     """The files of all image parts in order; parts without their own image are filled from the row's `images`."""
     if column is not None and not isinstance(column, list):
         raise DataError(f"`images` is {short(column)}; write a list")
-    num_empty = sum(image.source is None for image in image_places)
-    if num_empty != len(column or []):
+    column = column or []
+    num_taking = sum(_takes_next_image(image) for image in image_places)
+    if num_taking != len(column):
         raise DataError(
-            f"`images` holds {len(column or [])} images for {num_empty} image parts without one of their own; "
-            "the numbers must agree"
+            f"`images` holds {len(column)} images for {num_taking} image parts without one of their own; "
+            "the numbers must agree: write a part or a marker <image> where each image belongs"
         )
-    spare = iter(column or [])
+    spare = iter(enumerate(column))
     images = []
     for image in image_places:
         with error_context(image.place):
-            data = load_image(next(spare) if image.source is None else image.source, media_root)
+            source = image.source
+            if _takes_next_image(image):
+                index, source = next(spare)
+                _require_index(image.source, index)
+            data = load_image(source, media_root)
             check_image(data, max_image_pixels)
         images.append(data)
     return images
+
+
+def _takes_next_image(image: _ImagePlace) -> bool:
+    return image.source is None or isinstance(image.source, ColumnIndex)
+
+
+def _require_index(source: object, index: int) -> None:
+    if isinstance(source, ColumnIndex) and source.number != index:
+        raise DataError(
+            f"the part takes image {short(source.number)} of `images`, from 0, where number {index} is the next; "
+            "put the images in the order of their parts"
+        )

@@ -14,6 +14,15 @@ JsonObject: TypeAlias = dict[str, Json]
 # A row as a file holds it: nothing about it has been checked, and parquet brings bytes.
 RawRow: TypeAlias = dict[str, object]
 
+
+class ArrowStruct(dict[str, object]):
+    """An object that was a struct in Arrow, which gives it all keys of its column: null may stand for no key at all."""
+
+
+class TextObject(dict[str, object]):
+    """An object that a string of the row holds as JSON text: every null in it is the row's own."""
+
+
 # What makes a string of a row safe to render, or raises DataError.
 Clean: TypeAlias = Callable[[str], str]
 

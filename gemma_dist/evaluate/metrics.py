@@ -45,6 +45,7 @@ class DecisionCounts:
 
     @property
     def attempts_wanted_call(self) -> bool:
+        """Gold and output both call, whatever they call."""
         return self.wants_call and self.attempted
 
     @property
@@ -53,14 +54,17 @@ class DecisionCounts:
 
     @property
     def all_names_right(self) -> bool:
+        """The same tools as often as gold, in any order, and no others; arguments aside."""
         return self.wants_call and self.readable and self.matched == self.gold_calls == self.calls
 
     @property
     def all_exact(self) -> bool:
+        """Gold's calls with gold's arguments, in any order, and no others."""
         return self.wants_call and self.readable and self.exact == self.gold_calls == self.calls
 
     @property
     def right(self) -> bool:
+        """What `overall` counts: where gold calls, all its calls; elsewhere, some text (not: the right text)."""
         return self.all_exact if self.wants_call else self.abstains
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -108,6 +108,14 @@ class ShardReport:
         return "\n".join(lines)
 
 
+class PieceHeader(TypedDict):
+    """What the record of a piece says beside its lines of the manifest."""
+
+    report: dict[str, Any]  # a ShardReport's
+    errors: list[str]  # the first few
+    shards: list[ShardEntry]
+
+
 @dataclass(frozen=True)
 class ShardJob:
     """A piece of the input, with all that a process needs to work on it."""
@@ -195,7 +203,7 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow]) -> None:
     too_long.close()
     for name, total in writer.totals.items():
         setattr(report, name, total)
-    writer.close({"report": report.to_json(), "errors": errors})
+    writer.close(report, errors)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -244,12 +252,13 @@ class _ShardWriter:
         self._row_bytes += num_bytes
         self._shard_bytes += num_bytes
 
-    def close(self, header: dict[str, Any]) -> None:
+    def close(self, report: ShardReport, errors: list[str]) -> None:
         """Finish the last shard, then write the record: the piece is done from here on."""
         self._end_row_group()
         self._end_shard()
         table = pa.Table.from_pylist(self._lines, RECORD_SCHEMA)
-        table = table.replace_schema_metadata({"header": json.dumps(header | {"shards": self._shards})})
+        header: PieceHeader = {"report": report.to_json(), "errors": errors, "shards": self._shards}
+        table = table.replace_schema_metadata({"header": json.dumps(header)})
         with pa.ipc.new_file(_partial(self._job.record), table.schema) as file:
             file.write_table(table)
         publish(_partial(self._job.record), self._job.record)
@@ -261,7 +270,7 @@ class _ShardWriter:
         if not self._rows:
             return
         if self._parquet is None:
-            # Pictures are compressed already. Statistics of the long texts would only bloat the footer.
+            # Images are compressed already. Statistics of the long strings would only bloat the footer.
             self._parquet = pq.ParquetWriter(
                 _partial(self._path()),
                 SCHEMA,

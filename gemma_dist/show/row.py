@@ -27,12 +27,12 @@ SOFT_TOKENS = re.compile(f"(?:{re.escape(IMAGE)}){{2,}}")
 
 @dataclass(frozen=True)
 class Inspection:
-    """Ids, labels (-100: not trained) and texts of the tokens of one row."""
+    """Ids, labels (-100: not trained) and strings of the tokens of one row."""
 
     id: str
     ids: list[int]
     labels: list[int]
-    tokens: list[str]  # each id decoded alone; a character that is spread over several tokens reads U+FFFD in each
+    tokens: list[str]  # each id decoded alone; a character that is split over several tokens reads U+FFFD in each
     segments: list[tuple[bool, str]]  # the text split where training begins and ends: (trained, text)
     num_text_tokens: int
     num_image_tokens: int
@@ -73,12 +73,12 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
     if is_shard_folder(data):
         shards = open_shards(data)
         trajectory = shards.read(_sample(shards, row))
-        encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
+        encoder = load_encoder(model, settings)
         encoded = encoder.encode(trajectory)
     else:
         where, raw = _raw_row_of_id(Path(data), row) if isinstance(row, str) else _raw_row(Path(data), row)
         trajectory = parse(raw, where, settings)
-        encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
+        encoder = load_encoder(model, settings)
         with error_context(where):
             encoded = encode_trained(trajectory, encoder)
             fitting = fit(trajectory, encoded, encoder, settings)

@@ -1,5 +1,6 @@
 """Anthropic: content as blocks, `system` beside the messages, tools with `input_schema`."""
 
+from gemma_dist.data.content import mark_error
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, turn_name
 from gemma_dist.data.strict import error_context, get, short
 from gemma_dist.data.types import RawRow
@@ -51,31 +52,17 @@ def _messages(turns: list[object]) -> NumberedMessages:
 
 
 def _assistant(turn: RawRow) -> RawRow:
-    """One message: thinking to reasoning, tool_use to calls, the rest stays content."""
+    """The message with its tool_use blocks as calls; the rest stays content."""
     content: list[object] = []
     calls: list[RawRow] = []
-    reasoning: list[object] = [turn["reasoning_content"]] if turn.get("reasoning_content") else []
     for block in _blocks(turn):
-        kind = get(block, "type")
-        if kind == "tool_use":
-            function = {"name": get(block, "name"), "arguments": get(block, "input")}
-            calls.append({"id": get(block, "id"), "function": function})
-        elif kind == "thinking":
-            thinking = get(block, "thinking")
-            if not isinstance(thinking, str):
-                raise DataError(f"the thinking block holds {short(thinking)}, not text; write text or remove it")
-            reasoning.append(thinking)
+        if isinstance(block, dict) and block.get("type") == "tool_use":
+            calls.append(block)
         else:
             content.append(_part(block))
-    message = {key: value for key, value in turn.items() if key not in ("content", "reasoning_content")}
-    message["content"] = content
+    message = {**turn, "content": content}
     if calls:
         message["tool_calls"] = calls
-    if reasoning:
-        texts = [text for text in reasoning if isinstance(text, str)]
-        if len(texts) < len(reasoning):
-            raise DataError(f"reasoning_content is {short(reasoning[0])}, not text; write it as text")
-        message["reasoning_content"] = "\n".join(texts)
     return message
 
 
@@ -88,7 +75,7 @@ def _user(turn: RawRow) -> list[RawRow]:
         if get(block, "type") == "tool_result":
             content = to_parts(get(block, "content"))
             if get(block, "is_error"):
-                content = _mark_error(content)
+                content = mark_error(content)
             messages.append({"role": "tool", "tool_call_id": get(block, "tool_use_id"), "content": content})
             blocks_of_message = None
             continue
@@ -97,21 +84,6 @@ def _user(turn: RawRow) -> list[RawRow]:
             messages.append({**rest, "content": blocks_of_message})
         blocks_of_message.append(_part(block))
     return messages
-
-
-def _mark_error(content: object) -> object:
-    """Gemma has no flag for a failed call, so the words must say it."""
-    if content is None:
-        return "Error:"
-    if isinstance(content, str):
-        says_so = "error" in content[:40].lower()
-        return content if says_so else f"Error: {content}".strip()
-    if not isinstance(content, list):  # refused with the turn's content
-        return content
-    texts = [get(part, "text") for part in content]
-    text = "".join(text for text in texts if isinstance(text, str))
-    says_so = "error" in text[:40].lower()
-    return content if says_so else [{"type": "text", "text": "Error: "}, *content]
 
 
 def to_parts(content: object) -> object:

@@ -1,8 +1,8 @@
 """sharegpt: {"conversations": [{"from": "human", "value": "..."}, ...], "system"?, "tools"?, "images"?}."""
 
 import json
-import re
 
+from gemma_dist.data.layouts.markers import split_markers
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, turn_name
 from gemma_dist.data.strict import error_context, get, parse_json, short
 from gemma_dist.data.types import RawRow
@@ -18,8 +18,7 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
-# Keys of a sharegpt turn that its message keeps.
-CARRIED = ("train", "weight", "loss", "reasoning_content", "reasoning", "thinking", "name")
+OWN_KEYS = ("from", "value")  # of a turn; its message keeps the others
 
 
 def is_layout(row: RawRow) -> bool:
@@ -32,13 +31,9 @@ def is_layout(row: RawRow) -> bool:
 
 def to_openai(row: RawRow) -> OpenAIRow:
     """The row in the OpenAI shape. DataError where a turn cannot be converted."""
-    for column in ("videos", "audios"):
-        if row.get(column):
-            raise DataError(f"the row brings `{column}`, which the trajectories cannot hold; remove the column")
     turns = row["conversations"]
     assert isinstance(turns, list)
-    images = row.get("images") or ([row["image"]] if row.get("image") else None)
-    return OpenAIRow(_messages(turns), row.get("tools"), images)
+    return OpenAIRow(_messages(turns), row.get("tools"))
 
 
 def _messages(turns: list[object]) -> NumberedMessages:
@@ -52,7 +47,7 @@ def _messages(turns: list[object]) -> NumberedMessages:
         with error_context(turn_name(number, source)):
             if not isinstance(turn, dict) or not isinstance(source, str) or source not in SHAREGPT_ROLES:
                 raise DataError(f"`from` is {short(source)}; sharegpt turns come from {', '.join(SHAREGPT_ROLES)}")
-            message = {key: turn[key] for key in CARRIED if turn.get(key) is not None}
+            message = {key: value for key, value in turn.items() if key not in OWN_KEYS}
             message["role"] = SHAREGPT_ROLES[source]
             value = turn.get("value")
             if source == "function_call":
@@ -67,10 +62,10 @@ def _messages(turns: list[object]) -> NumberedMessages:
                 # The only observation after several calls answers all of them.
                 answers = _answers(value, len(open_ids)) if follows_calls and is_last else [value]
                 for answer in answers:
-                    answered = {"tool_call_id": open_ids.pop(0), "content": _split_markers(answer)}
+                    answered = {"tool_call_id": open_ids.pop(0), "content": split_markers(answer)}
                     messages.append((number, message | answered))
             else:
-                messages.append((number, {**message, "content": _split_markers(value)}))
+                messages.append((number, {**message, "content": split_markers(value)}))
     return messages
 
 
@@ -98,11 +93,3 @@ def _answers(value: object, num_calls: int) -> list[object]:
             f"give an observation for each call, or a JSON list of {num_calls}"
         )
     return [answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False) for answer in answers]
-
-
-def _split_markers(value: object) -> object:
-    """Text with `<image>` markers as a list of parts; the images come from the row's `images` in order."""
-    if not isinstance(value, str) or "<image>" not in value:
-        return value
-    pieces = re.split("(<image>)", value)
-    return [{"type": "image"} if piece == "<image>" else {"type": "text", "text": piece} for piece in pieces if piece]

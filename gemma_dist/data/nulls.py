@@ -1,0 +1,268 @@
+"""Null arguments of calls: the row's own, or Arrow's in place of keys that the row did not have.
+
+A table of calls of two tools gives each call the arguments of both, {"city": "Rome", "expr": null}, and trained like
+this a model writes `call:weather{city:…,expr:null}`. The tool's schema decides, by which of the two readings fits:
+
+    the schema does not name the key                      Arrow's: dropped
+    null does not fit, and the key may be absent          Arrow's: dropped
+    null fits, and the key is required                    the row's own: kept
+    both fit, neither fits, or there is no schema         refused, unless `arrow_nulls` says drop or keep
+
+Of JSON rows only a null that the schema does not name is refused, for JSON is also written from Arrow
+(`Dataset.to_json`). Nulls of arguments that a string holds as JSON text are the row's own.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, cast
+
+from jsonschema.exceptions import ValidationError
+
+from gemma_dist.data.schema import find_misfits
+from gemma_dist.data.strict import error_context
+from gemma_dist.data.types import ArrowStruct, CalledFunction, Json, JsonObject, Message, TextObject, Tool
+from gemma_dist.errors import DataError, setting
+
+FILLED = "null arguments that Arrow filled in were dropped"
+GIVEN = "null arguments were dropped, as arrow_nulls: drop says"
+WHOLE = "whole numbers that Arrow had stored as floats were made integers again"
+
+Path: TypeAlias = tuple[str | int, ...]  # of keys and indices, from the arguments down
+
+AS_TEXT = "Arrow fills absent keys with null, so store arguments as JSON text"
+FROM_JSON = "JSON that was written from Arrow holds such nulls, so remove them"
+_SCHEMA_LISTS = ("anyOf", "oneOf", "allOf")
+_EXACT_FLOAT = 2**53  # up to here a float holds each integer
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A null or a float in the arguments of a call."""
+
+    path: Path
+    value: float | None
+    from_arrow: bool  # a null may stand for no key, a float for an integer
+    schemas: list[JsonObject]  # of the tool's schema, those that are about this place
+    is_unnamed: bool  # the schema names the keys of the object, and this is none of them
+
+
+def settle_nulls(
+    places: list[str],
+    messages: list[Message],
+    tools: list[Tool],
+    arrow_nulls: Literal["auto", "drop", "keep"],
+    notes: Counter[str],
+) -> None:
+    """Drop or keep each null argument of the messages' calls, in place; what was dropped is added to `notes`.
+
+    Args:
+        places: how errors name each message.
+
+    Raises:
+        DataError: with `auto`, for a null of which the tool's schema does not tell whose it is.
+    """
+    schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+    for place, message in zip(places, messages, strict=True):
+        for call in message.get("tool_calls", []):
+            function = call["function"]
+            with error_context(place), error_context(f"call of {function['name']}"):
+                schema = schemas.get(function["name"])
+                found = list(_find(function["arguments"], _alternatives([schema], schema or {}), schema or {}))
+                whole = _whole_numbers(found)
+                if arrow_nulls == "auto":
+                    dropped = _arrows_own(function, schema, found, message.get("train", True))
+                else:
+                    dropped = [null.path for null in found if null.value is None and arrow_nulls == "drop"]
+                changes: dict[Path, int | None] = {**whole, **dict.fromkeys(dropped)}
+                function["arguments"] = _changed_object(function["arguments"], changes, ())
+            _count(notes, WHOLE, len(whole))
+            _count(notes, FILLED if arrow_nulls == "auto" else GIVEN, len(dropped))
+
+
+def _count(notes: Counter[str], note: str, number: int) -> None:
+    if number:
+        notes[note] += number
+
+
+def _arrows_own(function: CalledFunction, schema: JsonObject | None, found: list[_Found], train: bool) -> list[Path]:
+    """Places of the nulls that stand for no key.
+
+    Raises:
+        DataError: one may be either.
+    """
+    nulls = [null for null in found if null.value is None]
+    filled = [null for null in nulls if null.from_arrow]
+    if filled and schema is None:
+        raise _undecided(filled[0].path, f"no schema says which arguments it has; {AS_TEXT}")
+    if schema and "properties" in schema and train and not isinstance(function["arguments"], TextObject):
+        for null in nulls:
+            if null.is_unnamed and not null.from_arrow:
+                raise _undecided(null.path, f"the tool's schema does not name it; {FROM_JSON}")
+    dropped = [null.path for null in filled if null.is_unnamed]
+    named = [null.path for null in filled if not null.is_unnamed]
+    if named:
+        given = _changed_object(function["arguments"], dict.fromkeys(dropped), ())
+        misfits = list(_with_inner(find_misfits(given, schema)))
+        without = _changed_object(given, dict.fromkeys(named), ())
+        misfits_without = list(_with_inner(find_misfits(without, schema)))
+        for path in named:
+            may_be_null = not _is_about(path, misfits)
+            may_be_absent = not _is_missed(path, misfits_without)
+            if may_be_null == may_be_absent:
+                which = "both null and no argument fit" if may_be_null else "neither null nor no argument fits"
+                raise _undecided(path, f"{which} the tool's schema; {AS_TEXT}")
+            if may_be_absent:
+                dropped.append(path)
+    return dropped
+
+
+def _with_inner(misfits: Iterable[ValidationError]) -> Iterator[ValidationError]:
+    """Also those within an `anyOf`, of which each says what one of its schemas finds amiss."""
+    for misfit in misfits:
+        yield misfit
+        yield from _with_inner(misfit.context or [])
+
+
+def _is_about(path: Path, misfits: list[ValidationError]) -> bool:
+    return any(tuple(misfit.absolute_path) == path for misfit in misfits)
+
+
+def _is_missed(path: Path, misfits: list[ValidationError]) -> bool:
+    """Whether the object around `path` is said to lack its key."""
+    for misfit in misfits:
+        is_there = tuple(misfit.absolute_path) == path[:-1]
+        if is_there and misfit.validator == "required" and path[-1] in cast(list[str], misfit.validator_value):
+            return True
+    return False
+
+
+def _undecided(path: Path, why: str) -> DataError:
+    name = ".".join(map(str, path))
+    return DataError(
+        f"the argument {name} is null, which may stand for no argument: {why}, or use {setting('arrow_nulls', 'drop')} "
+        f"(it is absent) or {setting('arrow_nulls', 'keep')} (it is null)"
+    )
+
+
+def _whole_numbers(found: list[_Found]) -> dict[Path, int | None]:
+    """Floats that Arrow made of integers, where the schema takes integers alone: their places and the integers."""
+    whole: dict[Path, int | None] = {}
+    for number in found:
+        is_whole = number.value is not None and number.value.is_integer() and abs(number.value) <= _EXACT_FLOAT
+        if number.from_arrow and is_whole and _takes_integers_alone(number.schemas):
+            assert number.value is not None
+            whole[number.path] = int(number.value)
+    return whole
+
+
+def _takes_integers_alone(schemas: list[JsonObject]) -> bool:
+    types: list[Json] = []
+    for schema in schemas:
+        kind = schema.get("type")
+        types += kind if isinstance(kind, list) else [kind]
+    return "integer" in types and "number" not in types
+
+
+def _changed_object(given: Mapping[str, Json], changes: Mapping[Path, int | None], path: Path) -> JsonObject:
+    """A plain copy without the nulls in `changes`, and with its integers."""
+    changed: JsonObject = {}
+    for key, value in given.items():
+        inner = (*path, key)
+        if inner not in changes:
+            changed[key] = _changed(value, changes, inner)
+        elif changes[inner] is not None:
+            changed[key] = changes[inner]
+    return changed
+
+
+def _changed(value: Json, changes: Mapping[Path, int | None], path: Path) -> Json:
+    if isinstance(value, dict):
+        return _changed_object(value, changes, path)
+    if not isinstance(value, list):
+        return value
+    items: list[Json] = []
+    for index, item in enumerate(value):
+        inner = (*path, index)
+        items.append(changes[inner] if inner in changes else _changed(item, changes, inner))
+    return items
+
+
+# ---- what the schema says of each place ------------------------------------------------------------------------------
+
+
+def _find(
+    value: Json, schemas: list[JsonObject], root: JsonObject, path: Path = (), from_arrow: bool = False
+) -> Iterator[_Found]:
+    """Each float, and each null under a key, of the arguments. `schemas` are those that are about `value`."""
+    if isinstance(value, dict):
+        from_arrow = isinstance(value, ArrowStruct)
+        for key, item in value.items():
+            about = _about_key(schemas, key, root)
+            if item is None or isinstance(item, float):
+                is_unnamed = not about and (not path or any("properties" in schema for schema in schemas))
+                yield _Found((*path, key), item, from_arrow, about, is_unnamed)
+            else:
+                yield from _find(item, about, root, (*path, key), from_arrow)
+    elif isinstance(value, list):
+        about = _about_items(schemas, root)
+        for index, item in enumerate(value):
+            if isinstance(item, float):
+                yield _Found((*path, index), item, from_arrow, about, False)
+            else:
+                yield from _find(item, about, root, (*path, index), from_arrow)
+
+
+def _about_key(schemas: list[JsonObject], key: str, root: JsonObject) -> list[JsonObject]:
+    """The schemas that are about a key of an object that `schemas` are about; none where they do not name it."""
+    about: list[Json] = []
+    for schema in schemas:
+        properties, patterns = schema.get("properties"), schema.get("patternProperties")
+        if isinstance(properties, dict) and key in properties:
+            about.append(properties[key])
+            continue
+        if isinstance(patterns, dict):
+            about += [inner for pattern, inner in patterns.items() if re.search(pattern, key)]
+        about.append(schema.get("additionalProperties"))
+    return _alternatives(about, root)
+
+
+def _about_items(schemas: list[JsonObject], root: JsonObject) -> list[JsonObject]:
+    about: list[Json] = []
+    for schema in schemas:
+        for keyword in ("items", "prefixItems", "additionalItems"):
+            rule = schema.get(keyword)
+            about += rule if isinstance(rule, list) else [rule]
+    return _alternatives(about, root)
+
+
+def _alternatives(schemas: list[Json], root: JsonObject) -> list[JsonObject]:
+    """The schemas, and all that they refer to (`$ref` within `root`) or are made of. A true schema is {}."""
+    found: list[JsonObject] = []
+    waiting = list(schemas)
+    while waiting:
+        schema = waiting.pop()
+        if schema is True:
+            schema = {}
+        if not isinstance(schema, dict) or any(schema is known for known in found):
+            continue
+        found.append(schema)
+        for keyword in _SCHEMA_LISTS:
+            parts = schema.get(keyword)
+            waiting += parts if isinstance(parts, list) else []
+        waiting += [schema.get("then"), schema.get("else"), _referred(schema.get("$ref"), root)]
+    return found
+
+
+def _referred(reference: Json, root: JsonObject) -> Json:
+    """What a local `$ref` ("#/$defs/Unit") leads to; None where it leads nowhere or outside."""
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return None
+    place: Json = root
+    for key in reference[1:].split("/")[1:]:
+        key = key.replace("~1", "/").replace("~0", "~")
+        if not isinstance(place, dict) or key not in place:
+            return None
+        place = place[key]
+    return place
