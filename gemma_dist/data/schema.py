@@ -45,6 +45,7 @@ def parse_tools(tools: object, clean: Clean, notes: Counter[str]) -> list[Tool]:
     given = read_json_text(tools, "tools") if tools else []
     if not isinstance(given, list):
         raise DataError(f"`tools` is {short(given)}; write a list of declarations")
+    notes = Counter() if notes is None else notes
     parsed: dict[str, Tool] = {}
     for number, tool in enumerate(given, start=1):
         with error_context(f"tool {number}"):
