@@ -333,6 +333,20 @@ GEMINI_ROWS: dict[str, Any] = {
         },
         replaced(THOUGHTFUL, 2, content='{"celsius": 30}'),
     ),
+    "an error of Arrow": (
+        {
+            "contents": [
+                *CONTENTS[:2],
+                {
+                    "parts": [
+                        {"functionResponse": {"name": "weather", "response": {"output": None, "error": "no city"}}}
+                    ]
+                },
+                CONTENTS[3],
+            ]
+        },
+        replaced(THOUGHTFUL, 2, content="Error: no city"),
+    ),
     "an error": (
         {
             "contents": [

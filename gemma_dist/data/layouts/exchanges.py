@@ -69,7 +69,6 @@ def to_openai(row: RawRow) -> OpenAIRow:
     read = read_messages(turns, {"tools": tools})
     read.tools = _all_tools(read.tools, tools)
     read.notes += notes
-    read.images = row.get("images")
     if found.request.system:
         read.messages = _with_system(found.request.system, read.messages)
     read.messages = tidy(read.messages)

@@ -21,6 +21,7 @@ from gemma_dist.data.layouts.pieces import (
     Piece,
     Reasoning,
     add_pieces,
+    get_keys,
     open_assistant,
     result_content,
     text_part,
@@ -137,7 +138,7 @@ def _piece(part: object, notes: Counter[str]) -> Piece:
 def _answer(answer: RawRow) -> Answer:
     """What a function gave back. By Gemini's rule `output` alone is the output, `error` alone an error, else all is."""
     response = answer.get("response")
-    keys = list(response) if isinstance(response, dict) else []
+    keys = get_keys(response)
     failed = keys == ["error"]
     if keys in (["output"], ["error"]):
         assert isinstance(response, dict)

@@ -56,7 +56,6 @@ def to_openai(row: RawRow) -> OpenAIRow:
         if number <= len(prompt) and isinstance(message, dict) and message.get("role") == "assistant":
             read.messages[index] = (number, {**message, "train": False})
             read.notes[SHOWN] += 1
-    read.images = row.get("images")
     return read
 
 
