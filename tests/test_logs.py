@@ -295,7 +295,9 @@ PYTHON_CONTENTS = [
     CONTENTS[3],
 ]
 GEMINI_IMAGE = {"inlineData": {"mimeType": "image/png", "data": RED}}
-GEMINI_TOOLS = [{"functionDeclarations": [FUNCTION]}]
+GEMINI_TOOLS = [
+    {"functionDeclarations": [{"name": "weather", "description": "Tells.", "parametersJsonSchema": SCHEMA}]}
+]
 
 GEMINI_ROWS: dict[str, Any] = {
     "a row of Vertex AI's tuning": (
@@ -397,6 +399,7 @@ CONVERSE = [
     {"role": "assistant", "content": [{"text": "Yes."}]},
 ]
 CONVERSE_IMAGE = {"image": {"format": "png", "source": {"bytes": RED}}}
+CACHE_POINT = {"cachePoint": {"type": "default"}}
 TOOL_SPEC = {"toolSpec": {"name": "weather", "description": "Tells.", "inputSchema": {"json": SCHEMA}}}
 
 BEDROCK_ROWS: dict[str, Any] = {
@@ -406,7 +409,10 @@ BEDROCK_ROWS: dict[str, Any] = {
     ),
     "a request and its response": (
         {
-            "request": {"messages": CONVERSE[:3], "toolConfig": {"tools": [TOOL_SPEC]}},
+            "request": {
+                "messages": CONVERSE[:3],
+                "toolConfig": {"tools": [TOOL_SPEC, {"cachePoint": {"type": "default"}}]},
+            },
             "response": {"output": {"message": CONVERSE[3]}, "stopReason": "end_turn"},
         },
         THOUGHTFUL,

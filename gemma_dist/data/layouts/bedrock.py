@@ -51,21 +51,6 @@ def to_openai(messages: list[object]) -> OpenAIRow:
     return row
 
 
-def declarations(tools: object) -> object:
-    """The declarations of `toolConfig.tools` with OpenAI's keys; entries of another form pass."""
-    if not isinstance(tools, list):
-        return tools
-    flat: list[object] = []
-    for tool in tools:
-        spec = get(tool, "toolSpec")
-        if isinstance(spec, dict):
-            schema = get(spec.get("inputSchema"), "json")
-            tool = {"name": spec.get("name"), "description": spec.get("description"), "parameters": schema}
-        if get(tool, "cachePoint") is None:
-            flat.append(tool)
-    return flat
-
-
 def _blocks(message: object) -> list[object]:
     content = get(message, "content")
     return content if isinstance(content, list) else []

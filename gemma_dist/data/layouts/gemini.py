@@ -63,29 +63,6 @@ def to_openai(contents: list[object]) -> OpenAIRow:
     return row
 
 
-def declarations(tools: object) -> object:
-    """The declarations of `tools`, out of their groups; entries of another form pass."""
-    if not isinstance(tools, list):
-        return _group(tools) if isinstance(tools, dict) and _group(tools) else tools
-    flat: list[object] = []
-    for tool in tools:
-        group = _group(tool)
-        flat += group if group else [tool]
-    return flat
-
-
-def _group(tool: object) -> list[object]:
-    given = _value(tool, "functionDeclarations", "function_declarations")
-    group: list[object] = []
-    for declaration in given if isinstance(given, list) else []:
-        schema = _value(declaration, "parametersJsonSchema", "parameters_json_schema")
-        if schema is not None:
-            declaration = {"name": get(declaration, "name"), "description": get(declaration, "description")}
-            declaration["parameters"] = schema
-        group.append(declaration)
-    return group
-
-
 def _parts(content: object) -> list[object]:
     parts = get(content, "parts")
     return parts if isinstance(parts, list) else []

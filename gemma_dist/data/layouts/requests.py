@@ -10,7 +10,6 @@ The values may also be JSON text, and a log or batch may wrap the bodies: {"stat
 from collections import Counter
 from dataclasses import dataclass
 
-from gemma_dist.data.layouts import bedrock, gemini
 from gemma_dist.data.layouts.dialects import is_chat, is_message
 from gemma_dist.data.layouts.langchain import is_message as is_langchain_message
 from gemma_dist.data.layouts.responses import is_item
@@ -213,14 +212,16 @@ def _refuse_stored_history(body: RawRow) -> None:
 
 
 def _tools(body: RawRow) -> object:
-    """The declarations of a request, without the groups and wrappers of Gemini and Bedrock."""
+    """The declarations of a request, in whatever form."""
     places = [body, get(body.get("extra"), "invocation_params")]
     places += [body.get(key) for key in ("toolConfig", "config", "kwargs", "model_parameters", "metadata")]
     for place in places:
         for key in TOOL_KEYS:
             tools = read_value(get(place, key))
+            if isinstance(tools, list):  # Bedrock also says in them where a prompt may be cached
+                tools = [tool for tool in tools if get(tool, "cachePoint") is None]
             if tools:
-                return bedrock.declarations(gemini.declarations(tools))
+                return tools
     return None
 
 
