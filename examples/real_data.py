@@ -120,10 +120,11 @@ def evaluate(model: Path, held_out: Path, out: Path) -> dict[str, Any]:
 
 def encoded(model: Path, shards: Path) -> "Iterator[Encoded]":
     """The rows of shards as token ids and labels."""
+    from gemma_dist.config import EncodingConfig
     from gemma_dist.data.encode import load_encoder
     from gemma_dist.shards.reader import open_shards
 
-    encoder, corpus = load_encoder(str(model), chat_template=None, enable_thinking=False), open_shards(shards)
+    encoder, corpus = load_encoder(str(model), EncodingConfig()), open_shards(shards)
     return (encoder.encode(corpus.read(index)) for index in range(len(corpus)))
 
 

@@ -8,6 +8,7 @@ is to be called, the case is an outline: arguments and words of the answer are n
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow
@@ -58,7 +59,7 @@ def with_expected_answer(row: RawRow, converted: OpenAIRow) -> tuple[OpenAIRow, 
     if calls and with_arguments and len(with_arguments) < len(calls):
         raise DataError(f"`{key}` gives arguments of some calls alone; give those of all, or of none")
     tools = converted.tools or row.get("available_tools")
-    return OpenAIRow(messages, tools, converted.images, converted.notes), not with_arguments
+    return replace(converted, messages=messages, tools=tools), not with_arguments
 
 
 def _arguments(row: RawRow) -> object:

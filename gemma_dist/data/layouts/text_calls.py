@@ -8,6 +8,7 @@ are declared, anything else that attempts a call is refused: trained as it is, i
 about such a syntax are words: inside backticks, or without tools and with text around.
 """
 
+from dataclasses import replace
 from typing import TypeAlias
 
 from gemma_dist.data.layouts.call_marks import WrittenCalls, find_calls
@@ -50,7 +51,7 @@ def convert_text_calls(row: OpenAIRow) -> OpenAIRow:
     elif styles and without_instructions(system) != system.strip():
         messages = _with_system(messages, without_instructions(system))
         notes["rows whose system text asked for another call syntax: the request was removed"] += 1
-    return OpenAIRow(messages, tools, row.images, notes)
+    return replace(row, messages=messages, tools=tools, notes=notes)
 
 
 # ---- the system message ----------------------------------------------------------------------------------------------
