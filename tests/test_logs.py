@@ -1013,6 +1013,13 @@ AGENTNET: dict[str, Any] = {
     "instruction": "Open it.",
     "traj": [{"index": 0, "image": "a.png", "value": {"action": "Click", "code": "pyautogui.click(x=0.1, y=0.2)"}}],
 }
+ALPACA = {
+    "system": "Be kind.",
+    "instruction": "Warm in",
+    "input": "Rome?",
+    "output": "Yes.",
+    "history": [["Hi", "Hello."]],
+}
 REFUSED: list[Any] = [
     # one event, message or span a line
     (SESSION[2], "an event of Claude Code ('user'), and a row holds a whole trajectory; make one of the file: "),
@@ -1124,10 +1131,10 @@ REFUSED: list[Any] = [
     (
         {"prompt": "Warm in Rome?", "completion": "Yes."},
         "`prompt` is the plain text 'Warm in Rome?', which does not say who speaks; if it is what a user says and "
-        '`completion` what the model answers, write so: jq -c \'{messages: [{role: "user", content: (.prompt)}, '
+        '`completion` what the model answers, write so: jq -c \'{messages: [{role: "user", content: .prompt}, '
         '{role: "assistant", content: .completion}]}\' FILE',
     ),
-    ({"instruction": "Add.", "input": "1, 2", "output": "3"}, "content: (.instruction"),
+    (ALPACA, "`instruction` is the plain text 'Warm in'"),
 ]
 
 
@@ -1220,6 +1227,30 @@ def run_jq(command: str, lines: list[Any], folder: Path) -> list[Any]:
     options = command.split()[1]
     made = subprocess.run(["jq", options, program, file], capture_output=True, text=True, check=True).stdout
     return [json.loads(line) for line in made.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        (ALPACA, [KIND, *FORMER, {"role": "user", "content": "Warm in\nRome?"}, SAID]),
+        ({"instruction": "Warm in Rome?", "input": "", "output": "Yes."}, [ASKED, SAID]),
+        ({"prompt": "Warm in Rome?", "completion": "Yes."}, [ASKED, SAID]),
+        ({"prompt": "Warm in Rome?", "chosen": "Yes.", "rejected": "No."}, [ASKED, SAID]),
+        ({"prompt": "Warm in Rome?", "chosen": [ASKED, SAID], "rejected": [ASKED, FORMER[1]]}, [ASKED, SAID]),
+        ({"prompt": [ASKED], "chosen": [SAID], "rejected": [FORMER[1]]}, [ASKED, SAID]),
+        (
+            {"input": {"messages": [ASKED]}, "preferred_output": [SAID], "non_preferred_output": [FORMER[1]]},
+            [ASKED, SAID],
+        ),
+        ({"prompt": [ASKED], "completion": [SAID], "label": True}, [ASKED, SAID]),
+    ],
+)
+def test_plain_texts_and_pairs_are_taken_as_their_message_says(
+    row: dict[str, Any], messages: list[Any], tmp_path: Path
+) -> None:
+    command = refusal(row)
+    made = run_jq(command[command.index("jq ") :], [row], tmp_path)
+    assert parse(made[0]).messages == messages
 
 
 def test_a_compacted_session_is_cut_where_it_was_compacted(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ makes whole rows of its file.
 
 from collections.abc import Callable
 
-from gemma_dist.data.layouts import claude_code, langchain, openhands, responses
+from gemma_dist.data.layouts import claude_code, langchain, openhands, prompt_completion, responses
 from gemma_dist.data.layouts.attributes import PLACES
 from gemma_dist.data.layouts.turns import OpenAIRow
 from gemma_dist.data.strict import get, short
@@ -175,6 +175,8 @@ def _run(row: RawRow) -> str | None:
 
 def _steps(row: RawRow) -> str | None:
     """Steps of an agent whose prompt, and so the way in which it wrote its actions, is not in the row."""
+    if prompt_completion.is_layout(row):
+        return None
     for key in ("traj", "trajectory", "steps", "actions", "history"):
         steps = row.get(key)
         if isinstance(steps, list) and steps:

@@ -27,7 +27,9 @@ PLAIN_PAIRS = (
 )
 SHOWN = "assistant messages of the prompt are shown, not trained"
 PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
-PREFERENCE_COMMAND = "jq -c '{messages: ((.prompt // []) + .chosen), tools}' FILE"
+PREFERENCE_COMMAND = (
+    "jq -c '{messages: ((if (.prompt | type) == \"array\" then .prompt else [] end) + .chosen), tools}' FILE"
+)
 
 
 def is_layout(row: RawRow) -> bool:
@@ -112,13 +114,17 @@ def _messages(row: RawRow, key: str) -> list[object]:
 
 
 def _refusal(row: RawRow, asked: str, answered: str) -> DataError:
-    """Why two texts are no trajectory, with the line to write instead."""
-    extra = ' + (.input // "")' if asked == "instruction" and row.get("input") else ""
-    command = (
-        f'jq -c \'{{messages: [{{role: "user", content: (.{asked}{extra})}}, '
-        f'{{role: "assistant", content: .{answered}}}]}}\' FILE'
-    )
+    """Why two texts are no trajectory, with the command that makes one of them."""
+    question = f".{asked}"
+    if asked == "instruction" and row.get("input"):
+        question = '([.instruction, .input] | map(select(. // "" != "")) | join("\\n"))'
+    messages = f'[{{role: "user", content: {question}}}, {{role: "assistant", content: .{answered}}}]'
+    if row.get("history"):
+        messages = (
+            f'([.history[] | {{role: "user", content: .[0]}}, {{role: "assistant", content: .[1]}}] + {messages})'
+        )
+    beside = "".join(f"{key}, " for key in ("system", "tools") if row.get(key))
     return DataError(
         f"`{asked}` is the plain text {short(row[asked])}, which does not say who speaks; if it is what a user says "
-        f"and `{answered}` what the model answers, write so: {command}"
+        f"and `{answered}` what the model answers, write so: jq -c '{{{beside}messages: {messages}}}' FILE"
     )
