@@ -4,6 +4,7 @@ import base64
 import copy
 import io
 import json
+import random
 import shutil
 import subprocess
 from pathlib import Path
@@ -1283,3 +1284,32 @@ def test_no_row_of_before_is_taken_for_a_log(shared: Path) -> None:
         assert not exchanges.is_layout(row)
         assert not lone_events.is_layout(row)
         assert not prompt_completion.is_layout(row)
+
+
+# ---- broken logs -----------------------------------------------------------------------------------------------------
+
+JUNK: list[Any] = [None, 3, "x", [], {}, [1], ["a"], {"a": 1}, True, [[]], [None]]
+
+
+def broken(value: Any, chance: random.Random) -> Any:
+    """The value with something in it removed or replaced by what does not belong there."""
+    if not isinstance(value, (dict, list)) or not value or chance.random() < 0.1:
+        return chance.choice(JUNK)
+    copied: Any = value.copy()
+    place = chance.choice(list(value)) if isinstance(value, dict) else chance.randrange(len(value))
+    if chance.random() < 0.2:
+        del copied[place]
+    else:
+        copied[place] = broken(copied[place], chance)
+    return copied
+
+
+def test_a_broken_log_is_refused_and_never_a_traceback() -> None:
+    chance = random.Random(0)
+    rows = [row for row, _ in [*ROWS.values(), *REFUSED]]
+    for _ in range(3000):
+        row = broken(broken(chance.choice(rows), chance), chance)
+        try:
+            parse(row)
+        except DataError:
+            continue

@@ -94,6 +94,12 @@ def get(value: object, key: str) -> Any:
     return value.get(key) if isinstance(value, dict) else None
 
 
+def get_list(value: object, key: str) -> list[object]:
+    """As `get`, of a list; an empty one where there is none."""
+    found = get(value, key)
+    return found if isinstance(found, list) else []
+
+
 def map_json(value: object, string: Callable[[str], str], key: Callable[[str], str], depth: int = 0) -> Json:
     """A copy of a JSON value with `string` applied to every string and `key` to every key of an object.
 

@@ -28,7 +28,7 @@ from gemma_dist.data.layouts.pieces import (
     tidy,
 )
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
-from gemma_dist.data.strict import error_context, get, short
+from gemma_dist.data.strict import error_context, get, get_list, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -65,17 +65,15 @@ def to_openai(messages: list[object]) -> OpenAIRow:
 
 
 def _has_own_part(message: object) -> bool:
-    content = get(message, "content")
-    return isinstance(content, list) and any(get(part, "type") in OWN_PARTS for part in content)
+    return any(get(part, "type") in OWN_PARTS for part in get_list(message, "content"))
 
 
 def _is_ui(message: object) -> bool:
     if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "system"):
         return False
-    if message.get("toolInvocations") or message.get("experimental_attachments"):
+    if get_list(message, "toolInvocations") or get_list(message, "experimental_attachments"):
         return True
-    parts = message.get("parts")
-    return isinstance(parts, list) and any(_is_ui_part(part) for part in parts)
+    return any(_is_ui_part(part) for part in get_list(message, "parts"))
 
 
 def _is_ui_part(part: object) -> bool:
@@ -159,14 +157,12 @@ def _add_ui_message(row: OpenAIRow, number: int, message: RawRow) -> None:
 
 def _ui_parts(message: RawRow) -> list[object]:
     """The parts of a message; before version 4.2 its calls stood beside what was said after them."""
-    parts = message.get("parts")
-    attached = message.get("experimental_attachments") or []
-    assert isinstance(attached, list)
+    parts = get_list(message, "parts")
+    attached = get_list(message, "experimental_attachments")
     files = [{"type": "file", "mediaType": get(file, "contentType"), "url": get(file, "url")} for file in attached]
-    if isinstance(parts, list) and parts:
+    if parts:
         return [*parts, *files]
-    invocations = message.get("toolInvocations") or []
-    assert isinstance(invocations, list)
+    invocations = get_list(message, "toolInvocations")
     made: list[object] = [{"type": "tool-invocation", "toolInvocation": invocation} for invocation in invocations]
     if message.get("content"):
         made.append({"type": "text", "text": message["content"]})

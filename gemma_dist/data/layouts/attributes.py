@@ -5,7 +5,7 @@
 [{"key": "llm.input_messages.0.message.role", "value": {"stringValue": "user"}}]
 """
 
-from gemma_dist.data.strict import get, parse_json, short
+from gemma_dist.data.strict import get, get_list, parse_json, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -19,8 +19,7 @@ def read_attributes(row: RawRow) -> RawRow:
     attributes: RawRow = {}
     for place in PLACES:
         attributes |= _as_object(find(row, place))
-    events = row.get("events")
-    for event in events if isinstance(events, list) else []:
+    for event in get_list(row, "events"):
         if get(event, "name") == DETAILS:
             attributes |= _as_object(get(event, "attributes"))
     return attributes or row
@@ -87,10 +86,9 @@ def _otlp_value(value: object) -> object:
         if value.get(kind) is not None:
             return value[kind]
     if isinstance(value.get("arrayValue"), dict):
-        values = get(value["arrayValue"], "values") or []
-        return [_otlp_value(item) for item in values]
+        return [_otlp_value(item) for item in get_list(value["arrayValue"], "values")]
     if isinstance(value.get("kvlistValue"), dict):
-        return _as_object(get(value["kvlistValue"], "values") or [])
+        return _as_object(get_list(value["kvlistValue"], "values"))
     if value:
         raise DataError(f"the attribute {short(value)} is of a kind that OTLP does not have; mend the export")
     return None

@@ -24,7 +24,7 @@ from gemma_dist.data.layouts.pieces import (
     tidy,
 )
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
-from gemma_dist.data.strict import error_context, get, short
+from gemma_dist.data.strict import error_context, get, get_list, short
 from gemma_dist.errors import DataError
 
 OWN_KEYS = ("text", "image", "toolUse", "toolResult", "reasoningContent")
@@ -32,7 +32,7 @@ OWN_KEYS = ("text", "image", "toolUse", "toolResult", "reasoningContent")
 
 def is_messages(messages: list[object]) -> bool:
     """Whether one of the messages has a block without a type, told by its key."""
-    return any(_is_own_block(block) for message in messages for block in _blocks(message))
+    return any(_is_own_block(block) for message in messages for block in get_list(message, "content"))
 
 
 def to_openai(messages: list[object]) -> OpenAIRow:
@@ -44,16 +44,11 @@ def to_openai(messages: list[object]) -> OpenAIRow:
             if not isinstance(message, dict) or not isinstance(message.get("content"), list):
                 row.messages.append((number, message))
                 continue
-            pieces = [_piece(block, row.notes) for block in _blocks(message)]
+            pieces = [_piece(block, row.notes) for block in get_list(message, "content")]
             kept = {key: message[key] for key in message if key not in ("role", "content")}
             add_pieces(row.messages, number, role, pieces, row.notes, kept=kept)
     row.messages = tidy(row.messages)
     return row
-
-
-def _blocks(message: object) -> list[object]:
-    content = get(message, "content")
-    return content if isinstance(content, list) else []
 
 
 def _is_own_block(block: object) -> bool:
@@ -65,7 +60,7 @@ def _piece(block: object, notes: Counter[str]) -> Piece:
     if isinstance(use, dict):
         return Call(use.get("toolUseId"), use.get("name"), use.get("input"))
     if isinstance(result, dict):
-        content = [_content_part(part) for part in _blocks(result)]
+        content = [_content_part(part) for part in get_list(result, "content")]
         return Answer(result.get("toolUseId"), content, failed=result.get("status") == "error")
     if isinstance(reasoning, dict):
         text = get(reasoning.get("reasoningText"), "text")

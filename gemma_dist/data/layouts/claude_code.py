@@ -16,7 +16,7 @@ from collections import Counter
 from gemma_dist.data.layouts import anthropic
 from gemma_dist.data.layouts.pieces import ENCRYPTED_REASONING, tidy
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow
-from gemma_dist.data.strict import get
+from gemma_dist.data.strict import get, get_list
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -74,7 +74,8 @@ def _of_main_agent(events: list[object], notes: Counter[str]) -> list[tuple[int,
         if _is_sidechain(event) and not is_subagent:
             notes[SIDECHAINS] += 1
         elif isinstance(event, dict):
-            if get(event, "subtype") == "compact_boundary" and kept:
+            is_cut = get(event, "subtype") == "compact_boundary"
+            if is_cut and any(_holds_message(before) for _, before in kept):
                 raise DataError(
                     f"event {number} compacts the session: what follows was said under a summary of what is before; "
                     f"make rows of what lies between such events: {COMPACTED_COMMAND}"
@@ -112,17 +113,16 @@ def _on_last_branch(events: list[tuple[int, RawRow]], notes: Counter[str]) -> li
 
 def _last_branch(events: list[RawRow]) -> set[int]:
     """The indices of the events on the way from the last message to its beginning."""
-    index_of = {event.get("uuid"): index for index, event in enumerate(events)}
+    index_of = {event["uuid"]: index for index, event in enumerate(events) if _id(event, "uuid")}
     branch: set[int] = set()
     index = max((index for index, event in enumerate(events) if _holds_message(event)), default=-1)
     while index >= 0 and index not in branch:
         branch.add(index)
         event = events[index]
-        parent = event.get("parentUuid")
-        if parent is None and "parentUuid" in event:
+        if event.get("parentUuid") is None and "parentUuid" in event:
             break
-        # A parent that is not in the file, or is not named: the event before.
-        index = index_of.get(parent, index - 1) if parent is not None else index - 1
+        # Where the parent is not in the file, or is not named: the event before.
+        index = index_of.get(_id(event, "parentUuid"), index - 1)
     return branch
 
 
@@ -133,16 +133,21 @@ def _is_meta(event: RawRow) -> bool:
 
 def _answer_id(event: RawRow) -> object:
     """The id of the answer of the API that an assistant's event is a block of."""
-    return get(event.get("message"), "id") if event.get("type") == "assistant" else None
+    return _id(event.get("message"), "id") if event.get("type") == "assistant" else None
+
+
+def _id(value: object, key: str) -> str | None:
+    """An id; None where there is none, or it is no text."""
+    found = get(value, key)
+    return found if isinstance(found, str) else None
 
 
 def _blocks(event: RawRow) -> list[object]:
-    content = get(event.get("message"), "content")
-    return content if isinstance(content, list) else []
+    return get_list(event.get("message"), "content")
 
 
 def _ids(event: RawRow, kind: str, key: str) -> set[object]:
-    return {get(block, key) for block in _blocks(event) if get(block, "type") == kind}
+    return {_id(block, key) for block in _blocks(event) if get(block, "type") == kind}
 
 
 def _merge_answers(events: list[tuple[int, RawRow]], notes: Counter[str]) -> NumberedMessages:

@@ -28,7 +28,7 @@ from gemma_dist.data.layouts.requests import (
     read_value,
 )
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow
-from gemma_dist.data.strict import error_context, get, short
+from gemma_dist.data.strict import error_context, get, get_list, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -48,9 +48,8 @@ class Exchange:
 
 def is_layout(row: RawRow) -> bool:
     """Whether the row logs a call of a model, or holds messages in a layout of such a log."""
-    if row.get("messages") or row.get("conversations"):
-        return _is_foreign_chat(row)
-    return _find(row) is not None
+    is_chat = row.get("messages") or row.get("conversations")
+    return (_is_foreign_chat(row) or not is_chat) and _find(row) is not None
 
 
 def to_openai(row: RawRow) -> OpenAIRow:
@@ -209,7 +208,7 @@ def _words(messages: list[object]) -> list[object]:
     """What each message says, for a comparison that ids and other spellings do not disturb."""
     words: list[object] = []
     for _, message in tidy(read_messages(messages, {}).messages):
-        calls = get(message, "tool_calls") or []
+        calls = get_list(message, "tool_calls")
         words.append((get(message, "role"), str(get(message, "content") or ""), len(calls)))
     return words
 

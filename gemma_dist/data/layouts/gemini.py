@@ -28,7 +28,7 @@ from gemma_dist.data.layouts.pieces import (
     tidy,
 )
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
-from gemma_dist.data.strict import error_context, get, short
+from gemma_dist.data.strict import error_context, get, get_list, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -39,7 +39,7 @@ OWN_KEYS_IN_PYTHON = ("function_call", "function_response", "inline_data", "file
 
 def is_messages(contents: list[object]) -> bool:
     """Whether one of the turns has parts that are told by their keys, not by a type."""
-    return any(_is_part(part) for content in contents for part in _parts(content))
+    return any(_is_part(part) for content in contents for part in get_list(content, "parts"))
 
 
 def to_openai(contents: list[object]) -> OpenAIRow:
@@ -48,24 +48,20 @@ def to_openai(contents: list[object]) -> OpenAIRow:
     for number, content in enumerate(contents, start=1):
         role = get(content, "role")
         with error_context(turn_name(number, role)):
-            if role not in GEMINI_ROLES or not isinstance(content, dict) or not isinstance(content.get("parts"), list):
+            is_known = isinstance(role, str | None) and role in GEMINI_ROLES
+            if not is_known or not isinstance(content, dict) or not isinstance(content.get("parts"), list):
                 if role == "system":
                     raise DataError("a system text stands in `systemInstruction`, not in `contents`; move it there")
                 raise DataError(
                     f"the content {short(content)} is none of Gemini's; write "
                     '{"role": "user" or "model", "parts": [{"text": ...}]}'
                 )
-            pieces = [_piece(part, row.notes) for part in _parts(content)]
+            pieces = [_piece(part, row.notes) for part in get_list(content, "parts")]
             joins = _goes_on(row, pieces)
             kept = {key: content[key] for key in content if key not in ("role", "parts")}
             add_pieces(row.messages, number, GEMINI_ROLES[role], pieces, row.notes, joins=joins, kept=kept)
     row.messages = tidy(row.messages)
     return row
-
-
-def _parts(content: object) -> list[object]:
-    parts = get(content, "parts")
-    return parts if isinstance(parts, list) else []
 
 
 def _is_part(part: object) -> bool:
@@ -122,7 +118,7 @@ def _answer(answer: RawRow) -> Answer:
         response = response[keys[0]]
     content = result_content(response)
     images: list[object] = []
-    for part in _parts(answer):
+    for part in get_list(answer, "parts"):
         data = _value(part, "inlineData", "inline_data") or _value(part, "fileData", "file_data")
         if not isinstance(data, dict):
             raise DataError(f"the part {short(part)} of a functionResponse is no inlineData; write it into `response`")

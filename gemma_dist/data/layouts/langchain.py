@@ -20,7 +20,7 @@ from gemma_dist.data.layouts.pieces import (
     tidy,
 )
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
-from gemma_dist.data.strict import error_context, get, short
+from gemma_dist.data.strict import error_context, get, get_list, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -60,7 +60,7 @@ def is_message(message: object) -> bool:
 
 def is_messages(messages: list[object]) -> bool:
     """Whether one of the messages is LangChain's, or holds calls in LangChain's form."""
-    return any(is_message(message) or any(map(_is_own_call, _calls_of(message))) for message in messages)
+    return any(is_message(message) or any(map(_is_own_call, get_list(message, "tool_calls"))) for message in messages)
 
 
 def to_openai(messages: list[object]) -> OpenAIRow:
@@ -85,18 +85,13 @@ def to_openai(messages: list[object]) -> OpenAIRow:
     return row
 
 
-def _calls_of(message: object) -> list[object]:
-    calls = get(message, "tool_calls")
-    return calls if isinstance(calls, list) else []
-
-
 def _is_own_call(call: object) -> bool:
     return get(call, "type") == "tool_call" and get(call, "function") is None
 
 
 def _with_openai_calls(message: object) -> object:
     """A message with a role, as Langfuse logs those of LangChain, with its calls in OpenAI's form."""
-    calls = _calls_of(message)
+    calls = get_list(message, "tool_calls")
     if not isinstance(message, dict) or not any(map(_is_own_call, calls)):
         return message
     read = [_call(call) for call in calls]
@@ -105,8 +100,8 @@ def _with_openai_calls(message: object) -> object:
 
 
 def _class_name(message: RawRow) -> object:
-    names = message.get("id")
-    return names[-1] if isinstance(names, list) and names else None
+    names = get_list(message, "id")
+    return str(names[-1]) if names else None
 
 
 def _role_and_fields(message: RawRow) -> tuple[object, RawRow]:
@@ -175,7 +170,7 @@ def _calls(fields: RawRow, beside: object, in_content: list[Call]) -> list[Piece
         return [_call(call) for call in given]
     if in_content:
         return list(in_content)
-    given = get(beside, "tool_calls") or []
+    given = get_list(beside, "tool_calls")
     if not given and get(beside, "function_call"):
         given = [{"function": get(beside, "function_call")}]
     return [_call(call) for call in given]

@@ -20,7 +20,7 @@ The agent SDK (version 1) writes events by `kind`:
 
 from gemma_dist.data.layouts.pieces import Answer, Call, Piece, Reasoning, add_pieces, content_parts, tidy
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
-from gemma_dist.data.strict import error_context, get
+from gemma_dist.data.strict import error_context, get, get_list
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -50,7 +50,7 @@ def is_messages(events: list[object]) -> bool:
 def to_openai(events: list[object]) -> OpenAIRow:
     """The events as messages. DataError where one shows no call or message that a model was given or made."""
     row = OpenAIRow([])
-    answers: dict[object, RawRow] = {}  # the messages of the model by the id of its response
+    answers: dict[str, RawRow] = {}  # the messages of the model by the id of its response
     for number, event in enumerate(events, start=1):
         with error_context(turn_name(number, _name(event))):
             if not isinstance(event, dict):
@@ -77,7 +77,7 @@ def _name(event: object) -> object:
 # ---- events with `action` and `observation` --------------------------------------------------------------------------
 
 
-def _add_event(row: OpenAIRow, number: int, event: RawRow, answers: dict[object, RawRow]) -> None:
+def _add_event(row: OpenAIRow, number: int, event: RawRow, answers: dict[str, RawRow]) -> None:
     name, arguments = _name(event), event.get("args")
     metadata = event.get("tool_call_metadata")
     if isinstance(metadata, dict) and metadata.get("tool_call_id"):
@@ -95,7 +95,7 @@ def _add_event(row: OpenAIRow, number: int, event: RawRow, answers: dict[object,
         add_pieces(row.messages, number, "system", content_parts(get(arguments, "content")), row.notes)
     elif event.get("action") == "message":
         role = "assistant" if event.get("source") == "agent" else "user"
-        images = [{"type": "image", "url": url} for url in get(arguments, "image_urls") or []]
+        images = [{"type": "image", "url": url} for url in get_list(arguments, "image_urls")]
         pieces = content_parts(get(arguments, "content")) + images
         add_pieces(row.messages, number, role, pieces, row.notes)
     elif name in UNSEEN or event.get("source") == "environment":
@@ -108,14 +108,14 @@ def _add_event(row: OpenAIRow, number: int, event: RawRow, answers: dict[object,
         )
 
 
-def _add_response(row: OpenAIRow, number: int, metadata: RawRow, answers: dict[object, RawRow]) -> None:
+def _add_response(row: OpenAIRow, number: int, metadata: RawRow, answers: dict[str, RawRow]) -> None:
     """The message of the model as it came, once for all of its calls."""
     response = metadata.get("model_response")
     choices = get(response, "choices")
     message = get(choices[0], "message") if isinstance(choices, list) and choices else None
     if not isinstance(message, dict):
         raise DataError("`tool_call_metadata.model_response` holds no message; export the event with its response")
-    response_id = get(response, "id") or metadata["tool_call_id"]
+    response_id = str(get(response, "id") or metadata["tool_call_id"])
     if response_id not in answers:
         answers[response_id] = message
         said = {key: message[key] for key in SAID if message.get(key) is not None}
@@ -125,7 +125,7 @@ def _add_response(row: OpenAIRow, number: int, metadata: RawRow, answers: dict[o
 # ---- events of the agent SDK, by `kind` ------------------------------------------------------------------------------
 
 
-def _add_sdk_event(row: OpenAIRow, number: int, event: RawRow, answers: dict[object, RawRow]) -> None:
+def _add_sdk_event(row: OpenAIRow, number: int, event: RawRow, answers: dict[str, RawRow]) -> None:
     kind = event["kind"]
     if kind == "SystemPromptEvent":
         tools = event.get("tools")
@@ -154,13 +154,13 @@ def _add_sdk_event(row: OpenAIRow, number: int, event: RawRow, answers: dict[obj
         row.notes[INTERNAL] += 1
 
 
-def _add_sdk_call(row: OpenAIRow, number: int, event: RawRow, answers: dict[object, RawRow]) -> None:
+def _add_sdk_call(row: OpenAIRow, number: int, event: RawRow, answers: dict[str, RawRow]) -> None:
     """A call; the calls of one response of the model are one message."""
     call = event.get("tool_call")
     arguments = get(call, "arguments")
     made = Call(get(call, "id"), get(call, "name"), get(get(call, "function"), "arguments") or arguments)
-    response_id = event.get("llm_response_id")
-    message = answers.get(response_id) if response_id is not None else None
+    response_id = str(event.get("llm_response_id") or made.id)
+    message = answers.get(response_id)
     if message is not None:
         add_pieces([(number, message)], number, "assistant", [made], row.notes, joins=True)
         return

@@ -22,7 +22,7 @@ from gemma_dist.data.layouts.pieces import (
     tidy,
 )
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
-from gemma_dist.data.strict import error_context, get, short
+from gemma_dist.data.strict import error_context, get, get_list, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -82,8 +82,7 @@ def _is_own_item(item: object) -> bool:
     kind = get(item, "type")
     if kind in OWN_ITEMS and get(item, "role") is None:
         return True
-    content = get(item, "content")
-    return isinstance(content, list) and any(get(part, "type") in OWN_PARTS for part in content)
+    return any(get(part, "type") in OWN_PARTS for part in get_list(item, "content"))
 
 
 def _add_item(row: OpenAIRow, number: int, item: RawRow) -> None:
@@ -101,9 +100,8 @@ def _add_item(row: OpenAIRow, number: int, item: RawRow) -> None:
     elif kind == "mcp_call":
         _join(row, number, _mcp_call(item))
     elif kind == "mcp_list_tools":
-        tools = row.tools if isinstance(row.tools, list) else []
-        given = item.get("tools")
-        row.tools = [*tools, *given] if isinstance(given, list) else tools
+        listed = row.tools if isinstance(row.tools, list) else []
+        row.tools = [*listed, *get_list(item, "tools")]
     elif kind not in UNSEEN_ITEMS:
         raise DataError(_why_not(kind))
 
@@ -123,7 +121,7 @@ def _add_message(row: OpenAIRow, number: int, item: RawRow) -> None:
 
 def _add_reasoning(row: OpenAIRow, number: int, item: RawRow) -> None:
     """The reasoning itself where the item has it (open models), else its summary, else nothing that could be read."""
-    whole, summary = _texts(item.get("content")), _texts(item.get("summary"))
+    whole, summary = _texts(item, "content"), _texts(item, "summary")
     if whole and summary:
         row.notes[FULL_REASONING] += 1
     texts = whole or summary
@@ -135,9 +133,9 @@ def _add_reasoning(row: OpenAIRow, number: int, item: RawRow) -> None:
     add_pieces(row.messages, number, "assistant", [Reasoning("\n".join(texts))], row.notes, joins=not opens)
 
 
-def _texts(parts: object) -> list[str]:
+def _texts(item: RawRow, key: str) -> list[str]:
     texts: list[str] = []
-    for part in parts if isinstance(parts, list) else []:
+    for part in get_list(item, key):
         text = get(part, "text")
         if isinstance(text, str) and text.strip():
             texts.append(text)

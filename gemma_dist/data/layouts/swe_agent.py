@@ -12,7 +12,7 @@ Calls that SWE-agent's text formats write into a code block stay text, as the mo
 
 from gemma_dist.data import marks
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
-from gemma_dist.data.strict import error_context, get, short
+from gemma_dist.data.strict import error_context, get, get_list, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -42,7 +42,7 @@ def to_openai(messages: list[object]) -> OpenAIRow:
 
 def _is_nebius(message: object) -> bool:
     has_text = get(message, "text") is not None or get(message, "system_prompt") is not None
-    return get(message, "role") in NEBIUS_ROLES and get(message, "content") is None and has_text
+    return get(message, "role") in tuple(NEBIUS_ROLES) and get(message, "content") is None and has_text
 
 
 def _is_marked(message: object) -> bool:
@@ -69,8 +69,7 @@ def _message(row: OpenAIRow, message: RawRow) -> RawRow:
         row.notes[DEMONSTRATIONS] += 1
         if message.get("role") == "assistant":
             moved["train"] = False
-    thoughts = message.get("thinking_blocks")
-    texts = [get(block, "thinking") for block in thoughts] if isinstance(thoughts, list) else []
+    texts = [get(block, "thinking") for block in get_list(message, "thinking_blocks")]
     reasoning = [text for text in texts if isinstance(text, str) and text]
     if reasoning:
         moved.setdefault("reasoning_content", "\n".join(reasoning))

@@ -30,7 +30,7 @@ from gemma_dist.data.layouts.pieces import (
     tidy,
 )
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
-from gemma_dist.data.strict import error_context, get, short
+from gemma_dist.data.strict import error_context, get, get_list, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -41,7 +41,7 @@ TEXT_PARTS = ("text", "reasoning", "thinking")
 
 def is_messages(messages: list[object]) -> bool:
     """Whether one of the messages has parts of the GenAI conventions."""
-    return any(_is_own_part(part) for message in messages for part in _parts(message))
+    return any(_is_own_part(part) for message in messages for part in get_list(message, "parts"))
 
 
 def to_openai(messages: list[object]) -> OpenAIRow:
@@ -53,18 +53,13 @@ def to_openai(messages: list[object]) -> OpenAIRow:
             if not isinstance(message, dict) or not isinstance(message.get("parts"), list):
                 row.messages.append((number, message))
                 continue
-            pieces = [_piece(part) for part in _parts(message)]
+            pieces = [_piece(part) for part in get_list(message, "parts")]
             if None in pieces:
                 row.notes[ENCRYPTED_REASONING] += pieces.count(None)
             kept = {key: message[key] for key in message if key not in ("role", "parts", "finish_reason")}
             add_pieces(row.messages, number, role, pieces, row.notes, kept=kept)
     row.messages = tidy(row.messages)
     return row
-
-
-def _parts(message: object) -> list[object]:
-    parts = get(message, "parts")
-    return parts if isinstance(parts, list) else []
 
 
 def _is_own_part(part: object) -> bool:
