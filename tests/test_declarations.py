@@ -132,11 +132,6 @@ def test_columns_that_declare_nothing_pass() -> None:
     assert parse(row(**columns)).tools == [TOOL]
 
 
-def test_rows_that_call_without_declarations_are_counted() -> None:
-    assert parse(row()).notes == {"rows call tools but declare none": 1}
-    assert not parse(row(tools=[TOOL])).notes
-
-
 REFUSED = [
     (row(tools=[TOOL], functions=[OTHER["function"]]), "`tools` and `functions` declare different tools; keep one"),
     (with_system({"tools": [OTHER]}, tools=[TOOL]), "`tools` and `tools of the system message` declare different"),

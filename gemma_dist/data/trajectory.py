@@ -90,8 +90,6 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
         if tools:
             check_calls(places, messages, tools)
             tools = show_tools(tools, settings.schemas, converted.notes)
-        elif any("tool_calls" in message for message in messages):
-            converted.notes["rows call tools but declare none"] += 1
         media_root = _media_root(settings.media_root, where)
         images = _load_images(image_places, converted.images, media_root, settings.max_image_pixels)
         in_order = chain.from_iterable(text_before_calls(message, settings.text_beside_call) for message in messages)
