@@ -41,11 +41,11 @@ def main() -> None:
     gemma_dist("shard", RUN / "held_out/trajectories.jsonl", "--model", MODEL, "--out", HELD_OUT)
     before = evaluate("before", "--model", MODEL)
 
-    train("launch/cpu_full.yaml", MODEL, FULL)
+    train("launch/cpu_full.yaml", MODEL, TRAIN, FULL)
     after = evaluate("full", "--model", FULL)
     blank = evaluate("blank", "--model", FULL, "--images", "blank")
 
-    train("launch/cpu_qlora.yaml", FULL, ADAPTER, "max_steps=60")
+    train("launch/cpu_qlora.yaml", FULL, TRAIN, ADAPTER, "max_steps=60")
     adapted = evaluate("qlora", "--model", FULL, "--adapter", ADAPTER)
     gemma_dist("merge", "--base", FULL, "--adapter", ADAPTER, "--out", MERGED, "--verify")
     merged = evaluate("merged", "--model", MERGED)
@@ -106,10 +106,11 @@ def evaluate(name: str, *arguments: Any) -> dict[str, Any]:
     return report
 
 
-def train(recipe: str, model: Path, out: Path, *overrides: str) -> None:
+def train(recipe: str, model: Path, shards: Path, out: Path, *overrides: str) -> None:
     """Train on two processes."""
     words = ["accelerate", "launch", "--config_file", "accelerate_configs/cpu_ddp.yaml", "-m", "gemma_dist", "train",
-             recipe, f"model_name_or_path={model}", f"data.train={TRAIN}", f"output_dir={out}", *overrides]  # fmt: skip
+             recipe, f"model_name_or_path={model}", f"data.train={shards}", f"output_dir={out}",
+             *overrides]  # fmt: skip
     say(shlex.join(words))
     command = [sys.executable, "-m", "accelerate.commands.launch", *words[2:4], "--main_process_port", "0", *words[4:]]
     if code := subprocess.run(command).returncode:

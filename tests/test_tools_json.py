@@ -103,7 +103,8 @@ def test_a_killed_append_leaves_no_tools_behind(tmp_path: Path, model: str) -> N
 def forget_tools(out: Path) -> None:
     """Make the folder one of an earlier version, which listed no tools."""
     manifest = read_manifest(out / "manifest.arrow", "")
-    write_manifest(out, manifest.header, manifest.header["shards"], manifest.table.replace_schema_metadata(None))
+    table = manifest.table.replace_schema_metadata(None)
+    write_manifest(out, manifest.header, manifest.header["shards"], table, num_tools=None)
     (out / "tools.json").unlink()
 
 

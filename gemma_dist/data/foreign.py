@@ -17,28 +17,14 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-_FLAGS = re.VERBOSE | re.MULTILINE | re.DOTALL
-_TAG = r"<\|?(?:tool_?calls?|function_?calls?|tool_?use|tool_?code)\|?>"
-_MARKED = rf"""
-    (?<!`)(?:
-      {_TAG}\s*+(?:[{{\[]|<(?:function|invoke|name|tool_name)\b|[\w.:-]++(?:[({{]|\s*+<arg_key>))  # Hermes, Qwen, XML
-    | <function=[^<>\s]++>\s*+(?:\{{|<parameter=|</function>)                      # Llama, Qwen Coder
-    | <invoke\s+name\s*=
-    | <start_function_call>\s*+call:                                               # FunctionGemma
-    | <\|python_tag\|>\s*+(?:\{{|import\b|[\w.]++\()                               # Llama
-    | \[TOOL_CALLS\]\s*+(?:[\[{{]|[\w.:-]++\s*+(?:\{{|\[ARGS\]|\[CALL_ID\]))       # Mistral
-    | <[|｜]tool[_▁]calls?[_▁](?:section[_▁])?begin[|｜]>                          # DeepSeek, Kimi
-    | <\|channel\|>commentary\s+to=                                                # gpt-oss
-    )
-    | ^[ \t]*+`{{3,}}[ \t]*+(?:tool_code|tool_calls?|function_calls?)\s++[^\s`]      # Gemma before 4
-    | ^tool_code[ \t]*+\n\s*+\S
-"""
+from gemma_dist.data.call_markers import FLAGS, MARKED, TAG
+
 _STRICT = re.compile(
-    rf"""{_MARKED}
+    rf"""{MARKED}
     | ^Action:[ \t]*+\S++[ \t]*+\n+Action[ ]Input:                                 # ReAct
     | \A\[\s*+[^\W\d][\w.]*+\(\s*+(?=\)|[^\W\d]\w*+\s*+=[^=]).*\)\s*+\]\Z          # a list of Python calls, alone
     """,
-    _FLAGS,
+    FLAGS,
 )
 
 # JSON: where it may begin, what may stand before it at the start of the text, and behind it at the end.
@@ -70,9 +56,9 @@ def _attempt(names: frozenset[str]) -> re.Pattern[str]:
     name = f"(?:{'|'.join(map(re.escape, sorted(names)))})"
     opener = r"""(?:print\(\s*+|(?:default_api|functions|tools?)\.|\[\s*+["']?+|await[ ])"""
     return re.compile(
-        rf"""{_MARKED}
-    | ^[ \t]*+{_TAG}(?=\w|[ \t]*+$)                                                  # not a word of a sentence
-    | (?<!`)(?:{_TAG}|\[TOOL_CALLS\]|<\|python_tag\|>)\s*+{name}(?![\w.-])
+        rf"""{MARKED}
+    | ^[ \t]*+{TAG}(?=\w|[ \t]*+$)                                                  # not a word of a sentence
+    | (?<!`)(?:{TAG}|\[TOOL_CALLS\]|<\|python_tag\|>)\s*+{name}(?![\w.-])
     | ^Action:[ \t]*+{name}[ \t]*+$
     | (?:["']|[{{,]\s*+)(?:(?:tool_|function_)?name|(?:tool|function)(?:_call)?|action|call)\\*+["']?+\s*+:
         \s*+\\*+["'](?:functions\.|default_api\.)?{name}(?:\\*+["']|\Z)              # the value of a JSON key
@@ -80,7 +66,7 @@ def _attempt(names: frozenset[str]) -> re.Pattern[str]:
     | (?: ^[ \t]*+(?:`{{3,}}+(?:\w++[ \t]++)?)?(?:Action:[ \t]*+|\w++[ \t]*+=[ \t]*+)?{opener}{{0,3}}
         | (?<![`\w.(]){opener}{{1,3}} ){name}\(                                        # Python, not behind a backtick
     """,
-        _FLAGS,
+        FLAGS,
     )
 
 

@@ -35,9 +35,9 @@ def tool_name(name: object) -> str:
     return name
 
 
-def parse_tools(tools: object, clean: Clean, notes: Counter[str] | None = None) -> list[Tool]:
-    """Declarations in OpenAI's form, as given but for the wrapper, the keys that the template needs, the names of
-    types, and nulls that say nothing; `notes` count what was changed.
+def parse_tools(tools: object, clean: Clean, notes: Counter[str]) -> list[Tool]:
+    """Declarations in OpenAI's form, as given but for the wrapper, the names of types, the keys that the template
+    needs, and nulls that say nothing. `notes` count what was changed.
 
     Raises:
         DataError: one is no declaration of a function, is declared twice, or has an invalid schema.
@@ -125,6 +125,11 @@ def _nullable(dialect: type[jsonschema.protocols.Validator]) -> type[jsonschema.
     saying = ("type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref")
     known = [keyword for keyword in saying if keyword in dialect.VALIDATORS]  # older dialects lack some
     return jsonschema.validators.extend(dialect, {keyword: unless_null(keyword) for keyword in known})
+
+
+def without_schemas(tools: list[Tool]) -> list[Tool]:
+    """The tools by name alone, so that all arguments fit them."""
+    return [{"type": "function", "function": {"name": tool["function"]["name"], "description": ""}} for tool in tools]
 
 
 def check_calls(places: list[str], messages: list[Message], tools: list[Tool]) -> None:

@@ -30,6 +30,7 @@ class Gold(TypedDict):
 
     calls: list[GoldCall]
     content: str
+    is_outline: bool  # of a test case that gives names of tools alone: arguments and content stand for nothing
 
 
 class ScoredDecision(TypedDict):

@@ -157,6 +157,7 @@ def _scored(decision: Decision, answer: Answer) -> ScoredDecision:
     reading = read_output(answer.text, end_of_prompt, budget_spent=not answer.stopped, tool_names=tool_names)
     gold_calls = [call["function"] for call in prompt.gold[-1].get("tool_calls", [])]
     gold_text = "".join(content_text(message["content"]) for message in prompt.gold)
+    is_outline = decision.trajectory.is_outline
     return {
         "id": decision.trajectory.id,
         "trajectory": decision.trajectory_number,
@@ -167,8 +168,8 @@ def _scored(decision: Decision, answer: Answer) -> ScoredDecision:
         "output_tokens": answer.num_tokens,
         "stopped": answer.stopped,
         "parsed": reading_to_json(reading),
-        "gold": {"calls": gold_calls, "content": gold_text},
-        "score": score_decision(reading, gold_calls, gold_text, decision.trajectory.tools),
+        "gold": {"calls": gold_calls, "content": gold_text, "is_outline": is_outline},
+        "score": score_decision(reading, gold_calls, gold_text, decision.trajectory.tools, is_outline=is_outline),
     }
 
 

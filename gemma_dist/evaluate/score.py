@@ -12,6 +12,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypedDict
 
 from gemma_dist.data.read import Call, Reading, Status
@@ -49,16 +50,24 @@ class Score(TypedDict):
 
 
 def score_decision(
-    reading: Reading, gold_calls: Sequence[GoldCall], gold_text: str, tools: Sequence[Mapping[str, Any]]
+    reading: Reading,
+    gold_calls: Sequence[GoldCall],
+    gold_text: str,
+    tools: Sequence[Mapping[str, Any]],
+    *,
+    is_outline: bool = False,
 ) -> Score:
     """Score one decision point.
 
-    `tools` are the OpenAI declarations offered ([]: none declared, so nothing can be hallucinated).
+    `tools` are the OpenAI declarations offered ([]: none declared, so nothing can be hallucinated). Gold as an outline
+    gives the names of calls alone.
     """
     if reading.as_text and same_value(reading.content, gold_text):
         reading = reading.as_text  # gold's own words are no attempt, whatever they look like
     pairs = match_calls(gold_calls, reading.calls)
     counted = _count(reading, gold_calls, gold_text, tools, pairs)
+    if is_outline:
+        counted = replace(counted, is_outline=True, gold_arguments=0, arguments=0, right_arguments=0)
     return {
         "status": reading.status,
         "right": counted.right,

@@ -67,7 +67,7 @@ class ManifestHeader(CorpusHeader):
 
     format_version: int
     shards: list[ShardEntry]
-    num_tools: NotRequired[int]  # in tools.json; an earlier version did not list them
+    num_tools: NotRequired[int]  # declarations in tools.json; earlier versions wrote none
 
 
 class RowGroupPlace(NamedTuple):
@@ -136,13 +136,13 @@ def row_group_line(
 
 
 def write_manifest(
-    folder: Path, corpus: CorpusHeader, shards: list[ShardEntry], table: pa.Table, num_tools: int | None = None
+    folder: Path, corpus: CorpusHeader, shards: list[ShardEntry], table: pa.Table, num_tools: int | None
 ) -> None:
     """Write `folder`/manifest.arrow, complete or not at all: the folder is finished from here on.
 
     Args:
+        num_tools: declarations in tools.json; None: no such list was made.
         table: lines of SCHEMA, in the order of the shards and of the row groups in them.
-        num_tools: how many of the declarations in tools.json are of these shards; None: they are not listed.
     """
     assert table.schema.equals(SCHEMA), table.schema
     table = table.combine_chunks()

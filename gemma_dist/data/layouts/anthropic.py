@@ -1,7 +1,7 @@
 """Anthropic: content as blocks, `system` beside the messages, tools with `input_schema`."""
 
 from gemma_dist.data.content import mark_error
-from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, turn_name
+from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, number_turns, turn_name
 from gemma_dist.data.strict import error_context, get, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
@@ -25,7 +25,7 @@ def to_openai(row: RawRow) -> OpenAIRow:
     """The row in the OpenAI shape. DataError where a block cannot be converted."""
     turns = row["messages"]
     assert isinstance(turns, list)
-    return OpenAIRow(_messages(turns), row.get("tools"), row.get("images"))
+    return OpenAIRow(to_messages(number_turns(turns)), row.get("tools"), row.get("images"))
 
 
 def _is_own_block(block: object) -> bool:
@@ -37,9 +37,10 @@ def _blocks(message: object) -> list[object]:
     return content if isinstance(content, list) else []
 
 
-def _messages(turns: list[object]) -> NumberedMessages:
+def to_messages(turns: NumberedMessages) -> NumberedMessages:
+    """The turns with blocks as messages; others pass. DataError where a block cannot be converted."""
     messages: NumberedMessages = []
-    for number, turn in enumerate(turns, start=1):
+    for number, turn in turns:
         role = get(turn, "role")
         with error_context(turn_name(number, role)):
             if not isinstance(turn, dict) or not any(map(_is_own_block, _blocks(turn))):
