@@ -55,6 +55,7 @@ SAME = {
     "openai, one as json text": row(tools=json.dumps(TOOL)),
     "when2call, json texts": row(tools=[json.dumps(FUNCTION)]),
     "parameters as json text": row(tools=[NAMED | {"parameters": json.dumps(PARAMETERS)}]),
+    "the function as json text": row(tools=[{"type": "function", "function": json.dumps(FUNCTION)}]),
     "openai until 2023": row(functions=[FUNCTION]),
     "openai until 2023, json text": row(functions=json.dumps([FUNCTION])),
     "beside an empty column": row(functions=[FUNCTION], tools=[]),
@@ -130,11 +131,6 @@ def test_columns_that_declare_nothing_pass() -> None:
         "gen_ai.tool.definitions": json.dumps([FUNCTION]),  # the same again
     }
     assert parse(row(**columns)).tools == [TOOL]
-
-
-def test_rows_that_call_without_declarations_are_counted() -> None:
-    assert parse(row()).notes == {"rows call tools but declare none": 1}
-    assert not parse(row(tools=[TOOL])).notes
 
 
 REFUSED = [
@@ -225,7 +221,7 @@ def test_types_are_renamed_wherever_a_schema_stands() -> None:
         "properties": {
             "type": {"type": "float"},
             "list": {"type": "LIST", "items": {"type": "Any"}},
-            "one": {"anyOf": [{"type": "int"}, {"type": ["STRING", "NULL"]}]},
+            "one": {"anyOf": [{"type": "int"}, {"type": ["STRING", "NULL"]}, {"type": ["OBJECT"]}]},
             "map": {"type": "dict", "additionalProperties": {"type": "bool"}},
             "ref": {"$ref": "#/$defs/A"},
         },
@@ -236,7 +232,7 @@ def test_types_are_renamed_wherever_a_schema_stands() -> None:
         "properties": {
             "type": {"type": "number"},
             "list": {"type": "array", "items": {}},
-            "one": {"anyOf": [{"type": "integer"}, {"type": ["string", "null"]}]},
+            "one": {"anyOf": [{"type": "integer"}, {"type": ["string", "null"]}, {"type": "object"}]},
             "map": {"type": "object", "additionalProperties": {"type": "boolean"}},
             "ref": {"$ref": "#/$defs/A"},
         },

@@ -171,7 +171,7 @@ def test_what_a_killed_run_left_is_no_shard_folder_and_is_replaced(tmp_path: Pat
         list(load_trajectories(folder, ShardConfig()))
     shard_rows(tmp_path, model, ROWS[:1])
     assert len(open_shards(folder)) == 1
-    assert {path.name for path in folder.iterdir()} == {"train-00000.parquet", "manifest.arrow", "tools.json"}
+    assert {path.name for path in folder.iterdir()} == {"train-00000.parquet", "manifest.arrow"}
 
 
 # ---- too long --------------------------------------------------------------------------------------------------------

@@ -153,5 +153,5 @@ def test_a_long_report_is_cut(tmp_path: Path, model: str) -> None:
     lines = report.summary().splitlines()
     assert lines[2].startswith("2 x tool f29: ")
     assert lines[3].startswith("1 x tool f00: ")
-    assert lines[22:] == ["and 10 more notes of this kind: --json prints them all"]
+    assert lines[22:] == ["and 10 more such notes: `gemma-dist shard … --json` prints all"]
     assert len(report.to_json()["notes"]) == 30

@@ -235,6 +235,8 @@ def _to_openai_tool(tool: object, notes: Counter[str]) -> object:
     if not isinstance(tool, dict):
         return tool
     inside = tool.get("function")
+    if isinstance(inside, str) and inside.lstrip().startswith("{"):
+        inside = parse_json(inside)
     if isinstance(inside, dict):
         return tool | {"function": _to_openai_function(inside, notes)}
     is_function = tool.get("type") in (None, "function") or "input_schema" in tool

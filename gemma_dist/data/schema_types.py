@@ -91,7 +91,7 @@ def _with_json_type(schema: JsonObject) -> JsonObject:
         types = [_simple_type(name) if isinstance(name, str) else name for name in given]
         if "any" in types:
             return {key: value for key, value in schema.items() if key != "type"}
-        return schema | {"type": types}
+        return schema | {"type": types[0] if len(types) == 1 else types}
     return schema
 
 

@@ -62,9 +62,6 @@ class _ParsedMessages:
     image_places: list[_ImagePlace]
 
 
-UNDECLARED = "rows call tools but declare none"
-
-
 def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajectory:
     """The trajectory in a raw row of any layout that is taken (`data/layouts/`).
 
@@ -89,8 +86,6 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
         if tools:
             check_calls(parsed.places, parsed.messages, without_schemas(tools) if is_outline else tools)
             tools = show_tools(tools, settings.schemas, notes)
-        elif any("tool_calls" in message for message in parsed.messages):
-            notes[UNDECLARED] += 1
         media_root = _media_root(settings.media_root, where)
         images = _load_images(parsed.image_places, converted.images, media_root, settings.max_image_pixels)
         messages = _in_order(parsed.messages, settings, notes)

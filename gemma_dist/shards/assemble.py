@@ -142,7 +142,7 @@ def finish(jobs: list[ShardJob], before: Manifest | None, plan: Plan, log_sizes:
     tools = write_tools(out, before, _logs(pieces, PIECE_TOOLS))
     if twice := tools.names_declared_twice():
         report.notes[f"tools are declared in different ways, such as {twice[0]}; {TOOLS} holds each"] = len(twice)
-    write_manifest(out, plan, old_shards + new_shards, _join_lines(pieces, before), num_tools=len(tools))
+    write_manifest(out, plan, old_shards + new_shards, _join_lines(pieces, before), len(tools))
     for path in work_files(out):
         path.unlink(missing_ok=True)
     return report

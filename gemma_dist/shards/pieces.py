@@ -37,6 +37,7 @@ REJECTED = "rejected.jsonl"
 TOO_LONG = "too_long.jsonl"
 PIECE_TOOLS = "tools.jsonl"  # the declarations of a piece, each once
 NUM_NOTES_SHOWN = 20
+UNDECLARED = "rows call tools but declare none"
 _PIECE_FILE = re.compile(  # as `ShardJob.path` names it, or `_partial` while it is written
     rf"\.?\.piece-(\d{{5,}})(\.arrow|-{re.escape(REJECTED)}|-{re.escape(TOO_LONG)}|-{re.escape(PIECE_TOOLS)}"
     r"|-\d{3,}\.parquet)(\.tmp)?"
@@ -104,7 +105,9 @@ class ShardReport:
         notes = sorted(self.notes.items(), key=lambda item: (-item[1], item[0]))
         lines += [f"{count:,} x {note}" for note, count in notes[:NUM_NOTES_SHOWN]]
         if len(notes) > NUM_NOTES_SHOWN:
-            lines.append(f"and {len(notes) - NUM_NOTES_SHOWN:,} more notes of this kind: --json prints them all")
+            lines.append(
+                f"and {len(notes) - NUM_NOTES_SHOWN:,} more such notes: `gemma-dist shard … --json` prints all"
+            )
         return "\n".join(lines)
 
 
@@ -194,8 +197,7 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow]) -> None:
         if kept and encoded_kept:
             writer.add(kept, encoded_kept, where)
             report.num_dropped_reasoning += encoded_kept.num_dropped_reasoning
-            for note, count in kept.notes.items():
-                report.notes[spell(note, OPTIONS)] += count
+            report.notes += _notes(kept)
             for tool in filter(seen_tools.is_new, kept.tools):
                 tools.write(tool)
     tools.close()
@@ -204,6 +206,16 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow]) -> None:
     for name, total in writer.totals.items():
         setattr(report, name, total)
     writer.close(report, errors)
+
+
+def _notes(trajectory: Trajectory) -> Counter[str]:
+    """What the report says of a written row, in the words of the command line."""
+    notes: Counter[str] = Counter()
+    for note, count in trajectory.notes.items():
+        notes[spell(note, OPTIONS)] += count
+    if not trajectory.tools and any("tool_calls" in message for message in trajectory.messages):
+        notes[UNDECLARED] += 1
+    return notes
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
