@@ -4,6 +4,8 @@ Arrow gives every object of a column the keys of all, and `datasets` 5 writes JS
 show in what is trained.
 """
 
+import datetime
+import decimal
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -263,6 +265,39 @@ def test_anthropic_blocks_in_arrow(tmp_path: Path) -> None:
     expected = [parse_row(given, "rows.parquet:1", RowConfig()) for given in rows]
     assert [trajectory.messages for trajectory in found] == [trajectory.messages for trajectory in expected]
     assert [trajectory.tools for trajectory in found] == [trajectory.tools for trajectory in expected]
+
+
+@pytest.mark.parametrize("write", ["pandas", "parquet", "saved"])
+def test_pandas_and_datasets_fill_alike(tmp_path: Path, write: str) -> None:
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    rows = [row("f", {"city": "Rome"}, CITY), row("g", {"expr": "1"}, {"properties": {"expr": {"type": "string"}}})]
+    file = tmp_path / "rows.parquet"
+    if write == "pandas":
+        pandas.DataFrame(rows).to_parquet(file)
+    else:
+        made = datasets.Dataset.from_list(rows)
+        file = as_parquet(made, tmp_path) if write == "parquet" else as_saved(made, tmp_path)
+    found = read(file)
+    assert [arguments(trajectory) for trajectory in found] == [[{"city": "Rome"}], [{"expr": "1"}]]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (datetime.date(2024, 5, 1), r"datetime.date\(2024, 5, 1\) \(date\) is not a JSON value; write it as text"),
+        (decimal.Decimal("1.5"), r"Decimal\('1.5'\) \(Decimal\) is not a JSON value; write it as text"),
+        (b"x", r"b'x' \(bytes\) is not a JSON value; write it as text"),
+    ],
+)
+def test_values_that_only_arrow_has_are_refused(tmp_path: Path, value: Any, words: str) -> None:
+    with pytest.raises(DataError, match=f"turn 2 .assistant.: call of f: {words}"):
+        read(write_parquet([row("f", {"a": value})], tmp_path))
+
+
+def test_a_pattern_that_is_none_is_said_where_the_schema_is_applied(tmp_path: Path) -> None:
+    schema = {"type": "object", "patternProperties": {"(": {}}}
+    with pytest.raises(DataError, match="schema"):
+        read(write_parquet([row("f", {"a": None, "b": 1}, schema)], tmp_path))
 
 
 # ---- schemas ---------------------------------------------------------------------------------------------------------

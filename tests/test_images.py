@@ -158,8 +158,8 @@ def test_turned_images_are_seen_upright(kind: str, orientation: int) -> None:
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation])).convert("RGB")
     if kind == "JPEG":  # which blurs single pixels
         stored = stored.resize((stored.width * 16, stored.height * 16), Image.Resampling.NEAREST)
-    settings = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(kind, {})
-    data = saved(stored, kind, exif=exif_of(orientation), **settings)
+    quality: dict[str, dict[str, Any]] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}
+    data = saved(stored, kind, exif=exif_of(orientation), **quality.get(kind, {}))
     image = decode_image(data)
     assert image_size(data) == (image.height, image.width)
     if kind == "JPEG":
@@ -376,7 +376,10 @@ REFUSED: list[tuple[Any, str]] = [
     (asked("What?", images=["red.png"]), "write a part or a marker <image> where each image belongs"),
     (asked("<image>", image="red.png", images=["blue.png"]), "`images` is ['blue.png'], `image` is ['red.png']; keep"),
     (asked("<video>What?", videos=["a.mp4"]), "the row brings `videos`"),
-    (asked([IMAGE | {"file_id": "f-1"}], images=["red.png"]), "the image part has ['file_id'], which is not known"),
+    (
+        asked([IMAGE | {"file_id": "f-1"}], images=["red.png"]),
+        "turn 1 (user): the image part has ['file_id'], which is not known",
+    ),
     (asked([IMAGE | {"source": "red.png"}], images=["red.png"]), "the image part has ['source'], which is not known"),
     (asked([IMAGE | {"index": 1}, IMAGE | {"index": 0}], images=["red.png", "blue.png"]), "the part takes image 1 of"),
 ]

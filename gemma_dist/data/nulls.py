@@ -223,9 +223,16 @@ def _about_key(schemas: list[JsonObject], key: str, root: JsonObject) -> list[Js
             about.append(properties[key])
             continue
         if isinstance(patterns, dict):
-            about += [inner for pattern, inner in patterns.items() if re.search(pattern, key)]
+            about += [inner for pattern, inner in patterns.items() if _matches(pattern, key)]
         about.append(schema.get("additionalProperties"))
     return _alternatives(about, root)
+
+
+def _matches(pattern: str, key: str) -> bool:
+    try:
+        return re.search(pattern, key) is not None
+    except re.error:  # said where the schema is applied
+        return False
 
 
 def _about_items(schemas: list[JsonObject], root: JsonObject) -> list[JsonObject]:

@@ -6,7 +6,7 @@ ms-swift, HF `Image`):
 
 import re
 
-from gemma_dist.data.layouts.turns import OpenAIRow
+from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
 from gemma_dist.data.messages import ColumnIndex, image_source
 from gemma_dist.data.strict import error_context, get, parse_json, short
 from gemma_dist.data.types import RawRow
@@ -39,12 +39,13 @@ def place_images(row: OpenAIRow) -> None:
     if not row.images or not isinstance(row.images, list):
         return
     num_markers = num_parts = 0
-    for _, message in row.messages:
+    for turn, message in row.messages:
         for part in _parts(message):
             if get(part, "type") == "text":
                 num_markers += _count_markers(get(part, "text"))
-            elif _takes_next_image(part):
-                num_parts += 1
+            else:
+                with error_context(turn_name(turn, get(message, "role"))):
+                    num_parts += _takes_next_image(part)
     if not num_markers or num_parts == len(row.images):
         return
     if num_parts + num_markers != len(row.images):
