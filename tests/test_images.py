@@ -21,7 +21,7 @@ from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.errors import DataError
 
 WHITE, BLACK, RED, BLUE = (255, 255, 255), (0, 0, 0), (255, 0, 0), (0, 0, 255)
-ORIENTATION = 0x0112
+ORIENTATION, PHOTOMETRIC = 0x0112, 0x0106  # tags of TIFF
 
 
 def saved(image: Image.Image, kind: str = "PNG", **settings: Any) -> bytes:
@@ -64,6 +64,16 @@ def test_the_transparent_level_of_gray_of_16_bits_is_white() -> None:
     data = saved(Image.frombytes("I;16", (2, 1), np.array([300, 5140], dtype="<u2").tobytes()))
     transparent = chunk(b"tRNS", struct.pack(">H", 300))
     assert seen(before_pixels(data, transparent)) == gray(255, 20)
+
+
+@pytest.mark.parametrize(
+    "image", [row_of("F", 0.0, 1.0, 0.2), row_of("I;16", 0, 65535, 51 * 257), row_of("L", 0, 255, 51)]
+)
+def test_tiff_that_counts_from_white_is_inverted(image: Image.Image) -> None:
+    data = saved(image, "TIFF")
+    at = data.index(struct.pack("<HHI", PHOTOMETRIC, 3, 1)) + 8
+    assert seen(data) == gray(0, 255, 51)
+    assert seen(data[:at] + b"\0" + data[at + 1 :]) == gray(255, 0, 204)
 
 
 def test_floats_from_0_to_1_are_scaled() -> None:

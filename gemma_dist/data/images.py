@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from gemma_dist.data.png import mend_png
 from gemma_dist.data.strict import reason, short
@@ -96,6 +96,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _scale_16_bits(image: Image.Image) -> Image.Image:
     """Gray of 8 bits; PIL's own conversion would make everything above 255 white."""
     samples = np.asarray(image).astype(np.uint32)
+    if _white_is_zero(image):
+        samples = 65535 - samples
     levels = ((samples + 128) // 257).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
@@ -113,7 +115,14 @@ def _scale_32_bits(image: Image.Image) -> Image.Image:
             f"the image holds 32-bit {kind} from {low:g} to {high:g}, and only floats from 0 to 1 say what is black "
             "and what is white; save it as gray of 8 or 16 bits"
         )
+    if _white_is_zero(image):
+        samples = 1 - samples
     return Image.fromarray((samples * 255 + 0.5).astype(np.uint8))
+
+
+def _white_is_zero(image: Image.Image) -> bool:
+    """Whether a TIFF counts gray from white to black, which PIL minds with 8 bits alone."""
+    return getattr(image, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
 
 
 def check_image(data: bytes, max_image_pixels: int) -> None:
