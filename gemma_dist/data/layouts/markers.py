@@ -13,7 +13,7 @@ from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
 MARKER = "<image>"
-_SHOWING_ROLES = ("user", "assistant", "tool", "function")  # whose messages may hold images
+_ROLES_WITHOUT_IMAGES = ("system", "developer")
 
 
 def image_column(row: RawRow) -> object:
@@ -64,7 +64,7 @@ def place_images(row: OpenAIRow) -> None:
 def _parts(message: object) -> list[object]:
     """What a message may show images in: its parts, a string as one."""
     content = get(message, "content")
-    if get(message, "role") not in _SHOWING_ROLES:
+    if get(message, "role") in _ROLES_WITHOUT_IMAGES:
         return []
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
