@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from gemma_dist.config import RowConfig
-from gemma_dist.data.images import check_image, decode_image, image_size, load_image
+from gemma_dist.data.images import FIRST_FRAME, SCALED, check_image, decode_image, image_size, load_image
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.errors import DataError
@@ -204,6 +204,8 @@ BROKEN_SUM = chunk(b"eXIf", TURNED)[:-4] + b"\0\0\0\0"
     [
         (chunk(b"eXIf", TURNED), True),
         (chunk(b"iTXt", XMP), True),
+        (chunk(b"eXIf", exif_of(9).tobytes()[6:]), False),
+        (chunk(b"eXIf", exif_of(700).tobytes()[6:]), False),
         (chunk(b"eXIf", b"no TIFF in here"), False),
         (chunk(b"eXIf", TURNED[:-9]), None),
         (chunk(b"eXIf", b""), False),
@@ -375,6 +377,26 @@ def test_markers_of_all_turns_take_the_images_in_order(tmp_path: Path) -> None:
     assert trajectory.messages[0]["content"] == "<image> stands for an image."
     assert trajectory.messages[3]["content"] == [{"type": "text", "text": "shot: "}, IMAGE]
     assert trajectory.messages[4]["content"] == [IMAGE]
+
+
+@pytest.mark.parametrize(
+    ("data", "notes"),
+    [
+        (saved(Image.new("I;16", (2, 1))), {SCALED: 1}),
+        (saved(Image.new("F", (2, 1)), "TIFF"), {SCALED: 1}),
+        *[
+            (
+                saved(Image.new("RGB", (2, 1)), kind, save_all=True, append_images=[Image.new("RGB", (2, 1), "red")]),
+                {FIRST_FRAME: 1},
+            )
+            for kind in ("GIF", "WEBP", "PNG", "TIFF")
+        ],
+        (saved(Image.new("RGBA", (2, 1))), {}),
+        (saved(Image.new("P", (2, 1)), "GIF"), {}),
+    ],
+)
+def test_what_is_not_seen_of_an_image_is_counted(tmp_path: Path, data: bytes, notes: dict[str, int]) -> None:
+    assert parse(asked("<image>What?", images=[{"bytes": data}]), tmp_path).notes == notes
 
 
 REFUSED: list[tuple[Any, str]] = [

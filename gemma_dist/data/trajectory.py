@@ -17,7 +17,7 @@ from pathlib import Path
 from gemma_dist.config import RowConfig
 from gemma_dist.data.answers import link_answers, text_before_calls
 from gemma_dist.data.convert import to_openai
-from gemma_dist.data.images import check_image, load_image
+from gemma_dist.data.images import check_image, image_notes, load_image
 from gemma_dist.data.layouts.turns import turn_name
 from gemma_dist.data.messages import ColumnIndex, clean_text, parse_message, require_encodable
 from gemma_dist.data.nulls import settle_nulls
@@ -85,6 +85,8 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
             check_calls(places, messages, tools)
         media_root = _media_root(settings.media_root, where)
         images = _load_images(image_places, converted.images, media_root, settings.max_image_pixels)
+        for image in images:
+            converted.notes.update(image_notes(image))
         ordered = chain.from_iterable(text_before_calls(message, settings.text_beside_call) for message in messages)
         return Trajectory(row_id, list(ordered), tools, images, converted.notes)
 
