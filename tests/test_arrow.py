@@ -212,6 +212,11 @@ def test_a_null_that_json_rows_hold_beside_their_schema_is_asked_about(tmp_path:
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(row("f", {"city": "Rome", "expr": None}, CITY)))
     assert "argument expr is null, which may stand for no argument: the tool's schema does not name it" in refusal(file)
+    file.write_text(json.dumps(row("f", {"city": None}, CITY)))
+    assert "argument city is null, which may stand for no argument: null does not fit the tool's schema" in refusal(
+        file
+    )
+    assert arguments(read(file, "drop")[0]) == [{}]
     file.write_text(json.dumps(row("f", {"city": "Rome", "expr": None}, CITY, train=False)))
     assert arguments(read(file)[0]) == [{"city": "Rome", "expr": None}]
     file.write_text(json.dumps(row("f", {"city": None}, {"type": "object", "properties": {"city": NULLABLE}})))
