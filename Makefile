@@ -37,7 +37,7 @@ check: .venv ## formatting, lint and types
 	ruff check .
 	mypy
 
-format: .venv ## format, and mend what lint can mend
+format: .venv ## format, and fix what lint can fix
 	ruff check --fix .
 	ruff format .
 

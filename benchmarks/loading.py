@@ -102,7 +102,7 @@ def _status() -> dict[str, int]:
 def load_and_measure(case: str, model: Path, out: Path) -> None:
     """What one rank does: load as `gemma-dist train` does, and write what it took to `out`/<rank>.json."""
     from gemma_dist import world
-    from gemma_dist.config import batch_plan
+    from gemma_dist.batch_plan import batch_plan
     from gemma_dist.model import load
     from gemma_dist.recipe import load_config
     from gemma_dist.resolve import Run

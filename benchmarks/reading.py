@@ -2,13 +2,19 @@
 samples of its passes one by one, with parsed messages: (messages, images as encoded bytes)."""
 
 import base64
+import importlib
 import io
 import json
+import multiprocessing
 import shutil
+import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +23,8 @@ import numpy as np
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from PIL import Image
 
-from gemma_dist.config import BatchPlan, ShardConfig
+from gemma_dist.batch_plan import BatchPlan
+from gemma_dist.config import ShardConfig
 from gemma_dist.data.images import decode_image
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.model.tiny import write_tiny_model
@@ -32,7 +39,7 @@ REQUEST_S, BYTES_PER_S = 0.030, 100e6  # of the simulated store: a request, and 
 BATCH = 16
 
 
-def picture(rng: np.random.Generator) -> bytes:
+def chart(rng: np.random.Generator) -> bytes:
     """A PNG of 512 x 512 pixels and 45 KB: a page with a patch of noise."""
     page = np.full((512, 512, 3), 245, np.uint8)
     page[40:160, 40:160] = rng.integers(0, 256, (120, 120, 3))
@@ -45,7 +52,7 @@ def row(number: int, rng: np.random.Generator) -> dict[str, Any]:
     """A trajectory of two calls that each return an image."""
     messages: list[dict[str, Any]] = [{"role": "user", "content": f"Draw the sales of {number} and of last year."}]
     for name in ("c0", "c1"):
-        url = "data:image/png;base64," + base64.b64encode(picture(rng)).decode()
+        url = "data:image/png;base64," + base64.b64encode(chart(rng)).decode()
         function = {"name": "plot", "arguments": {"n": number}}
         messages += [
             {
@@ -94,18 +101,31 @@ def read_ours(shards: str | Path) -> Samples:
                     yield found.messages, found.images
 
 
-def read_datasets(shards: str | Path, shuffle: bool = False, prefetch: bool = False) -> Samples:
-    """`datasets` streaming of the same parquet, its images left encoded."""
+def read_datasets(shards: str | Path, shuffle: bool = False, prefetch: int = 0, num_workers: int = 0) -> Samples:
+    """`datasets` streaming of the same parquet, its images left encoded.
+
+    Args:
+        prefetch: pieces of a file that are fetched ahead.
+        num_workers: processes of torch's DataLoader, each of which reads some of the files and stays four batches
+            ahead; 0 reads in this one.
+    """
     import datasets
     import pyarrow as pa
     from pyarrow.dataset import ParquetFragmentScanOptions
+    from torch.utils.data import DataLoader
 
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # seconds that a shuffled stream sleeps when it ends
-    options = {"fragment_scan_options": ParquetFragmentScanOptions(cache_options=pa.CacheOptions(prefetch_limit=1))}
+    ahead = ParquetFragmentScanOptions(cache_options=pa.CacheOptions(prefetch_limit=prefetch))
+    options = {"fragment_scan_options": ahead} if prefetch else {}
     stream = datasets.load_dataset(
-        "parquet", data_files=parquet_files(shards), split="train", streaming=True, **(options if prefetch else {})
+        "parquet", data_files=parquet_files(shards), split="train", streaming=True, **options
     )
-    for sample in stream.shuffle(0, buffer_size=200) if shuffle else stream:
+    samples = stream.shuffle(0, buffer_size=200) if shuffle else stream
+    if num_workers:
+        num_workers = min(num_workers, stream.num_shards)
+        batches = DataLoader(samples, BATCH, num_workers=num_workers, prefetch_factor=4, collate_fn=list)
+        samples = chain.from_iterable(batches)
+    for sample in samples:
         yield sample["messages"], [image["bytes"] for image in sample["images"]]
 
 
@@ -172,7 +192,7 @@ class SlowStore(AbstractFileSystem):
     """`slow://…`: the local disk as an object store would give it, each request on a connection of its own."""
 
     protocol = "slow"
-    num_requests = 0
+    num_requests = multiprocessing.Value("q", 0)  # of this process and of those that it forks
 
     def info(self, path: str, **settings: Any) -> dict[str, Any]:
         self._wait(0)
@@ -195,7 +215,8 @@ class SlowStore(AbstractFileSystem):
         return Path("/", self._strip_protocol(path))
 
     def _wait(self, num_bytes: int) -> None:
-        SlowStore.num_requests += 1
+        with SlowStore.num_requests.get_lock():
+            SlowStore.num_requests.value += 1
         time.sleep(REQUEST_S + num_bytes / BYTES_PER_S)
 
 
@@ -207,6 +228,93 @@ class SlowFile(AbstractBufferedFile):
 
 
 fsspec.register_implementation("slow", SlowStore)
+
+
+def read_litdata_store(shards: Path, file_mb: int) -> Samples:
+    """litdata's shuffled stream of its own files of so many MB, which it fetches whole from the slow store."""
+    import litdata
+    from litdata.streaming import downloader
+
+    class FromSlowStore(downloader.LocalDownloaderWithCache):
+        def download_file(self, remote_filepath: str, local_filepath: str) -> None:
+            download(remote_filepath.removeprefix("local:"), local_filepath)
+            self._notify_published(local_filepath)
+
+    folder = shards.parent / f"litdata-{file_mb}"
+    if not folder.exists():  # in the warm-up
+        litdata.optimize(
+            partial(_sample_of, shards),
+            _all_passes(shards),
+            str(folder),
+            chunk_bytes=f"{file_mb}MB",
+            num_workers=1,
+            start_method="fork",
+            verbose=False,
+        )
+    downloader.register_downloader("local:", FromSlowStore, overwrite=True)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+        stream = litdata.StreamingDataset(
+            f"local:{folder}", cache, shuffle=True, max_pre_download=8, max_cache_size="10GB"
+        )
+        for sample in stream:
+            yield json.loads(sample["messages"]), [sample["image 0"], sample["image 1"]]
+
+
+def read_mosaicml(shards: Path, file_mb: int) -> Samples:
+    """MosaicML's shuffled stream of its own files of so many MB, which it fetches whole from the slow store."""
+    streaming = import_mosaicml()
+    storage = streaming.base.storage.download
+
+    class FromSlowStore(storage.LocalDownloader):  # type: ignore[name-defined]
+        @staticmethod
+        def _client_identifier() -> str:
+            return "slow"
+
+        def _download_file_impl(self, remote: str, local: str, timeout: float) -> None:
+            download(remote, local)
+
+    folder = shards.parent / f"mosaicml-{file_mb}"
+    if not folder.exists():  # in the warm-up
+        columns = {"messages": "str", "image 0": "bytes", "image 1": "bytes"}
+        with streaming.MDSWriter(out=str(folder), columns=columns, size_limit=file_mb << 20) as writer:
+            for index in _all_passes(shards):
+                writer.write(_sample_of(shards, index))
+    storage.DOWNLOADER_MAPPINGS["slow"] = FromSlowStore
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+        stream = streaming.StreamingDataset(
+            remote=f"slow://{folder}", local=cache, shuffle=True, batch_size=BATCH, predownload=512
+        )
+        for sample in stream:
+            yield json.loads(sample["messages"]), [sample["image 0"], sample["image 1"]]
+
+
+def import_mosaicml() -> Any:
+    """MosaicML's package, whose name is that of the script in this folder."""
+    folder = str(Path(__file__).resolve().parent)
+    paths = sys.path.copy()
+    sys.path[:] = [path for path in paths if path != folder]
+    try:
+        return importlib.import_module("streaming")
+    finally:
+        sys.path[:] = paths
+
+
+def _all_passes(shards: Path) -> list[int]:
+    """The samples of all passes: a second pass over the same files would find them on the disk."""
+    return list(range(len(open_shards(shards)))) * NUM_PASSES
+
+
+def _sample_of(shards: Path, index: int) -> dict[str, Any]:
+    trajectory = open_shards(shards).read(index)
+    images = {f"image {number}": image for number, image in enumerate(trajectory.images)}
+    return {"messages": json.dumps(trajectory.messages), **images}
+
+
+def download(remote: str, local: str) -> None:
+    """A whole file of the slow store, in one request."""
+    temporary = Path(f"{local}.part")
+    temporary.write_bytes(SlowStore().cat_file(remote))
+    temporary.rename(local)
 
 
 def decode(images: list[bytes]) -> None:

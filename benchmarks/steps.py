@@ -39,11 +39,11 @@ class Way(NamedTuple):
 def compare(
     folder: Path, documents: list[Document], packing_length: int, sizes: dict[int, int], num_packs: int
 ) -> Rows:
-    """Useful tokens a CPU second, packed, text also as TRL packs it, and padded to the longest of micro-batches of so
-    many trajectories.
+    """Useful tokens a CPU second, packed, text also as TRL packs it, and in micro-batches of so many trajectories,
+    padded to the longest or one behind the other.
 
     Args:
-        sizes: of padded micro-batches, with how many of each are timed.
+        sizes: of micro-batches, with how many of each are timed.
     """
     write_tiny_model(folder, hidden_size=512, num_hidden_layers=4)
     models = {packing: _load(folder, packing) for packing in (True, False)}
@@ -53,7 +53,9 @@ def compare(
     if not any(num_images for _, num_images in documents):  # with images TRL refuses packing=True
         ways["TRL, packing=True"] = Way(trl_packs(lengths, packing_length), num_packs, _flatten)
     for size, count in sizes.items():
-        ways[f"micro-batch {size}, padded"] = Way(deal(len(documents), size), count, _pad)
+        epoch = deal(len(documents), size)
+        ways[f"micro-batch {size}, padding-free"] = Way(in_one_row(epoch), count, collate_packs, own_attention=True)
+        ways[f"micro-batch {size}, padded"] = Way(epoch, count, _pad)
     chosen = {name: _typical(way.epoch, lengths, way.num_timed) for name, way in ways.items()}
     seconds = dict.fromkeys(chosen, 0.0)
     ids = _control_ids(folder)
@@ -87,6 +89,11 @@ def deal(num_documents: int, size: int) -> MicroBatches:
     """An epoch of micro-batches of single trajectories in random order."""
     order = np.random.default_rng(0).permutation(num_documents)[: num_documents // size * size]
     return [[[i] for i in lot] for lot in order.reshape(-1, size).tolist()]
+
+
+def in_one_row(epoch: MicroBatches) -> MicroBatches:
+    """Each micro-batch's rows one behind the other, as transformers' DataCollatorWithFlattening lays them."""
+    return [[list(chain.from_iterable(micro_batch))] for micro_batch in epoch]
 
 
 def screenshots(folder: Path) -> list[Document]:

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from importlib.util import find_spec
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import numpy as np
 import pyarrow as pa
 
-from gemma_dist.config import BatchPlan
-from gemma_dist.shards.manifest import COUNTS, MANIFEST, SCHEMA, read_manifest, write_manifest
+from gemma_dist.batch_plan import BatchPlan
+from gemma_dist.shards.manifest import COUNTS, MANIFEST, SCHEMA, ShardEntry, read_manifest, write_manifest
 from gemma_dist.shards.reader import Shards, open_shards
 from gemma_dist.stream.schedule import Schedule
 
@@ -47,6 +47,12 @@ def show(title: str, *rows: tuple[Any, ...]) -> None:
         print(f"  {first:<{widths[0]}}{numbers}", flush=True)
 
 
+def not_installed(*packages: str) -> list[str]:
+    """Those that pip has not installed, by their names there."""
+    installed = {name for names in packages_distributions().values() for name in names}
+    return [package for package in packages if package not in installed]
+
+
 def read(folder: Path) -> None:
     """Samples a second from a local disk."""
     import reading
@@ -60,7 +66,7 @@ def read(folder: Path) -> None:
         "webdataset tar, shuffle(200)": ("webdataset", partial(reading.read_webdataset, shards)),
         "DataLoader over Arrow, random": ("datasets", partial(reading.read_on_disk, shards)),
     }
-    missing = [package for package in ("litdata", "webdataset") if find_spec(package) is None]
+    missing = not_installed("litdata", "webdataset")
     found = {name: reader for name, (package, reader) in readers.items() if package not in missing}
     rates = []
     for with_decode in (False, True):
@@ -83,21 +89,32 @@ def store(folder: Path) -> None:
     import reading
 
     def measure(reader: Callable[[], reading.Samples]) -> tuple[float, ...]:
-        reading.SlowStore.num_requests = 0
+        reading.SlowStore.num_requests.value = 0
         start = time.perf_counter()
         times = [time.perf_counter() - start for _ in reader()]
         rate = (len(times) - 1) / (times[-1] - times[0])
-        requests = 1000 * reading.SlowStore.num_requests / len(times)
+        requests = 1000 * reading.SlowStore.num_requests.value / len(times)
         return rate, len(times) / times[-1], 1000 * times[0], requests
 
+    missing = not_installed("litdata", "mosaicml-streaming")
     for shard_mb in (8, 256):  # files that are fetched whole, and of the size that `gemma-dist shard` writes
-        url = f"slow://{reading.make_corpus(folder, shard_mb)}"
-        readers = {
+        shards = reading.make_corpus(folder, shard_mb)
+        url, own_mb = f"slow://{shards}", min(shard_mb, 64)  # litdata and MosaicML write 64 MB if nothing is said
+        datasets = partial(reading.read_datasets, url)
+        readers: dict[str, Callable[[], reading.Samples]] = {
             "gemma_dist, shuffled": partial(reading.read_ours, url),
-            "datasets stream": partial(reading.read_datasets, url),
-            "datasets stream, prefetch_limit=1": partial(reading.read_datasets, url, prefetch=True),
-            "datasets stream, shuffle(200), prefetch_limit=1": partial(reading.read_datasets, url, True, True),
+            "datasets stream": datasets,
+            "datasets stream, prefetch_limit=1": partial(datasets, prefetch=1),
+            "datasets stream, prefetch_limit=8, 4 workers": partial(datasets, prefetch=8, num_workers=4),
+            "datasets stream, shuffle(200), prefetch_limit=1": partial(datasets, shuffle=True, prefetch=1),
+            "datasets stream, shuffle(200), prefetch_limit=8, 4 workers": partial(
+                datasets, shuffle=True, prefetch=8, num_workers=4
+            ),
         }
+        if "litdata" not in missing:
+            readers[f"litdata files of {own_mb} MB, shuffled"] = partial(reading.read_litdata_store, shards, own_mb)
+        if "mosaicml-streaming" not in missing:
+            readers[f"MosaicML files of {own_mb} MB, shuffled"] = partial(reading.read_mosaicml, shards, own_mb)
         for reader in readers.values():
             next(reader())  # imports what it needs
         rounds = [[measure(reader) for reader in readers.values()] for _ in range(NUM_REPEATS)]
@@ -108,6 +125,8 @@ def store(folder: Path) -> None:
             ("", "after the first", "in all", "first sample, ms", "requests / 1,000 samples", "gemma_dist / this"),
             *((*row, f"{rows[0][1] / row[1]:.1f}") for row in rows),
         )
+    for package in missing:
+        print(f"  {package}: not installed")
 
 
 def write_synthetic_manifest(folder: Path, lengths: np.ndarray) -> Path:
@@ -136,12 +155,12 @@ def write_synthetic_manifest(folder: Path, lengths: np.ndarray) -> Path:
         "id": pa.LargeListArray.from_arrays(starts, ids),
         **dict(zip(COUNTS, lists, strict=True)),
     }
-    files = [
+    files: list[ShardEntry] = [
         {"name": f"train-{i:05}.parquet", "bytes": 0, "rest_crc32": 0}
         for i in range(1 + numbers[-1] // SHARD_ROW_GROUPS)
     ]
     folder.mkdir()
-    write_manifest(folder, {"fingerprint": "", "settings": {}, "shards": files}, pa.table(columns, schema=SCHEMA))
+    write_manifest(folder, {"fingerprint": "", "settings": {}}, files, pa.table(columns, schema=SCHEMA), num_tools=None)
     return folder
 
 
@@ -208,7 +227,7 @@ def shuffle(folder: Path) -> None:
 
 
 def toolcall_lengths() -> np.ndarray | None:
-    """Tokens of the shared tool calls, about: a token for 3.3 characters. None where they are not to be had."""
+    """Tokens of the shared tool calls, about: a token for 3.3 characters. None where they are absent."""
     path = SHARED / "toolcalls" / "train.jsonl"
     if not path.exists():
         print(f"\n{path}: not there, so its lengths are left out")

@@ -4,7 +4,7 @@
 
 writes OUT/trajectories.jsonl and OUT/charts/*.png, in the OpenAI style that `gemma-dist shard` takes. The runs hold
 what real logs hold: several tools, parallel calls, a tool that fails and is called again, questions that need no tool,
-and charts that come back as pictures: the color of the longest bar stands in the picture and nowhere else.
+and charts that come back as images: the color of the longest bar stands in the image and nowhere else.
 
 With --held-out the runs ask for other combinations of metric, region and month than those without: a model that is
 right on them has learned to call, not the calls.
@@ -25,7 +25,7 @@ METRICS = ["revenue", "orders", "returns", "visits"]
 SYNONYMS = {"takings": "revenue", "purchases": "orders", "refunds": "returns", "calls": "visits"}
 TEAMS = ["finance", "sales", "support", "board"]
 FORMATS = ["pdf", "csv", "html"]
-COLOURS = {
+COLORS = {
     "red": (220, 40, 40),
     "green": (40, 160, 60),
     "blue": (40, 80, 220),
@@ -46,7 +46,7 @@ HELD_OUT = set(random.Random(0).sample(QUESTIONS, len(QUESTIONS) // 4))
 
 
 class Source:
-    """Where the runs draw from: random numbers, the combinations that may be asked for, a place for pictures."""
+    """Where the runs draw from: random numbers, the combinations that may be asked for, a place for images."""
 
     def __init__(self, out: Path, *, seed: int, held_out: bool) -> None:
         self.random = random.Random(seed)
@@ -69,20 +69,20 @@ class Source:
         return str(self.random.randint(100, 999))
 
     def chart(self, kind: str) -> tuple[str, str]:
-        """Draw four bars (lying) or columns (standing) on 192 x 192 pixels; the picture's path and the longest's
+        """Draw four bars (lying) or columns (standing) on 192 x 192 pixels; the image's path and the longest's
         color."""
-        size, names = 192, self.random.sample(list(COLOURS), 4)
+        size, names = 192, self.random.sample(list(COLORS), 4)
         lengths = [*self.random.sample(range(30, 101, 10), 3), self.random.randint(150, 170)]
         self.random.shuffle(lengths)
-        picture = Image.new("RGB", (size, size), "white")
-        pen = ImageDraw.Draw(picture)
+        image = Image.new("RGB", (size, size), "white")
+        pen = ImageDraw.Draw(image)
         for place, (name, length) in enumerate(zip(names, lengths, strict=True)):
             low, high = 12 + 44 * place, 12 + 44 * place + 34
             box = (10, low, 10 + length, high) if kind == "bars" else (low, size - 10 - length, high, size - 10)
-            pen.rectangle(box, fill=COLOURS[name])
+            pen.rectangle(box, fill=COLORS[name])
         path = f"charts/{self.num_charts:05d}.png"
         self.num_charts += 1
-        picture.save(self.out / path)
+        image.save(self.out / path)
         return path, names[lengths.index(max(lengths))]
 
 
@@ -147,7 +147,7 @@ def wrong_name(source: Source) -> list[dict]:
 
 
 def chart(source: Source) -> list[dict]:
-    """A chart comes back; only the picture tells which bar is the longest."""
+    """A chart comes back; only the image tells which bar is the longest."""
     metric, _, month = source.pick(source.questions)
     kind = source.pick(["bars", "columns"])
     path, longest = source.chart(kind)

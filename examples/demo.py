@@ -28,9 +28,9 @@ RUN = Path("runs/demo")
 MODEL, TRAIN, HELD_OUT = RUN / "model", RUN / "shards/train", RUN / "shards/held_out"
 FULL, ADAPTER, MERGED = RUN / "full", RUN / "qlora", RUN / "merged"
 
-# What must come out, as shares: calls exact on held-out runs, answers that stand in the picture alone; blanked pictures
+# What must come out, as shares: calls exact on held-out runs, answers that stand in the image alone; blanked images
 # leave a guess among eight colors.
-MIN_CALLS, MIN_PICTURES, MAX_BLANK, MAX_BEFORE = 0.95, 0.85, 0.30, 0.05
+MIN_CALLS, MIN_IMAGES, MAX_BLANK, MAX_BEFORE = 0.95, 0.85, 0.30, 0.05
 
 
 def main() -> None:
@@ -41,11 +41,11 @@ def main() -> None:
     gemma_dist("shard", RUN / "held_out/trajectories.jsonl", "--model", MODEL, "--out", HELD_OUT)
     before = evaluate("before", "--model", MODEL)
 
-    train("launch/cpu_full.yaml", MODEL, FULL)
+    train("launch/cpu_full.yaml", MODEL, TRAIN, FULL)
     after = evaluate("full", "--model", FULL)
     blank = evaluate("blank", "--model", FULL, "--images", "blank")
 
-    train("launch/cpu_qlora.yaml", FULL, ADAPTER, "max_steps=60")
+    train("launch/cpu_qlora.yaml", FULL, TRAIN, ADAPTER, "max_steps=60")
     adapted = evaluate("qlora", "--model", FULL, "--adapter", ADAPTER)
     gemma_dist("merge", "--base", FULL, "--adapter", ADAPTER, "--out", MERGED, "--verify")
     merged = evaluate("merged", "--model", MERGED)
@@ -54,7 +54,7 @@ def main() -> None:
         {
             "random weights": before,
             "full fine-tuning": after,
-            "    pictures blanked": blank,
+            "    images blanked": blank,
             "+ QLoRA (NF4)": adapted,
             "merged": merged,
         }
@@ -77,7 +77,7 @@ def make_data_and_model() -> None:
 
 
 def texts(value: Any) -> list[str]:
-    """Every text inside messages, arguments unpacked."""
+    """Every string inside messages, arguments unpacked."""
     if isinstance(value, dict):
         return [text for item in value.values() for text in texts(item)]
     if isinstance(value, list):
@@ -106,10 +106,11 @@ def evaluate(name: str, *arguments: Any) -> dict[str, Any]:
     return report
 
 
-def train(recipe: str, model: Path, out: Path, *overrides: str) -> None:
+def train(recipe: str, model: Path, shards: Path, out: Path, *overrides: str) -> None:
     """Train on two processes."""
     words = ["accelerate", "launch", "--config_file", "accelerate_configs/cpu_ddp.yaml", "-m", "gemma_dist", "train",
-             recipe, f"model_name_or_path={model}", f"data.train={TRAIN}", f"output_dir={out}", *overrides]  # fmt: skip
+             recipe, f"model_name_or_path={model}", f"data.train={shards}", f"output_dir={out}",
+             *overrides]  # fmt: skip
     say(shlex.join(words))
     command = [sys.executable, "-m", "accelerate.commands.launch", *words[2:4], "--main_process_port", "0", *words[4:]]
     if code := subprocess.run(command).returncode:
@@ -121,7 +122,7 @@ def print_table(reports: dict[str, dict[str, Any]]) -> None:
         "calls exact": lambda report: report["metrics"]["call_exact"],
         "runs' calls exact": lambda report: report["metrics"]["trajectory_exact"],
         "answers": lambda report: report["metrics"]["answer_exact"],
-        "answers from pictures": from_pictures,
+        "answers from images": from_images,
     }
     print(f"\n{'':<21}" + "".join(f"{name:>22}" for name in columns))
     for name, report in reports.items():
@@ -130,8 +131,8 @@ def print_table(reports: dict[str, dict[str, Any]]) -> None:
         print(f"{name:<21}" + "".join(f"{share:>22}" for share in shares))
 
 
-def from_pictures(report: dict[str, Any]) -> dict[str, Any]:
-    """The answers after a chart came back: only its picture tells them."""
+def from_images(report: dict[str, Any]) -> dict[str, Any]:
+    """The answers after a chart came back: only its image tells them."""
     metric: dict[str, Any] = report["slices"]["with_images"]["answer_exact"]
     return metric
 
@@ -139,10 +140,10 @@ def from_pictures(report: dict[str, Any]) -> dict[str, Any]:
 def check(before: Any, after: Any, blank: Any, adapted: Any, merged: Any) -> None:
     """Say what did not come out as promised, and fail."""
     rules = [("before: calls", before["metrics"]["call_exact"]["value"], "<", MAX_BEFORE)]
-    rules.append(("blanked pictures: answers", from_pictures(blank)["value"], "<", MAX_BLANK))
+    rules.append(("blanked images: answers", from_images(blank)["value"], "<", MAX_BLANK))
     for name, report in (("full", after), ("qlora", adapted), ("merged", merged)):
         rules.append((f"{name}: calls", report["metrics"]["call_exact"]["value"], ">", MIN_CALLS))
-        rules.append((f"{name}: answers from pictures", from_pictures(report)["value"], ">", MIN_PICTURES))
+        rules.append((f"{name}: answers from images", from_images(report)["value"], ">", MIN_IMAGES))
     failed = [
         f"{what}: {value:.1%}, expected {sign} {limit:.0%}"
         for what, value, sign, limit in rules

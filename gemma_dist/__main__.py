@@ -37,12 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if message is None:
             _say(traceback.format_exc() + "This is a bug in gemma_dist: please report it with the lines above.")
             return 1
-        if message:
+        if message:  # else another rank says it
             _say_error(message)
     return 2
 
 
 def _say_error(message: str) -> None:
+    """For the user: without a traceback."""
     _say(f"error: {message}")
 
 

@@ -120,6 +120,7 @@ def name_table() -> str:
 
 
 def _row(names: str, here: str) -> str:
+    """A row of the table; `names` with blanks between them."""
     elsewhere = ", ".join(f"`{name}`" for name in names.split())
     return f"| {elsewhere} | {here} |"
 

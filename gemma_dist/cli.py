@@ -33,9 +33,11 @@ class OrderedGroup(click.Group):
     """Commands in the order in which they are written below. Each spells the remedies of errors its own way."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """As they were added; click would sort them by name."""
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, and put into a user error's words how this command takes the settings that it names."""
         try:
             return super().invoke(ctx)
         except GemmaDistError as error:
@@ -68,10 +70,12 @@ class SettingsCommand(click.Command):
         return [_option_of(name, field) for name, field in self.section.model_fields.items()]
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The command's own options, then one for each setting, and --help last."""
         *params, help_option = super().get_params(ctx)
         return [*params, *self.setting_options, help_option]
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Check the settings and hand them to the command's function. Raises ConfigError, with all that is wrong."""
         from gemma_dist.recipe import load_section
 
         values = {name: ctx.params.pop(name) for name in self.section.model_fields}
@@ -100,6 +104,7 @@ class SettingChoice(click.Choice):
     """The values that a setting may have, also by their names in earlier versions."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A value as it is written today, if it is one of them."""
         return super().convert(current_value(value), param, ctx)
 
 
@@ -335,7 +340,7 @@ def read_calls() -> None:
     In: {"output": ..., "prefix"?: ...}; the prefix is the end of the prompt, if that ends inside an open block. Out:
     calls, content, reasoning and status.
     """
-    from gemma_dist.evaluate.read import read_calls_lines
+    from gemma_dist.data.read import read_calls_lines
 
     for line in read_calls_lines(sys.stdin.buffer):  # as bytes: UTF-8 in any locale, and lines end at \n alone
         click.echo(line)

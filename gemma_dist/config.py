@@ -9,14 +9,12 @@ Relative paths in a recipe are relative to the current directory, not to the rec
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from gemma_dist.aliases import current_value
-from gemma_dist.errors import ConfigError
 
 # Linear layers of the language model alone. Bare names ("q_proj") also match the vision tower, whose wrapped linears
 # PEFT refuses; "all-linear" adapts the tower and the gates of the per-layer embeddings as well.
@@ -111,6 +109,9 @@ class RowConfig(EncodingConfig):
     media_root: Path | None = Field(
         None,
         description="Folder that image paths are relative to and must stay inside; default: the data file's folder.",
+    )
+    schemas: Literal["as_given", "simplify"] = Field(
+        "as_given", description="Schemas of tools as given, or in an equal spelling that the chat template can show."
     )
 
 
@@ -245,6 +246,7 @@ class TrainConfig(Section):
     @field_validator("resume_from_checkpoint", mode="before")
     @classmethod
     def _yes_and_no(cls, value: object) -> object:
+        """Take true for auto, and false or an empty value for never."""
         if value in ("auto", True):
             return "auto"
         if value in ("never", False, None):
@@ -361,40 +363,3 @@ class MergeConfig(Section):
         "as_trained",
         description="Add to the base as training saw it (QLoRA: quantized to 4 bits and back), or to the original.",
     )
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """How an optimizer step is divided: ranks x micro-batch x accumulation = global batch, in sequences."""
-
-    world_size: int
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
-    global_batch_size: int
-
-    def __str__(self) -> str:
-        return (
-            f"global batch {self.global_batch_size} = {self.world_size} ranks x {self.per_device_train_batch_size} "
-            f"micro-batch x {self.gradient_accumulation_steps} accumulation"
-        )
-
-
-def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
-    """Divide the global batch among `world_size` ranks. Raises ConfigError where the sizes do not agree."""
-    train = config.train
-    micro, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    at_once = world_size * micro
-    total = train.global_batch_size or at_once * (accumulation or 1)
-    if total % at_once:
-        below, above = total - total % at_once, total - total % at_once + at_once
-        raise ConfigError(
-            f"train.global_batch_size: global batch {total} is not a multiple of {world_size} ranks x {micro} "
-            f"micro-batch = {at_once}; use {f'{below} or ' if below else ''}{above}"
-        )
-    if accumulation and (made := at_once * accumulation) != total:
-        raise ConfigError(
-            f"train.gradient_accumulation_steps: {world_size} ranks x {micro} micro-batch x {accumulation} steps "
-            f"= {made}, but train.global_batch_size is {total}; leave gradient_accumulation_steps out (it becomes "
-            f"{total // at_once}) or set global_batch_size: {made}"
-        )
-    return BatchPlan(world_size, micro, total // at_once, total)

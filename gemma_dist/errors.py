@@ -25,6 +25,7 @@ def spell(message: str, spellings: Mapping[str, str]) -> str:
     """`message` with each setting of `spellings` written so, the value in place of {}; others are left as they are."""
 
     def spelled(found: re.Match[str]) -> str:
+        """What to write for one setting that `setting` wrote."""
         name, value = found.groups()
         return spellings[name].replace("{}", value) if name in spellings else found[0]
 

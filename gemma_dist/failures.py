@@ -58,6 +58,7 @@ def explain_sigterm(say: Callable[[str], None]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: None)  # it has to have a handler for its number to be written
 
     def wait() -> None:
+        """Read the number of every signal that has a handler, as Python's runtime writes it; at SIGTERM, the end."""
         while os.read(arrived, 1)[0] != signal.SIGTERM:
             pass
         if message := _of_ranks(world.ended_ranks(patience_s=0)):
@@ -68,16 +69,24 @@ def explain_sigterm(say: Callable[[str], None]) -> None:
 
 
 def _of_the_disk(error: Exception) -> str:
-    """Empty for an error that the system does not report of a file."""
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and (found := RUST_ERRNO.search(str(error))):
-        number = int(found[1])
+    """`FILE: what the system says; what to do`, as far as known. Empty for an error that it does not report of a
+    file."""
+    number = _errno(error)
     if number not in USER_ERRNOS:
         return ""
     message = str(error)
     if isinstance(error, OSError) and error.filename is not None:
         message = f"{error.filename2 or error.filename}: {error.strerror}"  # copies and renames fail at their target
-    return f"{message}; {USER_ERRNOS[number]}" if USER_ERRNOS[number] else message
+    remedy = USER_ERRNOS[number]
+    return f"{message}; {remedy}" if remedy else message
+
+
+def _errno(error: Exception) -> int | None:
+    """The system's number of an error, Rust's included (`No space left on device (os error 28)`); None without one."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = RUST_ERRNO.search(str(error))
+    return int(found[1]) if found else None
 
 
 def _of_ranks(ended: dict[int, int]) -> str:

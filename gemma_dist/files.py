@@ -1,4 +1,8 @@
-"""Writing to disk: whole or not at all, beside other processes, and with a plain word when the disk refuses."""
+"""Writing to disk: whole or not at all, beside other processes, and with a plain word when the disk refuses.
+
+Whole or not at all means: written under a temporary name, with all bytes on the disk (fsync), and renamed then. A
+reader, or a run after a power failure, finds the file as it was before or as it is now.
+"""
 
 import contextlib
 import errno
@@ -66,7 +70,8 @@ def _clear(workshop: Path) -> None:
 
 def require_free(out: Path) -> None:
     """Raises ConfigError unless `out` is absent, or an empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    is_empty_folder = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not is_empty_folder:
         raise ConfigError(f"{out} exists already; remove it or name another folder")
 
 
@@ -83,6 +88,7 @@ def _rename(folder: Path, out: Path) -> None:
 
 
 def _no_room(out: Path, num_bytes: int, error: OSError) -> str:
+    """What to say where a disk, quota or file of `out` is full. Asks for the free room now: clear up before."""
     return (
         f"{out}: {error.strerror} while writing {Path(error.filename2 or error.filename or out).name}; the folder "
         f"takes {size(num_bytes)}, and its disk has {size(shutil.disk_usage(out.parent).free)} free. Nothing of it is "
@@ -163,6 +169,8 @@ def exclusive(folder: Path, problem: str) -> Iterator[bool]:
 
 
 def _lock(handle: int, problem: str) -> bool:
+    """Lock an open folder until it is closed. False where its file system has no locks; ConfigError(`problem`) where
+    another process has it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -75,11 +75,13 @@ class JsonlWriter:
     """A file of one JSON object a line, flushed at each, so that a killed run keeps every line it wrote."""
 
     def __init__(self, path: Path, *, append: bool) -> None:
+        """Make the file and its folder; what an existing file holds is lost unless `append`."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._file = path.open("a" if append else "w", encoding="utf-8")
 
     def write(self, row: Mapping[str, object]) -> None:
+        """Add a line. OSError, with the file's name, where the disk refuses it."""
         with naming(self._path):
             self._file.write(to_json(row) + "\n")
             self._file.flush()
@@ -140,7 +142,7 @@ class RunLog:
 
 
 def to_json(value: object, *, indent: int | None = None) -> str:
-    """`value` as JSON that UTF-8 can encode and that no reader of lines tears, whatever its texts hold."""
+    """`value` as JSON that UTF-8 can encode and that no reader of lines tears, whatever its strings hold."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 

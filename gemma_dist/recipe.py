@@ -82,23 +82,28 @@ def load_section(kind: type[S], options: Mapping[str, object]) -> S:
 def _messages(error: ValidationError, reported: Container[str]) -> Iterator[str]:
     """Pydantic's findings as `dotted.key = value: rule. What the setting means`; keys of `reported` are not missing."""
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
+        key = ".".join(map(str, item["loc"]))
+        rule = item["msg"]
+        if item["type"] == "value_error":  # of config.py: its words alone, without pydantic's "Value error" before them
+            rule = str(item["ctx"]["error"])
         if item["type"] == "missing":
             if key not in reported:
                 yield f"{key}: missing. {_description(key)}".rstrip()
-        elif item["type"] != "value_error":
-            yield f"{key} = {item['input']!r}: {item['msg']}. {_description(key)}".rstrip()
         elif key:
-            yield f"{key} = {item['input']!r}: {item['ctx']['error']}. {_description(key)}".rstrip()
+            yield f"{key} = {item['input']!r}: {rule}. {_description(key)}".rstrip()
         else:
-            yield from str(item["ctx"]["error"]).splitlines()  # of config.py's cross-checks, which name their keys
+            yield from rule.splitlines()  # a cross-check: each line names its keys
 
 
 # ---- overrides -------------------------------------------------------------------------------------------------------
 
 
 def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Set each `key=value` in `values`; a bare key finds its section. Returns the problems of malformed ones."""
+    """Set each `key=value` in `values`; a bare key finds its section. Returns the problems of malformed ones.
+
+    Raises:
+        ConfigError: a value is not YAML.
+    """
     problems = []
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -106,7 +111,8 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[s
             problems.append(f"override {override!r}: write key=value, such as learning_rate=1e-4 or lora.r=8")
             continue
         known = _keys_named(key)
-        section, _, name = (known[0] if len(known) == 1 else key).partition(".")
+        dotted = known[0] if len(known) == 1 else key
+        section, _, name = dotted.partition(".")
         parsed = _parse_yaml(value, f"override {override!r}")
         if not name or section not in SECTIONS:
             values[key] = parsed
@@ -127,24 +133,27 @@ def _keys_named(name: str) -> list[str]:
 
 
 def _take_out_unknown(values: dict[str, Any]) -> dict[str, str]:
-    """Remove from `values` what no recipe holds. Returns a message for each, by its dotted key."""
+    """Remove from `values`, what the YAML file says, all that no recipe holds. Returns a message for each, by its
+    dotted key."""
     problems = {}
     for key in list(values):
         if key not in RunConfig.model_fields:
             problems[str(key)] = f"{key} = {values.pop(key)!r}: unknown key; {_hint(str(key))}"
         elif key not in SECTIONS:
-            continue
+            continue  # a setting without a section
         elif values[key] is None:
             del values[key]  # a section with all its lines commented out
         elif isinstance(values[key], dict):
             problems |= _take_out_unknown_of(key, values[key])
         else:
-            hint = _hint(key) if key in RENAMED else f"for example {key}.{next(iter(SECTIONS[key].model_fields))}"
+            first_setting = next(iter(SECTIONS[key].model_fields))
+            hint = _hint(key) if key in RENAMED else f"for example {key}.{first_setting}"
             problems[key] = f"{key} = {values.pop(key)!r}: {key} is a section of settings; {hint}"
     return problems
 
 
 def _take_out_unknown_of(section: str, values: dict[str, Any]) -> dict[str, str]:
+    """`_take_out_unknown` of one section, whose `values` are by bare names."""
     problems = {}
     for name in list(values):
         if name not in SECTIONS[section].model_fields:
@@ -171,18 +180,21 @@ def _hint(key: str) -> str:
 
 
 def _decided_at_sharding(name: str) -> str:
+    """The end of a sentence about a setting of ShardConfig, which a recipe cannot change any more."""
     return f"decided when rows are sharded, so give {option(name)} to `gemma-dist shard`"
 
 
 def _nearest(key: str, name: str) -> str:
     """The setting that is spelled most like `key`, or like its `name` without a section."""
-    spellings = {}
+    spellings = {}  # with a section and without -> what is recommended
     for ours in ShardConfig.model_fields:
         spellings[ours] = spellings[f"data.{ours}"] = ours
     for ours in KEYS:
         spellings[ours] = spellings[ours.rpartition(".")[2]] = ours
-    close = difflib.get_close_matches(key, spellings, 1) or difflib.get_close_matches(name, spellings, 1)
-    return f"did you mean {spellings[close[0]]}?" if close else "`gemma-dist check` shows every setting of a recipe"
+    for spelling in (key, name):
+        if close := difflib.get_close_matches(spelling, spellings, n=1):
+            return f"did you mean {spellings[close[0]]}?"
+    return "`gemma-dist check` shows every setting of a recipe"
 
 
 def _description(key: str) -> str:
@@ -201,6 +213,7 @@ def _description(key: str) -> str:
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file, unchecked. ConfigError where it cannot be read or holds no mapping."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -219,6 +232,7 @@ class _Yaml(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own class attribute)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """PyYAML's own takes the last value of a repeated key: a setting further up would be lost without a word."""
         seen = set()
         for key, _ in node.value:
             name = str(key.value)
@@ -242,11 +256,12 @@ for _kind, _pattern, _first in [
 
 
 def _parse_yaml(text: str, origin: str) -> object:
-    """The value of a YAML string; a ConfigError begins with `origin`, the file or the override."""
+    """The value of a YAML string. A ConfigError begins with `origin`, the file or the override: `lora.yaml:7: …`."""
     try:
         return yaml.load(text, Loader=_Yaml)
     except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark and "\n" in text else ""
-        raise ConfigError(f"{origin}{line}: not YAML: {error.problem}") from None
+        if error.problem_mark and "\n" in text:
+            origin = f"{origin}:{error.problem_mark.line + 1}"
+        raise ConfigError(f"{origin}: not YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{origin}: not YAML: {error}") from None

@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gemma_dist.config import BatchPlan, RunConfig, batch_plan
+from gemma_dist.batch_plan import BatchPlan, batch_plan
+from gemma_dist.config import RunConfig
 from gemma_dist.errors import ConfigError
 from gemma_dist.stream.schedule import Schedule, open_schedule
 from gemma_dist.topology import Topology

@@ -2,7 +2,7 @@
 
 The format (https://huggingface.co/docs/safetensors, "Format"): 8 bytes with the length N of the header, unsigned and
 little-endian; N bytes of JSON, {name: {"dtype", "shape", "data_offsets": [begin, end]}} with offsets from the end of
-the header, "__metadata__" for a map of texts, spaces at the end allowed; then the data, without gaps, little-endian.
+the header, "__metadata__" for a map of strings, spaces at the end allowed; then the data, without gaps, little-endian.
 """
 
 import json
@@ -89,25 +89,20 @@ def open_tensors(path: Path) -> TensorFile:
             header = json.loads(file.read(header_bytes))
         metadata = header.pop("__metadata__", {})
         start = 8 + header_bytes
-        entries = {
-            name: Entry(
-                item["dtype"],
-                tuple(item["shape"]),
-                start + item["data_offsets"][0],
-                item["data_offsets"][1] - item["data_offsets"][0],
-            )
-            for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"])
-        }
+        entries = {}
         end = start
-        for name, entry in entries.items():
+        for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
+            offsets = item["data_offsets"]
+            entry = Entry(item["dtype"], tuple(item["shape"]), start + offsets[0], offsets[1] - offsets[0])
             if entry.begin != end or entry.num_bytes < 0:
                 raise ValueError(f"{name} does not begin where the tensor before it ends")
+            entries[name] = entry
             end += entry.num_bytes
         if end != size:
             raise ValueError(f"it has {size} bytes, its header says {end}")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the folder's name") from None
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); download or save it again") from None
     return TensorFile(path, entries, metadata)
 
@@ -131,10 +126,9 @@ def write_tensor(target: BinaryIO, tensor: torch.Tensor) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a whole file, under a temporary name until it is complete."""
-    entries = {
-        name: Entry(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
-        for name, tensor in tensors.items()
-    }
+    entries = {}
+    for name, tensor in tensors.items():
+        entries[name] = Entry(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
     with writing(path) as temporary, temporary.open("wb") as target:
         write_header(target, entries, {"format": "pt"})
         for tensor in tensors.values():

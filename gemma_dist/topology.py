@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from gemma_dist.config import BatchPlan, RunConfig, batch_plan
+from gemma_dist.batch_plan import BatchPlan, batch_plan
+from gemma_dist.config import RunConfig
 from gemma_dist.errors import ConfigError
 
 TESTED_OPTIMIZERS = {"adamw_torch", "adamw_torch_fused"}  # what DeepSpeed takes without zero_allow_untested_optimizer
@@ -30,6 +31,12 @@ KNOWN = frozenset((
 # fmt: on
 # Of zero_optimization: numbers are sent between ranks with fewer bits.
 ROUNDING = ("zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_quantized_weights")
+# What `accelerate launch` sets to "true" in the environment, and accelerate's name for such a launch.
+LAUNCHES = {
+    "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "MEGATRON_LM",
+}
 
 
 @dataclass(frozen=True)
@@ -49,10 +56,12 @@ class Topology:
 
     @property
     def offloads_optimizer(self) -> bool:
+        """Whether the states of the optimizer lie outside of the GPU."""
         return self._zero.get("offload_optimizer", {}).get("device", "none") != "none"
 
     @property
     def _zero(self) -> Mapping[str, Any]:
+        """DeepSpeed's settings of ZeRO; empty without DeepSpeed."""
         return (self.deepspeed or {}).get("zero_optimization", {})
 
 
@@ -77,66 +86,76 @@ def read_topology(path: Path) -> Topology:
 
 def current_topology() -> Topology:
     """What this process was launched with. Raises ConfigError if accelerate would ignore part of it."""
-    env, deepspeed, kind = os.environ, None, "NO"
+    env = os.environ
     num_processes = int(env.get("WORLD_SIZE", "1"))
-    if env.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        kind = "DEEPSPEED"
-        if "ACCELERATE_USE_CPU" in env:
-            raise ConfigError(
-                "ACCELERATE_USE_CPU is set, with which accelerate ignores its DeepSpeed config and the ranks would "
-                "each train alone; unset it (to compute on the CPU where there are GPUs, set DS_ACCELERATOR=cpu and "
-                "CUDA_VISIBLE_DEVICES= instead)"
-            )
-        section = {
-            "zero_stage": env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"),
-            "offload_optimizer_device": env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"),
-            "offload_param_device": env.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none"),
-            "zero3_save_16bit_model": env.get("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "false") == "true",
-            "gradient_clipping": env.get("ACCELERATE_GRADIENT_CLIPPING", "auto"),
-            "gradient_accumulation_steps": env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto"),
-        }
-        file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-        deepspeed = _deepspeed(section) if file.lower() == "none" else _read_json(Path(file))
-    elif env.get("ACCELERATE_USE_FSDP") == "true":
-        kind = "FSDP"
-    elif env.get("ACCELERATE_USE_MEGATRON_LM") == "true":
-        kind = "MEGATRON_LM"
-    elif num_processes > 1:
-        kind = "MULTI_GPU"
+    by_ranks = "MULTI_GPU" if num_processes > 1 else "NO"
+    kind = next((kind for variable, kind in LAUNCHES.items() if env.get(variable) == "true"), by_ranks)
+    deepspeed = _deepspeed_of_environment(env) if kind == "DEEPSPEED" else None
     precision = env.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     return Topology("this launch", num_processes, kind, precision, deepspeed)
+
+
+def _deepspeed_of_environment(env: Mapping[str, str]) -> dict[str, Any]:
+    """DeepSpeed's settings as accelerate makes them out of what `accelerate launch` left in the environment."""
+    if "ACCELERATE_USE_CPU" in env:
+        raise ConfigError(
+            "ACCELERATE_USE_CPU is set, with which accelerate ignores its DeepSpeed config and the ranks would "
+            "each train alone; unset it (to compute on the CPU where there are GPUs, set DS_ACCELERATOR=cpu and "
+            "CUDA_VISIBLE_DEVICES= instead)"
+        )
+    file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file.lower() != "none":
+        return _read_json(Path(file))
+    section = {
+        "zero_stage": env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"),
+        "offload_optimizer_device": env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"),
+        "offload_param_device": env.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none"),
+        "zero3_save_16bit_model": env.get("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "false") == "true",
+        "gradient_clipping": env.get("ACCELERATE_GRADIENT_CLIPPING", "auto"),
+        "gradient_accumulation_steps": env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto"),
+    }
+    return _deepspeed(section)
 
 
 def require_fit(config: RunConfig, topology: Topology) -> None:
     """Raises ConfigError, with every reason and a remedy for each, where `config` must not run under `topology`."""
     problems = [
-        *_wrong_topology(config, topology),
+        *_wrong_type(topology),
+        *_wrong_precision(config, topology),
+        *_wrong_deepspeed(topology),
         *_wrong_together(config, topology),
         *_contradictions(config, topology),
     ]
     if problems:
-        raise ConfigError(
-            "\n".join([f"{topology.name}: {len(problems)} problem{'s' * (len(problems) > 1)}", *problems])
-        )
+        title = f"{topology.name}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise ConfigError("\n".join([title, *problems]))
 
 
-def _wrong_topology(config: RunConfig, topology: Topology) -> Iterator[str]:
-    """Settings that are unsupported, in general or for this dtype."""
+def _wrong_type(topology: Topology) -> Iterator[str]:
+    """Ways to share memory that are not supported."""
     if topology.distributed_type in ("FSDP", "MEGATRON_LM", "TP", "XLA"):
         yield (
             f"distributed_type: {topology.distributed_type} is not supported; accelerate_configs/zero3.yaml "
             "partitions weights, gradients and optimizer states as well"
         )
+
+
+def _wrong_precision(config: RunConfig, topology: Topology) -> Iterator[str]:
+    """Number formats that are not supported, or other than the recipe's."""
     precisions = {topology.mixed_precision}
     if (topology.deepspeed or {}).get("fp16", {}).get("enabled") is True:
         precisions.add("fp16")
-    if precisions & {"fp16", "fp8"}:
+    if unsupported := sorted(precisions & {"fp16", "fp8"}):
         yield (
-            f"{' '.join(sorted(precisions & {'fp16', 'fp8'}))}: float16 overflows on Gemma, and float8 is not "
-            "supported; set mixed_precision: 'no' and let the recipe's train.bf16 decide"
+            f"{' '.join(unsupported)}: float16 overflows on Gemma, and float8 is not supported; set mixed_precision: "
+            "'no' and let the recipe's train.bf16 decide"
         )
     if "bf16" in precisions and not config.train.bf16:
         yield "bf16: the recipe computes in float32; set mixed_precision: 'no', or train.bf16: true in the recipe"
+
+
+def _wrong_deepspeed(topology: Topology) -> Iterator[str]:
+    """Settings of a DeepSpeed config that suit no recipe."""
     if topology.deepspeed is None:
         return
     if topology.zero_stage == 0:
@@ -207,12 +226,16 @@ def _is_off(value: object) -> bool:
     """Whether a setting says that something is not to be done."""
     if isinstance(value, dict):
         return not value or value.get("enabled") is False
-    only_one = type(value) is int and value == 1  # sequence_parallel_size and the like
-    return value is False or value in (None, "", "none") or only_one
+    if type(value) is int:  # and no bool
+        return value == 1  # sequence_parallel_size and the like
+    return value is False or value in (None, "", "none")
 
 
 def settings_of_both(config: RunConfig, plan: BatchPlan) -> dict[tuple[str, ...], tuple[str, float | bool]]:
-    """What a recipe and a DeepSpeed config can both say: keys of the latter -> dotted key and value of the recipe."""
+    """What a recipe and a DeepSpeed config can both say: keys of the latter -> dotted key and value of the recipe.
+
+    The keys of a setting are its path, ("bf16", "enabled") for `{"bf16": {"enabled": …}}`.
+    """
     return {
         ("gradient_clipping",): ("train.max_grad_norm", config.train.max_grad_norm),
         ("train_batch_size",): ("train.global_batch_size", plan.global_batch_size),
@@ -231,7 +254,7 @@ def write_recipe_into(deepspeed: dict[str, Any], config: RunConfig, plan: BatchP
 
 
 def _deepspeed(section: Mapping[str, Any]) -> dict[str, Any]:
-    """What accelerate makes of its own keys for DeepSpeed."""
+    """DeepSpeed's settings as accelerate makes them out of its own keys: `deepspeed_config` of its YAML file."""
     zero = {
         "stage": int(section.get("zero_stage", 2)),
         "offload_optimizer": {"device": section.get("offload_optimizer_device", "none")},
@@ -250,6 +273,11 @@ def _deepspeed(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """A DeepSpeed config of its own (`deepspeed_config_file`), with all sections that are read here being sections.
+
+    Raises:
+        ConfigError: it cannot be read, or one of them is something else.
+    """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -262,10 +290,14 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: not a DeepSpeed config: it has no section zero_optimization; see accelerate_configs/"
         )
-    sections = {name: settings.get(name, {}) for name in ("fp16", "bf16")}
-    sections |= {f"zero_optimization.{name}": zero.get(name, {}) for name in ("offload_optimizer", "offload_param")}
     if not isinstance(zero.get("stage", 0), int):
         raise ConfigError(f"{path}: zero_optimization.stage is {json.dumps(zero['stage'])}; write 1, 2 or 3")
+    sections = {
+        "fp16": settings.get("fp16", {}),
+        "bf16": settings.get("bf16", {}),
+        "zero_optimization.offload_optimizer": zero.get("offload_optimizer", {}),
+        "zero_optimization.offload_param": zero.get("offload_param", {}),
+    }
     for name, section in sections.items():
         if not isinstance(section, dict):
             raise ConfigError(

@@ -85,14 +85,13 @@ def ended_ranks(patience_s: float = 1.0) -> dict[int, int]:
 
     One that is just being killed is waited for, `patience_s` at most.
     """
-    here = {
-        other: process
-        for other, (host, process) in enumerate(_processes)
-        if host == socket.gethostname() and other != rank()
-    }
+    others: dict[int, int] = {}  # on this machine
+    for other, (host, process) in enumerate(_processes):
+        if host == socket.gethostname() and other != rank():
+            others[other] = process
     end = time.monotonic() + patience_s
-    while here:
-        ended = {other: process for other, process in here.items() if not _runs(process)}
+    while others:
+        ended = {other: process for other, process in others.items() if not _runs(process)}
         if ended or time.monotonic() > end:
             return ended
         time.sleep(0.01)
@@ -116,9 +115,9 @@ def any_rank(flags: Sequence[bool]) -> list[bool]:
     import torch
 
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    told = torch.tensor(flags, dtype=torch.int32, device=device)
-    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-    return [bool(flag) for flag in told.tolist()]
+    highest = torch.tensor(flags, dtype=torch.int32, device=device)  # 0 or 1, on this rank and then on any
+    torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in highest.tolist()]
 
 
 def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:

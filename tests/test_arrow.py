@@ -289,9 +289,9 @@ def test_pandas_and_datasets_fill_alike(tmp_path: Path, write: str) -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (datetime.date(2024, 5, 1), r"datetime.date\(2024, 5, 1\) \(date\) is not a JSON value; write it as text"),
-        (decimal.Decimal("1.5"), r"Decimal\('1.5'\) \(Decimal\) is not a JSON value; write it as text"),
-        (b"x", r"b'x' \(bytes\) is not a JSON value; write it as text"),
+        (datetime.date(2024, 5, 1), r"datetime.date\(2024, 5, 1\) \(date\) is not a JSON value; write it as a string"),
+        (decimal.Decimal("1.5"), r"Decimal\('1.5'\) \(Decimal\) is not a JSON value; write it as a string"),
+        (b"x", r"b'x' \(bytes\) is not a JSON value; write it as a string"),
     ],
 )
 def test_values_that_only_arrow_has_are_refused(tmp_path: Path, value: Any, words: str) -> None:

@@ -84,7 +84,7 @@ def test_version(capsys):
         (["merge", "--base", "b", "--adapter", ".", "--out", "o", "--base-weights", "x"], "'x' is not one of"),
     ],
 )
-def test_what_the_user_can_mend_ends_with_2_and_no_traceback(arguments, told, tmp_path, monkeypatch, capsys):
+def test_what_the_user_can_fix_ends_with_2_and_no_traceback(arguments, told, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     assert main(arguments) == 2

@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 
 from gemma_dist import config as settings
 from gemma_dist.aliases import NOT_SETTINGS, PAGE, RENAMED, RENAMED_OPTIONS, with_name_table
+from gemma_dist.batch_plan import BatchPlan, batch_plan
 from gemma_dist.config import (
     LANGUAGE_MODEL_LINEARS,
-    BatchPlan,
     EvaluateConfig,
     MergeConfig,
     RunConfig,
     ShardConfig,
-    batch_plan,
 )
 from gemma_dist.errors import ConfigError
 from gemma_dist.recipe import KEYS, SECTIONS, load_config, load_section

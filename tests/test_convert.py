@@ -250,10 +250,10 @@ REFUSED = [
         turn(anthropic(), 3, content="Well?"),
         "turn 2 (assistant): call 't1' of weather, call 't2' of weather without an answer",
     ),
-    (turn(anthropic(), 4, content=[{"type": "redacted_thinking", "data": "x"}]), "turn 4 (assistant): the part"),
+    (turn(anthropic(), 4, content=[{"type": "redacted_thinking", "data": "x"}]), "turn 4 (assistant): says nothing"),
     (
         turn(anthropic(), 4, content=[{"type": "thinking", "thinking": 3}]),
-        "turn 4 (assistant): the thinking block holds 3",
+        "turn 4 (assistant): the reasoning part",
     ),
     (turn(anthropic(), 1, content=[{"type": "document", "source": {"type": "text"}}]), "is of type 'document'"),
     (

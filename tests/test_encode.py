@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gemma_dist.config import RowConfig
+from gemma_dist.config import EncodingConfig, RowConfig
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded, Encoder, load_encoder
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import Trajectory, parse_row
+from gemma_dist.data.types import Message
 from gemma_dist.errors import CheckpointError, ConfigError, DataError
 from gemma_dist.gemma_format import CONTROL_TOKENS
 from gemma_dist.model.tiny import tiny_processor
@@ -39,7 +40,7 @@ def encoder_of(tiny_model: Callable[..., Path]) -> EncoderOf:
 
     @functools.cache
     def load(template: str = NEWEST, *, enable_thinking: bool = False) -> Encoder:
-        return load_encoder(str(tiny_model()), chat_template=template, enable_thinking=enable_thinking)
+        return load_encoder(str(tiny_model()), EncodingConfig(chat_template=template, enable_thinking=enable_thinking))
 
     return load
 
@@ -100,7 +101,7 @@ WIDE, WIDE_TOKENS = picture(480, 48), "<|image>" + "<|image|>" * 52 + "<image|>"
 
 
 def with_pictures(messages: Sequence[Mapping[str, Any]], images: list[bytes]) -> list[Mapping[str, Any]]:
-    """The messages as the processor itself takes them: pictures inside their parts."""
+    """The messages as the processor itself takes them: images inside their parts."""
     pictures = iter(images)
 
     def part_with_picture(part: dict[str, Any]) -> dict[str, Any]:
@@ -172,12 +173,12 @@ def expected_dropped_reasoning(template: str, row: Trajectory) -> int:
     return len({"gemma4_v2": reasoned, NEWEST: []}.get(template, without_call))
 
 
-# 160 rows with screenshots in tool messages; 222 rows in which a text stands beside a call.
+# 160 rows with screenshots in tool messages; 221 rows in which a text stands beside a call.
 REFUSED = {
-    "gemma4": {"loses images": 160, "closes the model's turn": 222},
+    "gemma4": {"loses images": 160, "closes the model's turn": 221},
     "gemma4_v2": {},
-    "gemma4_v3": {"loses images": 160, "closes the model's turn": 222},
-    "gemma4_v4": {"closes the model's turn": 222},
+    "gemma4_v3": {"loses images": 160, "closes the model's turn": 221},
+    "gemma4_v4": {"closes the model's turn": 221},
     "gemma4_v5": {},
 }
 
@@ -369,9 +370,9 @@ GOLDEN: dict[str, tuple[list[dict[str, Any]], str]] = {
         USER + "⟦Let me see.⟧<|tool_call>call:f{}<tool_call|><|tool_response>"
         'response:f{value:<|"|>1<|"|>}<tool_response|>⟦Ok.<turn|>⟧\n',
     ),
-    "two texts in a row, a token across them": (
-        [user("Go."), model("sel"), model("ect"), user("Go."), model("sel"), model("123", train=False)],
-        USER + "⟦select<turn|>⟧\n<|turn>user\nGo.<turn|>\n<|turn>model\n⟦sel⟧123<turn|>\n",
+    "two texts in a row": (
+        [user("Go."), model("One. "), model("Two.\n"), user("Go."), model("Three.")],
+        USER + "⟦One.\n\nTwo.<turn|>⟧\n<|turn>user\nGo.<turn|>\n<|turn>model\n⟦Three.<turn|>⟧\n",
     ),
     "an untrained message that says nothing": (
         [user("Go."), model("", train=False), user("Well?"), model("Ok.")],
@@ -439,8 +440,14 @@ def test_a_token_across_a_trained_and_an_untrained_text_is_not_trained(encoder: 
     """Such a token is neither text's own: "ec" of "sel" + "ect"."""
     ids = encoder.tokenizer("select", add_special_tokens=False)["input_ids"]
     assert len(ids) == 1, "one token of the default corpus"
-    check(encoder, trajectory(user("Go."), model("sel"), model("ect", train=False)), USER + "select<turn|>\n")
-    check(encoder, trajectory(user("Go."), model("sel", train=False), model("ect")), USER + "select⟦<turn|>⟧\n")
+    for is_first_trained, golden in ((True, "select<turn|>\n"), (False, "select⟦<turn|>⟧\n")):
+        neighbors: list[Message] = [
+            {"role": "user", "content": "Go."},
+            {"role": "assistant", "content": "sel"},
+            {"role": "assistant", "content": "ect"},
+        ]
+        neighbors[2 if is_first_trained else 1]["train"] = False
+        check(encoder, Trajectory("row", neighbors, [], []), USER + golden)
 
 
 def test_reasoning_of_an_earlier_user_turn_is_not_rendered_and_is_counted(encoder: Encoder) -> None:
@@ -546,7 +553,10 @@ def test_the_second_revision_gives_each_message_a_turn_of_its_own(encoder_of: En
     [
         *[(name, GOLDEN["arguments of every kind"][0], "turn 2 calls 'f' with a null") for name in TEMPLATES[:4]],
         *[(name, GOLDEN["several images in one response"][0], "0 of the row's 2 images") for name in LOSES_TOOL_IMAGES],
-        *[(name, GOLDEN["two texts in a row, a token across them"][0], "turn 3: .* closes") for name in CLOSES_TURNS],
+        *[
+            (name, GOLDEN["trained text in front of an untrained call"][0], "turn 3: .* closes")
+            for name in CLOSES_TURNS
+        ],
         *[(name, GOLDEN["a system message in parts"][0], "turn 1: .* Python list") for name in TEMPLATES[1:3]],
     ],
 )
@@ -583,7 +593,7 @@ def test_a_template_that_loses_a_part_is_refused(
     encoder: Encoder, tiny_model: Callable[..., Path], tmp_path: Path, old: str, new: str, lost: str
 ) -> None:
     (tmp_path / "own.jinja").write_text(variant(encoder, (old, new)))
-    own = load_encoder(str(tiny_model()), chat_template=str(tmp_path / "own.jinja"), enable_thinking=False)
+    own = load_encoder(str(tiny_model()), EncodingConfig(chat_template=str(tmp_path / "own.jinja")))
     row = trajectory(
         user("Warm in Oslo?"), calls(("weather", {"city": "Oslo"})), tool("weather", "7 C"), model("It is 7 C.")
     )
@@ -593,9 +603,9 @@ def test_a_template_that_loses_a_part_is_refused(
 
 def test_what_is_no_processor_and_no_template_is_said_so(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no processor"):
-        load_encoder(str(tmp_path), chat_template=None, enable_thinking=False)
+        load_encoder(str(tmp_path), EncodingConfig())
     with pytest.raises(ConfigError, match=r"gemma4_v9.*gemma4_v5"):
-        load_encoder(str(tiny_model()), chat_template="gemma4_v9", enable_thinking=False)
+        load_encoder(str(tiny_model()), EncodingConfig(chat_template="gemma4_v9"))
 
 
 # ---- the template of the large models --------------------------------------------------------------------------------
@@ -616,7 +626,7 @@ def large(encoder: Encoder, tiny_model: Callable[..., Path], tmp_path: Path) -> 
         (prompt, "{%- set role = 'model' -%}" + prompt + EMPTY_THOUGHT),
     )
     (tmp_path / "large.jinja").write_text(template)
-    return load_encoder(str(tiny_model()), chat_template=str(tmp_path / "large.jinja"), enable_thinking=False)
+    return load_encoder(str(tiny_model()), EncodingConfig(chat_template=str(tmp_path / "large.jinja")))
 
 
 def test_an_empty_thought_of_the_template_is_not_trained(large: Encoder) -> None:
@@ -743,24 +753,24 @@ def test_the_fingerprint_is_that_of_the_settings_alone(
 ) -> None:
     """Equal in another process, after use, and for a saved copy, as beside every checkpoint."""
     script = (
-        "import sys; from gemma_dist.data.encode import load_encoder;"
-        "print(load_encoder(sys.argv[1], chat_template='gemma4_v5', enable_thinking=False).fingerprint)"
+        "import sys; from gemma_dist.config import EncodingConfig; from gemma_dist.data.encode import load_encoder;"
+        "print(load_encoder(sys.argv[1], EncodingConfig(chat_template='gemma4_v5')).fingerprint)"
     )
     result = subprocess.run([sys.executable, "-c", script, tiny_model()], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == encoder.fingerprint
-    used = load_encoder(str(tiny_model()), chat_template=NEWEST, enable_thinking=False)
+    used = load_encoder(str(tiny_model()), EncodingConfig(chat_template=NEWEST))
     processor: Any = used.processor
     processor.tokenizer(["a", "several tokens"], padding=True, truncation=True, max_length=3)
     assert used.fingerprint == encoder.fingerprint
     processor.save_pretrained(tmp_path)
-    assert load_encoder(str(tmp_path), chat_template=None, enable_thinking=False).fingerprint == encoder.fingerprint
+    assert load_encoder(str(tmp_path), EncodingConfig()).fingerprint == encoder.fingerprint
 
 
 def test_the_fingerprint_changes_with_template_tokenizer_and_images(
     encoder_of: EncoderOf, tiny_model: Callable[..., Path]
 ) -> None:
     def changed(change: Callable[[Any], Any]) -> str:
-        encoder = load_encoder(str(tiny_model()), chat_template=NEWEST, enable_thinking=False)
+        encoder = load_encoder(str(tiny_model()), EncodingConfig(chat_template=NEWEST))
         change(encoder.processor)
         return encoder.fingerprint
 
@@ -805,10 +815,9 @@ json_values = st.recursive(
 
 
 def make_up_no_token(parts: list[dict[str, Any]]) -> bool:
-    """Whether no control token comes together from several parts, given or trimmed: such rows are refused."""
-    given = [part.get("text", "") for part in parts]
-    joined = ("".join(given), "".join(map(str.strip, given)))
-    return not any(token in text for token in CONTROL_TOKENS for text in joined)
+    """Whether no control token comes together from several parts: such rows are refused."""
+    together = "".join(part.get("text", "") for part in parts)
+    return not any(token in together for token in CONTROL_TOKENS)
 
 
 parts = st.lists(st.builds(text, texts) | st.sampled_from([SQUARE, WIDE]), min_size=1, max_size=3).filter(
@@ -879,7 +888,7 @@ def emitted(messages: Sequence[Mapping[str, Any]]) -> str:
     return said
 
 
-INTERRUPTED = [  # the model's picture is not the one that the tool returned before the user spoke
+INTERRUPTED = [  # the model's image is not the one that the tool returned before the user spoke
     user("x"),
     calls(("f", {})),
     tool("f", [SQUARE]),
@@ -903,3 +912,21 @@ def test_any_trajectory_has_the_processors_ids_and_trains_what_the_model_says(
     encoded = check_against_processor(encoder, row)
     trained = [label for label in encoded.labels if label != IGNORE_INDEX]
     assert encoder.tokenizer.decode(trained) == emitted(row.messages)
+
+
+# ---- calls read back -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("f", {"a<b": 1}, "turn 2: the call of 'f' does not read back"),
+        (":f", {}, "turn 2: the call of ':f' does not read back"),
+        ("f", {"outer": {"a<b": 1}}, "turn 2: the call of 'f' does not read back"),
+    ],
+)
+def test_a_call_that_does_not_read_back_is_refused(
+    encoder: Encoder, name: str, arguments: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(DataError, match=re.escape(words)):
+        encoder.encode(trajectory(user("Go."), calls((name, arguments))))

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from gemma_dist.__main__ import main
+from gemma_dist.data.read import CALL, read_output
+from gemma_dist.data.read import CALL_END as END
 from gemma_dist.evaluate import generate, run
 from gemma_dist.evaluate.generate import Answer
 from gemma_dist.evaluate.metrics import flat_counts
-from gemma_dist.evaluate.read import CALL, read_output
-from gemma_dist.evaluate.read import CALL_END as END
 from gemma_dist.evaluate.score import score_decision
 from tests.support.corpus import row, write_rows
 from tests.support.ranks import gemma_dist
@@ -108,6 +108,34 @@ def test_any_text_that_a_model_writes_survives(
     assert sorted(sample["output"] for sample in samples) == sorted(said)
     assert {"\ud83d", 1} == {value for sample in samples for call in sample["parsed"]["calls"]
                              for value in call["arguments"].values()}  # fmt: skip
+
+
+def test_test_cases_are_asked_at_their_end_and_counted_by_name(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = [{"name": "weather", "parameters": {"type": "object", "required": ["city"]}}]
+    messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hi."}]
+    messages.append({"role": "user", "content": "Rome?"})
+    cases: list[dict[str, Any]] = [
+        {"messages": messages, "available_tools": tools, "expected_tool": "weather"},
+        {"messages": messages, "available_tools": tools, "expected_tool": None},
+        {"messages": messages, "available_tools": tools, "expected_tool": "weather", "expected_args": {"city": "Oslo"}},
+    ]
+
+    def answer(*arguments: Any, **keywords: Any) -> list[Answer]:
+        text = f'{CALL}call:weather{{city:<|"|>Rome<|"|>}}{END}<|tool_response>'
+        return [Answer(text=text, num_tokens=9, stopped=True) for _ in arguments[2]]
+
+    monkeypatch.setattr(run, "generate", answer)
+    out = tmp_path / "report"
+    assert main(["evaluate", "--model", model, "--data", str(write_rows(tmp_path / "rows.jsonl", cases)),
+                 "--out", str(out)]) == 0  # fmt: skip
+    report, samples = _read(out)
+    assert [(sample["turn"], sample["score"]["right"]) for sample in samples] == [(4, True), (4, False), (4, False)]
+    assert [sample["gold"]["is_outline"] for sample in samples] == [True, True, False]
+    metrics = report["metrics"]
+    assert (metrics["tool_set_exact"]["numerator"], metrics["tool_set_exact"]["denominator"]) == (2, 2)
+    assert (metrics["call_exact"]["numerator"], metrics["call_exact"]["denominator"]) == (0, 1)
 
 
 def test_limit_and_an_existing_report(evaluated: Any, model: str, data: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gemma_dist.config import batch_plan
+from gemma_dist.batch_plan import batch_plan
 from gemma_dist.errors import ConfigError
 from gemma_dist.recipe import load_config
 from gemma_dist.topology import Topology, current_topology, read_topology, require_fit, write_recipe_into

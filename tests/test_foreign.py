@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_dist.evaluate.foreign import holds_foreign_call
-from gemma_dist.evaluate.read import Reading, read_output
+from gemma_dist.data.foreign import holds_foreign_call
+from gemma_dist.data.read import Reading, read_output
 from gemma_dist.evaluate.score import Score, score_decision
 from gemma_dist.logs import read_jsonl
 

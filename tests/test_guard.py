@@ -72,7 +72,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimizer(
 
 
 def test_a_gradient_that_is_not_finite_stops_too(shards: Path) -> None:
-    from gemma_dist.config import BatchPlan
+    from gemma_dist.batch_plan import BatchPlan
     from gemma_dist.errors import TrainingError
     from gemma_dist.stream.schedule import Schedule
     from gemma_dist.train.guard import stop_unless_finite
@@ -86,7 +86,7 @@ def test_a_gradient_that_is_not_finite_stops_too(shards: Path) -> None:
 
 
 def test_samples_in_quarantine_are_never_blamed(shards: Path, tmp_path: Path) -> None:
-    from gemma_dist.config import batch_plan
+    from gemma_dist.batch_plan import batch_plan
     from gemma_dist.errors import TrainingError
     from gemma_dist.recipe import load_config
     from gemma_dist.stream.schedule import open_schedule

@@ -168,8 +168,9 @@ def test_turned_images_are_seen_upright(kind: str, orientation: int) -> None:
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation])).convert("RGB")
     if kind == "JPEG":  # which blurs single pixels
         stored = stored.resize((stored.width * 16, stored.height * 16), Image.Resampling.NEAREST)
-    quality: dict[str, dict[str, Any]] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}
-    data = saved(stored, kind, exif=exif_of(orientation), **quality.get(kind, {}))
+    settings_of: dict[str, dict[str, Any]] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}
+    settings = settings_of.get(kind, {})
+    data = saved(stored, kind, exif=exif_of(orientation), **settings)
     image = decode_image(data)
     assert image_size(data) == (image.height, image.width)
     if kind == "JPEG":

@@ -16,7 +16,8 @@ import pytest
 import torch
 import yaml
 
-from gemma_dist.config import LANGUAGE_MODEL_LINEARS, ModelConfig, RunConfig, batch_plan
+from gemma_dist.batch_plan import batch_plan
+from gemma_dist.config import LANGUAGE_MODEL_LINEARS, ModelConfig, RunConfig
 from gemma_dist.errors import ConfigError
 from gemma_dist.model.load import load_model
 from gemma_dist.recipe import load_config
@@ -112,7 +113,7 @@ def test_deepspeed_files_leave_to_the_recipe_what_is_its_own(path):
 # tests/shapes/*.json have the form of the config.json in Google's repositories, which were out of reach. Sizes are from
 # the table of variants in transformers' convert_gemma4_weights.py (huggingface/transformers at 0f3f0632), the rest from
 # the defaults of its Gemma4Config; several public ports repeat them. What they make is counted below against the sizes
-# that the model cards give, towers for pictures and sound included.
+# that the model cards give, vision and audio towers included.
 SHAPES = ROOT / "tests" / "shapes"
 PUBLISHED = {"e2b": 5.1e9, "e4b": 8.0e9, "26b": 25.2e9 + 0.55e9, "31b": 30.7e9 + 0.55e9}
 # Peaks of a step with text in GiB, simulated on the real modules with torch's FakeTensor (within 1 % of the peaks that

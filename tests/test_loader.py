@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from gemma_dist.config import BatchPlan
+from gemma_dist.batch_plan import BatchPlan
+from gemma_dist.config import EncodingConfig
 from gemma_dist.data.encode import IGNORE_INDEX, Encoder, load_encoder
 from gemma_dist.errors import DataError
 from gemma_dist.shards import sharding
@@ -31,14 +32,14 @@ Batch = dict[str, torch.Tensor]
 def style(
     request: pytest.FixtureRequest, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Any, Encoder, Shards]:
-    """A tiny model with weights, its encoder, and a corpus of 11 rows, the rows 0, 3, 6, 9 with a picture."""
+    """A tiny model with weights, its encoder, and a corpus of 11 rows, the rows 0, 3, 6, 9 with an image."""
     from transformers import AutoModelForImageTextToText
 
     folder = tmp_path_factory.mktemp(request.param)
     model_folder = str(tiny_model(request.param))
     shard_rows(folder, model_folder, [row(number) for number in range(NUM_SAMPLES)])
     model = AutoModelForImageTextToText.from_pretrained(model_folder).eval()
-    encoder = load_encoder(model_folder, chat_template=None, enable_thinking=False)
+    encoder = load_encoder(model_folder, EncodingConfig())
     return model, encoder, open_shards(folder / "shards")
 
 
@@ -323,7 +324,7 @@ def test_a_damaged_sample_stops_the_run_and_is_named(style: Any, tmp_path: Path)
 
 def test_shards_of_another_template_are_refused(style: Any) -> None:
     model, _, shards = style
-    other = load_encoder(str(model.name_or_path), chat_template="gemma4_v2", enable_thinking=False)
+    other = load_encoder(str(model.name_or_path), EncodingConfig(chat_template="gemma4_v2"))
     with pytest.raises(DataError, match="another tokenizer, chat template"):
         loaders((model, other, shards), 1, 1, 1)
 

@@ -4,13 +4,15 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gemma_dist.__main__ import main
-from gemma_dist.model.folder import refuse_custom_code
+from gemma_dist.errors import CheckpointError
+from gemma_dist.model.folder import local_folder, refuse_custom_code
 from tests.support.corpus import row, shard_rows
 
 # What a model folder could bring along; whoever imports it leaves a mark.
@@ -208,3 +210,26 @@ def test_an_adapters_tokenizer_is_held_against_the_models_embeddings(
     assert code == 2
     assert f"the tokenizer of '{folder}' has ids up to" in said
     assert f"embed_tokens of '{model}' has" in said
+
+
+def test_a_hub_model_is_fetched_without_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    fetched: list[tuple[str, list[str]]] = []
+
+    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
+        fetched.append((name, allow_patterns))
+        if name != "google/gemma":
+            raise RuntimeError("401 Client Error\nwith more lines")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert local_folder(tmp_path, "--base here") == tmp_path
+    assert not fetched, "what lies here is not asked for elsewhere"
+    assert local_folder("google/gemma", "--base google/gemma") == tmp_path / "snapshot"
+    assert not any(fnmatch("modeling.py", pattern) for pattern in fetched[0][1])
+    with pytest.raises(CheckpointError) as refused:
+        local_folder("google/gemna", "--base google/gemna")
+    assert str(refused.value) == (
+        "--base google/gemna is neither a folder nor a model that could be fetched (401 Client Error); check the name"
+    )

@@ -23,7 +23,7 @@ from tests.support.documents import document
 Batch = dict[str, torch.Tensor]
 Tensors = dict[str, torch.Tensor]
 
-# Documents as `document` takes them. Most are longer than the small window, one picture too (20 soft tokens).
+# Documents as `document` takes them. Most are longer than the small window, one image too (20 soft tokens).
 TEXT, SHORT, LONG = (23,), (5,), (70,)
 IMAGE = (6, "<", (2, 2), ">", 9)
 ENDS_IN_IMAGE = (11, "<", (5, 4), ">")

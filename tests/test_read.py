@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gemma_dist.data.read import Reading, read_calls_lines, read_output, reading_to_json
 from gemma_dist.errors import DataError
-from gemma_dist.evaluate.read import MAX_DEPTH, Reading, read_calls_lines, read_output, reading_to_json
+from gemma_dist.gemma_format import MAX_DEPTH
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CASES_FILE = SHARED / "conformance" / "gemma4_toolcall_cases.json"

@@ -155,30 +155,30 @@ def asked(content: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "Done."}]}
 
 
-def picture(source: object) -> dict[str, Any]:
+def image_row(source: object) -> dict[str, Any]:
     return asked([{"type": "image", "image": str(source)}])
 
 
 @pytest.mark.parametrize("verb", ["shard", "inspect", "evaluate"])
-@pytest.mark.parametrize("fault", ["control token", "large picture", "picture elsewhere", "picture of another root"])
+@pytest.mark.parametrize("fault", ["control token", "large image", "image elsewhere", "image of another root"])
 def test_a_row_is_taken_with_the_remedy_as_it_was_printed(
     verb: str, fault: str, tmp_path: Path, reading: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("rows", "pictures"):
+    for name in ("rows", "images"):
         (tmp_path / name).mkdir()
-    Image.new("1", (50, 40)).save(tmp_path / "pictures" / "small.png")
-    if fault == "large picture":
+    Image.new("1", (50, 40)).save(tmp_path / "images" / "small.png")
+    if fault == "large image":
         Image.new("1", (8000, 6300)).save(tmp_path / "rows" / "large.png")
     bad = {
         "control token": asked("Say <turn|> twice."),
-        "large picture": picture("large.png"),
-        "picture elsewhere": picture(tmp_path / "pictures" / "small.png"),
-        "picture of another root": picture("small.png"),
+        "large image": image_row("large.png"),
+        "image elsewhere": image_row(tmp_path / "images" / "small.png"),
+        "image of another root": image_row("small.png"),
     }[fault]
     words = reading(verb, write_rows(tmp_path / "rows" / "rows.jsonl", [bad]))
     printed = re.search(r" use (--[\w-]+) (\S+)", said(words, capsys))
     assert printed
-    value = str(tmp_path / "pictures") if printed[2] == "FOLDER" else printed[2]
+    value = str(tmp_path / "images") if printed[2] == "FOLDER" else printed[2]
     assert main([*map(str, words), printed[1], value]) == 0
 
 
@@ -187,7 +187,7 @@ def test_a_path_that_leads_up_is_taken_from_another_media_root(
 ) -> None:
     (tmp_path / "rows").mkdir()
     Image.new("1", (50, 40)).save(tmp_path / "rows" / "small.png")
-    rows = write_rows(tmp_path / "rows.jsonl", [picture("../rows/small.png")])
+    rows = write_rows(tmp_path / "rows.jsonl", [image_row("../rows/small.png")])
     words = reading("inspect", rows)
     message = said(words, capsys)
     assert "move it there or use --media-root FOLDER" in message

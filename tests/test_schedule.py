@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_dist.config import BatchPlan, batch_plan
+from gemma_dist.batch_plan import BatchPlan, batch_plan
 from gemma_dist.errors import ConfigError, DataError
 from gemma_dist.recipe import load_config
 from gemma_dist.shards import sharding

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gemma_dist.data.read import Call, Reading, read_output
 from gemma_dist.data.schema import check_calls
 from gemma_dist.errors import DataError
 from gemma_dist.evaluate.metrics import METRICS, call_decision, divide, flat_counts, wilson
-from gemma_dist.evaluate.read import Call, Reading, read_output
 from gemma_dist.evaluate.report import ScoredDecision, add_up
 from gemma_dist.evaluate.score import GoldCall, Score, assign, fits_schema, match_calls, same_value, score_decision
 

@@ -126,7 +126,7 @@ def test_workers_end_with_a_killed_run(whole: tuple[Path, Path], model: str, tmp
     run.wait()
     until = time.monotonic() + 20
     while any(Path(f"/proc/{pid}/exe").exists() for pid in workers):
-        assert time.monotonic() < until, "a worker goes on without its run"
+        assert time.monotonic() < until, "a worker outlives its run"
         time.sleep(0.05)
     shard([source], out, model)
     assert contents(out) == contents(folder)
@@ -182,7 +182,7 @@ def test_appended_rows_come_behind_the_others_which_stay(model: str, tmp_path: P
     assert ids(out) == [row["id"] for row in ROWS]
     assert (report.num_written, report.num_shards) == (20, len(after) - len(before))
     assert len(opened) == 40
-    assert opened.read(39).id == "row-39", "a run that has the old corpus open goes on with it"
+    assert opened.read(39).id == "row-39", "a run that has the old corpus open keeps reading it"
     assert open_shards(out).manifest_hash != opened.manifest_hash
 
 

@@ -125,13 +125,14 @@ def test_loss_is_a_sum_over_the_target_tokens_of_the_global_batch(
     run: Any, model: str, shards: Path, more: tuple[str, ...]
 ) -> None:
     """Step 1 against transformers' own loss of each row alone, weighted by its target tokens."""
-    from gemma_dist.config import batch_plan
+    from gemma_dist.batch_plan import batch_plan
+    from gemma_dist.config import EncodingConfig
     from gemma_dist.data.encode import load_encoder
     from gemma_dist.recipe import load_config
     from gemma_dist.stream.collate import Sample, collate, control_ids
     from gemma_dist.stream.schedule import open_schedule
 
-    encoder = load_encoder(model, chat_template=None, enable_thinking=False)
+    encoder = load_encoder(model, EncodingConfig())
     config = load_config("launch/cpu_full.yaml", [*_paths(model, shards, Path("out")), *SETTINGS, *more])
     schedule = open_schedule(config, batch_plan(config, 1))
     base = AutoModelForImageTextToText.from_pretrained(model).eval()
@@ -150,9 +151,9 @@ def test_loss_is_a_sum_over_the_target_tokens_of_the_global_batch(
 
 
 @needs_compiler
-def test_a_killed_run_goes_on_with_another_world_size(run: Any, model: str, shards: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_on_another_world_size(run: Any, model: str, shards: Path, tmp_path: Path) -> None:
     """kill -9 on two ranks that share an optimizer, once the first checkpoint stands; one rank without DeepSpeed then
-    goes on with the same batches."""
+    resumes with the same batches."""
     out = tmp_path / "out"
     words = ["launch/cpu_full.yaml", *_paths(model, shards, out), *SETTINGS, *PACKED]
     killed = start("train", *words, launch="cpu_zero2")
@@ -204,7 +205,7 @@ def test_settings_that_may_change_take_effect_on_resume(run: Any, model: str, sh
 def test_a_checkpoint_of_another_base_is_refused(
     run: Any, model: str, tiny_model: Any, shards: Path, tmp_path: Path
 ) -> None:
-    """A sister model has the same shapes; a number format or a 4-bit base is another function."""
+    """A sister model has the same shapes; a dtype or a 4-bit base is another function."""
     from safetensors.torch import save_file
 
     sister = tmp_path / "sister"

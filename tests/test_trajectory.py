@@ -125,7 +125,7 @@ def test_every_real_row_goes_through(file: str, shared: Path) -> None:
 
 
 def test_the_row_of_the_tutorial(tmp_path: Path) -> None:
-    """Arguments as JSON text, content null, a picture in a tool message, no tools, no ids."""
+    """Arguments as JSON text, content null, an image in a tool message, no tools, no ids."""
     (tmp_path / "charts").mkdir()
     (tmp_path / "charts/q2.png").write_bytes(png())
     query = "select month, sum(total) from sales where quarter = 'Q2' group by month"
@@ -355,7 +355,7 @@ def test_text_beside_a_call_becomes_reasoning() -> None:
     assert (moved[2]["content"], moved[2]["reasoning_content"]) == ("", "Easy.\nLet me add.")
 
 
-def test_pictures_beside_a_call_move_with_their_text_and_keep_their_order() -> None:
+def test_images_beside_a_call_move_with_their_text_and_keep_their_order() -> None:
     content = [{"type": "image", "image": {"bytes": png(color="blue")}}, {"type": "text", "text": "See."}]
     row = with_messages({"role": "assistant", "content": content, "tool_calls": [call()]})
     row["messages"][0]["content"] = [{"type": "image", "image": {"bytes": png(color="green")}}]
@@ -389,7 +389,7 @@ REFUSED = [
     (changed("messages.1.role", ["user"]), "turn 2: the role is ['user']"),
     (changed("messages.1.role", "system"), "turn 2 (system): a system message may only stand first"),
     (changed("messages.4", {"role": "developer", "content": "x"}), "turn 5 (developer): a system message may only"),
-    (changed("messages", [{"role": "system", "content": "x"}]), "goes on with a user message"),
+    (changed("messages", [{"role": "system", "content": "x"}]), "continues with a user message"),
     (
         changed("messages.1", {"role": "assistant", "content": "x"}),
         "turn 2 (assistant): a trajectory opens with a user",
@@ -412,8 +412,11 @@ REFUSED = [
     (changed("messages.4", {"role": "assistant", "reasoning": "a", "thinking": "b"}), "say different things"),
     (changed("messages.4.reasoning_content", ["a"]), "`reasoning_content` is ['a']"),
     # content
-    (changed("messages.3.content", {"sum": 3}), "turn 4 (tool): the content is {'sum': 3} (dict); write it as text"),
-    (changed("messages.3.content", 3), "the content is 3 (int); write it as text"),
+    (
+        changed("messages.1.content", {"sum": 3}),
+        "turn 2 (user): the content is {'sum': 3} (dict); write it",
+    ),
+    (changed("messages.3.content", 3), "the content is 3 (int); write it as a string"),
     (changed("messages.1.content", ["x"]), "the part 'x' is of type None"),
     (changed("messages.1.content", [{"type": "input_audio"}]), "is of type 'input_audio'"),
     (changed("messages.1.content", [{"type": "text", "text": 3}]), "the text of a part is 3"),
@@ -434,7 +437,7 @@ REFUSED = [
         "turn 3 (assistant): call 'c1' of add without an answer before turn 4",
     ),
     (changed("messages.2.tool_calls", None) | {"x": 1}, "turn 3 (assistant): says nothing"),
-    (changed("messages.2.tool_calls", "add()"), "`tool_calls` is 'add()'"),
+    (changed("messages.2.tool_calls", "add()"), "`tool_calls`: not JSON"),
     (changed("messages.2.tool_calls", [3]), "the call 3 is no function call"),
     (changed("messages.2.tool_calls.0.type", "custom"), "is no function call"),
     (changed("messages.2.tool_calls.0.id", 1.5), "the call id is 1.5"),
@@ -505,11 +508,14 @@ REFUSED = [
     ),
     (changed("messages.2.tool_calls.0.function.name", None), "the tool name None"),
     *[
-        (changed("messages.2.tool_calls.0.function.name", name), "cannot be carried by Gemma's call format")
+        (changed("messages.2.tool_calls.0.function.name", name), "cannot be represented in Gemma's call format")
         for name in ("", "add numbers", "add{", "add}", "add(1)", "a,b", "<x>", "add\n", 'a"b')
     ],
     *[
-        (changed("messages.2.tool_calls.0.function.arguments", arguments), "cannot be carried by Gemma's call format")
+        (
+            changed("messages.2.tool_calls.0.function.arguments", arguments),
+            "cannot be represented in Gemma's call format",
+        )
         for key in ("", " a", "a ", "a:b", "a,b", "a{b", "a}b", "a[0", "0]", 'a"b', "a\nb")
         for arguments in ({key: 1}, {"a": [{"b": {key: 1}}]})
     ],
@@ -524,8 +530,8 @@ REFUSED = [
     (changed("tools.0.function.parameters", []), "parameters are []"),
     (changed("tools.0.function.parameters.type", "string"), "the type of parameters is 'string'"),
     (
-        changed("tools.0.function.parameters.properties.a.type", "int"),
-        "tool add: parameters are no valid JSON schema: 'int'",
+        changed("tools.0.function.parameters.properties.a.type", "float64"),
+        "tool add: parameters are no valid JSON schema: a: 'float64' is no type; write one of string, number",
     ),
     (changed("tools.0.function.parameters.properties.a", None), "not allowed ('a' was unexpected)"),
     (changed("tools.0.function.parameters.$schema", []), "tool add: parameters are no valid JSON schema"),
@@ -534,7 +540,7 @@ REFUSED = [
     (changed("tools.0.function.parameters.properties.a", {"$ref": "#/properties/a"}), "schema cannot be applied"),
     (changed("tools.0.function.parameters.properties.a.maximum", float("nan")), "tool add: the number nan"),
     (changed("tools.0.function.parameters.properties.a.maximum", 2**64), "tool add: the integer"),
-    # pictures
+    # images
     (changed("messages.3.content", [{"type": "image"}]), "`images` holds 0 images for 1 image parts"),
     (changed("images", [png()]), "`images` holds 1 images for 0 image parts"),
     (changed("images", "x.png"), "`images` holds 1 images for 0 image parts"),
@@ -584,7 +590,7 @@ def media(tmp_path: Path) -> Path:
     (tmp_path / "secret.png").write_bytes(png())
     (root / "good.png").write_bytes(png())
     (root / "link.png").symlink_to(tmp_path / "secret.png")
-    (root / "text.png").write_text("no picture")
+    (root / "text.png").write_text("no image")
     (root / "cut.png").write_bytes(png((30, 30), "red")[:-30])
     noise = Image.effect_noise((30, 30), 90)
     noise.save(root / "whole.jpg")
@@ -594,7 +600,7 @@ def media(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("source", "words"), IMAGE_REFUSED)
-def test_pictures_that_are_refused(media: Path, source: Any, words: str) -> None:
+def test_images_that_are_refused(media: Path, source: Any, words: str) -> None:
     row = changed("messages.1.content", [{"type": "image", "image": source}])
     assert words in refusal(row, media_root=media, max_image_pixels=1000)
 
@@ -614,7 +620,7 @@ def test_pictures_that_are_refused(media: Path, source: Any, words: str) -> None
         {"type": "image", "image": png()},
     ],
 )
-def test_pictures_come_in_many_forms(media: Path, part: dict[str, Any]) -> None:
+def test_images_come_in_many_forms(media: Path, part: dict[str, Any]) -> None:
     trajectory = parse(changed("messages.3.content", [{"type": "text", "text": "see"}, part]), media_root=media)
     assert trajectory.images == [png()]
     assert trajectory.messages[3]["content"] == [{"type": "text", "text": "see"}, {"type": "image"}]
@@ -647,7 +653,7 @@ def test_decoding_lays_transparency_on_white_and_turns_as_exif_says() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's remarks on broken TIFF tags
 @given(st.binary(max_size=200), st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]), st.integers(0, 60))
 @settings(max_examples=150, deadline=None)
-def test_broken_pictures_are_refused_plainly(noise: bytes, kind: str, position: int) -> None:
+def test_broken_images_are_refused_plainly(noise: bytes, kind: str, position: int) -> None:
     whole = png((8, 8), kind=kind)
     try:
         decode_image(whole[:position] + noise + whole[position + len(noise) :])
@@ -699,11 +705,10 @@ def test_control_tokens_in_arguments() -> None:
     assert made["function"]["arguments"] == {"a": {"<\u200bturn|>": 1}}
 
 
-@pytest.mark.parametrize("texts", [("<|tu", "rn>"), ("<|tu ", " rn>")])
-def test_a_control_token_in_two_halves(texts: tuple[str, str]) -> None:
-    row = changed("messages.3.content", [{"type": "text", "text": text} for text in texts])
-    for setting in ("reject", "escape"):
-        assert "make up a control token together" in refusal(row, control_tokens=setting)
+def test_a_control_token_in_two_halves() -> None:
+    row = changed("messages.3.content", [{"type": "text", "text": text} for text in ("<|tu", "rn>")])
+    assert "the control token <|turn> stands in" in refusal(row)
+    assert parse(row, control_tokens="escape").messages[3]["content"] == [{"type": "text", "text": "<\u200b|turn>"}]
 
 
 # ---- anything at all ----
@@ -910,7 +915,7 @@ def test_files_that_cannot_be_read_stop_the_reading(tmp_path: Path, name: str, d
     assert str(path) in str(caught.value)
 
 
-def test_pictures_are_found_beside_the_file_that_names_them(tmp_path: Path) -> None:
+def test_images_are_found_beside_the_file_that_names_them(tmp_path: Path) -> None:
     (tmp_path / "chart.png").write_bytes(png())
     row = changed("messages.1.content", [{"type": "image", "image": "chart.png"}])
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
@@ -919,10 +924,10 @@ def test_pictures_are_found_beside_the_file_that_names_them(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_size_of_a_picture_is_that_of_its_pixels(orientation: int) -> None:
+def test_the_size_of_an_image_is_that_of_its_pixels(orientation: int) -> None:
     file = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (5, 2)).save(file, "JPEG", exif=exif)
-    picture = decode_image(file.getvalue())
-    assert image_size(file.getvalue()) == (picture.height, picture.width)
+    image = decode_image(file.getvalue())
+    assert image_size(file.getvalue()) == (image.height, image.width)

@@ -111,7 +111,8 @@ def compare(folder: Path, models: list[tuple[str, str]]) -> None:
     from transformers import modeling_utils
 
     from gemma_dist import world
-    from gemma_dist.config import ModelConfig, batch_plan
+    from gemma_dist.batch_plan import batch_plan
+    from gemma_dist.config import ModelConfig
     from gemma_dist.model.load import load_model
     from gemma_dist.recipe import load_config
     from gemma_dist.resolve import Run

@@ -1,13 +1,11 @@
-"""Tool messages linked to the calls that they answer, and text moved in front of the calls beside it.
+"""Tool messages linked to the calls that they answer.
 
 An answer is a tool message: the result of one call, or an error that came in its place.
 """
 
 import itertools
 from collections.abc import Iterator
-from typing import Literal
 
-from gemma_dist.data.messages import content_parts, content_text, says_something
 from gemma_dist.data.strict import error_context, short
 from gemma_dist.data.types import Message, ToolCall
 from gemma_dist.errors import DataError
@@ -74,7 +72,7 @@ def _answered_call(answer: Message, waiting: list[ToolCall], answered: list[Tool
             if call["function"]["name"] == name:
                 return call
         raise DataError(
-            f"answers a call of {short(name)}, which is not open; open calls: {_names(waiting)}; mend the name"
+            f"answers a call of {short(name)}, which is not open; open calls: {_names(waiting)}; fix the name"
         )
     if len(waiting) != 1:
         raise DataError(
@@ -105,28 +103,3 @@ def _call_of_id(answer: Message, waiting: list[ToolCall], answered: list[ToolCal
 
 def _names(calls: list[ToolCall]) -> str:
     return ", ".join(f"call {short(call['id'])} of {call['function']['name']}" for call in calls) or "none"
-
-
-def text_before_calls(message: Message, text_beside_call: Literal["message", "reasoning"]) -> list[Message]:
-    """The message, its content moved in front of its calls: the template would write it behind them.
-
-    As "reasoning" it is appended to the reasoning; content with images always becomes a message of its own. The
-    reasoning stays with the first of the two.
-    """
-    content = message["content"]
-    if "tool_calls" not in message:
-        return [message]
-    calling: Message = {**message, "content": ""}
-    if not says_something(content):
-        return [calling]
-    holds_images = any(part["type"] == "image" for part in content_parts(content))
-    if text_beside_call == "reasoning" and not holds_images:
-        text = content_text(content).strip()
-        if "reasoning_content" in message:
-            text = f"{message['reasoning_content']}\n{text}"
-        calling["reasoning_content"] = text
-        return [calling]
-    saying: Message = {**message}
-    del saying["tool_calls"]
-    calling.pop("reasoning_content", None)
-    return [saying, calling]

@@ -6,8 +6,10 @@ all layouts. Each converted message remembers the turn that it came from, so tha
 
 from collections.abc import Callable
 
-from gemma_dist.data.layouts import anthropic, sharegpt
+from gemma_dist.data.declarations import find_declarations, to_openai_tools, without_tools
+from gemma_dist.data.layouts import anthropic, exchanges, glaive, lone_events, prompt_completion, sharegpt, xlam
 from gemma_dist.data.layouts.markers import image_column, place_images
+from gemma_dist.data.layouts.text_calls import convert_text_calls
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, number_turns
 from gemma_dist.data.strict import error_context, get, read_json_text
 from gemma_dist.data.types import RawRow
@@ -36,8 +38,17 @@ def to_openai(row: RawRow) -> OpenAIRow:
             break
     else:
         converted = _openai(row)
-    if row.get("system") and converted.messages:
-        converted.messages = _with_system(row["system"], converted.messages)
+    converted.tools = find_declarations(row, converted.tools, converted.messages, converted.notes)
+    converted.messages = [(turn, without_tools(message)) for turn, message in converted.messages]
+    if row.get("system") and converted.messages and not converted.has_system:
+        system = row["system"]
+        if isinstance(system, str):
+            system = system.removeprefix(glaive.SYSTEM)
+        converted.messages = _with_system(system, converted.messages)
+    declared = converted.tools
+    converted = convert_text_calls(converted)
+    if converted.tools is not declared:  # the system text listed them
+        converted.tools = to_openai_tools(converted.tools, converted.notes)
     converted.images = image_column(row) or converted.images
     place_images(converted)
     return converted
@@ -45,8 +56,13 @@ def to_openai(row: RawRow) -> OpenAIRow:
 
 # How each layout is told from the others, and converted. The first one that knows the row takes it.
 LAYOUTS: list[tuple[Callable[[RawRow], bool], Callable[[RawRow], OpenAIRow]]] = [
+    (exchanges.is_layout, exchanges.to_openai),
+    (lone_events.is_layout, lone_events.to_openai),
     (sharegpt.is_layout, sharegpt.to_openai),
     (anthropic.is_layout, anthropic.to_openai),
+    (glaive.is_layout, glaive.to_openai),
+    (xlam.is_layout, xlam.to_openai),
+    (prompt_completion.is_layout, prompt_completion.to_openai),
 ]
 
 

@@ -4,11 +4,14 @@ A cursor walks through the rendered string message by message. What follows the 
 is passed over; of an assistant's message every piece must come where it must be, right behind the one before it.
 """
 
+import json
 import re
 from dataclasses import dataclass
 
-from gemma_dist.data.messages import content_parts, count_images
-from gemma_dist.data.types import Message
+from gemma_dist.data.content import content_parts, count_images
+from gemma_dist.data.read import Call, read_whole_call
+from gemma_dist.data.strict import short
+from gemma_dist.data.types import CalledFunction, JsonObject, Message
 from gemma_dist.errors import DataError, setting
 from gemma_dist.gemma_format import (
     CALL,
@@ -109,7 +112,7 @@ class _Cursor:
         message_start = span_start = self._position
         self._read_reasoning(message.get("reasoning_content"))
         for call in message.get("tool_calls", []):
-            self._read_call(index, call["function"]["name"])
+            self._read_call(index, call["function"])
         for part in content_parts(message["content"]):
             if part["type"] == "text":
                 self._read_text(index, part["text"].strip())  # as templates write it
@@ -165,10 +168,19 @@ class _Cursor:
         else:
             self.num_dropped_reasoning += 1
 
-    def _read_call(self, index: int, name: str) -> None:
-        if not self._rendered.startswith(f"{CALL}call:{name}{{", self._position):
+    def _read_call(self, index: int, called: CalledFunction) -> None:
+        """Go behind a call, which must say to the reader of outputs what the row says: else a right answer would count
+        as wrong, and a server would pass on something else."""
+        start, name = self._position, called["name"]
+        if not self._rendered.startswith(f"{CALL}call:{name}{{", start):
             raise _torn(index, f"the call of {name!r}")
-        self._position = self._rendered.index(CALL_END, self._position) + len(CALL_END)
+        self._position = self._rendered.index(CALL_END, start) + len(CALL_END)
+        found = read_whole_call(self._rendered[start : self._position])
+        if found is None or found.name != name or not _equal(found.arguments, called["arguments"]):
+            raise DataError(
+                f"turn {index + 1}: the call of {name!r} does not read back from Gemma's call format as it stands in "
+                f"the row{_difference(found, called)}; rename what has signs of the format in its name"
+            )
 
     def _read_text(self, index: int, text: str) -> None:
         if not self._rendered.startswith(text, self._position):
@@ -195,7 +207,7 @@ class _Cursor:
             self.spans.append(Span(start, self._position, index))
 
     def _find_texts(self, index: int, start: int) -> int:
-        """The end of the message's texts, which stand in their order somewhere behind `start`."""
+        """The end of the message's text parts, which stand in their order somewhere behind `start`."""
         end = start
         for part in content_parts(self._messages[index]["content"]):
             if part["type"] == "text":
@@ -205,6 +217,22 @@ class _Cursor:
                     raise _torn(index, f"the text {text[:60]!r}")
                 end = found + len(text)
         return end
+
+
+def _equal(found: JsonObject, given: JsonObject) -> bool:
+    """Whether two objects are one JSON text: 1, 1.0 and true are three values."""
+    return json.dumps(found, sort_keys=True) == json.dumps(given, sort_keys=True)
+
+
+def _difference(found: Call | None, called: CalledFunction) -> str:
+    """Which arguments do not read back: " (argument 'a<b')"."""
+    if found is None or found.name != called["name"]:
+        return ""
+    given = called["arguments"]
+    for key in given:
+        if key not in found.arguments or not _equal({"": found.arguments[key]}, {"": given[key]}):
+            return f" (argument {short(key)})"
+    return ""
 
 
 def _torn(index: int, piece: str) -> DataError:

@@ -6,8 +6,8 @@ What is sharded and what `inspect` shows goes through here, so that both see the
 from dataclasses import replace
 
 from gemma_dist.config import RowConfig, ShardConfig
+from gemma_dist.data.content import count_images
 from gemma_dist.data.encode import Encoded, Encoder
-from gemma_dist.data.messages import count_images
 from gemma_dist.data.rows import Where
 from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.data.types import Message, RawRow

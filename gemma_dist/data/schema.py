@@ -14,6 +14,7 @@ import jsonschema
 import referencing
 
 from gemma_dist.data.schema_nulls import drop_schema_nulls
+from gemma_dist.data.schema_types import normalize_schema
 from gemma_dist.data.strict import error_context, map_json_object, read_json_text, reason, short
 from gemma_dist.data.types import CalledFunction, Clean, Function, Json, JsonObject, Message, Tool
 from gemma_dist.errors import DataError
@@ -28,14 +29,15 @@ def tool_name(name: object) -> str:
     """The name itself. DataError if Gemma's call format cannot carry it."""
     if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
         raise DataError(
-            f"the tool name {short(name)} cannot be carried by Gemma's call format; use letters, digits and _ - . / :"
+            f"the tool name {short(name)} cannot be represented in Gemma's call format; use letters, digits and "
+            "_ - . / :"
         )
     return name
 
 
-def parse_tools(tools: object, clean: Clean, notes: Counter[str] | None = None) -> list[Tool]:
-    """Declarations in OpenAI's form, as given but for the wrapper, the keys that the template needs, and nulls that say
-    nothing, which are left out and counted in `notes`.
+def parse_tools(tools: object, clean: Clean, notes: Counter[str]) -> list[Tool]:
+    """Declarations in OpenAI's form, as given but for the wrapper, the names of types, the keys that the template
+    needs, and nulls that say nothing. `notes` count what was changed.
 
     Raises:
         DataError: one is no declaration of a function, is declared twice, or has an invalid schema.
@@ -43,6 +45,7 @@ def parse_tools(tools: object, clean: Clean, notes: Counter[str] | None = None) 
     given = read_json_text(tools, "tools") if tools else []
     if not isinstance(given, list):
         raise DataError(f"`tools` is {short(given)}; write a list of declarations")
+    notes = Counter() if notes is None else notes
     parsed: dict[str, Tool] = {}
     for number, tool in enumerate(given, start=1):
         with error_context(f"tool {number}"):
@@ -51,8 +54,8 @@ def parse_tools(tools: object, clean: Clean, notes: Counter[str] | None = None) 
         with error_context(f"tool {name}"):
             if name in parsed:
                 raise DataError("is declared twice; tool names are unique")
-            function = drop_schema_nulls(function, notes if notes is not None else Counter())
-            parsed[name] = {"type": "function", "function": _parse_function(function, clean)}
+            function = drop_schema_nulls(function, notes)
+            parsed[name] = {"type": "function", "function": _parse_function(function, clean, notes)}
     return list(parsed.values())
 
 
@@ -60,33 +63,36 @@ def _declared_function(tool: object) -> dict[str, object]:
     """What a declaration says of its function, inside of OpenAI's wrapper or without one."""
     if isinstance(tool, dict) and tool.get("type") in (None, "function"):
         function = tool.get("function") or {key: value for key, value in tool.items() if key != "type"}
-        if isinstance(function, dict) and function:
+        if isinstance(function, dict) and function.get("name") is not None:
             return function
     raise DataError(f'{short(tool)} declares no function; write {{"type": "function", "function": {{"name": ...}}}}')
 
 
-def _parse_function(function: dict[str, object], clean: Clean) -> Function:
+def _parse_function(function: dict[str, object], clean: Clean, notes: Counter[str]) -> Function:
     given = {key: value for key, value in function.items() if value is not None}
     parsed = map_json_object(given, clean, clean)
     description = parsed.setdefault("description", "")
     if not isinstance(description, str):
-        raise DataError(f"the description is {short(description)}; write it as text")
+        raise DataError(f"the description is {short(description)}; write it as a string")
     if "parameters" in parsed:
-        _check_parameters(parsed["parameters"])
+        parsed["parameters"] = _parse_parameters(parsed["parameters"], notes)
     return cast(Function, parsed)  # which may have other keys, too
 
 
-def _check_parameters(parameters: Json) -> None:
+def _parse_parameters(parameters: Json, notes: Counter[str]) -> JsonObject:
     if not isinstance(parameters, dict):
         raise DataError(f"parameters are {short(parameters)}; write a JSON schema of type object")
     if not parameters:
-        return
+        return parameters
+    with error_context("parameters are no valid JSON schema"):
+        parameters = normalize_schema(parameters, notes)
     # Without the type the template never closes the brace of the parameters.
     if parameters.setdefault("type", "object") != "object":
         raise DataError(
             f'the type of parameters is {short(parameters.get("type"))}; arguments are an object: write "object"'
         )
     _validator(json.dumps(parameters))
+    return parameters
 
 
 @functools.lru_cache(maxsize=4096)
@@ -98,7 +104,7 @@ def _validator(schema_json: str) -> jsonschema.protocols.Validator:
         dialect.check_schema(schema)
         return _nullable(dialect)(schema, registry=referencing.Registry())
     except Exception as error:  # whatever trips the validator's own reading of a schema is a fault of the schema
-        raise DataError(f"parameters are no valid JSON schema: {reason(error)}; mend the schema") from None
+        raise DataError(f"parameters are no valid JSON schema: {reason(error)}; fix the schema") from None
 
 
 @functools.cache
@@ -119,6 +125,11 @@ def _nullable(dialect: type[jsonschema.protocols.Validator]) -> type[jsonschema.
     saying = ("type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref")
     known = [keyword for keyword in saying if keyword in dialect.VALIDATORS]  # older dialects lack some
     return jsonschema.validators.extend(dialect, {keyword: unless_null(keyword) for keyword in known})
+
+
+def without_schemas(tools: list[Tool]) -> list[Tool]:
+    """The tools by name alone, so that all arguments fit them."""
+    return [{"type": "function", "function": {"name": tool["function"]["name"], "description": ""}} for tool in tools]
 
 
 def check_calls(places: list[str], messages: list[Message], tools: list[Tool]) -> None:
@@ -142,14 +153,14 @@ def _check_call(call: CalledFunction, declared: dict[str, JsonObject | None]) ->
     name = call["name"]
     if name not in declared:
         raise DataError(
-            f"calls {name}, which `tools` does not declare ({short(list(declared))}); declare it, mend the name, or "
+            f"calls {name}, which `tools` does not declare ({short(list(declared))}); declare it, fix the name, or "
             "set train: false on the message if it shows a mistake"
         )
     with error_context(f"call of {name}"):
         misfit = find_misfit(call["arguments"], declared[name])
         if misfit is not None:
             raise DataError(
-                f"the arguments do not fit the tool's schema: {misfit}; mend them, or set train: false on the message "
+                f"the arguments do not fit the tool's schema: {misfit}; fix them, or set train: false on the message "
                 "if it shows a mistake"
             )
 
@@ -175,7 +186,10 @@ def find_misfits(
     validator = _validator(json.dumps(parameters))
     try:
         return list(validator.iter_errors(arguments))
-    except Exception as broken:  # a $ref that leads nowhere, a pattern that is no regular expression, endless recursion
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as broken:  # a $ref that leads nowhere, a pattern that is no regular expression; or endless
+        # recursion, which may end in a panic of jsonschema's Rust: that is no Exception
         raise DataError(
-            f"the tool's schema cannot be applied: {reason(broken)}; mend the schema (no remote $ref)"
+            f"the tool's schema cannot be applied: {reason(broken)}; fix the schema (no remote $ref)"
         ) from None

@@ -28,7 +28,7 @@ def short(value: object) -> str:
         return "a number of thousands of digits"
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """What an error of another library says, on one line of at most 200 characters, for an error message of ours."""
     text = " ".join(str(getattr(error, "message", "") or error or type(error).__name__).split())
     return text if len(text) <= 200 else f"{text[:120]} ... {text[-70:]}"
@@ -49,13 +49,15 @@ def parse_json(text: str) -> object:
         return json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         near = short(text[max(0, error.pos - 20) : error.pos + 20])
-        raise DataError(f"not JSON at column {error.pos + 1}, near {near}: {error.msg}; mend the text") from None
+        raise DataError(f"not JSON at column {error.pos + 1}, near {near}: {error.msg}; fix the JSON") from None
     except DataError:
         raise
     except RecursionError:
         raise DataError(f"JSON nested too deeply: {short(text)}; at most {MAX_DEPTH} levels are taken") from None
     except ValueError:
-        raise DataError("an integer of thousands of digits; integers fit 64 bits, write longer ones as text") from None
+        raise DataError(
+            "an integer of thousands of digits; integers fit 64 bits, write longer ones as strings"
+        ) from None
 
 
 def read_json_text(value: object, name: str) -> object:
@@ -64,6 +66,18 @@ def read_json_text(value: object, name: str) -> object:
         return value
     with error_context(f"`{name}`"):
         return parse_json(value)
+
+
+def require_encodable(text: str) -> str:
+    """The string itself. DataError if UTF-8 cannot encode it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{short(text[max(0, error.start - 20) : error.end + 20])} holds half of a surrogate pair, which UTF-8 "
+            "cannot encode; write the whole character"
+        ) from None
+    return text
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> RawRow:
@@ -95,19 +109,19 @@ def map_json(value: object, string: Callable[[str], str], key: Callable[[str], s
         return string(value)
     if isinstance(value, int):
         if not -(2**63) <= value < 2**63:
-            raise DataError(f"the integer {short(value)} does not fit 64 bits; write it as text")
+            raise DataError(f"the integer {short(value)} does not fit 64 bits; write it as a string")
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
             raise DataError(
-                f"the number {value} (NaN, Infinity, or above 1.8e308) is not JSON; use null or text instead"
+                f"the number {value} (NaN, Infinity, or above 1.8e308) is not JSON; use null or a string instead"
             )
         return value
     if isinstance(value, list):
         return [map_json(item, string, key, depth + 1) for item in value]
     if isinstance(value, dict):
         return map_json_object(value, string, key, depth)
-    raise DataError(f"{short(value)} ({type(value).__name__}) is not a JSON value; write it as text")
+    raise DataError(f"{short(value)} ({type(value).__name__}) is not a JSON value; write it as a string")
 
 
 def map_json_object(
@@ -116,7 +130,7 @@ def map_json_object(
     """As `map_json`, of an object at this depth. It stays an `ArrowStruct` or `TextObject`."""
     for name in value:
         if not isinstance(name, str):
-            raise DataError(f"the key {short(name)} is no text; JSON keys are texts")
+            raise DataError(f"the key {short(name)} is not a string; JSON keys are strings")
     mapped = {key(name): map_json(item, string, key, depth + 1) for name, item in value.items()}
     if isinstance(value, (ArrowStruct, TextObject)):
         return cast(JsonObject, type(value)(mapped))

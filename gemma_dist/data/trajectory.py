@@ -14,17 +14,22 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from gemma_dist.config import RowConfig
-from gemma_dist.data.answers import link_answers, text_before_calls
+from gemma_dist.config import EvaluateConfig, RowConfig
+from gemma_dist.data import marks
+from gemma_dist.data.answers import link_answers
+from gemma_dist.data.content import ColumnIndex, clean_text
 from gemma_dist.data.convert import to_openai
+from gemma_dist.data.expected import is_test_case, with_expected_answer
 from gemma_dist.data.images import check_image, image_notes, load_image
-from gemma_dist.data.layouts.turns import turn_name
-from gemma_dist.data.messages import ColumnIndex, clean_text, parse_message, require_encodable
+from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
+from gemma_dist.data.messages import parse_message
+from gemma_dist.data.model_turns import JOINED, join_neighbors, text_before_calls
 from gemma_dist.data.nulls import settle_nulls
 from gemma_dist.data.rows import Where
-from gemma_dist.data.schema import check_calls, parse_tools
-from gemma_dist.data.strict import error_context, get, map_json, short
-from gemma_dist.data.types import Message, Tool
+from gemma_dist.data.schema import check_calls, parse_tools, without_schemas
+from gemma_dist.data.schema_show import show_tools
+from gemma_dist.data.strict import error_context, get, map_json, require_encodable, short
+from gemma_dist.data.types import Clean, Message, RawRow, Tool
 from gemma_dist.errors import DataError
 
 
@@ -37,6 +42,7 @@ class Trajectory:
     tools: list[Tool]
     images: list[bytes]  # files as they came, one for each image part, in the order of the messages
     notes: Counter[str] = field(default_factory=Counter)  # what parsing changed or left out, in words: how often
+    is_outline: bool = False  # of a test case: its answer names tools, or none, and gives no arguments and no words
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,18 @@ class _ImagePlace:
 
     place: str
     source: object
+
+
+@dataclass(frozen=True)
+class _ParsedMessages:
+    """The messages of a row, how errors name each, and their image parts."""
+
+    places: list[str]
+    messages: list[Message]
+    image_places: list[_ImagePlace]
+
+
+UNDECLARED = "rows call tools but declare none"
 
 
 def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajectory:
@@ -59,44 +77,76 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
     with error_context(where):
         if not isinstance(row, dict):
             raise DataError(f"the row is {short(row)}, not a JSON object; write one object a line")
-        clean = functools.partial(clean_text, escape=settings.control_tokens == "escape")
         row_id = name_row(row.get("id"), where)
-        converted = to_openai(row)
-        if not converted.messages:
-            raise DataError(
-                f"`messages` is {short(row.get('messages'))}; a row holds a list of messages (OpenAI or Anthropic), "
-                f"or `conversations` (sharegpt); this one has the keys {short(list(row))}"
-            )
-        tools = parse_tools(converted.tools, clean, converted.notes)
-        places: list[str] = []
-        messages: list[Message] = []
-        image_places: list[_ImagePlace] = []
-        for turn, raw in converted.messages:
-            place = turn_name(turn, get(raw, "role"))
-            with error_context(place):
-                parsed = parse_message(raw, clean)
-            places.append(place)
-            messages.append(parsed.message)
-            image_places += [_ImagePlace(place, source) for source in parsed.image_sources]
-        _check_order(places, messages)
-        link_answers(places, messages)
-        settle_nulls(places, messages, tools, settings.arrow_nulls, converted.notes)
+        converted, is_outline = _convert(row, settings)
+        notes = converted.notes
+        clean = functools.partial(clean_text, escape=settings.control_tokens == "escape")
+        tools = parse_tools(converted.tools, clean, notes)
+        parsed = _parse_messages(converted, clean)
+        _check_order(parsed.places, parsed.messages)
+        link_answers(parsed.places, parsed.messages)
+        settle_nulls(parsed.places, parsed.messages, tools, settings.arrow_nulls, notes)
         if tools:
-            check_calls(places, messages, tools)
+            check_calls(parsed.places, parsed.messages, without_schemas(tools) if is_outline else tools)
+            tools = show_tools(tools, settings.schemas, notes)
+        elif any("tool_calls" in message for message in parsed.messages):
+            notes[UNDECLARED] += 1
         media_root = _media_root(settings.media_root, where)
-        images = _load_images(image_places, converted.images, media_root, settings.max_image_pixels)
+        images = _load_images(parsed.image_places, converted.images, media_root, settings.max_image_pixels)
         for image in images:
-            converted.notes.update(image_notes(image))
-        ordered = chain.from_iterable(text_before_calls(message, settings.text_beside_call) for message in messages)
-        return Trajectory(row_id, list(ordered), tools, images, converted.notes)
+            notes.update(image_notes(image))
+        messages = _in_order(parsed.messages, settings, notes)
+        return Trajectory(row_id, messages, tools, images, notes, is_outline)
+
+
+def _convert(row: RawRow, settings: RowConfig) -> tuple[OpenAIRow, bool]:
+    """The row in the OpenAI shape, and whether its last message is only the outline of an answer."""
+    marks.refuse_on_row(row)
+    converted = to_openai(row)
+    if not converted.messages:
+        raise DataError(
+            f"`messages` is {short(row.get('messages'))}; a row holds a list of messages (OpenAI or Anthropic), "
+            f"or `conversations` (sharegpt); this one has the keys {short(list(row))}"
+        )
+    if not is_test_case(row, converted):
+        return converted, False
+    if not isinstance(settings, EvaluateConfig):
+        raise DataError(
+            "ends without an answer and says which call is expected: a test case for `evaluate`; add the assistant "
+            "message with the call to train on it"
+        )
+    return with_expected_answer(row, converted)
+
+
+def _parse_messages(converted: OpenAIRow, clean: Clean) -> _ParsedMessages:
+    """All messages in normal form. Their notes are added to those of the row."""
+    parsed = _ParsedMessages([], [], [])
+    for turn, raw in converted.messages:
+        place = turn_name(turn, get(raw, "role"))
+        with error_context(place):
+            message = parse_message(raw, clean)
+        parsed.places.append(place)
+        parsed.messages.append(message.message)
+        parsed.image_places.extend(_ImagePlace(place, source) for source in message.image_sources)
+        converted.notes += message.notes
+    return parsed
+
+
+def _in_order(messages: list[Message], settings: RowConfig, notes: Counter[str]) -> list[Message]:
+    """The messages as the template keeps them: text in front of the calls beside it, neighboring texts joined."""
+    in_order = chain.from_iterable(text_before_calls(message, settings.text_beside_call) for message in messages)
+    joined, num_joined = join_neighbors(list(in_order))
+    if num_joined:
+        notes[JOINED] += num_joined
+    return joined
 
 
 def name_row(given: object, where: Where | str) -> str:
-    """The id of a row that gives `given` as its `id`, or nothing. DataError where that is no text or integer."""
+    """The id of a row that gives `given` as its `id`, or nothing. DataError where that is no string or integer."""
     if given is None or given == "":
         return Path(str(where)).name
     if isinstance(given, bool) or not isinstance(given, (str, int)):
-        raise DataError(f"`id` is {short(given)}; write text or an integer, or leave it out")
+        raise DataError(f"`id` is {short(given)}; write a string or an integer, or leave it out")
     with error_context("`id`"):
         return require_encodable(str(map_json(given, str, str)))
 
@@ -116,7 +166,7 @@ def _check_order(places: list[str], messages: list[Message]) -> None:
                 raise DataError("a system message may only stand first; merge it into the first message")
     first = 1 if messages[0]["role"] == "system" else 0
     if len(messages) == first:
-        raise DataError("holds a system message alone; a trajectory goes on with a user message")
+        raise DataError("holds a system message alone; a trajectory continues with a user message")
     with error_context(places[first]):
         if messages[first]["role"] != "user":
             raise DataError(

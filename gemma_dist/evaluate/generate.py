@@ -1,4 +1,7 @@
-"""Let the model answer decision points: greedy, in padded batches, stopping where Gemma stops."""
+"""Let the model answer decision points: greedy, in padded batches, stopping where Gemma stops.
+
+A batch runs until its last answer ends, so it costs as many passes as its longest answer has tokens.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

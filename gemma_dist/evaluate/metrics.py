@@ -34,6 +34,7 @@ class DecisionCounts:
     not_offered: int  # calls of a tool that is not among them
     judged: int  # calls of offered tools with a usable schema
     fitting: int  # those that fit it
+    is_outline: bool = False  # gold gives the names of calls alone, and no text
 
     @property
     def wants_call(self) -> bool:
@@ -45,6 +46,7 @@ class DecisionCounts:
 
     @property
     def attempts_wanted_call(self) -> bool:
+        """Gold and output both call, whatever they call."""
         return self.wants_call and self.attempted
 
     @property
@@ -53,15 +55,24 @@ class DecisionCounts:
 
     @property
     def all_names_right(self) -> bool:
+        """The same tools as often as gold, in any order, and no others; arguments aside."""
         return self.wants_call and self.readable and self.matched == self.gold_calls == self.calls
 
     @property
     def all_exact(self) -> bool:
+        """Gold's calls with gold's arguments, in any order, and no others."""
         return self.wants_call and self.readable and self.exact == self.gold_calls == self.calls
 
     @property
+    def gold_calls_with_arguments(self) -> int:
+        return 0 if self.is_outline else self.gold_calls
+
+    @property
     def right(self) -> bool:
-        return self.all_exact if self.wants_call else self.abstains
+        """What `overall` counts: where gold calls, all its calls; elsewhere, some text (not: the right text)."""
+        if not self.wants_call:
+            return self.abstains
+        return self.all_names_right if self.is_outline else self.all_exact
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,8 @@ class Metric(Generic[Counted]):
     is_share: bool = True  # of trials, so that it has a Wilson interval
 
 
-# "Calls" alone means calls that could be read; "points" means decision points.
+# "Calls" alone means calls that could be read; "points" means decision points. Test cases that give the names of tools
+# alone count in no metric of arguments or texts, and are right (`overall`) as tool_set_exact says.
 DECISION_METRICS: Sequence[Metric[DecisionCounts]] = (
     Metric(
         "parse_ok",
@@ -187,19 +199,19 @@ DECISION_METRICS: Sequence[Metric[DecisionCounts]] = (
         "call_exact",
         "gold calls with a partner of the same name and arguments / gold calls",
         lambda point: point.exact,
-        lambda point: point.gold_calls,
+        lambda point: point.gold_calls_with_arguments,
     ),
     Metric(
         "sample_exact",
         "every call exact, none too many, status ok / gold has calls",
         lambda point: point.all_exact,
-        lambda point: point.wants_call,
+        lambda point: point.gold_calls_with_arguments > 0,
     ),
     Metric(
         "parallel_exact",
         "sample_exact / gold has two or more calls",
         lambda point: point.all_exact and point.wants_several,
-        lambda point: point.wants_several,
+        lambda point: point.gold_calls_with_arguments > 1,
     ),
     Metric(
         "count_match",
@@ -211,7 +223,7 @@ DECISION_METRICS: Sequence[Metric[DecisionCounts]] = (
         "answer_exact",
         "readable text equal to gold's / gold has no call",
         lambda point: point.abstains_rightly and point.same_text,
-        lambda point: not point.wants_call,
+        lambda point: not point.wants_call and not point.is_outline,
     ),
     Metric(
         "overall",

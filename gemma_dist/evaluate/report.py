@@ -1,4 +1,8 @@
-"""What evaluation reports: counts of scored decision points added up, every metric with numerator and denominator."""
+"""What evaluation reports: counts of scored decision points added up, every metric with numerator and denominator.
+
+Ratios of ranks, slices or runs cannot be added, their numerators and denominators can: `add_up` keeps these, and
+`make_report` divides once, at the end.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +30,7 @@ class Gold(TypedDict):
 
     calls: list[GoldCall]
     content: str
+    is_outline: bool  # of a test case that gives names of tools alone: arguments and content stand for nothing
 
 
 class ScoredDecision(TypedDict):

@@ -20,13 +20,13 @@ from PIL import Image
 
 from gemma_dist import world
 from gemma_dist.config import EvaluateConfig
+from gemma_dist.data.content import content_text
 from gemma_dist.data.encode import Encoder, Prompt, load_encoder
 from gemma_dist.data.images import decode_image
-from gemma_dist.data.messages import content_text
+from gemma_dist.data.read import read_output, reading_to_json
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.errors import ConfigError, DataError
 from gemma_dist.evaluate.generate import Answer, generate
-from gemma_dist.evaluate.read import read_output, reading_to_json
 from gemma_dist.evaluate.report import Report, ScoredDecision, add_up, make_report, summary
 from gemma_dist.evaluate.score import score_decision
 from gemma_dist.files import writing
@@ -62,9 +62,7 @@ def evaluate(
         raise ConfigError(f"{out / REPORT} exists already; name another folder or remove it")
     world.connect()
     world.note_processes()
-    encoder = load_encoder(
-        model, adapter=adapter, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking
-    )
+    encoder = load_encoder(model, settings, adapter=adapter)
     decisions, num_trajectories = _my_decisions(data, limit, encoder, settings)
     if num_trajectories == 0:
         raise DataError(f"{data} holds no trajectories, so there is nothing to evaluate")
@@ -149,12 +147,17 @@ def _answered(
 
 
 def _scored(decision: Decision, answer: Answer) -> ScoredDecision:
+    """A decision point as its line in samples.jsonl: what the model wrote, what was read in it, gold and the score.
+
+    Where gold is several assistant messages in a row, its text is theirs joined, and its calls are those of the last.
+    """
     prompt = decision.prompt
     tool_names = [tool["function"]["name"] for tool in decision.trajectory.tools]
     end_of_prompt = prompt.text[-PROMPT_END:]
     reading = read_output(answer.text, end_of_prompt, budget_spent=not answer.stopped, tool_names=tool_names)
     gold_calls = [call["function"] for call in prompt.gold[-1].get("tool_calls", [])]
     gold_text = "".join(content_text(message["content"]) for message in prompt.gold)
+    is_outline = decision.trajectory.is_outline
     return {
         "id": decision.trajectory.id,
         "trajectory": decision.trajectory_number,
@@ -165,12 +168,13 @@ def _scored(decision: Decision, answer: Answer) -> ScoredDecision:
         "output_tokens": answer.num_tokens,
         "stopped": answer.stopped,
         "parsed": reading_to_json(reading),
-        "gold": {"calls": gold_calls, "content": gold_text},
-        "score": score_decision(reading, gold_calls, gold_text, decision.trajectory.tools),
+        "gold": {"calls": gold_calls, "content": gold_text, "is_outline": is_outline},
+        "score": score_decision(reading, gold_calls, gold_text, decision.trajectory.tools, is_outline=is_outline),
     }
 
 
 def _sum_over_ranks(counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts of this rank -> counts of all of them, on every rank. All call it."""
     return {name: int(count) for name, count in world.sum_counts(counts).items()}
 
 
@@ -214,4 +218,5 @@ def _join_parts(out: Path, num_decisions: int) -> None:
 
 
 def _place(decision: ScoredDecision) -> tuple[int, int]:
+    """Where a decision point is in the data: number of its trajectory, and of its turn in it."""
     return decision["trajectory"], decision["turn"]

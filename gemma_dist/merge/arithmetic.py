@@ -1,4 +1,7 @@
-"""The sum itself: what one tensor of the base becomes, in the order of operations that PEFT and bitsandbytes use."""
+"""The sum itself: what one tensor of the base becomes, in the order of operations that PEFT and bitsandbytes use.
+
+Held at a time: one tensor as the base stores it, and its sum in float32.
+"""
 
 import torch
 

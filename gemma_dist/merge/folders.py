@@ -18,7 +18,7 @@ from gemma_dist.errors import CheckpointError, ConfigError, setting
 from gemma_dist.files import require_free, size
 from gemma_dist.merge.plan import Headers, TensorOp
 from gemma_dist.model.fingerprint import fingerprint_base
-from gemma_dist.model.folder import read_json_object, refuse_custom_code, require_embeddings
+from gemma_dist.model.folder import local_folder, read_json_object, refuse_custom_code, require_embeddings
 from gemma_dist.model.record import ADAPTER_RECORD, AdapterRecord, Quantization, read_record
 from gemma_dist.tensorfile import TensorFile, open_tensors
 
@@ -58,10 +58,15 @@ class BaseModel:
 
     @property
     def headers(self) -> Headers:
-        return {name: header for shard in self.shards for name, header in _headers(shard).items()}
+        """Of all tensors, shard by shard."""
+        headers: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for shard in self.shards:
+            headers |= _headers(shard)
+        return headers
 
     @property
     def num_bytes(self) -> int:
+        """Of all tensors, as the base stores them: those of the result take as many."""
         return sum(entry.num_bytes for shard in self.shards for entry in shard.entries.values())
 
     @property
@@ -82,6 +87,7 @@ class Adapter:
 
     @property
     def headers(self) -> Headers:
+        """Of all tensors, in the order of the file."""
         return _headers(self.weights)
 
 
@@ -94,6 +100,7 @@ class SideFile:
 
 
 def _headers(file: TensorFile) -> Headers:
+    """Tensor name -> (dtype, shape), as `plan.py` looks at them."""
     return {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
 
 
@@ -103,9 +110,7 @@ def open_base(base: Path | str) -> BaseModel:
     Raises:
         CheckpointError: there is no such model, its files disagree, or its weights are quantized.
     """
-    folder = Path(base)
-    if not folder.is_dir():
-        folder = _download(str(base))
+    folder = local_folder(base, f"--base {base}")
     config = read_json_object(folder / "config.json", "the base is not a model folder")
     if config.get("quantization_config"):
         raise CheckpointError(
@@ -118,7 +123,9 @@ def open_base(base: Path | str) -> BaseModel:
     content = read_json_object(index, "the base's index is broken")
     weight_map = content.get("weight_map", {})
     shards = [open_tensors(folder / name) for name in sorted(set(weight_map.values()))]
-    found = {name: shard.path.name for shard in shards for name in shard.entries}
+    found: dict[str, str] = {}  # tensor -> its shard, as `weight_map` has it
+    for shard in shards:
+        found |= dict.fromkeys(shard.entries, shard.path.name)
     in_two_shards = len(found) != sum(len(shard.entries) for shard in shards)
     if found != weight_map or in_two_shards:
         odd = sorted(set(found.items()) ^ set(weight_map.items()))
@@ -126,18 +133,6 @@ def open_base(base: Path | str) -> BaseModel:
             f"{index} and the files beside it disagree on {len(odd)} entries, such as {odd[0]}; download the base again"
         )
     return BaseModel(folder, config, shards, content)
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
-    except Exception as error:  # the client's own family of errors has a dozen roots
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"--base {name} is neither a folder nor a model that could be fetched ({reason}); check the name"
-        ) from None
 
 
 def open_adapter(folder: Path) -> Adapter:
@@ -165,8 +160,8 @@ def read_quantization(adapter: Adapter, base_weights: BaseWeights) -> Quantizati
     quantization = adapter.record.get("quantization") if adapter.record else None
     if not quantization or base_weights == "original":
         return None
-    kind = quantization.get("bnb_4bit_quant_type")
-    if not quantization.get("load_in_4bit") or kind not in ("nf4", "fp4") or not quantization.get("modules"):
+    in_4_bits = quantization.get("load_in_4bit") and quantization.get("bnb_4bit_quant_type") in ("nf4", "fp4")
+    if not in_4_bits or not quantization.get("modules"):
         raise CheckpointError(
             f"{adapter.folder / ADAPTER_RECORD}: quantization {json.dumps({**quantization, 'modules': '…'})} is not a "
             "list of modules in 4-bit nf4 or fp4, the only ones whose weights can be made again; use "
@@ -177,15 +172,15 @@ def read_quantization(adapter: Adapter, base_weights: BaseWeights) -> Quantizati
 
 def note_quantization(adapter: Adapter, base_weights: BaseWeights) -> str | None:
     """Say so where the result may differ from what was trained, since the sum takes other weights of the base."""
+    if base_weights == "original":
+        if adapter.record is not None and adapter.record.get("quantization"):
+            return "trained on 4-bit weights, added to the base's own: the result differs from what was trained"
+        return None
     if adapter.record is None:
-        if base_weights == "original":
-            return None
         return (
             f"{adapter.folder / ADAPTER_RECORD} is absent, so how the base was held in training is not known: added to "
             "the base's own weights. If it was trained on 4-bit weights, the result differs from what was trained"
         )
-    if adapter.record.get("quantization") and base_weights == "original":
-        return "trained on 4-bit weights, added to the base's own: the result differs from what was trained"
     return None
 
 
@@ -206,7 +201,8 @@ def note_other_base(base_name: Path | str, base: BaseModel, adapter: Adapter) ->
 def note_untrained(adapter: Adapter, ops: Iterable[TensorOp]) -> str | None:
     """Say so where every lora_B is zero, as it is at the start of training."""
     loras = [op.lora for op in ops if op.lora is not None]
-    if not loras or any(adapter.weights.read(lora.b).any() for lora in loras):
+    trained = any(adapter.weights.read(lora.b).any() for lora in loras)
+    if trained or not loras:
         return None
     return "every lora_B of the adapter is zero: it was never trained, and the result computes what the base does"
 
@@ -252,6 +248,9 @@ def check_side_files(side_files: Mapping[str, SideFile], base: BaseModel, adapte
 
 def check_out(out: Path, base: BaseModel, adapter: Adapter) -> None:
     """Refuse a place that would overwrite something, or where the result cannot fit.
+
+    Args:
+        out: an absolute path; folders above it may be missing, and the nearest one that exists is asked.
 
     Raises:
         ConfigError: `out` is such a place.

@@ -21,6 +21,9 @@ MERGEABLE_DTYPES = ("F32", "BF16", "F16")
 PREFIX = "base_model.model."  # PEFT's two wrappers; what follows is the module's path, and so the checkpoint's
 LORA_TENSOR = re.compile(re.escape(PREFIX) + r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
 
+TIED_MODULES = ("embed_tokens", "lm_head")  # the last part of their paths
+ADAPTER_CUT_SHORT = "the file is incomplete or does not belong to its adapter_config.json: save the adapter again"
+
 # Settings of PEFT's LoraConfig that change what the adapter computes in a way that is not a sum of ours.
 REFUSED_SETTINGS = {
     "alora_invocation_tokens": "it acts only after certain tokens, and a merged weight acts on all",
@@ -75,6 +78,7 @@ class TensorOp:
 
     @property
     def untouched(self) -> bool:
+        """The result has the bytes of the base, so they can be copied."""
         return not self.quantized and self.lora is None and self.replaced_by is None
 
 
@@ -106,9 +110,6 @@ def plan_merge(
             factors.setdefault(match[1], {})[match[2]] = tensor
         else:
             replaced_by[_replaced_tensor(tensor, base, adapter, settings, tied_embeddings)] = tensor
-    if not adapter:
-        raise CheckpointError("the adapter has no tensors; save it again from the training run")
-
     experts = _expert_weights(base, settings.get("target_parameters") or ())
     loras: dict[str, Lora] = {}
     for module, found in factors.items():
@@ -118,29 +119,26 @@ def plan_merge(
         if module not in factors:
             raise CheckpointError(
                 f"adapter_config.json: target_parameters names {name}, but the adapter has no {PREFIX}{module}.lora_A; "
-                "the file is incomplete or does not belong to its adapter_config.json: save the adapter again"
+                f"{ADAPTER_CUT_SHORT}"
             )
     for name in loras.keys() & replaced_by.keys():
         raise CheckpointError(f"{name} is both adapted and replaced (by {replaced_by[name]}); train it one way only")
     quantized = {f"{module}.weight" for module in quantized_modules}
-    for name in sorted(quantized):
-        if name not in base:
-            raise CheckpointError(
-                f"the base has no tensor {name}{_similar(name, base)}, but the adapter's gemma_dist.json lists its "
-                "module as quantized; give the base that the adapter was trained on"
-            )
-        _check_dtype(name, base)
+    _check_quantized(quantized, base)
 
-    ops = [
-        TensorOp(name, name in quantized and name not in replaced_by, loras.get(name), replaced_by.get(name))
-        for name in base
-    ]
-    used = [tensor for op in ops for tensor in _adapter_tensors(op)]
+    ops = []
+    used: list[str] = []
+    for name in base:
+        held_in_4_bits = name in quantized and name not in replaced_by
+        op = TensorOp(name, held_in_4_bits, loras.get(name), replaced_by.get(name))
+        ops.append(op)
+        used += _adapter_tensors(op)
     assert sorted(used) == sorted(adapter), "an adapter tensor is not used exactly once"
     return ops
 
 
 def _adapter_tensors(op: TensorOp) -> Iterable[str]:
+    """The tensors of the adapter that go into one tensor of the result."""
     lora = op.lora
     names = (lora.a, lora.b, lora.magnitude) if lora else (op.replaced_by,)
     return [name for name in names if name is not None]
@@ -180,6 +178,9 @@ def _check_kind(settings: Mapping[str, Any]) -> None:
 
 
 def _check_not_empty(adapter: Headers) -> None:
+    """Refuse an adapter without tensors, or with tensors of no elements."""
+    if not adapter:
+        raise CheckpointError("the adapter has no tensors; save it again from the training run")
     for tensor, (_, shape) in adapter.items():
         if 0 in shape:
             raise CheckpointError(
@@ -188,27 +189,41 @@ def _check_not_empty(adapter: Headers) -> None:
             )
 
 
+def _check_quantized(names: Collection[str], base: Headers) -> None:
+    """Refuse a base without the tensors that training held in 4 bits."""
+    for name in sorted(names):
+        if name not in base:
+            raise CheckpointError(
+                f"the base has no tensor {name}{_similar(name, base)}, but the adapter's gemma_dist.json lists its "
+                "module as quantized; give the base that the adapter was trained on"
+            )
+        _check_dtype(name, base)
+
+
 def _expert_weights(base: Headers, target_parameters: Iterable[str]) -> dict[str, str]:
     """Where PEFT keeps the factors of each adapted stack: module as the adapter names it -> tensor of the base.
 
     PEFT wraps a module once for each adapted parameter, in the order of EXPERT_WEIGHTS: the last stands at the module's
     own path, each one further in has another `.base_layer` in its name.
     """
+    endings = tuple(f".{target}" for target in target_parameters)
     adapted: dict[str, list[str]] = {}  # module of experts -> its adapted weights
     for name in base:
-        if any(f".{name}".endswith(f".{target}") for target in target_parameters):
-            module, _, weight = name.rpartition(".")
-            if weight not in EXPERT_WEIGHTS:
-                raise CheckpointError(
-                    f"adapter_config.json: target_parameters names {name}, and only {' and '.join(EXPERT_WEIGHTS)} of "
-                    "experts are merged. Merge it with PEFT's merge_and_unload"
-                )
-            adapted.setdefault(module, []).append(weight)
-    return {
-        module + ".base_layer" * depth: f"{module}.{weight}"
-        for module, weights in adapted.items()
-        for depth, weight in enumerate(sorted(weights, key=EXPERT_WEIGHTS.index, reverse=True))
-    }
+        if not f".{name}".endswith(endings):
+            continue
+        module, _, weight = name.rpartition(".")
+        if weight not in EXPERT_WEIGHTS:
+            raise CheckpointError(
+                f"adapter_config.json: target_parameters names {name}, and only {' and '.join(EXPERT_WEIGHTS)} of "
+                "experts are merged. Merge it with PEFT's merge_and_unload"
+            )
+        adapted.setdefault(module, []).append(weight)
+    tensor_of = {}
+    for module, weights in adapted.items():
+        outermost_first = sorted(weights, key=EXPERT_WEIGHTS.index, reverse=True)
+        for depth, weight in enumerate(outermost_first):
+            tensor_of[module + ".base_layer" * depth] = f"{module}.{weight}"
+    return tensor_of
 
 
 def _lora(
@@ -220,9 +235,14 @@ def _lora(
     settings: Mapping[str, Any],
     tied_embeddings: bool,
 ) -> Lora:
-    """The adapter tensors of one module, checked against its weight, the tensor `name` of the base."""
+    """The adapter tensors of one module, checked against its weight, the tensor `name` of the base.
+
+    Args:
+        module: the module's path in the adapter, without PEFT's prefix.
+        found: kind of tensor (`lora_A.weight`) -> its name in the adapter.
+    """
     any_tensor = next(iter(found.values()))
-    if tied_embeddings and module.rpartition(".")[2] in ("embed_tokens", "lm_head"):
+    if tied_embeddings and module.rpartition(".")[2] in TIED_MODULES:
         raise CheckpointError(
             f"{any_tensor} adapts one of the token embedding and the LM head, which this base ties: the merged weight "
             "would change both. Train without embed_tokens and lm_head among target_modules"
@@ -233,29 +253,26 @@ def _lora(
             "give the base (and the model class) that the adapter was trained on"
         )
     _check_dtype(name, base)
-    wanted = ["lora_A.weight", "lora_B.weight"]
+    method, wanted = "LoRA", ["lora_A.weight", "lora_B.weight"]
     if settings.get("use_dora"):
-        wanted.append("lora_magnitude_vector")
+        method, wanted = "DoRA", [*wanted, "lora_magnitude_vector"]
     if sorted(found) != wanted:
         raise CheckpointError(
-            f"{PREFIX}{module} in the adapter has {', '.join(sorted(found))}, but "
-            f"{'DoRA' if settings.get('use_dora') else 'LoRA'} needs exactly {', '.join(wanted)}; the file is "
-            "incomplete or does not belong to its adapter_config.json: save the adapter again"
+            f"{PREFIX}{module} in the adapter has {', '.join(sorted(found))}, but {method} needs exactly "
+            f"{', '.join(wanted)}; {ADAPTER_CUT_SHORT}"
         )
 
     target = name.removesuffix(".weight")  # what PEFT matches its patterns with
     rank = _by_pattern(settings.get("rank_pattern"), target, settings.get("r", 8))  # PEFT's default
     alpha = _by_pattern(settings.get("alpha_pattern"), target, settings.get("lora_alpha", 8))
     weight_shape = base[name][1]
-    stacked = target == name
+    stacked = target == name  # experts' stacks have no ".weight" in their names
     if len(weight_shape) != 2 + stacked:
         raise CheckpointError(
             f"{name} in the base has shape {list(weight_shape)}; LoRA is merged into matrices and experts' stacks only"
         )
-    *stack, out_features, in_features = weight_shape
-    rows = rank * math.prod(stack)
-    for kind, shape in zip(wanted, [(rows, in_features), (out_features, rows), (out_features,)], strict=False):
-        if (actual := adapter[found[kind]][1]) != shape:
+    for kind, shape in _factor_shapes(weight_shape, rank).items():
+        if kind in wanted and (actual := adapter[found[kind]][1]) != shape:
             raise CheckpointError(
                 f"{found[kind]} in the adapter has shape {list(actual)}; with r = {rank} and {name} of shape "
                 f"{list(weight_shape)} in the base it must be {list(shape)}. Give the base that the adapter was "
@@ -270,6 +287,17 @@ def _lora(
     )
 
 
+def _factor_shapes(weight_shape: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each kind of adapter tensor beside a weight (out, in), or a stack of them (experts, out, in)."""
+    *stack, out_features, in_features = weight_shape
+    rows = rank * math.prod(stack)
+    return {
+        "lora_A.weight": (rows, in_features),
+        "lora_B.weight": (out_features, rows),
+        "lora_magnitude_vector": (out_features,),
+    }
+
+
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of the module's path (`get_pattern_key` of PEFT 0.21)."""
     for pattern, value in (patterns or {}).items():
@@ -281,18 +309,22 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -
 def _replaced_tensor(
     tensor: str, base: Headers, adapter: Headers, settings: Mapping[str, Any], tied_embeddings: bool
 ) -> str:
-    """The tensor of the base that a whole weight in the adapter (from `modules_to_save`) replaces."""
+    """The tensor of the base that a whole weight in the adapter (from `modules_to_save`) replaces.
+
+    PEFT saves every module whose path ends with one of `modules_to_save`, with all that is in it.
+    """
     name = tensor.removeprefix(PREFIX)
     parts = name.split(".")
-    paths = [".".join(parts[:end]) for end in range(1, len(parts))]
+    paths = [".".join(parts[:end]) for end in range(1, len(parts))]  # of the modules that the tensor is in
     saved = settings.get("modules_to_save") or []
-    if not tensor.startswith(PREFIX) or not any(path.endswith(module) for path in paths for module in saved):
+    in_saved_module = any(path.endswith(tuple(saved)) for path in paths)
+    if not tensor.startswith(PREFIX) or not in_saved_module:
         raise CheckpointError(
             f"{tensor} in the adapter is neither lora_A, lora_B nor lora_magnitude_vector of a linear layer, nor part "
             f"of modules_to_save ({', '.join(saved) or 'none'} in adapter_config.json), so its place in the sum is not "
             "known; train without adapting or resizing embeddings, and save with PEFT's save_pretrained"
         )
-    if tied_embeddings and paths[-1].rpartition(".")[2] in ("embed_tokens", "lm_head"):
+    if tied_embeddings and parts[-2] in TIED_MODULES:
         raise CheckpointError(
             f"{tensor} in the adapter replaces one of the token embedding and the LM head, which this base ties: "
             "the merged weight would change both. Train without embed_tokens and lm_head among modules_to_save"
@@ -312,6 +344,7 @@ def _replaced_tensor(
 
 
 def _check_dtype(name: str, base: Headers) -> None:
+    """Refuse a tensor of the base whose numbers are not floats of 16 or 32 bits."""
     if base[name][0] not in MERGEABLE_DTYPES:
         raise CheckpointError(
             f"{name} in the base is stored as {base[name][0]}; only {', '.join(MERGEABLE_DTYPES)} can be added to. "

@@ -135,6 +135,7 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
 
 
 def _plan(base: BaseModel, adapter: Adapter, quantization: Quantization | None) -> list[TensorOp]:
+    """What becomes of each tensor of the base; `quantization` as `read_quantization` returns it."""
     return plan_merge(
         base.headers,
         adapter.headers,

@@ -102,12 +102,12 @@ def make_prompts(config: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
     """Model inputs of one row each: pseudo-random ids, always the same; one with a small image if the model sees."""
     generator = torch.Generator().manual_seed(0)
     text_config = config.get("text_config") or config
-    special = {
-        value for key, value in config.items() if key.endswith(("token_id", "token_index")) and type(value) is int
-    }
+    token_settings = [value for key, value in config.items() if key.endswith(("token_id", "token_index"))]
+    special = {token for token in token_settings if type(token) is int}  # others are lists of them, or None
     ids = torch.tensor([token for token in range(text_config["vocab_size"]) if token not in special])
 
     def draw(length: int) -> torch.Tensor:
+        """(1, length): ids of ordinary tokens."""
         return ids[torch.randint(len(ids), (1, length), generator=generator)]
 
     prompts = [{"input_ids": row, "mm_token_type_ids": torch.zeros_like(row)} for row in map(draw, PROMPT_LENGTHS)]

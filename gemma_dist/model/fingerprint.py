@@ -3,9 +3,9 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 from gemma_dist.errors import CheckpointError
+from gemma_dist.model.folder import local_folder
 from gemma_dist.tensorfile import Entry, TensorFile, open_tensors
 
 SAMPLES_OF_A_TENSOR, SAMPLE_BYTES = 4, 1024
@@ -21,7 +21,8 @@ def fingerprint_base(name: str) -> dict[str, str]:
     Raises:
         CheckpointError: there is no model in safetensors at that place, or a file of it is damaged.
     """
-    folder = Path(name) if Path(name).is_dir() else _fetch(name)
+    named = f"model.model_name_or_path = {name!r}"
+    folder = local_folder(name, named)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kept = {key: value for key, value in config.items() if key not in NOT_OF_THE_MODEL}
     tensors: dict[str, TensorFile] = {}
@@ -30,7 +31,7 @@ def fingerprint_base(name: str) -> dict[str, str]:
         tensors |= dict.fromkeys(file.entries, file)
     if not tensors:
         raise CheckpointError(
-            f"model.model_name_or_path = {name!r}: it holds no weights in safetensors, and files that can run code "
+            f"{named}: it holds no weights in safetensors, and files that can run code "
             "(.bin, .pt) are not loaded; save it again with transformers' save_pretrained"
         )
     weights = hashlib.sha256()
@@ -53,15 +54,3 @@ def _samples(file: TensorFile, entry: Entry) -> Iterator[bytes]:
             length = min(SAMPLE_BYTES, entry.num_bytes - start)
             opened.seek(entry.begin + start + (min(part, entry.num_bytes - start) - length) // 2)
             yield opened.read(length)
-
-
-def _fetch(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))
-    except Exception as error:  # the client's own family of errors has a dozen roots
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"model.model_name_or_path = {name!r}: neither a folder nor a model that the hub gives: {reason}"
-        ) from None

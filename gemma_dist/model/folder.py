@@ -1,4 +1,4 @@
-"""What the files of a model folder say before any of it is loaded: whose classes it wants, how many tokens it knows.
+"""Where a model's folder is, and what its files say before it is loaded: whose classes it wants, which tokens it has.
 
 No code from a model folder is ever run: every `from_pretrained` says `trust_remote_code=False` too, since without that
 transformers asks whoever sits at the terminal.
@@ -19,6 +19,28 @@ CLASS_FILES = (
     "video_preprocessor_config.json",
     "tokenizer_config.json",
 )
+
+# What is fetched of a model of the hub: weights, settings, tokenizer and templates, and no code.
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+
+
+def local_folder(model: str | Path, named: str) -> Path:
+    """The folder of a model: `model` itself, or the one in the cache for a hub name, fetched where it is not there yet.
+
+    Raises:
+        CheckpointError: there is no such model; the message begins with `named`, which says where the user named it.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=MODEL_FILES))
+    except Exception as error:  # the client's own family of errors has a dozen roots
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{named} is neither a folder nor a model that could be fetched ({reason}); check the name"
+        ) from None
 
 
 def read_json_object(path: Path, problem: str) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Load a Gemma 4 for training or evaluation, and settle what of it trains."""
+"""Load a Gemma 4 for training or evaluation, and settle what of it trains.
+
+transformers, bitsandbytes and PEFT do the loading. Added here: what is no whole Gemma 4 is refused before anything is
+computed with it, what could get no gradient is frozen, and 4-bit layers compute the same on every CPU.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -151,6 +155,11 @@ def _gather_with_experts(model: torch.nn.Module) -> None:
 
 
 def _from_pretrained(name: str, **arguments: Any) -> Any:
+    """A Gemma 4 with all its weights, by transformers' own classes; at ZeRO-3 each rank reads its part alone.
+
+    Raises:
+        CheckpointError: there is none, or weights of it are missing, which transformers would leave random.
+    """
     from transformers import AutoModelForImageTextToText
 
     read_config(name)
@@ -183,17 +192,20 @@ def read_config(name: str) -> Any:
 
 
 def _no_model(name: str, error: Exception) -> str:
+    """Why nothing could be loaded. What has the form of a hub name, OWNER/MODEL, may be a mistyped folder, too."""
     if Path(name).exists() or name.count("/") != 1:
         return f"{name!r}: no Gemma 4 can be loaded from there: {error}"
     return f"{name!r}: neither a folder nor a model that the hub gives: {error}"
 
 
 def _require_gemma4(name: str, model_type: str) -> None:
+    """Raises CheckpointError for any other `model_type` of a config.json."""
     if not model_type.startswith("gemma4"):
         raise CheckpointError(f"{name!r} is a {model_type} model; gemma_dist knows Gemma 4 alone")
 
 
 def _require_adapter(folder: Path) -> None:
+    """Raises CheckpointError unless PEFT's settings of an adapter can be read in `folder`: its own errors name none."""
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder} is no adapter: it holds no {ADAPTER_CONFIG}")
@@ -201,6 +213,7 @@ def _require_adapter(folder: Path) -> None:
 
 
 def _peft_config(settings: LoraConfig) -> Any:
+    """PEFT's settings: a recipe's `lora` has its names, and says nothing of the rest."""
     from peft import LoraConfig as PeftLoraConfig
 
     return PeftLoraConfig(task_type="CAUSAL_LM", **settings.model_dump())

@@ -80,6 +80,7 @@ def size_by_part(config: RunConfig) -> dict[str, PartSize]:
 
 
 def _part(name: str) -> str:
+    """The part of the model (MODEL_PARTS) that a parameter belongs to; `name` as in the base, without PEFT's prefix."""
     for fragment, part in MODEL_PARTS.items():
         if fragment in name:
             return part

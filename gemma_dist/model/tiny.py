@@ -193,10 +193,9 @@ def tiny_config(tokenizer: Any, *, style: str, hidden_size: int, num_hidden_laye
     """The `Gemma4Config` of a style, for the vocabulary of `tokenizer`."""
     from transformers import Gemma4Config
 
-    ids = {
-        f"{name}_id": tokenizer.convert_tokens_to_ids(NAMED_TOKENS[name])
-        for name in ("boi_token", "image_token", "eoi_token", "boa_token", "audio_token")
-    }
+    ids = {}
+    for name in ("boi_token", "image_token", "eoi_token", "boa_token", "audio_token"):
+        ids[f"{name}_id"] = tokenizer.convert_tokens_to_ids(NAMED_TOKENS[name])
     return Gemma4Config(
         text_config=_text_config(tokenizer, style, hidden_size, num_hidden_layers),
         vision_config=_vision_config(style),
@@ -208,6 +207,7 @@ def tiny_config(tokenizer: Any, *, style: str, hidden_size: int, num_hidden_laye
 
 
 def _text_config(tokenizer: Any, style: str, hidden_size: int, num_hidden_layers: int) -> dict[str, Any]:
+    """The language model: what all styles have, then what tells them apart, as in the real models' configs."""
     vocab_size = len(tokenizer)
     text: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -252,6 +252,7 @@ def _text_config(tokenizer: Any, style: str, hidden_size: int, num_hidden_layers
 
 
 def _vision_config(style: str) -> dict[str, Any]:
+    """The vision tower, of one size for all styles."""
     return {
         "hidden_size": 96,
         "intermediate_size": 192,

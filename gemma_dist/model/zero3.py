@@ -39,6 +39,7 @@ def loading_partitions() -> Iterator[None]:
     broadcast_and_partition = Init._zero_init_param
 
     def load_partitions(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *rest: Any) -> Any:
+        """In the place of `_load_pretrained_model`: what was found, and no tensors left for later."""
         if not _can_read_partitions(model, checkpoint_files, load_config):
             return load_whole(model, state_dict, checkpoint_files, load_config, *rest)
         return _read_partitions(model, checkpoint_files, load_config), None
@@ -74,6 +75,7 @@ def _can_read_partitions(model: Any, files: list[str] | None, load_config: Any) 
 
 
 def _is_plain_partition(parameter: Any) -> bool:
+    """Whether this rank holds its part of a parameter in memory, as it is, and no other rank holds a copy."""
     partition = getattr(parameter, "ds_tensor", None)
     if partition is None or partition.final_location is not None:
         return False
@@ -100,7 +102,8 @@ def _read_partitions(model: Any, files: list[str], load_config: Any) -> Any:
                 if name not in tensors:
                     unexpected.add(name)
                     continue
-                tensor, stored = tensors[name], file.get_tensor(key)  # mapped: read where it is copied from
+                tensor = tensors[name]
+                stored = file.get_tensor(key)  # mapped: read where it is copied from
                 shape = getattr(tensor, "ds_shape", tensor.shape)
                 if stored.shape != shape:
                     mismatched.add((name, stored.shape, shape))

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +13,21 @@ import pyarrow as pa
 from gemma_dist.errors import DataError
 from gemma_dist.files import publish, sync
 from gemma_dist.logs import write_json
-from gemma_dist.shards.folder import APPEND_REJECTED, clear_folder, shard_name, work_files
+from gemma_dist.shards.folder import APPEND_REJECTED, Plan, clear_folder, shard_name, work_files
 from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
 from gemma_dist.shards.manifest import UNFINISHED, Manifest, ShardEntry, write_manifest
-from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, PLACES, REJECTED, TOO_LONG, Refused, ShardJob, ShardReport
+from gemma_dist.shards.pieces import (
+    NUM_ERRORS_SHOWN,
+    PIECE_TOOLS,
+    PLACES,
+    REJECTED,
+    TOO_LONG,
+    PieceHeader,
+    Refused,
+    ShardJob,
+    ShardReport,
+)
+from gemma_dist.shards.tools import TOOLS, write_tools
 
 IDS_AT_ONCE = 1 << 16  # bounds the memory of hashing
 
@@ -27,7 +37,7 @@ class _Piece:
     """What `run_job` left in the record of a piece."""
 
     job: ShardJob
-    report: dict[str, Any]  # a ShardReport's
+    report: ShardReport
     errors: list[str]  # the first few
     shards: list[ShardEntry]
     lines: pa.Table  # of the manifest, with PLACES
@@ -35,8 +45,8 @@ class _Piece:
 
 def _read_piece(job: ShardJob) -> _Piece:
     table = pa.ipc.open_file(pa.memory_map(str(job.record))).read_all()
-    header = json.loads(table.schema.metadata[b"header"])
-    return _Piece(job, header["report"], header["errors"], header["shards"], table)
+    header: PieceHeader = json.loads(table.schema.metadata[b"header"])
+    return _Piece(job, ShardReport(**header["report"]), header["errors"], header["shards"], table)
 
 
 # ---- repeated ids ----------------------------------------------------------------------------------------------------
@@ -107,8 +117,11 @@ def _hashes(ids: pa.ChunkedArray) -> Iterator[int]:
 # ---- the finished folder ---------------------------------------------------------------------------------------------
 
 
-def finish(jobs: list[ShardJob], before: Manifest | None, header: dict[str, Any], plan: dict[str, Any]) -> ShardReport:
-    """Show the shards under their names, and write the logs and the manifest; or refuse the whole.
+def finish(jobs: list[ShardJob], before: Manifest | None, plan: Plan, log_sizes: dict[str, int]) -> ShardReport:
+    """Show the shards under their names, write the logs, the tools and the manifest; or refuse the whole.
+
+    Args:
+        log_sizes: bytes of the logs before an append, by name, behind which this run's lines come.
 
     Raises:
         DataError: rows were refused that the plan does not skip, or none is left. Of the pieces, nothing is left then
@@ -121,11 +134,15 @@ def finish(jobs: list[ShardJob], before: Manifest | None, header: dict[str, Any]
     old_shards = before.header["shards"] if before else []
     report.num_shards = sum(len(piece.shards) for piece in pieces)
     names = [shard_name(len(old_shards) + i) for i in range(report.num_shards)]
-    write_json(out / UNFINISHED, plan | {"shards": names})  # so that they are known for ours, should this run be killed
+    # Named before they are there: they are known for ours, should this run be killed.
+    write_json(out / UNFINISHED, {**plan, "logs": log_sizes, "shards": names})
     new_shards = _name_shards(pieces, names)
-    _join_files(_logs(pieces, REJECTED), out / REJECTED, plan["logs"].get(REJECTED, 0))
-    _join_files(_logs(pieces, TOO_LONG), out / TOO_LONG, plan["logs"].get(TOO_LONG, 0))
-    write_manifest(out, header | {"shards": old_shards + new_shards}, _join_lines(pieces, before))
+    _join_files(_logs(pieces, REJECTED), out / REJECTED, log_sizes.get(REJECTED, 0))
+    _join_files(_logs(pieces, TOO_LONG), out / TOO_LONG, log_sizes.get(TOO_LONG, 0))
+    tools = write_tools(out, before, _logs(pieces, PIECE_TOOLS))
+    if twice := tools.names_declared_twice():
+        report.notes[f"tools are declared in different ways, such as {twice[0]}; {TOOLS} holds each"] = len(twice)
+    write_manifest(out, plan, old_shards + new_shards, _join_lines(pieces, before), num_tools=len(tools))
     for path in work_files(out):
         path.unlink(missing_ok=True)
     return report
@@ -134,7 +151,7 @@ def finish(jobs: list[ShardJob], before: Manifest | None, header: dict[str, Any]
 def _add_reports(out: Path, pieces: list[_Piece]) -> ShardReport:
     report = ShardReport(str(out))
     for piece in pieces:
-        for name, count in piece.report.items():
+        for name, count in piece.report.to_json().items():
             if name == "notes":
                 report.notes.update(count)
             elif name != "out":
@@ -142,7 +159,7 @@ def _add_reports(out: Path, pieces: list[_Piece]) -> ShardReport:
     return report
 
 
-def _require_rows(report: ShardReport, pieces: list[_Piece], plan: dict[str, Any], *, is_append: bool) -> None:
+def _require_rows(report: ShardReport, pieces: list[_Piece], plan: Plan, *, is_append: bool) -> None:
     """Refuse the whole, and leave the list of refused rows alone in the folder, where it must not be finished."""
     refused = report.num_rejected and not plan["skip_invalid"]
     num_written = sum(piece.lines.num_rows for piece in pieces)
@@ -157,9 +174,9 @@ def _require_rows(report: ShardReport, pieces: list[_Piece], plan: dict[str, Any
         raise DataError(
             f"{report.num_rejected:,} of {report.num_read:,} rows were refused, so nothing was written. The first:\n"
             + "\n".join(errors[:NUM_ERRORS_SHOWN])
-            + f"\nAll of them are in {out / kept}; mend them, or leave them out with --skip-invalid"
+            + f"\nAll of them are in {out / kept}; fix them, or leave them out with --skip-invalid"
         )
-    files = sorted({file for file, *_ in plan["inputs"]})
+    files = sorted({str(file) for file, *_ in plan["inputs"]})
     raise DataError(
         f"none of the {report.num_read:,} rows of {', '.join(files)} is left to write: {report.num_rejected:,} were "
         f"refused, {report.num_dropped:,} dropped for their length"

@@ -82,11 +82,13 @@ class Fetcher:
             return Path(path).stat().st_size
 
         def ask() -> int | None:
+            """Bytes; None where the server does not say."""
             try:
                 return self._system(path).info(path)["size"]
             except FileNotFoundError as error:
-                # fsspec says so of whatever keeps it from asking over HTTP
-                raise (path.startswith("http") and error.__cause__) or error from None
+                if path.startswith("http") and error.__cause__:
+                    raise error.__cause__ from None  # over HTTP fsspec says so of whatever keeps it from asking
+                raise
 
         num_bytes = self._patiently(path, ask)
         if num_bytes is None:
@@ -102,6 +104,7 @@ class Fetcher:
                 return _checked(file.read(num_bytes), num_bytes, crc32)
 
         def fetch() -> bytes:
+            """The bytes, asked for once. FetchError where other ones came."""
             data = self._system(path).cat_file(path, start=offset, end=offset + num_bytes)
             return _checked(data, num_bytes, crc32)
 
@@ -167,7 +170,13 @@ class _Cache:
     """Files in a folder of their own that all processes of a node share."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._folder, self._max_bytes, self._told = folder, max_bytes, False
+        """Files there may be from earlier runs. `size.lock` holds their bytes as a number, and is the lock to write.
+
+        Raises:
+            OSError: the folder cannot be written, or its disk has no locks.
+        """
+        self._folder, self._max_bytes = folder, max_bytes
+        self._told = False  # that files cannot be kept: once is enough
         with _locked(folder / "size.lock") as ledger:
             _note(ledger, self._make_room(0))
 
@@ -185,6 +194,7 @@ class _Cache:
         return data
 
     def _keep(self, path: Path, data: bytes) -> None:
+        """Write a file, after making room for it. What does not fit, or what the disk refuses, is not kept."""
         if len(data) > self._max_bytes:
             return
         try:
@@ -206,19 +216,21 @@ class _Cache:
         at all files takes a while, a tenth of the cache is freed at a time."""
         _remove_unfinished(self._folder)
         files = []
+        used = 0
         for entry in os.scandir(self._folder):
+            if entry.name.endswith(".lock"):
+                continue
             with suppress(FileNotFoundError):
-                if not entry.name.endswith(".lock"):
-                    status = entry.stat()
-                    files.append((status.st_mtime_ns, status.st_size, entry.path))
-        used = sum(size for _, size, _ in files)
-        if used + num_bytes > self._max_bytes:
-            for _, size, path in sorted(files):
-                if used + num_bytes <= 0.9 * self._max_bytes:
-                    break
-                with suppress(FileNotFoundError):
-                    os.unlink(path)
-                used -= size
+                status = entry.stat()
+                files.append((status.st_mtime_ns, status.st_size, entry.path))
+                used += status.st_size
+        if used + num_bytes <= self._max_bytes:
+            return used
+        for _, size, path in sorted(files):
+            if used + num_bytes <= 0.9 * self._max_bytes:
+                break
+            Path(path).unlink(missing_ok=True)
+            used -= size
         return used
 
 
@@ -235,6 +247,7 @@ def _locked(path: Path) -> Iterator[io.FileIO]:
 
 
 def _note(ledger: io.FileIO, num_bytes: int) -> None:
+    """Write to `size.lock`, which the caller has locked, how many bytes the cache holds."""
     ledger.seek(0)
     ledger.truncate()
     ledger.write(b"%d" % num_bytes)
@@ -269,6 +282,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _checked(data: bytes, num_bytes: int, crc32: int) -> bytes:
+    """`data`. FetchError where it has not this length and checksum."""
     if len(data) < num_bytes:
         raise FetchError(f"the file ends early: {len(data):,} bytes came instead of {num_bytes:,}")
     if len(data) > num_bytes:
@@ -283,9 +297,10 @@ def _is_final(error: Exception) -> bool:
     status = getattr(error, "status", None) or getattr(error, "code", None)  # as aiohttp and gcsfs say it
     if isinstance(status, int):
         return 400 <= status < 500 and status not in (408, 429)
-    # s3fs makes EINVAL of 400 and 416, gcsfs a text of 403.
+    # s3fs makes EINVAL of 400 and 416, gcsfs a message of 403.
     return isinstance(error, OSError) and (error.errno == errno.EINVAL or str(error).startswith("Forbidden"))
 
 
 def _words(error: Exception) -> str:
+    """What an error says, or its kind where it says nothing, as a timeout does."""
     return str(error) or type(error).__name__

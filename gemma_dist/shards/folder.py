@@ -1,72 +1,121 @@
-"""The folder that `gemma-dist shard` writes to: claimed, cleared, and left with nothing in it but a corpus."""
+"""The folder that `gemma-dist shard` writes to: claimed, cleared, and left with nothing in it but a corpus.
+
+While a run works, the marker `.unfinished` says what it set out to do. A run that was killed leaves it behind: the same
+call then takes over the pieces that are whole, and any other clears them away. Nothing that no run of ours left is ever
+removed: a folder with something else in it is refused.
+"""
 
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from gemma_dist.aliases import current_values
 from gemma_dist.errors import DataError
 from gemma_dist.logs import log, write_json
-from gemma_dist.shards.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest
+from gemma_dist.shards.manifest import MANIFEST, UNFINISHED, CorpusHeader, Manifest, read_manifest
 from gemma_dist.shards.pieces import REJECTED, TOO_LONG, piece_files
+from gemma_dist.shards.tools import TOOLS, refuse_foreign_tools
 
 APPEND_REJECTED = "append_rejected.jsonl"  # of an --append that was refused
 _SHARD = re.compile(r"train-\d{5,}\.parquet")  # as `shard_name` names it
 
 
-def open_to_append(out: Path, header: dict[str, Any]) -> Manifest:
-    """The manifest of a folder that rows can be added to."""
+class Plan(CorpusHeader):
+    """All that decides what a call of `gemma-dist shard` writes: a call of the same plan resumes what it left."""
+
+    inputs: list[list[str | int]]  # of each range of the input: its file, first byte, size and time of the file
+    media_root: str
+    skip_invalid: bool
+    sizes: list[int]  # of a piece, a row group and a shard, at most, in bytes
+    append_to: str | None  # sha256 of the manifest that is appended to
+
+
+class Marker(TypedDict, total=False):
+    """What is read again of UNFINISHED: nothing where there is no such file. While a run is at work, it holds the plan,
+    too."""
+
+    append_to: str | None
+    logs: dict[str, int]  # bytes of the logs before the append
+    shards: list[str]  # those that were about to get their names
+
+
+def open_to_append(out: Path, corpus: CorpusHeader) -> Manifest:
+    """The manifest of a folder that rows can be added to.
+
+    Args:
+        corpus: what this call would write into the manifest's header.
+
+    Raises:
+        DataError: there is no finished corpus, or it was made with other settings.
+    """
     if not (out / MANIFEST).is_file():
         raise DataError(f"{out} holds no finished shards to append to; leave --append out to make the folder")
     manifest = read_manifest(out / MANIFEST, str(out / MANIFEST))
-    if manifest.header["fingerprint"] != header["fingerprint"]:
+    if manifest.header["fingerprint"] != corpus["fingerprint"]:
         raise DataError(
             f"{out} was made with another tokenizer, chat template or image processor (fingerprint "
-            f"{manifest.header['fingerprint']}, here {header['fingerprint']}); append with the same model and template"
+            f"{manifest.header['fingerprint']}, here {corpus['fingerprint']}); append with the same model and template"
         )
-    old, new = current_values(manifest.header["settings"]), header["settings"]
-    if changed := [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in new if old.get(name) != new[name]]:
+    old = current_values(manifest.header["settings"])
+    changed = []
+    for name, value in corpus["settings"].items():
+        if old.get(name) != value:
+            changed.append(f"{name} was {old.get(name)!r} and is {value!r}")
+    if changed:
         raise DataError(f"{out} was made with other settings: {'; '.join(changed)}; append with the same ones")
+    refuse_foreign_tools(out, manifest)
     return manifest
 
 
-def claim_folder(out: Path, plan: dict[str, Any], before: Manifest | None) -> dict[str, Any]:
+def claim_folder(out: Path, plan: Plan, before: Manifest | None) -> dict[str, int]:
     """Make `out` ours to write to: with what the same call left there when it was killed, and nothing else of the kind.
 
-    Returns the plan, with the sizes that the logs had before an append.
+    Returns the bytes that the logs had before an append, by name.
+
+    Args:
+        plan: what this call is to do; a marker that says the same is of a run that this one may continue.
+        before: the finished corpus that is added to; None for a new one.
 
     Raises:
         DataError: `out` is a file, finished, or holds what no run of ours left there.
     """
-    append = before is not None
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; name a folder with --out")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if not append:
+    finished = set()
+    if before is None:
         _require_unfinished(out, names)
+    else:
+        finished = {shard["name"] for shard in before.header["shards"]}
     out.mkdir(parents=True, exist_ok=True)
     left = _read_marker(out)
-    finished = {shard["name"] for shard in before.header["shards"]} if before else set()
-    shown = [name for name in left.get("shards", []) if name not in finished]
-    strange = {name for name in names if _SHARD.fullmatch(name)} - finished - set(shown)
-    if strange:
+    shown = [name for name in left.get("shards", []) if name not in finished]  # of the run that is not finished
+    shards = {name for name in names if _SHARD.fullmatch(name)}
+    if strange := shards - finished - set(shown):
         raise DataError(
             f"{out} holds {min(strange)!r}, which no manifest there names, and new shards would take its place; move "
             f"it away, or put the {MANIFEST} back that names it"
         )
     if plan.items() <= left.items():
-        log.info("going on with what an earlier run left in %s", out)
-        return left
-    logs = {name: (out / name).stat().st_size for name in (REJECTED, TOO_LONG) if append and (out / name).is_file()}
-    if append and left.get("append_to") == plan["append_to"]:  # the logs may have grown already, the corpus has not
-        logs = left["logs"]
+        log.info("resuming what an earlier run left in %s", out)
+        return left["logs"]
+    logs: dict[str, int] = {}
+    if before is not None:
+        same_append = left.get("append_to") == plan["append_to"]
+        logs = left["logs"] if same_append else _log_sizes(out)  # they may have grown already, the corpus has not
     # While files of the other plan are there, the marker names none: they must not be taken for those of this one.
-    write_json(out / UNFINISHED, {"append_to": plan["append_to"], "logs": logs, "shards": shown})
-    clear_folder(out, append, keep=UNFINISHED, shown=shown)
-    write_json(out / UNFINISHED, plan | {"logs": logs})
-    return plan | {"logs": logs}
+    marker: Marker = {"append_to": plan["append_to"], "logs": logs, "shards": shown}
+    write_json(out / UNFINISHED, marker)
+    clear_folder(out, append=before is not None, keep=UNFINISHED, shown=shown)
+    write_json(out / UNFINISHED, {**plan, "logs": logs})
+    return logs
+
+
+def _log_sizes(out: Path) -> dict[str, int]:
+    """Bytes of each log of a corpus that is there: what an append that fails cuts it back to."""
+    return {name: (out / name).stat().st_size for name in (REJECTED, TOO_LONG) if (out / name).is_file()}
 
 
 def _require_unfinished(out: Path, names: set[str]) -> None:
@@ -82,7 +131,7 @@ def _require_unfinished(out: Path, names: set[str]) -> None:
         )
 
 
-def _read_marker(out: Path) -> dict[str, Any]:
+def _read_marker(out: Path) -> Marker:
     """What a run that is not finished noted of itself; nothing where there is none."""
     try:
         return json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
@@ -97,8 +146,9 @@ def clear_folder(out: Path, append: bool, keep: str, shown: Iterable[str] = ()) 
         append: the logs are of the finished corpus, which stays.
         shown: the shards that the run had given their names already.
     """
-    logs = [APPEND_REJECTED] if append else [REJECTED, TOO_LONG, APPEND_REJECTED]
-    for path in [*(out / name for name in (*shown, *logs)), *work_files(out)]:
+    logs = [APPEND_REJECTED] if append else [REJECTED, TOO_LONG, APPEND_REJECTED, TOOLS]
+    left = [out / name for name in (*shown, *logs)] + work_files(out)
+    for path in left:
         if path.name != keep:
             path.unlink(missing_ok=True)
     if not any(out.iterdir()):
@@ -107,7 +157,7 @@ def clear_folder(out: Path, append: bool, keep: str, shown: Iterable[str] = ()) 
 
 def work_files(out: Path) -> list[Path]:
     """What a run has in `out` only while it works; the marker, which says whose the others are, comes last."""
-    names = {f".{name}.tmp" for name in (MANIFEST, REJECTED, TOO_LONG, APPEND_REJECTED)}
+    names = {f".{name}.tmp" for name in (MANIFEST, REJECTED, TOO_LONG, APPEND_REJECTED, TOOLS)}
     marker = re.compile(rf"\.{re.escape(UNFINISHED)}\.\d+\.tmp")  # as `write_json` begins it
     begun = [path for path in out.iterdir() if path.name in names or marker.fullmatch(path.name)]
     return [*piece_files(out), *begun, out / UNFINISHED]

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -55,6 +55,21 @@ class ShardEntry(TypedDict):
     rest_crc32: int  # of all bytes outside of the row groups
 
 
+class CorpusHeader(TypedDict):
+    """How the rows of a folder became samples: all of them alike, those that are appended too."""
+
+    fingerprint: str  # of the encoder
+    settings: dict[str, object]  # of ShardConfig, without media_root
+
+
+class ManifestHeader(CorpusHeader):
+    """What a manifest says of the whole folder."""
+
+    format_version: int
+    shards: list[ShardEntry]
+    num_tools: NotRequired[int]  # declarations in tools.json; earlier versions wrote none
+
+
 class RowGroupPlace(NamedTuple):
     """Where the bytes of a row group lie in its shard, and their checksum."""
 
@@ -67,7 +82,7 @@ class RowGroupPlace(NamedTuple):
 class Manifest:
     """One open manifest of R row groups and N samples. The arrays lie in the mapped file."""
 
-    header: dict[str, Any]
+    header: ManifestHeader
     table: pa.Table  # as SCHEMA says
     sha256: str  # of the file
 
@@ -120,16 +135,26 @@ def row_group_line(
     }
 
 
-def write_manifest(folder: Path, header: dict[str, Any], table: pa.Table) -> None:
+def write_manifest(
+    folder: Path, corpus: CorpusHeader, shards: list[ShardEntry], table: pa.Table, num_tools: int | None
+) -> None:
     """Write `folder`/manifest.arrow, complete or not at all: the folder is finished from here on.
 
     Args:
-        header: `fingerprint`, `settings` and `shards`; the version is added here.
+        num_tools: declarations in tools.json; None: no such list was made.
         table: lines of SCHEMA, in the order of the shards and of the row groups in them.
     """
     assert table.schema.equals(SCHEMA), table.schema
     table = table.combine_chunks()
-    text = json.dumps({"format_version": FORMAT_VERSION, **header}, ensure_ascii=False, separators=(",", ":"))
+    header: ManifestHeader = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": corpus["fingerprint"],
+        "settings": corpus["settings"],
+        "shards": shards,
+    }
+    if num_tools is not None:
+        header["num_tools"] = num_tools
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
     table = table.replace_schema_metadata({"header": text, "crc32": str(_crc32(text, table))})
     path = folder / MANIFEST
     temporary = path.with_name(f".{MANIFEST}.tmp")
@@ -148,7 +173,7 @@ def read_manifest(path: Path, origin: str) -> Manifest:
         # Checked through a map of its own, which ends here: what is mapped afterwards has not been touched yet.
         intact = _is_intact(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        header = json.loads(table.schema.metadata[b"header"])
+        header: ManifestHeader = json.loads(table.schema.metadata[b"header"])
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:

@@ -9,10 +9,10 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,13 +29,17 @@ from gemma_dist.files import publish
 from gemma_dist.logs import JsonlWriter
 from gemma_dist.shards.manifest import COUNTS, RowGroupPlace, ShardEntry, row_group_line
 from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
+from gemma_dist.shards.tools import SeenTools
 
 NUM_ERRORS_SHOWN = 5
 OPTIONS = {name: f"{option(name)} {{}}" for name in ShardConfig.model_fields}  # of `gemma-dist shard`, in its log
 REJECTED = "rejected.jsonl"
 TOO_LONG = "too_long.jsonl"
+PIECE_TOOLS = "tools.jsonl"  # the declarations of a piece, each once
+NUM_NOTES_SHOWN = 20
 _PIECE_FILE = re.compile(  # as `ShardJob.path` names it, or `_partial` while it is written
-    rf"\.?\.piece-(\d{{5,}})(\.arrow|-{re.escape(REJECTED)}|-{re.escape(TOO_LONG)}|-\d{{3,}}\.parquet)(\.tmp)?"
+    rf"\.?\.piece-(\d{{5,}})(\.arrow|-{re.escape(REJECTED)}|-{re.escape(TOO_LONG)}|-{re.escape(PIECE_TOOLS)}"
+    r"|-\d{3,}\.parquet)(\.tmp)?"
 )
 
 # Rows to refuse, by file and line: the error.
@@ -97,8 +101,19 @@ class ShardReport:
                 f"{self.num_dropped_reasoning:,} messages lose their reasoning, since the chat template renders it "
                 "after the last user turn only: to train on it, make one row for each user turn"
             )
-        lines += [f"{count:,} x {note}" for note, count in sorted(self.notes.items())]
+        notes = sorted(self.notes.items(), key=lambda item: (-item[1], item[0]))
+        lines += [f"{count:,} x {note}" for note, count in notes[:NUM_NOTES_SHOWN]]
+        if len(notes) > NUM_NOTES_SHOWN:
+            lines.append(f"and {len(notes) - NUM_NOTES_SHOWN:,} more notes of this kind: --json prints them all")
         return "\n".join(lines)
+
+
+class PieceHeader(TypedDict):
+    """What the record of a piece says beside its lines of the manifest."""
+
+    report: dict[str, Any]  # a ShardReport's
+    errors: list[str]  # the first few
+    shards: list[ShardEntry]
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,7 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow]) -> None:
     errors: list[str] = []
     rejected = _RowLog(job.path(f"-{REJECTED}"))
     too_long = _RowLog(job.path(f"-{TOO_LONG}"))
+    tools, seen_tools = _RowLog(job.path(f"-{PIECE_TOOLS}")), SeenTools()
     writer = _ShardWriter(job)
     for where, row in rows:
         report.num_read += 1
@@ -178,12 +194,16 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow]) -> None:
         if kept and encoded_kept:
             writer.add(kept, encoded_kept, where)
             report.num_dropped_reasoning += encoded_kept.num_dropped_reasoning
-            report.notes += kept.notes
+            for note, count in kept.notes.items():
+                report.notes[spell(note, OPTIONS)] += count
+            for tool in filter(seen_tools.is_new, kept.tools):
+                tools.write(tool)
+    tools.close()
     rejected.close()
     too_long.close()
     for name, total in writer.totals.items():
         setattr(report, name, total)
-    writer.close({"report": report.to_json(), "errors": errors})
+    writer.close(report, errors)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -232,12 +252,13 @@ class _ShardWriter:
         self._row_bytes += num_bytes
         self._shard_bytes += num_bytes
 
-    def close(self, header: dict[str, Any]) -> None:
+    def close(self, report: ShardReport, errors: list[str]) -> None:
         """Finish the last shard, then write the record: the piece is done from here on."""
         self._end_row_group()
         self._end_shard()
         table = pa.Table.from_pylist(self._lines, RECORD_SCHEMA)
-        table = table.replace_schema_metadata({"header": json.dumps(header | {"shards": self._shards})})
+        header: PieceHeader = {"report": report.to_json(), "errors": errors, "shards": self._shards}
+        table = table.replace_schema_metadata({"header": json.dumps(header)})
         with pa.ipc.new_file(_partial(self._job.record), table.schema) as file:
             file.write_table(table)
         publish(_partial(self._job.record), self._job.record)
@@ -249,7 +270,7 @@ class _ShardWriter:
         if not self._rows:
             return
         if self._parquet is None:
-            # Pictures are compressed already. Statistics of the long texts would only bloat the footer.
+            # Images are compressed already. Statistics of the long strings would only bloat the footer.
             self._parquet = pq.ParquetWriter(
                 _partial(self._path()),
                 SCHEMA,
@@ -294,7 +315,7 @@ class _RowLog:
         self._path = path
         self._file: JsonlWriter | None = None
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Mapping[str, object]) -> None:
         self._file = self._file or JsonlWriter(_partial(self._path), append=False)
         self._file.write(row)
 

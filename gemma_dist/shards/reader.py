@@ -70,6 +70,7 @@ class Shards:
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()  # least recently used first
 
     def __len__(self) -> int:
+        """Samples of all folders together."""
         return int(self.first_sample[-1])
 
     @cached_property
@@ -78,12 +79,14 @@ class Shards:
         return hashlib.sha256("".join(manifest.sha256 for manifest in self._manifests).encode()).hexdigest()[:16]
 
     def id(self, index: int) -> str:
+        """The id of sample `index`, from the manifests: no shard is read."""
         return self._ids[int(index)].as_py()
 
     def find(self, names: set[str]) -> dict[str, list[int]]:
         """The samples that each name stands for, if any: an id, or a row group as messages name it."""
         found: dict[str, list[int]] = {}
-        for index in np.flatnonzero(pc.is_in(self._ids, pa.array(sorted(names), pa.large_string()))).tolist():
+        has_name = pc.is_in(self._ids, pa.array(sorted(names), pa.large_string()))
+        for index in np.flatnonzero(has_name).tolist():
             found.setdefault(self.id(index), []).append(index)
         if any(", row group " in name for name in names):
             for row_group in range(len(self.row_group_samples)):
@@ -137,7 +140,8 @@ class Shards:
         except (_DamagedError, FetchError, OSError, pa.ArrowException) as error:
             first, end = self.first_sample[row_group : row_group + 2].tolist()
             ids = [self.id(index) for index in range(first, min(end, first + NUM_IDS_SHOWN))]
-            more = f" and {end - first - len(ids):,} more" if end - first > len(ids) else ""
+            num_more = end - first - len(ids)
+            more = f" and {num_more:,} more" if num_more else ""
             raise DataError(
                 f"{self._place(row_group)}: {error}. It holds the samples {', '.join(ids)}{more}. Restore the file "
                 "from its source, make the shards again, or train without these samples: write the line\n"
@@ -145,6 +149,10 @@ class Shards:
             ) from error
 
     def _read_row_group(self, row_group: int) -> pa.Table:
+        """The rows of a row group, from one ranged request: the manifest holds the footers, which parquet reads first.
+
+        A local shard is looked at as a whole when its first row group is read.
+        """
         folder, number = self._find(row_group)
         manifest = self._manifests[folder]
         shard, place = manifest.place(number)
@@ -167,6 +175,7 @@ class Shards:
         return folder, row_group - int(self._first_row_group[folder])
 
     def _place(self, row_group: int) -> str:
+        """A row group as messages name it: `shards/train-00002.parquet, row group 7`, counted from 0 in its shard."""
         folder, number = self._find(row_group)
         shards = self._manifests[folder].row_groups("shard")
         shard = int(shards[number])
@@ -175,6 +184,7 @@ class Shards:
 
     @staticmethod
     def _joined(parts: list[np.ndarray]) -> np.ndarray:
+        """The arrays of all folders in a row; that of a single one stays mapped from its file."""
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -186,6 +196,7 @@ class _Window(io.RawIOBase):
     """The bytes of one row group, at the place in the file that parquet's metadata says."""
 
     def __init__(self, data: bytes, offset: int) -> None:
+        """`data` are the bytes of the file from `offset` on."""
         self._data, self._offset, self._at = data, offset, 0
 
     def readable(self) -> bool:
@@ -223,6 +234,7 @@ def _check_file(path: str, entry: ShardEntry, footer: bytes) -> None:
 
 
 def _open_manifest(folder: str, fetcher: Fetcher) -> Manifest:
+    """The manifest of a folder, local or remote. DataError where it has none, and why as far as that shows."""
     origin = join(folder, MANIFEST)
     try:
         path = fetcher.download(origin)

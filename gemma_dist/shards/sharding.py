@@ -4,6 +4,7 @@ A shard folder holds
 
     train-00000.parquet …   id, messages, tools, images as any parquet reader and plain `datasets` take them
     manifest.arrow          where each row group lies, and how long each sample is; written last
+    tools.json              each declaration of a tool that the rows show, once
     rejected.jsonl          with --skip-invalid: the rows that were refused, with file, line and error
     too_long.jsonl          the rows that were cut or dropped for their length
 
@@ -31,12 +32,9 @@ from gemma_dist.data.rows import InputRange, ReadRow, read_ranges, split_input
 from gemma_dist.errors import DataError
 from gemma_dist.logs import progress
 from gemma_dist.shards.assemble import find_repeated, finish
-from gemma_dist.shards.folder import claim_folder, open_to_append
-from gemma_dist.shards.pieces import (
-    ShardJob,
-    ShardReport,
-    run_job,
-)
+from gemma_dist.shards.folder import Plan, claim_folder, open_to_append
+from gemma_dist.shards.manifest import CorpusHeader
+from gemma_dist.shards.pieces import ShardJob, ShardReport, run_job
 
 PIECE_BYTES = 256 << 20  # of input, that one process works on at a time
 ROW_GROUP_BYTES = 4 << 20  # before compression: what is fetched and checked as one
@@ -70,29 +68,30 @@ def run_shard(
     for number, path in enumerate(inputs):
         if path.resolve() in [earlier.resolve() for earlier in inputs[:number]]:
             raise DataError(f"{path} is named twice; name each input once")
-    encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
-    header = {
+    encoder = load_encoder(model, settings)
+    corpus: CorpusHeader = {
         "fingerprint": encoder.fingerprint,
         "settings": settings.model_dump(mode="json", exclude={"media_root"}),
     }
-    before = open_to_append(out, header) if append else None
+    before = open_to_append(out, corpus) if append else None
     pieces = list(_split_pieces(inputs))
     jobs = [
         ShardJob(out, number, ranges, model, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES)
         for number, ranges in enumerate(pieces)
     ]
-    plan = header | {
+    plan: Plan = {
+        **corpus,
         "inputs": [[str(one.file), one.start, *_stamp(one.file)] for one in chain.from_iterable(pieces)],
         "media_root": str(settings.media_root),
         "skip_invalid": skip_invalid,
         "sizes": [PIECE_BYTES, ROW_GROUP_BYTES, SHARD_BYTES],
         "append_to": before.sha256 if before else None,
     }
-    plan = claim_folder(out, plan, before)
+    log_sizes = claim_folder(out, plan, before)
     _work_on(jobs, encoder, num_workers)
     if repeated := find_repeated(jobs, before, out):  # those pieces are done again, without these rows
         _work_on([replace(jobs[number], refused=rows) for number, rows in repeated.items()], encoder, num_workers)
-    return finish(jobs, before, header, plan)
+    return finish(jobs, before, plan, log_sizes)
 
 
 def _split_pieces(inputs: list[Path]) -> Iterator[list[InputRange]]:
@@ -155,16 +154,16 @@ def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None) ->
             if isinstance(error, BrokenProcessPool):
                 raise DataError(
                     "a process of `gemma-dist shard` was killed, most often for want of memory: run the same command "
-                    "again with a smaller --num-workers, and it goes on where it was"
+                    "again with a smaller --num-workers to resume it"
                 ) from None
             raise
 
 
 def _start_worker(model: str, settings: ShardConfig, num_rows: Any) -> None:
     global _encoder, _num_rows
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: this one ends without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: this one ends silently
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
+    _encoder = load_encoder(model, settings)
     _num_rows = num_rows
 
 

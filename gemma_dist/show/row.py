@@ -14,8 +14,9 @@ from gemma_dist.data.fit import encode_trained, fit, parse
 from gemma_dist.data.rows import ReadRow, read_rows
 from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import name_row
-from gemma_dist.errors import DataError, setting
+from gemma_dist.errors import DataError, setting, spell
 from gemma_dist.gemma_format import IMAGE
+from gemma_dist.shards.pieces import OPTIONS
 from gemma_dist.shards.reader import Shards, is_shard_folder, open_shards
 
 TRAINED, TRAINED_END = "⟦", "⟧"
@@ -26,12 +27,12 @@ SOFT_TOKENS = re.compile(f"(?:{re.escape(IMAGE)}){{2,}}")
 
 @dataclass(frozen=True)
 class Inspection:
-    """Ids, labels (-100: not trained) and texts of the tokens of one row."""
+    """Ids, labels (-100: not trained) and strings of the tokens of one row."""
 
     id: str
     ids: list[int]
     labels: list[int]
-    tokens: list[str]  # each id decoded alone; a character that is spread over several tokens reads U+FFFD in each
+    tokens: list[str]  # each id decoded alone; a character that is split over several tokens reads U+FFFD in each
     segments: list[tuple[bool, str]]  # the text split where training begins and ends: (trained, text)
     num_text_tokens: int
     num_image_tokens: int
@@ -72,12 +73,12 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
     if is_shard_folder(data):
         shards = open_shards(data)
         trajectory = shards.read(_sample(shards, row))
-        encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
+        encoder = load_encoder(model, settings)
         encoded = encoder.encode(trajectory)
     else:
         where, raw = _raw_row_of_id(Path(data), row) if isinstance(row, str) else _raw_row(Path(data), row)
         trajectory = parse(raw, where, settings)
-        encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
+        encoder = load_encoder(model, settings)
         with error_context(where):
             encoded = encode_trained(trajectory, encoder)
             fitting = fit(trajectory, encoded, encoder, settings)
@@ -99,7 +100,7 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
         num_image_tokens=encoded.num_image_tokens,
         num_images=encoded.num_images,
         num_target_tokens=encoded.num_target_tokens,
-        notes=dict(trajectory.notes),
+        notes={spell(note, OPTIONS): count for note, count in trajectory.notes.items()},
     )
 
 

@@ -73,6 +73,7 @@ def collate_packs(packs: list[list[Sample]], ids: ControlIds) -> dict[str, torch
 
 
 def _collate(packs: list[list[Sample]], ids: ControlIds) -> dict[str, torch.Tensor]:
+    """All tensors that `collate` and `collate_packs` return, a row for each pack (one empty row if there are none)."""
     rows = []
     for pack in packs or [[]]:
         row = _empty_row()
@@ -91,14 +92,18 @@ def _collate(packs: list[list[Sample]], ids: ControlIds) -> dict[str, torch.Tens
         missing = length - len(row["input_ids"])
         _append(row, [ids.pad] * missing, [IGNORE_INDEX] * missing, [0] * missing, attended=0)
     batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
-    patches = max(part["pixel_values"].shape[1] for part in images)
+    most_patches = max(part["pixel_values"].shape[1] for part in images)
     for name, value in (("pixel_values", 0), ("image_position_ids", -1)):
-        padded = [pad(part[name], (0, 0, 0, patches - part[name].shape[1]), value=value) for part in images]
+        padded = []
+        for part in images:  # (images of a sample, patches, values of a patch)
+            missing_patches = most_patches - part[name].shape[1]
+            padded.append(pad(part[name], (0, 0, 0, missing_patches), value=value))
         batch[name] = torch.cat(padded)
     return batch
 
 
 def _empty_row() -> dict[str, list[int]]:
+    """A row to `_append` to: for each tensor (B, T) the values of its row."""
     names = ("input_ids", "labels", "attention_mask", "position_ids", "mm_token_type_ids")
     return {name: [] for name in names}
 

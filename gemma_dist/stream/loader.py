@@ -99,12 +99,14 @@ class TrajectoryLoader(IterableDataset):
         return int(shards.num_target_tokens[batch].sum()), int(num_tokens)
 
     def _prepare(self, packs: list[list[int]], tables: Tables) -> dict[str, torch.Tensor]:
+        """One micro-batch, from the numbers of its samples and the row groups that they lie in. Runs in a worker."""
         samples = [[self._sample(index, tables) for index in pack] for pack in packs]
         if self.schedule.packing:
             return collate_packs(samples, self._ids)
         return collate([sample for pack in samples for sample in pack], self._ids)
 
     def _sample(self, index: int, tables: Tables) -> Sample:
+        """Sample `index`, once its row group has come. Any error says which sample it is."""
         sample_id = self.shards.id(index)
         try:
             trajectory = self.shards.trajectory(tables[self.shards.row_group_of(index)].result(), index)
@@ -130,6 +132,7 @@ class RowGroups:
     """The row groups that a rank is working on, each fetched once, a few steps ahead, and dropped with its block."""
 
     def __init__(self, schedule: Schedule, rank: int, steps: range, pool: ThreadPoolExecutor) -> None:
+        """`steps` are those that `of_step` will be asked for; `pool` fetches."""
         self._schedule, self._rank, self._pool = schedule, rank, pool
         self._steps = iter(steps)
         self._window: deque[_StepData] = deque()
@@ -158,6 +161,7 @@ class RowGroups:
         self._tables = {row_group: table for row_group, table in self._tables.items() if row_group in needed}
 
     def _ask_for(self, step: int) -> _StepData:
+        """Have the row groups of a step fetched, but for those that are here or on their way. Waits for none."""
         shards = self._schedule.shards
         sequences = self._schedule.rank_sequences(step, self._rank)
         tables: Tables = {}

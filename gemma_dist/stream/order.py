@@ -31,6 +31,7 @@ class Blocks:
     starts: np.ndarray  # (NB + 1,): where in `row_groups` each block begins
 
     def __len__(self) -> int:
+        """NB, the number of blocks."""
         return len(self.starts) - 1
 
     def __getitem__(self, block: int) -> list[int]:

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gemma_dist.config import BatchPlan, RunConfig, SourceConfig, TrainConfig
+from gemma_dist.batch_plan import BatchPlan
+from gemma_dist.config import RunConfig, SourceConfig, TrainConfig
 from gemma_dist.errors import ConfigError, DataError, setting
 from gemma_dist.files import writing
 from gemma_dist.shards.fetch import Fetcher
@@ -47,6 +48,8 @@ class PackedSequence:
 
 @dataclass(frozen=True)
 class _Source:
+    """One source of a mixture, or the whole corpus."""
+
     first_row_group: int
     blocks: Blocks
     order: Order
@@ -95,11 +98,14 @@ class Schedule:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch: of a mixture, of the source that takes longest."""
         return max(source.order.steps_per_epoch for source in self._sources)
 
     def num_steps(self, train: TrainConfig) -> int:
         """Optimizer steps of a whole run."""
-        return train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * self.steps_per_epoch)
+        if train.max_steps > 0:
+            return train.max_steps
+        return math.ceil(train.num_train_epochs * self.steps_per_epoch)
 
     def epochs(self, num_steps: int) -> list[float]:
         """How often each source was gone through after `num_steps` steps, to four digits."""
@@ -107,12 +113,13 @@ class Schedule:
 
     def sequences(self, step: int, lanes: range) -> list[PackedSequence]:
         """The sequences that `lanes` give at `step`, as they are trained on; in the tail of an epoch some give none."""
-        places = [place for lane in lanes if (place := self._place(step, lane))]
+        places = [place for lane in lanes if (place := self._place(step, lane)) is not None]
         with self._lock:
             packs = self._packs_of({block for block, _ in places})
         return [PackedSequence(self._kept(packs[block][unit]), block) for block, unit in places]
 
     def rank_sequences(self, step: int, rank: int) -> list[PackedSequence]:
+        """The sequences of a rank's lanes at `step`."""
         return self.sequences(step, lanes_of(rank, self.plan.world_size, self.plan.global_batch_size))
 
     def micro_batches(self, step: int, rank: int) -> list[list[list[int]]]:
@@ -136,6 +143,7 @@ class Schedule:
         return [sample for sample in samples if sample not in self._quarantine]
 
     def _source(self, rows: range, num_lanes: int, seed: int) -> _Source:
+        """The blocks and the order of one source of a mixture, which has the row groups `rows` of the corpus."""
         shards, part = self.shards, slice(rows.start, rows.stop)
         num_bytes, num_samples = shards.row_group_bytes[part], shards.row_group_samples[part]
         limits = (PACKED_BLOCK_BYTES, PACKED_BLOCK_SAMPLES) if self.packing else (BLOCK_BYTES, BLOCK_SAMPLES)
@@ -145,13 +153,15 @@ class Schedule:
 
     def _count_packs(self, rows: range, blocks: Blocks, seed: int) -> np.ndarray:
         """(NB,): the packs of each block of a source, from `cache_dir` if they were counted before."""
-        shards, part, kept = self.shards, slice(rows.start, rows.stop), None
+        shards, part = self.shards, slice(rows.start, rows.stop)
+        kept: Path | None = None  # the file of the counts
         if self._cache_dir:
             limits = f"{self.packing_length} {PACKED_BLOCK_BYTES} {PACKED_BLOCK_SAMPLES}"
             key = f"{shards.manifest_hash} {rows} {seed} {limits}"
             kept = self._cache_dir / f"gemma_dist-packs-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
             if kept.exists():
                 return np.load(kept)
+        # (n,): the samples of the source, block by block, and where in them each block begins.
         num_samples = shards.row_group_samples[part]
         starts = np.concatenate([[0], np.cumsum(blocks.sums(num_samples))])
         samples = np.repeat(shards.first_sample[part][blocks.row_groups], num_samples[blocks.row_groups])
@@ -189,14 +199,14 @@ class Schedule:
 
     def _packs_of(self, blocks: set[BlockId]) -> dict[BlockId, list[list[int]]]:
         """All units of each block, as sample numbers. The blocks that are not in memory are packed at once."""
-        packs = {block: self._packs[block] for block in blocks if block in self._packs}
+        packs = {block: self._packs[block] for block in blocks & self._packs.keys()}
         missing = sorted(blocks - packs.keys())
         samples = [np.fromiter(self._samples(self.row_groups(block)), np.int64) for block in missing]
         if self.packing:
             lengths = [self._num_tokens(samples_of_block) for samples_of_block in samples]
             positions = pack_all(lengths, self.packing_length)
         else:
-            positions = [[[position] for position in range(len(block))] for block in samples]
+            positions = [_one_by_one(len(samples_of_block)) for samples_of_block in samples]
         for block, samples_of_block, units in zip(missing, samples, positions, strict=True):
             packs[block] = [samples_of_block[unit].tolist() for unit in units]
         for block in packs:
@@ -207,6 +217,7 @@ class Schedule:
         return packs
 
     def _samples(self, row_groups: list[int]) -> Iterator[int]:
+        """The samples of these row groups, in the order of the file."""
         first = self.shards.first_sample
         for row_group in row_groups:
             yield from range(first[row_group], first[row_group + 1])
@@ -219,11 +230,16 @@ def open_schedule(config: RunConfig, plan: BatchPlan) -> Schedule:
         DataError: the corpus or the quarantine is unreadable.
         ConfigError: they do not fit the batch plan.
     """
-    paths = [source.path if isinstance(source, SourceConfig) else source for source in config.data.train]
-    weighted = [source.weight for source in config.data.train if isinstance(source, SourceConfig)]
-    weights = weighted if len(weighted) == len(paths) else None
+    paths: list[str] = []
+    weights: list[float] = []
+    for source in config.data.train:
+        if isinstance(source, SourceConfig):
+            paths.append(source.path)
+            weights.append(source.weight)
+        else:
+            paths.append(source)
     fetcher = Fetcher(config.data.cache_dir, round(config.data.cache_gb * 1e9))
-    shards = open_shards(*paths, weights=weights, fetcher=fetcher)
+    shards = open_shards(*paths, weights=weights or None, fetcher=fetcher)  # all have a weight, or none
     train = config.train
     quarantine = read_quarantine(config.data.quarantine, shards)
     if len(quarantine) == len(shards):
@@ -248,7 +264,8 @@ def read_quarantine(path: Path | None, shards: Shards) -> frozenset[int]:
     if path is None:
         return frozenset()
     try:
-        names = set(filter(None, map(str.strip, path.read_bytes().decode("utf-8-sig").split("\n"))))
+        text = path.read_bytes().decode("utf-8-sig")
+        names = {line.strip() for line in text.split("\n")} - {""}
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.quarantine = {str(path)!r}: cannot be read: {error}") from error
     found = shards.find(names)
@@ -258,6 +275,11 @@ def read_quarantine(path: Path | None, shards: Shards) -> frozenset[int]:
             "row group as the message about it does"
         )
     return frozenset(chain.from_iterable(found.values()))
+
+
+def _one_by_one(num_samples: int) -> list[list[int]]:
+    """The units of a block without packing: each sample for itself."""
+    return [[position] for position in range(num_samples)]
 
 
 def _count_up(sizes: np.ndarray) -> np.ndarray:

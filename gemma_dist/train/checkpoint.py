@@ -35,20 +35,18 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, identity: Run
         CheckpointError: the named folder is no complete checkpoint, or belongs to another identity; or `output_dir`
             has later ones, complete or not, which would be taken for those of this run, or be in its way.
     """
-    complete = _complete(output_dir)
-    if resume_from_checkpoint == "never" or (resume_from_checkpoint == "auto" and not complete):
-        folder, step = None, 0
-    elif resume_from_checkpoint == "auto":
-        folder = complete[-1]
-        step = _step_of(folder, identity)
-    else:
+    folder = None
+    if resume_from_checkpoint == "auto":
+        complete = _complete(output_dir)
+        folder = complete[-1] if complete else None
+    elif resume_from_checkpoint != "never":
         folder = Path(resume_from_checkpoint)
         if not (folder / MARKER).is_file():
             raise CheckpointError(
                 f"train.resume_from_checkpoint = {str(folder)!r}: no complete checkpoint is there ({MARKER} is "
                 "missing); name a folder checkpoint-<step>, or leave it at auto"
             )
-        step = _step_of(folder, identity)
+    step = _step_of(folder, identity) if folder else 0
     if later := [path.name for path in _checkpoints(output_dir) if _step(path) > step and any(path.iterdir())]:
         raise CheckpointError(
             f"train.output_dir = {str(output_dir)!r} holds {', '.join(later)}, later than step {step}, which this run "
@@ -61,11 +59,12 @@ def changed_settings(folder: Path, config: RunConfig) -> list[str]:
     """What of `config` differs from the settings of the run that saved the checkpoint `folder`, in words."""
     then = _flat(read_marker(folder)["settings"])
     now = _flat(config.to_json())
-    return [
-        f"{key} {json.dumps(then.get(key))} -> {json.dumps(now.get(key))}"
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key)
-    ]
+    changed = []
+    for key in sorted(then.keys() | now.keys()):
+        before, after = then.get(key), now.get(key)
+        if before != after:
+            changed.append(f"{key} {json.dumps(before)} -> {json.dumps(after)}")
+    return changed
 
 
 def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -206,4 +205,5 @@ def _checkpoints(output_dir: Path) -> list[Path]:
 
 
 def _step(folder: Path) -> int:
+    """The step in a checkpoint's name: 30 for `checkpoint-30`."""
     return int(folder.name.removeprefix("checkpoint-"))

@@ -1,4 +1,7 @@
-"""What watches over a run's steps: nothing that is not finite reaches the weights, and a hang names its culprit."""
+"""What watches over a run's steps: nothing that is not finite reaches the weights, and a hang names its culprit.
+
+The first costs an exchange of two numbers a step, the second a thread that sleeps.
+"""
 
 import faulthandler
 import sys
@@ -27,10 +30,13 @@ def stop_unless_finite(schedule: Schedule, step: int, *, loss: bool, gradients: 
     """
     if not any(world.any_rank([not loss, not gradients])):
         return
-    told = world.gather_objects(loss)
-    blamed = [rank for rank, finite in enumerate(told) if not finite]
-    what = f"the loss of rank {', '.join(map(str, blamed))} is" if blamed else "the loss is finite, but a gradient is"
-    ids = "\n".join(f"    rank {rank}: {sample_ids(schedule, step, rank)}" for rank in blamed or range(len(told)))
+    finite_of_rank = world.gather_objects(loss)
+    what = "the loss is finite, but a gradient is"
+    blamed = [rank for rank, finite in enumerate(finite_of_rank) if not finite]
+    if blamed:
+        what = f"the loss of rank {', '.join(map(str, blamed))} is"
+    shown = blamed or range(len(finite_of_rank))  # a gradient is the sum of all ranks': any of them may be to blame
+    ids = "\n".join(f"    rank {rank}: {sample_ids(schedule, step, rank)}" for rank in shown)
     raise TrainingError(
         f"step {step + 1}: {what} not finite. The weights were not changed, and checkpoints hold finished steps only. "
         f"Its samples:\n{ids}\nLook at them (`gemma-dist inspect SHARDS --id ID`) and leave bad ones out "
@@ -68,11 +74,13 @@ class Watchdog:
         self._fed.set()
 
     def close(self) -> None:
+        """End the thread, and wait until it has."""
         self._closed = True
         self._fed.set()
         self._thread.join()
 
     def _watch(self) -> None:
+        """The thread: waits for the next `feed`, and barks where it does not come in time."""
         barked = False
         while not self._closed:
             if self._fed.wait(self._timeout_s):
@@ -83,6 +91,7 @@ class Watchdog:
                 self._bark()
 
     def _bark(self) -> None:
+        """Log what this rank works on and the last calls of its main thread, and write the stacks of all threads."""
         stack = "".join(traceback.format_stack(sys._current_frames()[self._main])[-4:])
         message = (
             f"no step has ended for {self._timeout_s:g} s (train.step_timeout_s): this rank is at {self._describe()}\n"

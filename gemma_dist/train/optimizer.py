@@ -53,14 +53,16 @@ class SavedTensor:
 def save_optimizer(folder: Path, model: torch.nn.Module, optimizer: Any) -> None:
     """Write this rank's part of the state of `optimizer` (torch's, or DeepSpeed's around it). All ranks call it."""
     zero = _zero(optimizer)
-    states = (optimizer.optimizer if zero else optimizer).state
+    base = optimizer.optimizer if zero else optimizer
     tensors = {}
     for held in _slices(model, optimizer):
         tensors[f"{held.name}/weight@{held.start}"] = held.of(held.flat)
-        for state, value in states[held.flat].items():
-            if isinstance(value, torch.Tensor) and value.shape == held.flat.shape:
+        for state, value in base.state[held.flat].items():
+            follows_elements = isinstance(value, torch.Tensor) and value.shape == held.flat.shape
+            if follows_elements:
                 tensors[f"{held.name}/{state}@{held.start}"] = held.of(value)
             elif value is not None and (held.offset == 0 or state == "step"):
+                # What belongs to `flat` as a whole goes with the first slice in it, but every slice counts its steps.
                 tensors[f"{held.name}/{state}#{held.start}"] = torch.as_tensor(value)
     if zero or world.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)  # no rank waits for another here
@@ -135,7 +137,7 @@ def _index(folder: Path, files: ExitStack) -> dict[str, dict[str, list[SavedTens
         file = files.enter_context(safe_open(path, framework="pt"))
         for name in file.keys():  # noqa: SIM118
             mark = "@" if "@" in name else "#"
-            parameter_and_state, _, start = name.rpartition(mark)
+            parameter_and_state, _, start = name.rpartition(mark)  # model.norm.weight/exp_avg@0
             parameter, _, state = parameter_and_state.rpartition("/")
             saved = SavedTensor(name, file, int(start), follows_elements=mark == "@")
             index.setdefault(parameter, {}).setdefault(state, []).append(saved)
@@ -143,6 +145,7 @@ def _index(folder: Path, files: ExitStack) -> dict[str, dict[str, list[SavedTens
 
 
 def _read(saved: SavedTensor) -> torch.Tensor:
+    """The whole tensor, on the CPU."""
     return saved.file.get_tensor(saved.name)
 
 

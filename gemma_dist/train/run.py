@@ -49,11 +49,7 @@ def train(config: RunConfig, *, trainer_class: Callable[..., ToolCallTrainer] = 
     require_fit(config, topology)
     require_output_dir(config)
     run = resolve(config, topology)
-    encoder = load_encoder(
-        config.model.model_name_or_path,
-        chat_template=config.data.chat_template,
-        enable_thinking=config.data.enable_thinking,
-    )
+    encoder = load_encoder(config.model.model_name_or_path, config.data)
     checkpoint, start_step = find_checkpoint(output_dir, config.train.resume_from_checkpoint, run.identity)
     if checkpoint and (changed := changed_settings(checkpoint, config)):
         log.info("resuming from %s with other settings: %s", checkpoint, "; ".join(changed))
@@ -115,11 +111,11 @@ def _load_model(run: Run) -> Any:
 def _publish(checkpoint: Path | None, output_dir: Path) -> None:
     """Copy the result of the last checkpoint to `output_dir`, each file whole or absent, the record last."""
     assert checkpoint is not None, "a run of no steps"
-    result = [
-        path
-        for path in checkpoint.iterdir()
-        if path.is_file() and not any(path.match(pattern) for pattern in STATE_FILES)
-    ]
+    result = []
+    for path in checkpoint.iterdir():
+        is_state = any(path.match(pattern) for pattern in STATE_FILES)
+        if path.is_file() and not is_state:
+            result.append(path)
     for path in sorted(result, key=lambda path: path.name == ADAPTER_RECORD):
         with writing(output_dir / path.name) as temporary:
             shutil.copyfile(path, temporary)

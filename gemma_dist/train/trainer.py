@@ -103,6 +103,7 @@ class ToolCallTrainer(SFTTrainer):
     """One training run of a model (bare or PEFT-wrapped) over the micro-batches of `loader`."""
 
     def __init__(self, run: Run, arguments: SFTConfig, model: Any, loader: TrajectoryLoader, run_log: RunLog) -> None:
+        """`arguments` are those of `training_arguments(run)`. What TRL then changes against our will is undone."""
         adapter_dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(
             model=model,
@@ -139,14 +140,18 @@ class ToolCallTrainer(SFTTrainer):
             self._watchdog.close()
 
     def get_train_dataloader(self) -> DataLoader:
+        """Our batches as they are: Trainer's own would pass them through `accelerate.prepare`."""
         return DataLoader(self.loader, batch_size=None)
 
     def _init_training_state(self, *args: object, **kwargs: object) -> Any:
+        """Count steps from the one that the loader starts at."""
         initial = super()._init_training_state(*args, **kwargs)
         self.state.global_step = self._logged_step = self.loader.start_step
         return initial
 
     def _prepare_for_training(self, *args: object, **kwargs: object) -> Any:
+        """What waits until Trainer has made the optimizer and wrapped the model (DDP, DeepSpeed): the state of the
+        checkpoint, the check of its checkpointing, and the look at each step's gradients before the optimizer."""
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self._checkpoint is not None:
             load_optimizer(self._checkpoint, self.model, self.optimizer.optimizer)
@@ -160,6 +165,7 @@ class ToolCallTrainer(SFTTrainer):
             engine, step = self.model_wrapped, self.model_wrapped.step
 
             def step_if_finite() -> None:
+                """The engine's own step, unless all ranks have to stop."""
                 self._stop_unless_finite(not engine.optimizer.has_overflow())
                 step()
 
@@ -167,11 +173,13 @@ class ToolCallTrainer(SFTTrainer):
         return prepared
 
     def compute_loss(self, *args: object, **kwargs: object) -> Any:
+        """TRL's, noting whether it is finite."""
         loss = super().compute_loss(*args, **kwargs)
         self._loss_is_finite &= loss.detach().isfinite()  # looked at once a step: no wait for the device here
         return loss
 
     def _get_grad_norm(self, *args: object, **kwargs: object) -> float:
+        """Trainer asks for it between the backward pass and the optimizer: the moment to look at the gradients."""
         norm = super()._get_grad_norm(*args, **kwargs)
         if not self.is_deepspeed_enabled:
             self._stop_unless_finite(math.isfinite(norm))
@@ -189,6 +197,7 @@ class ToolCallTrainer(SFTTrainer):
         self._watchdog.feed()  # to save takes its own time
 
     def _position(self) -> str:
+        """What this rank is working on, for the watchdog."""
         step = self.state.global_step
         return f"step {step + 1}, samples {sample_ids(self.loader.schedule, step, world.rank())}"
 
@@ -198,7 +207,11 @@ class ToolCallTrainer(SFTTrainer):
             step = self.state.global_step
             done = range(self._logged_step, step)
             self._logged_step = step
-            target_tokens, num_tokens = map(sum, zip(*map(self.loader.counts_at, done), strict=True))
+            target_tokens = num_tokens = 0
+            for finished in done:
+                of_targets, of_all = self.loader.counts_at(finished)
+                target_tokens += of_targets
+                num_tokens += of_all
             self.run_log.write(
                 step,
                 {
@@ -238,6 +251,7 @@ class SeedSteps(TrainerCallback):
     draw from it once more."""
 
     def on_step_begin(self, args: Any, state: Any, control: object, **kwargs: object) -> None:
+        """Seed Python, NumPy and torch before the first micro-batch of a step."""
         words = np.random.SeedSequence((args.seed, state.global_step, world.rank())).generate_state(1)
         set_seed(int(words[0]))
 

@@ -19,19 +19,25 @@ def weights_to_save(model: torch.nn.Module, engine: Any | None) -> dict[str, tor
     Args:
         engine: DeepSpeed's, around `model`; None without DeepSpeed.
     """
-    adapter = None
-    if isinstance(model, PeftModel):
-        adapter = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    is_adapter = isinstance(model, PeftModel)
     if engine is not None and engine.zero_optimization_partition_weights():
-        if adapter is None:
-            return engine._zero3_consolidated_16bit_state_dict() or {}
-        return _gather(adapter, engine)
-    tensors = model.state_dict() if adapter is None else adapter
+        if is_adapter:
+            return _gather(_trained(model), engine)
+        return engine._zero3_consolidated_16bit_state_dict() or {}  # None on all ranks but 0
+    tensors = _trained(model) if is_adapter else model.state_dict()
     return tensors if engine is None else _copies(tensors)
 
 
-def _gather(adapter: dict[str, torch.nn.Parameter], engine: Any) -> dict[str, torch.Tensor]:
-    """The whole of parameters that lie partitioned, on rank 0. The frozen base is not gathered for it."""
+def _trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that train: of a PEFT model those of its adapter, as the base is frozen."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _gather(adapter: dict[str, torch.Tensor], engine: Any) -> dict[str, torch.Tensor]:
+    """The whole of parameters that lie partitioned, on rank 0. The frozen base is not gathered for it.
+
+    A group of them at a time: each group is an exchange of all ranks, and in memory whole on every one of them.
+    """
     from deepspeed.runtime.zero import GatheredParameters
 
     whole: dict[str, torch.Tensor] = {}
@@ -40,9 +46,10 @@ def _gather(adapter: dict[str, torch.nn.Parameter], engine: Any) -> dict[str, to
     for start in range(0, len(names), GATHERED_AT_ONCE):
         group = names[start : start + GATHERED_AT_ONCE]
         with GatheredParameters([adapter[name] for name in group]):
-            if engine.global_rank == 0:
-                for name in group:
-                    whole[name] = adapter[name].detach().to("cpu", copy=True)
+            if engine.global_rank != 0:
+                continue
+            for name in group:
+                whole[name] = adapter[name].detach().to("cpu", copy=True)
     engine.optimizer.checkpoint_event_epilogue()
     return whole
 

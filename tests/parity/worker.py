@@ -236,7 +236,7 @@ def main() -> None:
         except BaseException as error:
             (folder / f"error-{world.rank()}.txt").write_text(f"{error}\n\n{traceback.format_exc()}")
             traceback.print_exc()
-            os._exit(1)  # what the other ranks wait for will not come: the parent goes on with the next cell
+            os._exit(1)  # what the other ranks wait for will not come: the parent continues with the next cell
         if world.rank() == 0:
             (folder / RESULT).write_text("{}")
 

@@ -1,6 +1,7 @@
 """Anthropic: content as blocks, `system` beside the messages, tools with `input_schema`."""
 
-from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, turn_name
+from gemma_dist.data.content import mark_error
+from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, number_turns, turn_name
 from gemma_dist.data.strict import error_context, get, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
@@ -24,10 +25,7 @@ def to_openai(row: RawRow) -> OpenAIRow:
     """The row in the OpenAI shape. DataError where a block cannot be converted."""
     turns = row["messages"]
     assert isinstance(turns, list)
-    tools = row.get("tools")
-    if isinstance(tools, list):
-        tools = [_tool(tool) for tool in tools]
-    return OpenAIRow(_messages(turns), tools, row.get("images"))
+    return OpenAIRow(to_messages(number_turns(turns)), row.get("tools"), row.get("images"))
 
 
 def _is_own_block(block: object) -> bool:
@@ -39,9 +37,10 @@ def _blocks(message: object) -> list[object]:
     return content if isinstance(content, list) else []
 
 
-def _messages(turns: list[object]) -> NumberedMessages:
+def to_messages(turns: NumberedMessages) -> NumberedMessages:
+    """The turns with blocks as messages; others pass. DataError where a block cannot be converted."""
     messages: NumberedMessages = []
-    for number, turn in enumerate(turns, start=1):
+    for number, turn in turns:
         role = get(turn, "role")
         with error_context(turn_name(number, role)):
             if not isinstance(turn, dict) or not any(map(_is_own_block, _blocks(turn))):
@@ -54,31 +53,17 @@ def _messages(turns: list[object]) -> NumberedMessages:
 
 
 def _assistant(turn: RawRow) -> RawRow:
-    """One message: thinking to reasoning, tool_use to calls, the rest stays content."""
+    """The message with its tool_use blocks as calls; the rest stays content."""
     content: list[object] = []
     calls: list[RawRow] = []
-    reasoning: list[object] = [turn["reasoning_content"]] if turn.get("reasoning_content") else []
     for block in _blocks(turn):
-        kind = get(block, "type")
-        if kind == "tool_use":
-            function = {"name": get(block, "name"), "arguments": get(block, "input")}
-            calls.append({"id": get(block, "id"), "function": function})
-        elif kind == "thinking":
-            thinking = get(block, "thinking")
-            if not isinstance(thinking, str):
-                raise DataError(f"the thinking block holds {short(thinking)}, not text; write text or remove it")
-            reasoning.append(thinking)
+        if isinstance(block, dict) and block.get("type") == "tool_use":
+            calls.append(block)
         else:
             content.append(_part(block))
-    message = {key: value for key, value in turn.items() if key not in ("content", "reasoning_content")}
-    message["content"] = content
+    message = {**turn, "content": content}
     if calls:
         message["tool_calls"] = calls
-    if reasoning:
-        texts = [text for text in reasoning if isinstance(text, str)]
-        if len(texts) < len(reasoning):
-            raise DataError(f"reasoning_content is {short(reasoning[0])}, not text; write it as text")
-        message["reasoning_content"] = "\n".join(texts)
     return message
 
 
@@ -91,7 +76,7 @@ def _user(turn: RawRow) -> list[RawRow]:
         if get(block, "type") == "tool_result":
             content = to_parts(get(block, "content"))
             if get(block, "is_error"):
-                content = _mark_error(content)
+                content = mark_error(content)
             messages.append({"role": "tool", "tool_call_id": get(block, "tool_use_id"), "content": content})
             blocks_of_message = None
             continue
@@ -100,21 +85,6 @@ def _user(turn: RawRow) -> list[RawRow]:
             messages.append({**rest, "content": blocks_of_message})
         blocks_of_message.append(_part(block))
     return messages
-
-
-def _mark_error(content: object) -> object:
-    """Gemma has no flag for a failed call, so the words must say it."""
-    if content is None:
-        return "Error:"
-    if isinstance(content, str):
-        says_so = "error" in content[:40].lower()
-        return content if says_so else f"Error: {content}".strip()
-    if not isinstance(content, list):  # refused with the turn's content
-        return content
-    texts = [get(part, "text") for part in content]
-    text = "".join(text for text in texts if isinstance(text, str))
-    says_so = "error" in text[:40].lower()
-    return content if says_so else [{"type": "text", "text": "Error: "}, *content]
 
 
 def to_parts(content: object) -> object:
@@ -134,11 +104,3 @@ def _part(block: object) -> object:
     raise DataError(
         f"the image source {short(source)} is of another kind than base64 and url; put the image in as base64"
     )
-
-
-def _tool(tool: object) -> object:
-    """A declaration with OpenAI's keys; one that has them already passes."""
-    schema = get(tool, "input_schema")
-    if not schema:
-        return tool
-    return {"name": get(tool, "name"), "description": get(tool, "description"), "parameters": schema}

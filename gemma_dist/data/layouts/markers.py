@@ -6,8 +6,8 @@ ms-swift, HF `Image`):
 
 import re
 
+from gemma_dist.data.content import ColumnIndex, image_source
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
-from gemma_dist.data.messages import ColumnIndex, image_source
 from gemma_dist.data.strict import error_context, get, parse_json, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError

@@ -1,96 +1,186 @@
-"""sharegpt: {"conversations": [{"from": "human", "value": "..."}, ...], "system"?, "tools"?, "images"?}."""
+"""sharegpt: {"conversations": [{"from": "human", "value": "..."}, ...], "system"?, "tools"?, "images"?}.
 
-import json
+The same turns are taken under `messages` and with OpenAI's keys, as ms-swift, LLaMA-Factory and Toucan write them:
+
+    {"messages": [{"role": "user", "content": "Rome?"},
+                  {"role": "tool_call", "content": "{'name': 'weather', 'arguments': '{\"city\": \"Rome\"}'}"},
+                  {"role": "tool_response", "content": "20"},
+                  {"role": "assistant", "content": "20 degrees."}], "tools"?}
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 from gemma_dist.data.layouts.markers import split_markers
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, turn_name
-from gemma_dist.data.strict import error_context, get, parse_json, short
+from gemma_dist.data.literals import as_text, parse_calls, parse_literal
+from gemma_dist.data.strict import error_context, get, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
+CALLS, RESULT = "calls", "tool"
 SHAREGPT_ROLES = {
     "system": "system",
+    "developer": "system",
     "human": "user",
     "user": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "bot": "assistant",
     "assistant": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
+    "function_call": CALLS,
+    "function-call": CALLS,
+    "tool_call": CALLS,
+    "tool_calls": CALLS,
+    "tool-call": CALLS,
+    "observation": RESULT,
+    "tool": RESULT,
+    "function": RESULT,
+    "function_response": RESULT,
+    "function-response": RESULT,
+    "function_output": RESULT,
+    "function_result": RESULT,
+    "tool_response": RESULT,
+    "tool-response": RESULT,
+    "tool_output": RESULT,
+    "tool_result": RESULT,
+    "ipython": RESULT,
 }
-# Keys of a sharegpt turn that its message keeps.
-CARRIED = ("train", "weight", "loss", "reasoning_content", "reasoning", "thinking", "name")
+# Roles that OpenAI's messages have themselves: a row with these alone is read as it is.
+_OPENAI_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# Turns of a row with their numbers.
+Run: TypeAlias = list[tuple[int, RawRow]]
+# Keys that say who speaks and what: the message has them under OpenAI's names. All others it keeps.
+_ROLE_KEYS = ("from", "role")
+_VALUE_KEYS = ("value", "content")
 
 
 def is_layout(row: RawRow) -> bool:
-    """Whether the row holds `conversations` whose turns say whom they are from."""
-    turns = row.get("conversations")
-    if row.get("messages") or not isinstance(turns, list):
+    """Whether a turn of the row says whom it is from in a way that OpenAI's messages do not."""
+    turns = row.get("messages") or row.get("conversations")
+    if not isinstance(turns, list):
         return False
-    return any(isinstance(turn, dict) and "from" in turn for turn in turns)
+    return any(_is_own_turn(turn) for turn in turns)
+
+
+def _is_own_turn(turn: object) -> bool:
+    if not isinstance(turn, dict):
+        return False
+    role = turn.get("role")
+    return "from" in turn or (isinstance(role, str) and role in SHAREGPT_ROLES and role not in _OPENAI_ROLES)
 
 
 def to_openai(row: RawRow) -> OpenAIRow:
     """The row in the OpenAI shape. DataError where a turn cannot be converted."""
-    turns = row["conversations"]
+    turns = row.get("messages") or row["conversations"]
     assert isinstance(turns, list)
     return OpenAIRow(_messages(turns), row.get("tools"))
 
 
 def _messages(turns: list[object]) -> NumberedMessages:
-    """Messages with their turns. Parallel calls are answered in order by the observations after them."""
+    """Messages with their turns: calls in a row become one message, which the results in a row behind it answer."""
     messages: NumberedMessages = []
-    sources = [get(turn, "from") for turn in turns]
-    num_calls = 0
-    open_ids: list[str] = []  # of the last function_call turn: its calls that no observation has answered yet
-    for index, (turn, source) in enumerate(zip(turns, sources, strict=True)):
-        number = index + 1
-        with error_context(turn_name(number, source)):
-            if not isinstance(turn, dict) or not isinstance(source, str) or source not in SHAREGPT_ROLES:
-                raise DataError(f"`from` is {short(source)}; sharegpt turns come from {', '.join(SHAREGPT_ROLES)}")
-            message = {key: turn[key] for key in CARRIED if turn.get(key) is not None}
-            message["role"] = SHAREGPT_ROLES[source]
-            value = turn.get("value")
-            if source == "function_call":
-                functions = _calls(value)
-                open_ids = [f"call_{num_calls + i}" for i in range(len(functions))]
-                num_calls += len(functions)
-                calls = [{"id": id, "function": function} for id, function in zip(open_ids, functions, strict=True)]
-                messages.append((number, {**message, "content": "", "tool_calls": calls}))
-            elif message["role"] == "tool" and open_ids:
-                follows_calls = sources[index - 1] == "function_call"
-                is_last = sources[number : number + 1] not in (["observation"], ["tool"])
-                # The only observation after several calls answers all of them.
-                answers = _answers(value, len(open_ids)) if follows_calls and is_last else [value]
-                for answer in answers:
-                    answered = {"tool_call_id": open_ids.pop(0), "content": split_markers(answer)}
-                    messages.append((number, message | answered))
-            else:
-                messages.append((number, {**message, "content": split_markers(value)}))
+    fresh_ids = (f"call_{number}" for number in itertools.count())
+    open_ids: list[object] = []  # of the last calls, in the order in which results answer them
+    for role, run in _runs(turns):
+        if role == CALLS:
+            calling = _calling_message(run, fresh_ids)
+            messages.append((run[0][0], calling))
+            open_ids = [call["id"] for call in calling["tool_calls"]]
+            continue
+        if role == RESULT and len(run) == 1 and len(open_ids) > 1 and not _names_its_call(run[0][1]):
+            run = _split_result(*run[0], num_calls=len(open_ids))
+        for number, turn in run:
+            message = _message(turn, role)
+            if role == RESULT and open_ids and not _names_its_call(turn):
+                message["tool_call_id"] = open_ids.pop(0)
+            messages.append((number, message))
+        open_ids = []
     return messages
 
 
-def _calls(value: object) -> list[RawRow]:
-    """The calls of a function_call turn: JSON text of {"name", "arguments"} or of a list of them."""
-    given = parse_json(value) if isinstance(value, str) else value
-    calls: list[RawRow] = []
-    for call in given if isinstance(given, list) else [given]:
-        if not isinstance(call, dict) or "name" not in call:
+def _runs(turns: list[object]) -> Iterator[tuple[str, Run]]:
+    """Neighboring turns of one role together."""
+    run: Run = []
+    run_role = ""
+    for number, turn in enumerate(turns, start=1):
+        role, turn = _checked(number, turn)
+        if run and role != run_role:
+            yield run_role, run
+            run = []
+        run_role = role
+        run.append((number, turn))
+    if run:
+        yield run_role, run
+
+
+def _source(turn: object) -> object:
+    """Whom a turn says it is from."""
+    return get(turn, "from") or get(turn, "role")
+
+
+def _value(turn: RawRow) -> object:
+    """What a turn says."""
+    return turn["value"] if turn.get("value") is not None else turn.get("content")
+
+
+def _checked(number: int, turn: object) -> tuple[str, RawRow]:
+    """A turn behind its role in SHAREGPT_ROLES. DataError if it has none."""
+    source = _source(turn)
+    role = SHAREGPT_ROLES.get(source.lower()) if isinstance(source, str) else None
+    if role is None or not isinstance(turn, dict):
+        with error_context(turn_name(number, source)):
+            raise DataError(f"`from` is {short(source)}; sharegpt turns come from {', '.join(SHAREGPT_ROLES)}")
+    return role, turn
+
+
+def _rest(turn: RawRow) -> RawRow:
+    """The keys of a turn beside who speaks and what."""
+    taken = (*_ROLE_KEYS, *_VALUE_KEYS)
+    return {key: value for key, value in turn.items() if key not in taken and value is not None}
+
+
+def _message(turn: RawRow, role: str) -> RawRow:
+    """The message of a turn that makes no calls as text."""
+    return {**_rest(turn), "role": role, "content": split_markers(_value(turn))}
+
+
+def _calling_message(run: Run, fresh_ids: Iterator[str]) -> dict[str, Any]:
+    """One message with the calls of all turns of the run, each under an id."""
+    calls: list[dict[str, Any]] = []
+    rest = _rest(run[0][1])
+    for number, turn in run:
+        with error_context(turn_name(number, _source(turn))):
+            value = _value(turn)
+            given = rest.pop("tool_calls", None) if value in (None, "") else None
+            calls += parse_calls(given or value)
+            if _rest(turn) != _rest(run[0][1]):
+                raise DataError(
+                    f"calls in a row are one message, but beside the calls this turn says {short(_rest(turn))} "
+                    f"and turn {run[0][0]} {short(_rest(run[0][1]))}; make the two agree"
+                )
+    for call in calls:
+        call["id"] = call.get("id") or next(fresh_ids)
+    return {**rest, "role": "assistant", "content": "", "tool_calls": calls}
+
+
+def _names_its_call(turn: RawRow) -> bool:
+    """Whether a result says itself which call it answers."""
+    return bool(turn.get("tool_call_id") or turn.get("name"))
+
+
+def _split_result(number: int, turn: RawRow, num_calls: int) -> Run:
+    """The only result after several calls as one for each: its JSON list."""
+    value = _value(turn)
+    with error_context(turn_name(number, _source(turn))):
+        answers = parse_literal(value) if isinstance(value, str) else value
+        if not isinstance(answers, list) or len(answers) != num_calls:
             raise DataError(
-                f'the call {short(call)} is no object with a name; write {{"name": ..., "arguments": {{...}}}}'
+                f"one observation, {short(value)}, after {num_calls} calls; "
+                f"give an observation for each call, or a JSON list of {num_calls}"
             )
-        calls.append(call)
-    return calls
-
-
-def _answers(value: object, num_calls: int) -> list[object]:
-    """What the only observation after `num_calls` calls answers to each: its JSON list where there are several."""
-    if num_calls == 1:
-        return [value]
-    answers = parse_json(value) if isinstance(value, str) else value
-    if not isinstance(answers, list) or len(answers) != num_calls:
-        raise DataError(
-            f"one observation, {short(value)}, after {num_calls} calls; "
-            f"give an observation for each call, or a JSON list of {num_calls}"
-        )
-    return [answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False) for answer in answers]
+    rest = {key: item for key, item in turn.items() if key not in _VALUE_KEYS}
+    return [(number, {**rest, "value": as_text(answer)}) for answer in answers]

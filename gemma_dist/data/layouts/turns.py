@@ -14,6 +14,7 @@ class OpenAIRow:
     messages: NumberedMessages
     tools: object = None
     images: object = None  # of image parts without a source of their own, in order
+    has_system: bool = False  # whether the layout has looked for a system text beside the messages itself
     notes: Counter[str] = field(default_factory=Counter)  # what was changed or left out on the way: how often
 
 

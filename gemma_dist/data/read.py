@@ -15,22 +15,20 @@ No function here raises on any text, and all take time linear in its length. Dec
 """
 
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from gemma_dist.data.foreign import holds_foreign_call
+from gemma_dist.data.read_call import Unreadable, read_call
 from gemma_dist.errors import DataError
-from gemma_dist.evaluate.foreign import holds_foreign_call
 from gemma_dist.gemma_format import (
     CALL,
     CALL_END,
     CHANNEL,
     CHANNEL_END,
     EOS,
-    MAX_DEPTH,
-    QUOTE,
     RESPONSE,
     RESPONSE_END,
     TURN,
@@ -38,8 +36,6 @@ from gemma_dist.gemma_format import (
 )
 
 Status = Literal["ok", "no_call", "malformed", "truncated"]
-
-MAX_DIGITS = 4300  # Python refuses to read or print longer integers
 
 BLOCKS = (CALL, CALL_END, CHANNEL, CHANNEL_END, RESPONSE, RESPONSE_END, TURN, TURN_END, EOS)
 BLOCKS_OF_TOOLS = (CALL, CALL_END, RESPONSE, RESPONSE_END)
@@ -52,14 +48,6 @@ _TOKEN = re.compile(
 )
 _LABEL = re.compile(r"\s*thought[ \t]*(?:\n|\Z)")
 _BARE_CALL = re.compile(r"^[ \t]*call:[ \t]*[^\s{(]+[ \t]*[{(]", re.MULTILINE)
-_HEAD = re.compile(r"""\s*call\s*:\s*([^\s:{}()\[\]<>"',=][^\s{}()\[\]<>"',=]*)\s*\{""")
-_BLANK = re.compile(r"\s*")
-_JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
-# A key may hold colons: then its end is the last colon before a quoted value or a container. Otherwise the first one.
-_KEY_BEFORE_QUOTE_OR_CONTAINER = re.compile(r'[^{}\[\],<"]*:(?=\s*(?:<\|"\|>|[{\["]))')
-_KEY = re.compile(r"[^{},<:]*:")
-_WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
-_SCALAR = re.compile(r"(?:true|false|null|True|False|None)\b|-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -87,10 +75,6 @@ class Reading:
     as_text: "Reading | None" = None
 
 
-class _Unreadable(Exception):
-    """This call does not follow the format (never leaves this module)."""
-
-
 def read_output(output: str, prefix: str = "", budget_spent: bool = False, tool_names: Iterable[str] = ()) -> Reading:
     """Read one generated turn. `prefix` is the end of the prompt: where it left a thinking block or a call open, the
     output begins inside it. `budget_spent` says that generation ended at its token limit. `tool_names` are the tools
@@ -99,6 +83,17 @@ def read_output(output: str, prefix: str = "", budget_spent: bool = False, tool_
     for token in _tokens(reader.text):
         reader.read(token)
     return reader.reading(budget_spent, tool_names)
+
+
+def read_whole_call(text: str) -> Call | None:
+    """The call that is the whole of `text`, from <|tool_call> to <tool_call|>; None where it cannot be read as one."""
+    if not text.startswith(CALL):
+        return None
+    try:
+        name, arguments, end = read_call(text, len(CALL))
+    except Unreadable:
+        return None
+    return Call(name, arguments, (0, end)) if end == len(text) else None
 
 
 def _open_block(prefix: str) -> str:
@@ -139,6 +134,7 @@ class _Reader:
     """Reads one turn from token to token: what lies between two of them is content, or reasoning."""
 
     def __init__(self, opening: str, output: str) -> None:
+        """`opening` is the block that the prompt left open, from its token on, or ""; the output goes on from there."""
         self.text = opening + output
         self.start_of_output = len(opening)
         self.position = 0  # all text before it is dealt with
@@ -178,6 +174,7 @@ class _Reader:
         return token.next_channel is not None and token.next_channel.group() == CHANNEL_END
 
     def _take_text(self, end: int) -> None:
+        """Add what lies between `position` and `end` to content or reasoning, without what the prompt opened with."""
         piece = self.text[max(self.position, self.start_of_output) : end]
         if self.thinking:
             self.reasoning.append(_without_label(piece))
@@ -185,6 +182,7 @@ class _Reader:
             self.content.append(piece)
 
     def _end_thinking(self) -> None:
+        """Behind a <channel|>; one without an opener turns what came before it into reasoning."""
         if not self.seen_channel and not self.attempted:  # never opened: what came so far was the thinking
             self.reasoning = [_without_label("".join(self.content))]
             self.content = []
@@ -192,11 +190,12 @@ class _Reader:
         self.seen_channel = True
 
     def _read_call(self, token: _Token) -> None:
+        """Keep the call behind a <|tool_call>, or skip it if it cannot be read."""
         self.thinking = False
         self.attempted = True
         try:
-            name, arguments, end = _call(self.text, token.end)
-        except _Unreadable:
+            name, arguments, end = read_call(self.text, token.end)
+        except Unreadable:
             self._skip_call(token.next_block)
             return
         start = max(token.start - self.start_of_output, 0)
@@ -243,113 +242,9 @@ class _Reader:
 
 
 def _without_label(thought: str) -> str:
+    """A thinking block without the line "thought" that the template begins it with."""
     label = _LABEL.match(thought)
     return thought[label.end() :] if label else thought
-
-
-def _call(text: str, at: int) -> tuple[str, dict[str, Any], int]:
-    """Name, arguments and end of the call whose opening token ends at `at`."""
-    head = _HEAD.match(text, at)
-    if not head:
-        raise _Unreadable
-    arguments, at = _object(text, head.end(), 1)
-    at = _blank(text, at)
-    if not text.startswith(CALL_END, at):
-        raise _Unreadable
-    return head.group(1), arguments, at + len(CALL_END)
-
-
-def _object(text: str, at: int, depth: int) -> tuple[dict[str, Any], int]:
-    """The mapping whose brace ends at `at`, and its end. Of a repeated key the last value counts, as in JSON."""
-    fields: dict[str, Any] = {}
-    at = _blank(text, at)
-    while not text.startswith("}", at):
-        key, at = _key(text, at)
-        fields[key], at = _value(text, at, depth)
-        at = _blank(text, _separator(text, at, "}"))
-    return fields, at + 1
-
-
-def _array(text: str, at: int, depth: int) -> tuple[list[Any], int]:
-    items: list[Any] = []
-    at = _blank(text, at)
-    while not text.startswith("]", at):
-        item, at = _value(text, at, depth)
-        items.append(item)
-        at = _blank(text, _separator(text, at, "]"))
-    return items, at + 1
-
-
-def _key(text: str, at: int) -> tuple[str, int]:
-    if text.startswith((QUOTE, '"'), at):
-        key, at = _string(text, at)
-        at = _blank(text, at)
-        if not text.startswith(":", at):
-            raise _Unreadable
-        return key, at + 1
-    bare = _KEY_BEFORE_QUOTE_OR_CONTAINER.match(text, at) or _KEY.match(text, at)
-    if not bare:
-        raise _Unreadable
-    key = bare.group().removesuffix(":").strip()
-    if not key:
-        raise _Unreadable
-    return key, bare.end()
-
-
-def _value(text: str, at: int, depth: int) -> tuple[Any, int]:
-    at = _blank(text, at)
-    if text.startswith((QUOTE, '"'), at):
-        return _string(text, at)
-    if text.startswith(("{", "["), at):
-        if depth >= MAX_DEPTH:
-            raise _Unreadable
-        return (_object if text[at] == "{" else _array)(text, at + 1, depth + 1)
-    scalar = _SCALAR.match(text, at)
-    if not scalar:
-        raise _Unreadable
-    word, end = scalar.group(), scalar.end()
-    if word in _WORDS:
-        return _WORDS[word], end
-    if scalar.group(1) or scalar.group(2):
-        number = float(word)
-        if math.isinf(number):
-            raise _Unreadable
-        return number, end
-    if len(word) > MAX_DIGITS:
-        raise _Unreadable
-    return int(word), end
-
-
-def _string(text: str, at: int) -> tuple[str, int]:
-    """A string between delimiters, where nothing is an escape, or a JSON string with JSON's escapes."""
-    if text.startswith(QUOTE, at):
-        start = at + len(QUOTE)
-        end = text.find(QUOTE, start)
-        if end < 0:
-            raise _Unreadable
-        return text[start:end], end + len(QUOTE)
-    quoted = _JSON_STRING.match(text, at)
-    if not quoted:
-        raise _Unreadable
-    try:
-        return json.loads(quoted.group(), strict=False), quoted.end()
-    except json.JSONDecodeError:
-        raise _Unreadable from None
-
-
-def _separator(text: str, at: int, closing: str) -> int:
-    """Behind the comma, or at the closing bracket: nothing else may follow a value."""
-    at = _blank(text, at)
-    if text.startswith(",", at):
-        return at + 1
-    if text.startswith(closing, at):
-        return at
-    raise _Unreadable
-
-
-def _blank(text: str, at: int) -> int:
-    found = _BLANK.match(text, at)
-    return found.end() if found else at
 
 
 def reading_to_json(reading: Reading) -> dict[str, Any]:
@@ -382,5 +277,7 @@ def read_calls_lines(lines: Iterable[str | bytes], source: str = "stdin") -> Ite
 
 
 def _short(line: str | bytes) -> str:
-    text = (line if isinstance(line, str) else line.decode(errors="replace")).strip()
+    """A line for a message: 80 characters at most, bytes that are no UTF-8 replaced."""
+    text = line if isinstance(line, str) else line.decode(errors="replace")
+    text = text.strip()
     return text if len(text) <= 80 else text[:77] + "..."

@@ -17,28 +17,14 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-_FLAGS = re.VERBOSE | re.MULTILINE | re.DOTALL
-_TAG = r"<\|?(?:tool_?calls?|function_?calls?|tool_?use|tool_?code)\|?>"
-_MARKED = rf"""
-    (?<!`)(?:
-      {_TAG}\s*+(?:[{{\[]|<(?:function|invoke|name|tool_name)\b|[\w.:-]++(?:[({{]|\s*+<arg_key>))  # Hermes, Qwen, XML
-    | <function=[^<>\s]++>\s*+(?:\{{|<parameter=|</function>)                      # Llama, Qwen Coder
-    | <invoke\s+name\s*=
-    | <start_function_call>\s*+call:                                               # FunctionGemma
-    | <\|python_tag\|>\s*+(?:\{{|import\b|[\w.]++\()                               # Llama
-    | \[TOOL_CALLS\]\s*+(?:[\[{{]|[\w.:-]++\s*+(?:\{{|\[ARGS\]|\[CALL_ID\]))       # Mistral
-    | <[|｜]tool[_▁]calls?[_▁](?:section[_▁])?begin[|｜]>                          # DeepSeek, Kimi
-    | <\|channel\|>commentary\s+to=                                                # gpt-oss
-    )
-    | ^[ \t]*+`{{3,}}[ \t]*+(?:tool_code|tool_calls?|function_calls?)\s++[^\s`]      # Gemma before 4
-    | ^tool_code[ \t]*+\n\s*+\S
-"""
+from gemma_dist.data.call_markers import FLAGS, MARKED, TAG
+
 _STRICT = re.compile(
-    rf"""{_MARKED}
+    rf"""{MARKED}
     | ^Action:[ \t]*+\S++[ \t]*+\n+Action[ ]Input:                                 # ReAct
     | \A\[\s*+[^\W\d][\w.]*+\(\s*+(?=\)|[^\W\d]\w*+\s*+=[^=]).*\)\s*+\]\Z          # a list of Python calls, alone
     """,
-    _FLAGS,
+    FLAGS,
 )
 
 # JSON: where it may begin, what may stand before it at the start of the text, and behind it at the end.
@@ -70,9 +56,9 @@ def _attempt(names: frozenset[str]) -> re.Pattern[str]:
     name = f"(?:{'|'.join(map(re.escape, sorted(names)))})"
     opener = r"""(?:print\(\s*+|(?:default_api|functions|tools?)\.|\[\s*+["']?+|await[ ])"""
     return re.compile(
-        rf"""{_MARKED}
-    | ^[ \t]*+{_TAG}(?=\w|[ \t]*+$)                                                  # not a word of a sentence
-    | (?<!`)(?:{_TAG}|\[TOOL_CALLS\]|<\|python_tag\|>)\s*+{name}(?![\w.-])
+        rf"""{MARKED}
+    | ^[ \t]*+{TAG}(?=\w|[ \t]*+$)                                                  # not a word of a sentence
+    | (?<!`)(?:{TAG}|\[TOOL_CALLS\]|<\|python_tag\|>)\s*+{name}(?![\w.-])
     | ^Action:[ \t]*+{name}[ \t]*+$
     | (?:["']|[{{,]\s*+)(?:(?:tool_|function_)?name|(?:tool|function)(?:_call)?|action|call)\\*+["']?+\s*+:
         \s*+\\*+["'](?:functions\.|default_api\.)?{name}(?:\\*+["']|\Z)              # the value of a JSON key
@@ -80,13 +66,14 @@ def _attempt(names: frozenset[str]) -> re.Pattern[str]:
     | (?: ^[ \t]*+(?:`{{3,}}+(?:\w++[ \t]++)?)?(?:Action:[ \t]*+|\w++[ \t]*+=[ \t]*+)?{opener}{{0,3}}
         | (?<![`\w.(]){opener}{{1,3}} ){name}\(                                        # Python, not behind a backtick
     """,
-        _FLAGS,
+        FLAGS,
     )
 
 
 def _holds_json_call(text: str) -> bool:
+    """Whether `text` begins or ends with JSON that is a call and nothing else, in a fence or not."""
     opening = _OPENING.match(text)
-    first = opening.end() if opening else 0
+    first = opening.end() if opening else 0  # where JSON starts with which the text begins
     end = 0  # all JSON before it was looked at
     for line in islice(_LINE_START.finditer(text), _MAX_LINES):
         start = line.end()
@@ -95,7 +82,7 @@ def _holds_json_call(text: str) -> bool:
         try:
             value, end = _DECODER.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            end = error.pos  # going on from here, and not from the next line, reads nothing twice
+            end = error.pos  # continuing from here, and not from the next line, reads nothing twice
             continue
         except RecursionError:
             return False
@@ -113,18 +100,27 @@ def _are_calls(value: Any) -> bool:
 
 
 def _is_call(value: Any) -> bool:
+    """Whether a JSON value is one call: `{"name": "f", "arguments": {}}`, flat or under `function`, in any of the
+    spellings of _NAMES and _ARGUMENTS, and with no other keys but _BESIDE."""
     if not isinstance(value, dict):
         return False
     if isinstance(value.get("function"), dict):
         value = value["function"]
+    if not value.keys() <= {*_NAMES, *_ARGUMENTS, *_BESIDE}:
+        return False
     names = [value[key] for key in _NAMES if key in value]
     arguments = [value[key] for key in _ARGUMENTS if key in value]
-    if len(names) != 1 or len(arguments) != 1 or not value.keys() <= {*_NAMES, *_ARGUMENTS, *_BESIDE}:
+    if len(names) != 1 or len(arguments) != 1:
         return False
-    (name,), (given,) = names, arguments
-    if not isinstance(name, str) or name.split() != [name]:  # a tool's name has no blanks
-        return False
+    return _is_tool_name(names[0]) and _are_arguments(arguments[0])
+
+
+def _is_tool_name(name: Any) -> bool:
+    return isinstance(name, str) and name.split() == [name]  # without blanks
+
+
+def _are_arguments(given: Any) -> bool:
+    """An object, or an object as JSON text (OpenAI's form). The schema of a tool's parameters is not: it declares."""
     if isinstance(given, str):
-        return given.lstrip().startswith("{")  # OpenAI's form: an object as JSON text
-    declares = isinstance(given, dict) and given.get("type") == "object"  # the schema of a tool's parameters
-    return isinstance(given, dict) and not declares
+        return given.lstrip().startswith("{")
+    return isinstance(given, dict) and given.get("type") != "object"

@@ -1,0 +1,130 @@
+"""The tool calls of a raw message in normal form, whatever an API calls their keys.
+
+{"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{…}"}}      OpenAI
+{"id": "c1", "name": "f", "args": {…}}                                               LangChain
+{"id": "c1", "name": "f", "input": {…}}                                              AI SDK, Anthropic
+{"name": "f", "parameters": {…}}                                                     Llama
+"""
+
+import re
+
+from gemma_dist.data.marks import ON_MESSAGE, refuse_finer
+from gemma_dist.data.schema import tool_name
+from gemma_dist.data.strict import error_context, map_json, map_json_object, parse_json, require_encodable, short
+from gemma_dist.data.types import CalledFunction, Clean, JsonObject, RawRow, TextObject, ToolCall
+from gemma_dist.errors import DataError
+
+_UNCARRIED = re.compile(r'[:,{}\[\]"\r\n]')  # ends a bare key of Gemma's calls, or opens something else
+
+ARGUMENT_KEYS = ("arguments", "args", "parameters", "input", "params", "kwargs")
+ID_KEYS = ("id", "tool_call_id", "call_id", "toolCallId")
+TYPES = ("function", "tool_call", "function_call", "tool_use", "tool-call")
+# What servers and loggers put beside a call, which says nothing about it.
+SILENT_KEYS = ("index", "status", "cache_control", "extra_content", "thought_signature", "provider_specific_fields")
+
+
+def parse_calls(message: RawRow, clean: Clean) -> list[ToolCall]:
+    """The calls of a message. Ids are as given, "" where there is none.
+
+    Raises:
+        DataError: a call has no name, arguments that are no object, or a key that nobody knows.
+    """
+    calls = message.get("tool_calls") or []
+    if isinstance(calls, str):
+        with error_context("`tool_calls`"):
+            calls = parse_json(calls)
+    if message.get("function_call"):  # OpenAI's form before tool_calls
+        if calls:
+            raise DataError("holds both function_call and tool_calls; keep tool_calls")
+        calls = [{"function": message["function_call"]}]
+    if not isinstance(calls, list):
+        raise DataError(f"`tool_calls` is {short(calls)}; write a list of calls")
+    return [_parse_call(call, clean) for call in calls]
+
+
+def call_id(given: object) -> str:
+    """An id as a string; "" where there is none."""
+    if given is None or given == "":
+        return ""
+    if isinstance(given, bool) or not isinstance(given, (str, int)):
+        raise DataError(f"the call id is {short(given)}; write it as a string")
+    return require_encodable(str(map_json(given, str, str)))
+
+
+def first_of(value: RawRow, keys: tuple[str, ...]) -> object:
+    """The first value of several keys that is there; None where there is none."""
+    for key in keys:
+        if value.get(key) is not None:
+            return value[key]
+    return None
+
+
+def _parse_call(call: object, clean: Clean) -> ToolCall:
+    if isinstance(call, str):
+        call = parse_json(call)
+    if not isinstance(call, dict) or call.get("type") not in (None, *TYPES):
+        raise DataError(f'the call {short(call)} is no function call; write {{"function": {{"name", "arguments"}}}}')
+    described = _unwrap(call)
+    name = tool_name(described.get("name"))
+    with error_context(f"call of {name}"):
+        _refuse_unknown(described)
+        arguments = _parse_arguments(_arguments_of(described), clean)
+    called: CalledFunction = {"name": name, "arguments": arguments}
+    return {"id": call_id(first_of(described, ID_KEYS)), "type": "function", "function": called}
+
+
+def _unwrap(call: RawRow) -> RawRow:
+    """The keys of a call beside those of its `function`, which may be the name alone."""
+    described = {key: value for key, value in call.items() if value is not None and key != "function"}
+    function = call.get("function") or {}
+    if isinstance(function, str):
+        function = {"name": function}
+    if not isinstance(function, dict):
+        raise DataError(f"the `function` of a call is {short(function)}; write an object with name and arguments")
+    for key, value in function.items():
+        if value is not None and key != "type" and described.setdefault(key, value) != value:
+            raise DataError(f"the call says `{key}` twice, {short(described[key])} and {short(value)}; keep one")
+    return described
+
+
+def _refuse_unknown(call: RawRow) -> None:
+    """DataError for a key that may hold what belongs to the call, such as arguments under a name of its own."""
+    refuse_finer(call, "a call")
+    known = {"type", "name", *ARGUMENT_KEYS, *ID_KEYS, *SILENT_KEYS, *ON_MESSAGE}
+    for key, value in call.items():
+        if key not in known:
+            raise DataError(
+                f"the key {short(key)} of the call is not known ({short(value)}); arguments stand under `arguments`: "
+                "rename or remove it"
+            )
+
+
+def _arguments_of(function: RawRow) -> object:
+    given = {key: function[key] for key in ARGUMENT_KEYS if key in function}
+    if len(given) > 1:
+        raise DataError(f"{' and '.join(given)} stand side by side; keep `arguments`")
+    return next(iter(given.values()), None)
+
+
+def _parse_arguments(arguments: object, clean: Clean) -> JsonObject:
+    """Arguments as an object, from an object or its JSON text; nothing at all stands for no arguments."""
+    if isinstance(arguments, str) and arguments.strip():
+        with error_context("arguments"):
+            arguments = parse_json(arguments)
+        if isinstance(arguments, dict):
+            arguments = TextObject(arguments)
+    elif arguments is None or isinstance(arguments, str):
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise DataError(f"the arguments are {short(arguments)}, not an object; write name and value of each")
+
+    def argument_name(key: str) -> str:
+        is_bare = bool(key) and key == key.strip() and not _UNCARRIED.search(key)
+        if not is_bare:
+            raise DataError(
+                f"the argument name {short(key)} cannot be represented in Gemma's call format, which writes names "
+                'bare: not empty, no blanks around, none of : , { } [ ] " or line breaks; rename it'
+            )
+        return clean(key)
+
+    return map_json_object(arguments, clean, argument_name)

@@ -1,0 +1,210 @@
+"""The content of a message: its text and image parts, and strings that are safe to render."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from gemma_dist.data.marks import refuse_finer
+from gemma_dist.data.reasoning import ENCRYPTED, ENCRYPTED_TYPES, PART_TYPES, read_part
+from gemma_dist.data.strict import get, require_encodable, short
+from gemma_dist.data.types import Clean, Content, Message, Part, RawRow
+from gemma_dist.errors import DataError, setting
+from gemma_dist.gemma_format import CONTROL_TOKENS
+
+_CONTROL = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
+_IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "data", "bytes")
+# Keys of an image part that say nothing of where the image is.
+_BESIDE_IMAGE = """
+    type text index detail mimeType mime_type media_type format name id alt annotations _meta cache_control
+    min_pixels max_pixels resized_height resized_width
+""".split()  # noqa: SIM905
+# Parts that a tool's result is made of. A list of anything else is a value, and shown as its JSON.
+_RESULT_PARTS = ("text", "image", "image_url", "resource", "resource_link", "audio")
+
+
+@dataclass(frozen=True)
+class ColumnIndex:
+    """What an image part says that names its image by number, from 0: {"type": "image", "index": 0}."""
+
+    number: object
+
+
+@dataclass
+class ParsedContent:
+    """Content in normal form, and what came with it."""
+
+    content: Content = ""
+    image_sources: list[object] = field(default_factory=list)  # what each image part says of its image; None: nothing
+    reasoning: list[str] = field(default_factory=list)  # of an assistant: the parts that it thought
+
+
+def content_parts(content: Content) -> list[Part]:
+    """The parts of a message's content; a string is one part."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def content_text(content: Content) -> str:
+    """The text of all parts, as the template joins it, but not trimmed."""
+    return "".join(part["text"] for part in content_parts(content) if part["type"] == "text")
+
+
+def count_images(message: Message) -> int:
+    """How many images a message shows."""
+    return sum(part["type"] == "image" for part in content_parts(message["content"]))
+
+
+def says_something(content: Content) -> bool:
+    """Whether anything of the content is left once the template has trimmed it."""
+    return any(part["type"] == "image" or part["text"].strip() for part in content_parts(content))
+
+
+def clean_text(text: str, escape: bool) -> str:
+    """The string, if it can be encoded and holds no control token; with `escape`, a zero-width space breaks them.
+
+    Raises:
+        DataError: it cannot be encoded, or holds a control token.
+    """
+    require_encodable(text)
+    found = _CONTROL.search(text)
+    if not found:
+        return text
+    if escape:
+        return _CONTROL.sub(lambda token: f"{token[0][0]}\u200b{token[0][1:]}", text)
+    around = text[max(0, found.start() - 20) : found.end() + 20]
+    raise DataError(
+        f"the control token {found[0]} stands in {short(around)}; the model would read it as structure: "
+        f"remove it or use {setting('control_tokens', 'escape')}"
+    )
+
+
+def parse_content(given: object, clean: Clean, notes: Counter[str]) -> ParsedContent:
+    """Content in normal form: a string, or parts of which no two texts are neighbors.
+
+    The chat template trims each text, so that of "Hello " and "world" it would make "Helloworld": they are joined here.
+
+    Raises:
+        DataError: it is no string or list of parts, or a part is of an unknown kind.
+    """
+    if given is None or given == []:
+        return ParsedContent()
+    if isinstance(given, str):
+        return ParsedContent(clean(given))
+    if not isinstance(given, list):
+        raise DataError(
+            f"the content is {short(given)} ({type(given).__name__}); write it as a string, such as its JSON"
+        )
+    parsed = ParsedContent()
+    parts: list[Part] = []
+    for part in given:
+        kind = get(part, "type")
+        if isinstance(part, dict):
+            refuse_finer(part, "a part")
+        if kind == "text":
+            _add_text(parts, _part_text(part))
+        elif kind in ("image", "image_url"):
+            parts.append({"type": "image"})
+            parsed.image_sources.append(image_source(part))
+        elif kind in ENCRYPTED_TYPES:
+            notes[ENCRYPTED] += 1
+        elif kind in PART_TYPES:
+            parsed.reasoning.append(read_part(part))
+        else:
+            raise DataError(
+                f"the part {short(part)} is of type {short(kind)}; parts are text, image and image_url objects"
+            )
+    for joined in parts:
+        if joined["type"] == "text":
+            joined["text"] = clean(joined["text"])
+    parsed.content = parts
+    return parsed
+
+
+def image_source(part: RawRow) -> object:
+    """What an image part says of its image; None where it takes the next one of the row's `images`."""
+    for key in _IMAGE_KEYS:
+        source = part.get(key)
+        if source is not None:
+            return {"base64": source} if key in ("base64", "data") and isinstance(source, str) else source
+    unknown = [key for key, value in part.items() if key not in _BESIDE_IMAGE and value is not None]
+    if unknown:
+        raise DataError(
+            f"the image part has {short(unknown)}, which is not known; its image stands under one of "
+            f"{', '.join(_IMAGE_KEYS)}, or, if it has no key but type, in the row's `images`"
+        )
+    return None if part.get("index") is None else ColumnIndex(part["index"])
+
+
+def _add_text(parts: list[Part], text: str) -> None:
+    """Add a text to the parts, to the last one if that is a text."""
+    last = parts[-1] if parts else None
+    if last is not None and last["type"] == "text":
+        last["text"] += text
+    else:
+        parts.append({"type": "text", "text": text})
+
+
+def _part_text(part: RawRow) -> str:
+    text = part.get("text")
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"the text of a part is {short(text)}; write it as a string")
+    return text or ""
+
+
+# ---- results of tools ------------------------------------------------------------------------------------------------
+
+
+def result_content(message: RawRow) -> object:
+    """What a tool's message says: parts or a string; values as their JSON, and an error called one.
+
+    MCP wraps results, {"content": [parts], "isError": true}; Gemma has no flag for a failed call, so the words say it.
+    """
+    content = message.get("content")
+    is_error = message.get("is_error") or message.get("isError") or message.get("status") == "error"
+    if isinstance(content, dict) and isinstance(content.get("content"), list):
+        is_error = is_error or content.get("isError")
+        content = content["content"]
+    if isinstance(content, dict):
+        content = _as_json(content)
+    elif isinstance(content, list) and content:
+        num_parts = sum(get(part, "type") in _RESULT_PARTS for part in content)
+        if num_parts == 0:
+            content = _as_json(content)
+        elif num_parts < len(content):
+            raise DataError(
+                f"the content {short(content)} mixes parts with other values; write one string, such as its JSON, or "
+                "parts alone"
+            )
+        else:
+            content = [_result_part(part) for part in content]
+    return mark_error(content) if is_error else content
+
+
+def _as_json(value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the content {short(value)} is not JSON: {error}; write it as a string") from None
+
+
+def _result_part(part: object) -> object:
+    """MCP's embedded resource as its text; other parts as they are."""
+    text = get(get(part, "resource"), "text")
+    if get(part, "type") == "resource" and isinstance(text, str):
+        return {"type": "text", "text": text}
+    return part
+
+
+def mark_error(content: object) -> object:
+    """The content of a failed call, which begins with "Error:" unless it says so itself."""
+    if content is None or content == []:
+        return "Error:"
+    if isinstance(content, str):
+        says_so = "error" in content[:40].lower()
+        return content if says_so else f"Error: {content}".strip()
+    if not isinstance(content, list):  # refused with the turn's content
+        return content
+    texts = [get(part, "text") for part in content]
+    text = "".join(text for text in texts if isinstance(text, str))
+    says_so = "error" in text[:40].lower()
+    return content if says_so else [{"type": "text", "text": "Error: "}, *content]

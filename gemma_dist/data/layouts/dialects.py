@@ -1,0 +1,67 @@
+"""A bare list of messages, items or events as logs hold them: which layout it is, and the list in OpenAI's shape."""
+
+from collections.abc import Callable
+
+from gemma_dist.data.layouts import (
+    ai_sdk,
+    anthropic,
+    bedrock,
+    claude_code,
+    gemini,
+    langchain,
+    openhands,
+    responses,
+    swe_agent,
+    telemetry,
+)
+from gemma_dist.data.layouts.turns import OpenAIRow, number_turns
+from gemma_dist.data.strict import get
+from gemma_dist.data.types import RawRow
+
+# How each layout of a list is told from the others, and converted. The first one that knows the list takes it.
+DIALECTS: list[tuple[Callable[[list[object]], bool], Callable[[list[object]], OpenAIRow]]] = [
+    (claude_code.is_messages, claude_code.to_openai),
+    (openhands.is_messages, openhands.to_openai),
+    (langchain.is_messages, langchain.to_openai),
+    (responses.is_messages, responses.to_openai),
+    (telemetry.is_messages, telemetry.to_openai),
+    (gemini.is_messages, gemini.to_openai),
+    (ai_sdk.is_messages, ai_sdk.to_openai),
+    (bedrock.is_messages, bedrock.to_openai),
+]
+
+
+def is_foreign(value: object) -> bool:
+    """Whether a value is a list that one of DIALECTS knows: no list of messages of OpenAI or Anthropic."""
+    return isinstance(value, list) and any(is_messages(value) for is_messages, _ in DIALECTS)
+
+
+def is_chat(value: object) -> bool:
+    """Whether a value is a list of messages in any layout that is taken."""
+    if not isinstance(value, list) or not value:
+        return False
+    if is_foreign(value) or swe_agent.is_messages(value):
+        return True
+    return all(isinstance(get(message, "role"), str) and is_message(message) for message in value)
+
+
+def is_message(value: object) -> bool:
+    """Whether an object says something itself, as a message of OpenAI or Anthropic does."""
+    return isinstance(value, dict) and any(key in value for key in ("content", "tool_calls", "function_call"))
+
+
+def read_messages(value: list[object], row: RawRow) -> OpenAIRow:
+    """The list in OpenAI's shape, with what `row` declares beside it where the list is of OpenAI or Anthropic.
+
+    Raises:
+        DataError: a message cannot be converted, with the turn.
+    """
+    for is_messages, to_openai in DIALECTS:
+        if is_messages(value):
+            return to_openai(value)
+    if swe_agent.is_messages(value):
+        return swe_agent.to_openai(value)
+    plain: RawRow = {"messages": value, "tools": row.get("tools")}
+    if anthropic.is_layout(plain):
+        return anthropic.to_openai(plain)
+    return OpenAIRow(number_turns(value), row.get("tools"))

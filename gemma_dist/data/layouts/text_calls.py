@@ -1,0 +1,170 @@
+"""Calls that a row's messages write as text, in the syntax of another model: into `tool_calls` and their answers.
+
+    {"role": "assistant", "content": "I look.\\n<tool_call>\\n{'name': 'f', 'arguments': {'a': 1}}\\n</tool_call>"}
+    {"role": "user", "content": "<tool_response>\\n{'name': 'f', 'content': 20}\\n</tool_response>"}
+
+Only what can be nothing else is converted: calls at the end of a message, with text before them or none. Where tools
+are declared, anything else that attempts a call is refused: trained as it is, it would teach the wrong syntax. Words
+about such a syntax are words: inside backticks, or without tools and with text around.
+"""
+
+from dataclasses import replace
+from typing import TypeAlias
+
+from gemma_dist.data.layouts.call_marks import WrittenCalls, find_calls
+from gemma_dist.data.layouts.call_syntax import Signatures, signatures_of
+from gemma_dist.data.layouts.system_text import find_listing, without_instructions, without_listing
+from gemma_dist.data.layouts.text_results import TextResult, holds_result, match_results, read_results
+from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, turn_name
+from gemma_dist.data.marks import ON_MESSAGE
+from gemma_dist.data.strict import error_context, get
+from gemma_dist.data.types import RawRow
+from gemma_dist.errors import DataError
+
+# Messages that hold results, with their turns.
+Results: TypeAlias = list[tuple[int, RawRow]]
+
+
+def convert_text_calls(row: OpenAIRow) -> OpenAIRow:
+    """The row with calls, results and declarations that it wrote as text where the OpenAI shape has them.
+
+    Raises:
+        DataError: a message attempts a call as text that cannot be converted.
+    """
+    if not row.messages:
+        return row
+    tools, notes = row.tools, row.notes.copy()
+    system = _system_text(row.messages)
+    with error_context(turn_name(row.messages[0][0], "system")):
+        listing = find_listing(system)
+    declared = tools if signatures_of(tools) or not listing else listing.tools
+    messages, styles = _convert_messages(row.messages, signatures_of(declared))
+    for style in sorted(styles):
+        notes[f"rows with calls written as text ({style}) were converted"] += 1
+    if listing and (listing.is_announced or styles):
+        messages = _with_system(messages, without_listing(system, listing))
+        if declared is tools:
+            notes["rows whose system text listed tools beside `tools`: the list was removed"] += 1
+        else:
+            notes["rows whose system text listed their tools: the list was moved to `tools`"] += 1
+            tools = declared
+    elif styles and without_instructions(system) != system.strip():
+        messages = _with_system(messages, without_instructions(system))
+        notes["rows whose system text asked for another call syntax: the request was removed"] += 1
+    return replace(row, messages=messages, tools=tools, notes=notes)
+
+
+# ---- the system message ----------------------------------------------------------------------------------------------
+
+
+def _system_text(messages: NumberedMessages) -> str:
+    """What the first message says, if it is a system's."""
+    _, first = messages[0]
+    return (_text(first) or "") if get(first, "role") in ("system", "developer") else ""
+
+
+def _with_system(messages: NumberedMessages, text: str) -> NumberedMessages:
+    """The messages with another system text; without a system message where nothing is left to say."""
+    (number, system), *others = messages
+    assert isinstance(system, dict)
+    return [(number, {**system, "content": text}), *others] if text else others
+
+
+def _text(message: object) -> str | None:
+    """The text of a message; None where it holds anything else."""
+    content = get(message, "content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [get(part, "text") for part in parts if get(part, "type") == "text"]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        return None
+    return "".join(texts)
+
+
+# ---- calls and results -----------------------------------------------------------------------------------------------
+
+
+def _convert_messages(messages: NumberedMessages, signatures: Signatures) -> tuple[NumberedMessages, set[str]]:
+    """The messages with calls and results in OpenAI's form, and in whose syntax calls were written."""
+    converted: NumberedMessages = []
+    styles: set[str] = set()
+    waiting: list[str] = []  # the tools that the last message called in its text
+    results: Results = []  # of these calls
+    followers = [message for _, message in messages[1:]] + [None]
+    for (number, message), follower in zip(messages, followers, strict=True):
+        if waiting and isinstance(message, dict) and holds_result(message):
+            results.append((number, message))
+            continue
+        converted += _answers(results, waiting)
+        results, waiting = [], []
+        if signatures and get(message, "role") == "user" and holds_result(message):
+            with error_context(turn_name(number, "user")):
+                raise DataError("is a tool's result as text, but no call waits for one; write the call before it")
+        written = _written_calls(number, message, follower, signatures)
+        if written and isinstance(message, dict):
+            styles.add(written.style)
+            waiting = _called(written.calls)
+            message = {**message, "content": written.before, "tool_calls": written.calls}
+        elif get(follower, "role") == "user":
+            waiting = _called(get(message, "tool_calls"))  # whose results may be text
+        converted.append((number, message))
+    return converted + _answers(results, waiting), styles
+
+
+def _written_calls(number: int, message: object, follower: object, signatures: Signatures) -> WrittenCalls | None:
+    """The calls that an assistant's message writes as text; None where it writes none.
+
+    Raises:
+        DataError: it attempts one that cannot be converted, and is trained.
+    """
+    text = _text(message)
+    if get(message, "role") != "assistant" or not text:
+        return None
+    is_structured = bool(get(message, "tool_calls") or get(message, "function_call"))
+    is_answered = holds_result(follower) and not is_structured
+    is_trained = not any(get(message, key) in (False, 0) for key in ON_MESSAGE)
+    with error_context(turn_name(number, "assistant")):
+        try:
+            written = find_calls(text, signatures, is_answered=is_answered, is_last=follower is None)
+        except DataError:
+            if is_trained:
+                raise
+            return None
+        if written and is_structured:
+            raise DataError(
+                f"holds `tool_calls` and writes a call as text, too, in the style of {written.style}; "
+                "remove the text of the call"
+            )
+    return written
+
+
+def _called(calls: object) -> list[str]:
+    """The names of the tools that are called."""
+    listed = calls if isinstance(calls, list) else []
+    names = [get(get(call, "function") or call, "name") for call in listed]
+    return [name for name in names if isinstance(name, str)]
+
+
+def _answers(results: Results, waiting: list[str]) -> NumberedMessages:
+    """The results, each as the tool message of a call, and what a user says behind the last one."""
+    if not results:
+        return []
+    found: list[TextResult] = []
+    turns: Results = []  # of the results in `found`
+    said = ""
+    for number, message in results:
+        with error_context(turn_name(number, get(message, "role"))):
+            if said:
+                raise DataError("holds a result behind what the user said; move the results in front")
+            in_message, said = read_results(message, waiting, len(waiting))
+        found += in_message
+        turns += [(number, message)] * len(in_message)
+    number, last = results[-1]
+    with error_context(turn_name(number, get(last, "role"))):
+        answers = match_results(found, waiting)
+    numbered: NumberedMessages = []
+    for (number, message), answer in zip(turns, answers, strict=True):
+        kept = {key: value for key, value in message.items() if key != "tool_call_id"}
+        numbered.append((number, {**kept, **answer}))
+    if said.strip():
+        numbered.append((number, {**last, "content": said.strip()}))
+    return numbered

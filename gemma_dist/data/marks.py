@@ -1,0 +1,83 @@
+"""Marks that keep something out of the loss, in the words of the tools that wrote them.
+
+A message is trained or it is not; a mark that wants something finer, or that can be read in two ways, is refused by
+name, so that nothing is trained which a row wants left out.
+"""
+
+from collections import Counter
+
+from gemma_dist.data.strict import short
+from gemma_dist.data.types import RawRow
+from gemma_dist.errors import DataError
+
+# On a message: true (1) trains it, false (0) does not. axolotl, ms-swift, LLaMA-Factory, OpenAI.
+ON_MESSAGE = ("train", "training", "trainable", "loss", "weight", "loss_weight")
+# Marks of characters or tokens, or words for either of two opposite things.
+UNCLEAR = ("train_detail", "training_detail", "mask", "masked", "loss_mask", "loss_scale", "label_mask", "train_mask")
+ON_OTHERS = "marks that train a message of someone else than the assistant were passed over"
+
+
+def is_trained(message: RawRow) -> bool:
+    """Whether an assistant's message is trained by its own marks; it is where it has none.
+
+    Raises:
+        DataError: a mark is neither true nor false, two of them disagree, or it marks something finer.
+    """
+    given = {key: message[key] for key in ON_MESSAGE if message.get(key) is not None}
+    for key, value in given.items():
+        if value not in (0, 1):
+            raise DataError(f"`{key}` is {short(value)}; a message is trained (true, 1) or not (false, 0)")
+    if len({bool(value) for value in given.values()}) > 1:
+        raise DataError(f"{' and '.join(given)} disagree; keep `train`")
+    refuse_unclear(message)
+    return all(given.values())
+
+
+def refuse_unclear(marked: RawRow) -> None:
+    """DataError for a mark that cannot be carried out, unless it is empty or trains everything."""
+    for key in UNCLEAR:
+        value = marked.get(key)
+        if value is None or value == []:
+            continue
+        if key.endswith("_detail") and isinstance(value, list) and all(_trains(entry) for entry in value):
+            continue
+        raise DataError(
+            f"`{key}` is {short(value)}, which cannot be carried out: a message is trained as a whole or not at all; "
+            "remove it and write train: true or train: false on the message"
+        )
+
+
+def _trains(entry: object) -> bool:
+    return isinstance(entry, dict) and entry.get("train") in (True, 1)
+
+
+def refuse_finer(marked: RawRow, what: str) -> None:
+    """DataError for a mark on a part of a message or on a call that keeps it out of the loss.
+
+    Args:
+        what: how errors call it: "a part", "a call".
+    """
+    for key in ON_MESSAGE:
+        if marked.get(key) not in (None, 1):
+            raise DataError(
+                f"`{key}` of {what} is {short(marked[key])}; a message is trained as a whole or not at all: write "
+                "train: false on the message, or put what is trained and what is not in messages of their own"
+            )
+    refuse_unclear(marked)
+
+
+def refuse_on_row(row: RawRow) -> None:
+    """DataError for a mark on the whole row that keeps it out of the loss, or weighs it."""
+    for key in ON_MESSAGE:
+        if row.get(key) not in (None, 1):
+            raise DataError(
+                f"`{key}` of the row is {short(row[key])}; a row is trained once or left out: remove the row, write "
+                "train: false on its messages, or weigh it with its source in the recipe's data.train"
+            )
+    refuse_unclear(row)
+
+
+def note_others(message: RawRow, notes: Counter[str]) -> None:
+    """Count a mark that would train what the model never says."""
+    if any(message.get(key) in (1, True) for key in ON_MESSAGE):
+        notes[ON_OTHERS] += 1

@@ -1,0 +1,82 @@
+"""The assistant's messages of one model turn, in an order and in pieces that the chat template keeps as they are."""
+
+from typing import Literal
+
+from gemma_dist.data.content import content_parts, content_text, says_something
+from gemma_dist.data.types import Content, Message, Part
+from gemma_dist.errors import DataError
+
+BETWEEN_MESSAGES = "\n\n"
+JOINED = "assistant messages that follow one another were joined, with a blank line between their texts"
+
+
+def text_before_calls(message: Message, text_beside_call: Literal["message", "reasoning"]) -> list[Message]:
+    """The message, its content moved in front of its calls: the template would write it behind them.
+
+    As "reasoning" it is appended to the reasoning; content with images always becomes a message of its own. The
+    reasoning stays with the first of the two.
+    """
+    content = message["content"]
+    if "tool_calls" not in message:
+        return [message]
+    calling: Message = {**message, "content": ""}
+    if not says_something(content):
+        return [calling]
+    holds_images = any(part["type"] == "image" for part in content_parts(content))
+    if text_beside_call == "reasoning" and not holds_images:
+        text = content_text(content).strip()
+        if "reasoning_content" in message:
+            text = f"{message['reasoning_content']}\n{text}"
+        calling["reasoning_content"] = text
+        return [calling]
+    saying: Message = {**message}
+    del saying["tool_calls"]
+    calling.pop("reasoning_content", None)
+    return [saying, calling]
+
+
+def join_neighbors(messages: list[Message]) -> tuple[list[Message], int]:
+    """The messages with texts of neighboring assistant messages made one, and how many were joined to another.
+
+    The template writes such messages into one turn and trims each: "done" and "more" would be trained as "donemore".
+    What makes a call stays a message of its own, as its opening token parts it from the text before it.
+
+    Raises:
+        DataError: one of the two is trained and the other is not, which one text cannot be.
+    """
+    joined: list[Message] = []
+    num_joined = 0
+    for message in messages:
+        before = joined[-1] if joined else None
+        if before is None or not _runs_into(before, message):
+            joined.append(message)
+            continue
+        if before.get("train", True) != message.get("train", True):
+            raise DataError(
+                "two assistant messages follow one another, of which one is trained and one is not, but both are one "
+                "turn of the model; put the user's or a tool's message between them, or train neither"
+            )
+        joined[-1] = {**before, "content": _join_content(before["content"], message["content"])}
+        num_joined += 1
+    return joined, num_joined
+
+
+def _runs_into(before: Message, message: Message) -> bool:
+    """Whether the template would write the two messages' texts as one word."""
+    if before["role"] != "assistant" or message["role"] != "assistant":
+        return False
+    parts_them = "tool_calls" in before or "reasoning_content" in message
+    return not parts_them and says_something(before["content"]) and says_something(message["content"])
+
+
+def _join_content(first: Content, second: Content) -> Content:
+    """Both contents with a blank line between them; two strings make one string."""
+    if isinstance(first, str) and isinstance(second, str):
+        return first.rstrip() + BETWEEN_MESSAGES + second.lstrip()
+    parts: list[Part] = [*content_parts(first)]
+    rest: list[Part] = [*content_parts(second)]
+    if parts[-1]["type"] == "text" and rest[0]["type"] == "text":
+        text = parts[-1]["text"].rstrip() + BETWEEN_MESSAGES + rest[0]["text"].lstrip()
+        parts[-1] = {"type": "text", "text": text}
+        rest = rest[1:]
+    return parts + rest

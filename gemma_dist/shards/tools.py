@@ -1,0 +1,103 @@
+"""`tools.json` of a shard folder: each declaration that its rows show to the model, once, as a server should send it.
+
+    [
+    {"type":"function","function":{"name":"add","description":"Adds.","parameters":{…}}},
+    {"type":"function","function":{"name":"now","description":""}}
+    ]
+
+They stand in the order in which they are first used. A name that rows declare in different ways has a line for each.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from gemma_dist.errors import DataError
+from gemma_dist.files import publish
+from gemma_dist.logs import read_jsonl
+from gemma_dist.shards.manifest import Manifest
+
+TOOLS = "tools.json"
+
+
+class SeenTools:
+    """Which declarations came before: of each, no more is held than a hash and its name."""
+
+    def __init__(self) -> None:
+        self._seen: dict[bytes, str] = {}
+
+    def is_new(self, tool: Any) -> bool:
+        """Whether the declaration came for the first time; the order of its keys does not count."""
+        text = json.dumps(tool, sort_keys=True)
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        if digest in self._seen:
+            return False
+        self._seen[digest] = tool["function"]["name"]
+        return True
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def names_declared_twice(self) -> list[str]:
+        """The names with several declarations, in alphabetical order."""
+        once: set[str] = set()
+        twice: set[str] = set()
+        for name in self._seen.values():
+            (twice if name in once else once).add(name)
+        return sorted(twice)
+
+
+def refuse_foreign_tools(out: Path, before: Manifest) -> None:
+    """Refuse to append where an earlier version made the shards and `tools.json` is a file of the user's."""
+    if "num_tools" not in before.header and (out / TOOLS).exists():
+        raise DataError(
+            f"{out / TOOLS} is no file of these shards, and would be replaced by the tools that their rows declare; "
+            "move it to another folder"
+        )
+
+
+def write_tools(out: Path, before: Manifest | None, new: Iterable[Path]) -> SeenTools:
+    """Write the distinct declarations of the corpus `before` and of the pieces' lists to `out`/tools.json, whole or not
+    at all; no file where there is none."""
+    seen = SeenTools()
+    temporary = out / f".{TOOLS}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        for tool in _old_and_new(out, before, new):
+            if seen.is_new(tool):
+                begin = ",\n" if len(seen) > 1 else "[\n"
+                file.write(begin + json.dumps(tool, ensure_ascii=False, separators=(",", ":")))
+        file.write("\n]\n")
+    if len(seen):
+        publish(temporary, out / TOOLS)
+    else:
+        temporary.unlink()
+    return seen
+
+
+def _old_and_new(out: Path, before: Manifest | None, new: Iterable[Path]) -> Iterator[Any]:
+    if before:
+        yield from _tools_of(out, before)
+    for path in new:
+        if path.exists():
+            yield from read_jsonl(path)
+
+
+def _tools_of(out: Path, before: Manifest) -> Iterator[Any]:
+    """The declarations of a finished corpus: from its tools.json, or from its rows where an earlier version made it."""
+    num_tools = before.header.get("num_tools")
+    if num_tools is not None and (out / TOOLS).is_file():
+        try:
+            tools = json.loads((out / TOOLS).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{out / TOOLS} is damaged ({error}); remove it, and it is made again") from None
+        yield from tools[:num_tools]  # an append that was killed may have put its own behind them
+        return
+    for shard in before.header["shards"]:
+        with pq.ParquetFile(out / shard["name"]) as file:
+            for batch in file.iter_batches(columns=["tools"]):
+                for text in batch.column("tools").to_pylist():
+                    yield from json.loads(text)

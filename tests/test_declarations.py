@@ -1,0 +1,327 @@
+"""Declarations of tools in every place and form that exports have, and the types that people write in them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_dist.config import RowConfig
+from gemma_dist.data.rows import read_rows
+from gemma_dist.data.schema_types import parse_type
+from gemma_dist.data.trajectory import Trajectory, parse_row
+from gemma_dist.errors import DataError
+
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+FUNCTION = {"name": "weather", "description": "Tells.", "parameters": PARAMETERS}
+TOOL = {"type": "function", "function": FUNCTION}
+OTHER = {"type": "function", "function": {"name": "now", "description": ""}}
+NAMED = {"name": "weather", "description": "Tells."}
+
+
+def row(**columns: Any) -> dict[str, Any]:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    messages = [
+        {"role": "user", "content": "Weather in Rome?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "20"},
+        {"role": "assistant", "content": "20 degrees."},
+    ]
+    return {"messages": messages, **columns}
+
+
+def with_system(message: dict[str, Any], **columns: Any) -> dict[str, Any]:
+    made = row(**columns)
+    made["messages"].insert(0, {"role": "system", "content": "s", **message})
+    return made
+
+
+def parse(given: Any) -> Trajectory:
+    return parse_row(given, "rows.jsonl:1", RowConfig())
+
+
+def refusal(given: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        parse(given)
+    return str(caught.value)
+
+
+# ---- where and how ---------------------------------------------------------------------------------------------------
+
+SAME = {
+    "openai": row(tools=[TOOL]),
+    "openai, one": row(tools=TOOL),
+    "openai, json text": row(tools=json.dumps([TOOL])),
+    "openai, one as json text": row(tools=json.dumps(TOOL)),
+    "when2call, json texts": row(tools=[json.dumps(FUNCTION)]),
+    "parameters as json text": row(tools=[NAMED | {"parameters": json.dumps(PARAMETERS)}]),
+    "openai until 2023": row(functions=[FUNCTION]),
+    "openai until 2023, json text": row(functions=json.dumps([FUNCTION])),
+    "beside an empty column": row(functions=[FUNCTION], tools=[]),
+    "toucan": row(available_tools=json.dumps([TOOL]), target_tools="weather", num_tools=1),
+    "chat_template_kwargs": row(chat_template_kwargs={"tools": [TOOL]}),
+    "glm": with_system({"tools": [TOOL]}),
+    "glm, without the wrapper": with_system({"tools": [FUNCTION]}),
+    "developer": with_system({"role": "developer", "tools": [TOOL]}),
+    "twice the same": row(tools=[TOOL], functions=[FUNCTION], available_tools=json.dumps([FUNCTION])),
+    "tools and the system message": with_system({"tools": [FUNCTION]}, tools=json.dumps([TOOL])),
+    "responses": row(tools=[{"type": "function", **FUNCTION}]),
+    "anthropic": row(tools=[{"type": "custom", **NAMED, "input_schema": PARAMETERS, "cache_control": {}}]),
+    "mcp": row(tools=[{**NAMED, "inputSchema": PARAMETERS}]),
+    "mcp, nulls": row(tools=[{**NAMED, "title": None, "inputSchema": PARAMETERS, "outputSchema": None}]),
+    "mcp, tools/list": row(tools={"tools": [{**NAMED, "inputSchema": PARAMETERS}], "nextCursor": None}),
+    "mcp, answer": row(tools={"jsonrpc": "2.0", "id": 1, "result": {"tools": [{**NAMED, "inputSchema": PARAMETERS}]}}),
+    "gemini": row(tools=[{"functionDeclarations": [FUNCTION]}]),
+    "gemini, snake": row(tools=[{"function_declarations": [FUNCTION]}]),
+    "gemini, one": row(tools={"functionDeclarations": [FUNCTION]}),
+    "gemini, json schema": row(tools=[{"functionDeclarations": [{**NAMED, "parametersJsonSchema": PARAMETERS}]}]),
+    "bedrock": row(tools={"tools": [{"toolSpec": {**NAMED, "inputSchema": {"json": PARAMETERS}}}]}),
+    "langchain": row(tools=[{**NAMED, "args_schema": PARAMETERS, "args": {"city": {"type": "string"}}}]),
+    "cohere": row(tools=[{**NAMED, "parameter_definitions": {"city": {"type": "str", "required": True}}}]),
+    "ai sdk": row(tools={"weather": {"description": "Tells.", "inputSchema": PARAMETERS}}),
+    "qwen-agent": row(tools=[NAMED | {"parameters": [{"name": "city", "type": "string", "required": True}]}]),
+    "without properties": row(tools=[NAMED | {"parameters": {"city": {"type": "str", "required": True}}}]),
+    "properties beside the type": row(
+        tools=[NAMED | {"parameters": {"type": "dict", "city": {"type": "string"}, "required": ["city"]}}]
+    ),
+    "types in capitals": row(
+        tools=[NAMED | {"parameters": PARAMETERS | {"type": "OBJECT", "properties": {"city": {"type": "STRING"}}}}]
+    ),
+}
+
+
+@pytest.mark.parametrize("given", SAME.values(), ids=SAME)
+def test_every_place_and_form_declares_the_same(given: Any) -> None:
+    before = json.dumps(given)
+    assert parse(given).tools == [TOOL]
+    assert json.dumps(given) == before, "the row stays as it was"
+
+
+def test_sharegpt_rows_may_declare_in_the_system_turn() -> None:
+    turns = [
+        {"from": "system", "value": "s", "tools": [TOOL]},
+        {"from": "human", "value": "Rome?"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Rome"}}'},
+    ]
+    assert parse({"conversations": turns}).tools == [TOOL]
+
+
+def test_keys_that_no_prompt_shows_are_left_out_and_counted() -> None:
+    extra = {"title": "Weather", "annotations": {"readOnlyHint": True}, "outputSchema": {"type": "object"}}
+    parsed = parse(row(tools=[{**NAMED, **extra, "inputSchema": PARAMETERS}]))
+    assert parsed.tools == [TOOL]
+    assert parsed.notes == {
+        "keys of declarations that no prompt shows were left out: annotations, outputSchema, title": 1
+    }
+
+
+def test_columns_that_declare_nothing_pass() -> None:
+    columns = {
+        "tools": [TOOL],
+        "target_tools": "weather",
+        "tool_names": ["weather"],
+        "num_tools": 2,
+        "tool_choice": {"type": "function", "function": {"name": "weather"}},
+        "parallel_tool_calls": True,
+        "function_call": {"name": "weather"},
+        "available_tools": ["weather", "now"],
+        "expected_tool_calls": [{"name": "weather", "parameters": {"city": "Rome"}}],
+        "tool_results": [{"name": "weather", "description": "x"}],
+        "gen_ai.tool.definitions": json.dumps([FUNCTION]),  # the same again
+    }
+    assert parse(row(**columns)).tools == [TOOL]
+
+
+def test_rows_that_call_without_declarations_are_counted() -> None:
+    assert parse(row()).notes == {"rows call tools but declare none": 1}
+    assert not parse(row(tools=[TOOL])).notes
+
+
+REFUSED = [
+    (row(tools=[TOOL], functions=[OTHER["function"]]), "`tools` and `functions` declare different tools; keep one"),
+    (with_system({"tools": [OTHER]}, tools=[TOOL]), "`tools` and `tools of the system message` declare different"),
+    (row(tool_list=[FUNCTION]), "the column `tool_list` declares tools, but is not read; rename it to `tools`"),
+    (row(toolset=json.dumps([TOOL])), "the column `toolset` declares tools"),
+    (row(available_functions=[FUNCTION]), "the column `available_functions` declares tools"),
+    (row(apis=[OTHER["function"]], tools=[TOOL]), "the column `apis` declares tools"),
+    (row(api_list=json.dumps([NAMED])), "the column `api_list` declares tools"),
+    (row(mcp_tools={"weather": {"inputSchema": PARAMETERS}}), "the column `mcp_tools` declares tools"),
+    (row(functions="[{]"), "`functions`: not JSON at column 3"),
+    (row(tools=["{]"]), "`tools`: not JSON at column 2"),
+    (row(tools=[{"googleSearch": {}}]), "tool 1: {'googleSearch': {}} declares no function"),
+    (row(tools=[{"functionDeclarations": [FUNCTION], "googleSearch": {}}]), "declares no function"),
+    (row(tools=[NAMED | {"parameters": PARAMETERS, "inputSchema": {"type": "object"}}]), "say different things; keep"),
+    (row(tools=[NAMED | {"parameters": [{"name": "a"}, {"name": "a"}]}]), "two parameters have one name"),
+    (row(tools=[NAMED | {"parameters": {"city": {"type": "float64"}}}]), "city: 'float64' is no type; write one of"),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), REFUSED)
+def test_what_has_not_one_meaning_is_refused_with_the_way_out(given: Any, words: str) -> None:
+    message = refusal(given)
+    assert message.startswith("rows.jsonl:1: ")
+    assert words in message
+
+
+def test_only_the_first_system_message_may_declare() -> None:
+    given = row(tools=[TOOL])
+    given["messages"][1]["tools"] = [OTHER]
+    assert "turn 2 (assistant): `tools` of a message that is not the first system message" in refusal(given)
+
+
+# ---- parameters and types --------------------------------------------------------------------------------------------
+
+
+def declared(parameters: Any) -> Any:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    tools = [{"name": "f", "description": "d", "parameters": parameters}]
+    return parse({"messages": messages, "tools": tools}).tools[0]["function"]["parameters"]
+
+
+def test_parameters_of_xlam() -> None:
+    given = {
+        "city": {"type": "str", "description": "The city", "default": "London"},
+        "days": {"type": "int, optional", "description": "n"},
+        "points": {"type": "List[Tuple[float, float]]"},
+        "type": {"type": "str", "default": "a"},
+    }
+    assert declared(given) == {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "description": "The city", "default": "London"},
+            "days": {"type": "integer", "description": "n"},
+            "points": {
+                "type": "array",
+                "items": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+            },
+            "type": {"type": "string", "default": "a"},
+        },
+        "required": ["points"],  # since another one says that it is optional, and this one has no default
+    }
+
+
+def test_no_parameter_is_required_where_none_says_that_it_is_optional() -> None:
+    assert declared({"city": {"type": "str"}}) == {"type": "object", "properties": {"city": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"properties": {"type": "string"}, "type": {"type": "string"}}},
+        {"type": "object", "properties": {}},
+        {"type": "object", "additionalProperties": {"type": "string"}},
+        {"type": "object", "$defs": {"A": {"type": "string"}}, "properties": {"a": {"$ref": "#/$defs/A"}}},
+        {"type": "object", "properties": {"a": {"enum": ["int", "str"], "default": {"type": "str"}}}},
+        {"type": "object", "properties": {"a": {"const": {"type": "dict"}, "examples": [{"type": "int"}]}}},
+    ],
+)
+def test_a_schema_stays_as_it_is(schema: Any) -> None:
+    assert declared(schema) == schema
+
+
+def test_types_are_renamed_wherever_a_schema_stands() -> None:
+    given = {
+        "type": "dict",
+        "properties": {
+            "type": {"type": "float"},
+            "list": {"type": "LIST", "items": {"type": "Any"}},
+            "one": {"anyOf": [{"type": "int"}, {"type": ["STRING", "NULL"]}]},
+            "map": {"type": "dict", "additionalProperties": {"type": "bool"}},
+            "ref": {"$ref": "#/$defs/A"},
+        },
+        "$defs": {"A": {"type": "str"}},
+    }
+    assert declared(given) == {
+        "type": "object",
+        "properties": {
+            "type": {"type": "number"},
+            "list": {"type": "array", "items": {}},
+            "one": {"anyOf": [{"type": "integer"}, {"type": ["string", "null"]}]},
+            "map": {"type": "object", "additionalProperties": {"type": "boolean"}},
+            "ref": {"$ref": "#/$defs/A"},
+        },
+        "$defs": {"A": {"type": "string"}},
+    }
+
+
+TYPES: dict[str, Any] = {
+    "str": {"type": "string"},
+    "Boolean": {"type": "boolean"},
+    "double": {"type": "number"},
+    "any": {},
+    "TYPE_UNSPECIFIED": {},
+    "None": {"type": "null"},
+    "int, optional": {"type": "integer"},
+    "Optional[str]": {"type": "string", "nullable": True},
+    "str | None": {"type": "string", "nullable": True},
+    "typing.List[int]": {"type": "array", "items": {"type": "integer"}},
+    "list[list[str]]": {"type": "array", "items": {"type": "array", "items": {"type": "string"}}},
+    "string[]": {"type": "array", "items": {"type": "string"}},
+    "Dict[str, float]": {"type": "object", "additionalProperties": {"type": "number"}},
+    "Union[int, float]": {"anyOf": [{"type": "integer"}, {"type": "number"}]},
+    "Tuple[int, ...]": {"type": "array", "items": {"type": "integer"}},
+    "Tuple[int, str]": {
+        "type": "array",
+        "prefixItems": [{"type": "integer"}, {"type": "string"}],
+        "minItems": 2,
+        "maxItems": 2,
+    },
+    "Literal['a', 'b']": {"enum": ["a", "b"]},
+    "Callable[[float], float]": {},
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_types(name: str) -> None:
+    assert parse_type(name) == TYPES[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["float64", "", "a b", "np.ndarray", "List[float64]", "Literal[f()]", "Literal[b'x']", "x" * 500, "[]" * 500],
+)
+def test_types_that_nobody_knows(name: str) -> None:
+    with pytest.raises(DataError, match=r"is no type; write one of string, number, integer"):
+        parse_type(name)
+
+
+# ---- the small inputs beside the repository --------------------------------------------------------------------------
+
+CITY = {"city": {"type": "string", "description": "City"}}
+WEATHER = {
+    "name": "get_weather",
+    "description": "Weather now",
+    "parameters": {"type": "object", "properties": CITY, "required": ["city"]},
+}
+F = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
+FLAT_CITY = {"city": {"type": "string", "description": "The city", "default": "London"}}
+FILES: dict[str, Any] = {
+    "format_toucan_full": WEATHER | {"name": "weather-server-get_weather"},
+    "format_when2call_sft": WEATHER,
+    "format_xlam60k_messages_flat": WEATHER
+    | {"parameters": {"type": "object", "properties": {"city": CITY["city"] | {"default": "London"}}}},
+    "schema_functions_legacy_column": F | {"parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+    "schema_mcp_inputSchema": F,
+    "schema_tools_list_of_json_strings_when2call": F,
+    "schema_xlam_flat_params": F
+    | {
+        "parameters": {
+            "type": "object",
+            "properties": FLAT_CITY | {"days": {"type": "integer", "description": "n"}},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_case_of_this_name(name: str, shared: Path) -> None:
+    ((where, given),) = read_rows([shared / "cases" / "data" / f"{name}.jsonl"])
+    # the answers of some are calls written as text, which is another matter
+    assert isinstance(given, dict)
+    assert parse_row(given, where, RowConfig()).tools == [{"type": "function", "function": FILES[name]}]
+
+
+def test_a_call_that_the_system_message_does_not_declare_is_refused(shared: Path) -> None:
+    ((where, given),) = read_rows([shared / "cases" / "data" / "msg_tools_in_system_message.jsonl"])
+    with pytest.raises(DataError, match=r"calls zzz, which `tools` does not declare \(\['f'\]\)"):
+        parse_row(given, where, RowConfig())

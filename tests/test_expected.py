@@ -1,0 +1,140 @@
+"""Test cases, which end before the answer: `evaluate` takes them, training does not; names alone count as names."""
+
+import json
+from typing import Any
+
+import pytest
+
+from gemma_dist.config import EvaluateConfig, ShardConfig
+from gemma_dist.data.read import Call, Reading
+from gemma_dist.data.trajectory import Trajectory, parse_row
+from gemma_dist.errors import DataError
+from gemma_dist.evaluate.score import GoldCall, score_decision
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Tells.", "parameters": SCHEMA}}]
+ROME = {"city": "Rome"}
+
+
+def test_case(**keys: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "Rome?"}], "available_tools": TOOLS, **keys}
+
+
+test_case.__test__ = False  # type: ignore[attr-defined]
+
+
+def parse(row: Any) -> Trajectory:
+    return parse_row(row, "cases.jsonl:2", EvaluateConfig())
+
+
+def expected(trajectory: Trajectory) -> list[tuple[str, Any]]:
+    return [(call["function"]["name"], call["function"]["arguments"]) for call in trajectory.messages[-1]["tool_calls"]]
+
+
+WITH_ARGUMENTS = {
+    "beside": {"expected_tool": "weather", "expected_arguments": ROME},
+    "args": {"expected_tool": "weather", "expected_args": '{"city": "Rome"}'},
+    "object": {"expected_tool": {"name": "weather", "arguments": ROME}},
+    "JSON": {"expected_tool": '{"name": "weather", "arguments": {"city": "Rome"}}'},
+    "list": {"expected_tools": [{"name": "weather", "arguments": ROME}]},
+    "OpenAI": {"expected_tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": ROME}}]},
+}
+
+
+@pytest.mark.parametrize("keys", WITH_ARGUMENTS.values(), ids=WITH_ARGUMENTS)
+def test_the_expected_call_is_the_last_message(keys: dict[str, Any]) -> None:
+    trajectory = parse(test_case(**keys))
+    assert expected(trajectory) == [("weather", ROME)]
+    assert [tool["function"]["name"] for tool in trajectory.tools] == ["weather"]
+    assert not trajectory.is_outline
+
+
+@pytest.mark.parametrize("names", ["weather", ["weather"], {"name": "weather"}])
+def test_a_name_alone_is_an_outline(names: Any) -> None:
+    trajectory = parse(test_case(expected_tool=names))
+    assert expected(trajectory) == [("weather", {})]
+    assert trajectory.is_outline
+
+
+@pytest.mark.parametrize("none", [None, "", "none", []])
+def test_that_no_tool_is_expected_is_an_outline(none: Any) -> None:
+    trajectory = parse(test_case(expected_tool=none))
+    assert "tool_calls" not in trajectory.messages[-1]
+    assert trajectory.is_outline
+
+
+def test_only_the_expected_answer_is_asked_for() -> None:
+    row = test_case(expected_tool="weather")
+    row["messages"] = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hi."}, *row["messages"]]
+    assert [message.get("train", True) for message in parse(row).messages] == [True, False, True, True]
+
+
+def test_other_layouts_expect_calls_too() -> None:
+    row = {"conversations": [{"from": "human", "value": "Rome?"}], "tools": TOOLS, "expected_tool": "weather"}
+    assert expected(parse(row)) == [("weather", {})]
+    assert expected(parse({**test_case(expected_tool="weather"), "messages": json.dumps(row_messages())})) == [
+        ("weather", {})
+    ]
+
+
+def row_messages() -> list[dict[str, str]]:
+    return [{"role": "user", "content": "Rome?"}]
+
+
+def test_a_whole_trajectory_is_no_test_case() -> None:
+    messages = [*row_messages(), {"role": "assistant", "content": "20 degrees."}]
+    row = {"messages": messages, "tools": TOOLS, "expected_tool": "weather"}
+    assert parse(row) == parse_row(row, "cases.jsonl:2", ShardConfig())
+    assert parse(row).messages == messages
+
+
+REFUSED = [
+    ({"expected_tool": "wether"}, "calls wether, which `tools` does not declare"),
+    ({"expected_tool": {"name": "weather", "arguments": {"city": 3}}}, "the arguments do not fit the tool's schema"),
+    ({"expected_tool": "weather", "expected_args": "Rome"}, "`expected_tool`: not JSON at column 1"),
+    ({"expected_tool": "weather", "expected_args": ["Rome"]}, "the expected arguments are ['Rome'], not an object"),
+    ({"expected_tool": ["weather", "weather"], "expected_args": ROME}, "names 2 calls beside the arguments of one"),
+    ({"expected_tools": ["weather", {"name": "weather", "arguments": ROME}]}, "gives arguments of some calls alone"),
+    ({"expected_tool": 3}, "the call 3 is no object with a name"),
+]
+
+
+@pytest.mark.parametrize(("keys", "words"), REFUSED)
+def test_what_is_expected_has_to_be_clear(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        parse(test_case(**keys))
+    assert words in str(caught.value)
+
+
+def test_training_refuses_a_test_case() -> None:
+    with pytest.raises(DataError, match="a test case for `evaluate`; add the assistant message with the call to train"):
+        parse_row(test_case(expected_tool="weather"), "cases.jsonl:2", ShardConfig())
+
+
+def score(gold: list[GoldCall], *calls: GoldCall, content: str = "") -> Any:
+    read = tuple(Call(call["name"], call["arguments"], (0, 0)) for call in calls)
+    reading = Reading(read, content, "", bool(calls), "ok" if calls else "no_call")
+    return score_decision(reading, gold, "(any)", TOOLS, is_outline=True)
+
+
+WEATHER = GoldCall(name="weather", arguments={})
+OF_ARGUMENTS = {"arg_precision", "arg_recall", "arg_f1", "call_exact", "sample_exact", "parallel_exact", "answer_exact"}
+
+
+def test_an_outline_counts_names_and_nothing_else() -> None:
+    called = score([WEATHER], GoldCall(name="weather", arguments={"city": "Oslo"}))
+    assert called["right"]
+    assert not OF_ARGUMENTS & called["ratios"].keys()
+    assert called["ratios"]["tool_set_exact"] == [1, 1]
+    assert called["ratios"]["schema_valid"] == [1, 1]
+    assert called["ratios"]["overall"] == [1, 1]
+    assert not score([WEATHER], GoldCall(name="wether", arguments={}))["right"]
+    assert not score([WEATHER], WEATHER, WEATHER)["right"]
+    assert not score([WEATHER], content="20 degrees.")["right"]
+
+
+def test_an_outline_without_a_call_takes_any_words() -> None:
+    silent = score([], content="I cannot.")
+    assert silent["right"]
+    assert not OF_ARGUMENTS & silent["ratios"].keys()
+    assert not score([], WEATHER)["right"]

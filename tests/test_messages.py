@@ -1,0 +1,285 @@
+"""Messages as people log them: calls, reasoning, masks and results under the names that each tool gives them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_dist.config import RowConfig
+from gemma_dist.data.marks import ON_MESSAGE, UNCLEAR
+from gemma_dist.data.read import read_whole_call
+from gemma_dist.data.reasoning import split_think_tags
+from gemma_dist.data.rows import read_rows
+from gemma_dist.data.trajectory import Trajectory, parse_row
+from gemma_dist.errors import DataError
+
+USER = {"role": "user", "content": "Go."}
+CALLING = {"role": "assistant", "tool_calls": [{"id": "c1", "function": {"name": "f", "arguments": {}}}]}
+DONE = {"role": "assistant", "content": "Done."}
+
+
+def parse(*messages: dict[str, Any], **columns: Any) -> Trajectory:
+    return parse_row({"messages": list(messages), **columns}, "rows.jsonl:1", RowConfig())
+
+
+def refusal(*messages: dict[str, Any], **columns: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        parse(*messages, **columns)
+    return str(caught.value)
+
+
+def case(shared: Path, name: str) -> Trajectory:
+    path = shared / "cases" / "data" / f"{name}.jsonl"
+    if not path.is_file():
+        pytest.skip(f"{path} is absent: the inputs of the cases lie beside the repository")
+    ((where, row),) = read_rows([path])
+    return parse_row(row, where, RowConfig())
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": "x"}}},
+        {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": "x"}'}},
+        {"id": "c1", "type": "tool_call", "name": "f", "args": {"a": "x"}},
+        {"id": "c1", "name": "f", "args": {"a": "x"}},
+        {"id": "c1", "type": "function", "name": "f", "input": {"a": "x"}},
+        {"id": "c1", "type": "tool_use", "name": "f", "input": '{"a": "x"}'},
+        {"id": "c1", "function": {"name": "f", "parameters": {"a": "x"}}},
+        {"id": "c1", "function": {"name": "f", "params": {"a": "x"}, "arguments": None}},
+        {"id": "c1", "function": {"name": "f"}, "arguments": {"a": "x"}},
+        {"id": "c1", "function": "f", "kwargs": {"a": "x"}},
+        {"call_id": "c1", "index": 0, "name": "f", "arguments": {"a": "x"}, "extra_content": {"google": {}}},
+        '{"id": "c1", "name": "f", "arguments": {"a": "x"}}',
+    ],
+)
+def test_a_call_means_the_same_under_every_known_key(call: Any) -> None:
+    row = parse(USER, {"role": "assistant", "tool_calls": [call]})
+    expected = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": "x"}}}
+    assert row.messages[1]["tool_calls"] == [expected]
+
+
+@pytest.mark.parametrize("name", ["args_key_langchain_notype", "input_key", "parameters_key"])
+def test_the_cases_of_other_argument_keys(shared: Path, name: str) -> None:
+    calls = case(shared, f"msg_tool_call_{name}").messages[1]["tool_calls"]
+    assert [call["function"] for call in calls] == [{"name": "f", "arguments": {"a": "x"}}]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"name": "f", "argument": {"a": 1}}, "call of f: the key 'argument' of the call is not known"),
+        ({"function": {"name": "f", "body": {"a": 1}}}, "the key 'body' of the call is not known"),
+        ({"name": "f", "arguments": {}, "result": "7"}, "the key 'result' of the call is not known"),
+        ({"name": "f", "args": {"a": 1}, "input": {"a": 2}}, "args and input stand side by side"),
+        ({"name": "g", "function": {"name": "f", "arguments": {}}}, "says `name` twice"),
+        ({"type": "custom", "custom": {"name": "f", "input": "x"}}, "is no function call"),
+    ],
+)
+def test_what_may_belong_to_a_call_is_never_passed_over(call: Any, words: str) -> None:
+    found = refusal(USER, {"role": "assistant", "tool_calls": [call]})
+    assert "turn 2 (assistant)" in found
+    assert words in found
+
+
+def test_a_key_that_looks_like_one_of_ours_is_asked_about() -> None:
+    assert "the key 'toolCalls' of a message is not known" in refusal(USER, {**DONE, "toolCalls": [{"name": "f"}]})
+    assert "the key 'tool' of a message is not known" in refusal(USER, {**DONE, "tool": "f"})
+    assert "the key 'thoughts' of a message is not known" in refusal(USER, {**DONE, "thoughts": "why"})
+    harmless = {"num_tool_calls": 0, "model": "x", "created_at": "today", "tool_calls": [], "tool": None}
+    assert parse(USER, {**DONE, **harmless}).messages[1] == DONE
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------------
+
+
+def texts(row: Trajectory) -> list[Any]:
+    return [message["content"] for message in row.messages]
+
+
+def part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def test_texts_of_one_message_are_joined_as_they_were_said(shared: Path) -> None:
+    assert texts(parse({"role": "user", "content": [part("a\n"), part("b")]}, DONE))[0] == [part("a\nb")]
+    assert texts(case(shared, "msg_parts_asst_trim_join"))[1] == [part("Hello world")]
+    assert texts(case(shared, "msg_parts_user_trim_join"))[0] == [part("Line one\nline two")]
+    cited = case(shared, "format_anthropic_multi_text_citations")
+    assert texts(cited)[2] == [part("Rome is warm, about 20 degrees today.")]
+
+
+def test_neighboring_messages_of_the_assistant_stay_two_sayings(shared: Path) -> None:
+    row = case(shared, "msg_two_assistants")
+    assert texts(row) == ["hi", "done\n\nmore"]
+    assert [count for note, count in row.notes.items() if "joined" in note] == [1]
+    three = parse(USER, *[{"role": "assistant", "content": word} for word in ("One ", [part(" two")], "three")])
+    assert texts(three)[1:] == [[part("One\n\ntwo\n\nthree")]]
+
+
+def test_what_parts_texts_keeps_them_apart() -> None:
+    thinking = {"role": "assistant", "content": "b", "reasoning_content": "why"}
+    assert len(parse(USER, {"role": "assistant", "content": "a"}, thinking).messages) == 3
+    assert len(parse(USER, {"role": "assistant", "content": "a"}, CALLING).messages) == 3
+    assert "of which one is trained and one is not" in refusal(USER, {**DONE, "train": False}, DONE)
+
+
+# ---- reasoning -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>\nhmm\n</think>\n\nanswer", ("hmm", "answer")),
+        ("  <thinking>hmm</thinking>answer", ("hmm", "answer")),
+        ("hmm\n</think>\n\nanswer", ("hmm", "answer")),
+        ("<think>a</think><think>b</think>answer", ("a\nb", "answer")),
+        ("<think>\n\n</think>\n\nanswer", ("", "answer")),
+        ("<think>a ` b</think>say `x`", ("a ` b", "say `x`")),
+        ("<think>only</think>", ("only", "")),
+        ("write `<think>` in code", ("", "write `<think>` in code")),
+        ("1 < 2", ("", "1 < 2")),
+    ],
+)
+def test_think_tags(text: str, expected: tuple[str, str]) -> None:
+    assert split_think_tags(text) == expected
+
+
+@pytest.mark.parametrize("text", ["said <think>thought</think> said", "<think>no end", "a <thinking> b"])
+def test_tags_in_the_middle_are_refused(text: str) -> None:
+    assert "stands inside of the text" in refusal(USER, {"role": "assistant", "content": text})
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "answer", "reasoning_content": "hmm"},
+        {"content": "answer", "reasoning": "hmm", "reasoning_details": [{"type": "reasoning.text", "text": "hmm!"}]},
+        {"content": "answer", "thinking": "hmm"},
+        {"content": "answer", "reasoning_details": [{"type": "reasoning.summary", "summary": "hmm"}]},
+        {"content": "<think>hmm</think>answer", "reasoning_content": "hmm"},
+        {"content": "<think>hmm</think>answer"},
+        {"content": [{"type": "thinking", "thinking": "hmm", "signature": "x"}, {"type": "text", "text": "answer"}]},
+        {"content": [{"type": "reasoning", "text": "hmm"}, {"type": "text", "text": "answer"}]},
+        {"content": [{"type": "text", "text": "<think>hmm</think>answer"}]},
+    ],
+)
+def test_reasoning_is_found_wherever_it_stands(message: dict[str, Any]) -> None:
+    said = parse(USER, {"role": "assistant", **message}).messages[1]
+    assert said["reasoning_content"] == "hmm"
+    assert said["content"] in ("answer", [part("answer")])
+
+
+def test_the_cases_of_reasoning(shared: Path) -> None:
+    assert case(shared, "msg_think_tags_in_content").messages[1] == {
+        "role": "assistant",
+        "content": "answer",
+        "reasoning_content": "hmm",
+    }
+    beside = case(shared, "msg_think_tags_beside_call").messages[1]
+    assert (beside["reasoning_content"], beside["content"], len(beside["tool_calls"])) == ("hmm", "", 1)
+    assert case(shared, "msg_reasoning_details_openrouter").messages[1]["reasoning_content"] == "hmm"
+
+
+def test_think_tags_of_a_sharegpt_turn() -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "<think>hmm</think>answer"}]
+    row = parse_row({"conversations": turns}, "rows.jsonl:1", RowConfig())
+    assert row.messages[1] == {"role": "assistant", "content": "answer", "reasoning_content": "hmm"}
+
+
+def test_what_nobody_can_read_of_reasoning_is_counted() -> None:
+    details = [{"type": "reasoning.encrypted", "data": "x"}]
+    assert sum(parse(USER, {**DONE, "reasoning_details": details}).notes.values()) == 1
+    blocks = [{"type": "redacted_thinking", "data": "x"}, part("Done.")]
+    assert sum(parse(USER, {"role": "assistant", "content": blocks}).notes.values()) == 1
+
+
+def test_reasoning_that_disagrees_is_refused() -> None:
+    both = {"role": "assistant", "content": "<think>a</think>x", "reasoning_content": "b"}
+    assert "reasoning_content and the content say different things" in refusal(USER, both)
+
+
+# ---- marks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ON_MESSAGE)
+def test_every_word_for_untrained_is_carried_out(key: str) -> None:
+    row = parse(USER, {**CALLING, key: False}, {"role": "tool", "content": ""}, {**DONE, key: 1})
+    assert [message.get("train", True) for message in row.messages] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("key", UNCLEAR)
+def test_marks_that_cannot_be_carried_out_are_refused_by_name(key: str) -> None:
+    found = refusal(USER, {**DONE, key: [{"begin_offset": 0, "end_offset": 2, "train": False}]})
+    assert f"`{key}` is " in found
+    assert "cannot be carried out" in found
+
+
+def test_marks_on_a_part_a_call_or_the_row(shared: Path) -> None:
+    with pytest.raises(DataError, match="`train` of a part is False"):
+        case(shared, "msg_part_train_false")
+    with pytest.raises(DataError, match="`train_detail` is"):
+        case(shared, "msg_train_detail")
+    call = {"name": "f", "arguments": {}, "weight": 0}
+    assert "`weight` of a call is 0" in refusal(USER, {"role": "assistant", "tool_calls": [call]})
+    assert "`loss` of the row is False" in refusal(USER, DONE, loss=False)
+    assert "`weight` of the row is 0.5" in refusal(USER, DONE, weight=0.5)
+    whole = [{"type": "text", "text": "Done.", "train": True}]
+    assert texts(parse(USER, {"role": "assistant", "content": whole}, train=True))[1] == [part("Done.")]
+    all_of_it = [{"begin_offset": 0, "end_offset": 4, "train": True}]
+    assert parse(USER, {**DONE, "train_detail": all_of_it}).messages[1] == DONE
+
+
+def test_a_mark_that_would_train_the_user_is_counted() -> None:
+    assert sum(parse({**USER, "train": True}, DONE).notes.values()) == 1
+    assert not parse({**USER, "train": False}, DONE).notes
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"content": ["a", "b"]}, '["a", "b"]'),
+        ({"content": [{"t": 1}, {"t": 2}]}, '[{"t": 1}, {"t": 2}]'),
+        ({"content": {"t": "é"}}, '{"t": "é"}'),
+        ({"content": [{"type": "text", "text": "7"}]}, [part("7")]),
+        ({"content": {"content": [{"type": "text", "text": "7"}], "isError": False}}, [part("7")]),
+        ({"content": {"content": [{"type": "text", "text": "no"}], "isError": True}}, [part("Error: no")]),
+        ({"content": [{"type": "resource", "resource": {"uri": "f:", "text": "7"}}]}, [part("7")]),
+        ({"content": "no", "is_error": True}, "Error: no"),
+        ({"content": "Error: no", "is_error": True}, "Error: no"),
+        ({"content": "no", "status": "error"}, "Error: no"),
+        ({"content": "yes", "status": "success"}, "yes"),
+        ({"content": None, "isError": True}, "Error:"),
+        ({"content": []}, ""),
+    ],
+)
+def test_what_a_tool_answered(message: dict[str, Any], expected: Any) -> None:
+    assert texts(parse(USER, CALLING, {"role": "tool", **message}, DONE))[2] == expected
+
+
+def test_the_cases_of_results(shared: Path) -> None:
+    assert texts(case(shared, "msg_res_list_of_objects"))[2] == '[{"t": 1}, {"t": 2}]'
+    assert texts(case(shared, "msg_res_list_of_strings"))[2] == '["a", "b"]'
+
+
+def test_a_result_of_parts_and_values_is_refused() -> None:
+    mixed = {"role": "tool", "content": [{"type": "text", "text": "7"}, {"t": 1}]}
+    assert "mixes parts with other values" in refusal(USER, CALLING, mixed, DONE)
+
+
+# ---- calls read back -------------------------------------------------------------------------------------------------
+
+
+def test_a_call_is_read_as_a_whole_or_not_at_all() -> None:
+    found = read_whole_call('<|tool_call>call:f{a:<|"|>x<|"|>,n:1}<tool_call|>')
+    assert found is not None
+    assert (found.name, found.arguments) == ("f", {"a": "x", "n": 1})
+    assert read_whole_call("<|tool_call>call:f{a<b:1}<tool_call|>") is None
+    assert read_whole_call("<|tool_call>call:f{}<tool_call|>.") is None
+    assert read_whole_call("call:f{}") is None
