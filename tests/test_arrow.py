@@ -305,6 +305,68 @@ def test_a_pattern_that_is_none_is_said_where_the_schema_is_applied(tmp_path: Pa
         read(write_parquet([row("f", {"a": None, "b": 1}, schema)], tmp_path))
 
 
+# How each layout that gives arguments as an object writes one call: (name, arguments) -> messages, and their column.
+LAYOUTS: dict[str, tuple[str, Callable[[str, Any], list[dict[str, Any]]]]] = {
+    "args": (
+        "messages",
+        lambda name, given: [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "", "tool_calls": [{"id": "c", "name": name, "args": given}]},
+        ],
+    ),
+    "LangChain": (
+        "messages",
+        lambda name, given: [
+            {"type": "human", "content": "hi"},
+            {
+                "type": "ai",
+                "content": "",
+                "tool_calls": [{"id": "c", "name": name, "args": given, "type": "tool_call"}],
+            },
+        ],
+    ),
+    "Gemini": (
+        "contents",
+        lambda name, given: [
+            {"role": "user", "parts": [{"text": "hi"}]},
+            {"role": "model", "parts": [{"functionCall": {"name": name, "args": given}}]},
+        ],
+    ),
+    "Bedrock": (
+        "messages",
+        lambda name, given: [
+            {"role": "user", "content": [{"text": "hi"}]},
+            {"role": "assistant", "content": [{"toolUse": {"toolUseId": "c", "name": name, "input": given}}]},
+        ],
+    ),
+    "AI SDK": (
+        "messages",
+        lambda name, given: [
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            {
+                "role": "assistant",
+                "content": [{"type": "tool-call", "toolCallId": "c", "toolName": name, "input": given}],
+            },
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_arguments_of_every_layout_lose_the_nulls_of_arrow(tmp_path: Path, layout: str) -> None:
+    column, write = LAYOUTS[layout]
+    expr = {"type": "object", "properties": {"expr": {"type": "string"}}}
+    tools = json.dumps([declared("weather", CITY), declared("calc", expr)])
+    rows = [
+        {column: write("weather", {"city": "Rome"}), "tools": tools},
+        {column: write("calc", {"expr": "1"}), "tools": tools},
+    ]
+    found = read(write_parquet(rows, tmp_path))
+    assert [arguments(trajectory) for trajectory in found] == [[{"city": "Rome"}], [{"expr": "1"}]]
+    expected = [parse_row(given, "rows.parquet:1", RowConfig()) for given in rows]
+    assert [trajectory.messages for trajectory in found] == [trajectory.messages for trajectory in expected]
+
+
 # ---- schemas ---------------------------------------------------------------------------------------------------------
 
 
