@@ -4,6 +4,8 @@ Arrow gives every object of a column the keys of all, and `datasets` 5 writes JS
 show in what is trained.
 """
 
+import datetime
+import decimal
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -210,6 +212,11 @@ def test_a_null_that_json_rows_hold_beside_their_schema_is_asked_about(tmp_path:
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(row("f", {"city": "Rome", "expr": None}, CITY)))
     assert "argument expr is null, which may stand for no argument: the tool's schema does not name it" in refusal(file)
+    file.write_text(json.dumps(row("f", {"city": None}, CITY)))
+    assert "argument city is null, which may stand for no argument: null does not fit the tool's schema" in refusal(
+        file
+    )
+    assert arguments(read(file, "drop")[0]) == [{}]
     file.write_text(json.dumps(row("f", {"city": "Rome", "expr": None}, CITY, train=False)))
     assert arguments(read(file)[0]) == [{"city": "Rome", "expr": None}]
     file.write_text(json.dumps(row("f", {"city": None}, {"type": "object", "properties": {"city": NULLABLE}})))
@@ -263,6 +270,101 @@ def test_anthropic_blocks_in_arrow(tmp_path: Path) -> None:
     expected = [parse_row(given, "rows.parquet:1", RowConfig()) for given in rows]
     assert [trajectory.messages for trajectory in found] == [trajectory.messages for trajectory in expected]
     assert [trajectory.tools for trajectory in found] == [trajectory.tools for trajectory in expected]
+
+
+@pytest.mark.parametrize("write", ["pandas", "parquet", "saved"])
+def test_pandas_and_datasets_fill_alike(tmp_path: Path, write: str) -> None:
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    rows = [row("f", {"city": "Rome"}, CITY), row("g", {"expr": "1"}, {"properties": {"expr": {"type": "string"}}})]
+    file = tmp_path / "rows.parquet"
+    if write == "pandas":
+        pandas.DataFrame(rows).to_parquet(file)
+    else:
+        made = datasets.Dataset.from_list(rows)
+        file = as_parquet(made, tmp_path) if write == "parquet" else as_saved(made, tmp_path)
+    found = read(file)
+    assert [arguments(trajectory) for trajectory in found] == [[{"city": "Rome"}], [{"expr": "1"}]]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (datetime.date(2024, 5, 1), r"datetime.date\(2024, 5, 1\) \(date\) is not a JSON value; write it as a string"),
+        (decimal.Decimal("1.5"), r"Decimal\('1.5'\) \(Decimal\) is not a JSON value; write it as a string"),
+        (b"x", r"b'x' \(bytes\) is not a JSON value; write it as a string"),
+    ],
+)
+def test_values_that_only_arrow_has_are_refused(tmp_path: Path, value: Any, words: str) -> None:
+    with pytest.raises(DataError, match=f"turn 2 .assistant.: call of f: {words}"):
+        read(write_parquet([row("f", {"a": value})], tmp_path))
+
+
+def test_a_pattern_that_is_none_is_said_where_the_schema_is_applied(tmp_path: Path) -> None:
+    schema = {"type": "object", "patternProperties": {"(": {}}}
+    with pytest.raises(DataError, match="schema"):
+        read(write_parquet([row("f", {"a": None, "b": 1}, schema)], tmp_path))
+
+
+# How each layout that gives arguments as an object writes one call: (name, arguments) -> messages, and their column.
+LAYOUTS: dict[str, tuple[str, Callable[[str, Any], list[dict[str, Any]]]]] = {
+    "args": (
+        "messages",
+        lambda name, given: [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "", "tool_calls": [{"id": "c", "name": name, "args": given}]},
+        ],
+    ),
+    "LangChain": (
+        "messages",
+        lambda name, given: [
+            {"type": "human", "content": "hi"},
+            {
+                "type": "ai",
+                "content": "",
+                "tool_calls": [{"id": "c", "name": name, "args": given, "type": "tool_call"}],
+            },
+        ],
+    ),
+    "Gemini": (
+        "contents",
+        lambda name, given: [
+            {"role": "user", "parts": [{"text": "hi"}]},
+            {"role": "model", "parts": [{"functionCall": {"name": name, "args": given}}]},
+        ],
+    ),
+    "Bedrock": (
+        "messages",
+        lambda name, given: [
+            {"role": "user", "content": [{"text": "hi"}]},
+            {"role": "assistant", "content": [{"toolUse": {"toolUseId": "c", "name": name, "input": given}}]},
+        ],
+    ),
+    "AI SDK": (
+        "messages",
+        lambda name, given: [
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            {
+                "role": "assistant",
+                "content": [{"type": "tool-call", "toolCallId": "c", "toolName": name, "input": given}],
+            },
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_arguments_of_every_layout_lose_the_nulls_of_arrow(tmp_path: Path, layout: str) -> None:
+    column, write = LAYOUTS[layout]
+    expr = {"type": "object", "properties": {"expr": {"type": "string"}}}
+    tools = json.dumps([declared("weather", CITY), declared("calc", expr)])
+    rows = [
+        {column: write("weather", {"city": "Rome"}), "tools": tools},
+        {column: write("calc", {"expr": "1"}), "tools": tools},
+    ]
+    found = read(write_parquet(rows, tmp_path))
+    assert [arguments(trajectory) for trajectory in found] == [[{"city": "Rome"}], [{"expr": "1"}]]
+    expected = [parse_row(given, "rows.parquet:1", RowConfig()) for given in rows]
+    assert [trajectory.messages for trajectory in found] == [trajectory.messages for trajectory in expected]
 
 
 # ---- schemas ---------------------------------------------------------------------------------------------------------

@@ -81,6 +81,13 @@ def test_an_array_is_not_cut_into_ranges(tmp_path: Path) -> None:
     assert len(list(split_input(file, 20))) == 3
 
 
+def test_objects_printed_one_after_the_other_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text("\n".join(json.dumps(row, indent=2) for row in ROWS))
+    with pytest.raises(DataError, match=r"rows.json: not JSON at column .*one object a line: jq -c \. .*rows.json"):
+        rows_of(file)
+
+
 def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text("\n")
     assert rows_of(tmp_path / "rows.json") == []

@@ -12,11 +12,14 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
-from gemma_dist.data.png import mend_png
+from gemma_dist.data.png import is_animated_png, mend_png
 from gemma_dist.data.strict import reason, short
 from gemma_dist.errors import DataError, setting
+
+SCALED = "images of 16-bit or float gray are seen with 8 bits, scaled from their whole range"
+FIRST_FRAME = "images of several frames or pages are seen as the first of them"
 
 # Formats that PIL decodes by itself; among the others are some that start programs (EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -62,7 +65,7 @@ def image_size(data: bytes) -> tuple[int, int]:
         if opened.format == "TIFF":  # PIL turns it while it loads
             opened.load()
         width, height = opened.size
-        is_on_its_side = _orientation(opened) >= 5
+        is_on_its_side = _orientation(opened) in (5, 6, 7, 8)
     return (width, height) if is_on_its_side else (height, width)
 
 
@@ -96,6 +99,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _scale_16_bits(image: Image.Image) -> Image.Image:
     """Gray of 8 bits; PIL's own conversion would make everything above 255 white."""
     samples = np.asarray(image).astype(np.uint32)
+    if _white_is_zero(image):
+        samples = 65535 - samples
     levels = ((samples + 128) // 257).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
@@ -113,7 +118,14 @@ def _scale_32_bits(image: Image.Image) -> Image.Image:
             f"the image holds 32-bit {kind} from {low:g} to {high:g}, and only floats from 0 to 1 say what is black "
             "and what is white; save it as gray of 8 or 16 bits"
         )
+    if _white_is_zero(image):
+        samples = 1 - samples
     return Image.fromarray((samples * 255 + 0.5).astype(np.uint8))
+
+
+def _white_is_zero(image: Image.Image) -> bool:
+    """Whether a TIFF counts gray from white to black, which PIL minds with 8 bits alone."""
+    return getattr(image, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
 
 
 def check_image(data: bytes, max_image_pixels: int) -> None:
@@ -131,6 +143,15 @@ def check_image(data: bytes, max_image_pixels: int) -> None:
             f"scale it down or use {setting('max_image_pixels', width * height)}"
         )
     decode_image(data)
+
+
+def image_notes(data: bytes) -> list[str]:
+    """What the model does not see of a file that `check_image` took, in words."""
+    with _open(data) as opened:
+        notes = [SCALED] if opened.mode == "F" or opened.mode.startswith("I;16") else []
+        if getattr(opened, "is_animated", False) or is_animated_png(data):
+            notes.append(FIRST_FRAME)
+    return notes
 
 
 # ---- where the file is -----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ this a model writes `call:weather{city:…,expr:null}`. The tool's schema decide
     null fits, and the key is required                    the row's own: kept
     both fit, neither fits, or there is no schema         refused, unless `arrow_nulls` says drop or keep
 
-Of JSON rows only a null that the schema does not name is refused, for JSON is also written from Arrow
+Of JSON rows, a null that the schema does not name or allow is refused, for JSON is also written from Arrow
 (`Dataset.to_json`). Nulls of arguments that a string holds as JSON text are the row's own.
 """
 
@@ -96,10 +96,8 @@ def _arrows_own(function: CalledFunction, schema: JsonObject | None, found: list
     filled = [null for null in nulls if null.from_arrow]
     if filled and schema is None:
         raise _undecided(filled[0].path, f"no schema says which arguments it has; {AS_TEXT}")
-    if schema and "properties" in schema and train and not isinstance(function["arguments"], TextObject):
-        for null in nulls:
-            if null.is_unnamed and not null.from_arrow:
-                raise _undecided(null.path, f"the tool's schema does not name it; {FROM_JSON}")
+    if train and schema and "properties" in schema and not isinstance(function["arguments"], TextObject):
+        _refuse_of_json([null for null in nulls if not null.from_arrow], function["arguments"], schema)
     dropped = [null.path for null in filled if null.is_unnamed]
     named = [null.path for null in filled if not null.is_unnamed]
     if named:
@@ -116,6 +114,20 @@ def _arrows_own(function: CalledFunction, schema: JsonObject | None, found: list
             if may_be_absent:
                 dropped.append(path)
     return dropped
+
+
+def _refuse_of_json(nulls: list[_Found], arguments: JsonObject, schema: JsonObject) -> None:
+    """Refuse a null of a JSON row that would be Arrow's in a row of Arrow's: the row may have been one."""
+    if not nulls:
+        return
+    without = _changed_object(arguments, dict.fromkeys(null.path for null in nulls), ())
+    misfits = list(_with_inner(find_misfits(arguments, schema)))
+    misfits_without = list(_with_inner(find_misfits(without, schema)))
+    for null in nulls:
+        if null.is_unnamed:
+            raise _undecided(null.path, f"the tool's schema does not name it; {FROM_JSON}")
+        if _is_about(null.path, misfits) and not _is_missed(null.path, misfits_without):
+            raise _undecided(null.path, f"null does not fit the tool's schema; {FROM_JSON}")
 
 
 def _with_inner(misfits: Iterable[ValidationError]) -> Iterator[ValidationError]:
@@ -223,9 +235,16 @@ def _about_key(schemas: list[JsonObject], key: str, root: JsonObject) -> list[Js
             about.append(properties[key])
             continue
         if isinstance(patterns, dict):
-            about += [inner for pattern, inner in patterns.items() if re.search(pattern, key)]
+            about += [inner for pattern, inner in patterns.items() if _matches(pattern, key)]
         about.append(schema.get("additionalProperties"))
     return _alternatives(about, root)
+
+
+def _matches(pattern: str, key: str) -> bool:
+    try:
+        return re.search(pattern, key) is not None
+    except re.error:  # said where the schema is applied
+        return False
 
 
 def _about_items(schemas: list[JsonObject], root: JsonObject) -> list[JsonObject]:

@@ -31,6 +31,11 @@ def mend_png(data: bytes) -> bytes:
     return b"".join([SIGNATURE, *header, *turning, *pixels, data[position:]])
 
 
+def is_animated_png(data: bytes) -> bool:
+    """Whether a file is a PNG of several frames."""
+    return data.startswith(SIGNATURE) and any(kind == b"acTL" for kind, _ in _chunks(memoryview(data)))
+
+
 def _chunks(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
     """Kind and bytes of each whole chunk: length, kind, payload, checksum."""
     position = len(SIGNATURE)

@@ -167,7 +167,11 @@ def _is_list_of_objects(value: object) -> bool:
 def _read_document(path: Path) -> Iterator[ReadRow]:
     """The rows of a file that is one array, one object with the array under a key of ROWS_KEYS, or one row."""
     with _open(path) as file, error_context(path):
-        value = parse_json(_decode(file.read().removeprefix(BYTE_ORDER_MARK)))
+        text = _decode(file.read().removeprefix(BYTE_ORDER_MARK))
+        try:
+            value = parse_json(text)
+        except DataError as error:
+            raise DataError(f"{error}, or write one object a line: jq -c . {path}") from None
     key = _rows_key(value)
     if key is not None:
         value = get(value, key)

@@ -20,7 +20,7 @@ from gemma_dist.data.answers import link_answers
 from gemma_dist.data.content import ColumnIndex, clean_text
 from gemma_dist.data.convert import to_openai
 from gemma_dist.data.expected import is_test_case, with_expected_answer
-from gemma_dist.data.images import check_image, load_image
+from gemma_dist.data.images import check_image, image_notes, load_image
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
 from gemma_dist.data.messages import parse_message
 from gemma_dist.data.model_turns import JOINED, join_neighbors, text_before_calls
@@ -88,6 +88,8 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
             tools = show_tools(tools, settings.schemas, notes)
         media_root = _media_root(settings.media_root, where)
         images = _load_images(parsed.image_places, converted.images, media_root, settings.max_image_pixels)
+        for image in images:
+            notes.update(image_notes(image))
         messages = _in_order(parsed.messages, settings, notes)
         return Trajectory(row_id, messages, tools, images, notes, is_outline)
 

@@ -7,13 +7,13 @@ ms-swift, HF `Image`):
 import re
 
 from gemma_dist.data.content import ColumnIndex, image_source
-from gemma_dist.data.layouts.turns import OpenAIRow
+from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
 from gemma_dist.data.strict import error_context, get, parse_json, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
 MARKER = "<image>"
-_SHOWING_ROLES = ("user", "assistant", "tool", "function")  # whose messages may hold images
+_ROLES_WITHOUT_IMAGES = ("system", "developer")
 
 
 def image_column(row: RawRow) -> object:
@@ -39,12 +39,13 @@ def place_images(row: OpenAIRow) -> None:
     if not row.images or not isinstance(row.images, list):
         return
     num_markers = num_parts = 0
-    for _, message in row.messages:
+    for turn, message in row.messages:
         for part in _parts(message):
             if get(part, "type") == "text":
                 num_markers += _count_markers(get(part, "text"))
-            elif _takes_next_image(part):
-                num_parts += 1
+            else:
+                with error_context(turn_name(turn, get(message, "role"))):
+                    num_parts += _takes_next_image(part)
     if not num_markers or num_parts == len(row.images):
         return
     if num_parts + num_markers != len(row.images):
@@ -63,7 +64,7 @@ def place_images(row: OpenAIRow) -> None:
 def _parts(message: object) -> list[object]:
     """What a message may show images in: its parts, a string as one."""
     content = get(message, "content")
-    if get(message, "role") not in _SHOWING_ROLES:
+    if get(message, "role") in _ROLES_WITHOUT_IMAGES:
         return []
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
