@@ -1,4 +1,4 @@
-"""The command line, in the order of use: make a model, shard, inspect, check, train, evaluate, merge.
+"""The command line, in the order of use: make a model, shard, look, check, train, evaluate, merge.
 
 A command reads its options and calls one function of another module. Nothing heavy is imported before a command runs,
 not even the settings, which need pydantic: so `--help` answers at once.
@@ -23,7 +23,7 @@ from gemma_dist.errors import GemmaDistError, spell
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-    from gemma_dist.config import EvaluateConfig, MergeConfig, Section, ShardConfig
+    from gemma_dist.config import EvaluateConfig, MergeConfig, RowConfig, Section, ShardConfig
 
 EXISTING = click.Path(exists=True, path_type=Path)
 NEW = click.Path(path_type=Path)
@@ -220,6 +220,25 @@ def inspect(data: str, model: str, row: int | None, row_id: str | None, as_json:
     inspection = inspect_row(data, model, chosen, settings)
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     click.echo(json.dumps(inspection.to_json()) if as_json else inspection.render(color))
+
+
+@cli.command(cls=SettingsCommand, section=lambda config: config.RowConfig)
+@click.argument("data", metavar="DATA...", nargs=-1, required=True)
+@click.option("--against", metavar="DATA", multiple=True, help="Held-out rows: show which rows of DATA they hold, too.")
+@click.option("--model", help="Folder or Hub name of the model whose tokens are counted; shards know theirs.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+def stats(
+    data: tuple[str, ...], against: tuple[str, ...], model: str | None, as_json: bool, settings: "RowConfig"
+) -> None:
+    """Show lengths, tools, duplicates and leaks of a corpus.
+
+    DATA is a file of rows or a folder of shards, which may be a URL. Refused rows are counted by their reason.
+    """
+    from gemma_dist.logs import to_json
+    from gemma_dist.show.stats import collect_stats
+
+    found = collect_stats(list(data), list(against), model, settings)
+    click.echo(to_json(found.to_json()) if as_json else found.render())
 
 
 @cli.command(context_settings=UNKNOWN_TO_OVERRIDES)

@@ -31,6 +31,7 @@ OWNERS = {
     "shards/assemble.py": "shard",
     "shards/folder.py": "shard",
     "shards/sharding.py": "shard",
+    "show/stats_report.py": "stats",
     "merge/folders.py": "merge",
     "merge/verify.py": "merge",
 }

@@ -1,0 +1,194 @@
+"""`gemma-dist stats`: a corpus before it is trained on. Lengths, tools, duplicates, and what held-out rows it holds.
+
+    stats = collect_stats(["train.jsonl"], ["held_out.jsonl"], None, RowConfig())
+    print(stats.render())
+
+Rows are read one at a time. Of each some 700 bytes stay (`fingerprints.py`), of each tool one declaration. A row that
+breaks the data contract is counted by its reason, and the next one is read.
+"""
+
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gemma_dist.config import RowConfig
+from gemma_dist.data.content import count_images
+from gemma_dist.data.encode import Encoder, load_encoder
+from gemma_dist.data.fit import encode_trained, parse
+from gemma_dist.data.rows import read_rows
+from gemma_dist.data.strict import error_context
+from gemma_dist.data.trajectory import Trajectory
+from gemma_dist.errors import DataError
+from gemma_dist.logs import progress
+from gemma_dist.shards.reader import is_shard_folder, open_shards
+from gemma_dist.show.duplicates import find_exact, find_near, find_overlap, find_same_prompt
+from gemma_dist.show.fingerprints import Fingerprints, texts_of
+from gemma_dist.show.stats_report import LENGTHS, TOKENS, CorpusStats, Refusal, Spread
+from gemma_dist.show.tool_counts import ToolCounts
+
+MAX_REASON_WORDS = 14
+
+
+@dataclass
+class _Corpus:
+    """What is collected of the rows of some files or folders."""
+
+    fingerprints: Fingerprints = field(default_factory=Fingerprints)
+    tools: ToolCounts = field(default_factory=ToolCounts)
+    notes: Counter[str] = field(default_factory=Counter)
+    refused: dict[str, Refusal] = field(default_factory=dict)
+    numbers: dict[str, array] = field(default_factory=lambda: {name: array("q") for name in (*TOKENS, *LENGTHS)})
+
+    @property
+    def num_refused(self) -> int:
+        return sum(refusal.num_rows for refusal in self.refused.values())
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row as it was read: parsed, or the reason why it is refused."""
+
+    source: str  # file or folder
+    line: int
+    trajectory: Trajectory | DataError
+    num_tokens: tuple[int, int, int] | None = None  # of text, of images, trained
+
+
+def collect_stats(data: list[str], against: list[str], model: str | None, settings: RowConfig) -> CorpusStats:
+    """What the rows of `data` are like, and which of them also stand in `against`.
+
+    Args:
+        data: files of rows, and folders or URLs of shards.
+        against: more of them, such as held-out rows.
+        model: whose tokens are counted in raw rows; None: they are not. Shards know theirs.
+
+    Raises:
+        DataError: a file cannot be read as a whole, or a shard is damaged.
+    """
+    encoder = load_encoder(model, settings) if model else None
+    corpus = _collect(data, encoder, settings)
+    overlap = None
+    if against:
+        other = _collect(against, None, settings)
+        overlap = find_overlap(corpus.fingerprints, other.fingerprints, against, other.num_refused)
+    tokens, trained_tokens = corpus.numbers["tokens"], corpus.numbers["trained_tokens"]
+    tools = corpus.tools.counts()
+    return CorpusStats(
+        data=data,
+        num_rows=len(corpus.fingerprints),
+        num_refused=corpus.num_refused,
+        refused=dict(sorted(corpus.refused.items(), key=lambda item: -item[1].num_rows)),
+        notes=dict(corpus.notes),
+        num_encoded=len(tokens),
+        trained_share=sum(trained_tokens) / sum(tokens) if tokens else None,
+        per_row={name: _spread(numbers) for name, numbers in corpus.numbers.items() if numbers},
+        tools=tools,
+        never_called=[tool.name for tool in tools if not tool.num_calls],
+        num_rows_without_declarations=corpus.tools.num_rows_without_declarations,
+        exact=find_exact(corpus.fingerprints),
+        near=find_near(corpus.fingerprints),
+        same_prompt=find_same_prompt(corpus.fingerprints),
+        against=overlap,
+    )
+
+
+def _spread(numbers: array) -> Spread:
+    values = np.array(numbers, np.int64)
+    p50, p90, p99 = np.percentile(values, [50, 90, 99], method="inverted_cdf").tolist()
+    return Spread(int(values.sum()), float(values.mean()), int(p50), int(p90), int(p99), int(values.max()))
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _collect(data: list[str], encoder: Encoder | None, settings: RowConfig) -> _Corpus:
+    """Go once over all rows."""
+    corpus = _Corpus()
+    for path in data:
+        with closing(progress(_read(path, encoder, settings), total=None, desc=path, unit=" rows")) as rows:
+            for row in rows:
+                _add(row, corpus)
+    return corpus
+
+
+def _read(path: str, encoder: Encoder | None, settings: RowConfig) -> Iterator[_Row]:
+    return _read_shards(path) if is_shard_folder(path) else _read_raw(path, encoder, settings)
+
+
+def _read_shards(folder: str) -> Iterator[_Row]:
+    shards = open_shards(folder)
+    for index in range(len(shards)):
+        counts = (shards.num_text_tokens[index], shards.num_image_tokens[index], shards.num_target_tokens[index])
+        num_text, num_image, num_trained = map(int, counts)
+        yield _Row(folder, index + 1, shards.read(index), (num_text, num_image, num_trained))
+
+
+def _read_raw(path: str, encoder: Encoder | None, settings: RowConfig) -> Iterator[_Row]:
+    for where, raw in read_rows([path]):
+        source, num_tokens = str(where.file), None
+        try:
+            trajectory = parse(raw, where, settings)
+            if encoder:
+                with error_context(where):
+                    encoded = encode_trained(trajectory, encoder)
+                num_text = len(encoded.input_ids) - encoded.num_image_tokens
+                num_tokens = (num_text, encoded.num_image_tokens, encoded.num_target_tokens)
+        except DataError as error:
+            yield _Row(source, where.line, error)
+            continue
+        yield _Row(source, where.line, trajectory, num_tokens)
+
+
+def _add(row: _Row, corpus: _Corpus) -> None:
+    """Count a row."""
+    place = f"{row.source}:{row.line}"
+    trajectory = row.trajectory
+    if isinstance(trajectory, DataError):
+        why = reason_of(str(trajectory).removeprefix(f"{place}: "))
+        corpus.refused.setdefault(why, Refusal(place)).num_rows += 1
+        return
+    corpus.fingerprints.add(trajectory, row.source, row.line)
+    corpus.tools.add(trajectory, place)
+    corpus.notes.update(trajectory.notes)
+    for name, number in _lengths(trajectory).items():
+        corpus.numbers[name].append(number)
+    if row.num_tokens:
+        num_text, num_image, _ = row.num_tokens
+        for name, number in zip(TOKENS, (num_text + num_image, *row.num_tokens), strict=True):
+            corpus.numbers[name].append(number)
+
+
+def _lengths(trajectory: Trajectory) -> dict[str, int]:
+    """The numbers of LENGTHS of one row."""
+    counts = dict.fromkeys(LENGTHS, 0)
+    for message in trajectory.messages:
+        counts["characters"] += sum(map(len, texts_of(message)))
+        counts["messages"] += 1
+        counts["user_turns"] += message["role"] == "user"
+        counts["calls"] += len(message.get("tool_calls", []))
+        counts["images"] += count_images(message)
+    return counts
+
+
+# ---- reasons ---------------------------------------------------------------------------------------------------------
+
+_CONTEXT = re.compile(r"(turn \d+( \([^)]*\))?|tool \S+|call of \S+): ")
+_QUOTED = re.compile(r"(?<!\w)('.*?'|\".*?\"|\[.*\]|\{.*\})(?!\w)")
+
+
+def reason_of(error: str) -> str:
+    """The first words of an error, without what differs from row to row: turns, names, values, numbers.
+
+    "turn 3 (tool): content is ['a', 7]; write ..." -> "content is …"
+    """
+    while context := _CONTEXT.match(error):
+        error = error[context.end() :]
+    words = _QUOTED.sub("…", error)
+    words = re.sub(r"\d+(,\d{3})*", "…", words)
+    words = re.split(r"; |: ", words)[0]
+    return " ".join(words.split()[:MAX_REASON_WORDS])
