@@ -56,6 +56,7 @@ def overhead(folder: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from trl import SFTConfig, SFTTrainer
 
+    from gemma_dist.config import EncodingConfig
     from gemma_dist.data.encode import load_encoder
     from gemma_dist.logs import RunLog
     from gemma_dist.recipe import load_config
@@ -69,7 +70,7 @@ def overhead(folder: Path) -> None:
     config = load_config(ROOT / "launch/cpu_full.yaml", settings(model_dir, shards, folder / "ours", *sizes))
     run = resolve(config, Topology(""))
     schedule = run.schedule
-    encoder = load_encoder(str(model_dir), chat_template=None, enable_thinking=False)
+    encoder = load_encoder(str(model_dir), EncodingConfig())
     order = [sample for step in range(NUM_STEPS) for sample in schedule.global_batch(step)]
     encoded = [encoder.encode(schedule.shards.read(sample)) for sample in order]
     rows = [{"input_ids": one.input_ids, "labels": one.labels} for one in encoded]

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gemma_dist.config import RowConfig
+from gemma_dist.config import EncodingConfig, RowConfig
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded, Encoder, load_encoder
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import Trajectory, parse_row
@@ -39,7 +39,7 @@ def encoder_of(tiny_model: Callable[..., Path]) -> EncoderOf:
 
     @functools.cache
     def load(template: str = NEWEST, *, enable_thinking: bool = False) -> Encoder:
-        return load_encoder(str(tiny_model()), chat_template=template, enable_thinking=enable_thinking)
+        return load_encoder(str(tiny_model()), EncodingConfig(chat_template=template, enable_thinking=enable_thinking))
 
     return load
 
@@ -583,7 +583,7 @@ def test_a_template_that_loses_a_part_is_refused(
     encoder: Encoder, tiny_model: Callable[..., Path], tmp_path: Path, old: str, new: str, lost: str
 ) -> None:
     (tmp_path / "own.jinja").write_text(variant(encoder, (old, new)))
-    own = load_encoder(str(tiny_model()), chat_template=str(tmp_path / "own.jinja"), enable_thinking=False)
+    own = load_encoder(str(tiny_model()), EncodingConfig(chat_template=str(tmp_path / "own.jinja")))
     row = trajectory(
         user("Warm in Oslo?"), calls(("weather", {"city": "Oslo"})), tool("weather", "7 C"), model("It is 7 C.")
     )
@@ -593,9 +593,9 @@ def test_a_template_that_loses_a_part_is_refused(
 
 def test_what_is_no_processor_and_no_template_is_said_so(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no processor"):
-        load_encoder(str(tmp_path), chat_template=None, enable_thinking=False)
+        load_encoder(str(tmp_path), EncodingConfig())
     with pytest.raises(ConfigError, match=r"gemma4_v9.*gemma4_v5"):
-        load_encoder(str(tiny_model()), chat_template="gemma4_v9", enable_thinking=False)
+        load_encoder(str(tiny_model()), EncodingConfig(chat_template="gemma4_v9"))
 
 
 # ---- the template of the large models --------------------------------------------------------------------------------
@@ -616,7 +616,7 @@ def large(encoder: Encoder, tiny_model: Callable[..., Path], tmp_path: Path) -> 
         (prompt, "{%- set role = 'model' -%}" + prompt + EMPTY_THOUGHT),
     )
     (tmp_path / "large.jinja").write_text(template)
-    return load_encoder(str(tiny_model()), chat_template=str(tmp_path / "large.jinja"), enable_thinking=False)
+    return load_encoder(str(tiny_model()), EncodingConfig(chat_template=str(tmp_path / "large.jinja")))
 
 
 def test_an_empty_thought_of_the_template_is_not_trained(large: Encoder) -> None:
@@ -743,24 +743,24 @@ def test_the_fingerprint_is_that_of_the_settings_alone(
 ) -> None:
     """Equal in another process, after use, and for a saved copy, as beside every checkpoint."""
     script = (
-        "import sys; from gemma_dist.data.encode import load_encoder;"
-        "print(load_encoder(sys.argv[1], chat_template='gemma4_v5', enable_thinking=False).fingerprint)"
+        "import sys; from gemma_dist.config import EncodingConfig; from gemma_dist.data.encode import load_encoder;"
+        "print(load_encoder(sys.argv[1], EncodingConfig(chat_template='gemma4_v5')).fingerprint)"
     )
     result = subprocess.run([sys.executable, "-c", script, tiny_model()], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == encoder.fingerprint
-    used = load_encoder(str(tiny_model()), chat_template=NEWEST, enable_thinking=False)
+    used = load_encoder(str(tiny_model()), EncodingConfig(chat_template=NEWEST))
     processor: Any = used.processor
     processor.tokenizer(["a", "several tokens"], padding=True, truncation=True, max_length=3)
     assert used.fingerprint == encoder.fingerprint
     processor.save_pretrained(tmp_path)
-    assert load_encoder(str(tmp_path), chat_template=None, enable_thinking=False).fingerprint == encoder.fingerprint
+    assert load_encoder(str(tmp_path), EncodingConfig()).fingerprint == encoder.fingerprint
 
 
 def test_the_fingerprint_changes_with_template_tokenizer_and_images(
     encoder_of: EncoderOf, tiny_model: Callable[..., Path]
 ) -> None:
     def changed(change: Callable[[Any], Any]) -> str:
-        encoder = load_encoder(str(tiny_model()), chat_template=NEWEST, enable_thinking=False)
+        encoder = load_encoder(str(tiny_model()), EncodingConfig(chat_template=NEWEST))
         change(encoder.processor)
         return encoder.fingerprint
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from gemma_dist.config import ShardConfig
+from gemma_dist.config import EncodingConfig, ShardConfig
 from gemma_dist.data.encode import IGNORE_INDEX, load_encoder
 from gemma_dist.data.rows import read_rows
 from gemma_dist.errors import DataError
@@ -24,7 +24,7 @@ ROWS = [row(number) for number in range(4)]
 
 def test_raw_rows_and_shards_show_what_the_encoder_gives(tmp_path: Path, model: str) -> None:
     shard_rows(tmp_path, model, ROWS)
-    encoder = load_encoder(model, chat_template=None, enable_thinking=False)
+    encoder = load_encoder(model, EncodingConfig())
     for number, trajectory in enumerate(load_trajectories(tmp_path / "rows.jsonl", ShardConfig())):
         encoded = encoder.encode(trajectory)
         raw = inspect_row(tmp_path / "rows.jsonl", model, number + 1, ShardConfig())

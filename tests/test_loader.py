@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from gemma_dist.config import BatchPlan
+from gemma_dist.config import BatchPlan, EncodingConfig
 from gemma_dist.data.encode import IGNORE_INDEX, Encoder, load_encoder
 from gemma_dist.errors import DataError
 from gemma_dist.shards import sharding
@@ -38,7 +38,7 @@ def style(
     model_folder = str(tiny_model(request.param))
     shard_rows(folder, model_folder, [row(number) for number in range(NUM_SAMPLES)])
     model = AutoModelForImageTextToText.from_pretrained(model_folder).eval()
-    encoder = load_encoder(model_folder, chat_template=None, enable_thinking=False)
+    encoder = load_encoder(model_folder, EncodingConfig())
     return model, encoder, open_shards(folder / "shards")
 
 
@@ -323,7 +323,7 @@ def test_a_damaged_sample_stops_the_run_and_is_named(style: Any, tmp_path: Path)
 
 def test_shards_of_another_template_are_refused(style: Any) -> None:
     model, _, shards = style
-    other = load_encoder(str(model.name_or_path), chat_template="gemma4_v2", enable_thinking=False)
+    other = load_encoder(str(model.name_or_path), EncodingConfig(chat_template="gemma4_v2"))
     with pytest.raises(DataError, match="another tokenizer, chat template"):
         loaders((model, other, shards), 1, 1, 1)
 

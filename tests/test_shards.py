@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from gemma_dist.config import ShardConfig
+from gemma_dist.config import EncodingConfig, ShardConfig
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.data.fit import _first_messages, cut_points
 from gemma_dist.errors import DataError
@@ -42,7 +42,7 @@ def test_what_is_sharded_is_read_back(tmp_path: Path, model: str, small_pieces: 
 def test_the_manifest_holds_the_lengths_that_the_encoder_gives(tmp_path: Path, model: str) -> None:
     report = shard_rows(tmp_path, model, ROWS)
     shards = open_shards(tmp_path / "shards")
-    encoder = load_encoder(model, chat_template=None, enable_thinking=False)
+    encoder = load_encoder(model, EncodingConfig())
     encoded = [encoder.encode(shards.read(index)) for index in range(len(shards))]
     lengths = shards.num_text_tokens + shards.num_image_tokens
     assert lengths.tolist() == [len(sample.input_ids) for sample in encoded]
@@ -194,7 +194,7 @@ def test_a_cut_ends_with_a_trained_assistant_message_and_never_inside_a_turn() -
 
 def test_cut_turns_keeps_the_longest_beginning_that_fits(tmp_path: Path, model: str) -> None:
     long = row(3, num_calls=6)  # a picture comes back from each call
-    encoder = load_encoder(model, chat_template=None, enable_thinking=False)
+    encoder = load_encoder(model, EncodingConfig())
     (whole,) = load_trajectories(write_rows(tmp_path / "long.jsonl", [long]), ShardConfig())
     limit = len(encoder.encode(whole).input_ids) // 2
     report = shard_rows(tmp_path, model, [long, row(1)], max_length=limit, too_long="cut_turns")

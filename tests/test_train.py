@@ -125,13 +125,13 @@ def test_loss_is_a_sum_over_the_target_tokens_of_the_global_batch(
     run: Any, model: str, shards: Path, more: tuple[str, ...]
 ) -> None:
     """Step 1 against transformers' own loss of each row alone, weighted by its target tokens."""
-    from gemma_dist.config import batch_plan
+    from gemma_dist.config import EncodingConfig, batch_plan
     from gemma_dist.data.encode import load_encoder
     from gemma_dist.recipe import load_config
     from gemma_dist.stream.collate import Sample, collate, control_ids
     from gemma_dist.stream.schedule import open_schedule
 
-    encoder = load_encoder(model, chat_template=None, enable_thinking=False)
+    encoder = load_encoder(model, EncodingConfig())
     config = load_config("launch/cpu_full.yaml", [*_paths(model, shards, Path("out")), *SETTINGS, *more])
     schedule = open_schedule(config, batch_plan(config, 1))
     base = AutoModelForImageTextToText.from_pretrained(model).eval()

@@ -23,6 +23,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemma_dist.config import EncodingConfig
 from gemma_dist.data.emitted import NEWER_TEMPLATE, find_emitted
 from gemma_dist.data.images import decode_image, image_size
 from gemma_dist.data.messages import count_images
@@ -251,14 +252,11 @@ def _decision_points(messages: list[Message]) -> Iterator[tuple[int, list[Messag
             yield turn[0][0], [message for _, message in turn]
 
 
-def load_encoder(
-    model: str, *, adapter: Path | None = None, chat_template: str | None, enable_thinking: bool
-) -> Encoder:
-    """The encoder of a model folder (or hub name).
+def load_encoder(model: str, settings: EncodingConfig, *, adapter: Path | None = None) -> Encoder:
+    """The encoder of a model folder (or hub name) that renders as `settings` say.
 
     Args:
         adapter: a folder whose processor is taken instead, where it has one: training may have changed it.
-        chat_template: None for the model's own, the name of a revision that TRL ships (`gemma4_v5`), or a Jinja file.
 
     Raises:
         CheckpointError: there is no Gemma 4 processor; it wants to run code of its own; its tokenizer has more tokens
@@ -279,14 +277,15 @@ def load_encoder(
     if not isinstance(processor, Gemma4Processor):
         raise CheckpointError(f"{folder!r} holds a {type(processor).__name__}, not a Gemma 4 processor")
     require_embeddings(processor.tokenizer, rows, tokenizer_of=folder, model=model)
-    if chat_template is not None:
-        processor.chat_template = _read_template(chat_template)
+    if settings.chat_template is not None:
+        processor.chat_template = _read_template(settings.chat_template)
     if processor.chat_template is None:
         raise CheckpointError(f"{folder!r} has no chat template; use {setting('chat_template', 'gemma4_v5')}")
-    return Encoder(processor, enable_thinking=enable_thinking)
+    return Encoder(processor, enable_thinking=settings.enable_thinking)
 
 
 def _read_template(name: str) -> str:
+    """A revision that TRL ships, by its name (`gemma4_v5`), or a Jinja file."""
     import trl
 
     shipped = {path.stem: path for path in (Path(trl.__file__).parent / "chat_templates").glob("gemma4*.jinja")}

@@ -62,9 +62,7 @@ def evaluate(
         raise ConfigError(f"{out / REPORT} exists already; name another folder or remove it")
     world.connect()
     world.note_processes()
-    encoder = load_encoder(
-        model, adapter=adapter, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking
-    )
+    encoder = load_encoder(model, settings, adapter=adapter)
     decisions, num_trajectories = _my_decisions(data, limit, encoder, settings)
     if num_trajectories == 0:
         raise DataError(f"{data} holds no trajectories, so there is nothing to evaluate")

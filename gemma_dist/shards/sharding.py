@@ -70,7 +70,7 @@ def run_shard(
     for number, path in enumerate(inputs):
         if path.resolve() in [earlier.resolve() for earlier in inputs[:number]]:
             raise DataError(f"{path} is named twice; name each input once")
-    encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
+    encoder = load_encoder(model, settings)
     header = {
         "fingerprint": encoder.fingerprint,
         "settings": settings.model_dump(mode="json", exclude={"media_root"}),
@@ -164,7 +164,7 @@ def _start_worker(model: str, settings: ShardConfig, num_rows: Any) -> None:
     global _encoder, _num_rows
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: this one ends without a word
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
+    _encoder = load_encoder(model, settings)
     _num_rows = num_rows
 
 

@@ -72,12 +72,12 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
     if is_shard_folder(data):
         shards = open_shards(data)
         trajectory = shards.read(_sample(shards, row))
-        encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
+        encoder = load_encoder(model, settings)
         encoded = encoder.encode(trajectory)
     else:
         where, raw = _raw_row_of_id(Path(data), row) if isinstance(row, str) else _raw_row(Path(data), row)
         trajectory = parse(raw, where, settings)
-        encoder = load_encoder(model, chat_template=settings.chat_template, enable_thinking=settings.enable_thinking)
+        encoder = load_encoder(model, settings)
         with error_context(where):
             encoded = encode_trained(trajectory, encoder)
             fitting = fit(trajectory, encoded, encoder, settings)

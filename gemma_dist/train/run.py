@@ -49,11 +49,7 @@ def train(config: RunConfig, *, trainer_class: Callable[..., ToolCallTrainer] = 
     require_fit(config, topology)
     require_output_dir(config)
     run = resolve(config, topology)
-    encoder = load_encoder(
-        config.model.model_name_or_path,
-        chat_template=config.data.chat_template,
-        enable_thinking=config.data.enable_thinking,
-    )
+    encoder = load_encoder(config.model.model_name_or_path, config.data)
     checkpoint, start_step = find_checkpoint(output_dir, config.train.resume_from_checkpoint, run.identity)
     if checkpoint and (changed := changed_settings(checkpoint, config)):
         log.info("resuming from %s with other settings: %s", checkpoint, "; ".join(changed))

@@ -69,11 +69,12 @@ class Bench:
         """A row with an image as tensors, to compare logits on."""
         from safetensors.torch import save_file
 
+        from gemma_dist.config import EncodingConfig
         from gemma_dist.data.encode import load_encoder
         from gemma_dist.shards.reader import open_shards
         from gemma_dist.stream.collate import Sample, collate_packs, control_ids
 
-        encoder = load_encoder(str(self.model(style, "float32")), chat_template=None, enable_thinking=False)
+        encoder = load_encoder(str(self.model(style, "float32")), EncodingConfig())
         trajectory = open_shards(self.shards(style, "images")).read(0)
         sample = Sample("", encoder.encode(trajectory), encoder.pixels(trajectory.images))
         batch = collate_packs([[sample]], control_ids(encoder.processor))
