@@ -11,6 +11,7 @@ import os
 import sys
 import types
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -71,6 +72,14 @@ class SettingsCommand(click.Command):
         *params, help_option = super().get_params(ctx)
         return [*params, *self.setting_options, help_option]
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """The bare flag of before, --enable-thinking, stands for --enable-thinking true."""
+        words = []
+        for word, following in zip_longest(args, args[1:], fillvalue=""):
+            is_bare = word == "--enable-thinking" and following not in ("auto", "true", "false")
+            words.append(f"{word}=true" if is_bare else word)
+        return super().parse_args(ctx, words)
+
     def invoke(self, ctx: click.Context) -> Any:
         from gemma_dist.recipe import load_section
 
@@ -86,14 +95,20 @@ def _option_of(name: str, field: "FieldInfo") -> click.Option:
     kind = field.annotation
     if get_origin(kind) is types.UnionType:  # with None, which is to leave the option out
         kind = get_args(kind)[0]
+    choices = [_word(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
     return click.Option(
         [option(name)],
-        type=SettingChoice(get_args(kind)) if get_origin(kind) is Literal else kind,
+        type=SettingChoice(choices) if choices else kind,
         is_flag=kind is bool,
-        default=field.default,
+        default=_word(field.default) if choices else field.default,
         show_default=field.default is not None,
         help=field.description,
     )
+
+
+def _word(value: object) -> str:
+    """A value of a choice as it is typed: true for True."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class SettingChoice(click.Choice):
@@ -122,6 +137,11 @@ def spellings(command: click.Command) -> dict[str, str]:
         else:
             spelled[name] = f"`gemma-dist merge … {option(name)} {{}}`"
     return spelled
+
+
+def _spelled(text: str) -> str:
+    """A message with its remedies as the running command takes them."""
+    return spell(text, spellings(click.get_current_context().command))
 
 
 def _from_one(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
@@ -214,6 +234,8 @@ def inspect(data: str, model: str, row: int | None, row_id: str | None, as_json:
     chosen = row_id if row_id is not None else row or 1
     inspection = inspect_row(data, model, chosen, settings)
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    notes = {_spelled(note): count for note, count in inspection.notes.items()}
+    inspection = dataclasses.replace(inspection, notes=notes)
     click.echo(json.dumps(inspection.to_json()) if as_json else inspection.render(color))
 
 

@@ -191,7 +191,7 @@ def _parse_reasoning(raw: RawRow, clean: Clean) -> str:
     if len(set(given.values())) > 1:
         raise DataError(f"{' and '.join(given)} say different things; keep reasoning_content")
     text = next(iter(given.values()), "")
-    return clean(text) if text.strip() else ""
+    return clean(text.strip("\n")) if text.strip() else ""  # the template writes the line breaks around it
 
 
 def _is_trained(raw: RawRow) -> bool:

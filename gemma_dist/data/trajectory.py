@@ -23,6 +23,7 @@ from gemma_dist.data.messages import clean_text, parse_message, require_encodabl
 from gemma_dist.data.rows import Where
 from gemma_dist.data.schema import check_calls, parse_tools
 from gemma_dist.data.strict import error_context, get, map_json, short
+from gemma_dist.data.template_kwargs import parse_template_kwargs
 from gemma_dist.data.types import Message, Tool
 from gemma_dist.errors import DataError
 
@@ -36,6 +37,7 @@ class Trajectory:
     tools: list[Tool]
     images: list[bytes]  # files as they came, one for each image part, in the order of the messages
     notes: Counter[str] = field(default_factory=Counter)  # what parsing changed or left out, in words: how often
+    enable_thinking: bool | None = None  # as the row itself says; None: the setting decides
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
         media_root = _media_root(settings.media_root, where)
         images = _load_images(image_places, converted.images, media_root, settings.max_image_pixels)
         ordered = chain.from_iterable(text_before_calls(message, settings.text_beside_call) for message in messages)
-        return Trajectory(row_id, list(ordered), tools, images, converted.notes)
+        thinking = parse_template_kwargs(row.get("chat_template_kwargs"))
+        return Trajectory(row_id, list(ordered), tools, images, converted.notes, thinking)
 
 
 def name_row(given: object, where: Where | str) -> str:

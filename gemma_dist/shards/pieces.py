@@ -1,8 +1,9 @@
 """One piece of the raw rows -> its shard files, hidden until all pieces are done.
 
-Each row is parsed, encoded (that is how it is measured) and written, one row group in memory at a time. What is refused
-or too long goes into logs of its own. The record is written last: it holds the piece's lines of the manifest, and where
-in the input each sample came from, so that repeated ids can be found over all pieces.
+Each row is parsed, made one or several samples, encoded (that is how it is measured) and written, one row group in
+memory at a time. What is refused or too long goes into logs of its own. The record is written last: it holds the
+piece's lines of the manifest, and where in the input each sample came from, so that repeated ids can be found over all
+pieces.
 """
 
 import json
@@ -24,7 +25,8 @@ from gemma_dist.data.rows import InputRange, ReadRow, Where
 from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message, Tool
-from gemma_dist.errors import DataError, spell
+from gemma_dist.data.unroll import unroll
+from gemma_dist.errors import DataError, setting, spell
 from gemma_dist.files import publish
 from gemma_dist.logs import JsonlWriter
 from gemma_dist.shards.manifest import COUNTS, RowGroupPlace, ShardEntry, row_group_line
@@ -42,15 +44,22 @@ _PIECE_FILE = re.compile(  # as `ShardJob.path` names it, or `_partial` while it
 Refused: TypeAlias = dict[tuple[str, int], str]
 
 IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-# What `datasets.Features(…).arrow_schema` gives for id, Json, Json, List(Image(decode=False)), without the import.
+# What `datasets.Features(…).arrow_schema` gives for id, Json, Json, List(Image(decode=False)), bool without the import.
 FEATURES = {
     "id": {"dtype": "string", "_type": "Value"},
     "messages": {"_type": "Json"},
     "tools": {"_type": "Json"},
     "images": {"feature": {"decode": False, "_type": "Image"}, "_type": "List"},
+    "enable_thinking": {"dtype": "bool", "_type": "Value"},
 }
 SCHEMA = pa.schema(
-    {"id": pa.string(), "messages": pa.json_(), "tools": pa.json_(), "images": pa.list_(IMAGE_TYPE)},
+    {
+        "id": pa.string(),
+        "messages": pa.json_(),
+        "tools": pa.json_(),
+        "images": pa.list_(IMAGE_TYPE),
+        "enable_thinking": pa.bool_(),  # as the row says; null: the setting decides
+    },
     metadata={"huggingface": json.dumps({"info": {"features": FEATURES}})},
 )
 PLACES = {"file": pa.large_list(pa.large_string()), "line": pa.large_list(pa.int64())}
@@ -59,12 +68,14 @@ RECORD_SCHEMA = pa.schema([*MANIFEST_SCHEMA, *(pa.field(name, kind) for name, ki
 
 @dataclass
 class ShardReport:
-    """What became of the rows: read = written + rejected + dropped; the cut ones are among the written."""
+    """What became of the rows, each of which makes one sample, or with `unroll` several: read + unrolled = written +
+    rejected + dropped; the cut ones are among the written."""
 
     out: str
-    num_read: int = 0
-    num_written: int = 0
-    num_rejected: int = 0
+    num_read: int = 0  # rows
+    num_unrolled: int = 0  # samples beyond the first of each row
+    num_written: int = 0  # samples
+    num_rejected: int = 0  # rows: all of a row is refused or nothing
     num_dropped: int = 0
     num_cut: int = 0
     num_shards: int = 0
@@ -79,9 +90,11 @@ class ShardReport:
         return asdict(self) | {"notes": dict(self.notes)}  # asdict counts the pairs of a Counter anew
 
     def summary(self) -> str:
+        written = f"{self.num_written:,} of {self.num_read:,} rows"
+        if self.num_unrolled:
+            written = f"{self.num_written:,} samples of {self.num_read:,} rows"
         lines = [
-            f"{self.num_written:,} of {self.num_read:,} rows in {self.num_shards:,} "
-            f"shard{'s' * (self.num_shards != 1)}: {self.out}",
+            f"{written} in {self.num_shards:,} shard{'s' * (self.num_shards != 1)}: {self.out}",
             f"{self.num_text_tokens:,} text tokens, {self.num_image_tokens:,} image tokens in {self.num_images:,} "
             f"images; {self.num_target_tokens:,} tokens are trained",
         ]
@@ -95,9 +108,11 @@ class ShardReport:
         if self.num_dropped_reasoning:
             lines.append(
                 f"{self.num_dropped_reasoning:,} messages lose their reasoning, since the chat template renders it "
-                "after the last user turn only: to train on it, make one row for each user turn"
+                f"after the last user turn only: to train on it, use {setting('unroll', 'reasoning')}, which makes one "
+                "sample for each user turn"
             )
         lines += [f"{count:,} x {note}" for note, count in sorted(self.notes.items())]
+        lines = [spell(line, OPTIONS) for line in lines]
         return "\n".join(lines)
 
 
@@ -155,35 +170,53 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow]) -> None:
                 raise DataError(error)
             trajectory = parse(row, where, job.settings)
             with error_context(where):
-                encoded = encode_trained(trajectory, encoder)
-                fitting = fit(trajectory, encoded, encoder, job.settings)
+                samples = [
+                    _measure(sample, encoder, job.settings) for sample in unroll(trajectory, encoder, job.settings)
+                ]
         except DataError as error:
             report.num_rejected += 1
             rejected.write(place | {"error": spell(str(error), OPTIONS)})
             if len(errors) < NUM_ERRORS_SHOWN:
                 errors.append(str(error))
             continue
-        kept, encoded_kept = fitting or (None, None)
-        if kept is not trajectory:
-            num_kept = len(kept.messages) if kept else 0
-            length = {
-                "id": trajectory.id,
-                "num_tokens": len(encoded.input_ids),
-                "num_messages": len(trajectory.messages),
-                "num_messages_kept": num_kept,
-            }
-            too_long.write(place | length)
-            report.num_cut += num_kept > 0
-            report.num_dropped += num_kept == 0
-        if kept and encoded_kept:
-            writer.add(kept, encoded_kept, where)
-            report.num_dropped_reasoning += encoded_kept.num_dropped_reasoning
-            report.notes += kept.notes
+        report.num_unrolled += len(samples) - 1
+        for sample in samples:
+            if sample.length:
+                too_long.write(place | sample.length)
+                report.num_cut += sample.kept is not None
+                report.num_dropped += sample.kept is None
+            if sample.kept and sample.encoded:
+                writer.add(sample.kept, sample.encoded, where)
+                report.num_dropped_reasoning += sample.encoded.num_dropped_reasoning
+                report.notes += sample.kept.notes + sample.encoded.notes
     rejected.close()
     too_long.close()
     for name, total in writer.totals.items():
         setattr(report, name, total)
     writer.close({"report": report.to_json(), "errors": errors})
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A sample within the length limit."""
+
+    kept: Trajectory | None  # None: dropped for its length
+    encoded: Encoded | None
+    length: dict[str, Any] | None  # what the log says of one that is dropped or cut
+
+
+def _measure(sample: Trajectory, encoder: Encoder, settings: ShardConfig) -> _Measured:
+    encoded = encode_trained(sample, encoder)
+    kept, encoded_kept = fit(sample, encoded, encoder, settings) or (None, None)
+    if kept is sample:
+        return _Measured(kept, encoded_kept, None)
+    length = {
+        "id": sample.id,
+        "num_tokens": len(encoded.input_ids),
+        "num_messages": len(sample.messages),
+        "num_messages_kept": len(kept.messages) if kept else 0,
+    }
+    return _Measured(kept, encoded_kept, length)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -213,7 +246,13 @@ class _ShardWriter:
     def add(self, trajectory: Trajectory, encoded: Encoded, where: Where) -> None:
         messages, tools = _to_json(trajectory.messages), _to_json(trajectory.tools)
         images = [{"bytes": image, "path": None} for image in trajectory.images]
-        row: dict[str, object] = {"id": trajectory.id, "messages": messages, "tools": tools, "images": images}
+        row: dict[str, object] = {
+            "id": trajectory.id,
+            "messages": messages,
+            "tools": tools,
+            "images": images,
+            "enable_thinking": trajectory.enable_thinking,
+        }
         num_bytes = len(messages.encode()) + len(tools.encode()) + sum(map(len, trajectory.images))
         if self._rows and self._row_bytes + num_bytes > self._job.row_group_bytes:
             self._end_row_group()

@@ -128,6 +128,7 @@ class Shards:
             messages=json.loads(row["messages"]),
             tools=json.loads(row["tools"]),
             images=[image["bytes"] for image in row["images"]],
+            enable_thinking=row.get("enable_thinking"),  # folders of earlier versions have no such column
         )
 
     def read_row_group(self, row_group: int) -> pa.Table:

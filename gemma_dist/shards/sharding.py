@@ -2,7 +2,7 @@
 
 A shard folder holds
 
-    train-00000.parquet …   id, messages, tools, images as any parquet reader and plain `datasets` take them
+    train-00000.parquet …   id, messages, tools, images, enable_thinking, for any parquet reader and plain `datasets`
     manifest.arrow          where each row group lies, and how long each sample is; written last
     rejected.jsonl          with --skip-invalid: the rows that were refused, with file, line and error
     too_long.jsonl          the rows that were cut or dropped for their length
