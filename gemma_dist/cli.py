@@ -24,7 +24,7 @@ from gemma_dist.errors import GemmaDistError, spell
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-    from gemma_dist.config import EvaluateConfig, MergeConfig, Section, ShardConfig
+    from gemma_dist.config import EvaluateConfig, MergeConfig, RowConfig, Section, ShardConfig
 
 EXISTING = click.Path(exists=True, path_type=Path)
 NEW = click.Path(path_type=Path)
@@ -237,6 +237,29 @@ def inspect(data: str, model: str, row: int | None, row_id: str | None, as_json:
     notes = {_spelled(note): count for note, count in inspection.notes.items()}
     inspection = dataclasses.replace(inspection, notes=notes)
     click.echo(json.dumps(inspection.to_json()) if as_json else inspection.render(color))
+
+
+@cli.command(cls=SettingsCommand, section=lambda config: config.RowConfig)
+@click.argument("data")
+@click.option("--model", required=True, help="Folder or Hub name of the model that is trained.")
+@click.option("--server-template", help="A Jinja file, or the name of a revision; default: the model's own.")
+@click.option("--limit", type=click.IntRange(min=1), help="Look at only this many rows, the first ones.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
+def check_prompts(
+    data: str, model: str, server_template: str | None, limit: int | None, as_json: bool, settings: "RowConfig"
+) -> None:
+    """Compare what is trained with the prompts that a server makes.
+
+    DATA is a file of rows or a folder of shards. The token ids in front of each trained answer are to equal the
+    generation prompt that the server's template makes of the same history. Exit code 1: some differ.
+    """
+    from gemma_dist.show.prompts import check_prompts as check
+
+    report = check(data, model, server_template, settings, limit)
+    report.refused = [_spelled(error) for error in report.refused]
+    click.echo(json.dumps(report.to_json()) if as_json else report.render())
+    if report.differences:
+        click.get_current_context().exit(1)
 
 
 @cli.command(context_settings=UNKNOWN_TO_OVERRIDES)
