@@ -24,7 +24,8 @@ def open_to_append(out: Path, header: dict[str, Any]) -> Manifest:
     if manifest.header["fingerprint"] != header["fingerprint"]:
         raise DataError(
             f"{out} was made with another tokenizer, chat template or image processor (fingerprint "
-            f"{manifest.header['fingerprint']}, here {header['fingerprint']}); append with the same model and template"
+            f"{manifest.header['fingerprint']}, here {header['fingerprint']}); append with the same model, template "
+            "and enable_thinking (to the shards of an earlier version nothing can be added: make them again)"
         )
     old, new = current_values(manifest.header["settings"]), header["settings"]
     if changed := [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in new if old.get(name) != new[name]]:

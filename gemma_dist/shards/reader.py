@@ -52,7 +52,7 @@ class Shards:
             found = ", ".join(f"{folder} ({h['fingerprint']})" for folder, h in zip(folders, headers, strict=True))
             raise DataError(
                 f"the shards were made with different tokenizers, chat templates or image processors: {found}; "
-                "make them again with the same model and template"
+                "make them again with the same model, template and enable_thinking"
             )
         self.fingerprint: str = headers[0]["fingerprint"]
         self._first_row_group = np.cumsum([0, *(manifest.table.num_rows for manifest in self._manifests)])
