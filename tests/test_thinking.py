@@ -263,6 +263,16 @@ def test_the_empty_thought_of_large_models_prompts_stands_in_front_of_answers(la
     check_against_prompts(large, parsed(user(), says("Ok.", "Why.")))  # thinking is on: no empty thought
 
 
+def test_an_earlier_answer_whose_thought_is_dropped_is_not_trained_either(encoder: Encoder) -> None:
+    row = parsed(*THINKS, *THINKS)
+    encoded = encoder.encode(row)
+    assert [index for index, _ in encoded.answers] == [1, 5, 7]
+    assert (encoded.notes, encoded.num_dropped_reasoning) == ({served.UNTRAINED: 1}, 2)
+    check_against_prompts(encoder, row)
+    samples = unroll(row, encoder, RowConfig(unroll="reasoning"))
+    assert [index for sample in samples for index, _ in encoder.encode(sample).answers] == [1, 3, 5, 7]
+
+
 # ---- one sample for each user turn -----------------------------------------------------------------------------------
 
 TURNS = [
@@ -480,17 +490,10 @@ def test_the_flag_of_before_stands_for_true(tmp_path: Path, model: str, capsys: 
 def test_the_report_and_inspect_name_the_option(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [raw("a", MIDDLE), raw("b", TURNS)])
     assert main(["inspect", str(data), "--model", model]) == 0
-    assert (
-        "1 x answers to a tool's result without a thought, where the prompt has opened one, are not trained: use "
-        in (capsys.readouterr().out)
-    )
+    assert "1 x answers to a tool's result that have no thought, or lose it, are not" in capsys.readouterr().out
     assert main(["shard", str(data), "--model", model, "--out", str(tmp_path / "out"), "--num-workers", "1"]) == 0
     shown = capsys.readouterr().out
-    assert (
-        "1 x answers to a tool's result without a thought, where the prompt has opened one, are not trained: use "
-        in shown
-    )
-    assert "4 messages lose their reasoning" not in shown
+    assert "1 x answers to a tool's result that have no thought, or lose it, are not" in shown
     assert "3 messages lose their reasoning" in shown
     assert shown.count("use --unroll reasoning, which makes") == 2
 

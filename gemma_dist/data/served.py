@@ -26,7 +26,7 @@ from gemma_dist.gemma_format import CHANNEL_END, THOUGHT
 NO_THOUGHT = THOUGHT + CHANNEL_END
 
 UNTRAINED = (
-    "answers to a tool's result without a thought, where the prompt has opened one, are not trained: use "
+    "answers to a tool's result that have no thought, or lose it, are not trained where the prompt has opened one: use "
     f"{setting('unroll', 'reasoning')}, which makes a sample of each"
 )
 CLOSED_BY_MODEL = "answers to a tool's result without a thought learn to close the one that the prompt has opened"
