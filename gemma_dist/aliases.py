@@ -102,6 +102,11 @@ def current_value(value: object) -> object:
     return RENAMED_VALUES.get(value, value) if isinstance(value, str) else value
 
 
+def as_bool(value: object) -> object:
+    """True and False for the words that a command line has for them; other values are returned as they are."""
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+
+
 def current_values(settings: Mapping[str, object]) -> dict[str, object]:
     """Recorded settings, each with its value as it is written today."""
     return {name: current_value(value) for name, value in settings.items()}

@@ -5,128 +5,29 @@ not even the settings, which need pydantic: so `--help` answers at once.
 """
 
 import dataclasses
-import functools
 import json
 import os
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING
 
 import click
 
 from gemma_dist import __version__
-from gemma_dist.aliases import current_value
-from gemma_dist.errors import GemmaDistError, spell
+from gemma_dist.errors import spell
+from gemma_dist.options import OrderedGroup, SettingsCommand, spellings
 
 if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
-
-    from gemma_dist.config import EvaluateConfig, MergeConfig, RowConfig, Section, ShardConfig
+    from gemma_dist.config import EvaluateConfig, MergeConfig, RowConfig, ShardConfig
 
 EXISTING = click.Path(exists=True, path_type=Path)
 NEW = click.Path(path_type=Path)
 
 
-class OrderedGroup(click.Group):
-    """Commands in the order in which they are written below. Each spells the remedies of errors its own way."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """As they were added; click would sort them by name."""
-        return list(self.commands)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, and put into a user error's words how this command takes the settings that it names."""
-        try:
-            return super().invoke(ctx)
-        except GemmaDistError as error:
-            command = self.commands[str(ctx.invoked_subcommand)]
-            error.args = (spell(str(error), spellings(command)),)
-            raise
-
-
-class SettingsCommand(click.Command):
-    """A command with an option for each setting of a section of config.py; its function gets them as `settings`.
-
-    `section` picks the class from the module config, which is first imported when a command is called or asked for its
-    own help.
-    """
-
-    def __init__(self, *args: Any, section: Callable[[Any], "type[Section]"], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._pick_section = section
-
-    @functools.cached_property
-    def section(self) -> "type[Section]":
-        """The class of the settings."""
-        from gemma_dist import config
-
-        return self._pick_section(config)
-
-    @functools.cached_property
-    def setting_options(self) -> list[click.Option]:
-        """One option for each setting."""
-        return [_option_of(name, field) for name, field in self.section.model_fields.items()]
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The command's own options, then one for each setting, and --help last."""
-        *params, help_option = super().get_params(ctx)
-        return [*params, *self.setting_options, help_option]
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Check the settings and hand them to the command's function. Raises ConfigError, with all that is wrong."""
-        from gemma_dist.recipe import load_section
-
-        values = {name: ctx.params.pop(name) for name in self.section.model_fields}
-        ctx.params["settings"] = load_section(self.section, values)
-        return super().invoke(ctx)
-
-
-def _option_of(name: str, field: "FieldInfo") -> click.Option:
-    """The option for a setting, with the name, values, default and sentence that config.py gives it."""
-    from gemma_dist.config import option
-
-    kind = field.annotation
-    if get_origin(kind) is types.UnionType:  # with None, which is to leave the option out
-        kind = get_args(kind)[0]
-    return click.Option(
-        [option(name)],
-        type=SettingChoice(get_args(kind)) if get_origin(kind) is Literal else kind,
-        is_flag=kind is bool,
-        default=field.default,
-        show_default=field.default is not None,
-        help=field.description,
-    )
-
-
-class SettingChoice(click.Choice):
-    """The values that a setting may have, also by their names in earlier versions."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """A value as it is written today, if it is one of them."""
-        return super().convert(current_value(value), param, ctx)
-
-
-def spellings(command: click.Command) -> dict[str, str]:
-    """How a user of `command` changes each setting that a remedy may name, with {} for the value: by an option of the
-    command, by a key of its recipe, or else by the command that decides the setting."""
-    from gemma_dist.config import MergeConfig, ShardConfig, TrainDataConfig, option
-
-    params = command.get_params(click.Context(command))
-    own = {param.name for param in params if isinstance(param, click.Option)}
-    takes_recipe = any(param.name == "overrides" for param in params)
-    spelled = {}
-    for name in ShardConfig.model_fields | TrainDataConfig.model_fields | MergeConfig.model_fields:
-        if name in own:
-            spelled[name] = f"{option(name)} {{}}"
-        elif name in TrainDataConfig.model_fields:
-            spelled[name] = f"data.{name}={{}}" if takes_recipe else f"`gemma-dist train … data.{name}={{}}`"
-        elif name in ShardConfig.model_fields:
-            spelled[name] = f"`gemma-dist shard … {option(name)} {{}}`"
-        else:
-            spelled[name] = f"`gemma-dist merge … {option(name)} {{}}`"
-    return spelled
+def _spelled(text: str) -> str:
+    """A message with its remedies as the running command takes them."""
+    return spell(text, spellings(click.get_current_context().command))
 
 
 def _from_one(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
@@ -219,6 +120,8 @@ def inspect(data: str, model: str, row: int | None, row_id: str | None, as_json:
     chosen = row_id if row_id is not None else row or 1
     inspection = inspect_row(data, model, chosen, settings)
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    notes = {_spelled(note): count for note, count in inspection.notes.items()}
+    inspection = dataclasses.replace(inspection, notes=notes)
     click.echo(json.dumps(inspection.to_json()) if as_json else inspection.render(color))
 
 
@@ -239,6 +142,29 @@ def stats(
 
     found = collect_stats(list(data), list(against), model, settings)
     click.echo(to_json(found.to_json()) if as_json else found.render())
+
+
+@cli.command(cls=SettingsCommand, section=lambda config: config.RowConfig)
+@click.argument("data")
+@click.option("--model", required=True, help="Folder or Hub name of the model that is trained.")
+@click.option("--server-template", help="A Jinja file, or the name of a revision; default: the model's own.")
+@click.option("--limit", type=click.IntRange(min=1), help="Look at only this many rows, the first ones.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
+def check_prompts(
+    data: str, model: str, server_template: str | None, limit: int | None, as_json: bool, settings: "RowConfig"
+) -> None:
+    """Compare what is trained with the prompts that a server makes.
+
+    DATA is a file of rows or a folder of shards. The token ids in front of each trained answer are to equal the
+    generation prompt that the server's template makes of the same history. Exit code 1: some differ.
+    """
+    from gemma_dist.show.prompts import check_prompts as check
+
+    report = check(data, model, server_template, settings, limit)
+    report.refused = [_spelled(error) for error in report.refused]
+    click.echo(json.dumps(report.to_json()) if as_json else report.render())
+    if report.differences:
+        click.get_current_context().exit(1)
 
 
 @cli.command(context_settings=UNKNOWN_TO_OVERRIDES)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from gemma_dist.aliases import current_value
+from gemma_dist.aliases import as_bool, current_value
 
 # Linear layers of the language model alone. Bare names ("q_proj") also match the vision tower, whose wrapped linears
 # PEFT refuses; "all-linear" adapts the tower and the gates of the per-layer embeddings as well.
@@ -65,11 +65,11 @@ class EncodingConfig(Section):
     """How the chat template turns a trajectory into tokens."""
 
     chat_template: str | None = Field(
-        None,
-        description="A Jinja file, or the name of a revision (gemma4_v5); default: the adapter's or the model's own.",
+        None, description="A Jinja file, or a revision's name (gemma4_v5); default: the adapter's or the model's own."
     )
-    enable_thinking: bool = Field(
-        False, description="Render the chat template with enable_thinking, which asks the model to reason."
+    enable_thinking: Annotated[Literal["auto", True, False], BeforeValidator(as_bool)] = Field(
+        "auto",
+        description="Render the template with enable_thinking, which asks for reasoning; auto: if a row has any.",
     )
 
 
@@ -112,6 +112,9 @@ class RowConfig(EncodingConfig):
     )
     schemas: Literal["as_given", "simplify"] = Field(
         "as_given", description="Schemas of tools as given, or in an equal spelling that the chat template can show."
+    )
+    unroll: Literal["none", "reasoning"] = Field(
+        "none", description="reasoning: make one sample for each user turn that has thoughts, so that all are trained."
     )
 
 

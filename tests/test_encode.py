@@ -626,7 +626,8 @@ def large(encoder: Encoder, tiny_model: Callable[..., Path], tmp_path: Path) -> 
         (prompt, "{%- set role = 'model' -%}" + prompt + EMPTY_THOUGHT),
     )
     (tmp_path / "large.jinja").write_text(template)
-    return load_encoder(str(tiny_model()), EncodingConfig(chat_template=str(tmp_path / "large.jinja")))
+    settings = EncodingConfig(chat_template=str(tmp_path / "large.jinja"), enable_thinking=False)
+    return load_encoder(str(tiny_model()), settings)
 
 
 def test_an_empty_thought_of_the_template_is_not_trained(large: Encoder) -> None:
@@ -754,23 +755,26 @@ def test_the_fingerprint_is_that_of_the_settings_alone(
     """Equal in another process, after use, and for a saved copy, as beside every checkpoint."""
     script = (
         "import sys; from gemma_dist.config import EncodingConfig; from gemma_dist.data.encode import load_encoder;"
-        "print(load_encoder(sys.argv[1], EncodingConfig(chat_template='gemma4_v5')).fingerprint)"
+        "settings = EncodingConfig(chat_template='gemma4_v5', enable_thinking=False);"
+        "print(load_encoder(sys.argv[1], settings).fingerprint)"
     )
     result = subprocess.run([sys.executable, "-c", script, tiny_model()], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == encoder.fingerprint
-    used = load_encoder(str(tiny_model()), EncodingConfig(chat_template=NEWEST))
+    settings = EncodingConfig(chat_template=NEWEST, enable_thinking=False)
+    used = load_encoder(str(tiny_model()), settings)
     processor: Any = used.processor
     processor.tokenizer(["a", "several tokens"], padding=True, truncation=True, max_length=3)
     assert used.fingerprint == encoder.fingerprint
     processor.save_pretrained(tmp_path)
-    assert load_encoder(str(tmp_path), EncodingConfig()).fingerprint == encoder.fingerprint
+    assert load_encoder(str(tmp_path), EncodingConfig(enable_thinking=False)).fingerprint == encoder.fingerprint
 
 
 def test_the_fingerprint_changes_with_template_tokenizer_and_images(
     encoder_of: EncoderOf, tiny_model: Callable[..., Path]
 ) -> None:
     def changed(change: Callable[[Any], Any]) -> str:
-        encoder = load_encoder(str(tiny_model()), EncodingConfig(chat_template=NEWEST))
+        settings = EncodingConfig(chat_template=NEWEST, enable_thinking=False)
+        encoder = load_encoder(str(tiny_model()), settings)
         change(encoder.processor)
         return encoder.fingerprint
 

@@ -22,6 +22,7 @@ FLOORS = [
     {"batch_plan", "logs"},
     {"topology"},
     {"recipe", "tensorfile", "failures"},
+    {"options"},
     {"model"},
     {"data"},
     {"shards"},
@@ -36,6 +37,7 @@ FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in room
 WITHOUT_TORCH = [
     "cli",
     "config",
+    "options",
     "evaluate.metrics",
     "data.read",
     "evaluate.score",

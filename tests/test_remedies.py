@@ -15,10 +15,11 @@ from PIL import Image
 import gemma_dist as package
 from gemma_dist import config, recipe
 from gemma_dist.__main__ import main
-from gemma_dist.cli import cli, spellings
+from gemma_dist.cli import cli
 from gemma_dist.data.fit import parse
 from gemma_dist.data.rows import Where
 from gemma_dist.errors import DataError, setting, spell
+from gemma_dist.options import spellings
 from gemma_dist.shards import sharding
 from tests.support.corpus import row, shard_rows, write_rows
 from tests.support.ranks import gemma_dist

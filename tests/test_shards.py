@@ -10,7 +10,8 @@ import pytest
 
 from gemma_dist.config import EncodingConfig, ShardConfig
 from gemma_dist.data.encode import load_encoder
-from gemma_dist.data.fit import _first_messages, cut_points
+from gemma_dist.data.fit import cut_points
+from gemma_dist.data.unroll import first_messages
 from gemma_dist.errors import DataError
 from gemma_dist.shards import reader as shards_module
 from gemma_dist.shards import sharding as module
@@ -62,7 +63,8 @@ def test_plain_datasets_reads_the_shards(tmp_path: Path, model: str, small_piece
     where = {"data_files": folder + "/*.parquet"} if how == "data_files" else {"data_dir": folder}
     table = load_dataset("parquet", **where, split="train", cache_dir=str(tmp_path / "cache"))
     images = List(Image(decode=False))
-    assert table.features == {"id": Value("string"), "messages": Json(), "tools": Json(), "images": images}
+    features = {"id": Value("string"), "messages": Json(), "tools": Json(), "images": images}
+    assert table.features == features | {"enable_thinking": Value("bool")}
     for found, written in zip(table, load_trajectories(tmp_path / "rows.jsonl", ShardConfig()), strict=False):
         assert (found["id"], found["messages"], found["tools"]) == (written.id, written.messages, written.tools)
         assert [image["bytes"] for image in found["images"]] == written.images
@@ -78,7 +80,7 @@ def test_row_groups_and_shards_are_bound_by_bytes(tmp_path: Path, model: str, sm
         assert all(group.num_rows == 1 or group.total_byte_size < 2600 for group in groups)
         assert file.stat().st_size < 8000
         columns = [groups[0].column(i) for i in range(groups[0].num_columns)]
-        assert [column.is_stats_set for column in columns] == [True, False, False, False, False]
+        assert [column.is_stats_set for column in columns] == [True, False, False, False, False, False]
         assert next(c for c in columns if c.path_in_schema.endswith("bytes")).compression == "UNCOMPRESSED"
 
 
@@ -207,7 +209,7 @@ def test_cut_turns_keeps_the_longest_beginning_that_fits(tmp_path: Path, model: 
     assert len(encoded.input_ids) <= limit
     assert encoded.num_images == len(kept.images) == sum(message["role"] == "tool" for message in kept.messages)
     next_cut = min(end for end in cut_points(whole.messages) if end > len(kept.messages))
-    longer = _first_messages(whole, next_cut)
+    longer = first_messages(whole, next_cut)
     assert len(encoder.encode(longer).input_ids) > limit, "one turn more would not fit"
     (line,) = (tmp_path / "shards" / "too_long.jsonl").read_text().splitlines()
     assert json.loads(line)["num_messages_kept"] == len(kept.messages)

@@ -56,7 +56,9 @@ class Emitted:
     """All that the model wrote of a trajectory."""
 
     spans: list[Span]  # in order, none of them empty
-    num_dropped_reasoning: int  # assistant messages whose reasoning the template left out
+    starts: dict[int, int]  # where each assistant message begins, by its index
+    with_reasoning: set[int]  # indices of the assistant messages whose reasoning is rendered
+    num_dropped_reasoning: int  # trained assistant messages whose reasoning the template left out
 
 
 def find_emitted(rendered: str, messages: list[Message]) -> Emitted:
@@ -73,7 +75,7 @@ def find_emitted(rendered: str, messages: list[Message]) -> Emitted:
             cursor.find_tool_result(index)
         else:
             cursor.pass_turn(index)
-    return Emitted(cursor.spans, cursor.num_dropped_reasoning)
+    return Emitted(cursor.spans, cursor.starts, cursor.with_reasoning, cursor.num_dropped_reasoning)
 
 
 class _Cursor:
@@ -81,6 +83,8 @@ class _Cursor:
 
     def __init__(self, rendered: str, messages: list[Message]) -> None:
         self.spans: list[Span] = []
+        self.starts: dict[int, int] = {}
+        self.with_reasoning: set[int] = set()
         self.num_dropped_reasoning = 0
         self._rendered, self._messages = rendered, messages
         self._position = 0
@@ -109,8 +113,8 @@ class _Cursor:
         """Go to where an assistant message begins, then through its pieces to its end, and note the spans."""
         self._enter_turn(index)
         message = self._messages[index]
-        message_start = span_start = self._position
-        self._read_reasoning(message.get("reasoning_content"))
+        message_start = span_start = self.starts[index] = self._position
+        self._read_reasoning(index, message.get("reasoning_content"))
         for call in message.get("tool_calls", []):
             self._read_call(index, call["function"])
         for part in content_parts(message["content"]):
@@ -159,13 +163,14 @@ class _Cursor:
         self._num_result_images = 0
         return opened_turn
 
-    def _read_reasoning(self, reasoning: str | None) -> None:
+    def _read_reasoning(self, index: int, reasoning: str | None) -> None:
         if not reasoning:
             return
         block = f"{THOUGHT}{reasoning}\n{CHANNEL_END}"
         if self._rendered.startswith(block, self._position):
             self._position += len(block)
-        else:
+            self.with_reasoning.add(index)
+        elif self._messages[index].get("train", True):
             self.num_dropped_reasoning += 1
 
     def _read_call(self, index: int, called: CalledFunction) -> None:

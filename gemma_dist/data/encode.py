@@ -1,8 +1,9 @@
 """One trajectory as the model sees it: token ids from the chat template, and labels on what the model itself emits.
 
-The ids are exactly those of `processor.apply_chat_template`. The labels need no marks in the template: the rendered
-text is walked message by message, and every piece of an assistant message must be found where the template put it.
-A template that loses a piece, an image or a turn is therefore refused, never used silently.
+The ids are exactly those of `processor.apply_chat_template`, but for what a generation prompt alone shows (served.py).
+The labels need no marks in the template: the rendered text is walked message by message, and every piece of an
+assistant message must be found where the template put it. A template that loses a piece, an image or a turn is
+therefore refused, never used silently.
 
 What the model emits in one assistant message, and so what is trained:
 
@@ -17,16 +18,20 @@ Never trained: system and user turns, tool responses, images, the later <|tool_r
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from gemma_dist.config import EncodingConfig
 from gemma_dist.data.content import count_images
-from gemma_dist.data.emitted import NEWER_TEMPLATE, find_emitted
+from gemma_dist.data.emitted import NEWER_TEMPLATE, Emitted, find_emitted
 from gemma_dist.data.images import decode_image, image_size
+from gemma_dist.data.served import as_served, is_target, opening_of
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Json, Message, Processor, Tokenizer, Tool, ToolCall
 from gemma_dist.errors import CheckpointError, ConfigError, DataError, setting
@@ -51,7 +56,12 @@ class Encoded:
     labels: list[int]  # (T,): the token's own id where it is trained (not shifted), else IGNORE_INDEX
     mm_token_type_ids: list[int]  # (T,): 1 on image soft tokens, else 0
     num_images: int
-    num_dropped_reasoning: int  # assistant messages whose reasoning the template leaves out (before the last user turn)
+    num_dropped_reasoning: int  # trained messages whose reasoning the template leaves out (before the last user turn)
+    enable_thinking: bool = False  # as it was rendered
+    # Of each trained answer (a message, or several in a row): the index of its first message, and how many tokens stand
+    # in front of what the model writes.
+    answers: list[tuple[int, int]] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)  # what is trained otherwise than rendered, in words: how often
 
     @property
     def num_image_tokens(self) -> int:
@@ -78,12 +88,14 @@ class Prompt:
 class _Rendered:
     text: str  # with a placeholder for each soft token of an image
     image_lengths: list[int]  # (N,) soft tokens of each image
+    emitted: Emitted
+    thinking: bool
 
 
 class Encoder:
     """A processor, its chat template and what was settled about rendering: trajectories in, tokens and pixels out."""
 
-    def __init__(self, processor: Processor, *, enable_thinking: bool) -> None:
+    def __init__(self, processor: Processor, *, enable_thinking: Literal["auto", True, False] = "auto") -> None:
         self.processor = processor
         self.tokenizer: Tokenizer = processor.tokenizer
         self.enable_thinking = enable_thinking
@@ -111,22 +123,31 @@ class Encoder:
             DataError: the chat template loses or tears a part of this row; the message says which and what to do.
         """
         rendered = self._render_whole(trajectory)
-        emitted = find_emitted(rendered.text, trajectory.messages)
-        is_trained = bytearray(len(rendered.text) + 1)  # a flag for each character
-        for span in emitted.spans:
-            if trajectory.messages[span.message_index].get("train", True):
-                is_trained[span.start : span.end] = b"\x01" * (span.end - span.start)
-        encoding = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
-        input_ids, labels = encoding["input_ids"], []
-        for token, (start, end) in zip(input_ids, encoding["offset_mapping"], strict=True):
+        served = as_served(
+            rendered.text,
+            rendered.emitted,
+            trajectory.messages,
+            self.openings[rendered.thinking],
+            thinking=rendered.thinking,
+        )
+        is_trained = bytearray(len(served.text) + 1)  # a flag for each character
+        for start, end in served.spans:
+            is_trained[start:end] = b"\x01" * (end - start)
+        encoding = self.tokenizer(served.text, add_special_tokens=False, return_offsets_mapping=True)
+        input_ids, places, labels = encoding["input_ids"], encoding["offset_mapping"], []
+        for token, (start, end) in zip(input_ids, places, strict=True):
             characters = is_trained[start : max(end, start + 1)]
             labels.append(token if all(characters) else IGNORE_INDEX)
+        token_starts = [start for start, _ in places]
         return Encoded(
             input_ids=input_ids,
             labels=labels,
             mm_token_type_ids=self._token_types(input_ids),
             num_images=len(trajectory.images),
-            num_dropped_reasoning=emitted.num_dropped_reasoning,
+            num_dropped_reasoning=rendered.emitted.num_dropped_reasoning,
+            enable_thinking=rendered.thinking,
+            answers=[(index, bisect_left(token_starts, start)) for index, start in served.starts],
+            notes=served.notes,
         )
 
     def prompts(self, trajectory: Trajectory) -> list[Prompt]:
@@ -136,15 +157,11 @@ class Encoder:
         Raises:
             DataError: as `encode`.
         """
-        whole = self._render_whole(trajectory)
-        find_emitted(whole.text, trajectory.messages)  # a history that the template tears is no prompt
-        messages, prompts = trajectory.messages, []
-        for index, gold in _decision_points(messages):
-            history = messages[:index]
-            text = self._render(history, trajectory.tools, add_generation_prompt=True)
-            num_images = sum(map(count_images, history))
-            widened = self._widen(text, whole.image_lengths[:num_images])
-            input_ids = self.tokenizer(widened, add_special_tokens=False)["input_ids"]
+        whole = self._render_whole(trajectory)  # a history that the template tears is no prompt
+        prompts = []
+        for index, gold in _decision_points(trajectory.messages):
+            text, input_ids = self.generation_prompt(trajectory, index, whole.image_lengths, thinking=whole.thinking)
+            num_images = sum(map(count_images, trajectory.messages[:index]))
             prompts.append(
                 Prompt(
                     input_ids=input_ids,
@@ -157,6 +174,50 @@ class Encoder:
             )
         return prompts
 
+    def thinks(self, trajectory: Trajectory) -> bool:
+        """Whether a trajectory is rendered with thinking on. Raises DataError as `encode`."""
+        return self._render_whole(trajectory).thinking
+
+    def generation_prompt(
+        self, trajectory: Trajectory, index: int, image_lengths: list[int], *, thinking: bool
+    ) -> tuple[str, list[int]]:
+        """What a server puts in front of message `index`, as text with one placeholder an image, and as token ids.
+
+        Raises:
+            DataError: the chat template cannot render the history, or loses images of it.
+        """
+        history = trajectory.messages[:index]
+        text = self._render(history, trajectory.tools, thinking=thinking, add_generation_prompt=True)
+        num_images = sum(map(count_images, history))
+        _require_images(text, num_images)
+        widened = self._widen(text, image_lengths[:num_images])
+        return text, self.tokenizer(widened, add_special_tokens=False)["input_ids"]
+
+    @functools.cached_property
+    def openings(self) -> Mapping[bool, Mapping[str, str]]:
+        """What this template's generation prompts open behind a message of each role, with thinking off and on."""
+        user: Message = {"role": "user", "content": "x"}
+        call: ToolCall = {"id": "call_0", "type": "function", "function": {"name": "f", "arguments": {}}}
+        calling: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        result: Message = {"role": "tool", "content": "x", "tool_call_id": "call_0", "name": "f"}
+        found: dict[bool, dict[str, str]] = {False: {}, True: {}}
+        for thinking, openings in found.items():
+            for history in ([user], [user, calling, result]):
+                with suppress(DataError):  # rows that have such a history will say it
+                    prompt = self._render(history, thinking=thinking, add_generation_prompt=True)
+                    openings[history[-1]["role"]] = opening_of(prompt)
+        return found
+
+    def count_soft_tokens(self, images: list[bytes]) -> list[int]:
+        """Soft tokens of each image: the processor's own arithmetic, from the sizes alone."""
+        if not images:
+            return []
+        sizes = [image_size(data) for data in images]
+        try:
+            return self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
+        except ValueError as error:
+            raise DataError(f"an image of (height, width) in {sizes} cannot be cut into patches: {error}") from error
+
     def pixels(self, images: list[bytes]) -> "dict[str, torch.Tensor]":
         """Images as the vision tower takes them: `pixel_values` (N, P, 768) and `image_position_ids` (N, P, 2),
         P the patches of the largest budget (position -1 where there is none). At least one image is needed."""
@@ -168,6 +229,8 @@ class Encoder:
         self,
         messages: list[Message],
         tools: list[Tool] | None = None,
+        *,
+        thinking: bool = False,
         add_generation_prompt: bool = False,
     ) -> str:
         try:
@@ -176,7 +239,7 @@ class Encoder:
                 tools=tools or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                enable_thinking=self.enable_thinking,
+                enable_thinking=thinking,
             )
         except Exception as error:  # a template may raise anything: jinja's own errors, or its raise_exception
             raise DataError(f"the chat template cannot render this row: {error}") from error
@@ -186,30 +249,29 @@ class Encoder:
         return [int(token == self.image_token_id) for token in input_ids]
 
     def _render_whole(self, trajectory: Trajectory) -> "_Rendered":
-        """All messages as one string, with each image as wide as the model sees it.
+        """All messages as one string, with each image as wide as the model sees it, and with thinking on or off as the
+        row says, or the setting, or (auto) its thoughts: on where the template shows one that is trained.
 
         Raises:
-            DataError: the template garbles a message or loses an image.
+            DataError: the template garbles a message or loses a part of one.
         """
         self._refuse_garbled(trajectory)
-        text = self._render(trajectory.messages, trajectory.tools)
-        if text.count(IMAGE) != len(trajectory.images):
-            raise DataError(
-                f"the chat template renders {text.count(IMAGE)} of the row's {len(trajectory.images)} images: it loses "
-                f"images that tools return. {NEWER_TEMPLATE}"
-            )
-        lengths = self._count_soft_tokens(trajectory.images)
-        return _Rendered(self._widen(text, lengths), lengths)
+        lengths = self.count_soft_tokens(trajectory.images)
+        settled = self.enable_thinking if trajectory.enable_thinking is None else trajectory.enable_thinking
+        if settled != "auto":
+            return self._render_with(trajectory, lengths, settled)
+        thoughts = {index for index, message in enumerate(trajectory.messages) if _is_trained_thought(message)}
+        if thoughts:
+            rendered = self._render_with(trajectory, lengths, thinking=True)
+            if thoughts & rendered.emitted.with_reasoning:
+                return rendered
+        return self._render_with(trajectory, lengths, thinking=False)
 
-    def _count_soft_tokens(self, images: list[bytes]) -> list[int]:
-        """Soft tokens of each image: the processor's own arithmetic, from the sizes alone."""
-        if not images:
-            return []
-        sizes = [image_size(data) for data in images]
-        try:
-            return self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
-        except ValueError as error:
-            raise DataError(f"an image of (height, width) in {sizes} cannot be cut into patches: {error}") from error
+    def _render_with(self, trajectory: Trajectory, image_lengths: list[int], thinking: bool) -> "_Rendered":
+        text = self._render(trajectory.messages, trajectory.tools, thinking=thinking)
+        _require_images(text, len(trajectory.images))
+        widened = self._widen(text, image_lengths)
+        return _Rendered(widened, image_lengths, find_emitted(widened, trajectory.messages), thinking)
 
     def _widen(self, text: str, counts: list[int]) -> str:
         """Rendered text with each image placeholder widened to the soft tokens of its image, as the processor does
@@ -243,6 +305,18 @@ class Encoder:
         call: ToolCall = {"id": "call_0", "type": "function", "function": {"name": "f", "arguments": {"x": None}}}
         model: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
         return "{x:None}" in self._render([{"role": "user", "content": ""}, model])
+
+
+def _is_trained_thought(message: Message) -> bool:
+    return is_target(message) and "reasoning_content" in message
+
+
+def _require_images(text: str, num_images: int) -> None:
+    if text.count(IMAGE) != num_images:
+        raise DataError(
+            f"the chat template renders {text.count(IMAGE)} of the row's {num_images} images: it loses images that "
+            f"tools return. {NEWER_TEMPLATE}"
+        )
 
 
 def _decision_points(messages: list[Message]) -> Iterator[tuple[int, list[Message]]]:
@@ -279,13 +353,13 @@ def load_encoder(model: str, settings: EncodingConfig, *, adapter: Path | None =
         raise CheckpointError(f"{folder!r} holds a {type(processor).__name__}, not a Gemma 4 processor")
     require_embeddings(processor.tokenizer, rows, tokenizer_of=folder, model=model)
     if settings.chat_template is not None:
-        processor.chat_template = _read_template(settings.chat_template)
+        processor.chat_template = read_template(settings.chat_template)
     if processor.chat_template is None:
         raise CheckpointError(f"{folder!r} has no chat template; use {setting('chat_template', 'gemma4_v5')}")
     return Encoder(processor, enable_thinking=settings.enable_thinking)
 
 
-def _read_template(name: str) -> str:
+def read_template(name: str) -> str:
     """A revision that TRL ships, by its name (`gemma4_v5`), or a Jinja file."""
     import trl
 

@@ -3,14 +3,12 @@
 What is sharded and what `inspect` shows goes through here, so that both see the same.
 """
 
-from dataclasses import replace
-
 from gemma_dist.config import RowConfig, ShardConfig
-from gemma_dist.data.content import count_images
 from gemma_dist.data.encode import Encoded, Encoder
 from gemma_dist.data.rows import Where
 from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.data.types import Message, RawRow
+from gemma_dist.data.unroll import first_messages
 from gemma_dist.errors import DataError, setting
 
 
@@ -49,7 +47,7 @@ def fit(
         # From long to short by trial: reasoning is rendered only after the last user turn, so that what remains after a
         # cut is not a prefix of the tokens of the whole.
         for end in reversed(cut_points(trajectory.messages)):
-            shorter = _first_messages(trajectory, end)
+            shorter = first_messages(trajectory, end)
             encoded = encoder.encode(shorter)
             if len(encoded.input_ids) <= limit and encoded.num_target_tokens:
                 return shorter, encoded
@@ -70,9 +68,3 @@ def cut_points(messages: list[Message]) -> list[int]:
         if is_trained and following["role"] != "assistant":
             ends.append(end)
     return ends
-
-
-def _first_messages(trajectory: Trajectory, end: int) -> Trajectory:
-    messages = trajectory.messages[:end]
-    num_images = sum(map(count_images, messages))
-    return replace(trajectory, messages=messages, images=trajectory.images[:num_images])

@@ -82,7 +82,7 @@ def _parse_assistant(raw: RawRow, clean: Clean, notes: Counter[str]) -> ParsedMe
     if calls:
         message["tool_calls"] = calls
     if reasoning:
-        message["reasoning_content"] = clean(reasoning)
+        message["reasoning_content"] = clean(reasoning.strip("\n"))  # the template writes the line breaks around it
     if not marks.is_trained(raw):
         message["train"] = False
     elif not (calls or reasoning or says_something(parsed.content)):

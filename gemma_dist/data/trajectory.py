@@ -29,6 +29,7 @@ from gemma_dist.data.rows import Where
 from gemma_dist.data.schema import check_calls, parse_tools, without_schemas
 from gemma_dist.data.schema_show import show_tools
 from gemma_dist.data.strict import error_context, get, map_json, require_encodable, short
+from gemma_dist.data.template_kwargs import parse_template_kwargs
 from gemma_dist.data.types import Clean, Message, RawRow, Tool
 from gemma_dist.errors import DataError
 
@@ -42,6 +43,7 @@ class Trajectory:
     tools: list[Tool]
     images: list[bytes]  # files as they came, one for each image part, in the order of the messages
     notes: Counter[str] = field(default_factory=Counter)  # what parsing changed or left out, in words: how often
+    enable_thinking: bool | None = None  # as the row itself says; None: the setting decides
     is_outline: bool = False  # of a test case: its answer names tools, or none, and gives no arguments and no words
 
 
@@ -91,7 +93,8 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
         for image in images:
             notes.update(image_notes(image))
         messages = _in_order(parsed.messages, settings, notes)
-        return Trajectory(row_id, messages, tools, images, notes, is_outline)
+        thinking = parse_template_kwargs(row.get("chat_template_kwargs"))
+        return Trajectory(row_id, messages, tools, images, notes, thinking, is_outline)
 
 
 def _convert(row: RawRow, settings: RowConfig) -> tuple[OpenAIRow, bool]:

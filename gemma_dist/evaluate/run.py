@@ -12,7 +12,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from gemma_dist.data.content import content_text
 from gemma_dist.data.encode import Encoder, Prompt, load_encoder
 from gemma_dist.data.images import decode_image
 from gemma_dist.data.read import read_output, reading_to_json
+from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory
+from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import ConfigError, DataError
 from gemma_dist.evaluate.generate import Answer, generate
 from gemma_dist.evaluate.report import Report, ScoredDecision, add_up, make_report, summary
@@ -104,18 +106,22 @@ def _my_decisions(
     """The decision points of this rank's trajectories, and how many trajectories all ranks have."""
     decisions: list[Decision] = []
     num_trajectories = 0
-    for trajectory in islice(load_trajectories(data, settings), limit):
+    rows = islice(load_trajectories(data, settings), limit)
+    for trajectory in chain.from_iterable(_samples(row, encoder, settings, data) for row in rows):
         num_trajectories += 1
         if (num_trajectories - 1) % world.world_size() != world.rank():
             continue
         if settings.images == "blank":
             trajectory = replace(trajectory, images=[_blank(image) for image in trajectory.images])
-        try:
+        with error_context(f"{data}: {trajectory.id}"):
             prompts = encoder.prompts(trajectory)
-        except DataError as error:
-            raise DataError(f"{data}: {trajectory.id}: {error}") from error
         decisions += [Decision(trajectory, num_trajectories, prompt) for prompt in prompts]
     return decisions, num_trajectories
+
+
+def _samples(row: Trajectory, encoder: Encoder, settings: EvaluateConfig, data: Path) -> list[Trajectory]:
+    with error_context(f"{data}: {row.id}"):
+        return unroll(row, encoder, settings)
 
 
 def _blank(image: bytes) -> bytes:

@@ -16,17 +16,8 @@ from gemma_dist.logs import write_json
 from gemma_dist.shards.folder import APPEND_REJECTED, Plan, clear_folder, shard_name, work_files
 from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
 from gemma_dist.shards.manifest import UNFINISHED, Manifest, ShardEntry, write_manifest
-from gemma_dist.shards.pieces import (
-    NUM_ERRORS_SHOWN,
-    PIECE_TOOLS,
-    PLACES,
-    REJECTED,
-    TOO_LONG,
-    PieceHeader,
-    Refused,
-    ShardJob,
-    ShardReport,
-)
+from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, PIECE_TOOLS, PLACES, PieceHeader, Refused, ShardJob
+from gemma_dist.shards.report import REJECTED, TOO_LONG, ShardReport
 from gemma_dist.shards.tools import TOOLS, write_tools
 
 IDS_AT_ONCE = 1 << 16  # bounds the memory of hashing

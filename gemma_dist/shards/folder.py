@@ -15,7 +15,8 @@ from gemma_dist.aliases import current_values
 from gemma_dist.errors import DataError
 from gemma_dist.logs import log, write_json
 from gemma_dist.shards.manifest import MANIFEST, UNFINISHED, CorpusHeader, Manifest, read_manifest
-from gemma_dist.shards.pieces import REJECTED, TOO_LONG, piece_files
+from gemma_dist.shards.pieces import piece_files
+from gemma_dist.shards.report import REJECTED, TOO_LONG
 from gemma_dist.shards.tools import TOOLS, refuse_foreign_tools
 
 APPEND_REJECTED = "append_rejected.jsonl"  # of an --append that was refused
@@ -56,7 +57,8 @@ def open_to_append(out: Path, corpus: CorpusHeader) -> Manifest:
     if manifest.header["fingerprint"] != corpus["fingerprint"]:
         raise DataError(
             f"{out} was made with another tokenizer, chat template or image processor (fingerprint "
-            f"{manifest.header['fingerprint']}, here {corpus['fingerprint']}); append with the same model and template"
+            f"{manifest.header['fingerprint']}, here {corpus['fingerprint']}); append with the same model, template "
+            "and enable_thinking (to the shards of an earlier version nothing can be added: make them again)"
         )
     old = current_values(manifest.header["settings"])
     changed = []

@@ -1,8 +1,9 @@
 """One piece of the raw rows -> its shard files, hidden until all pieces are done.
 
-Each row is parsed, encoded (that is how it is measured) and written, one row group in memory at a time. What is refused
-or too long goes into logs of its own. The record is written last: it holds the piece's lines of the manifest, and where
-in the input each sample came from, so that repeated ids can be found over all pieces.
+Each row is parsed, made one or several samples, encoded (that is how it is measured) and written, one row group in
+memory at a time. What is refused or too long goes into logs of its own. The record is written last: it holds the
+piece's lines of the manifest, and where in the input each sample came from, so that repeated ids can be found over all
+pieces.
 """
 
 import json
@@ -10,33 +11,31 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gemma_dist.config import ShardConfig, option
+from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import Encoded, Encoder
 from gemma_dist.data.fit import encode_trained, fit, parse
 from gemma_dist.data.rows import InputRange, ReadRow, Where
 from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message, Tool
+from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import DataError, spell
 from gemma_dist.files import publish
 from gemma_dist.logs import JsonlWriter
 from gemma_dist.shards.manifest import COUNTS, RowGroupPlace, ShardEntry, row_group_line
 from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
+from gemma_dist.shards.report import OPTIONS, REJECTED, TOO_LONG, ShardReport
 from gemma_dist.shards.tools import SeenTools
 
 NUM_ERRORS_SHOWN = 5
-OPTIONS = {name: f"{option(name)} {{}}" for name in ShardConfig.model_fields}  # of `gemma-dist shard`, in its log
-REJECTED = "rejected.jsonl"
-TOO_LONG = "too_long.jsonl"
 PIECE_TOOLS = "tools.jsonl"  # the declarations of a piece, each once
-NUM_NOTES_SHOWN = 20
 UNDECLARED = "rows call tools but declare none"
 _PIECE_FILE = re.compile(  # as `ShardJob.path` names it, or `_partial` while it is written
     rf"\.?\.piece-(\d{{5,}})(\.arrow|-{re.escape(REJECTED)}|-{re.escape(TOO_LONG)}|-{re.escape(PIECE_TOOLS)}"
@@ -47,68 +46,26 @@ _PIECE_FILE = re.compile(  # as `ShardJob.path` names it, or `_partial` while it
 Refused: TypeAlias = dict[tuple[str, int], str]
 
 IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-# What `datasets.Features(…).arrow_schema` gives for id, Json, Json, List(Image(decode=False)), without the import.
+# What `datasets.Features(…).arrow_schema` gives for id, Json, Json, List(Image(decode=False)), bool without the import.
 FEATURES = {
     "id": {"dtype": "string", "_type": "Value"},
     "messages": {"_type": "Json"},
     "tools": {"_type": "Json"},
     "images": {"feature": {"decode": False, "_type": "Image"}, "_type": "List"},
+    "enable_thinking": {"dtype": "bool", "_type": "Value"},
 }
 SCHEMA = pa.schema(
-    {"id": pa.string(), "messages": pa.json_(), "tools": pa.json_(), "images": pa.list_(IMAGE_TYPE)},
+    {
+        "id": pa.string(),
+        "messages": pa.json_(),
+        "tools": pa.json_(),
+        "images": pa.list_(IMAGE_TYPE),
+        "enable_thinking": pa.bool_(),  # as the row says; null: the setting decides
+    },
     metadata={"huggingface": json.dumps({"info": {"features": FEATURES}})},
 )
 PLACES = {"file": pa.large_list(pa.large_string()), "line": pa.large_list(pa.int64())}
 RECORD_SCHEMA = pa.schema([*MANIFEST_SCHEMA, *(pa.field(name, kind) for name, kind in PLACES.items())])
-
-
-@dataclass
-class ShardReport:
-    """What became of the rows: read = written + rejected + dropped; the cut ones are among the written."""
-
-    out: str
-    num_read: int = 0
-    num_written: int = 0
-    num_rejected: int = 0
-    num_dropped: int = 0
-    num_cut: int = 0
-    num_shards: int = 0
-    num_text_tokens: int = 0
-    num_image_tokens: int = 0
-    num_images: int = 0
-    num_target_tokens: int = 0
-    num_dropped_reasoning: int = 0  # assistant messages whose reasoning the chat template leaves out
-    notes: Counter[str] = field(default_factory=Counter)  # of the written rows: what parsing changed, how often
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"notes": dict(self.notes)}  # asdict counts the pairs of a Counter anew
-
-    def summary(self) -> str:
-        lines = [
-            f"{self.num_written:,} of {self.num_read:,} rows in {self.num_shards:,} "
-            f"shard{'s' * (self.num_shards != 1)}: {self.out}",
-            f"{self.num_text_tokens:,} text tokens, {self.num_image_tokens:,} image tokens in {self.num_images:,} "
-            f"images; {self.num_target_tokens:,} tokens are trained",
-        ]
-        if self.num_rejected:
-            lines.append(f"refused rows: {self.num_rejected:,}, in {Path(self.out) / REJECTED}")
-        if self.num_dropped or self.num_cut:
-            lines.append(
-                f"rows dropped for their length: {self.num_dropped:,}, cut: {self.num_cut:,}, both in "
-                f"{Path(self.out) / TOO_LONG}"
-            )
-        if self.num_dropped_reasoning:
-            lines.append(
-                f"{self.num_dropped_reasoning:,} messages lose their reasoning, since the chat template renders it "
-                "after the last user turn only: to train on it, make one row for each user turn"
-            )
-        notes = sorted(self.notes.items(), key=lambda item: (-item[1], item[0]))
-        lines += [f"{count:,} x {note}" for note, count in notes[:NUM_NOTES_SHOWN]]
-        if len(notes) > NUM_NOTES_SHOWN:
-            lines.append(
-                f"and {len(notes) - NUM_NOTES_SHOWN:,} more such notes: `gemma-dist shard … --json` prints all"
-            )
-        return "\n".join(lines)
 
 
 class PieceHeader(TypedDict):
@@ -174,32 +131,27 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow]) -> None:
                 raise DataError(error)
             trajectory = parse(row, where, job.settings)
             with error_context(where):
-                encoded = encode_trained(trajectory, encoder)
-                fitting = fit(trajectory, encoded, encoder, job.settings)
+                samples = [
+                    _measure(sample, encoder, job.settings) for sample in unroll(trajectory, encoder, job.settings)
+                ]
         except DataError as error:
             report.num_rejected += 1
             rejected.write(place | {"error": spell(str(error), OPTIONS)})
             if len(errors) < NUM_ERRORS_SHOWN:
                 errors.append(str(error))
             continue
-        kept, encoded_kept = fitting or (None, None)
-        if kept is not trajectory:
-            num_kept = len(kept.messages) if kept else 0
-            length = {
-                "id": trajectory.id,
-                "num_tokens": len(encoded.input_ids),
-                "num_messages": len(trajectory.messages),
-                "num_messages_kept": num_kept,
-            }
-            too_long.write(place | length)
-            report.num_cut += num_kept > 0
-            report.num_dropped += num_kept == 0
-        if kept and encoded_kept:
-            writer.add(kept, encoded_kept, where)
-            report.num_dropped_reasoning += encoded_kept.num_dropped_reasoning
-            report.notes += _notes(kept)
-            for tool in filter(seen_tools.is_new, kept.tools):
-                tools.write(tool)
+        report.num_unrolled += len(samples) - 1
+        for sample in samples:
+            if sample.length:
+                too_long.write(place | sample.length)
+                report.num_cut += sample.kept is not None
+                report.num_dropped += sample.kept is None
+            if sample.kept and sample.encoded:
+                writer.add(sample.kept, sample.encoded, where)
+                report.num_dropped_reasoning += sample.encoded.num_dropped_reasoning
+                report.notes += _notes(sample.kept, sample.encoded)
+                for tool in filter(seen_tools.is_new, sample.kept.tools):
+                    tools.write(tool)
     tools.close()
     rejected.close()
     too_long.close()
@@ -208,14 +160,37 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow]) -> None:
     writer.close(report, errors)
 
 
-def _notes(trajectory: Trajectory) -> Counter[str]:
+def _notes(trajectory: Trajectory, encoded: Encoded) -> Counter[str]:
     """What the report says of a written row, in the words of the command line."""
     notes: Counter[str] = Counter()
-    for note, count in trajectory.notes.items():
+    for note, count in (trajectory.notes + encoded.notes).items():
         notes[spell(note, OPTIONS)] += count
     if not trajectory.tools and any("tool_calls" in message for message in trajectory.messages):
         notes[UNDECLARED] += 1
     return notes
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A sample within the length limit."""
+
+    kept: Trajectory | None  # None: dropped for its length
+    encoded: Encoded | None
+    length: dict[str, Any] | None  # what the log says of one that is dropped or cut
+
+
+def _measure(sample: Trajectory, encoder: Encoder, settings: ShardConfig) -> _Measured:
+    encoded = encode_trained(sample, encoder)
+    kept, encoded_kept = fit(sample, encoded, encoder, settings) or (None, None)
+    if kept is sample:
+        return _Measured(kept, encoded_kept, None)
+    length = {
+        "id": sample.id,
+        "num_tokens": len(encoded.input_ids),
+        "num_messages": len(sample.messages),
+        "num_messages_kept": len(kept.messages) if kept else 0,
+    }
+    return _Measured(kept, encoded_kept, length)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -245,7 +220,13 @@ class _ShardWriter:
     def add(self, trajectory: Trajectory, encoded: Encoded, where: Where) -> None:
         messages, tools = _to_json(trajectory.messages), _to_json(trajectory.tools)
         images = [{"bytes": image, "path": None} for image in trajectory.images]
-        row: dict[str, object] = {"id": trajectory.id, "messages": messages, "tools": tools, "images": images}
+        row: dict[str, object] = {
+            "id": trajectory.id,
+            "messages": messages,
+            "tools": tools,
+            "images": images,
+            "enable_thinking": trajectory.enable_thinking,
+        }
         num_bytes = len(messages.encode()) + len(tools.encode()) + sum(map(len, trajectory.images))
         if self._rows and self._row_bytes + num_bytes > self._job.row_group_bytes:
             self._end_row_group()

@@ -52,7 +52,7 @@ class Shards:
             found = ", ".join(f"{folder} ({h['fingerprint']})" for folder, h in zip(folders, headers, strict=True))
             raise DataError(
                 f"the shards were made with different tokenizers, chat templates or image processors: {found}; "
-                "make them again with the same model and template"
+                "make them again with the same model, template and enable_thinking"
             )
         self.fingerprint: str = headers[0]["fingerprint"]
         self._first_row_group = np.cumsum([0, *(manifest.table.num_rows for manifest in self._manifests)])
@@ -131,6 +131,7 @@ class Shards:
             messages=json.loads(row["messages"]),
             tools=json.loads(row["tools"]),
             images=[image["bytes"] for image in row["images"]],
+            enable_thinking=row.get("enable_thinking"),  # folders of earlier versions have no such column
         )
 
     def read_row_group(self, row_group: int) -> pa.Table:

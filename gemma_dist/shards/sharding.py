@@ -2,7 +2,7 @@
 
 A shard folder holds
 
-    train-00000.parquet …   id, messages, tools, images as any parquet reader and plain `datasets` take them
+    train-00000.parquet …   id, messages, tools, images, enable_thinking, for any parquet reader and plain `datasets`
     manifest.arrow          where each row group lies, and how long each sample is; written last
     tools.json              each declaration of a tool that the rows show, once
     rejected.jsonl          with --skip-invalid: the rows that were refused, with file, line and error
@@ -34,7 +34,8 @@ from gemma_dist.logs import progress
 from gemma_dist.shards.assemble import find_repeated, finish
 from gemma_dist.shards.folder import Plan, claim_folder, open_to_append
 from gemma_dist.shards.manifest import CorpusHeader
-from gemma_dist.shards.pieces import ShardJob, ShardReport, run_job
+from gemma_dist.shards.pieces import ShardJob, run_job
+from gemma_dist.shards.report import ShardReport
 
 PIECE_BYTES = 256 << 20  # of input, that one process works on at a time
 ROW_GROUP_BYTES = 4 << 20  # before compression: what is fetched and checked as one

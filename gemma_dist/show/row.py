@@ -13,15 +13,17 @@ from gemma_dist.data.encode import IGNORE_INDEX, Encoded, load_encoder
 from gemma_dist.data.fit import encode_trained, fit, parse
 from gemma_dist.data.rows import ReadRow, read_rows
 from gemma_dist.data.strict import error_context
-from gemma_dist.data.trajectory import name_row
+from gemma_dist.data.trajectory import Trajectory, name_row
+from gemma_dist.data.unroll import row_of_sample, unroll
 from gemma_dist.errors import DataError, setting, spell
 from gemma_dist.gemma_format import IMAGE
-from gemma_dist.shards.pieces import OPTIONS
 from gemma_dist.shards.reader import Shards, is_shard_folder, open_shards
+from gemma_dist.shards.report import OPTIONS
 
 TRAINED, TRAINED_END = "⟦", "⟧"
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 NUM_PLACES_SHOWN = 10
+UNROLLED = setting("unroll", "reasoning")
 SOFT_TOKENS = re.compile(f"(?:{re.escape(IMAGE)}){{2,}}")
 
 
@@ -38,7 +40,9 @@ class Inspection:
     num_image_tokens: int
     num_images: int
     num_target_tokens: int
-    notes: dict[str, int]  # what parsing changed or left out of a raw row: how often
+    notes: dict[str, int]  # what parsing and encoding changed or left out: how often
+    enable_thinking: bool  # as the row is rendered
+    samples: list[str]  # ids of all samples that a raw row makes
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "segments"}
@@ -49,8 +53,11 @@ class Inspection:
         num_tokens = len(self.ids)
         header = (
             f"{self.id}: {num_tokens:,} tokens = {self.num_text_tokens:,} text + {self.num_image_tokens:,} image "
-            f"({self.num_images} images); {self.num_target_tokens:,} trained"
+            f"({self.num_images} images); {self.num_target_tokens:,} trained; thinking "
+            f"{'on' if self.enable_thinking else 'off'}"
         )
+        if len(self.samples) > 1:
+            header += f"\none of the samples {', '.join(self.samples)} of the row"
         for note, count in sorted(self.notes.items()):
             header += f"\n{count:,} x {note}"
         start, end = (GREEN + TRAINED, TRAINED_END + PLAIN) if color else (TRAINED, TRAINED_END)
@@ -60,7 +67,8 @@ class Inspection:
 
 
 def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardConfig) -> Inspection:
-    """One row of a shard folder, or of raw rows as `gemma-dist shard` would keep it.
+    """One row of a shard folder, or of raw rows as `gemma-dist shard` would keep it. Of a raw row that makes several
+    samples it is the one of the id, or else the last.
 
     Args:
         row: its number from 1, as messages print it behind the colon (of a shard folder the sample, of JSONL the line,
@@ -75,11 +83,14 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
         trajectory = shards.read(_sample(shards, row))
         encoder = load_encoder(model, settings)
         encoded = encoder.encode(trajectory)
+        samples = [trajectory]
     else:
         where, raw = _raw_row_of_id(Path(data), row) if isinstance(row, str) else _raw_row(Path(data), row)
         trajectory = parse(raw, where, settings)
         encoder = load_encoder(model, settings)
         with error_context(where):
+            samples = unroll(trajectory, encoder, settings)
+            trajectory = _sample_of(samples, row)
             encoded = encode_trained(trajectory, encoder)
             fitting = fit(trajectory, encoded, encoder, settings)
             if fitting is None:
@@ -100,7 +111,9 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
         num_image_tokens=encoded.num_image_tokens,
         num_images=encoded.num_images,
         num_target_tokens=encoded.num_target_tokens,
-        notes={spell(note, OPTIONS): count for note, count in trajectory.notes.items()},
+        notes={spell(note, OPTIONS): count for note, count in (trajectory.notes + encoded.notes).items()},
+        enable_thinking=encoded.enable_thinking,
+        samples=[sample.id for sample in samples],
     )
 
 
@@ -137,14 +150,26 @@ def _raw_row(data: Path, row: int) -> ReadRow:
 
 
 def _raw_row_of_id(data: Path, row_id: str) -> ReadRow:
-    """Place and content of the raw row of this id, with which invalid rows are passed over."""
-    found: list[ReadRow] = []
+    """Place and content of the raw row of this id, or whose sample has it. Invalid rows are passed over."""
+    found: dict[str, list[ReadRow]] = {row_of_sample(row_id): [], row_id: []}
     for where, row in read_rows([data]):
         with suppress(DataError):
-            if isinstance(row, dict) and name_row(row.get("id"), where) == row_id:
-                found.append((where, row))
-    _require_one(data, row_id, [str(where) for where, _ in found])
-    return found[0]
+            if isinstance(row, dict) and (name := name_row(row.get("id"), where)) in found:
+                found[name].append((where, row))
+    rows = found[row_id] or found[row_of_sample(row_id)]
+    _require_one(data, row_id, [str(where) for where, _ in rows])
+    return rows[0]
+
+
+def _sample_of(samples: list[Trajectory], row: int | str) -> Trajectory:
+    """The sample of this id; of a row that is named by its number, the last."""
+    if isinstance(row, int):
+        return samples[-1]
+    for sample in samples:
+        if sample.id == row:
+            return sample
+    ids = ", ".join(sample.id for sample in samples)
+    raise DataError(f"the row makes the samples {ids}, but not {row}; name one of them, or use {UNROLLED}")
 
 
 def _no_row(data: Path | str, row: int, last: int) -> DataError:

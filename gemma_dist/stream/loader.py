@@ -60,7 +60,8 @@ class TrajectoryLoader(IterableDataset):
             raise DataError(
                 f"{', '.join(map(str, shards.folders))}: sharded with another tokenizer, chat template or image "
                 f"processor than this run's (fingerprint {shards.fingerprint}, here {encoder.fingerprint}), so the "
-                "lengths do not hold; run `gemma-dist shard` again with this model and template"
+                "lengths do not hold; run `gemma-dist shard` again with this model, template and enable_thinking (also "
+                "where an earlier version made the shards)"
             )
         self._ids = control_ids(encoder.processor)
 

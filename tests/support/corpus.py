@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from gemma_dist.config import ShardConfig
-from gemma_dist.shards.pieces import ShardReport
+from gemma_dist.shards.report import ShardReport
 from gemma_dist.shards.sharding import run_shard
 from gemma_dist.stream.schedule import Schedule
 

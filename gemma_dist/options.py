@@ -1,0 +1,136 @@
+"""The settings of config.py as options of commands, and remedies in the words of the command that runs.
+
+Nothing heavy is imported before a command is called, not even the settings, which need pydantic.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+import click
+
+from gemma_dist.aliases import current_value
+from gemma_dist.errors import GemmaDistError, spell
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from gemma_dist.config import Section
+
+
+class OrderedGroup(click.Group):
+    """Commands in the order in which they are written. Each spells the remedies of errors its own way."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """As they were added; click would sort them by name."""
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, and put into a user error's words how this command takes the settings that it names."""
+        try:
+            return super().invoke(ctx)
+        except GemmaDistError as error:
+            command = self.commands[str(ctx.invoked_subcommand)]
+            error.args = (spell(str(error), spellings(command)),)
+            raise
+
+
+class SettingsCommand(click.Command):
+    """A command with an option for each setting of a section of config.py; its function gets them as `settings`.
+
+    `section` picks the class from the module config, which is first imported when a command is called or asked for its
+    own help.
+    """
+
+    def __init__(self, *args: Any, section: Callable[[Any], "type[Section]"], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._pick_section = section
+
+    @functools.cached_property
+    def section(self) -> "type[Section]":
+        """The class of the settings."""
+        from gemma_dist import config
+
+        return self._pick_section(config)
+
+    @functools.cached_property
+    def setting_options(self) -> list[click.Option]:
+        """One option for each setting."""
+        return [_option_of(name, field) for name, field in self.section.model_fields.items()]
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The command's own options, then one for each setting, and --help last."""
+        *params, help_option = super().get_params(ctx)
+        return [*params, *self.setting_options, help_option]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """The bare flag of before, --enable-thinking, stands for --enable-thinking true."""
+        from gemma_dist.config import option
+
+        words = []
+        for word, following in zip_longest(args, args[1:], fillvalue=""):
+            is_bare = word == option("enable_thinking") and following not in ("auto", "true", "false")
+            words.append(f"{word}=true" if is_bare else word)
+        return super().parse_args(ctx, words)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Check the settings and hand them to the command's function. Raises ConfigError, with all that is wrong."""
+        from gemma_dist.recipe import load_section
+
+        values = {name: ctx.params.pop(name) for name in self.section.model_fields}
+        ctx.params["settings"] = load_section(self.section, values)
+        return super().invoke(ctx)
+
+
+def _option_of(name: str, field: "FieldInfo") -> click.Option:
+    """The option for a setting, with the name, values, default and sentence that config.py gives it."""
+    from gemma_dist.config import option
+
+    kind = field.annotation
+    if get_origin(kind) is types.UnionType:  # with None, which is to leave the option out
+        kind = get_args(kind)[0]
+    choices = [_word(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
+    return click.Option(
+        [option(name)],
+        type=SettingChoice(choices) if choices else kind,
+        is_flag=kind is bool,
+        default=_word(field.default) if choices else field.default,
+        show_default=field.default is not None,
+        help=field.description,
+    )
+
+
+def _word(value: object) -> str:
+    """A value of a choice as it is typed: true for True."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class SettingChoice(click.Choice):
+    """The values that a setting may have, also by their names in earlier versions."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A value as it is written today, if it is one of them."""
+        return super().convert(current_value(value), param, ctx)
+
+
+def spellings(command: click.Command) -> dict[str, str]:
+    """How a user of `command` changes each setting that a remedy may name, with {} for the value: by an option of the
+    command, by a key of its recipe, or else by the command that decides the setting."""
+    from gemma_dist.config import MergeConfig, ShardConfig, TrainDataConfig, option
+
+    params = command.get_params(click.Context(command))
+    own = {param.name for param in params if isinstance(param, click.Option)}
+    takes_recipe = any(param.name == "overrides" for param in params)
+    spelled = {}
+    for name in ShardConfig.model_fields | TrainDataConfig.model_fields | MergeConfig.model_fields:
+        if name in own:
+            spelled[name] = f"{option(name)} {{}}"
+        elif name in TrainDataConfig.model_fields:
+            spelled[name] = f"data.{name}={{}}" if takes_recipe else f"`gemma-dist train … data.{name}={{}}`"
+        elif name in ShardConfig.model_fields:
+            spelled[name] = f"`gemma-dist shard … {option(name)} {{}}`"
+        else:
+            spelled[name] = f"`gemma-dist merge … {option(name)} {{}}`"
+    return spelled
