@@ -24,7 +24,20 @@ from collections import Counter
 from gemma_dist.data.layouts.turns import NumberedMessages, number_turns, turn_name
 from gemma_dist.data.schema_types import is_optional
 from gemma_dist.data.schema_walk import CONSTRAINTS
-from gemma_dist.data.strict import error_context, get, parse_json, read_json_text, short
+from gemma_dist.data.strict import (
+    as_list,
+    as_object,
+    error_context,
+    get,
+    get_list,
+    is_json_text,
+    is_list_of,
+    parse_json,
+    read_json_text,
+    short,
+    without,
+    without_nulls,
+)
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -68,85 +81,97 @@ def find_declarations(row: RawRow, tools: object, messages: NumberedMessages, no
     Raises:
         DataError: two places declare different tools; a column looks like declarations and is not one that is read.
     """
-    found: dict[str, object] = {}
+    declared: dict[str, object] = {}
     for place, value in _places(row, tools, messages).items():
         with error_context(f"`{place}`"):
-            declared = to_openai_tools(_decoded(value), notes)
-        if declared:
-            found[place] = declared
-    first, *others = found or ["tools"]
+            declared[place] = to_openai_tools(_decoded(value), notes)
+    declared = {place: found for place, found in declared.items() if found}
+    first, *others = declared or ["tools"]
     for other in others:
-        if _canonical(found[other]) != _canonical(found[first]):
+        if _canonical(declared[other]) != _canonical(declared[first]):
             raise DataError(f"`{first}` and `{other}` declare different tools; keep one of the two")
-    _refuse_unread(row, found.get(first))
-    return found.get(first)
+    _refuse_unread(row, declared.get(first))
+    return declared.get(first)
 
 
 def _places(row: RawRow, tools: object, messages: NumberedMessages) -> dict[str, object]:
-    """What each place of a row that may hold declarations says, by its name in errors."""
+    """What each place of a row that may hold declarations says, by its name in errors; those that say something."""
     given = {
         "tools": tools or row.get("tools"),
         "functions": row.get("functions"),
         "available_tools": _unless_names(row.get("available_tools")),
         "chat_template_kwargs.tools": get(row.get("chat_template_kwargs"), "tools"),
+        "tools of the system message": _of_system_message(row, messages),
     }
-    turns = list(messages)
-    conversations = row.get("conversations")
-    if isinstance(conversations, list) and not row.get("messages"):
-        turns += number_turns(conversations)
-    for number, turn in turns:
-        if get(turn, "tools"):
-            role = get(turn, "role") or get(turn, "from")
-            if number > 1 or role not in ("system", "developer"):
-                raise DataError(
-                    f"{turn_name(number, role)}: `tools` of a message that is not the first system message; declare "
-                    "all tools in the row's `tools`"
-                )
-            given["tools of the system message"] = get(turn, "tools")
     return {place: value for place, value in given.items() if value}
+
+
+def _of_system_message(row: RawRow, messages: NumberedMessages) -> object:
+    """The declarations of {"role": "system", "content": "…", "tools": […]}; None where there are none.
+
+    Raises:
+        DataError: another message has some.
+    """
+    found = None
+    raw_turns = [] if row.get("messages") else get_list(row, "conversations")
+    for number, turn in [*messages, *number_turns(raw_turns)]:
+        tools = get(turn, "tools")
+        if not tools:
+            continue
+        role = get(turn, "role") or get(turn, "from")
+        if number > 1 or role not in ("system", "developer"):
+            raise DataError(
+                f"{turn_name(number, role)}: `tools` of a message that is not the first system message; declare "
+                "all tools in the row's `tools`"
+            )
+        found = tools
+    return found
 
 
 def without_tools(message: object) -> object:
     """A message without the declarations that it brought."""
-    if not isinstance(message, dict) or "tools" not in message:
-        return message
-    return {key: value for key, value in message.items() if key != "tools"}
+    given = as_object(message)
+    return without(given, "tools") if "tools" in given else message
 
 
 def _unless_names(value: object) -> object:
-    """A column of declarations; None where it only names tools, as test cases of tutorials do."""
-    if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
+    """A column of declarations; None where it only names tools, as test cases of tutorials do: ["weather", "clock"]."""
+    if isinstance(value, str) and not is_json_text(value):
         return None
     with error_context("`available_tools`"):
         decoded = _decoded(value)
-    if isinstance(decoded, list) and all(isinstance(name, str) for name in decoded):
-        return None
-    return decoded
+    return None if is_list_of(decoded, str) else decoded
 
 
 def _refuse_unread(row: RawRow, found: object) -> None:
     """Refuse a column that declares other tools than those that were found, under a name that is not read."""
     for column, value in row.items():
-        name = str(column).lower()
-        is_read = column in (*COLUMNS, *NO_DECLARATIONS)
-        is_suspicious = any(word in name for word in SUSPICIOUS) and not any(word in name for word in CALLS)
-        if not is_suspicious or is_read:
-            continue
-        declared = _declared(value)
+        declared = _declared(value) if _sounds_like_tools(str(column)) else None
         if declared is not None and _canonical(declared) != _canonical(found):
             raise DataError(f"the column `{column}` declares tools, but is not read; rename it to `tools`")
+
+
+def _sounds_like_tools(column: str) -> bool:
+    """Whether a column that is not read may hold declarations: `tool_list` and `Functions`, not `tool_calls`."""
+    if column in (*COLUMNS, *NO_DECLARATIONS):
+        return False
+    name = column.lower()
+    return _holds_word(name, SUSPICIOUS) and not _holds_word(name, CALLS)
+
+
+def _holds_word(name: str, words: tuple[str, ...]) -> bool:
+    """Whether one of the words stands somewhere in a name."""
+    return any(word in name for word in words)
 
 
 def _declared(value: object) -> object:
     """The declarations that a column holds: objects with a name, and a description or schema; None without one."""
     try:
         decoded = _decoded(value)
-        listed = _listed(decoded)
-        if isinstance(listed, list) and any(isinstance(tool, dict) and _is_declaration(tool) for tool in listed):
-            return to_openai_tools(decoded, Counter())
+        declares = any(map(_is_declaration, as_list(_listed(decoded))))
+        return to_openai_tools(decoded, Counter()) if declares else None
     except DataError:
-        pass
-    return None
+        return None
 
 
 def _canonical(tools: object) -> object:
@@ -158,11 +183,14 @@ def _canonical(tools: object) -> object:
 
 
 def _decoded(value: object) -> object:
-    """The value, read from JSON text where it, or an entry of it, is some."""
+    """The value, read from JSON text where it, or an entry of it, is some: '[{"name": "f"}]', ['{"name": "f"}']."""
     decoded = parse_json(value) if isinstance(value, str) and value.strip() else value
-    if not isinstance(decoded, list):
-        return decoded
-    return [parse_json(one) if isinstance(one, str) and one.lstrip()[:1] == "{" else one for one in decoded]
+    return list(map(_decoded_entry, decoded)) if isinstance(decoded, list) else decoded
+
+
+def _decoded_entry(value: object) -> object:
+    """The value, read from JSON text where it is that of an object."""
+    return parse_json(value) if is_json_text(value, ("{",)) else value
 
 
 # ---- forms of a list -------------------------------------------------------------------------------------------------
@@ -181,15 +209,16 @@ def to_openai_tools(given: object, notes: Counter[str]) -> object:
 
 
 def _listed(given: object) -> object:
-    """One list, of whatever wraps declarations."""
+    """One list, of whatever wraps declarations; what is no list of them passes.
+
+    {"tools": [{"name": "f", …}]}                       ->  [{"name": "f", …}]          MCP, Gemini
+    {"result": {"tools": [{"name": "f", …}]}}           ->  [{"name": "f", …}]          MCP's answer to tools/list
+    {"name": "f", "description": "…"}                   ->  [{"name": "f", …}]
+    {"f": {"description": "…", "inputSchema": {…}}}     ->  [{"name": "f", …}]          AI SDK
+    [{"functionDeclarations": [{"name": "f", …}]}]      ->  [{"name": "f", …}]          Gemini
+    """
     if isinstance(given, dict):
-        result = given.get("result")
-        if isinstance(result, dict) and "tools" in result:  # what an MCP server answers to tools/list
-            given = result
-        if _wrapped(given) is not None or _is_declaration(given):
-            given = [given]
-        elif given and all(map(_says_something, given.values())):
-            given = [{"name": name, **_as_object(value)} for name, value in given.items()]
+        given = _listed_object(given)
     if not isinstance(given, list):
         return given
     listed: list[object] = []
@@ -199,68 +228,74 @@ def _listed(given: object) -> object:
     return listed
 
 
-def _as_object(value: object) -> RawRow:
-    return value if isinstance(value, dict) else {}
+def _listed_object(given: RawRow) -> object:
+    """As `_listed`, of an object, whose wrapper may stay."""
+    if "tools" in as_object(given.get("result")):
+        given = as_object(given["result"])
+    if _wrapped(given) is not None or _is_declaration(given):
+        return [given]
+    if given and all(map(_says_something, given.values())):
+        return [{"name": name, **as_object(value)} for name, value in given.items()]
+    return given
 
 
 def _wrapped(tool: object) -> list[object] | None:
     """The declarations in a wrapper of Gemini or MCP; None where it is none."""
-    given = {key: value for key, value in _as_object(tool).items() if value is not None and key not in BESIDE_LIST}
-    for key in WRAPPERS:
-        inside = given.get(key)
-        if isinstance(inside, list) and len(given) == 1:
-            return inside
-    return None
+    given = without(without_nulls(as_object(tool)), *BESIDE_LIST)
+    (key, *others) = given or [""]
+    inside = given.get(key)
+    is_wrapper = key in WRAPPERS and not others
+    return inside if is_wrapper and isinstance(inside, list) else None
 
 
-def _is_declaration(tool: RawRow) -> bool:
-    """Whether an object is one declaration: it has more than a name."""
-    if isinstance(tool.get("function"), dict) or isinstance(tool.get("toolSpec"), dict):
-        return True
-    return isinstance(tool.get("name"), str) and _says_something(tool)
+def _is_declaration(tool: object) -> bool:
+    """Whether a value is one declaration: an object that has more than a name."""
+    is_wrapped = isinstance(get(tool, "function"), dict) or isinstance(get(tool, "toolSpec"), dict)
+    return is_wrapped or (isinstance(get(tool, "name"), str) and _says_something(tool))
 
 
 def _says_something(tool: object) -> bool:
-    keys = ("description", *SCHEMA_KEYS)
-    return isinstance(tool, dict) and any(tool.get(key) is not None for key in keys)
+    """Whether an object has a description or a schema."""
+    return any(get(tool, key) is not None for key in ("description", *SCHEMA_KEYS))
 
 
 # ---- one declaration -------------------------------------------------------------------------------------------------
 
 
 def _to_openai_tool(tool: object, notes: Counter[str]) -> object:
+    """One declaration in OpenAI's form; what is none passes.
+
+    {"toolSpec": {"name": "f", "inputSchema": {"json": {…}}}}  ->  {"type": "function", "function": {"name": "f", …}}
+    """
     spec = get(tool, "toolSpec")
-    if isinstance(spec, dict):
-        tool = spec
+    tool = spec if isinstance(spec, dict) else tool
     if not isinstance(tool, dict):
         return tool
-    inside = tool.get("function")
-    if isinstance(inside, str) and inside.lstrip().startswith("{"):
-        inside = parse_json(inside)
+    inside = _decoded_entry(tool.get("function"))
     if isinstance(inside, dict):
         return tool | {"function": _to_openai_function(inside, notes)}
-    is_function = tool.get("type") in (None, "function") or "input_schema" in tool
+    is_function = tool.get("type") in (None, "function") or "input_schema" in tool  # Anthropic's type is "custom"
     if "name" not in tool or not is_function:
         return tool
-    function = _to_openai_function(tool, notes)
-    return {"type": "function", "function": {key: value for key, value in function.items() if key != "type"}}
+    return {"type": "function", "function": without(_to_openai_function(tool, notes), "type")}
 
 
 def _to_openai_function(function: RawRow, notes: Counter[str]) -> RawRow:
-    """The function with its schema under `parameters`. OpenAI's own keeps whatever it has."""
-    keys = [key for key in SCHEMA_KEYS if function.get(key) is not None]
-    if not keys:
+    """The function with its schema under `parameters`. OpenAI's own keeps whatever it has.
+
+    {"name": "f", "title": "F", "inputSchema": {…}} -> {"name": "f", "parameters": {…}}
+    """
+    key, *others = [key for key in SCHEMA_KEYS if function.get(key) is not None] or [""]
+    if not key:
         return function
-    key = keys[0]
     with error_context(f"`{key}`"):
         schema = _parameters(function[key], key, notes)
-    for other in keys[1:]:
+    for other in others:
         if other not in FLAT_KEYS and _parameters(function[other], other, Counter()) != schema:
             raise DataError(f"`{key}` and `{other}` say different things; keep one of the two")
     if key == "parameters":
         return function | {"parameters": schema}
-    others = [name for name in function if name not in (*OPENAI_KEYS, *SCHEMA_KEYS, *SILENT)]
-    left_out = [name for name in sorted(others) if function[name] is not None]
+    left_out = sorted(without_nulls(without(function, *OPENAI_KEYS, *SCHEMA_KEYS, *SILENT)))
     if left_out:
         notes[f"keys of declarations that no prompt shows were left out: {', '.join(left_out)}"] += 1
     kept = {name: function[name] for name in ("name", "description") if name in function}
@@ -268,7 +303,7 @@ def _to_openai_function(function: RawRow, notes: Counter[str]) -> RawRow:
 
 
 def _parameters(given: object, key: str, notes: Counter[str]) -> object:
-    """What stands under a key that holds the schema, as one of type object."""
+    """What stands under a key that holds the schema, as one of type object. Bedrock's is {"json": {…}}."""
     schema = read_json_text(given, key)
     if key == "inputSchema" and isinstance(get(schema, "json"), dict):
         schema = get(schema, "json")
@@ -279,38 +314,52 @@ def _parameters(given: object, key: str, notes: Counter[str]) -> object:
 
 
 def _with_properties(schema: object, *, is_flat: bool) -> object:
-    """A schema of type object; parameters without `properties` around them, or as a list, get them."""
-    if isinstance(schema, list) and schema and all(isinstance(get(one, "name"), str) for one in schema):
-        named: RawRow = {one["name"]: {key: one[key] for key in one if key != "name"} for one in schema}
-        if len(named) < len(schema):
-            raise DataError(f"two parameters have one name: {short([one['name'] for one in schema])}; rename one")
-        return _object_of(named)
+    """A schema of type object; parameters without `properties` around them, or as a list, get them.
+
+    {"city": {"type": "str"}}                                ->  {"type": "object", "properties": {"city": {…}}}
+    [{"name": "city", "type": "string"}]                     ->  the same
+    {"type": "dict", "city": {…}, "required": ["city"]}      ->  {…, "required": ["city"]}
+
+    Args:
+        is_flat: whether it is known to be the first of these, even where a parameter is called "properties".
+    """
+    if isinstance(schema, list):
+        return _named_parameters(schema)
     if not isinstance(schema, dict) or not schema:
         return schema
-    flat = {key: value for key, value in schema.items() if value is not None}
+    flat = without_nulls(schema)
     if is_flat or _is_flat(flat):
         return _object_of(flat)
-    beside = {key: flat.pop(key) for key in _BESIDE_FLAT if key in flat and not isinstance(flat[key], dict)}
-    if "type" in beside and "properties" not in flat and flat and _is_flat(flat) and not _known_words(flat):
-        return _object_of(flat) | beside
+    beside = {key: flat[key] for key in _BESIDE_FLAT if key in flat and not isinstance(flat[key], dict)}
+    inner = without(flat, *beside)
+    is_schema = not inner or "properties" in inner or _known_words(inner)
+    if "type" in beside and not is_schema and _is_flat(inner):
+        return _object_of(inner) | beside
     return schema
+
+
+def _named_parameters(listed: list[object]) -> object:
+    """A list of parameters with their names as a schema; a list of anything else passes."""
+    names = [get(one, "name") for one in listed]
+    if not names or not is_list_of(names, str):
+        return listed
+    if len(set(names)) < len(names):
+        raise DataError(f"two parameters have one name: {short(names)}; rename one")
+    return _object_of({one["name"]: without(one, "name") for one in map(as_object, listed)})
 
 
 def _is_flat(schema: RawRow) -> bool:
     """Whether an object has parameters as its keys: each is a schema, and none makes the object itself one."""
-    if not all(isinstance(value, dict) for value in schema.values()):
-        return False
-    if any(word in schema for word in _SCHEMA_WORDS):
+    if not is_list_of([*schema.values()], dict) or not schema.keys().isdisjoint(_SCHEMA_WORDS):
         return False
     properties = schema.get("properties")
-    if isinstance(properties, dict):  # it may be the name of a parameter
-        return any(isinstance(value, str) for value in properties.values())
-    return True
+    is_parameter = isinstance(properties, dict) and any(isinstance(value, str) for value in properties.values())
+    return properties is None or is_parameter
 
 
 def _known_words(schema: RawRow) -> bool:
     """Whether JSON schema has a meaning for one of the keys."""
-    return any(key in CONSTRAINTS for key in schema)
+    return not schema.keys().isdisjoint(CONSTRAINTS)
 
 
 def _object_of(parameters: RawRow) -> RawRow:
@@ -318,14 +367,15 @@ def _object_of(parameters: RawRow) -> RawRow:
 
     Which are required is only said where it is certain: by `required: true` of a parameter (which `schema.py` moves),
     or, where some say in their type that they are optional, of the others that have no default.
+
+    {"a": {"type": "int"}, "b": {"type": "int, optional"}} -> {"type": "object", "properties": {…}, "required": ["a"]}
     """
     schema: RawRow = {"type": "object", "properties": parameters}
-    if any(is_optional(get(value, "type")) for value in parameters.values()):
-        required = []
-        for name, value in parameters.items():
-            has_default = isinstance(value, dict) and "default" in value
-            if not has_default and not is_optional(get(value, "type")) and get(value, "required") is not False:
-                required.append(name)
-        if required:
-            schema["required"] = required
-    return schema
+    optional = [name for name, value in parameters.items() if is_optional(get(value, "type"))]
+    required = [name for name, value in parameters.items() if name not in optional and not _may_be_absent(value)]
+    return schema | {"required": required} if optional and required else schema
+
+
+def _may_be_absent(parameter: object) -> bool:
+    """Whether a parameter has a default, or says that it is not required."""
+    return "default" in as_object(parameter) or get(parameter, "required") is False
