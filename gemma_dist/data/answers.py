@@ -1,5 +1,9 @@
 """Tool messages linked to the calls that they answer.
 
+    {"role": "assistant", "tool_calls": [{"id": "c1", "function": {"name": "weather"}}, {"function": {"name": "clock"}}]}
+    {"role": "tool", "name": "clock", "content": "12:00"}           by name: gets the id of the second call, "call_0"
+    {"role": "tool", "tool_call_id": "c1", "content": "Sunny."}     by id: gets the name "weather"
+
 An answer is a tool message: the result of one call, or an error that came in its place.
 """
 

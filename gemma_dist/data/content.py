@@ -1,4 +1,15 @@
-"""The content of a message: its text and image parts, and strings that are safe to render."""
+"""The content of a message: its text and image parts, and strings that are safe to render.
+
+    "Rome?"                                                                     a string is one text
+    {"type": "text", "text": "Rome?"}
+    {"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}      OpenAI
+    {"type": "image", "path": "a.png"}, {"type": "image", "base64": "…"}        Transformers' chat templates
+    {"type": "image", "data": "…", "mimeType": "image/png"}                     MCP
+    {"type": "image"}, {"type": "image", "index": 0}                            the image is in the row's `images`
+    {"type": "thinking", "thinking": "…"}, {"type": "redacted_thinking", …}     of an assistant (reasoning.py)
+
+A tool's content may also be any other JSON value, {"temperature": 20}, or MCP's {"content": […], "isError": true}.
+"""
 
 import json
 import re

@@ -1,4 +1,9 @@
-"""Images of a trajectory: found (path, file: or data: URL, base64, bytes), checked, and decoded in one place for all.
+"""Images of a trajectory: found, checked, and decoded in one place for all. What a row may say of one:
+
+    "shots/1.png", "file:///data/shots/1.png"                   a file inside of the media root
+    "data:image/png;base64,iVBORw0…", "iVBORw0…"                the file itself
+    {"bytes": b"…", "path": "1.png"}                            `datasets`, in parquet
+    {"url": "shots/1.png"}, {"base64": "iVBORw0…"}              what parts say (content.py)
 
 Shards keep an image's file as it came; `decode_image` turns it into pixels wherever these are needed.
 """

@@ -1,5 +1,10 @@
 """Marks that keep something out of the loss, in the words of the tools that wrote them.
 
+    {"role": "assistant", "content": "…", "train": false}       axolotl; also `training`
+    {"role": "assistant", "content": "…", "loss": false}        ms-swift
+    {"role": "assistant", "content": "…", "weight": 0}          OpenAI
+    {…, "train_detail": [{"begin_offset": 0, "end_offset": 9, "train": false}, …]}      axolotl: refused, it is finer
+
 A message is trained or it is not; a mark that wants something finer, or that can be read in two ways, is refused by
 name, so that nothing is trained which a row wants left out.
 """
@@ -10,7 +15,7 @@ from gemma_dist.data.strict import get, short, without_nulls
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
-# On a message: true (1) trains it, false (0) does not. axolotl, ms-swift, LLaMA-Factory, OpenAI.
+# On a message: true (1) trains it, false (0) does not.
 ON_MESSAGE = ("train", "training", "trainable", "loss", "weight", "loss_weight")
 # Marks of characters or tokens, or words for either of two opposite things.
 UNCLEAR = ("train_detail", "training_detail", "mask", "masked", "loss_mask", "loss_scale", "label_mask", "train_mask")

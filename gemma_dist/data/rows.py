@@ -1,5 +1,12 @@
 """Raw rows from files, one at a time, with the place that each came from: the first step of the walk.
 
+    train.jsonl, .ndjson        {"messages": […]}                           one object a line
+    train.json                  [{"messages": […]}, …]                      an array
+                                {"data": [{"messages": […]}, …]}            an object around one
+    train.jsonl.gz, .jsonl.zst  any of these, packed
+    train.parquet               a row is a row
+    train/                      state.json, data-00000-of-00001.arrow       `Dataset.save_to_disk`
+
 A JSONL line that cannot be read is handed out as an error in the row's place, so that a caller may set it aside and go
 on; a file that cannot be read as a whole stops the reading.
 """
