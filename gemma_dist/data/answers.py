@@ -1,6 +1,6 @@
 """Tool messages linked to the calls that they answer.
 
-    {"role": "assistant", "tool_calls": [{"id": "c1", "function": {"name": "weather"}}, {"function": {"name": "clock"}}]}
+    {"role": "assistant", "tool_calls": [{"id": "c1", …}, {…}]}     of weather, and of clock without an id
     {"role": "tool", "name": "clock", "content": "12:00"}           by name: gets the id of the second call, "call_0"
     {"role": "tool", "tool_call_id": "c1", "content": "Sunny."}     by id: gets the name "weather"
 

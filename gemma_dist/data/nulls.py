@@ -39,7 +39,7 @@ _EXACT_FLOAT = 2**53  # up to here a float holds each integer
 
 @dataclass(frozen=True)
 class _Found:
-    """A null or a float in the arguments of a call."""
+    """A null or a float in the arguments of a call: of {"trip": {"days": 3.0}} the one at ("trip", "days")."""
 
     path: Path
     value: float | None
@@ -108,13 +108,17 @@ def _count(notes: Counter[str], note: str, number: int) -> None:
 def _arrows_own(arguments: JsonObject, schema: JsonObject | None, nulls: list[_Found], train: bool) -> list[Path]:
     """Places of the nulls that stand for no key, as the table at the top of this file says.
 
+    {"city": "Rome", "expr": null}, {"properties": {"city": {"type": "string"}}} -> [("expr",)]
+
     Raises:
         DataError: one may be either.
     """
     filled = [null for null in nulls if null.from_arrow]
     if filled and schema is None:
         raise _undecided(filled[0].path, f"no schema says which arguments it has; {AS_TEXT}")
-    if train and schema and "properties" in schema and not isinstance(arguments, TextObject):
+    names_arguments = schema is not None and "properties" in schema
+    is_checked = train and names_arguments and not isinstance(arguments, TextObject)
+    if is_checked and schema:
         _refuse_of_json([null for null in nulls if not null.from_arrow], arguments, schema)
     dropped = [null.path for null in filled if null.is_unnamed]
     named = [null.path for null in filled if not null.is_unnamed]
@@ -129,7 +133,7 @@ def _arrows_own(arguments: JsonObject, schema: JsonObject | None, nulls: list[_F
 
 
 def _refuse_of_json(nulls: list[_Found], arguments: JsonObject, schema: JsonObject) -> None:
-    """Refuse a null of a JSON row that would be Arrow's in a row of Arrow's: the row may have been one."""
+    """Refuse a null of a JSON row that would be dropped from a row of Arrow, which it may have been once."""
     readings = _readings(arguments, [null.path for null in nulls], schema)
     for null, (path, may_be_null, may_be_absent) in zip(nulls, readings, strict=True):
         if null.is_unnamed:
@@ -257,7 +261,10 @@ def _find(
 
 
 def _about_key(schemas: list[JsonObject], key: str, root: JsonObject) -> list[JsonObject]:
-    """The schemas that are about a key of an object that `schemas` are about; none where they do not name it."""
+    """The schemas that are about a key of an object that `schemas` are about; none where they do not name it.
+
+    [{"properties": {"city": {"type": "string"}}}], "city" -> [{"type": "string"}]
+    """
     about: list[Json] = []
     for schema in schemas:
         properties = as_object(schema.get("properties"))
@@ -289,7 +296,10 @@ def _about_items(schemas: list[JsonObject], root: JsonObject) -> list[JsonObject
 
 
 def _alternatives(schemas: list[Json], root: JsonObject) -> list[JsonObject]:
-    """The schemas, and all that they refer to (`$ref` within `root`) or are made of. A true schema is {}."""
+    """The schemas, and all that they refer to (`$ref` within `root`) or are made of. A true schema is {}.
+
+    [{"anyOf": [{"type": "string"}, {"type": "null"}]}] -> [{"anyOf": …}, {"type": "null"}, {"type": "string"}]
+    """
     found: list[JsonObject] = []
     waiting = list(schemas)
     while waiting:

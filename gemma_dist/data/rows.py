@@ -176,7 +176,10 @@ def _read_json(input_range: InputRange) -> Iterator[ReadRow]:
 
 
 def _is_one_document(path: Path) -> bool:
-    """Whether a file of JSON is one value, an array or a pretty-printed object, and not one object a line."""
+    """Whether a file of JSON is one value, an array or a pretty-printed object, and not one object a line.
+
+    Its first two lines tell: "[" and "{…},", or "[{…}]" alone, or "{" and '"data": [' of a .json file.
+    """
     with _open(path) as file:
         lines = (line.removeprefix(BYTE_ORDER_MARK).strip() for line in file)
         contents = filter(None, lines)
