@@ -1,5 +1,9 @@
 """Tool messages linked to the calls that they answer.
 
+    {"role": "assistant", "tool_calls": [{"id": "c1", …}, {…}]}     of weather, and of clock without an id
+    {"role": "tool", "name": "clock", "content": "12:00"}           by name: gets the id of the second call, "call_0"
+    {"role": "tool", "tool_call_id": "c1", "content": "Sunny."}     by id: gets the name "weather"
+
 An answer is a tool message: the result of one call, or an error that came in its place.
 """
 
@@ -82,14 +86,21 @@ def _answered_call(answer: Message, waiting: list[ToolCall], answered: list[Tool
 
 
 def _call_of_id(answer: Message, waiting: list[ToolCall], answered: list[ToolCall], given_ids: set[str]) -> ToolCall:
+    """The open call with the id that a tool message gives.
+
+    Args:
+        waiting: calls of the last assistant message that have no answer yet.
+        answered: those that have one.
+        given_ids: ids that the row gives to its calls. An id that we gave to a call is not one that the row can mean.
+    """
     call_id, name = answer["tool_call_id"], answer["name"]
     for call in waiting:
-        # An id that we gave to a call is not one that the row can mean.
-        if call["id"] == call_id and call_id in given_ids:
-            if name and name != call["function"]["name"]:
-                raise DataError(f"is named {short(name)} but answers {_names([call])}; make the two agree")
-            return call
-    if any(done["id"] == call_id for done in answered):
+        if call_id not in given_ids or call["id"] != call_id:
+            continue
+        if name not in ("", call["function"]["name"]):
+            raise DataError(f"is named {short(name)} but answers {_names([call])}; make the two agree")
+        return call
+    if call_id in [done["id"] for done in answered]:
         why = "is already answered"
     elif call_id in given_ids:
         why = "is not open here"
@@ -102,4 +113,5 @@ def _call_of_id(answer: Message, waiting: list[ToolCall], answered: list[ToolCal
 
 
 def _names(calls: list[ToolCall]) -> str:
+    """How errors name calls: "call 'c1' of weather, call 'c2' of clock"."""
     return ", ".join(f"call {short(call['id'])} of {call['function']['name']}" for call in calls) or "none"

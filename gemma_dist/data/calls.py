@@ -7,10 +7,22 @@
 """
 
 import re
+from typing import Any
 
 from gemma_dist.data.marks import ON_MESSAGE, refuse_finer
 from gemma_dist.data.schema import tool_name
-from gemma_dist.data.strict import error_context, map_json, map_json_object, parse_json, require_encodable, short
+from gemma_dist.data.strict import (
+    error_context,
+    get,
+    map_json,
+    map_json_object,
+    parse_json,
+    read_json_text,
+    require_encodable,
+    short,
+    without,
+    without_nulls,
+)
 from gemma_dist.data.types import CalledFunction, Clean, JsonObject, RawRow, TextObject, ToolCall
 from gemma_dist.errors import DataError
 
@@ -29,10 +41,7 @@ def parse_calls(message: RawRow, clean: Clean) -> list[ToolCall]:
     Raises:
         DataError: a call has no name, arguments that are no object, or a key that nobody knows.
     """
-    calls = message.get("tool_calls") or []
-    if isinstance(calls, str):
-        with error_context("`tool_calls`"):
-            calls = parse_json(calls)
+    calls = read_json_text(message.get("tool_calls") or [], "tool_calls")
     if message.get("function_call"):  # OpenAI's form before tool_calls
         if calls:
             raise DataError("holds both function_call and tool_calls; keep tool_calls")
@@ -51,15 +60,21 @@ def call_id(given: object) -> str:
     return require_encodable(str(map_json(given, str, str)))
 
 
-def first_of(value: RawRow, keys: tuple[str, ...]) -> object:
-    """The first value of several keys that is there; None where there is none."""
+def first_of(value: object, keys: tuple[str, ...]) -> Any:
+    """The first value of several keys that is there: "c1" of {"id": null, "call_id": "c1"}; else None."""
     for key in keys:
-        if value.get(key) is not None:
-            return value[key]
+        found = get(value, key)
+        if found is not None:
+            return found
     return None
 
 
 def _parse_call(call: object, clean: Clean) -> ToolCall:
+    """One call in normal form.
+
+    {"id": "c1", "name": "f", "args": {"a": 1}}
+        ->  {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    """
     if isinstance(call, str):
         call = parse_json(call)
     if not isinstance(call, dict) or call.get("type") not in (None, *TYPES):
@@ -74,15 +89,18 @@ def _parse_call(call: object, clean: Clean) -> ToolCall:
 
 
 def _unwrap(call: RawRow) -> RawRow:
-    """The keys of a call beside those of its `function`, which may be the name alone."""
-    described = {key: value for key, value in call.items() if value is not None and key != "function"}
+    """The keys of a call beside those of its `function`, which may be the name alone.
+
+    {"id": "c1", "function": {"name": "f", "arguments": "{}"}} -> {"id": "c1", "name": "f", "arguments": "{}"}
+    """
+    described = without(without_nulls(call), "function")
     function = call.get("function") or {}
     if isinstance(function, str):
         function = {"name": function}
     if not isinstance(function, dict):
         raise DataError(f"the `function` of a call is {short(function)}; write an object with name and arguments")
-    for key, value in function.items():
-        if value is not None and key != "type" and described.setdefault(key, value) != value:
+    for key, value in without(without_nulls(function), "type").items():
+        if described.setdefault(key, value) != value:
             raise DataError(f"the call says `{key}` twice, {short(described[key])} and {short(value)}; keep one")
     return described
 
@@ -100,6 +118,7 @@ def _refuse_unknown(call: RawRow) -> None:
 
 
 def _arguments_of(function: RawRow) -> object:
+    """The arguments under whichever of ARGUMENT_KEYS holds them; None where none does."""
     given = {key: function[key] for key in ARGUMENT_KEYS if key in function}
     if len(given) > 1:
         raise DataError(f"{' and '.join(given)} stand side by side; keep `arguments`")
@@ -107,20 +126,22 @@ def _arguments_of(function: RawRow) -> object:
 
 
 def _parse_arguments(arguments: object, clean: Clean) -> JsonObject:
-    """Arguments as an object, from an object or its JSON text; nothing at all stands for no arguments."""
-    if isinstance(arguments, str) and arguments.strip():
+    """Arguments as an object, from an object or its JSON text; nothing at all stands for no arguments.
+
+    '{"city": "Rome"}' -> TextObject({"city": "Rome"}), null -> {}, "" -> {}
+    """
+    if isinstance(arguments, str):
         with error_context("arguments"):
-            arguments = parse_json(arguments)
-        if isinstance(arguments, dict):
-            arguments = TextObject(arguments)
-    elif arguments is None or isinstance(arguments, str):
-        arguments = {}
+            arguments = parse_json(arguments if arguments.strip() else "{}")
+        arguments = TextObject(arguments) if isinstance(arguments, dict) else arguments
+    arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
         raise DataError(f"the arguments are {short(arguments)}, not an object; write name and value of each")
 
     def argument_name(key: str) -> str:
-        is_bare = bool(key) and key == key.strip() and not _UNCARRIED.search(key)
-        if not is_bare:
+        """The name itself, clean. DataError if Gemma's format cannot carry it."""
+        is_bare = key != "" and key == key.strip()
+        if not is_bare or _UNCARRIED.search(key):
             raise DataError(
                 f"the argument name {short(key)} cannot be represented in Gemma's call format, which writes names "
                 'bare: not empty, no blanks around, none of : , { } [ ] " or line breaks; rename it'

@@ -1,4 +1,15 @@
-"""The content of a message: its text and image parts, and strings that are safe to render."""
+"""The content of a message: its text and image parts, and strings that are safe to render.
+
+    "Rome?"                                                                     a string is one text
+    {"type": "text", "text": "Rome?"}
+    {"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}      OpenAI
+    {"type": "image", "path": "a.png"}, {"type": "image", "base64": "…"}        Transformers' chat templates
+    {"type": "image", "data": "…", "mimeType": "image/png"}                     MCP
+    {"type": "image"}, {"type": "image", "index": 0}                            the image is in the row's `images`
+    {"type": "thinking", "thinking": "…"}, {"type": "redacted_thinking", …}     of an assistant (reasoning.py)
+
+A tool's content may also be any other JSON value, {"temperature": 20}, or MCP's {"content": […], "isError": true}.
+"""
 
 import json
 import re
@@ -7,7 +18,7 @@ from dataclasses import dataclass, field
 
 from gemma_dist.data.marks import refuse_finer
 from gemma_dist.data.reasoning import ENCRYPTED, ENCRYPTED_TYPES, PART_TYPES, read_part
-from gemma_dist.data.strict import get, require_encodable, short
+from gemma_dist.data.strict import as_object, get, require_encodable, short, without, without_nulls
 from gemma_dist.data.types import Clean, Content, Message, Part, RawRow
 from gemma_dist.errors import DataError, setting
 from gemma_dist.gemma_format import CONTROL_TOKENS
@@ -83,6 +94,9 @@ def parse_content(given: object, clean: Clean, notes: Counter[str]) -> ParsedCon
 
     The chat template trims each text, so that of "Hello " and "world" it would make "Helloworld": they are joined here.
 
+    [{"type": "text", "text": "See "}, {"type": "text", "text": "this:"}, {"type": "image_url", "image_url": "a.png"}]
+        ->  [{"type": "text", "text": "See this:"}, {"type": "image"}], and the image's source "a.png"
+
     Raises:
         DataError: it is no string or list of parts, or a part is of an unknown kind.
     """
@@ -98,8 +112,7 @@ def parse_content(given: object, clean: Clean, notes: Counter[str]) -> ParsedCon
     parts: list[Part] = []
     for part in given:
         kind = get(part, "type")
-        if isinstance(part, dict):
-            refuse_finer(part, "a part")
+        refuse_finer(as_object(part), "a part")
         if kind == "text":
             _add_text(parts, _part_text(part))
         elif kind in ("image", "image_url"):
@@ -121,12 +134,19 @@ def parse_content(given: object, clean: Clean, notes: Counter[str]) -> ParsedCon
 
 
 def image_source(part: RawRow) -> object:
-    """What an image part says of its image; None where it takes the next one of the row's `images`."""
+    """What an image part says of its image; None where it takes the next one of the row's `images`.
+
+    {"type": "image_url", "image_url": {"url": "a.png"}}    {"url": "a.png"}                OpenAI
+    {"type": "image", "data": "iVBORw0…", "mimeType": …}    {"base64": "iVBORw0…"}          MCP
+    {"type": "image", "index": 0}                           ColumnIndex(0)
+    {"type": "image"}                                       None
+    """
     for key in _IMAGE_KEYS:
         source = part.get(key)
+        is_base64 = key in ("base64", "data") and isinstance(source, str)
         if source is not None:
-            return {"base64": source} if key in ("base64", "data") and isinstance(source, str) else source
-    unknown = [key for key, value in part.items() if key not in _BESIDE_IMAGE and value is not None]
+            return {"base64": source} if is_base64 else source
+    unknown = list(without_nulls(without(part, *_BESIDE_IMAGE)))
     if unknown:
         raise DataError(
             f"the image part has {short(unknown)}, which is not known; its image stands under one of "
@@ -145,6 +165,7 @@ def _add_text(parts: list[Part], text: str) -> None:
 
 
 def _part_text(part: RawRow) -> str:
+    """The text of a text part; "" where it is null."""
     text = part.get("text")
     if text is not None and not isinstance(text, str):
         raise DataError(f"the text of a part is {short(text)}; write it as a string")
@@ -161,26 +182,33 @@ def result_content(message: RawRow) -> object:
     """
     content = message.get("content")
     is_error = message.get("is_error") or message.get("isError") or message.get("status") == "error"
-    if isinstance(content, dict) and isinstance(content.get("content"), list):
-        is_error = is_error or content.get("isError")
-        content = content["content"]
+    inner = get(content, "content")
+    if isinstance(inner, list):
+        is_error = is_error or get(content, "isError")
+        content = inner
+    shown = _shown_result(content)
+    return mark_error(shown) if is_error else shown
+
+
+def _shown_result(content: object) -> object:
+    """A result as its parts, or as its JSON: {"temp": 20} -> '{"temp": 20}'; a string as it is."""
     if isinstance(content, dict):
-        content = _as_json(content)
-    elif isinstance(content, list) and content:
-        num_parts = sum(get(part, "type") in _RESULT_PARTS for part in content)
-        if num_parts == 0:
-            content = _as_json(content)
-        elif num_parts < len(content):
-            raise DataError(
-                f"the content {short(content)} mixes parts with other values; write one string, such as its JSON, or "
-                "parts alone"
-            )
-        else:
-            content = [_result_part(part) for part in content]
-    return mark_error(content) if is_error else content
+        return _as_json(content)
+    if not isinstance(content, list):
+        return content
+    num_parts = sum(get(part, "type") in _RESULT_PARTS for part in content)
+    if num_parts == len(content):
+        return [_result_part(part) for part in content]
+    if num_parts == 0:
+        return _as_json(content)
+    raise DataError(
+        f"the content {short(content)} mixes parts with other values; write one string, such as its JSON, or "
+        "parts alone"
+    )
 
 
 def _as_json(value: object) -> str:
+    """A result of a tool as its JSON. DataError where it holds NaN, or bytes of parquet."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -200,11 +228,14 @@ def mark_error(content: object) -> object:
     if content is None or content == []:
         return "Error:"
     if isinstance(content, str):
-        says_so = "error" in content[:40].lower()
-        return content if says_so else f"Error: {content}".strip()
+        return content if _says_error(content) else f"Error: {content}".strip()
     if not isinstance(content, list):  # refused with the turn's content
         return content
     texts = [get(part, "text") for part in content]
     text = "".join(text for text in texts if isinstance(text, str))
-    says_so = "error" in text[:40].lower()
-    return content if says_so else [{"type": "text", "text": "Error: "}, *content]
+    return content if _says_error(text) else [{"type": "text", "text": "Error: "}, *content]
+
+
+def _says_error(text: str) -> bool:
+    """Whether a text begins by saying that it is an error: "Traceback: ValueError …"."""
+    return "error" in text[:40].lower()

@@ -32,19 +32,11 @@ def to_openai(row: RawRow) -> OpenAIRow:
     for column in UNCARRIED:
         if row.get(column):
             raise DataError(f"the row brings `{column}`, which the trajectories cannot hold; remove the column")
-    for is_layout, convert in LAYOUTS:
-        if is_layout(row):
-            converted = convert(row)
-            break
-    else:
-        converted = _openai(row)
+    converted = _converter(row)(row)
     converted.tools = find_declarations(row, converted.tools, converted.messages, converted.notes)
     converted.messages = [(turn, without_tools(message)) for turn, message in converted.messages]
     if row.get("system") and converted.messages and not converted.has_system:
-        system = row["system"]
-        if isinstance(system, str):
-            system = system.removeprefix(glaive.SYSTEM)
-        converted.messages = _with_system(system, converted.messages)
+        converted.messages = _with_system(row["system"], converted.messages)
     declared = converted.tools
     converted = convert_text_calls(converted)
     if converted.tools is not declared:  # the system text listed them
@@ -66,6 +58,14 @@ LAYOUTS: list[tuple[Callable[[RawRow], bool], Callable[[RawRow], OpenAIRow]]] = 
 ]
 
 
+def _converter(row: RawRow) -> Callable[[RawRow], OpenAIRow]:
+    """What converts the row: the function of its layout."""
+    for is_layout, convert in LAYOUTS:
+        if is_layout(row):
+            return convert
+    return _openai
+
+
 def _openai(row: RawRow) -> OpenAIRow:
     """The row as it is. OpenAI's messages may also stand under `conversations`."""
     turns = row.get("messages") or row.get("conversations")
@@ -75,6 +75,8 @@ def _openai(row: RawRow) -> OpenAIRow:
 
 def _with_system(system: object, messages: NumberedMessages) -> NumberedMessages:
     """The messages under the row's own `system`, unless they open with the same."""
+    if isinstance(system, str):
+        system = system.removeprefix(glaive.SYSTEM)
     with error_context("`system` of the row"):
         given = [get(message, "content") for _, message in messages if get(message, "role") == "system"]
         if given and given != [system]:

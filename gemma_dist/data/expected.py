@@ -7,13 +7,13 @@
 is to be called, the case is an outline: arguments and words of the answer are not judged.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow
+from gemma_dist.data.calls import first_of
+from gemma_dist.data.layouts.turns import OpenAIRow
 from gemma_dist.data.literals import parse_calls, parse_literal
-from gemma_dist.data.strict import error_context, get, short
+from gemma_dist.data.strict import as_object, error_context, get, is_json_text, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -45,46 +45,58 @@ def with_expected_answer(row: RawRow, converted: OpenAIRow) -> tuple[OpenAIRow, 
     """
     key = next(key for key in _CALL_KEYS if key in row)
     with error_context(f"`{key}`"):
-        calls = list(_expected_calls(row[key], _arguments(row)))
-    messages: NumberedMessages = []
-    for number, message in converted.messages:
-        if isinstance(message, dict) and message.get("role") == "assistant":
-            message = {**message, "train": False}
-        messages.append((number, message))
+        calls = _expected_calls(row[key], _arguments(row))
+    messages = [(number, _untrained(message)) for number, message in converted.messages]
     answer: RawRow = {"role": "assistant", "content": "" if calls else NO_CALL_EXPECTED}
     if calls:
         answer["tool_calls"] = calls
     messages.append((messages[-1][0] + 1, answer))
-    with_arguments = [call for call in calls if "arguments" in call["function"]]
-    if calls and with_arguments and len(with_arguments) < len(calls):
+    num_with_arguments = sum("arguments" in call["function"] for call in calls)
+    if num_with_arguments not in (0, len(calls)):
         raise DataError(f"`{key}` gives arguments of some calls alone; give those of all, or of none")
     tools = converted.tools or row.get("available_tools")
-    return replace(converted, messages=messages, tools=tools), not with_arguments
+    return replace(converted, messages=messages, tools=tools), num_with_arguments == 0
+
+
+def _untrained(message: object) -> object:
+    """A message that is context alone: an assistant's with train: false, any other as it is."""
+    given = as_object(message)
+    return {**given, "train": False} if given.get("role") == "assistant" else message
 
 
 def _arguments(row: RawRow) -> object:
-    """The arguments that stand beside the tool's name; None where there are none."""
-    given = [row[key] for key in _ARGUMENTS_KEYS if row.get(key) is not None]
-    return parse_literal(given[0]) if given and isinstance(given[0], str) else next(iter(given), None)
+    """The arguments that stand beside the tool's name, in themselves or as text; None where there are none."""
+    given = first_of(row, _ARGUMENTS_KEYS)
+    return parse_literal(given) if isinstance(given, str) else given
 
 
-def _expected_calls(expected: object, arguments: object) -> Iterator[dict[str, Any]]:
-    """The expected calls; those of which only the name is known have no arguments."""
-    if isinstance(expected, str) and expected.lstrip().startswith(("{", "[")):
+def _expected_calls(expected: object, arguments: object) -> list[dict[str, Any]]:
+    """The expected calls as OpenAI's; those of which only the name is known have no arguments.
+
+    "weather", {"city": "Rome"}  ->  [{"type": "function", "function": {"name": "weather", "arguments": {…}}}]
+    ["weather", "clock"], None   ->  [{"type": "function", "function": {"name": "weather"}}, {…}]
+    "none", None                 ->  []
+    """
+    if is_json_text(expected):
         expected = parse_literal(expected)
     listed = expected if isinstance(expected, list) else [expected]
     if arguments is not None and len(listed) != 1:
         raise DataError(f"names {len(listed)} calls beside the arguments of one; write a list of calls with arguments")
+    calls: list[dict[str, Any]] = []
     for call in listed:
-        if call is None or (isinstance(call, str) and call.strip().lower() in _NO_TOOL):
-            continue
-        if not isinstance(call, str):
-            yield from parse_calls(call)
-        elif arguments is None:
-            yield {"type": "function", "function": {"name": call}}
-        elif isinstance(arguments, dict):
-            yield {"type": "function", "function": {"name": call, "arguments": arguments}}
-        else:
-            raise DataError(
-                f"the expected arguments are {short(arguments)}, not an object; write name and value of each"
-            )
+        if isinstance(call, str):
+            calls += _call_of_name(call, arguments)
+        elif call is not None:
+            calls += parse_calls(call)
+    return calls
+
+
+def _call_of_name(name: str, arguments: object) -> list[dict[str, Any]]:
+    """The call of a tool by its name; none for a word that says that no tool is called."""
+    if name.strip().lower() in _NO_TOOL:
+        return []
+    if arguments is None:
+        return [{"type": "function", "function": {"name": name}}]
+    if not isinstance(arguments, dict):
+        raise DataError(f"the expected arguments are {short(arguments)}, not an object; write name and value of each")
+    return [{"type": "function", "function": {"name": name, "arguments": arguments}}]

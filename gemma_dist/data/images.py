@@ -1,4 +1,9 @@
-"""Images of a trajectory: found (path, file: or data: URL, base64, bytes), checked, and decoded in one place for all.
+"""Images of a trajectory: found, checked, and decoded in one place for all. What a row may say of one:
+
+    "shots/1.png", "file:///data/shots/1.png"                   a file inside of the media root
+    "data:image/png;base64,iVBORw0…", "iVBORw0…"                the file itself
+    {"bytes": b"…", "path": "1.png"}                            `datasets`, in parquet
+    {"url": "shots/1.png"}, {"base64": "iVBORw0…"}              what parts say (content.py)
 
 Shards keep an image's file as it came; `decode_image` turns it into pixels wherever these are needed.
 """
@@ -15,7 +20,7 @@ import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin
 
 from gemma_dist.data.png import is_animated_png, mend_png
-from gemma_dist.data.strict import reason, short
+from gemma_dist.data.strict import get, reason, short
 from gemma_dist.errors import DataError, setting
 
 SCALED = "images of 16-bit or float gray are seen with 8 bits, scaled from their whole range"
@@ -70,6 +75,7 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def _open(data: bytes) -> Image.Image:
+    """The file with its header read: size, mode and format, but no pixels yet."""
     return Image.open(io.BytesIO(mend_png(data)), formats=FORMATS)
 
 
@@ -84,6 +90,7 @@ def _orientation(opened: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """The image in 8 bits for each of red, green and blue; what is transparent becomes white."""
     if image.mode.startswith("I;16"):
         image = _scale_16_bits(image)
     elif image.mode in ("I", "F"):
@@ -164,30 +171,43 @@ def load_image(source: object, media_root: Path) -> bytes:
     `datasets` stores them, {"url"} or {"base64"}. DataError if it is none of these, does not exist, lies outside
     `media_root` or on a network.
     """
-    given = source
-    if isinstance(source, dict):
-        if isinstance(source.get("base64"), str):
-            return _from_data_url_or_base64(source["base64"])
-        source = next((source[key] for key in ("bytes", "path", "url") if source.get(key) is not None), None)
-    if isinstance(source, bytes):
-        return source
-    if not isinstance(source, str) or not source.strip():
-        raise DataError(f"the image {short(given)} is no path, data: URL, base64 text or bytes; give one of them")
-    if source.startswith("data:"):
-        return _from_data_url_or_base64(source)
-    if source[:7].lower() == "file://":
-        return _from_file_url(source, media_root)
-    if "://" in source[:20]:
+    encoded = get(source, "base64")
+    if isinstance(encoded, str):
+        return _from_data_url_or_base64(encoded)
+    found = _file_of_object(source) if isinstance(source, dict) else source
+    if isinstance(found, bytes):
+        return found
+    if not isinstance(found, str) or not found.strip():
+        raise DataError(f"the image {short(source)} is no path, data: URL, base64 text or bytes; give one of them")
+    return _from_string(found, media_root)
+
+
+def _file_of_object(source: dict[str, object]) -> object:
+    """The first that is there of what an object says: bytes before the path that they came from, as `datasets` does."""
+    for key in ("bytes", "path", "url"):
+        if source.get(key) is not None:
+            return source[key]
+    return None
+
+
+def _from_string(text: str, media_root: Path) -> bytes:
+    """The file that a string says: data: or file: URL, base64 without a URL around it, or a path."""
+    if text.startswith("data:"):
+        return _from_data_url_or_base64(text)
+    if text[:7].lower() == "file://":
+        return _from_file_url(text, media_root)
+    if "://" in text[:20]:
         raise DataError(
-            f"the image {short(source)} lies elsewhere; nothing is downloaded: fetch it first and give its path"
+            f"the image {short(text)} lies elsewhere; nothing is downloaded: fetch it first and give its path"
         )
-    is_base64 = source.startswith(_BASE64_HEADS) and _BASE64.fullmatch(source) is not None
-    if is_base64 and not _is_file(media_root / source):
-        return _from_base64(source)
-    return _from_path(source, media_root)
+    is_base64 = text.startswith(_BASE64_HEADS) and _BASE64.fullmatch(text) is not None
+    if is_base64 and not _is_file(media_root / text):
+        return _from_base64(text)
+    return _from_path(text, media_root)
 
 
 def _from_data_url_or_base64(text: str) -> bytes:
+    """The bytes of data:image/png;base64,iVBORw0…, or of the base64 alone."""
     if not text.startswith("data:"):
         return _from_base64(text)
     head, comma, payload = text.partition(",")
@@ -236,6 +256,7 @@ def _from_path(text: str, media_root: Path) -> bytes:
 
 
 def _is_file(path: Path) -> bool:
+    """Whether there is a file of this path; no string is too odd to be asked for."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # base64 makes a poor file name

@@ -5,7 +5,7 @@ import json
 import warnings
 from typing import Any
 
-from gemma_dist.data.strict import get, map_json, parse_json, short
+from gemma_dist.data.strict import get, is_json_text, map_json, parse_json, short, without
 from gemma_dist.errors import DataError
 
 _CONSTANTS = {"true": True, "false": False, "null": None}
@@ -53,10 +53,12 @@ class _JsonConstants(ast.NodeTransformer):
     """Names of JSON's constants become what they stand for."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
+        """`true` as True; any other name as it is, which `literal_eval` refuses."""
         return ast.Constant(_CONSTANTS[node.id]) if node.id in _CONSTANTS else node
 
 
 def _refuse_twice(tree: ast.AST) -> None:
+    """DataError for a key that stands twice in an object: {'a': 1, 'a': 2}."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Dict):
             continue
@@ -84,19 +86,24 @@ def parse_calls(value: object) -> list[dict[str, Any]]:
 
 
 def _tool_call(call: object) -> dict[str, Any]:
-    outer = call
-    if isinstance(call, dict) and isinstance(call.get("function"), dict):
-        call = call["function"]
-    if not isinstance(call, dict) or not call.get("name"):
-        raise DataError(f'the call {short(call)} is no object with a name; write {{"name": ..., "arguments": {{...}}}}')
-    beside = {key: value for key, value in call.items() if key not in ("id", "type")}
-    if "arguments" not in beside and "parameters" in beside:
-        beside["arguments"] = beside.pop("parameters")
-    arguments = beside.get("arguments")
-    if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
-        beside["arguments"] = parse_literal(arguments)
-    tool_call: dict[str, Any] = {"type": "function", "function": beside}
-    call_id = get(outer, "id") or call.get("id")
+    """One call as OpenAI's. What else stands beside its name is kept, for `calls.py` to refuse.
+
+    {"name": "f", "parameters": {"a": 1}} -> {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    """
+    wrapped = get(call, "function")
+    function = wrapped if isinstance(wrapped, dict) else call
+    if not isinstance(function, dict) or not function.get("name"):
+        raise DataError(
+            f'the call {short(function)} is no object with a name; write {{"name": ..., "arguments": {{...}}}}'
+        )
+    described = without(function, "id", "type")
+    if "arguments" not in described and "parameters" in described:
+        described["arguments"] = described.pop("parameters")
+    arguments = described.get("arguments")
+    if is_json_text(arguments, ("{",)):
+        described["arguments"] = parse_literal(arguments)
+    tool_call: dict[str, Any] = {"type": "function", "function": described}
+    call_id = get(call, "id") or function.get("id")
     if call_id:
         tool_call["id"] = call_id
     return tool_call

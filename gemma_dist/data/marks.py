@@ -1,16 +1,21 @@
 """Marks that keep something out of the loss, in the words of the tools that wrote them.
 
+    {"role": "assistant", "content": "…", "train": false}       axolotl; also `training`
+    {"role": "assistant", "content": "…", "loss": false}        ms-swift
+    {"role": "assistant", "content": "…", "weight": 0}          OpenAI
+    {…, "train_detail": [{"begin_offset": 0, "end_offset": 9, "train": false}, …]}      axolotl: refused, it is finer
+
 A message is trained or it is not; a mark that wants something finer, or that can be read in two ways, is refused by
 name, so that nothing is trained which a row wants left out.
 """
 
 from collections import Counter
 
-from gemma_dist.data.strict import short
+from gemma_dist.data.strict import get, short, without_nulls
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
-# On a message: true (1) trains it, false (0) does not. axolotl, ms-swift, LLaMA-Factory, OpenAI.
+# On a message: true (1) trains it, false (0) does not.
 ON_MESSAGE = ("train", "training", "trainable", "loss", "weight", "loss_weight")
 # Marks of characters or tokens, or words for either of two opposite things.
 UNCLEAR = ("train_detail", "training_detail", "mask", "masked", "loss_mask", "loss_scale", "label_mask", "train_mask")
@@ -23,7 +28,7 @@ def is_trained(message: RawRow) -> bool:
     Raises:
         DataError: a mark is neither true nor false, two of them disagree, or it marks something finer.
     """
-    given = {key: message[key] for key in ON_MESSAGE if message.get(key) is not None}
+    given = without_nulls({key: message.get(key) for key in ON_MESSAGE})
     for key, value in given.items():
         if value not in (0, 1):
             raise DataError(f"`{key}` is {short(value)}; a message is trained (true, 1) or not (false, 0)")
@@ -37,18 +42,23 @@ def refuse_unclear(marked: RawRow) -> None:
     """DataError for a mark that cannot be carried out, unless it is empty or trains everything."""
     for key in UNCLEAR:
         value = marked.get(key)
-        if value is None or value == []:
-            continue
-        if key.endswith("_detail") and isinstance(value, list) and all(_trains(entry) for entry in value):
-            continue
-        raise DataError(
-            f"`{key}` is {short(value)}, which cannot be carried out: a message is trained as a whole or not at all; "
-            "remove it and write train: true or train: false on the message"
-        )
+        is_empty = value is None or value == []
+        trains_all = key.endswith("_detail") and isinstance(value, list) and all(map(_trains, value))
+        if not is_empty and not trains_all:
+            raise DataError(
+                f"`{key}` is {short(value)}, which cannot be carried out: a message is trained as a whole or not at "
+                "all; remove it and write train: true or train: false on the message"
+            )
 
 
 def _trains(entry: object) -> bool:
-    return isinstance(entry, dict) and entry.get("train") in (True, 1)
+    """Whether an entry of axolotl's `train_detail`, {"begin_offset": 0, "end_offset": 9, "train": true}, trains."""
+    return get(entry, "train") in (True, 1)
+
+
+def _mark_against(marked: RawRow) -> str:
+    """The first key of ON_MESSAGE that says more than that it is trained: "weight" of {"weight": 0.5}; "" if none."""
+    return next((key for key in ON_MESSAGE if marked.get(key) not in (None, 1)), "")
 
 
 def refuse_finer(marked: RawRow, what: str) -> None:
@@ -57,23 +67,23 @@ def refuse_finer(marked: RawRow, what: str) -> None:
     Args:
         what: how errors call it: "a part", "a call".
     """
-    for key in ON_MESSAGE:
-        if marked.get(key) not in (None, 1):
-            raise DataError(
-                f"`{key}` of {what} is {short(marked[key])}; a message is trained as a whole or not at all: write "
-                "train: false on the message, or put what is trained and what is not in messages of their own"
-            )
+    key = _mark_against(marked)
+    if key:
+        raise DataError(
+            f"`{key}` of {what} is {short(marked[key])}; a message is trained as a whole or not at all: write "
+            "train: false on the message, or put what is trained and what is not in messages of their own"
+        )
     refuse_unclear(marked)
 
 
 def refuse_on_row(row: RawRow) -> None:
     """DataError for a mark on the whole row that keeps it out of the loss, or weighs it."""
-    for key in ON_MESSAGE:
-        if row.get(key) not in (None, 1):
-            raise DataError(
-                f"`{key}` of the row is {short(row[key])}; a row is trained once or left out: remove the row, write "
-                "train: false on its messages, or weigh it with its source in the recipe's data.train"
-            )
+    key = _mark_against(row)
+    if key:
+        raise DataError(
+            f"`{key}` of the row is {short(row[key])}; a row is trained once or left out: remove the row, write "
+            "train: false on its messages, or weigh it with its source in the recipe's data.train"
+        )
     refuse_unclear(row)
 
 

@@ -1,4 +1,8 @@
-"""The assistant's messages of one model turn, in an order and in pieces that the chat template keeps as they are."""
+"""The assistant's messages of one model turn, in an order and in pieces that the chat template keeps as they are.
+
+{"content": "I look it up.", "tool_calls": […]}         ->  {"content": "I look it up."}, {"tool_calls": […]}
+{"content": "Done."}, {"content": "Anything else?"}     ->  {"content": "Done.\\n\\nAnything else?"}
+"""
 
 from typing import Literal
 

@@ -21,7 +21,7 @@ from typing import Literal, TypeAlias, cast
 from jsonschema.exceptions import ValidationError
 
 from gemma_dist.data.schema import find_misfits
-from gemma_dist.data.strict import error_context
+from gemma_dist.data.strict import as_list, as_object, error_context
 from gemma_dist.data.types import ArrowStruct, CalledFunction, Json, JsonObject, Message, TextObject, Tool
 from gemma_dist.errors import DataError, setting
 
@@ -39,7 +39,7 @@ _EXACT_FLOAT = 2**53  # up to here a float holds each integer
 
 @dataclass(frozen=True)
 class _Found:
-    """A null or a float in the arguments of a call."""
+    """A null or a float in the arguments of a call: of {"trip": {"days": 3.0}} the one at ("trip", "days")."""
 
     path: Path
     value: float | None
@@ -69,65 +69,89 @@ def settle_nulls(
             function = call["function"]
             with error_context(place), error_context(f"call of {function['name']}"):
                 schema = schemas.get(function["name"])
-                found = list(_find(function["arguments"], _alternatives([schema], schema or {}), schema or {}))
-                whole = _whole_numbers(found)
-                if arrow_nulls == "auto":
-                    dropped = _arrows_own(function, schema, found, message.get("train", True))
-                else:
-                    dropped = [null.path for null in found if null.value is None and arrow_nulls == "drop"]
-                changes: dict[Path, int | None] = {**whole, **dict.fromkeys(dropped)}
-                function["arguments"] = _changed_object(function["arguments"], changes, ())
-            _count(notes, WHOLE, len(whole))
-            _count(notes, FILLED if arrow_nulls == "auto" else GIVEN, len(dropped))
+                _settle_call(function, schema, arrow_nulls, message.get("train", True), notes)
+
+
+def _settle_call(
+    function: CalledFunction,
+    schema: JsonObject | None,
+    arrow_nulls: Literal["auto", "drop", "keep"],
+    train: bool,
+    notes: Counter[str],
+) -> None:
+    """Drop or keep the null arguments of one call, in place.
+
+    Args:
+        schema: of the tool's parameters; {} where it has none, None where no tool of this name is declared.
+        train: whether the message of the call is trained.
+    """
+    root = schema or {}
+    found = list(_find(function["arguments"], _alternatives([root], root), root))
+    whole = _whole_numbers(found)
+    nulls = [null for null in found if null.value is None]
+    dropped: list[Path] = []
+    if arrow_nulls == "auto":
+        dropped = _arrows_own(function["arguments"], schema, nulls, train)
+    elif arrow_nulls == "drop":
+        dropped = [null.path for null in nulls]
+    function["arguments"] = _changed_object(function["arguments"], {**whole, **dict.fromkeys(dropped)})
+    _count(notes, WHOLE, len(whole))
+    _count(notes, FILLED if arrow_nulls == "auto" else GIVEN, len(dropped))
 
 
 def _count(notes: Counter[str], note: str, number: int) -> None:
+    """Add a number to a note, unless it is 0: a note that is there is printed."""
     if number:
         notes[note] += number
 
 
-def _arrows_own(function: CalledFunction, schema: JsonObject | None, found: list[_Found], train: bool) -> list[Path]:
-    """Places of the nulls that stand for no key.
+def _arrows_own(arguments: JsonObject, schema: JsonObject | None, nulls: list[_Found], train: bool) -> list[Path]:
+    """Places of the nulls that stand for no key, as the table at the top of this file says.
+
+    {"city": "Rome", "expr": null}, {"properties": {"city": {"type": "string"}}} -> [("expr",)]
 
     Raises:
         DataError: one may be either.
     """
-    nulls = [null for null in found if null.value is None]
     filled = [null for null in nulls if null.from_arrow]
     if filled and schema is None:
         raise _undecided(filled[0].path, f"no schema says which arguments it has; {AS_TEXT}")
-    if train and schema and "properties" in schema and not isinstance(function["arguments"], TextObject):
-        _refuse_of_json([null for null in nulls if not null.from_arrow], function["arguments"], schema)
+    names_arguments = schema is not None and "properties" in schema
+    is_checked = train and names_arguments and not isinstance(arguments, TextObject)
+    if is_checked and schema:
+        _refuse_of_json([null for null in nulls if not null.from_arrow], arguments, schema)
     dropped = [null.path for null in filled if null.is_unnamed]
     named = [null.path for null in filled if not null.is_unnamed]
-    if named:
-        given = _changed_object(function["arguments"], dict.fromkeys(dropped), ())
-        misfits = list(_with_inner(find_misfits(given, schema)))
-        without = _changed_object(given, dict.fromkeys(named), ())
-        misfits_without = list(_with_inner(find_misfits(without, schema)))
-        for path in named:
-            may_be_null = not _is_about(path, misfits)
-            may_be_absent = not _is_missed(path, misfits_without)
-            if may_be_null == may_be_absent:
-                which = "both null and no argument fit" if may_be_null else "neither null nor no argument fits"
-                raise _undecided(path, f"{which} the tool's schema; {AS_TEXT}")
-            if may_be_absent:
-                dropped.append(path)
+    given = _changed_object(arguments, dict.fromkeys(dropped))
+    for path, may_be_null, may_be_absent in _readings(given, named, schema):
+        if may_be_null == may_be_absent:
+            which = "both null and no argument fit" if may_be_null else "neither null nor no argument fits"
+            raise _undecided(path, f"{which} the tool's schema; {AS_TEXT}")
+        if may_be_absent:
+            dropped.append(path)
     return dropped
 
 
 def _refuse_of_json(nulls: list[_Found], arguments: JsonObject, schema: JsonObject) -> None:
-    """Refuse a null of a JSON row that would be Arrow's in a row of Arrow's: the row may have been one."""
-    if not nulls:
-        return
-    without = _changed_object(arguments, dict.fromkeys(null.path for null in nulls), ())
-    misfits = list(_with_inner(find_misfits(arguments, schema)))
-    misfits_without = list(_with_inner(find_misfits(without, schema)))
-    for null in nulls:
+    """Refuse a null of a JSON row that would be dropped from a row of Arrow, which it may have been once."""
+    readings = _readings(arguments, [null.path for null in nulls], schema)
+    for null, (path, may_be_null, may_be_absent) in zip(nulls, readings, strict=True):
         if null.is_unnamed:
-            raise _undecided(null.path, f"the tool's schema does not name it; {FROM_JSON}")
-        if _is_about(null.path, misfits) and not _is_missed(null.path, misfits_without):
-            raise _undecided(null.path, f"null does not fit the tool's schema; {FROM_JSON}")
+            raise _undecided(path, f"the tool's schema does not name it; {FROM_JSON}")
+        if may_be_absent and not may_be_null:
+            raise _undecided(path, f"null does not fit the tool's schema; {FROM_JSON}")
+
+
+def _readings(arguments: JsonObject, nulls: list[Path], schema: JsonObject | None) -> list[tuple[Path, bool, bool]]:
+    """Of each null in the arguments: its place, whether null fits the schema there, whether no key at all does.
+
+    {"city": "Rome", "unit": null}, {"properties": {"unit": {"type": "string"}}} -> [(("unit",), False, True)]
+    """
+    if not nulls:
+        return []
+    with_nulls = list(_with_inner(find_misfits(arguments, schema)))
+    without_nulls = list(_with_inner(find_misfits(_changed_object(arguments, dict.fromkeys(nulls)), schema)))
+    return [(path, not _is_about(path, with_nulls), not _is_missed(path, without_nulls)) for path in nulls]
 
 
 def _with_inner(misfits: Iterable[ValidationError]) -> Iterator[ValidationError]:
@@ -138,6 +162,7 @@ def _with_inner(misfits: Iterable[ValidationError]) -> Iterator[ValidationError]
 
 
 def _is_about(path: Path, misfits: list[ValidationError]) -> bool:
+    """Whether the value at `path` itself is said not to fit."""
     return any(tuple(misfit.absolute_path) == path for misfit in misfits)
 
 
@@ -151,6 +176,7 @@ def _is_missed(path: Path, misfits: list[ValidationError]) -> bool:
 
 
 def _undecided(path: Path, why: str) -> DataError:
+    """The error for a null that may be the row's own or Arrow's."""
     name = ".".join(map(str, path))
     return DataError(
         f"the argument {name} is null, which may stand for no argument: {why}, or use {setting('arrow_nulls', 'drop')} "
@@ -170,6 +196,7 @@ def _whole_numbers(found: list[_Found]) -> dict[Path, int | None]:
 
 
 def _takes_integers_alone(schemas: list[JsonObject]) -> bool:
+    """Whether {"type": "integer"} or {"type": ["integer", "null"]} is said of a place, and "number" nowhere."""
     types: list[Json] = []
     for schema in schemas:
         kind = schema.get("type")
@@ -177,28 +204,29 @@ def _takes_integers_alone(schemas: list[JsonObject]) -> bool:
     return "integer" in types and "number" not in types
 
 
-def _changed_object(given: Mapping[str, Json], changes: Mapping[Path, int | None], path: Path) -> JsonObject:
-    """A plain copy without the nulls in `changes`, and with its integers."""
+def _changed_object(given: Mapping[str, Json], changes: Mapping[Path, int | None], path: Path = ()) -> JsonObject:
+    """A plain copy of the object at `path` without the nulls in `changes`, and with its integers.
+
+    {"city": "Rome", "days": 3.0, "unit": null}, {("days",): 3, ("unit",): None} -> {"city": "Rome", "days": 3}
+    """
     changed: JsonObject = {}
     for key, value in given.items():
         inner = (*path, key)
-        if inner not in changes:
+        is_dropped = inner in changes and changes[inner] is None
+        if not is_dropped:
             changed[key] = _changed(value, changes, inner)
-        elif changes[inner] is not None:
-            changed[key] = changes[inner]
     return changed
 
 
 def _changed(value: Json, changes: Mapping[Path, int | None], path: Path) -> Json:
+    """As `_changed_object`, of any value."""
+    if path in changes:
+        return changes[path]
     if isinstance(value, dict):
         return _changed_object(value, changes, path)
-    if not isinstance(value, list):
-        return value
-    items: list[Json] = []
-    for index, item in enumerate(value):
-        inner = (*path, index)
-        items.append(changes[inner] if inner in changes else _changed(item, changes, inner))
-    return items
+    if isinstance(value, list):
+        return [_changed(item, changes, (*path, index)) for index, item in enumerate(value)]
+    return value
 
 
 # ---- what the schema says of each place ------------------------------------------------------------------------------
@@ -207,40 +235,50 @@ def _changed(value: Json, changes: Mapping[Path, int | None], path: Path) -> Jso
 def _find(
     value: Json, schemas: list[JsonObject], root: JsonObject, path: Path = (), from_arrow: bool = False
 ) -> Iterator[_Found]:
-    """Each float, and each null under a key, of the arguments. `schemas` are those that are about `value`."""
-    if isinstance(value, dict):
-        from_arrow = isinstance(value, ArrowStruct)
-        for key, item in value.items():
-            about = _about_key(schemas, key, root)
-            if item is None or isinstance(item, float):
-                is_unnamed = not about and (not path or any("properties" in schema for schema in schemas))
-                yield _Found((*path, key), item, from_arrow, about, is_unnamed)
-            else:
-                yield from _find(item, about, root, (*path, key), from_arrow)
+    """Each float, and each null under a key, of the arguments: of {"a": null, "b": [2.0]} those at a and b.0.
+
+    Args:
+        value: what stands at `path`; None is an entry of a list, which Arrow does not fill in.
+        schemas: those that are about `value`.
+        root: the whole schema, in which `$ref` are looked up.
+        from_arrow: whether the object around `value` was a struct of Arrow.
+    """
+    if isinstance(value, float):
+        yield _Found(path, value, from_arrow, schemas, False)
     elif isinstance(value, list):
         about = _about_items(schemas, root)
         for index, item in enumerate(value):
-            if isinstance(item, float):
-                yield _Found((*path, index), item, from_arrow, about, False)
+            yield from _find(item, about, root, (*path, index), from_arrow)
+    elif isinstance(value, dict):
+        from_arrow = isinstance(value, ArrowStruct)
+        names_keys = not path or any("properties" in schema for schema in schemas)
+        for key, item in value.items():
+            inner, about = (*path, key), _about_key(schemas, key, root)
+            if item is None:
+                yield _Found(inner, None, from_arrow, about, names_keys and not about)
             else:
-                yield from _find(item, about, root, (*path, index), from_arrow)
+                yield from _find(item, about, root, inner, from_arrow)
 
 
 def _about_key(schemas: list[JsonObject], key: str, root: JsonObject) -> list[JsonObject]:
-    """The schemas that are about a key of an object that `schemas` are about; none where they do not name it."""
+    """The schemas that are about a key of an object that `schemas` are about; none where they do not name it.
+
+    [{"properties": {"city": {"type": "string"}}}], "city" -> [{"type": "string"}]
+    """
     about: list[Json] = []
     for schema in schemas:
-        properties, patterns = schema.get("properties"), schema.get("patternProperties")
-        if isinstance(properties, dict) and key in properties:
+        properties = as_object(schema.get("properties"))
+        if key in properties:
             about.append(properties[key])
             continue
-        if isinstance(patterns, dict):
-            about += [inner for pattern, inner in patterns.items() if _matches(pattern, key)]
+        patterns = as_object(schema.get("patternProperties"))
+        about += [inner for pattern, inner in patterns.items() if _matches(pattern, key)]
         about.append(schema.get("additionalProperties"))
     return _alternatives(about, root)
 
 
 def _matches(pattern: str, key: str) -> bool:
+    """Whether a pattern of `patternProperties` names a key; a broken one names none."""
     try:
         return re.search(pattern, key) is not None
     except re.error:  # said where the schema is applied
@@ -248,6 +286,7 @@ def _matches(pattern: str, key: str) -> bool:
 
 
 def _about_items(schemas: list[JsonObject], root: JsonObject) -> list[JsonObject]:
+    """The schemas that are about the items of a list that `schemas` are about, whichever item it is."""
     about: list[Json] = []
     for schema in schemas:
         for keyword in ("items", "prefixItems", "additionalItems"):
@@ -257,7 +296,10 @@ def _about_items(schemas: list[JsonObject], root: JsonObject) -> list[JsonObject
 
 
 def _alternatives(schemas: list[Json], root: JsonObject) -> list[JsonObject]:
-    """The schemas, and all that they refer to (`$ref` within `root`) or are made of. A true schema is {}."""
+    """The schemas, and all that they refer to (`$ref` within `root`) or are made of. A true schema is {}.
+
+    [{"anyOf": [{"type": "string"}, {"type": "null"}]}] -> [{"anyOf": …}, {"type": "null"}, {"type": "string"}]
+    """
     found: list[JsonObject] = []
     waiting = list(schemas)
     while waiting:
@@ -268,8 +310,7 @@ def _alternatives(schemas: list[Json], root: JsonObject) -> list[JsonObject]:
             continue
         found.append(schema)
         for keyword in _SCHEMA_LISTS:
-            parts = schema.get(keyword)
-            waiting += parts if isinstance(parts, list) else []
+            waiting += as_list(schema.get(keyword))
         waiting += [schema.get("then"), schema.get("else"), _referred(schema.get("$ref"), root)]
     return found
 

@@ -22,9 +22,10 @@ def mend_png(data: bytes) -> bytes:
     position = len(SIGNATURE)
     for kind, chunk in _chunks(memoryview(data)):
         position += len(chunk)
+        is_needed = kind[:1].isupper() or kind == b"tRNS"  # as PNG marks chunks without which nothing decodes
         if kind == b"IHDR":
             header.append(chunk)
-        elif kind[:1].isupper() or kind == b"tRNS":
+        elif is_needed:
             pixels.append(chunk)
         elif _says_how_it_is_turned(kind, chunk):
             turning.append(chunk)
@@ -48,6 +49,7 @@ def _chunks(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _says_how_it_is_turned(kind: bytes, chunk: memoryview) -> bool:
+    """Whether a chunk is EXIF or XMP (in which cameras and editors say it), small and with the right checksum."""
     if len(chunk) > MAX_TEXT or zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:]):
         return False
     payload = bytes(chunk[8:-4])

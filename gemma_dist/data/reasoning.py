@@ -9,7 +9,7 @@
 import re
 from collections import Counter
 
-from gemma_dist.data.strict import get, short
+from gemma_dist.data.strict import get, get_string, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -68,12 +68,11 @@ def read_reasoning(message: RawRow, from_content: list[str], notes: Counter[str]
     """
     given: dict[str, str] = {}
     for key in KEYS:
-        value = message.get(key)
-        if value is not None and not isinstance(value, str):
-            raise DataError(f"`{key}` is {short(value)}; write it as a string")
-        if value and value.strip():
-            given[key] = value
-    if details := _from_details(message.get("reasoning_details"), notes):
+        text = get_string(message, key)
+        if text.strip():
+            given[key] = text
+    details = _from_details(message.get("reasoning_details"), notes)
+    if details:
         given.setdefault("reasoning", details)  # OpenRouter sends the same text as `reasoning`
     said = "\n".join(text for text in from_content if text.strip())
     if said:
@@ -84,7 +83,10 @@ def read_reasoning(message: RawRow, from_content: list[str], notes: Counter[str]
 
 
 def _from_details(details: object, notes: Counter[str]) -> str:
-    """The text of OpenRouter's `reasoning_details`: of each item its `text` or `summary`."""
+    """The text of OpenRouter's `reasoning_details`: of each item its `text` or `summary`.
+
+    [{"type": "reasoning.summary", "summary": "why"}, {"type": "reasoning.encrypted", "data": "…"}] -> "why"
+    """
     if not details:
         return ""
     if not isinstance(details, list):
@@ -103,7 +105,11 @@ def _from_details(details: object, notes: Counter[str]) -> str:
 
 
 def read_part(part: RawRow) -> str:
-    """The text of a part of content that is reasoning. DataError where it has none."""
+    """The text of a part of content that is reasoning: "why" of {"type": "thinking", "thinking": "why"}.
+
+    Raises:
+        DataError: it has none.
+    """
     for key in ("thinking", "reasoning", "text", "summary"):
         value = part.get(key)
         if isinstance(value, str):

@@ -1,5 +1,12 @@
 """Raw rows from files, one at a time, with the place that each came from: the first step of the walk.
 
+    train.jsonl, .ndjson        {"messages": […]}                           one object a line
+    train.json                  [{"messages": […]}, …]                      an array
+                                {"data": [{"messages": […]}, …]}            an object around one
+    train.jsonl.gz, .jsonl.zst  any of these, packed
+    train.parquet               a row is a row
+    train/                      state.json, data-00000-of-00001.arrow       `Dataset.save_to_disk`
+
 A JSONL line that cannot be read is handed out as an error in the row's place, so that a caller may set it aside and go
 on; a file that cannot be read as a whole stops the reading.
 """
@@ -8,16 +15,17 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gemma_dist.data.arrow import row_reader
-from gemma_dist.data.strict import error_context, get, parse_json, short
+from gemma_dist.data.strict import as_object, error_context, get, is_list_of, parse_json, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -68,18 +76,42 @@ def read_ranges(ranges: Iterable[InputRange]) -> Iterator[ReadRow]:
     """The rows of ranges of inputs, as `read_rows` gives them."""
     for input_range in ranges:
         path = input_range.file
-        if not path.exists():
-            raise DataError(f"{path}: no such file; check the path")
+        _require_exists(path)
         if path.is_dir():
             read: Iterator[ReadRow] = _read_saved_dataset(path)
         elif path.suffix == ".parquet":
             read = _read_parquet(input_range)
         else:
             read = _read_json(input_range)
-        try:
+        with _whole_file(path):
             yield from read
-        except BROKEN_FILE as error:
-            raise DataError(f"{path}: cannot be read to its end: {error}; restore the file") from None
+
+
+def _require_exists(path: Path) -> None:
+    """DataError where there is no file or folder of this path."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file; check the path")
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[None]:
+    """What libraries raise while they read a file that is broken or cut short, as a DataError with its path."""
+    try:
+        yield
+    except BROKEN_FILE as error:
+        raise DataError(f"{path}: cannot be read to its end: {error}; restore the file") from None
+
+
+def _read_row(where: Where, read: Callable[[Any], RawRow], raw: object) -> ReadRow:
+    """The row that `read` makes of a line of JSON, or of a row of Arrow; the DataError in its place."""
+    try:
+        with error_context(where):
+            return where, read(raw)
+    except DataError as error:
+        return where, error
+
+
+# ---- parts of an input, for several processes ------------------------------------------------------------------------
 
 
 def split_input(path: Path, range_bytes: int) -> Iterator[tuple[InputRange, int]]:
@@ -88,15 +120,12 @@ def split_input(path: Path, range_bytes: int) -> Iterator[tuple[InputRange, int]
     Raises:
         DataError: the input is missing, or is no parquet file by its end.
     """
-    if not path.exists():
-        raise DataError(f"{path}: no such file; check the path")
+    _require_exists(path)
     if path.is_dir():
         yield InputRange(path), sum(file.stat().st_size for file in path.iterdir())
     elif path.suffix == ".parquet":
-        try:
+        with _whole_file(path):
             metadata = pq.read_metadata(path)
-        except BROKEN_FILE as error:
-            raise DataError(f"{path}: cannot be read to its end: {error}; restore the file") from None
         yield from _split_parquet(path, metadata, range_bytes)
     elif path.suffix in PACKED or path.stat().st_size <= range_bytes or _is_one_document(path):
         yield InputRange(path), path.stat().st_size
@@ -105,6 +134,7 @@ def split_input(path: Path, range_bytes: int) -> Iterator[tuple[InputRange, int]
 
 
 def _split_lines(path: Path, range_bytes: int) -> Iterator[tuple[InputRange, int]]:
+    """Ranges of JSONL, of `range_bytes` and the rest of the line in which these end."""
     with path.open("rb") as file:
         start, line, size = 0, 1, path.stat().st_size
         while start < size:
@@ -122,6 +152,7 @@ def _chunks(file: IO[bytes], num_bytes: int) -> Iterator[bytes]:
 
 
 def _split_parquet(path: Path, metadata: pq.FileMetaData, range_bytes: int) -> Iterator[tuple[InputRange, int]]:
+    """Ranges of whole row groups, each as many as it takes to have `range_bytes`."""
     start, line, size, num_rows = 0, 1, 0, 0
     if not metadata.num_row_groups:
         yield InputRange(path), 0
@@ -133,7 +164,11 @@ def _split_parquet(path: Path, metadata: pq.FileMetaData, range_bytes: int) -> I
             start, line, size, num_rows = number + 1, line + num_rows, 0, 0
 
 
+# ---- JSON ------------------------------------------------------------------------------------------------------------
+
+
 def _read_json(input_range: InputRange) -> Iterator[ReadRow]:
+    """The rows of a file of JSON: of the whole file where it is one value, of the range where it is one a line."""
     if input_range.start == 0 and _is_one_document(input_range.file):
         yield from _read_document(input_range.file)
     else:
@@ -141,7 +176,10 @@ def _read_json(input_range: InputRange) -> Iterator[ReadRow]:
 
 
 def _is_one_document(path: Path) -> bool:
-    """Whether a file of JSON is one value, an array or a pretty-printed object, and not one object a line."""
+    """Whether a file of JSON is one value, an array or a pretty-printed object, and not one object a line.
+
+    Its first two lines tell: "[" and "{…},", or "[{…}]" alone, or "{" and '"data": [' of a .json file.
+    """
     with _open(path) as file:
         lines = (line.removeprefix(BYTE_ORDER_MARK).strip() for line in file)
         contents = filter(None, lines)
@@ -153,15 +191,10 @@ def _is_one_document(path: Path) -> bool:
 
 
 def _rows_key(value: object) -> str | None:
-    """The key of the only list of objects in an object, where it is one of ROWS_KEYS."""
-    if not isinstance(value, dict):
-        return None
-    found = [key for key, inner in value.items() if _is_list_of_objects(inner)]
-    return found[0] if len(found) == 1 and found[0] in ROWS_KEYS else None
-
-
-def _is_list_of_objects(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+    """The key of the only list of objects in an object, where it is one of ROWS_KEYS: "data" of {"data": [{…}, …]}."""
+    found = [key for key, inner in as_object(value).items() if inner and is_list_of(inner, dict)]
+    is_known = len(found) == 1 and found[0] in ROWS_KEYS
+    return found[0] if is_known else None
 
 
 def _read_document(path: Path) -> Iterator[ReadRow]:
@@ -184,6 +217,7 @@ def _read_document(path: Path) -> Iterator[ReadRow]:
 
 
 def _read_lines(input_range: InputRange) -> Iterator[ReadRow]:
+    """The rows of the lines that begin within the range. Empty lines count, and hold no row."""
     path = input_range.file
     with _open(path) as file:
         if input_range.start:
@@ -195,18 +229,12 @@ def _read_lines(input_range: InputRange) -> Iterator[ReadRow]:
             position += len(line)
             if number == 1:
                 line = line.removeprefix(BYTE_ORDER_MARK)
-            if not line.strip():
-                continue
-            where = Where(path, number)
-            try:
-                with error_context(where):
-                    row = _read_line(line)
-                yield where, row
-            except DataError as error:
-                yield where, error
+            if line.strip():
+                yield _read_row(Where(path, number), _read_line, line)
 
 
 def _read_line(line: bytes) -> RawRow:
+    """The object that a line of JSONL holds."""
     row = parse_json(_decode(line))
     if not isinstance(row, dict):
         raise DataError(
@@ -216,6 +244,7 @@ def _read_line(line: bytes) -> RawRow:
 
 
 def _decode(text: bytes) -> str:
+    """The string that bytes of UTF-8 say. DataError with the column, from 1, where they are none."""
     try:
         return text.decode()
     except UnicodeDecodeError as error:
@@ -226,6 +255,7 @@ def _decode(text: bytes) -> str:
 
 
 def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
+    """The file open for reading, unpacked on the way."""
     if path.suffix == ".gz":
         return gzip.open(path)
     if path.suffix == ".zst":
@@ -239,7 +269,11 @@ def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
     return path.open("rb")
 
 
+# ---- Arrow -----------------------------------------------------------------------------------------------------------
+
+
 def _read_parquet(input_range: InputRange) -> Iterator[ReadRow]:
+    """The rows of the range's row groups, or of all."""
     with pq.ParquetFile(input_range.file) as file:
         row_groups = None if input_range.end is None else range(input_range.start, input_range.end)
         batches = file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=row_groups)
@@ -251,6 +285,16 @@ def _read_saved_dataset(folder: Path) -> Iterator[ReadRow]:
 
     Read with pyarrow and not with `datasets`, which would decode images and encode them again.
     """
+    line = 1
+    for file in _saved_files(folder):
+        with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
+            for where, row in _number(folder, stream.schema, _small_batches(stream), line):
+                yield where, row
+                line = where.line + 1
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The files of a saved dataset in order: {"_data_files": [{"filename": "data-00000-of-00002.arrow"}, …], …}."""
     if (folder / "dataset_dict.json").is_file():
         splits = ", ".join(str(child) for child in sorted(folder.iterdir()) if child.is_dir())
         raise DataError(f"{folder}: holds several splits; name those that you mean: {splits}")
@@ -263,15 +307,11 @@ def _read_saved_dataset(folder: Path) -> Iterator[ReadRow]:
         raise DataError(f"{folder}/state.json: not as datasets writes it ({error!r}); save the dataset anew") from None
     if state.get("_indices_data_files"):
         raise DataError(f"{folder}: holds an index over its rows; save it anew with a current datasets")
-    line = 1
-    for file in files:
-        with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
-            for where, row in _number(folder, stream.schema, _small_batches(stream), line):
-                yield where, row
-                line = where.line + 1
+    return files
 
 
 def _small_batches(stream: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of at most ROWS_AT_ONCE."""
     for batch in stream:
         for start in range(0, batch.num_rows, ROWS_AT_ONCE):
             yield batch.slice(start, ROWS_AT_ONCE)
@@ -279,14 +319,8 @@ def _small_batches(stream: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]
 
 def _number(file: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], line: int) -> Iterator[ReadRow]:
     """The rows of Arrow batches, the first of which is row `line` of the input."""
-    read_row = row_reader(schema)
+    read = row_reader(schema)
     for batch in batches:
-        for raw in batch.to_pylist():
-            where = Where(file, line)
-            line += 1
-            try:
-                with error_context(where):
-                    row = read_row(raw)
-                yield where, row
-            except DataError as error:
-                yield where, error
+        for number, raw in enumerate(batch.to_pylist(), start=line):
+            yield _read_row(Where(file, number), read, raw)
+        line += batch.num_rows

@@ -15,7 +15,17 @@ import referencing
 
 from gemma_dist.data.schema_nulls import drop_schema_nulls
 from gemma_dist.data.schema_types import normalize_schema
-from gemma_dist.data.strict import error_context, map_json_object, read_json_text, reason, short
+from gemma_dist.data.strict import (
+    as_object,
+    error_context,
+    get,
+    map_json_object,
+    read_json_text,
+    reason,
+    short,
+    without,
+    without_nulls,
+)
 from gemma_dist.data.types import CalledFunction, Clean, Function, Json, JsonObject, Message, Tool
 from gemma_dist.errors import DataError
 
@@ -45,7 +55,6 @@ def parse_tools(tools: object, clean: Clean, notes: Counter[str]) -> list[Tool]:
     given = read_json_text(tools, "tools") if tools else []
     if not isinstance(given, list):
         raise DataError(f"`tools` is {short(given)}; write a list of declarations")
-    notes = Counter() if notes is None else notes
     parsed: dict[str, Tool] = {}
     for number, tool in enumerate(given, start=1):
         with error_context(f"tool {number}"):
@@ -60,17 +69,21 @@ def parse_tools(tools: object, clean: Clean, notes: Counter[str]) -> list[Tool]:
 
 
 def _declared_function(tool: object) -> dict[str, object]:
-    """What a declaration says of its function, inside of OpenAI's wrapper or without one."""
-    if isinstance(tool, dict) and tool.get("type") in (None, "function"):
-        function = tool.get("function") or {key: value for key, value in tool.items() if key != "type"}
-        if isinstance(function, dict) and function.get("name") is not None:
+    """What a declaration says of its function, inside of OpenAI's wrapper or without one.
+
+    {"type": "function", "function": {"name": "f", "parameters": {…}}}  ->  {"name": "f", "parameters": {…}}
+    {"type": "function", "name": "f", "parameters": {…}}                ->  {"name": "f", "parameters": {…}}
+    """
+    if get(tool, "type") in (None, "function"):
+        function = as_object(get(tool, "function") or without(as_object(tool), "type"))
+        if function.get("name") is not None:
             return function
     raise DataError(f'{short(tool)} declares no function; write {{"type": "function", "function": {{"name": ...}}}}')
 
 
 def _parse_function(function: dict[str, object], clean: Clean, notes: Counter[str]) -> Function:
-    given = {key: value for key, value in function.items() if value is not None}
-    parsed = map_json_object(given, clean, clean)
+    """The declaration with clean strings, a description (which the template needs), and a checked schema."""
+    parsed = map_json_object(without_nulls(function), clean, clean)
     description = parsed.setdefault("description", "")
     if not isinstance(description, str):
         raise DataError(f"the description is {short(description)}; write it as a string")
@@ -80,6 +93,7 @@ def _parse_function(function: dict[str, object], clean: Clean, notes: Counter[st
 
 
 def _parse_parameters(parameters: Json, notes: Counter[str]) -> JsonObject:
+    """The schema of a tool's arguments, of type object and valid: {"properties": {…}} gets its type."""
     if not isinstance(parameters, dict):
         raise DataError(f"parameters are {short(parameters)}; write a JSON schema of type object")
     if not parameters:
@@ -112,6 +126,7 @@ def _nullable(dialect: type[jsonschema.protocols.Validator]) -> type[jsonschema.
     """The dialect with OpenAPI's `nullable: true`, which Gemma's template shows to the model."""
 
     def unless_null(keyword: str) -> Check:
+        """The check of a keyword, which null passes beside `nullable: true`."""
         check = dialect.VALIDATORS[keyword]
 
         def checked(validator: object, rule: Json, value: Json, schema: JsonObject) -> Iterable[Exception]:
@@ -143,13 +158,19 @@ def check_calls(places: list[str], messages: list[Message], tools: list[Tool]) -
     """
     declared = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
     for place, message in zip(places, messages, strict=True):
-        if message.get("train", True):
-            with error_context(place):
-                for call in message.get("tool_calls", []):
-                    _check_call(call["function"], declared)
+        if not message.get("train", True):
+            continue
+        with error_context(place):
+            for call in message.get("tool_calls", []):
+                _check_call(call["function"], declared)
 
 
 def _check_call(call: CalledFunction, declared: dict[str, JsonObject | None]) -> None:
+    """DataError for a call of a tool that is not declared, or with arguments that do not fit.
+
+    Args:
+        declared: the schema of each tool's parameters, by the tool's name; None where it has none.
+    """
     name = call["name"]
     if name not in declared:
         raise DataError(

@@ -24,6 +24,11 @@ def drop_schema_nulls(declaration: dict[str, object], notes: Counter[str]) -> di
 
 
 def _clean(value: object, notes: Counter[str], keys_are_names: bool = False) -> object:
+    """A schema, a list of them, or any other value without nulls.
+
+    Args:
+        keys_are_names: whether the value is one of _NAMING, so that {"default": …} is a parameter of this name.
+    """
     if isinstance(value, dict):
         return _clean_object(value, keys_are_names, notes)
     if isinstance(value, list):
@@ -32,13 +37,16 @@ def _clean(value: object, notes: Counter[str], keys_are_names: bool = False) -> 
 
 
 def _clean_object(given: dict[str, object], keys_are_names: bool, notes: Counter[str]) -> dict[str, object]:
+    """As `_clean`, of an object: {"type": "string", "title": null, "default": null} loses the title alone."""
     cleaned: dict[str, object] = {}
+    data = () if keys_are_names else _DATA
+    naming = () if keys_are_names else _NAMING
+    may_be_null = () if keys_are_names or isinstance(given, ArrowStruct) else _MAY_BE_NULL
     for key, value in given.items():
-        may_be_null = key in _MAY_BE_NULL and not keys_are_names and not isinstance(given, ArrowStruct)
-        if value is None and not may_be_null:
+        if value is None and key not in may_be_null:
             notes[DROPPED] += 1
-        elif key in _DATA and not keys_are_names:
+        elif key in data:
             cleaned[key] = value
         else:
-            cleaned[key] = _clean(value, notes, key in _NAMING and not keys_are_names)
+            cleaned[key] = _clean(value, notes, keys_are_names=key in naming)
     return cleaned

@@ -20,8 +20,8 @@ from typing import Literal
 
 from gemma_dist.data.schema_inline import REFERENCES, holds_ref
 from gemma_dist.data.schema_simplify import SHOWN_OF_OBJECT, simplify
-from gemma_dist.data.schema_walk import CONSTRAINTS, DEFINITIONS
-from gemma_dist.data.strict import get
+from gemma_dist.data.schema_walk import CONSTRAINTS
+from gemma_dist.data.strict import as_object, get
 from gemma_dist.data.types import Json, JsonObject, Tool
 from gemma_dist.errors import setting
 
@@ -31,6 +31,7 @@ REWRITTEN = "schemas of tools were written in the spelling that the chat templat
 _TELLING = frozenset({"default", "examples", "example"})
 _SHOWN_OF_PARAMETERS = frozenset({"type", "properties", "required"})
 _SHOWN_ANYWHERE = frozenset({"description", "type", "nullable"})
+_SHOWN_OF_TYPE = {"string": frozenset({"enum"}), "array": frozenset({"items"}), "object": SHOWN_OF_OBJECT}
 
 
 def show_tools(tools: list[Tool], schemas: Literal["as_given", "simplify"], notes: Counter[str]) -> list[Tool]:
@@ -39,14 +40,13 @@ def show_tools(tools: list[Tool], schemas: Literal["as_given", "simplify"], note
 
 
 def _show_tool(tool: Tool, schemas: str, notes: Counter[str]) -> Tool:
+    """One declaration, as it is or simplified, and what `notes` say of it."""
     text, name = json.dumps(tool["function"], ensure_ascii=False), tool["function"]["name"]
     if schemas == "as_given":
         lost = _lost(text)
         if lost:
-            listed = ", ".join(lost[:NUM_SHOWN])
-            more = f" and {len(lost) - NUM_SHOWN} more" if len(lost) > NUM_SHOWN else ""
             remedy = f"use {setting('schemas', 'simplify')}"
-            notes[f"tool {name}: the chat template does not show {listed}{more}; {remedy}"] += 1
+            notes[f"tool {name}: the chat template does not show {_first_of(lost)}; {remedy}"] += 1
         return tool
     simple = json.loads(_simplified(text))
     if simple == tool["function"]:
@@ -57,9 +57,16 @@ def _show_tool(tool: Tool, schemas: str, notes: Counter[str]) -> Tool:
     return {"type": "function", "function": simple}
 
 
+def _first_of(lost: list[str]) -> str:
+    """The first of what is lost, and how many more there are: "`default` of city, `minimum` of days and 2 more"."""
+    num_more = len(lost) - NUM_SHOWN
+    more = f" and {num_more} more" if num_more > 0 else ""
+    return ", ".join(lost[:NUM_SHOWN]) + more
+
+
 @functools.lru_cache(maxsize=4096)
 def _lost(function_json: str) -> list[str]:
-    """What the template does not show of a function, in words."""
+    """What the template does not show of a function, in words: ["`default` of city", "`minimum` of days"]."""
     function = json.loads(function_json)
     lost = ["the end of `response` (its brace stays open)"] if _is_open(function) else []
     parameters = function.get("parameters")
@@ -77,22 +84,23 @@ def _is_open(function: JsonObject) -> bool:
 
 
 def _lost_of_parameters(parameters: JsonObject) -> Iterator[str]:
-    for keyword in parameters:
-        if _tells(keyword, parameters) and keyword not in _SHOWN_OF_PARAMETERS:
-            yield f"`{keyword}` of the parameters"
+    """What is not shown of {"type": "object", "properties": {…}, "additionalProperties": {…}, …}, and within it."""
+    for keyword in _untold(parameters, _SHOWN_OF_PARAMETERS):
+        yield f"`{keyword}` of the parameters"
     if parameters.get("description"):
         yield "`description` of the parameters"
     yield from _lost_of_properties(parameters, "")
 
 
 def _lost_of_properties(schema: JsonObject, prefix: str) -> Iterator[str]:
-    properties = schema.get("properties")
-    for name, value in properties.items() if isinstance(properties, dict) else ():
+    """What is not shown of each parameter; `prefix` stands in front of its name: "trip." for {"trip": {"city": …}}."""
+    for name, value in as_object(schema.get("properties")).items():
         if isinstance(value, dict):
             yield from _lost_of_parameter(value, prefix + name)
 
 
 def _lost_of_parameter(schema: JsonObject, place: str) -> Iterator[str]:
+    """What is not shown of one parameter, and within it: "`default` of trip.city" of {"default": "Rome", …}."""
     if isinstance(schema.get("type"), list):
         yield f"the list of types of {place} (it becomes one of Python)"
     if _shows_keywords(schema):
@@ -100,11 +108,9 @@ def _lost_of_parameter(schema: JsonObject, place: str) -> Iterator[str]:
             yield f"`{keyword}` of {place} (it becomes a parameter)"
     else:
         yield from (f"`{keyword}` of {place}" for keyword in _unshown(schema))
-    if _is_shown_object(schema):
+    if _type(schema) == "object":
         yield from _lost_of_properties(schema, f"{place}.")
-    items = schema.get("items")
-    if _is_shown_array(schema) and isinstance(items, dict):
-        yield from _lost_of_items(items, f"items of {place}")
+    yield from _lost_of_items(_shown_items(schema), f"items of {place}")
 
 
 def _lost_of_items(items: JsonObject, place: str) -> Iterator[str]:
@@ -115,43 +121,40 @@ def _lost_of_items(items: JsonObject, place: str) -> Iterator[str]:
 
 
 def _type(schema: JsonObject) -> str:
+    """The type as the template compares it: in lower case."""
     return str(schema.get("type")).lower()
 
 
-def _is_shown_object(schema: JsonObject) -> bool:
-    return _type(schema) == "object"
-
-
-def _is_shown_array(schema: JsonObject) -> bool:
-    return _type(schema) == "array"
+def _shown_items(schema: JsonObject) -> JsonObject:
+    """The schema of an array's items, which the template shows; {} where there is none."""
+    return as_object(schema.get("items")) if _type(schema) == "array" else {}
 
 
 def _shows_keywords(schema: JsonObject) -> bool:
     """Whether the template takes the keywords of an object for its parameters."""
     has_properties = isinstance(schema.get("properties"), dict)
-    return _is_shown_object(schema) and not has_properties and bool(schema.keys() - SHOWN_OF_OBJECT)
+    return _type(schema) == "object" and not has_properties and bool(schema.keys() - SHOWN_OF_OBJECT)
 
 
-def _tells(keyword: str, schema: JsonObject) -> bool:
-    """Whether a keyword tells something that a model should know."""
-    value = schema[keyword]
-    if keyword in DEFINITIONS or value is None:
-        return False
-    if isinstance(value, bool) and keyword.startswith(("additional", "unevaluated")):
+def _tells(keyword: str, value: Json) -> bool:
+    """Whether a keyword tells something that a model should know: not `title`, not `additionalProperties: false`."""
+    is_closing = isinstance(value, bool) and keyword.startswith(("additional", "unevaluated"))
+    if value is None or is_closing:
         return False
     return keyword in CONSTRAINTS or keyword in _TELLING
 
 
+def _untold(schema: JsonObject, shown: frozenset[str]) -> list[str]:
+    """The keywords of a schema that tell something and are not among those that are shown."""
+    return [keyword for keyword, value in schema.items() if keyword not in shown and _tells(keyword, value)]
+
+
 def _unshown(schema: JsonObject) -> list[str]:
-    """The keywords of a parameter that tell something and are not shown."""
-    shown = set(_SHOWN_ANYWHERE)
-    if _type(schema) == "string":
-        shown.add("enum")
-    if _is_shown_array(schema) and isinstance(schema.get("items"), dict):
-        shown.add("items")
-    if _is_shown_object(schema):
-        shown |= SHOWN_OF_OBJECT
-    return [keyword for keyword in schema if keyword not in shown and _tells(keyword, schema)]
+    """As `_untold`, of a parameter: of {"type": "string", "enum": […], "default": "C"} this is `default`."""
+    shown = _SHOWN_ANYWHERE | _SHOWN_OF_TYPE.get(_type(schema), frozenset())
+    if not isinstance(schema.get("items"), dict):
+        shown -= {"items"}
+    return _untold(schema, shown)
 
 
 # ---- simplified ------------------------------------------------------------------------------------------------------
@@ -159,18 +162,18 @@ def _unshown(schema: JsonObject) -> list[str]:
 
 @functools.lru_cache(maxsize=4096)
 def _simplified(function_json: str) -> str:
-    """A function in the template's spelling, what has none in words."""
+    """A function in the template's spelling, what has none in words; both as JSON."""
     function: JsonObject = json.loads(function_json)
     parameters = function.get("parameters")
     if isinstance(parameters, dict) and parameters:
         simple = simplify(parameters)
-        told = [keyword for keyword in simple if keyword not in _SHOWN_OF_PARAMETERS and _tells(keyword, simple)]
-        described = _add_words(function.get("description"), _all_words(told, simple))
+        words = _all_words(_untold(simple, _SHOWN_OF_PARAMETERS), simple)
+        described = _add_words(function.get("description"), words)
         function |= {"description": described, "parameters": _describe_properties(simple)}
     if _is_open(function):
         response = function.pop("response")
-        words = get(response, "description") or (response if isinstance(response, str) else "")
-        function["description"] = _add_words(function["description"], [f"returns: {words}"] if words else [])
+        returned = response if isinstance(response, str) else get(response, "description")
+        function["description"] = _add_words(function["description"], [f"returns: {returned}"] if returned else [])
     return json.dumps(function, ensure_ascii=False)
 
 
@@ -186,17 +189,19 @@ def _describe_properties(schema: JsonObject) -> JsonObject:
 
 
 def _describe(schema: JsonObject) -> JsonObject:
+    """A parameter with what is not shown of it, and within it, in descriptions.
+
+    {"type": "integer", "default": 5} -> {"description": "(default: 5)", "type": "integer", "default": 5}
+    """
     words = [] if _shows_keywords(schema) else _all_words(_unshown(schema), schema)
     description = _add_words(schema.get("description"), words)
-    described = ({"description": description} if description else {}) | schema
+    described = schema
     if description:
-        described["description"] = description
-    if _is_shown_object(schema):
+        described = {"description": description} | schema | {"description": description}
+    if _type(schema) == "object":
         described = _describe_properties(described)
-    items = schema.get("items")
-    if _is_shown_array(schema) and isinstance(items, dict):
-        described["items"] = _describe_properties(items)
-    return described
+    items = _shown_items(schema)
+    return described | {"items": _describe_properties(items)} if items else described
 
 
 def _add_words(description: Json, words: list[str]) -> str:
@@ -209,6 +214,7 @@ def _add_words(description: Json, words: list[str]) -> str:
 
 
 def _all_words(keywords: list[str], schema: JsonObject) -> list[str]:
+    """What each of the keywords says, but for references, which have no words."""
     return [_words(keyword, schema) for keyword in keywords if keyword not in REFERENCES]
 
 
@@ -223,9 +229,10 @@ def _words(keyword: str, schema: JsonObject) -> str:
 
 
 def _is_mere_type(schema: Json) -> bool:
-    given = {key for key in schema if key != "title"} if isinstance(schema, dict) else set()
-    return given == {"type"}
+    """Whether a schema says a type and nothing else: {"type": "string", "title": "Name"}."""
+    return as_object(schema).keys() - {"title"} == {"type"}
 
 
 def _json(value: Json) -> str:
+    """A value as JSON on one line, in which é stays é."""
     return json.dumps(value, ensure_ascii=False)

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 
 from gemma_dist.data.schema_walk import map_subschemas
-from gemma_dist.data.strict import get, short
+from gemma_dist.data.strict import as_object, get, short, without
 from gemma_dist.data.types import Json, JsonObject
 from gemma_dist.errors import DataError
 
@@ -63,34 +63,38 @@ def normalize_schema(schema: JsonObject, notes: Counter[str]) -> JsonObject:
 
 
 def _lift_required(schema: JsonObject) -> JsonObject:
-    """The schema with `required: true` of its properties in its own list of required ones."""
-    properties, required = schema.get("properties"), schema.get("required")
-    if not isinstance(properties, dict) or not (required is None or isinstance(required, list)):
+    """The schema with `required: true` of its properties in its own list of required ones.
+
+    {"properties": {"a": {"type": "string", "required": true}, "b": {"required": false}}}
+        ->  {"properties": {"a": {"type": "string"}, "b": {}}, "required": ["a"]}
+    """
+    properties, required = schema.get("properties"), schema.get("required", [])
+    if not isinstance(properties, dict) or not isinstance(required, list):
         return schema
     lifted: JsonObject = {}
-    names = list(required or [])
+    names = list(required)
     for name, value in properties.items():
         flag = get(value, "required")
-        if not isinstance(value, dict) or not isinstance(flag, bool):
-            lifted[name] = value
-            continue
-        lifted[name] = {key: item for key, item in value.items() if key != "required"}
-        if flag and name not in names:
+        lifted[name] = without(as_object(value), "required") if isinstance(flag, bool) else value
+        if flag is True and name not in names:
             names.append(name)
     changed = schema | {"properties": lifted}
     return changed | {"required": names} if names else changed
 
 
 def _with_json_type(schema: JsonObject) -> JsonObject:
+    """The schema with its type, or each of a list of types, as JSON schema's; without one where it is any.
+
+    {"type": "List[int]", "description": "Days"} -> {"type": "array", "items": {"type": "integer"}, "description": …}
+    """
     given = schema.get("type")
+    rest = without(schema, "type")
     if isinstance(given, str) and given not in JSON_TYPES:
-        rest = {key: value for key, value in schema.items() if key != "type"}
-        parsed = parse_type(given)
-        return parsed | rest if "type" not in parsed else {"type": parsed["type"]} | parsed | rest
+        return parse_type(given) | rest
     if isinstance(given, list):
         types = [_simple_type(name) if isinstance(name, str) else name for name in given]
         if "any" in types:
-            return {key: value for key, value in schema.items() if key != "type"}
+            return rest
         return schema | {"type": types[0] if len(types) == 1 else types}
     return schema
 
@@ -103,9 +107,10 @@ def is_optional(type_name: object) -> bool:
 
 
 def _without_optional(type_name: str) -> str:
-    """`int` of `int, optional`."""
+    """`int` of `int, optional` (Google's and NumPy's docstrings), and of `int`."""
     name, comma, behind = type_name.strip().rpartition(",")
-    return name.strip() if comma and behind.strip().lower() == "optional" else type_name.strip()
+    is_marked = comma != "" and behind.strip().lower() == "optional"
+    return name.strip() if is_marked else type_name.strip()
 
 
 def parse_type(type_name: str) -> JsonObject:
@@ -128,6 +133,7 @@ def parse_type(type_name: str) -> JsonObject:
 
 
 def _simple_type(name: str) -> str:
+    """The type of JSON schema, or "any", that one word stands for: "integer" of "int". DataError where none."""
     found = TYPES.get(name.strip().lower())
     if found is None:
         raise _unknown(name)
@@ -135,6 +141,7 @@ def _simple_type(name: str) -> str:
 
 
 def _unknown(type_name: str) -> DataError:
+    """The error for a type that nobody knows."""
     return DataError(
         f"{short(type_name)} is no type; write one of {', '.join(JSON_TYPES)}, or leave the type out where any value "
         "is right"
@@ -142,6 +149,7 @@ def _unknown(type_name: str) -> DataError:
 
 
 def _typed(name: str) -> JsonObject:
+    """{"type": "string"} for string; {} for any."""
     return {} if name == "any" else {"type": name}
 
 
@@ -165,16 +173,19 @@ def _last_name(node: ast.Name | ast.Attribute) -> str:
 
 
 def _from_generic(name: str, inside: list[ast.expr]) -> JsonObject:
-    """The schema for `Name[inside]`."""
-    if name == "optional":
-        return _union([*map(_from_python, inside), {"type": "null"}])
-    if name == "union":
-        return _union([*map(_from_python, inside)])
+    """The schema for `Name[inside]`: {"type": "object", "additionalProperties": {"type": "integer"}} of Dict[str, int].
+
+    Args:
+        name: in lower case.
+    """
     if name == "literal":
         return {"enum": [_literal(node) for node in inside]}
-    kind = _simple_type(name)
     if name == "tuple":
         return _tuple(inside)
+    if name in ("union", "optional"):
+        null: list[JsonObject] = [{"type": "null"}] if name == "optional" else []
+        return _union([*map(_from_python, inside), *null])
+    kind = _simple_type(name)
     if kind == "array":
         return {"type": "array", "items": _from_python(inside[0])}
     if kind == "object":
@@ -185,6 +196,7 @@ def _from_generic(name: str, inside: list[ast.expr]) -> JsonObject:
 
 
 def _literal(node: ast.expr) -> Json:
+    """The value in Literal["C", "F"]: a string, a number, true, false or None."""
     value = ast.literal_eval(node)
     if value is None or isinstance(value, str | int | float):
         return value
@@ -192,20 +204,28 @@ def _literal(node: ast.expr) -> Json:
 
 
 def _tuple(inside: list[ast.expr]) -> JsonObject:
-    """`Tuple[int, ...]` has any length, `Tuple[int, str]` a fixed one."""
-    if isinstance(inside[-1], ast.Constant) and inside[-1].value is ...:
+    """The schema for a tuple: `Tuple[int, ...]` has any length, `Tuple[int, str]` a fixed one.
+
+    Tuple[int, ...]   {"type": "array", "items": {"type": "integer"}}
+    Tuple[int, int]   {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}
+    Tuple[int, str]   {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}], "minItems": 2, …}
+    """
+    last = inside[-1]
+    if isinstance(last, ast.Constant) and last.value is ...:
         return {"type": "array", "items": _from_python(inside[0])}
     parts: list[Json] = [*map(_from_python, inside)]
-    is_uniform = all(part == parts[0] for part in parts)
+    is_uniform = parts == [parts[0]] * len(parts)
     inner: JsonObject = {"items": parts[0]} if is_uniform else {"prefixItems": parts}
     return {"type": "array", **inner, "minItems": len(parts), "maxItems": len(parts)}
 
 
 def _union(parts: list[JsonObject]) -> JsonObject:
-    """Any of the parts; null becomes `nullable`, which Gemma's template shows."""
-    others: list[Json] = [part for part in parts if part != {"type": "null"}]
+    """Any of the parts; null becomes `nullable`, which Gemma's template shows.
+
+    int | str | None -> {"anyOf": [{"type": "integer"}, {"type": "string"}], "nullable": true}
+    """
+    others = [part for part in parts if part != {"type": "null"}]
     if {} in others or not others:
         return {}
-    one = others[0]
-    union: JsonObject = one if len(others) == 1 and isinstance(one, dict) else {"anyOf": others}
+    union: JsonObject = others[0] if len(others) == 1 else {"anyOf": [*others]}
     return union | {"nullable": True} if len(others) < len(parts) else union

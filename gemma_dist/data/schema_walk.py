@@ -54,6 +54,7 @@ def map_subschemas(schema: JsonObject, change: Change) -> JsonObject:
 
 
 def _changed(value: Json, change: Change, place: str) -> Json:
+    """A schema with `change` applied; `place` is how errors name it, such as "city" or "items"."""
     if not isinstance(value, dict):  # true, false, or what the validator refuses
         return value
     with error_context(place):

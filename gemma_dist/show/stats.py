@@ -46,6 +46,7 @@ class _Corpus:
 
     @property
     def num_refused(self) -> int:
+        """How many rows were refused, for whatever reason."""
         return sum(refusal.num_rows for refusal in self.refused.values())
 
 
@@ -98,6 +99,7 @@ def collect_stats(data: list[str], against: list[str], model: str | None, settin
 
 
 def _spread(numbers: array) -> Spread:
+    """Sum, mean, percentiles and maximum of one number of each row."""
     values = np.array(numbers, np.int64)
     p50, p90, p99 = np.percentile(values, [50, 90, 99], method="inverted_cdf").tolist()
     return Spread(int(values.sum()), float(values.mean()), int(p50), int(p90), int(p99), int(values.max()))
@@ -117,10 +119,12 @@ def _collect(data: list[str], encoder: Encoder | None, settings: RowConfig) -> _
 
 
 def _read(path: str, encoder: Encoder | None, settings: RowConfig) -> Iterator[_Row]:
+    """The rows of a file, or of a folder of shards."""
     return _read_shards(path) if is_shard_folder(path) else _read_raw(path, encoder, settings)
 
 
 def _read_shards(folder: str) -> Iterator[_Row]:
+    """The rows of shards, which are encoded: row 0 is named folder:1."""
     shards = open_shards(folder)
     for index in range(len(shards)):
         counts = (shards.num_text_tokens[index], shards.num_image_tokens[index], shards.num_target_tokens[index])
@@ -129,6 +133,7 @@ def _read_shards(folder: str) -> Iterator[_Row]:
 
 
 def _read_raw(path: str, encoder: Encoder | None, settings: RowConfig) -> Iterator[_Row]:
+    """The rows of a file, parsed; with an encoder their tokens are counted, too."""
     for where, raw in read_rows([path]):
         source, num_tokens = str(where.file), None
         try:

@@ -57,6 +57,7 @@ class CorpusStats:
     against: Overlap | None
 
     def to_json(self) -> dict[str, Any]:
+        """All of it, as `--json` prints it."""
         return asdict(self)
 
     def render(self) -> str:
@@ -98,6 +99,7 @@ def _lengths(stats: CorpusStats) -> Iterator[str]:
 
 
 def _line(name: str, cells: "tuple[str, ...] | list[str]") -> str:
+    """A line of the table of lengths, its cells aligned to the right."""
     return f"{name:<15}" + "".join(f"{cell:>{NUMBER}}" for cell in cells)
 
 
@@ -138,6 +140,7 @@ def _duplicates(stats: CorpusStats) -> Iterator[str]:
 
 
 def _groups(name: str, found: Duplicates) -> Iterator[str]:
+    """exact duplicates: 4 rows in 2 groups; and the first groups, one a line."""
     groups = f" in {_count(found.num_groups, 'group')}" if found.num_groups else ""
     yield f"{name}: {_count(found.num_rows, 'row')}{groups}"
     yield from map(_example, found.examples)
@@ -155,6 +158,7 @@ def _overlap(stats: CorpusStats) -> Iterator[str]:
 
 
 def _leaks(name: str, found: Leaks) -> Iterator[str]:
+    """in both, exactly: 2 rows; and the first of them, one a line."""
     yield f"{name}: {_count(found.num_rows, 'row')}"
     yield from map(_example, found.examples)
 
@@ -170,6 +174,7 @@ def _example(example: Example) -> str:
 
 
 def _corpus(data: list[str], num_rows: int, num_refused: int) -> str:
+    """train.jsonl: 1,000 rows, 3 refused."""
     refused = f", {num_refused:,} refused" if num_refused else ""
     return f"{', '.join(data)}: {_count(num_rows, 'row')}{refused}"
 

@@ -65,9 +65,11 @@ class ToolCounts:
         return sorted(found, key=lambda tool: (-tool.num_calls, -tool.num_rows, tool.name))
 
     def _of(self, name: str) -> _Seen:
+        """What is known of a name; nothing yet where it is new."""
         return self._seen.setdefault(name, _Seen())
 
     def _add_declaration(self, function: Function, place: str) -> None:
+        """Count a declaration, and what sets it apart from the first one of its name."""
         seen = self._of(function["name"])
         seen.num_rows += 1
         text = json.dumps(function)
@@ -87,7 +89,10 @@ class ToolCounts:
 
 
 def _differing_keys(one: Json, other: Json, path: str = "") -> Iterator[str]:
-    """The keys below which two JSON values differ, as deep as both are objects."""
+    """The keys below which two JSON values differ, as deep as both are objects.
+
+    {"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}} -> "a.c"
+    """
     if not isinstance(one, dict) or not isinstance(other, dict):
         yield path
         return
