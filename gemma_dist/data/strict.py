@@ -7,13 +7,15 @@ must not lose anything silently, so all three are refused here.
 import json
 import math
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from gemma_dist.data.types import ArrowStruct, Json, JsonObject, RawRow, TextObject
 from gemma_dist.errors import DataError
 from gemma_dist.gemma_format import MAX_DEPTH
+
+Value = TypeVar("Value")
 
 _shortener = reprlib.Repr()
 _shortener.maxlevel, _shortener.maxdict, _shortener.maxlist = 2, 4, 4
@@ -81,6 +83,7 @@ def require_encodable(text: str) -> str:
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> RawRow:
+    """What `json` makes of the pairs of an object, but for those with one key twice: {"a": 1, "a": 2} is refused."""
     result = dict(pairs)
     if len(result) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -96,8 +99,45 @@ def get(value: object, key: str) -> Any:
 
 def get_list(value: object, key: str) -> list[object]:
     """As `get`, of a list; an empty one where there is none."""
+    return as_list(get(value, key))
+
+
+def get_string(value: object, key: str) -> str:
+    """As `get`, of a string; "" where there is none. DataError where there is something else."""
     found = get(value, key)
-    return found if isinstance(found, list) else []
+    if found is not None and not isinstance(found, str):
+        raise DataError(f"`{key}` is {short(found)}; write it as a string")
+    return found or ""
+
+
+def as_list(value: object) -> list[Any]:
+    """The value where it is a list; an empty one where it is anything else."""
+    return value if isinstance(value, list) else []
+
+
+def as_object(value: object) -> dict[str, Any]:
+    """The value where it is an object; an empty one where it is anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def is_list_of(value: object, kind: type) -> bool:
+    """Whether the value is a list with nothing but values of one type in it: ["a", "b"] of str. It may be empty."""
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def is_json_text(value: object, brackets: tuple[str, ...] = ("{", "[")) -> bool:
+    """Whether the value is a string that opens as the JSON text of an object or list does."""
+    return isinstance(value, str) and value.lstrip().startswith(brackets)
+
+
+def without(value: Mapping[str, Value], *keys: str) -> dict[str, Value]:
+    """A copy of an object without these keys: {"type": "function", "name": "f"} without "type" is {"name": "f"}."""
+    return {key: item for key, item in value.items() if key not in keys}
+
+
+def without_nulls(value: Mapping[str, Value | None]) -> dict[str, Value]:
+    """A copy of an object without the keys whose value is null; Arrow fills absent keys with it."""
+    return {key: item for key, item in value.items() if item is not None}
 
 
 def map_json(value: object, string: Callable[[str], str], key: Callable[[str], str], depth: int = 0) -> Json:
