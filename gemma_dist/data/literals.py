@@ -31,6 +31,11 @@ def parse_literal(text: str) -> object:
     raise not_json
 
 
+def read_literal(value: object) -> object:
+    """The value itself, or what it says where it is the text of a literal."""
+    return parse_literal(value) if isinstance(value, str) else value
+
+
 def parse_python(text: str) -> object:
     """The value of a Python literal, in which JSON's true, false and null are read, too. DataError if it is none."""
     try:
@@ -78,7 +83,7 @@ def parse_calls(value: object) -> list[dict[str, Any]]:
     Raises:
         DataError: it says something else.
     """
-    given = parse_literal(value) if isinstance(value, str) else value
+    given = read_literal(value)
     calls = given if isinstance(given, list) else [given]
     if not calls:
         raise DataError('the list of calls is empty; write {"name": ..., "arguments": {...}}')

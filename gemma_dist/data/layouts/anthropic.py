@@ -1,8 +1,14 @@
-"""Anthropic: content as blocks, `system` beside the messages, tools with `input_schema`."""
+"""Anthropic's Messages API: content as blocks, `system` beside the messages, tools with `input_schema`.
+
+{"system": "Be kind.", "tools": [{"name": "weather", "input_schema": {...}}], "messages": [
+  {"role": "user", "content": [{"type": "image", "source": {"type": "base64", "data": "iVB..."}}]},
+  {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "weather", "input": {"city": "Rome"}}]},
+  {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "20", "is_error": false}]}]}
+"""
 
 from gemma_dist.data.content import mark_error
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, number_turns, turn_name
-from gemma_dist.data.strict import error_context, get, short
+from gemma_dist.data.strict import error_context, get, get_list, short, without
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -11,14 +17,11 @@ ANTHROPIC_BLOCKS = ("tool_use", "tool_result", "thinking", "redacted_thinking")
 
 def is_layout(row: RawRow) -> bool:
     """Whether the row has Anthropic's blocks, `system` beside its messages, or tools with `input_schema`."""
-    messages, tools = row.get("messages"), row.get("tools")
-    if not messages or not isinstance(messages, list):
-        return False
-    if row.get("system"):
+    messages = get_list(row, "messages")
+    if messages and row.get("system"):
         return True
-    if isinstance(tools, list) and any(get(tool, "input_schema") for tool in tools):
-        return True
-    return any(_is_own_block(block) for message in messages for block in _blocks(message))
+    has_tools = any(get(tool, "input_schema") for tool in get_list(row, "tools"))
+    return (has_tools and bool(messages)) or any(map(_has_own_block, messages))
 
 
 def to_openai(row: RawRow) -> OpenAIRow:
@@ -28,13 +31,12 @@ def to_openai(row: RawRow) -> OpenAIRow:
     return OpenAIRow(to_messages(number_turns(turns)), row.get("tools"), row.get("images"))
 
 
-def _is_own_block(block: object) -> bool:
-    return get(block, "type") in ANTHROPIC_BLOCKS or isinstance(get(block, "source"), dict)
-
-
-def _blocks(message: object) -> list[object]:
-    content = get(message, "content")
-    return content if isinstance(content, list) else []
+def _has_own_block(message: object) -> bool:
+    """Whether a message has a block that OpenAI's messages do not: a call, a result, thinking, an image's source."""
+    for block in get_list(message, "content"):
+        if get(block, "type") in ANTHROPIC_BLOCKS or isinstance(get(block, "source"), dict):
+            return True
+    return False
 
 
 def to_messages(turns: NumberedMessages) -> NumberedMessages:
@@ -43,7 +45,7 @@ def to_messages(turns: NumberedMessages) -> NumberedMessages:
     for number, turn in turns:
         role = get(turn, "role")
         with error_context(turn_name(number, role)):
-            if not isinstance(turn, dict) or not any(map(_is_own_block, _blocks(turn))):
+            if not isinstance(turn, dict) or not _has_own_block(turn):
                 messages.append((number, turn))
             elif role == "assistant":
                 messages.append((number, _assistant(turn)))
@@ -53,11 +55,15 @@ def to_messages(turns: NumberedMessages) -> NumberedMessages:
 
 
 def _assistant(turn: RawRow) -> RawRow:
-    """The message with its tool_use blocks as calls; the rest stays content."""
+    """The message with its tool_use blocks as calls, which `parse_calls` reads as they are; the rest stays content.
+
+    {"role": "assistant", "content": [A_TEXT, A_TOOL_USE]}
+      -> {"role": "assistant", "content": [A_TEXT], "tool_calls": [A_TOOL_USE]}
+    """
     content: list[object] = []
-    calls: list[RawRow] = []
-    for block in _blocks(turn):
-        if isinstance(block, dict) and block.get("type") == "tool_use":
+    calls: list[object] = []
+    for block in get_list(turn, "content"):
+        if get(block, "type") == "tool_use":
             calls.append(block)
         else:
             content.append(_part(block))
@@ -69,15 +75,12 @@ def _assistant(turn: RawRow) -> RawRow:
 
 def _user(turn: RawRow) -> list[RawRow]:
     """A tool message for each tool_result, a message of the turn's own role for each run of other blocks, in order."""
-    rest = {key: value for key, value in turn.items() if key != "content"}
+    rest = without(turn, "content")
     messages: list[RawRow] = []
     blocks_of_message: list[object] | None = None  # the content of the last message, where it is no tool's
-    for block in _blocks(turn):
+    for block in get_list(turn, "content"):
         if get(block, "type") == "tool_result":
-            content = to_parts(get(block, "content"))
-            if get(block, "is_error"):
-                content = mark_error(content)
-            messages.append({"role": "tool", "tool_call_id": get(block, "tool_use_id"), "content": content})
+            messages.append(_tool_message(block))
             blocks_of_message = None
             continue
         if blocks_of_message is None:
@@ -85,6 +88,16 @@ def _user(turn: RawRow) -> list[RawRow]:
             messages.append({**rest, "content": blocks_of_message})
         blocks_of_message.append(_part(block))
     return messages
+
+
+def _tool_message(block: object) -> RawRow:
+    """{"type": "tool_result", "tool_use_id": "t1", "content": "20"}
+    -> {"role": "tool", "tool_call_id": "t1", "content": "20"}
+    """
+    content = to_parts(get(block, "content"))
+    if get(block, "is_error"):
+        content = mark_error(content)
+    return {"role": "tool", "tool_call_id": get(block, "tool_use_id"), "content": content}
 
 
 def to_parts(content: object) -> object:

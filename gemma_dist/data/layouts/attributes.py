@@ -5,7 +5,8 @@
 [{"key": "llm.input_messages.0.message.role", "value": {"stringValue": "user"}}]
 """
 
-from gemma_dist.data.strict import get, get_list, parse_json, short
+from gemma_dist.data.calls import first_of
+from gemma_dist.data.strict import as_list, as_object, get, get_list, is_json_text, parse_json, short, without_nulls
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -40,20 +41,18 @@ def find(value: object, name: str) -> object:
         found = find(inner, ".".join(parts[length:]))
         if found is not None:
             return found
-    below = {key.removeprefix(name + "."): item for key, item in value.items() if str(key).startswith(name + ".")}
-    below = {key: item for key, item in below.items() if item is not None}
+    below: RawRow = {}
+    for key, item in without_nulls(value).items():
+        if str(key).startswith(name + "."):
+            below[key.removeprefix(name + ".")] = item
     return below or None
 
 
 def find_list(value: object, name: str) -> list[object]:
     """The entries of a list under a dotted name: a list, its JSON text, or names that count them (`0.role`)."""
-    found = find(value, name)
-    if isinstance(found, str):
-        found = find_text(found)
+    found = _read(find(value, name))
     if isinstance(found, list):
         return found
-    if not isinstance(found, dict):
-        return []
     entries: list[object] = []
     while (entry := find(found, str(len(entries)))) is not None:
         entries.append(entry)
@@ -62,29 +61,33 @@ def find_list(value: object, name: str) -> list[object]:
 
 def find_text(text: str) -> object:
     """The value of an attribute that is JSON text; None where it is another text."""
-    if not text.lstrip().startswith(("[", "{")):
-        return None
-    return parse_json(text)
+    return parse_json(text) if is_json_text(text) else None
+
+
+def _read(value: object) -> object:
+    """What JSON text says; other values as they are."""
+    return find_text(value) if isinstance(value, str) else value
 
 
 def _as_object(attributes: object) -> RawRow:
-    if isinstance(attributes, str):
-        attributes = find_text(attributes)
-    if isinstance(attributes, dict):
-        return attributes
-    if not isinstance(attributes, list):
-        return {}
-    pairs = [(get(entry, "key"), _otlp_value(get(entry, "value"))) for entry in attributes]
-    return {str(key): value for key, value in pairs}
+    """Attributes by their names; none where there is something else.
+
+    [{"key": "llm.model_name", "value": {"stringValue": "m"}}] -> {"llm.model_name": "m"}
+    """
+    attributes = _read(attributes)
+    named = dict(as_object(attributes))
+    for entry in as_list(attributes):
+        named[str(get(entry, "key"))] = _otlp_value(get(entry, "value"))
+    return named
 
 
 def _otlp_value(value: object) -> object:
     """A value as OTLP's JSON writes it: {"stringValue": ...}, {"arrayValue": {"values": [...]}}."""
     if not isinstance(value, dict):
         return value
-    for kind in OTLP_VALUES:
-        if value.get(kind) is not None:
-            return value[kind]
+    plain = first_of(value, OTLP_VALUES)
+    if plain is not None:
+        return plain
     if isinstance(value.get("arrayValue"), dict):
         return [_otlp_value(item) for item in get_list(value["arrayValue"], "values")]
     if isinstance(value.get("kvlistValue"), dict):

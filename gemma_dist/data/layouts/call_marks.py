@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_dist.data.call_markers import FLAGS, MARKED
-from gemma_dist.data.layouts.call_syntax import Signatures, TextBesideCalls, read_calls
+from gemma_dist.data.layouts.call_syntax import BLANKS, Signatures, TextBesideCalls, read_calls, skip
 from gemma_dist.data.literals import parse_calls, parse_literal
 from gemma_dist.data.strict import get, short
 from gemma_dist.errors import DataError
@@ -104,10 +104,12 @@ def find_calls(text: str, signatures: Signatures, *, is_answered: bool, is_last:
 
 
 def _refusal(style: str, error: object) -> DataError:
+    """Why calls in the syntax of `style` cannot be converted, and what to write instead."""
     return DataError(f"writes a call as text in the style of {style}, which cannot be converted: {error}; {_REMEDY}")
 
 
 def _style(text: str) -> str:
+    """Whose syntax a text begins with: "Hermes" of '<tool_call>{...'."""
     for pattern, name in _STYLES:
         if re.match(pattern, text):
             return name
@@ -147,7 +149,7 @@ def _read_marked(text: str, signatures: Signatures) -> list[dict[str, Any]]:
         nested = _TAGGED.match(inside)
         if inside:
             calls += _read_marked(inside, signatures) if nested else read_calls(inside, signatures)
-        position = _skip_blanks(text, match.end())
+        position = skip(BLANKS, text, match.end())
     if not calls:
         raise DataError("no call stands in it")
     return calls
@@ -164,12 +166,6 @@ def _read_mistral(text: str) -> list[dict[str, Any]]:
         calls += parse_calls({"name": match[1], "arguments": parse_literal(match[2])})
         position = match.end()
     return calls
-
-
-def _skip_blanks(text: str, position: int) -> int:
-    while position < len(text) and text[position].isspace():
-        position += 1
-    return position
 
 
 # ---- without a marker ------------------------------------------------------------------------------------------------

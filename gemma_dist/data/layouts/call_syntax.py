@@ -15,8 +15,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
-from gemma_dist.data.literals import parse_calls, parse_literal, parse_python
-from gemma_dist.data.strict import error_context, get, parse_json, short
+from gemma_dist.data.layouts.turns import first_filled
+from gemma_dist.data.literals import parse_calls, parse_literal, parse_python, read_literal
+from gemma_dist.data.strict import as_object, error_context, get, parse_json, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -35,6 +36,8 @@ _PYTHON_TOKEN = re.compile(
     r'''"""(?:\\.|[^\\])*?"""|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[\[({]|[\])}]|,''',
     re.DOTALL,
 )
+BLANKS = re.compile(r"\s+")
+_BETWEEN_VALUES = re.compile(r"[ \t\r\n;]+")
 _LINE_END = re.compile(r"[ \t]*\n")
 _PYTHON_CALL = re.compile(r"""\s*([^()\[\]{}'",=]+?)\s*\((.*)\)\s*""", re.DOTALL)
 _PYTHON_ARGUMENT = re.compile(r"""\s*([^\s=,()\[\]{}'"]+)\s*=(?!=)(.*)""", re.DOTALL)
@@ -50,20 +53,18 @@ def signatures_of(tools: object) -> dict[str, Mapping[str, object]]:
     for tool in _declarations(tools):
         function = get(tool, "function") or tool
         name = get(function, "name")
-        if not isinstance(name, str) or not name:
-            continue
-        schema = get(function, "parameters") or get(function, "input_schema") or get(function, "inputSchema")
-        properties = get(schema, "properties") or schema
-        signatures[name] = properties if isinstance(properties, dict) else {}
+        schema = first_filled(function, "parameters", "input_schema", "inputSchema")
+        if name and isinstance(name, str):
+            signatures[name] = as_object(get(schema, "properties") or schema)
     return signatures
 
 
 def _declarations(tools: object) -> list[object]:
     """The declarations one by one. What cannot be read is for the check of the declarations to refuse."""
     try:
-        given = parse_literal(tools) if isinstance(tools, str) else tools
+        given = read_literal(tools)
         listed = given if isinstance(given, list) else [given]
-        return [parse_literal(tool) if isinstance(tool, str) else tool for tool in listed]
+        return [read_literal(tool) for tool in listed]
     except DataError:
         return []
 
@@ -112,15 +113,14 @@ def json_values(text: str) -> list[object]:
             values.append(parse_json(text[position:end]))
         except (ValueError, RecursionError):
             return []
-        position = _skip(text, end)
+        position = skip(_BETWEEN_VALUES, text, end)
     return values
 
 
-def _skip(text: str, position: int) -> int:
-    """The position of the next value."""
-    while position < len(text) and text[position] in " \t\r\n;":
-        position += 1
-    return position
+def skip(pattern: re.Pattern[str], text: str, position: int) -> int:
+    """Where a text goes on behind what `pattern` finds at a position; the position itself where it finds nothing."""
+    match = pattern.match(text, position)
+    return match.end() if match else position
 
 
 # ---- XML -------------------------------------------------------------------------------------------------------------
@@ -135,9 +135,7 @@ def _all(pattern: re.Pattern[str], text: str) -> list[tuple[str, str]]:
         if match is None:
             raise TextBesideCalls(f"{short(text[position:])} is no call in the form of the others")
         found.append((match[1], match[2]))
-        position = match.end()
-        while position < len(text) and text[position].isspace():
-            position += 1
+        position = skip(BLANKS, text, match.end())
     return found
 
 
@@ -197,6 +195,7 @@ def _python_calls(text: str, signatures: Signatures) -> Iterator[dict[str, Any]]
 
 
 def _python_arguments(text: str) -> RawRow:
+    """'a=1, b="x"' -> {"a": 1, "b": "x"}. DataError for an argument without its name, or of another's."""
     arguments: RawRow = {}
     for written in _split(text):
         argument = _PYTHON_ARGUMENT.fullmatch(written)

@@ -12,10 +12,12 @@ A transcript has one event a line; SESSION_COMMAND makes a row of each session.
 """
 
 from collections import Counter
+from typing import TypeAlias
 
+from gemma_dist.data.calls import first_of
 from gemma_dist.data.layouts import anthropic
 from gemma_dist.data.layouts.pieces import ENCRYPTED_REASONING, tidy
-from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow
+from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, first_filled
 from gemma_dist.data.strict import get, get_list
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
@@ -29,6 +31,9 @@ COMPACTED_COMMAND = (
     "+ [.events | length]) as $cuts | range($cuts | length - 1) "
     '| {id: "\\($row.id)-\\(.)", events: $row.events[$cuts[.] + 1:$cuts[. + 1]]}\' FILE'
 )
+# Events with their numbers in the session, from 1.
+Events: TypeAlias = list[tuple[int, RawRow]]
+
 EVENT_TYPES = ("user", "assistant")
 OTHER_EVENTS = "events without a message (summary, system, snapshot) were left out"
 SIDECHAINS = "messages of subagents (isSidechain) were left out"
@@ -40,7 +45,7 @@ def is_event(row: object) -> bool:
     """Whether an object is an event of a transcript, or of what `claude -p --output-format stream-json` prints."""
     if get(row, "type") == "summary":
         return get(row, "leafUuid") is not None
-    if get(row, "sessionId") is not None or get(row, "session_id") is not None:
+    if first_of(row, ("sessionId", "session_id")) is not None:
         return isinstance(get(row, "type"), str)
     return get(row, "uuid") is not None and _holds_message(row)
 
@@ -59,52 +64,56 @@ def to_openai(events: list[object]) -> OpenAIRow:
 
 
 def _holds_message(event: object) -> bool:
+    """Whether an event is {"type": "user", "message": {...}}, or an assistant's."""
     return get(event, "type") in EVENT_TYPES and isinstance(get(event, "message"), dict)
 
 
 def _is_sidechain(event: object) -> bool:
+    """Whether a subagent said it: `isSidechain` of transcripts, `parent_tool_use_id` of `stream-json`."""
     return bool(get(event, "isSidechain")) or get(event, "parent_tool_use_id") is not None
 
 
-def _of_main_agent(events: list[object], notes: Counter[str]) -> list[tuple[int, RawRow]]:
+def _of_main_agent(events: list[object], notes: Counter[str]) -> Events:
     """The numbered events of the session itself; a file that holds nothing but a subagent's events is that agent's."""
-    is_subagent = not any(_holds_message(event) and not _is_sidechain(event) for event in events)
-    kept: list[tuple[int, RawRow]] = []
+    is_session = any(_holds_message(event) and not _is_sidechain(event) for event in events)
+    kept: Events = []
+    has_message = False
     for number, event in enumerate(events, start=1):
-        if _is_sidechain(event) and not is_subagent:
+        if is_session and _is_sidechain(event):
             notes[SIDECHAINS] += 1
-        elif isinstance(event, dict):
-            is_cut = get(event, "subtype") == "compact_boundary"
-            if is_cut and any(_holds_message(before) for _, before in kept):
-                raise DataError(
-                    f"event {number} compacts the session: what follows was said under a summary of what is before; "
-                    f"make rows of what lies between such events: {COMPACTED_COMMAND}"
-                )
+            continue
+        if has_message and get(event, "subtype") == "compact_boundary":
+            raise DataError(
+                f"event {number} compacts the session: what follows was said under a summary of what is before; "
+                f"make rows of what lies between such events: {COMPACTED_COMMAND}"
+            )
+        has_message = has_message or _holds_message(event)
+        if isinstance(event, dict):
             kept.append((number, event))
     return kept
 
 
-def _on_last_branch(events: list[tuple[int, RawRow]], notes: Counter[str]) -> list[tuple[int, RawRow]]:
+def _on_last_branch(events: Events, notes: Counter[str]) -> Events:
     """The events with messages that lead to the last one, each following its `parentUuid`.
 
     A user who goes back opens a branch. Parallel calls are none, though the events of their answers fork from theirs:
     the blocks of one answer, and the results of its calls, stay together.
     """
     branch = _last_branch([event for _, event in events])
-    on_branch = [event for index, (_, event) in enumerate(events) if index in branch]
-    answers = {_answer_id(event) for event in on_branch} - {None}
+    answers = {_answer_id(events[index][1]) for index in branch} - {None}
     calls: set[object] = set()
     for _, event in events:
         if _answer_id(event) in answers:
             calls |= _ids(event, "tool_use", "id")
-    kept: list[tuple[int, RawRow]] = []
+    kept: Events = []
     for index, (number, event) in enumerate(events):
         results = _ids(event, "tool_result", "tool_use_id")
+        is_of_branch = index in branch or _answer_id(event) in answers
         if not _holds_message(event):
             notes[OTHER_EVENTS] += 1
         elif _is_meta(event):
             notes[META] += 1
-        elif index in branch or _answer_id(event) in answers or (results and results <= calls):
+        elif is_of_branch or (results and results <= calls):
             kept.append((number, event))
         else:
             notes[BRANCHES] += 1
@@ -127,8 +136,9 @@ def _last_branch(events: list[RawRow]) -> set[int]:
 
 
 def _is_meta(event: RawRow) -> bool:
-    is_error = bool(event.get("isApiErrorMessage")) or get(event["message"], "model") == "<synthetic>"
-    return bool(event.get("isMeta")) or is_error
+    """Whether the program itself wrote the message: a caveat about a command, or an error in place of an answer."""
+    is_made_up = get(event["message"], "model") == "<synthetic>"
+    return is_made_up or bool(first_filled(event, "isMeta", "isApiErrorMessage"))
 
 
 def _answer_id(event: RawRow) -> object:
@@ -143,15 +153,21 @@ def _id(value: object, key: str) -> str | None:
 
 
 def _blocks(event: RawRow) -> list[object]:
+    """The blocks of an event's message; none where it is a string alone."""
     return get_list(event.get("message"), "content")
 
 
 def _ids(event: RawRow, kind: str, key: str) -> set[object]:
+    """The ids of the blocks of one kind: {"t1"} of [{"type": "tool_use", "id": "t1", ...}]."""
     return {_id(block, key) for block in _blocks(event) if get(block, "type") == kind}
 
 
-def _merge_answers(events: list[tuple[int, RawRow]], notes: Counter[str]) -> NumberedMessages:
-    """Messages with Anthropic's blocks: the events of one answer as one message, where its first one stands."""
+def _merge_answers(events: Events, notes: Counter[str]) -> NumberedMessages:
+    """Messages with Anthropic's blocks: the events of one answer as one message, where its first one stands.
+
+    [{"type": "assistant", "message": {"id": "m", "content": [A]}}, {..., "message": {"id": "m", "content": [B]}}]
+      -> [{"role": "assistant", "content": [A, B]}]
+    """
     turns: NumberedMessages = []
     content_of: dict[object, list[object]] = {}
     for number, event in events:
@@ -168,7 +184,8 @@ def _merge_answers(events: list[tuple[int, RawRow]], notes: Counter[str]) -> Num
         else:
             content_of[answer_id] = blocks
             turns.append((number, {"role": "assistant", "content": blocks}))
-    return [(number, turn) for number, turn in turns if get(turn, "role") == "user" or get(turn, "content")]
+    empty = {"role": "assistant", "content": []}  # all of it was encrypted
+    return [(number, turn) for number, turn in turns if turn != empty]
 
 
 def _readable(blocks: list[object], notes: Counter[str]) -> list[object]:

@@ -4,15 +4,19 @@ makes whole rows of its file.
 
 from collections.abc import Callable
 
+from gemma_dist.data.calls import first_of
 from gemma_dist.data.layouts import claude_code, langchain, openhands, prompt_completion, responses
 from gemma_dist.data.layouts.attributes import PLACES
-from gemma_dist.data.layouts.turns import OpenAIRow
-from gemma_dist.data.strict import get, short
+from gemma_dist.data.layouts.turns import OpenAIRow, first_filled
+from gemma_dist.data.strict import get, get_list, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
 # Columns of a row that is a whole.
 WHOLE = ("messages", "conversations", "contents", "events", "history", "input", "inputs", "items", "prompt")
+HALVES = ("body", "params", "request", "response", "result")  # of a batch: what was asked, and what was answered
+STEP_LISTS = ("traj", "trajectory", "steps", "actions", "history")
+OBSERVATIONS = ("observation", "screenshot", "screenshot_file", "image", "image_path")
 CODEX_TYPES = ("session_meta", "response_item", "event_msg", "turn_context", "compacted")
 CODEX_COMMAND = (
     'jq -cs \'{id: map(select(.type == "session_meta").payload.id)[0], '
@@ -67,7 +71,8 @@ def to_openai(row: RawRow) -> OpenAIRow:
 
 
 def _explain(row: RawRow) -> str | None:
-    if row.get("messages") or row.get("conversations"):
+    """Why the row is no trajectory, with the command; None where it is none of these parts."""
+    if first_filled(row, "messages", "conversations"):
         return None
     for explain in EXPLANATIONS:
         text = explain(row)
@@ -78,40 +83,44 @@ def _explain(row: RawRow) -> str | None:
 
 def _event(row: RawRow) -> str | None:
     """One event a line: the transcripts of agents."""
-    if any(row.get(key) for key in WHOLE):
+    if first_filled(row, *WHOLE):
         return None
     if claude_code.is_event(row):
         return _one_of("an event of Claude Code", row.get("type"), claude_code.SESSION_COMMAND)
     if row.get("type") in CODEX_TYPES and row.get("payload") is not None:
         return _one_of("an event of Codex", row["type"], CODEX_COMMAND)
     if openhands.is_messages([row]):
-        return _one_of("an event of OpenHands", row.get("action") or row.get("kind"), EVENTS_COMMAND)
+        return _one_of("an event of OpenHands", first_filled(row, "action", "kind"), EVENTS_COMMAND)
     return None
 
 
 def _message(row: RawRow) -> str | None:
     """One message or item a line."""
-    if any(row.get(key) for key in WHOLE):
+    if first_filled(row, *WHOLE):
         return None
+    role = row.get("role")
     if langchain.is_message(row):
         return _one_of("a message of LangChain", row.get("type"), MESSAGES_COMMAND)
     if responses.is_messages([row]):
         return _one_of("an item of the Responses API", row.get("type"), ITEMS_COMMAND)
-    if isinstance(row.get("role"), str) and isinstance(row.get("parts"), list):
-        return _one_of("a message of Gemini", row["role"], CONTENTS_COMMAND)
-    if isinstance(row.get("role"), str) and ("content" in row or "tool_calls" in row):
-        return _one_of("a message", row["role"], MESSAGES_COMMAND)
+    if not isinstance(role, str):
+        return None
+    if isinstance(row.get("parts"), list):
+        return _one_of("a message of Gemini", role, CONTENTS_COMMAND)
+    if "content" in row or "tool_calls" in row:
+        return _one_of("a message", role, MESSAGES_COMMAND)
     return None
 
 
 def _one_of(what: str, name: object, command: str) -> str:
+    """What the row is one of, by the name of its kind, and the command that makes a row of all of them."""
     return f"the row is {what} ({short(name)}), and a row holds a whole trajectory; make one of the file: {command}"
 
 
 def _batch_half(row: RawRow) -> str | None:
     """A request of a batch without its answer, or the other way round."""
-    name = row.get("custom_id") or row.get("key")
-    halves = [key for key in ("body", "params", "request", "response", "result") if row.get(key) is not None]
+    name = first_filled(row, "custom_id", "key")
+    halves = [key for key in HALVES if row.get(key) is not None]
     if name is None or len(halves) != 1:
         return None
     return f"the row holds `{halves[0]}` of the batch's request {short(name)} alone; join both files: {BATCH_COMMAND}"
@@ -119,10 +128,10 @@ def _batch_half(row: RawRow) -> str | None:
 
 def _span(row: RawRow) -> str | None:
     """Spans that are no call of a model, and what wraps spans."""
-    if row.get("resourceSpans") or row.get("resource_spans"):
+    if first_filled(row, "resourceSpans", "resource_spans"):
         return f"the row wraps spans of OpenTelemetry (`resourceSpans`); write one span a line: {OTLP_COMMAND}"
-    is_span = any(row.get(key) is not None for key in ("trace_id", "traceId", "context", "TraceId"))
-    if is_span and any(row.get(key) is not None for key in PLACES):
+    is_span = first_of(row, ("trace_id", "traceId", "context", "TraceId")) is not None
+    if is_span and first_of(row, PLACES) is not None:
         return (
             f"the span {short(row.get('name'))} holds no messages of a model (gen_ai.input.messages, gen_ai.prompt.0, "
             f"llm.input_messages); keep the last call of the model of each trace: {SPANS_COMMAND}"
@@ -158,8 +167,7 @@ def _run(row: RawRow) -> str | None:
             f"`inputs` and `outputs` hold no messages but {short(row['inputs'])}; write a chat: "
             '{"inputs": {"messages": [{"role": "user", "content": ...}]}, "outputs": {"role": "assistant", ...}}'
         )
-    observations = row.get("observations")
-    if isinstance(observations, list):
+    if isinstance(row.get("observations"), list):
         return (
             "the row is a trace of Langfuse whose own `input` is no list of messages; keep its last generation: "
             f"{LANGFUSE_COMMAND}"
@@ -177,12 +185,11 @@ def _steps(row: RawRow) -> str | None:
     """Steps of an agent whose prompt, and so the way in which it wrote its actions, is not in the row."""
     if prompt_completion.is_layout(row):
         return None
-    for key in ("traj", "trajectory", "steps", "actions", "history"):
-        steps = row.get(key)
-        if isinstance(steps, list) and steps:
-            held = list(steps[0]) if isinstance(steps[0], dict) else steps[0]
+    for key in STEP_LISTS:
+        for step in get_list(row, key)[:1]:
+            held = list(step) if isinstance(step, dict) else step
             return f"`{key}` holds steps with {short(held)}, not messages{STEPS_REMEDY}"
-    observed = [key for key in ("observation", "screenshot", "screenshot_file", "image", "image_path") if row.get(key)]
+    observed = [key for key in OBSERVATIONS if row.get(key)]
     if row.get("action") is not None and observed:
         return f"the row is one step, with `action` and `{observed[0]}`, not the messages of a whole run{STEPS_REMEDY}"
     return None

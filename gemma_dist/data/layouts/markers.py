@@ -8,7 +8,7 @@ import re
 
 from gemma_dist.data.content import ColumnIndex, image_source
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
-from gemma_dist.data.strict import error_context, get, parse_json, short
+from gemma_dist.data.strict import as_list, as_object, error_context, get, parse_json, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -25,6 +25,7 @@ def image_column(row: RawRow) -> object:
 
 
 def _as_list(column: object) -> object:
+    """A column of images as a list: "a.png" -> ["a.png"], '["a.png"]' -> ["a.png"]. Lists and null stay as they are."""
     if isinstance(column, str) and column.strip().startswith("["):
         with error_context("`images`"):
             return parse_json(column)
@@ -36,29 +37,23 @@ def place_images(row: OpenAIRow) -> None:
 
     Without images, or with a part for each, the markers are words. DataError where the numbers disagree.
     """
-    if not row.images or not isinstance(row.images, list):
+    num_images = len(as_list(row.images))
+    if not num_images:
         return
     num_markers = num_parts = 0
     for turn, message in row.messages:
-        for part in _parts(message):
-            if get(part, "type") == "text":
-                num_markers += _count_markers(get(part, "text"))
-            else:
-                with error_context(turn_name(turn, get(message, "role"))):
-                    num_parts += _takes_next_image(part)
-    if not num_markers or num_parts == len(row.images):
+        with error_context(turn_name(turn, get(message, "role"))):
+            for part in _parts(message):
+                num_markers += _text_of(part).count(MARKER)
+                num_parts += _takes_next_image(part)
+    if not num_markers or num_parts == num_images:
         return
-    if num_parts + num_markers != len(row.images):
+    if num_parts + num_markers != num_images:
         raise DataError(
-            f"`images` holds {len(row.images)} images for {num_markers} `{MARKER}` markers and {num_parts} image parts "
+            f"`images` holds {num_images} images for {num_markers} `{MARKER}` markers and {num_parts} image parts "
             "without one of their own; write a marker for each image, in order"
         )
-    placed: list[tuple[int, object]] = []
-    for turn, message in row.messages:
-        if isinstance(message, dict) and _parts(message):
-            message = {**message, "content": _split(message.get("content"))}
-        placed.append((turn, message))
-    row.messages = placed
+    row.messages = [(turn, _with_parts(message)) for turn, message in row.messages]
 
 
 def _parts(message: object) -> list[object]:
@@ -71,28 +66,35 @@ def _parts(message: object) -> list[object]:
     return content if isinstance(content, list) else []
 
 
-def _count_markers(text: object) -> int:
-    return text.count(MARKER) if isinstance(text, str) else 0
+def _text_of(part: object) -> str:
+    """What a text part says; "" of any other part."""
+    text = get(part, "text")
+    return text if get(part, "type") == "text" and isinstance(text, str) else ""
 
 
 def _takes_next_image(part: object) -> bool:
+    """Whether a part is an image without a source of its own: {"type": "image"}, {"type": "image", "image": 0}."""
     if not isinstance(part, dict) or part.get("type") not in ("image", "image_url"):
         return False
     source = image_source(part)
     return source is None or isinstance(source, ColumnIndex)
 
 
-def _split(content: object) -> object:
-    if not isinstance(content, list):
-        return split_markers(content)
+def _with_parts(message: object) -> object:
+    """The message with a part in place of each marker in its content.
+
+    [{"type": "text", "text": "<image>Hi", "train": false}] -> [{"type": "image"}, {"type": "text", "text": "Hi", ...}]
+    """
+    if not isinstance(message, dict) or not _parts(message):
+        return message
+    if isinstance(message["content"], str):
+        return {**message, "content": split_markers(message["content"])}
     parts: list[object] = []
-    for part in content:
-        pieces = split_markers(get(part, "text")) if get(part, "type") == "text" else None
-        if isinstance(pieces, list):
-            parts += [piece if piece["type"] == "image" else {**part, **piece} for piece in pieces]
-        else:
-            parts.append(part)
-    return parts
+    for part in _parts(message):
+        for piece in as_list(split_markers(_text_of(part))) or [part]:  # itself where it holds no marker
+            is_text = get(piece, "type") == "text"
+            parts.append({**as_object(part), **piece} if is_text else piece)
+    return {**message, "content": parts}
 
 
 def split_markers(value: object) -> object:

@@ -19,7 +19,7 @@ The agent SDK (version 1) writes events by `kind`:
 """
 
 from gemma_dist.data.layouts.pieces import Answer, Call, Piece, Reasoning, add_pieces, content_parts, tidy
-from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
+from gemma_dist.data.layouts.turns import OpenAIRow, first_filled, turn_name
 from gemma_dist.data.strict import error_context, get, get_list
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
@@ -64,41 +64,43 @@ def to_openai(events: list[object]) -> OpenAIRow:
 
 
 def _is_event(event: object) -> bool:
-    if not isinstance(event, dict) or event.get("role") is not None:
+    """Whether an object is an event of either version, and no message."""
+    if get(event, "role") is not None:
         return False
-    is_event = event.get("source") in SPEAKERS and (event.get("action") or event.get("observation"))
-    return bool(is_event) or event.get("kind") in KINDS
+    is_action = get(event, "source") in SPEAKERS and bool(first_filled(event, "action", "observation"))
+    return is_action or get(event, "kind") in KINDS
 
 
 def _name(event: object) -> object:
-    return get(event, "action") or get(event, "observation") or get(event, "kind")
+    """What the event is: "run", "MessageEvent"."""
+    return first_filled(event, "action", "observation", "kind")
 
 
 # ---- events with `action` and `observation` --------------------------------------------------------------------------
 
 
 def _add_event(row: OpenAIRow, number: int, event: RawRow, answers: dict[str, RawRow]) -> None:
-    name, arguments = _name(event), event.get("args")
+    """Append what one event says; `answers` holds the messages of the model so far, by the id of the response."""
+    action, arguments = event.get("action"), event.get("args")
     metadata = event.get("tool_call_metadata")
-    if isinstance(metadata, dict) and metadata.get("tool_call_id"):
-        if event.get("observation"):
-            row.notes[EXTRAS] += 1
-            answer = Answer(metadata["tool_call_id"], event.get("content"), metadata.get("function_name"))
-            add_pieces(row.messages, number, "tool", [answer], row.notes)
-        else:
-            _add_response(row, number, metadata, answers)
-    elif event.get("action") == "condensation":
+    call_id = get(metadata, "tool_call_id")
+    if call_id and event.get("observation"):
+        row.notes[EXTRAS] += 1
+        answer = Answer(call_id, event.get("content"), get(metadata, "function_name"))
+        add_pieces(row.messages, number, "tool", [answer], row.notes)
+    elif call_id:
+        _add_response(row, number, metadata, answers)
+    elif action == "condensation":
         raise DataError(CONDENSED)
-    elif event.get("action") == "system":
-        tools = get(arguments, "tools")
-        row.tools = tools or row.tools
+    elif action == "system":
+        row.tools = get(arguments, "tools") or row.tools
         add_pieces(row.messages, number, "system", content_parts(get(arguments, "content")), row.notes)
-    elif event.get("action") == "message":
+    elif action == "message":
         role = "assistant" if event.get("source") == "agent" else "user"
         images = [{"type": "image", "url": url} for url in get_list(arguments, "image_urls")]
         pieces = content_parts(get(arguments, "content")) + images
         add_pieces(row.messages, number, role, pieces, row.notes)
-    elif name in UNSEEN or event.get("source") == "environment":
+    elif _name(event) in UNSEEN or event.get("source") == "environment":
         row.notes[INTERNAL] += 1
     else:
         raise DataError(
@@ -108,14 +110,18 @@ def _add_event(row: OpenAIRow, number: int, event: RawRow, answers: dict[str, Ra
         )
 
 
-def _add_response(row: OpenAIRow, number: int, metadata: RawRow, answers: dict[str, RawRow]) -> None:
-    """The message of the model as it came, once for all of its calls."""
-    response = metadata.get("model_response")
-    choices = get(response, "choices")
-    message = get(choices[0], "message") if isinstance(choices, list) and choices else None
+def _add_response(row: OpenAIRow, number: int, metadata: object, answers: dict[str, RawRow]) -> None:
+    """Append the message of the model as it came, once for all of its calls.
+
+    {"tool_call_id": "c1", "model_response": {"id": "r1", "choices": [{"message": {...}}]}} -> the message
+    """
+    response = get(metadata, "model_response")
+    message = None
+    for choice in get_list(response, "choices")[:1]:
+        message = get(choice, "message")
     if not isinstance(message, dict):
         raise DataError("`tool_call_metadata.model_response` holds no message; export the event with its response")
-    response_id = str(get(response, "id") or metadata["tool_call_id"])
+    response_id = str(get(response, "id") or get(metadata, "tool_call_id"))
     if response_id not in answers:
         answers[response_id] = message
         said = {key: message[key] for key in SAID if message.get(key) is not None}
@@ -126,10 +132,10 @@ def _add_response(row: OpenAIRow, number: int, metadata: RawRow, answers: dict[s
 
 
 def _add_sdk_event(row: OpenAIRow, number: int, event: RawRow, answers: dict[str, RawRow]) -> None:
+    """Append what one event of the SDK says; `answers` as for `_add_event`."""
     kind = event["kind"]
     if kind == "SystemPromptEvent":
-        tools = event.get("tools")
-        row.tools = tools or row.tools
+        row.tools = event.get("tools") or row.tools
         pieces: list[Piece] = [*content_parts(event.get("system_prompt")), *content_parts(event.get("dynamic_context"))]
         add_pieces(row.messages, number, "system", pieces, row.notes)
     elif kind == "MessageEvent":
@@ -140,25 +146,30 @@ def _add_sdk_event(row: OpenAIRow, number: int, event: RawRow, answers: dict[str
         add_pieces(row.messages, number, get(message, "role"), pieces, row.notes)
     elif kind == "ActionEvent":
         _add_sdk_call(row, number, event, answers)
-    elif event.get("tool_call_id") is not None:  # an observation, or an error in its place
-        observation = event.get("observation")
-        failed = kind == "AgentErrorEvent" or bool(get(observation, "is_error"))
-        content = content_parts(get(observation, "content") or event.get("error") or event.get("rejection_reason"))
-        answer = Answer(event["tool_call_id"], content, event.get("tool_name"), failed)
-        if observation is not None:
-            row.notes[EXTRAS] += 1
-        add_pieces(row.messages, number, "tool", [answer], row.notes)
+    elif event.get("tool_call_id") is not None:
+        _add_sdk_answer(row, number, event)
     elif str(kind).startswith("Condensation"):
         raise DataError(CONDENSED)
     else:
         row.notes[INTERNAL] += 1
 
 
+def _add_sdk_answer(row: OpenAIRow, number: int, event: RawRow) -> None:
+    """Append an observation, or the error or the rejection in its place, as a tool message."""
+    observation = event.get("observation")
+    if observation is not None:
+        row.notes[EXTRAS] += 1
+    failed = event["kind"] == "AgentErrorEvent" or bool(get(observation, "is_error"))
+    content = get(observation, "content") or first_filled(event, "error", "rejection_reason")
+    answer = Answer(event["tool_call_id"], content_parts(content), event.get("tool_name"), failed)
+    add_pieces(row.messages, number, "tool", [answer], row.notes)
+
+
 def _add_sdk_call(row: OpenAIRow, number: int, event: RawRow, answers: dict[str, RawRow]) -> None:
-    """A call; the calls of one response of the model are one message."""
+    """Append a call; the calls of one response of the model are one message."""
     call = event.get("tool_call")
-    arguments = get(call, "arguments")
-    made = Call(get(call, "id"), get(call, "name"), get(get(call, "function"), "arguments") or arguments)
+    arguments = get(get(call, "function"), "arguments") or get(call, "arguments")
+    made = Call(get(call, "id"), get(call, "name"), arguments)
     response_id = str(event.get("llm_response_id") or made.id)
     message = answers.get(response_id)
     if message is not None:

@@ -7,7 +7,7 @@ TRL trains the completion alone, so the assistant's messages of the prompt are s
 
 from gemma_dist.data.layouts.dialects import is_chat, is_message, read_messages
 from gemma_dist.data.layouts.turns import OpenAIRow
-from gemma_dist.data.strict import read_json_text, short
+from gemma_dist.data.strict import as_list, as_object, get, read_json_text, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -55,13 +55,14 @@ def to_openai(row: RawRow) -> OpenAIRow:
     prompt, completion = _messages(row, "prompt"), _messages(row, "completion")
     read = read_messages(prompt + completion, row)
     for index, (number, message) in enumerate(read.messages):
-        if number <= len(prompt) and isinstance(message, dict) and message.get("role") == "assistant":
-            read.messages[index] = (number, {**message, "train": False})
+        if number <= len(prompt) and get(message, "role") == "assistant":
+            read.messages[index] = (number, {**as_object(message), "train": False})
             read.notes[SHOWN] += 1
     return read
 
 
 def _is_preference(row: RawRow) -> bool:
+    """Whether the row holds a better and a worse answer: {"prompt": ..., "chosen": ..., "rejected": ...}."""
     return any(row.get(good) is not None and row.get(bad) is not None for good, bad in PREFERENCES)
 
 
@@ -87,9 +88,9 @@ def _plain_pair(row: RawRow) -> tuple[str, str] | None:
     return None
 
 
-def _json(text: str) -> object:
-    """The value of a text that is JSON of a list; other texts as they are."""
-    if not text.startswith("["):
+def _json(text: object) -> object:
+    """The value of a text that is JSON of a list; other texts and values as they are."""
+    if not isinstance(text, str) or not text.startswith("["):
         return text
     try:
         return read_json_text(text, "prompt")
@@ -99,14 +100,13 @@ def _json(text: str) -> object:
 
 def _messages(row: RawRow, key: str) -> list[object]:
     """The messages of a column: a list, its JSON text, one message, or the text of the assistant's only answer."""
-    value = row.get(key)
-    value = _json(value) if isinstance(value, str) else value
+    value = _json(row.get(key))
     if key == "completion" and isinstance(value, str) and value.strip():
         return [{"role": "assistant", "content": value}]
     if is_message(value):
         return [value]
-    if isinstance(value, list) and is_chat(value):
-        return value
+    if is_chat(value):
+        return as_list(value)
     raise DataError(
         f"`{key}` is {short(value)}; write a list of messages: "
         '{"prompt": [{"role": "user", "content": ...}], "completion": [{"role": "assistant", "content": ...}]}'

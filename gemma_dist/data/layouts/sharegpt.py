@@ -12,10 +12,11 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
+from gemma_dist.data.calls import first_of
 from gemma_dist.data.layouts.markers import split_markers
-from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, turn_name
-from gemma_dist.data.literals import as_text, parse_calls, parse_literal
-from gemma_dist.data.strict import error_context, get, short
+from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, first_filled, turn_name
+from gemma_dist.data.literals import as_text, parse_calls, read_literal
+from gemma_dist.data.strict import as_list, as_object, error_context, get, short, without, without_nulls
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -60,24 +61,19 @@ _VALUE_KEYS = ("value", "content")
 
 def is_layout(row: RawRow) -> bool:
     """Whether a turn of the row says whom it is from in a way that OpenAI's messages do not."""
-    turns = row.get("messages") or row.get("conversations")
-    if not isinstance(turns, list):
-        return False
-    return any(_is_own_turn(turn) for turn in turns)
+    return any(_is_own_turn(turn) for turn in as_list(first_filled(row, "messages", "conversations")))
 
 
 def _is_own_turn(turn: object) -> bool:
-    if not isinstance(turn, dict):
-        return False
-    role = turn.get("role")
-    return "from" in turn or (isinstance(role, str) and role in SHAREGPT_ROLES and role not in _OPENAI_ROLES)
+    """Whether a turn has `from`, or a role that OpenAI does not have: "tool_call"."""
+    role = get(turn, "role")
+    has_own_role = isinstance(role, str) and role in SHAREGPT_ROLES and role not in _OPENAI_ROLES
+    return "from" in as_object(turn) or has_own_role
 
 
 def to_openai(row: RawRow) -> OpenAIRow:
     """The row in the OpenAI shape. DataError where a turn cannot be converted."""
-    turns = row.get("messages") or row["conversations"]
-    assert isinstance(turns, list)
-    return OpenAIRow(_messages(turns), row.get("tools"))
+    return OpenAIRow(_messages(first_filled(row, "messages", "conversations")), row.get("tools"))
 
 
 def _messages(turns: list[object]) -> NumberedMessages:
@@ -119,12 +115,12 @@ def _runs(turns: list[object]) -> Iterator[tuple[str, Run]]:
 
 def _source(turn: object) -> object:
     """Whom a turn says it is from."""
-    return get(turn, "from") or get(turn, "role")
+    return first_filled(turn, "from", "role")
 
 
 def _value(turn: RawRow) -> object:
     """What a turn says."""
-    return turn["value"] if turn.get("value") is not None else turn.get("content")
+    return first_of(turn, _VALUE_KEYS)
 
 
 def _checked(number: int, turn: object) -> tuple[str, RawRow]:
@@ -139,8 +135,7 @@ def _checked(number: int, turn: object) -> tuple[str, RawRow]:
 
 def _rest(turn: RawRow) -> RawRow:
     """The keys of a turn beside who speaks and what."""
-    taken = (*_ROLE_KEYS, *_VALUE_KEYS)
-    return {key: value for key, value in turn.items() if key not in taken and value is not None}
+    return without_nulls(without(turn, *_ROLE_KEYS, *_VALUE_KEYS))
 
 
 def _message(turn: RawRow, role: str) -> RawRow:
@@ -149,7 +144,11 @@ def _message(turn: RawRow, role: str) -> RawRow:
 
 
 def _calling_message(run: Run, fresh_ids: Iterator[str]) -> dict[str, Any]:
-    """One message with the calls of all turns of the run, each under an id."""
+    """One message with the calls of all turns of the run, each under an id.
+
+    [{"from": "function_call", "value": "{'name': 'f', 'arguments': {}}"}]
+      -> {"role": "assistant", "content": "", "tool_calls": [{"id": "call_0", "function": {"name": "f", ...}}]}
+    """
     calls: list[dict[str, Any]] = []
     rest = _rest(run[0][1])
     for number, turn in run:
@@ -176,11 +175,11 @@ def _split_result(number: int, turn: RawRow, num_calls: int) -> Run:
     """The only result after several calls as one for each: its JSON list."""
     value = _value(turn)
     with error_context(turn_name(number, _source(turn))):
-        answers = parse_literal(value) if isinstance(value, str) else value
+        answers = read_literal(value)
         if not isinstance(answers, list) or len(answers) != num_calls:
             raise DataError(
                 f"one observation, {short(value)}, after {num_calls} calls; "
                 f"give an observation for each call, or a JSON list of {num_calls}"
             )
-    rest = {key: item for key, item in turn.items() if key not in _VALUE_KEYS}
+    rest = without(turn, *_VALUE_KEYS)
     return [(number, {**rest, "value": as_text(answer)}) for answer in answers]

@@ -11,7 +11,8 @@ Calls that SWE-agent's text formats write into a code block stay text, as the mo
 """
 
 from gemma_dist.data import marks
-from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
+from gemma_dist.data.calls import first_of
+from gemma_dist.data.layouts.turns import OpenAIRow, first_filled, turn_name
 from gemma_dist.data.strict import error_context, get, get_list, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
@@ -41,36 +42,47 @@ def to_openai(messages: list[object]) -> OpenAIRow:
 
 
 def _is_nebius(message: object) -> bool:
-    has_text = get(message, "text") is not None or get(message, "system_prompt") is not None
-    return get(message, "role") in tuple(NEBIUS_ROLES) and get(message, "content") is None and has_text
+    """Whether a message is {"role": "ai", "text": "..."}, and has no `content`."""
+    has_text = first_of(message, ("text", "system_prompt")) is not None
+    return has_text and get(message, "content") is None and get(message, "role") in tuple(NEBIUS_ROLES)
 
 
 def _is_marked(message: object) -> bool:
+    """Whether a message names the agent that it belongs to: {"role": "user", "content": "...", "agent": "main"}."""
     return get(message, "agent") is not None and get(message, "role") is not None
 
 
 def _nebius_message(message: object) -> RawRow:
-    assert isinstance(message, dict)
-    if message.get("mask"):
+    """{"role": "ai", "text": "I look.", "mask": false} -> {"role": "assistant", "content": "I look."}"""
+    if get(message, "mask"):
         raise DataError("`mask` is true, which does not say who is masked; write train: false, or false")
-    role = NEBIUS_ROLES[message["role"]]
-    text = message.get("system_prompt") if role == "system" else message.get("text")
-    return {"role": role, "content": text or message.get("text")}
+    role = NEBIUS_ROLES[get(message, "role")]
+    keys = ("system_prompt", "text") if role == "system" else ("text",)
+    return {"role": role, "content": first_filled(message, *keys)}
 
 
 def _message(row: OpenAIRow, message: RawRow) -> RawRow:
+    """A message of a history with the keys that OpenAI's have.
+
+    {"role": "tool", "content": "a.py", "tool_call_ids": ["c1"], "agent": "main", "message_type": "observation"}
+      -> {"role": "tool", "content": "a.py", "tool_call_id": "c1"}
+    """
+    role = message.get("role")
     moved = {key: message[key] for key in CARRIED if message.get(key) is not None}
-    ids = message.get("tool_call_ids")
-    if message.get("role") == "tool" and isinstance(ids, list) and ids:
-        if len(ids) > 1:
-            raise DataError(f"answers the calls {short(ids)} at once; write a message for each call")
+    ids = get_list(message, "tool_call_ids") if role == "tool" else []
+    if len(ids) > 1:
+        raise DataError(f"answers the calls {short(ids)} at once; write a message for each call")
+    if ids:
         moved["tool_call_id"] = ids[0]
     if message.get("is_demo"):
         row.notes[DEMONSTRATIONS] += 1
-        if message.get("role") == "assistant":
+        if role == "assistant":
             moved["train"] = False
-    texts = [get(block, "thinking") for block in get_list(message, "thinking_blocks")]
-    reasoning = [text for text in texts if isinstance(text, str) and text]
+    reasoning = []
+    for block in get_list(message, "thinking_blocks"):
+        text = get(block, "thinking")
+        if isinstance(text, str) and text:
+            reasoning.append(text)
     if reasoning:
         moved.setdefault("reasoning_content", "\n".join(reasoning))
     return moved

@@ -98,7 +98,7 @@ def find_listing(text: str) -> Listing | None:
             value, value_end = decoder.raw_decode(text, opening.start())
         except (ValueError, RecursionError):
             continue
-        values = value if isinstance(value, list) else [value]
+        values = _listed(value)
         if values and all(map(_is_declaration, values)):
             start = start if tools else opening.start()
             end = value_end
@@ -113,13 +113,17 @@ def _tagged_declarations(text: str) -> list[object]:
     if not text.strip().startswith(("{", "[")):
         return []
     try:
-        value = parse_literal(text)
-        return value if isinstance(value, list) else [value]
+        return _listed(parse_literal(text))
     except DataError as error:
         lines = [line for line in text.splitlines() if line.strip()]
         if len(lines) < 2:
             raise DataError(f"the declarations in <tools>: {error}; write them under `tools`") from None
     return [parse_literal(line) for line in lines]
+
+
+def _listed(value: object) -> list[object]:
+    """A list as it is; any other value in a list of its own."""
+    return value if isinstance(value, list) else [value]
 
 
 def _is_declaration(value: object) -> bool:
@@ -134,9 +138,7 @@ def _is_declaration(value: object) -> bool:
 def without_listing(text: str, listing: Listing) -> str:
     """The text without the declarations and the words that only announce them."""
     before = _LABEL.sub("", text[: listing.start])
-    after = text[listing.end :]
-    if after.startswith("."):
-        after = after[1:]
+    after = text[listing.end :].removeprefix(".")
     return without_instructions(before.rstrip() + "\n" + after.lstrip())
 
 

@@ -15,9 +15,9 @@ from gemma_dist.data.layouts.call_marks import WrittenCalls, find_calls
 from gemma_dist.data.layouts.call_syntax import Signatures, signatures_of
 from gemma_dist.data.layouts.system_text import find_listing, without_instructions, without_listing
 from gemma_dist.data.layouts.text_results import TextResult, holds_result, match_results, read_results
-from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, turn_name
+from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, first_filled, turn_name
 from gemma_dist.data.marks import ON_MESSAGE
-from gemma_dist.data.strict import error_context, get
+from gemma_dist.data.strict import as_list, error_context, get, without
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -73,11 +73,15 @@ def _with_system(messages: NumberedMessages, text: str) -> NumberedMessages:
 def _text(message: object) -> str | None:
     """The text of a message; None where it holds anything else."""
     content = get(message, "content")
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    texts = [get(part, "text") for part in parts if get(part, "type") == "text"]
-    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
-        return None
-    return "".join(texts)
+    if isinstance(content, str):
+        return content
+    said = ""
+    for part in content if isinstance(content, list) else [None]:
+        text = get(part, "text")
+        if get(part, "type") != "text" or not isinstance(text, str):
+            return None
+        said += text
+    return said
 
 
 # ---- calls and results -----------------------------------------------------------------------------------------------
@@ -96,9 +100,10 @@ def _convert_messages(messages: NumberedMessages, signatures: Signatures) -> tup
             continue
         converted += _answers(results, waiting)
         results, waiting = [], []
-        if signatures and get(message, "role") == "user" and holds_result(message):
-            with error_context(turn_name(number, "user")):
-                raise DataError("is a tool's result as text, but no call waits for one; write the call before it")
+        is_users_result = get(message, "role") == "user" and holds_result(message)
+        if signatures and is_users_result:
+            place = turn_name(number, "user")
+            raise DataError(f"{place}: is a tool's result as text, but no call waits for one; write the call before it")
         written = _written_calls(number, message, follower, signatures)
         if written and isinstance(message, dict):
             styles.add(written.style)
@@ -119,7 +124,7 @@ def _written_calls(number: int, message: object, follower: object, signatures: S
     text = _text(message)
     if get(message, "role") != "assistant" or not text:
         return None
-    is_structured = bool(get(message, "tool_calls") or get(message, "function_call"))
+    is_structured = bool(first_filled(message, "tool_calls", "function_call"))
     is_answered = holds_result(follower) and not is_structured
     is_trained = not any(get(message, key) in (False, 0) for key in ON_MESSAGE)
     with error_context(turn_name(number, "assistant")):
@@ -139,8 +144,7 @@ def _written_calls(number: int, message: object, follower: object, signatures: S
 
 def _called(calls: object) -> list[str]:
     """The names of the tools that are called."""
-    listed = calls if isinstance(calls, list) else []
-    names = [get(get(call, "function") or call, "name") for call in listed]
+    names = [get(get(call, "function") or call, "name") for call in as_list(calls)]
     return [name for name in names if isinstance(name, str)]
 
 
@@ -163,8 +167,7 @@ def _answers(results: Results, waiting: list[str]) -> NumberedMessages:
         answers = match_results(found, waiting)
     numbered: NumberedMessages = []
     for (number, message), answer in zip(turns, answers, strict=True):
-        kept = {key: value for key, value in message.items() if key != "tool_call_id"}
-        numbered.append((number, {**kept, **answer}))
+        numbered.append((number, {**without(message, "tool_call_id"), **answer}))
     if said.strip():
         numbered.append((number, {**last, "content": said.strip()}))
     return numbered

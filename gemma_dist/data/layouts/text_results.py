@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from gemma_dist.data.literals import as_text, parse_literal
-from gemma_dist.data.strict import get, short
+from gemma_dist.data.strict import as_list, get, short, without
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -60,6 +60,7 @@ def read_results(message: RawRow, called: Collection[str], num_calls: int) -> tu
 
 
 def _name(message: RawRow) -> str:
+    """The name of the tool that a message says it is of; "" where it says none."""
     name = message.get("name")
     return name if isinstance(name, str) else ""
 
@@ -73,13 +74,13 @@ def _results(text: str, called: Collection[str], num_calls: int) -> list[TextRes
     named = _named(value, called)
     if named is not None:
         return [named]
-    if isinstance(value, list):
-        all_named = [_named(item, called) for item in value]
-        complete = [result for result in all_named if result is not None]
-        if complete and len(complete) == len(value):
-            return complete
-        if num_calls > 1 and len(value) == num_calls:
-            return [TextResult("", as_text(item)) for item in value]
+    items = as_list(value)
+    all_named = [_named(item, called) for item in items]
+    complete = [result for result in all_named if result is not None]
+    if complete and len(complete) == len(items):
+        return complete
+    if num_calls > 1 and len(items) == num_calls:
+        return [TextResult("", as_text(item)) for item in items]
     return [TextResult("", text.strip())]
 
 
@@ -87,10 +88,10 @@ def _named(value: object, called: Collection[str]) -> TextResult | None:
     """The result in {"name": "f", "content": ...}, where f was called; None where the value is anything else."""
     if not isinstance(value, dict) or value.get("name") not in called:
         return None
-    keys = [key for key in value if key not in ("name", *_IDS)]
-    if len(keys) != 1 or keys[0] not in _CONTENT_KEYS:
+    said = list(without(value, "name", *_IDS))
+    if len(said) != 1 or said[0] not in _CONTENT_KEYS:
         return None
-    return TextResult(value["name"], as_text(value[keys[0]]))
+    return TextResult(value["name"], as_text(value[said[0]]))
 
 
 def match_results(results: list[TextResult], calls: list[str]) -> list[RawRow]:
