@@ -10,7 +10,7 @@ import re
 
 from gemma_dist.data.marks import ON_MESSAGE, refuse_finer
 from gemma_dist.data.schema import tool_name
-from gemma_dist.data.strict import error_context, map_json, map_json_object, parse_json, require_encodable, short
+from gemma_dist.data.strict import error_context, get, map_json, map_json_object, parse_json, require_encodable, short
 from gemma_dist.data.types import CalledFunction, Clean, JsonObject, RawRow, TextObject, ToolCall
 from gemma_dist.errors import DataError
 
@@ -51,11 +51,12 @@ def call_id(given: object) -> str:
     return require_encodable(str(map_json(given, str, str)))
 
 
-def first_of(value: RawRow, keys: tuple[str, ...]) -> object:
-    """The first value of several keys that is there; None where there is none."""
+def first_of(value: object, keys: tuple[str, ...]) -> object:
+    """The first value of several keys that is there; None where there is none, or `value` is no object."""
     for key in keys:
-        if value.get(key) is not None:
-            return value[key]
+        found: object = get(value, key)
+        if found is not None:
+            return found
     return None
 
 
