@@ -237,6 +237,7 @@ LANGCHAIN_ROWS: dict[str, Any] = {
     "model_dump": ({"messages": LC}, CHAT),
     "messages_to_dict": ({"messages": [wrapped(message) for message in LC]}, CHAT),
     "dumpd": ({"messages": [dumped(message) for message in LC]}, CHAT),
+    "a version without `kwargs`": ({"messages": [{"lc": 1, **message} for message in LC]}, CHAT),
     "calls of the provider": ({"messages": replaced(LC, 1, tool_calls=[])}, CHAT),
     "blocks of Anthropic": ({"messages": replaced(LC, 1, content=ANTHROPIC_BLOCKS)}, THOUGHTFUL),
     "calls under roles": ({"messages": replaced(OPENAI, 1, tool_calls=[LC_CALL])}, CHAT),

@@ -7,8 +7,10 @@
 """
 
 from collections import Counter
+from typing import TypeGuard
 
 from gemma_dist.data import marks
+from gemma_dist.data.calls import first_of
 from gemma_dist.data.layouts.pieces import (
     ENCRYPTED_REASONING,
     Answer,
@@ -44,16 +46,18 @@ LANGCHAIN_ROLES = {
 }
 CARRIED = ("name", "reasoning_content", *marks.ON_MESSAGE, *marks.UNCLEAR)
 CALL_BLOCKS = ("tool_use", "tool_call", "function_call", "tool_call_chunk")  # repeat what `tool_calls` says
+REASONING_BLOCKS = ("reasoning", "thinking", "reasoning_content", "redacted_thinking")
+CALL_PART = "input_json_delta"  # a part of the stream of a call, which `tool_calls` holds as a whole
 ARTIFACT = "artifacts of tool messages, which no model sees, were left out"
 
 
-def is_message(message: object) -> bool:
-    """Whether an object is a message of LangChain: it has a type of theirs and no role."""
-    if not isinstance(message, dict) or (message.get("role") is not None and message.get("type") != "chat"):
+def is_message(message: object) -> TypeGuard[RawRow]:
+    """Whether an object is a message of LangChain: it has a type of theirs and no role, but for {"type": "chat"}."""
+    kind = get(message, "type")
+    if not isinstance(message, dict) or (message.get("role") is not None and kind != "chat"):
         return False
-    if message.get("lc") is not None and isinstance(message.get("kwargs"), dict):
+    if _is_dumped(message):
         return _class_name(message) in LANGCHAIN_ROLES
-    kind = message.get("type")
     has_content = "content" in message or isinstance(message.get("data"), dict)
     return isinstance(kind, str) and kind in LANGCHAIN_ROLES and has_content
 
@@ -67,25 +71,28 @@ def to_openai(messages: list[object]) -> OpenAIRow:
     """The messages in OpenAI's shape; those that have a role pass. DataError where one cannot be converted."""
     row = OpenAIRow([])
     for number, message in enumerate(messages, start=1):
-        if not is_message(message):
-            if get(message, "type") == "remove":
-                raise DataError(f"turn {number} removes another message; export the state after it was applied")
+        if is_message(message):
+            _add_message(row, number, message)
+        elif get(message, "type") == "remove":
+            raise DataError(f"turn {number} removes another message; export the state after it was applied")
+        else:
             row.messages.append((number, _with_openai_calls(message)))
-            continue
-        assert isinstance(message, dict)
-        role, fields = _role_and_fields(message)
-        with error_context(turn_name(number, role)):
-            kept = {key: fields[key] for key in CARRIED if fields.get(key) is not None}
-            if role in ("tool", "function"):
-                pieces = [_answer(fields, row.notes)]
-                add_pieces(row.messages, number, role, pieces, row.notes)
-            else:
-                add_pieces(row.messages, number, role, _pieces(fields, row.notes), row.notes, kept=kept)
     row.messages = tidy(row.messages)
     return row
 
 
+def _add_message(row: OpenAIRow, number: int, message: RawRow) -> None:
+    """{"type": "human", "content": "Hi"} -> {"role": "user", "content": "Hi"}"""
+    role, fields = _role_and_fields(message)
+    with error_context(turn_name(number, role)):
+        is_answer = role in ("tool", "function")
+        pieces = [_answer(fields, row.notes)] if is_answer else _pieces(fields, row.notes)
+        kept = {key: fields[key] for key in CARRIED if fields.get(key) is not None}
+        add_pieces(row.messages, number, role, pieces, row.notes, kept=kept)
+
+
 def _is_own_call(call: object) -> bool:
+    """Whether a call is in LangChain's form: {"type": "tool_call", "name": "f", "args": {...}, "id": "c1"}."""
     return get(call, "type") == "tool_call" and get(call, "function") is None
 
 
@@ -99,25 +106,35 @@ def _with_openai_calls(message: object) -> object:
     return {**message, "tool_calls": functions}
 
 
+def _is_dumped(message: RawRow) -> bool:
+    """Whether `dumpd` wrote a message: {"lc": 1, "id": [..., "HumanMessage"], "kwargs": {"content": "Hi"}}."""
+    return message.get("lc") is not None and isinstance(message.get("kwargs"), dict)
+
+
 def _class_name(message: RawRow) -> object:
+    """{"id": ["langchain", "schema", "messages", "HumanMessage"]} -> HumanMessage"""
     names = get_list(message, "id")
     return str(names[-1]) if names else None
 
 
 def _role_and_fields(message: RawRow) -> tuple[object, RawRow]:
-    """The role in OpenAI's words, and where the fields of the message stand."""
-    fields = message
-    kind = message.get("type")
-    if message.get("lc") is not None:
-        kind = _class_name(message)
-        fields = message["kwargs"]  # type: ignore[assignment]
+    """The role in OpenAI's words, and where the fields of the message stand.
+
+    {"type": "ai", "content": ...}                            -> "assistant", the message itself   model_dump
+    {"type": "ai", "data": {"content": ...}}                  -> "assistant", its `data`           messages_to_dict
+    {"lc": 1, "id": [..., "AIMessage"], "kwargs": {...}}      -> "assistant", its `kwargs`         dumpd
+    {"type": "chat", "role": "user", "content": ...}          -> "user", the message itself
+    """
+    kind, fields = message.get("type"), message
+    if _is_dumped(message):
+        kind, fields = _class_name(message), get(message, "kwargs")
     elif isinstance(message.get("data"), dict):
-        fields = message["data"]  # type: ignore[assignment]
-    assert isinstance(kind, str)
-    return LANGCHAIN_ROLES[kind] or fields.get("role"), fields
+        fields = get(message, "data")
+    return LANGCHAIN_ROLES[str(kind)] or fields.get("role"), fields
 
 
 def _answer(fields: RawRow, notes: Counter[str]) -> Answer:
+    """{"content": "30", "tool_call_id": "c1", "name": "f", "status": "success"} -> Answer("c1", "30", "f")"""
     if fields.get("artifact") is not None:
         notes[ARTIFACT] += 1
     content = fields.get("content")
@@ -138,30 +155,34 @@ def _pieces(fields: RawRow, notes: Counter[str]) -> list[Piece]:
     blocks = content if isinstance(content, list) else [content] if content else []
     beside = fields.get("additional_kwargs")
     pieces = _reasoning_beside(beside)
+    calls: list[Piece] = []
     for block in blocks:
         piece = _piece(block, notes)
-        if not (isinstance(piece, Reasoning) and piece in pieces):
+        is_repeated = isinstance(piece, Reasoning) and piece in pieces
+        if isinstance(piece, Call):
+            calls.append(piece)
+        elif not is_repeated:
             pieces.append(piece)
-    calls = [piece for piece in pieces if isinstance(piece, Call)]
-    rest = [piece for piece in pieces if not isinstance(piece, Call)]
-    return rest + _calls(fields, beside, calls)
+    return pieces + _calls(fields, beside, calls)
 
 
 def _reasoning_beside(beside: object) -> list[Piece]:
-    """`additional_kwargs.reasoning_content`, or `reasoning` with OpenAI's summaries."""
+    """What `additional_kwargs` holds of reasoning: a text of its own, or OpenAI's summaries.
+
+    {"reasoning_content": "Look it up."} -> [Reasoning("Look it up.")]      DeepSeek
+    {"reasoning": {"summary": [{"type": "summary_text", "text": "Look it up."}]}} -> the same      OpenAI
+    """
     text = get(beside, "reasoning_content")
     if text:
         return [Reasoning(text)]
     reasoning = get(beside, "reasoning")
     if isinstance(reasoning, str) and reasoning:
         return [Reasoning(reasoning)]
-    summary = get(reasoning, "summary")
-    if isinstance(summary, list) and summary:
-        return [Reasoning(_summary(summary))]
-    return []
+    summary = get_list(reasoning, "summary")
+    return [Reasoning(_summary(summary))] if summary else []
 
 
-def _calls(fields: RawRow, beside: object, in_content: list[Call]) -> list[Piece]:
+def _calls(fields: RawRow, beside: object, in_content: list[Piece]) -> list[Piece]:
     """The calls of `tool_calls`, else those in the form of the provider."""
     given = fields.get("tool_calls")
     if given:
@@ -169,7 +190,7 @@ def _calls(fields: RawRow, beside: object, in_content: list[Call]) -> list[Piece
             raise DataError(f"`tool_calls` is {short(given)}; write a list of calls")
         return [_call(call) for call in given]
     if in_content:
-        return list(in_content)
+        return in_content
     given = get_list(beside, "tool_calls")
     if not given and get(beside, "function_call"):
         given = [{"function": get(beside, "function_call")}]
@@ -190,36 +211,42 @@ def _call(call: object) -> Call:
 
 
 def _piece(block: object, notes: Counter[str]) -> Piece:
-    """What a block of the content says; None where it says nothing that could be read."""
+    """What a block of the content says; None where it says nothing that could be read.
+
+    {"type": "text", "text": "Hi", "index": 0} -> {"type": "text", "text": "Hi"}
+    {"type": "tool_use", "id": "c1", "name": "f", "input": {...}} -> Call("c1", "f", {...})
+    {"type": "thinking", "thinking": "Look it up.", "signature": "..."} -> Reasoning("Look it up.")
+    """
     kind = get(block, "type")
-    if not isinstance(block, dict) or kind not in (*CALL_BLOCKS, *REASONING_BLOCKS, "input_json_delta"):
-        return content_part(block)
     if kind in CALL_BLOCKS:
-        arguments = next((block[key] for key in ("args", "input", "arguments") if block.get(key) is not None), None)
-        return Call(block.get("call_id") or block.get("id"), block.get("name"), arguments)
-    if kind == "input_json_delta":  # of a call that `tool_calls` holds as a whole
-        return None
-    text = _reasoning(block)
-    if not text:
+        id = get(block, "call_id") or get(block, "id")
+        return Call(id, get(block, "name"), first_of(block, ("args", "input", "arguments")))
+    if kind in REASONING_BLOCKS:
+        text = _reasoning(block)
+        if text:
+            return Reasoning(text)
         notes[ENCRYPTED_REASONING] += 1
         return None
-    return Reasoning(text)
+    return None if kind == CALL_PART else content_part(block)
 
 
-REASONING_BLOCKS = ("reasoning", "thinking", "reasoning_content", "redacted_thinking")
+def _reasoning(block: object) -> object:
+    """The text of a reasoning block, wherever its provider writes it; nothing where it is encrypted.
 
-
-def _reasoning(block: RawRow) -> object:
+    {"reasoning": "Look it up."}, {"thinking": "Look it up."}, {"reasoning_content": {"text": "Look it up."}},
+    {"summary": [{"type": "summary_text", "text": "Look it up."}]} -> "Look it up."
+    """
     for key in ("reasoning", "thinking", "text"):
-        if block.get(key):
-            return block[key]
-    nested = block.get("reasoning_content")
+        text: object = get(block, key)
+        if text:
+            return text
+    nested: object = get(block, "reasoning_content")
     if nested:
         return get(nested, "text") or nested
-    summary = block.get("summary")
-    return _summary(summary) if isinstance(summary, list) else None
+    return _summary(get_list(block, "summary"))
 
 
 def _summary(summary: list[object]) -> str:
+    """[{"type": "summary_text", "text": "Look it up."}] -> "Look it up.", one line for each part"""
     texts = [get(part, "text") for part in summary]
     return "\n".join(text for text in texts if isinstance(text, str))
