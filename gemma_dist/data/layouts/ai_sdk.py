@@ -27,6 +27,7 @@ from gemma_dist.data.layouts.pieces import (
     content_part,
     content_parts,
     convert_turns,
+    has_part,
     result_content,
     without_keys,
 )
@@ -50,7 +51,7 @@ SOURCES = "source and data parts, which are shown to the user alone, were left o
 
 def is_messages(messages: list[object]) -> bool:
     """Whether one of the messages has parts of the AI SDK."""
-    return any(_is_ui(message) or _has_own_part(message) for message in messages)
+    return any(map(_is_ui, messages)) or has_part(messages, "content", _is_own_part)
 
 
 def to_openai(messages: list[object]) -> OpenAIRow:
@@ -68,9 +69,9 @@ def _add_message(row: OpenAIRow, number: int, message: object) -> None:
         row.messages.append((number, message))
 
 
-def _has_own_part(message: object) -> bool:
-    """Whether a model's message has a call or a result: {"type": "tool-call", "toolCallId": "c1", ...}."""
-    return any(get(part, "type") in OWN_PARTS for part in get_list(message, "content"))
+def _is_own_part(part: object) -> bool:
+    """Whether a part of a model's message is a call or a result: {"type": "tool-call", "toolCallId": "c1", ...}."""
+    return get(part, "type") in OWN_PARTS
 
 
 def _is_ui(message: object) -> TypeGuard[RawRow]:
@@ -79,7 +80,7 @@ def _is_ui(message: object) -> TypeGuard[RawRow]:
         return False
     if get_list(message, "toolInvocations") or get_list(message, "experimental_attachments"):
         return True
-    return any(map(_is_ui_part, get_list(message, "parts")))
+    return has_part([message], "parts", _is_ui_part)
 
 
 def _is_ui_part(part: object) -> bool:

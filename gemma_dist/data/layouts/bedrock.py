@@ -22,6 +22,7 @@ from gemma_dist.data.layouts.pieces import (
     add_pieces,
     convert_turns,
     get_keys,
+    has_part,
     text_part,
     without_keys,
 )
@@ -34,7 +35,7 @@ OWN_KEYS = ("text", "image", "toolUse", "toolResult", "reasoningContent")
 
 def is_messages(messages: list[object]) -> bool:
     """Whether one of the messages has a block without a type, told by its key."""
-    return any(_is_own_block(block) for message in messages for block in get_list(message, "content"))
+    return has_part(messages, "content", _is_own_block)
 
 
 def to_openai(messages: list[object]) -> OpenAIRow:

@@ -33,6 +33,7 @@ from gemma_dist.data.strict import error_context, get, get_list, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
+# Columns of what was asked and what was answered; the last two are of OpenAI's and Anthropic's batches, joined.
 PAIRS = (("request", "response"), ("request_body", "response_body"), ("body", "response"), ("params", "result"))
 LISTED = ("choices", "candidates")  # these lists alone are no response: the object that holds them is
 REPEATED = "answers that the messages of the row hold already were left out"
@@ -58,12 +59,7 @@ def to_openai(row: RawRow) -> OpenAIRow:
     found = _find(row)
     assert found is not None
     notes: Counter[str] = Counter()
-    answers: list[object] = []
-    if found.place:
-        with error_context(f"`{found.place}`"):
-            answers = read_response(found.answer, notes)
-            if not answers:
-                raise DataError("holds no answer of the model; remove the row or export it whole")
+    answers = _read_answers(found, notes)
     given, tools = _without_declarations(found.request)
     turns = _joined(given, answers, found.place, notes)
     read = read_messages(turns, {"tools": tools})
@@ -76,6 +72,17 @@ def to_openai(row: RawRow) -> OpenAIRow:
     return read
 
 
+def _read_answers(found: Exchange, notes: Counter[str]) -> list[object]:
+    """The messages that the model answered with; none where the request holds them itself."""
+    if not found.place:
+        return []
+    with error_context(f"`{found.place}`"):
+        answers = read_response(found.answer, notes)
+        if not answers:
+            raise DataError("holds no answer of the model; remove the row or export it whole")
+    return answers
+
+
 # ---- where a row holds the two ---------------------------------------------------------------------------------------
 
 
@@ -84,7 +91,7 @@ def _is_foreign_chat(row: RawRow) -> bool:
     messages = row.get("messages") or row.get("conversations")
     if is_foreign(unnested(messages)):
         return True
-    return isinstance(row.get("messages"), list) and bool(messages) and bool(_answer_key(row, "messages"))
+    return bool(get_list(row, "messages")) and bool(_answer_key(row, "messages"))
 
 
 def _find(row: RawRow) -> Exchange | None:
@@ -99,10 +106,10 @@ def _find(row: RawRow) -> Exchange | None:
 def _pair(row: RawRow) -> Exchange | None:
     """{"request": ..., "response": ...}, by any of the names of PAIRS."""
     for asked, answered in PAIRS:
-        if row.get(asked) is not None and row.get(answered) is not None:
-            request = read_request(row[asked], row[answered])
-            if request is not None:
-                return Exchange(request, row[answered], answered)
+        answer = row.get(answered)
+        request = None if answer is None else read_request(row.get(asked), answer)
+        if request is not None:
+            return Exchange(request, answer, answered)
     return None
 
 
@@ -120,8 +127,8 @@ def _body(row: RawRow) -> Exchange | None:
 
     {"messages": [m1], "choices": [c]} -> Exchange(Request([m1]), {"choices": [c]}, "choices")
     """
-    data = row.get("span_data")
-    if isinstance(data, dict) and data.get("type") == "generation":
+    data = get(row, "span_data")
+    if get(data, "type") == "generation":
         row = data
     request = find_messages(row)
     if request is None:
@@ -183,7 +190,10 @@ def _without_declarations(request: Request) -> tuple[list[object], object]:
 
 
 def _all_tools(found: object, given: object) -> object:
-    """The tools that the messages brought, or those beside them, or both."""
+    """The tools that the messages brought, or those beside them, or both.
+
+    Of the tools of a request of Responses, {"type": "mcp"} names a server, whose tools an item of the messages lists.
+    """
     if isinstance(found, list) and isinstance(given, list) and found != given:
         names = [get(tool, "name") for tool in found]
         return found + [tool for tool in given if get(tool, "type") != "mcp" and get(tool, "name") not in names]

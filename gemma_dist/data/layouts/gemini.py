@@ -24,6 +24,7 @@ from gemma_dist.data.layouts.pieces import (
     add_pieces,
     convert_turns,
     get_keys,
+    has_part,
     is_image_type,
     open_assistant,
     result_content,
@@ -50,7 +51,7 @@ OWN_KEYS = ("text", *CALL, *RESPONSE, *INLINE_DATA, *FILE_DATA, *CODE)
 
 def is_messages(contents: list[object]) -> bool:
     """Whether one of the turns has parts that are told by their keys, not by a type."""
-    return any(_is_part(part) for content in contents for part in get_list(content, "parts"))
+    return has_part(contents, "parts", _is_part)
 
 
 def to_openai(contents: list[object]) -> OpenAIRow:
@@ -128,8 +129,7 @@ def _answer(answer: RawRow) -> Answer:
     keys = get_keys(response)
     failed = keys == ["error"]
     if keys in (["output"], ["error"]):
-        assert isinstance(response, dict)
-        response = response[keys[0]]
+        response = get(response, keys[0])
     content = result_content(response)
     images: list[object] = []
     for part in get_list(answer, "parts"):

@@ -19,6 +19,7 @@ from gemma_dist.data.layouts.pieces import (
     Reasoning,
     add_pieces,
     content_part,
+    has_part,
     tidy,
 )
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
@@ -64,7 +65,7 @@ def is_message(message: object) -> TypeGuard[RawRow]:
 
 def is_messages(messages: list[object]) -> bool:
     """Whether one of the messages is LangChain's, or holds calls in LangChain's form."""
-    return any(is_message(message) or any(map(_is_own_call, get_list(message, "tool_calls"))) for message in messages)
+    return any(map(is_message, messages)) or has_part(messages, "tool_calls", _is_own_call)
 
 
 def to_openai(messages: list[object]) -> OpenAIRow:
@@ -97,11 +98,14 @@ def _is_own_call(call: object) -> bool:
 
 
 def _with_openai_calls(message: object) -> object:
-    """A message with a role, as Langfuse logs those of LangChain, with its calls in OpenAI's form."""
-    calls = get_list(message, "tool_calls")
-    if not isinstance(message, dict) or not any(map(_is_own_call, calls)):
+    """A message with a role, as Langfuse logs those of LangChain, with its calls in OpenAI's form.
+
+    {"role": "assistant", "tool_calls": [{"type": "tool_call", "name": "f", "args": {...}, "id": "c1"}]}
+    -> {"role": "assistant", "tool_calls": [{"id": "c1", "function": {"name": "f", "arguments": {...}}}]}
+    """
+    if not isinstance(message, dict) or not has_part([message], "tool_calls", _is_own_call):
         return message
-    read = [_call(call) for call in calls]
+    read = map(_call, get_list(message, "tool_calls"))
     functions = [{"id": call.id, "function": {"name": call.name, "arguments": call.arguments}} for call in read]
     return {**message, "tool_calls": functions}
 
@@ -198,7 +202,11 @@ def _calls(fields: RawRow, beside: object, in_content: list[Piece]) -> list[Piec
 
 
 def _call(call: object) -> Call:
-    """A call in LangChain's form (`args`), or in the provider's (`function`)."""
+    """A call in LangChain's form, or in the provider's.
+
+    {"name": "f", "args": {...}, "id": "c1", "type": "tool_call"} -> Call("c1", "f", {...})
+    {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{...}"}} -> Call("c1", "f", "{...}")
+    """
     function = get(call, "function")
     if isinstance(function, dict):
         return Call(get(call, "id"), function.get("name"), function.get("arguments"))

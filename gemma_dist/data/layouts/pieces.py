@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from gemma_dist.data.content import mark_error
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, turn_name
-from gemma_dist.data.strict import error_context, get, short
+from gemma_dist.data.strict import error_context, get, get_list, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -79,6 +79,11 @@ def convert_turns(
             add(row, number, turn)
     row.messages = tidy(row.messages)
     return row
+
+
+def has_part(messages: list[object], key: str, is_own: Callable[[object], bool]) -> bool:
+    """Whether one of the messages has a part of a layout's own in the list under `key`."""
+    return any(is_own(part) for message in messages for part in get_list(message, key))
 
 
 def without_keys(turn: RawRow, keys: tuple[str, ...]) -> RawRow:
@@ -155,13 +160,12 @@ def _add_piece(message: RawRow, piece: Piece, notes: Counter[str]) -> None:
         message["reasoning_content"] = f"{earlier}\n{piece.text}" if earlier else piece.text
     elif isinstance(piece, Call):
         function = {"name": piece.name, "arguments": piece.arguments}
-        calls = message.setdefault("tool_calls", [])
-        assert isinstance(calls, list)
-        calls.append({"id": piece.id, "type": "function", "function": function})
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list):
+            raise DataError(f"`tool_calls` is {short(calls)}; write a list of calls")
+        message["tool_calls"] = [*calls, {"id": piece.id, "type": "function", "function": function}]
     else:
-        content = message["content"]
-        assert isinstance(content, list)
-        content.append(piece)
+        message["content"] = [*get_list(message, "content"), piece]
 
 
 def _tool_message(answer: Answer) -> RawRow:
@@ -199,7 +203,7 @@ def result_content(value: object) -> object:
 
 def content_parts(content: object) -> list[object]:
     """The content of a message as parts, in OpenAI's spelling."""
-    if content is None or content == "":
+    if content in (None, ""):
         return []
     if isinstance(content, list):
         return [content_part(part) for part in content]

@@ -20,6 +20,7 @@ from gemma_dist.data.layouts.pieces import (
     add_pieces,
     content_parts,
     convert_turns,
+    has_part,
     open_assistant,
     result_content,
     without_keys,
@@ -62,7 +63,7 @@ FULL_REASONING = "reasoning summaries beside the whole reasoning were left out"
 
 def is_messages(items: list[object]) -> bool:
     """Whether one of the items is none that Chat Completions knows."""
-    return any(_is_own_item(item) for item in items)
+    return any(map(_is_own_item, items))
 
 
 def to_openai(items: list[object]) -> OpenAIRow:
@@ -78,7 +79,12 @@ def is_item(item: object) -> bool:
 def _is_own_item(item: object) -> bool:
     """Whether an item is none that Chat Completions knows: {"type": "function_call"}, or a part of `input_text`."""
     is_own_kind = get(item, "type") in OWN_ITEMS and get(item, "role") is None
-    return is_own_kind or any(get(part, "type") in OWN_PARTS for part in get_list(item, "content"))
+    return is_own_kind or has_part([item], "content", _is_own_part)
+
+
+def _is_own_part(part: object) -> bool:
+    """Whether a part of a message is in the spelling of Responses: {"type": "input_text", "text": "Hi"}."""
+    return get(part, "type") in OWN_PARTS
 
 
 def _add_item(row: OpenAIRow, number: int, item: object) -> None:
