@@ -1,4 +1,12 @@
-"""A bare list of messages, items or events as logs hold them: which layout it is, and the list in OpenAI's shape."""
+"""A bare list of messages, items or events as logs hold them: which layout it is, and the list in OpenAI's shape.
+
+[{"role": "model", "parts": [{"text": "Hi"}]}]                 Gemini's: gemini.to_openai
+[{"type": "ai", "content": "Hi"}]                              LangChain's: langchain.to_openai
+[{"type": "function_call", "name": "f", "arguments": "{}"}]    Responses': responses.to_openai
+[{"role": "assistant", "content": "Hi"}]                       OpenAI's own: as it is
+
+The layout of a list is told by what no other layout has; one message of it is enough.
+"""
 
 from collections.abc import Callable
 from typing import TypeGuard

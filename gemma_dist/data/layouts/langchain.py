@@ -148,7 +148,11 @@ def _answer(fields: RawRow, notes: Counter[str]) -> Answer:
 
 
 def _pieces(fields: RawRow, notes: Counter[str]) -> list[Piece]:
-    """Reasoning, content and calls of a message, each of which LangChain may write in several places."""
+    """Reasoning, content and calls of a message, each of which LangChain may write in several places.
+
+    {"content": "I look.", "additional_kwargs": {"reasoning_content": "Hm."}, "tool_calls": [{"name": "f", ...}]}
+    -> [Reasoning("Hm."), {"type": "text", "text": "I look."}, Call("c1", "f", {...})]
+    """
     invalid = fields.get("invalid_tool_calls")
     if invalid:
         raise DataError(
@@ -187,7 +191,10 @@ def _reasoning_beside(beside: object) -> list[Piece]:
 
 
 def _calls(fields: RawRow, beside: object, in_content: list[Piece]) -> list[Piece]:
-    """The calls of `tool_calls`, else those in the form of the provider."""
+    """The calls of `tool_calls`, else those of blocks, else those that `additional_kwargs` holds as OpenAI sent them.
+
+    The three repeat one another: LangChain reads `tool_calls` out of the other two.
+    """
     given = fields.get("tool_calls")
     if given:
         if not isinstance(given, list):

@@ -1,9 +1,13 @@
 """What a model was asked and what it answered, out of the bodies of requests and responses of every API.
 
-    {"messages": [...], "tools": [...]}    {"choices": [{"message": ...}]}
-    {"contents": [...], "systemInstruction": ...}    {"candidates": [{"content": ...}]}
-    {"input": [...], "instructions": ...}    {"output": [...]}
+    {"messages": [...], "tools": [...]}              {"choices": [{"message": {...}}]}     OpenAI's Chat Completions
+    {"messages": [...], "system": "..."}             {"role": "assistant", "content": [...]}      Anthropic's Messages
+    {"messages": [...], "toolConfig": {...}}         {"output": {"message": {...}}}        Bedrock's Converse
+    {"contents": [...], "systemInstruction": {...}}  {"candidates": [{"content": {...}}]}  Gemini
+    {"input": [...], "instructions": "..."}          {"output": [...]}                     OpenAI's Responses
 
+Both sides become lists of messages in their own layout, which `dialects.read_messages` converts:
+Request(messages=[...], tools=[...], system="..."), and [{"role": "assistant", ...}].
 The values may also be JSON text, and a log or batch may wrap the bodies: {"status_code": 200, "body": {...}}.
 """
 
@@ -140,7 +144,7 @@ def read_response(body: object, notes: Counter[str]) -> list[object]:
 
 
 def has_answer(body: object) -> bool:
-    """Whether an object looks like a response of an API, or like a message."""
+    """Whether an object looks like a response of an API, {"choices": [{"message": {...}}]}, or like a message."""
     body = _unwrapped(read_value(body))
     if is_message(body):
         return True
@@ -151,7 +155,11 @@ def has_answer(body: object) -> bool:
 
 
 def _answers_of_list(given: list[object], notes: Counter[str]) -> list[object]:
-    """A list of messages or items; LangChain's lists of generations hold one each."""
+    """A list of messages or items; LangChain's lists of generations hold one each.
+
+    [{"type": "reasoning", ...}, {"type": "function_call", ...}] -> the same
+    [[{"text": "Hi", "message": {"type": "ai", "content": "Hi"}}]] -> [{"type": "ai", "content": "Hi"}]
+    """
     if len(given) == 1 and (isinstance(given[0], list) or get(given[0], "message") is not None):
         return read_response(given[0], notes)
     if not is_chat(given) and not all(is_item(item) for item in given):
@@ -184,7 +192,11 @@ def _only(given: list[object], key: str, inner: str, notes: Counter[str]) -> obj
 
 
 def _with_role(message: RawRow) -> RawRow:
-    """The message without what the API says beside it, as the model's where it does not say whose it is."""
+    """The message without what the API says beside it, as the model's where it does not say whose it is.
+
+    {"id": "msg_1", "role": "assistant", "content": [...], "usage": {...}} -> {"role": "assistant", "content": [...]}
+    {"parts": [{"text": "Hi"}]} -> {"role": "model", "parts": [{"text": "Hi"}]}
+    """
     if is_langchain_message(message):
         return message
     said = without_keys(message, BESIDE_MESSAGE)
