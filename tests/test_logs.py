@@ -237,6 +237,7 @@ LANGCHAIN_ROWS: dict[str, Any] = {
     "model_dump": ({"messages": LC}, CHAT),
     "messages_to_dict": ({"messages": [wrapped(message) for message in LC]}, CHAT),
     "dumpd": ({"messages": [dumped(message) for message in LC]}, CHAT),
+    "a version without `kwargs`": ({"messages": [{"lc": 1, **message} for message in LC]}, CHAT),
     "calls of the provider": ({"messages": replaced(LC, 1, tool_calls=[])}, CHAT),
     "blocks of Anthropic": ({"messages": replaced(LC, 1, content=ANTHROPIC_BLOCKS)}, THOUGHTFUL),
     "calls under roles": ({"messages": replaced(OPENAI, 1, tool_calls=[LC_CALL])}, CHAT),
@@ -408,6 +409,7 @@ BEDROCK_ROWS: dict[str, Any] = {
         {"schemaVersion": "bedrock-conversation-2024", "system": [{"text": "Be kind."}], "messages": CONVERSE},
         [KIND, *THOUGHTFUL],
     ),
+    "keys of OpenAI that Arrow filled": ({"messages": replaced(CONVERSE, 1, tool_calls=None)}, THOUGHTFUL),
     "a request and its response": (
         {
             "request": {
@@ -1079,6 +1081,10 @@ REFUSED: list[Any] = [
     (
         {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "file-1"}]}, ITEMS[4]]},
         "turn 1 (user): the image 'file-1' is kept by the provider",
+    ),
+    (
+        {"messages": replaced(CONVERSE, 1, tool_calls="weather")},
+        "turn 2 (assistant): `tool_calls` is 'weather'; write a list of calls",
     ),
     (
         {"messages": replaced(LC, 1, invalid_tool_calls=[{"name": "weather", "args": "{", "id": "c1"}])},

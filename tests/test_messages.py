@@ -141,6 +141,8 @@ def test_what_parts_texts_keeps_them_apart() -> None:
         ("<think>a ` b</think>say `x`", ("a ` b", "say `x`")),
         ("<think>only</think>", ("only", "")),
         ("write `<think>` in code", ("", "write `<think>` in code")),
+        ("```\n<think>a</think>\n```", ("", "```\n<think>a</think>\n```")),
+        ("`` ` <think> `` is one", ("", "`` ` <think> `` is one")),
         ("1 < 2", ("", "1 < 2")),
     ],
 )

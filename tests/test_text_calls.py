@@ -229,7 +229,7 @@ HUGE = {
     "single backticks": "` " * 30_000,
     "brackets": "[" * 30_000 + "weather(",
     "JSON lines": '{"name": "weather"}\n' * 5_000,
-    "thoughts": "</think>" * 10_000,
+    "thoughts": "<think>a</think>" * 10_000 + "b",
 }
 
 

@@ -18,9 +18,10 @@ PART_TYPES = ("thinking", "reasoning")
 ENCRYPTED_TYPES = ("redacted_thinking", "reasoning.encrypted")
 ENCRYPTED = "encrypted blocks of reasoning, which nobody can read, were dropped"
 
-_OPENER = re.compile(r"<(think|thinking)>")
-_CLOSER = re.compile(r"</(think|thinking)>")
-_CODE = re.compile(r"(`+).+?\1", re.DOTALL)  # `quoted` tags are talked about
+_OPENER = re.compile(r"\s*<(?:think|thinking)>")
+_CLOSER = re.compile(r"</(?:think|thinking)>")
+_TAG = re.compile(r"</?(?:think|thinking)>")
+_BACKTICKS = re.compile(r"`+")
 
 
 def split_think_tags(text: str) -> tuple[str, str]:
@@ -29,32 +30,54 @@ def split_think_tags(text: str) -> tuple[str, str]:
     Raises:
         DataError: a tag stands elsewhere than around the beginning, so what was thought cannot be told.
     """
-    reasoning: list[str] = []
-    rest = text
-    if not _OPENER.search(_blank_code(text)):
-        closer = _CLOSER.search(_blank_code(text))
-        if closer:  # the prompt held the opening tag
-            reasoning.append(text[: closer.start()].strip())
-            rest = text[closer.end() :].lstrip()
-    while opener := _OPENER.match(rest.lstrip()):
-        closer = _CLOSER.search(rest)
+    if not _TAG.search(text):
+        return "", text
+    thoughts: list[str] = []
+    position = 0  # up to which the text is thoughts
+    tag = _TAG.search(_blank_code(text))
+    if tag and _CLOSER.fullmatch(tag[0]):  # the prompt held the opening tag
+        thoughts.append(text[: tag.start()].strip())
+        position = tag.end()
+    while opener := _OPENER.match(text, position):
+        closer = _CLOSER.search(text, opener.end())
         if closer is None:
             break
-        thought = rest[: closer.start()].lstrip().removeprefix(opener[0])
-        reasoning.append(thought.strip())
-        rest = rest[closer.end() :].lstrip()
-    stray = _OPENER.search(_blank_code(rest)) or _CLOSER.search(_blank_code(rest))
+        thoughts.append(text[opener.end() : closer.start()].strip())
+        position = closer.end()
+    rest = text[position:]
+    stray = _TAG.search(_blank_code(rest))
     if stray:
         raise DataError(
             f"the tag {stray[0]} stands inside of the text, so what was thought cannot be told from what was said; "
             "put the thoughts in front, in <think>…</think> or as reasoning_content, or the tag in `backticks`"
         )
-    return "\n".join(thought for thought in reasoning if thought), rest if reasoning else text
+    return "\n".join(filter(None, thoughts)), rest.lstrip() if thoughts else text
 
 
 def _blank_code(text: str) -> str:
-    """The text with quoted code blanked out, of the same length."""
-    return _CODE.sub(lambda code: " " * len(code[0]), text)
+    """The text, of the same length, without what stands in backticks: tags there are talked about.
+
+    As in Markdown, as many backticks end a piece of code as began it; others are backticks. Time is linear.
+    """
+    runs = list(_BACKTICKS.finditer(text))
+    next_alike: list[int | None] = [None] * len(runs)  # the next run of the same length
+    last_of_length: dict[int, int] = {}
+    for number in reversed(range(len(runs))):
+        length = len(runs[number][0])
+        next_alike[number] = last_of_length.get(length)
+        last_of_length[length] = number
+    pieces: list[str] = []
+    copied = number = 0
+    while number < len(runs):
+        closing = next_alike[number]
+        if closing is None:
+            number += 1
+            continue
+        start, end = runs[number].start(), runs[closing].end()
+        pieces += [text[copied:start], " " * (end - start)]
+        copied = end
+        number = closing + 1
+    return "".join(pieces) + text[copied:]
 
 
 def read_reasoning(message: RawRow, from_content: list[str], notes: Counter[str]) -> str:

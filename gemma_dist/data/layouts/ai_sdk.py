@@ -14,7 +14,9 @@ The arguments are called `args` and the results `result` before its version 5.
 """
 
 from collections import Counter
+from typing import TypeGuard
 
+from gemma_dist.data.calls import first_of
 from gemma_dist.data.layouts.pieces import (
     ENCRYPTED_REASONING,
     Answer,
@@ -24,16 +26,21 @@ from gemma_dist.data.layouts.pieces import (
     add_pieces,
     content_part,
     content_parts,
+    convert_turns,
+    has_part,
     result_content,
-    tidy,
+    without_keys,
 )
-from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
-from gemma_dist.data.strict import error_context, get, get_list, short
+from gemma_dist.data.layouts.turns import OpenAIRow
+from gemma_dist.data.strict import get, get_list, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
 OWN_PARTS = ("tool-call", "tool-result")
 UI_KINDS = ("text", "reasoning", "step-start", "file", "dynamic-tool", "source-url", "source-document", "source")
+# Names since version 5, and before.
+INPUT, OUTPUT = ("input", "args"), ("output", "result")
+FAILED = ("error-text", "error-json", "execution-denied")  # types of a result's `output`
 # What a message of the UI holds besides what was said.
 UI_KEYS = (
     *("id", "role", "content", "parts", "toolInvocations", "experimental_attachments", "reasoning"),
@@ -44,36 +51,36 @@ SOURCES = "source and data parts, which are shown to the user alone, were left o
 
 def is_messages(messages: list[object]) -> bool:
     """Whether one of the messages has parts of the AI SDK."""
-    return any(_is_ui(message) or _has_own_part(message) for message in messages)
+    return any(map(_is_ui, messages)) or has_part(messages, "content", _is_own_part)
 
 
 def to_openai(messages: list[object]) -> OpenAIRow:
     """The messages in OpenAI's shape; others pass. DataError where a part cannot be converted."""
-    row = OpenAIRow([])
-    for number, message in enumerate(messages, start=1):
-        with error_context(turn_name(number, get(message, "role"))):
-            if not isinstance(message, dict):
-                row.messages.append((number, message))
-            elif _is_ui(message):
-                _add_ui_message(row, number, message)
-            elif isinstance(message.get("content"), list):
-                _add_model_message(row, number, message)
-            else:
-                row.messages.append((number, message))
-    row.messages = tidy(row.messages)
-    return row
+    return convert_turns(messages, _add_message)
 
 
-def _has_own_part(message: object) -> bool:
-    return any(get(part, "type") in OWN_PARTS for part in get_list(message, "content"))
+def _add_message(row: OpenAIRow, number: int, message: object) -> None:
+    """Add a message of the UI or of a model; one without parts passes."""
+    if _is_ui(message):
+        _add_ui_message(row, number, message)
+    elif isinstance(message, dict) and isinstance(message.get("content"), list):
+        _add_model_message(row, number, message)
+    else:
+        row.messages.append((number, message))
 
 
-def _is_ui(message: object) -> bool:
-    if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "system"):
+def _is_own_part(part: object) -> bool:
+    """Whether a part of a model's message is a call or a result: {"type": "tool-call", "toolCallId": "c1", ...}."""
+    return get(part, "type") in OWN_PARTS
+
+
+def _is_ui(message: object) -> TypeGuard[RawRow]:
+    """Whether a message is the UI's: it has parts of the UI's kinds, or keys of the versions before 5."""
+    if get(message, "role") not in ("user", "assistant", "system"):
         return False
     if get_list(message, "toolInvocations") or get_list(message, "experimental_attachments"):
         return True
-    return any(_is_ui_part(part) for part in get_list(message, "parts"))
+    return has_part([message], "parts", _is_ui_part)
 
 
 def _is_ui_part(part: object) -> bool:
@@ -88,19 +95,17 @@ def _is_ui_part(part: object) -> bool:
 
 
 def _add_model_message(row: OpenAIRow, number: int, message: RawRow) -> None:
-    content = message["content"]
-    assert isinstance(content, list)
-    kept = {key: message[key] for key in message if key not in ("role", "content", "id", "providerOptions")}
-    pieces = [_model_piece(part, row.notes) for part in content]
+    """{"role": "user", "content": [{"type": "text", "text": "Hi"}]} -> {"role": "user", "content": "Hi"}"""
+    kept = without_keys(message, ("role", "content", "id", "providerOptions"))
+    pieces = [_model_piece(part, row.notes) for part in get_list(message, "content")]
     add_pieces(row.messages, number, message.get("role"), pieces, row.notes, kept=kept)
 
 
 def _model_piece(part: object, notes: Counter[str]) -> Piece:
+    """{"type": "tool-call", "toolCallId": "c1", "toolName": "f", "input": {...}} -> Call("c1", "f", {...})"""
     kind = get(part, "type")
-    if not isinstance(part, dict):
-        return content_part(part)
     if kind == "tool-call":
-        return Call(part.get("toolCallId"), part.get("toolName"), _first(part, "input", "args"))
+        return Call(get(part, "toolCallId"), get(part, "toolName"), first_of(part, INPUT))
     if kind == "tool-result":
         return _model_answer(part)
     if kind in ("reasoning", "redacted-reasoning"):
@@ -108,35 +113,36 @@ def _model_piece(part: object, notes: Counter[str]) -> Piece:
     return content_part(part)
 
 
-def _model_answer(part: RawRow) -> Answer:
-    """A result: `output` says how it is written (since version 5), `result` is any JSON value."""
-    output = part.get("output")
+def _model_answer(part: object) -> Answer:
+    """A result: `output` says how it is written (since version 5), `result` is any JSON value.
+
+    {"toolCallId": "c1", "toolName": "f", "output": {"type": "json", "value": 30}} -> Answer("c1", "30", "f")
+    {"toolCallId": "c1", "toolName": "f", "result": 30} -> the same
+    """
+    output = get(part, "output")
     kind, value = get(output, "type"), get(output, "value")
     has_value = isinstance(output, dict) and "value" in output
-    failed = bool(part.get("isError")) or kind in ("error-text", "error-json", "execution-denied")
+    failed = bool(get(part, "isError")) or kind in FAILED
     if kind == "content":
         content: object = content_parts(value)
     elif kind == "execution-denied":
         content = get(output, "reason") or "execution denied"
     elif isinstance(kind, str) and has_value:
         content = result_content(value)
-    elif isinstance(part.get("content"), list):  # `experimental_content` of version 4
-        content = content_parts(part["content"])
+    elif isinstance(get(part, "content"), list):  # `experimental_content` of version 4
+        content = content_parts(get(part, "content"))
     else:
-        content = result_content(_first(part, "result", "output"))
-    return Answer(part.get("toolCallId"), content, part.get("toolName"), failed)
+        content = result_content(first_of(part, ("result", "output")))
+    return Answer(get(part, "toolCallId"), content, get(part, "toolName"), failed)
 
 
-def _reasoning(part: RawRow, notes: Counter[str]) -> Piece:
-    text = _first(part, "text", "reasoning")
+def _reasoning(part: object, notes: Counter[str]) -> Piece:
+    """{"type": "reasoning", "text": "Look it up."} -> Reasoning("Look it up."); None where it is encrypted."""
+    text = first_of(part, ("text", "reasoning"))
     if not text:
         notes[ENCRYPTED_REASONING] += 1
         return None
     return Reasoning(text)
-
-
-def _first(part: RawRow, *keys: str) -> object:
-    return next((part[key] for key in keys if part.get(key) is not None), None)
 
 
 # ---- messages of the UI ----------------------------------------------------------------------------------------------
@@ -144,19 +150,26 @@ def _first(part: RawRow, *keys: str) -> object:
 
 def _add_ui_message(row: OpenAIRow, number: int, message: RawRow) -> None:
     """A message that shows several steps of an agent becomes one message a step, each with its answers behind it."""
-    kept = {key: message[key] for key in message if key not in UI_KEYS}
+    kept = without_keys(message, UI_KEYS)
     for step in _steps(_ui_parts(message)):
         pieces: list[Piece] = []
         answers: list[Piece] = []
         for part in step:
-            pieces.append(_ui_piece(part, row.notes))
-            if _tool_name(part) is not None:
-                answers.append(_ui_answer(part))
+            invocation = _invocation(part)
+            if invocation is None:
+                pieces.append(_ui_piece(part, row.notes))
+                continue
+            name = _tool_name(invocation)
+            pieces.append(Call(invocation.get("toolCallId"), name, first_of(invocation, INPUT)))
+            answers.append(_ui_answer(invocation, name))
         add_pieces(row.messages, number, message.get("role"), pieces + answers, row.notes, kept=kept)
 
 
 def _ui_parts(message: RawRow) -> list[object]:
-    """The parts of a message; before version 4.2 its calls stood beside what was said after them."""
+    """The parts of a message; before version 4.2 its calls stood beside what was said after them.
+
+    {"content": "Hi", "toolInvocations": [T]} -> [{"type": "tool-invocation", "toolInvocation": T}, text part "Hi"]
+    """
     parts = get_list(message, "parts")
     attached = get_list(message, "experimental_attachments")
     files = [{"type": "file", "mediaType": get(file, "contentType"), "url": get(file, "url")} for file in attached]
@@ -170,7 +183,10 @@ def _ui_parts(message: RawRow) -> list[object]:
 
 
 def _steps(parts: list[object]) -> list[list[object]]:
-    """The parts of each step: a step-start opens one, and so does what comes behind a tool's output."""
+    """The parts of each step: a step-start opens one, and so does what comes behind a tool's output.
+
+    [step-start, text, tool, text] -> [[text, tool], [text]]
+    """
     steps: list[list[object]] = [[]]
     for part in parts:
         is_start = get(part, "type") == "step-start"
@@ -185,7 +201,11 @@ def _steps(parts: list[object]) -> list[list[object]]:
 
 
 def _invocation(part: object) -> RawRow | None:
-    """The call of a tool part with its state; None for other parts."""
+    """The call of a tool part with its state; None for other parts.
+
+    {"type": "tool-invocation", "toolInvocation": {"state": "result", ...}} -> what stands in it      version 4
+    {"type": "tool-weather", "state": "output-available", ...} -> the part itself      version 5, also "dynamic-tool"
+    """
     if not isinstance(part, dict):
         return None
     kind = part.get("type")
@@ -196,35 +216,32 @@ def _invocation(part: object) -> RawRow | None:
     return part if is_tool else None
 
 
-def _tool_name(part: object) -> object:
-    invocation = _invocation(part)
-    if invocation is None:
-        return None
+def _tool_name(invocation: RawRow) -> object:
+    """{"type": "dynamic-tool", "toolName": "weather"} or {"type": "tool-weather"} -> "weather" """
     return invocation.get("toolName") or str(invocation.get("type")).removeprefix("tool-")
 
 
 def _ui_piece(part: object, notes: Counter[str]) -> Piece:
-    invocation = _invocation(part)
-    if invocation is not None:
-        return Call(invocation.get("toolCallId"), _tool_name(part), _first(invocation, "input", "args"))
+    """What a part says that is no tool's; None where it is shown to the user alone, or encrypted."""
     kind = get(part, "type")
-    if isinstance(part, dict) and kind == "reasoning":
+    if kind == "reasoning":
         return _reasoning(part, notes)
-    if isinstance(kind, str) and kind.startswith(("source", "data-")):
+    if str(kind).startswith(("source", "data-")):
         notes[SOURCES] += 1
         return None
     return content_part(part)
 
 
-def _ui_answer(part: object) -> Piece:
-    """The answer of a tool part; None where the call has none yet."""
-    invocation = _invocation(part)
-    assert invocation is not None
+def _ui_answer(invocation: RawRow, name: object) -> Piece:
+    """The answer to a call; None where the call has none yet.
+
+    {"toolCallId": "c1", "state": "output-available", "output": "30"}, "weather" -> Answer("c1", "30", "weather")
+    """
     state, call_id = invocation.get("state"), invocation.get("toolCallId")
     if state in ("output-available", "result"):
-        return Answer(call_id, result_content(_first(invocation, "output", "result")), _tool_name(part))
+        return Answer(call_id, result_content(first_of(invocation, OUTPUT)), name)
     if state == "output-error":
-        return Answer(call_id, invocation.get("errorText"), _tool_name(part), failed=True)
+        return Answer(call_id, invocation.get("errorText"), name, failed=True)
     if state in ("input-available", "call"):
         return None
     raise DataError(

@@ -12,6 +12,7 @@
 import json
 from collections import Counter
 
+from gemma_dist.data.calls import first_of
 from gemma_dist.data.layouts.pieces import (
     ENCRYPTED_REASONING,
     Answer,
@@ -19,12 +20,14 @@ from gemma_dist.data.layouts.pieces import (
     Piece,
     Reasoning,
     add_pieces,
+    convert_turns,
     get_keys,
+    has_part,
     text_part,
-    tidy,
+    without_keys,
 )
-from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
-from gemma_dist.data.strict import error_context, get, get_list, short
+from gemma_dist.data.layouts.turns import OpenAIRow
+from gemma_dist.data.strict import get, get_list, short
 from gemma_dist.errors import DataError
 
 OWN_KEYS = ("text", "image", "toolUse", "toolResult", "reasoningContent")
@@ -32,30 +35,36 @@ OWN_KEYS = ("text", "image", "toolUse", "toolResult", "reasoningContent")
 
 def is_messages(messages: list[object]) -> bool:
     """Whether one of the messages has a block without a type, told by its key."""
-    return any(_is_own_block(block) for message in messages for block in get_list(message, "content"))
+    return has_part(messages, "content", _is_own_block)
 
 
 def to_openai(messages: list[object]) -> OpenAIRow:
     """The messages in OpenAI's shape. DataError where a block has no meaning in a chat with tools."""
-    row = OpenAIRow([])
-    for number, message in enumerate(messages, start=1):
-        role = get(message, "role")
-        with error_context(turn_name(number, role)):
-            if not isinstance(message, dict) or not isinstance(message.get("content"), list):
-                row.messages.append((number, message))
-                continue
-            pieces = [_piece(block, row.notes) for block in get_list(message, "content")]
-            kept = {key: message[key] for key in message if key not in ("role", "content")}
-            add_pieces(row.messages, number, role, pieces, row.notes, kept=kept)
-    row.messages = tidy(row.messages)
-    return row
+    return convert_turns(messages, _add_message)
 
 
 def _is_own_block(block: object) -> bool:
-    return get(block, "type") is None and any(get(block, key) is not None for key in OWN_KEYS)
+    """Whether a block is told by its key, {"text": "Hi"}, and not by a `type`."""
+    return get(block, "type") is None and first_of(block, OWN_KEYS) is not None
+
+
+def _add_message(row: OpenAIRow, number: int, message: object) -> None:
+    """{"role": "user", "content": [{"text": "Hi"}]} -> {"role": "user", "content": "Hi"}; without blocks it passes."""
+    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
+        row.messages.append((number, message))
+        return
+    pieces = [_piece(block, row.notes) for block in get_list(message, "content")]
+    kept = without_keys(message, ("role", "content"))
+    add_pieces(row.messages, number, message.get("role"), pieces, row.notes, kept=kept)
 
 
 def _piece(block: object, notes: Counter[str]) -> Piece:
+    """What a block says; None where nothing of it could be read, or it only says where a prompt may be cached.
+
+    {"toolUse": {"toolUseId": "t1", "name": "f", "input": {...}}} -> Call("t1", "f", {...})
+    {"toolResult": {"toolUseId": "t1", "content": [{"text": "30"}]}} -> Answer("t1", [text part "30"])
+    {"reasoningContent": {"reasoningText": {"text": "Look it up.", "signature": "..."}}} -> Reasoning("Look it up.")
+    """
     use, result, reasoning = get(block, "toolUse"), get(block, "toolResult"), get(block, "reasoningContent")
     if isinstance(use, dict):
         return Call(use.get("toolUseId"), use.get("name"), use.get("input"))
@@ -68,17 +77,23 @@ def _piece(block: object, notes: Counter[str]) -> Piece:
             return Reasoning(text)
         notes[ENCRYPTED_REASONING] += 1
         return None
-    if get(block, "cachePoint") is not None:  # says where a prompt may be cached
+    if get(block, "cachePoint") is not None:
         return None
     return _content_part(block)
 
 
 def _content_part(block: object) -> object:
-    image = get(block, "image")
-    if get(block, "text") is not None:
-        return text_part(get(block, "text"))
-    if isinstance(block, dict) and block.get("json") is not None:
-        return text_part(json.dumps(block["json"], ensure_ascii=False))
+    """A text or image block, or a tool's JSON, as a part.
+
+    {"text": "Hi"} -> {"type": "text", "text": "Hi"}
+    {"json": {"celsius": 30}} -> {"type": "text", "text": '{"celsius": 30}'}
+    {"image": {"format": "png", "source": {"bytes": "iVBO"}}} -> {"type": "image", "base64": "iVBO"}
+    """
+    text, value, image = get(block, "text"), get(block, "json"), get(block, "image")
+    if text is not None:
+        return text_part(text)
+    if value is not None:
+        return text_part(json.dumps(value, ensure_ascii=False))
     if isinstance(image, str):  # DashScope, which tells its blocks in the same way
         return {"type": "image", "image": image}
     if isinstance(image, dict):
@@ -86,7 +101,7 @@ def _content_part(block: object) -> object:
         data = get(source, "bytes")
         if data is None:
             raise DataError(f"the image source {short(source)} lies elsewhere; put its bytes in as base64")
-        return {"type": "image", "bytes": data} if isinstance(data, bytes) else {"type": "image", "base64": data}
+        return {"type": "image", "bytes" if isinstance(data, bytes) else "base64": data}
     raise DataError(
         f"the block {short(block)} has the keys {short(get_keys(block))}; blocks hold text, image, toolUse, toolResult "
         "or reasoningContent: write its content as text or remove it"

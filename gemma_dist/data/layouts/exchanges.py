@@ -26,12 +26,14 @@ from gemma_dist.data.layouts.requests import (
     read_request,
     read_response,
     read_value,
+    unnested,
 )
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow
 from gemma_dist.data.strict import error_context, get, get_list, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
+# Columns of what was asked and what was answered; the last two are of OpenAI's and Anthropic's batches, joined.
 PAIRS = (("request", "response"), ("request_body", "response_body"), ("body", "response"), ("params", "result"))
 LISTED = ("choices", "candidates")  # these lists alone are no response: the object that holds them is
 REPEATED = "answers that the messages of the row hold already were left out"
@@ -57,12 +59,7 @@ def to_openai(row: RawRow) -> OpenAIRow:
     found = _find(row)
     assert found is not None
     notes: Counter[str] = Counter()
-    answers: list[object] = []
-    if found.place:
-        with error_context(f"`{found.place}`"):
-            answers = read_response(found.answer, notes)
-            if not answers:
-                raise DataError("holds no answer of the model; remove the row or export it whole")
+    answers = _read_answers(found, notes)
     given, tools = _without_declarations(found.request)
     turns = _joined(given, answers, found.place, notes)
     read = read_messages(turns, {"tools": tools})
@@ -75,21 +72,30 @@ def to_openai(row: RawRow) -> OpenAIRow:
     return read
 
 
+def _read_answers(found: Exchange, notes: Counter[str]) -> list[object]:
+    """The messages that the model answered with; none where the request holds them itself."""
+    if not found.place:
+        return []
+    with error_context(f"`{found.place}`"):
+        answers = read_response(found.answer, notes)
+        if not answers:
+            raise DataError("holds no answer of the model; remove the row or export it whole")
+    return answers
+
+
 # ---- where a row holds the two ---------------------------------------------------------------------------------------
 
 
 def _is_foreign_chat(row: RawRow) -> bool:
     """A row with messages that the layouts of OpenAI, Anthropic and sharegpt do not take as a whole."""
     messages = row.get("messages") or row.get("conversations")
-    if not isinstance(messages, list):
-        return False
-    inner = messages[0] if len(messages) == 1 else None
-    if is_foreign(messages) or is_foreign(inner):
+    if is_foreign(unnested(messages)):
         return True
-    return bool(row.get("messages")) and bool(_answer_key(row, "messages"))
+    return bool(get_list(row, "messages")) and bool(_answer_key(row, "messages"))
 
 
 def _find(row: RawRow) -> Exchange | None:
+    """The call of a model that the row logs; None where it logs none."""
     if row.get("preferred_output") is not None:  # two answers: `prompt_completion.py` says so
         return None
     if row.get("messages"):
@@ -100,15 +106,15 @@ def _find(row: RawRow) -> Exchange | None:
 def _pair(row: RawRow) -> Exchange | None:
     """{"request": ..., "response": ...}, by any of the names of PAIRS."""
     for asked, answered in PAIRS:
-        if row.get(asked) is not None and row.get(answered) is not None:
-            request = read_request(row[asked], row[answered])
-            if request is not None:
-                return Exchange(request, row[answered], answered)
+        answer = row.get(answered)
+        request = None if answer is None else read_request(row.get(asked), answer)
+        if request is not None:
+            return Exchange(request, answer, answered)
     return None
 
 
 def _run(row: RawRow) -> Exchange | None:
-    """{"inputs": ..., "outputs": ...} of LangSmith; Weave calls the latter `output`."""
+    """{"inputs": {"messages": [[...]]}, "outputs": {...}, "extra": {...}} of LangSmith; Weave says `output`."""
     request = read_request({**_as_object(row.get("inputs")), "extra": row.get("extra")})
     if request is None:
         return None
@@ -117,19 +123,22 @@ def _run(row: RawRow) -> Exchange | None:
 
 
 def _body(row: RawRow) -> Exchange | None:
-    """Messages and their answer beside one another, in the row or in the `span_data` of the Agents SDK."""
-    data = row.get("span_data")
-    if isinstance(data, dict) and data.get("type") == "generation":
+    """Messages and their answer beside one another, in the row or in the `span_data` of the Agents SDK.
+
+    {"messages": [m1], "choices": [c]} -> Exchange(Request([m1]), {"choices": [c]}, "choices")
+    """
+    data = get(row, "span_data")
+    if get(data, "type") == "generation":
         row = data
     request = find_messages(row)
     if request is None:
         return None
     place = _answer_key(row, request.key)
-    answer = row.get(place)
-    return Exchange(request, {place: answer} if place in LISTED else answer, place)
+    return Exchange(request, _answer(row, place), place)
 
 
 def _span(row: RawRow) -> Exchange | None:
+    """{"attributes": {"gen_ai.input.messages": [...], "gen_ai.output.messages": [...]}} of OpenTelemetry and kin."""
     if not telemetry.is_span(row):
         return None
     body, answers = telemetry.span_exchange(row)
@@ -140,15 +149,20 @@ def _span(row: RawRow) -> Exchange | None:
 def _answer_key(row: RawRow, asked: str) -> str:
     """Where the row answers what stands under `asked`; "" where the messages there hold the answers themselves."""
     for key in ANSWER_KEYS[asked]:
-        value = row.get(key)
         # Beside messages other things may be called so: the choices of a question, a response of another kind.
-        is_sure = asked != "messages" or has_answer({key: value} if key in LISTED else value)
-        if value is not None and is_sure:
+        is_sure = asked != "messages" or has_answer(_answer(row, key))
+        if is_sure and row.get(key) is not None:
             return key
     return ""
 
 
+def _answer(row: RawRow, place: str) -> object:
+    """What stands at a place, as the object of a response that `read_response` takes."""
+    return {place: row.get(place)} if place in LISTED else row.get(place)
+
+
 def _as_object(value: object) -> RawRow:
+    """`inputs` as the body of a request: an object, its JSON text, or the messages alone."""
     value = read_value(value)
     if isinstance(value, list):
         return {"messages": value}
@@ -159,13 +173,16 @@ def _as_object(value: object) -> RawRow:
 
 
 def _without_declarations(request: Request) -> tuple[list[object], object]:
-    """The messages, and the tools: Langfuse's handler for LangChain logs them as messages of role `tool`."""
+    """The messages, and the tools: Langfuse's handler for LangChain logs them as messages of role `tool`.
+
+    {"role": "tool", "content": {"type": "function", "function": {"name": "f", ...}}} -> its `content` is a tool
+    """
     messages: list[object] = []
     tools: list[object] = []
     for message in request.messages:
         content = get(message, "content")
-        is_declaration = isinstance(content, dict) and (get(content, "function") or get(content, "name"))
-        if get(message, "role") == "tool" and is_declaration and get(message, "tool_call_id") is None:
+        answers_nothing = get(message, "role") == "tool" and get(message, "tool_call_id") is None
+        if answers_nothing and (get(content, "function") or get(content, "name")):
             tools.append(content)
         else:
             messages.append(message)
@@ -173,7 +190,10 @@ def _without_declarations(request: Request) -> tuple[list[object], object]:
 
 
 def _all_tools(found: object, given: object) -> object:
-    """The tools that the messages brought, or those beside them, or both."""
+    """The tools that the messages brought, or those beside them, or both.
+
+    Of the tools of a request of Responses, {"type": "mcp"} names a server, whose tools an item of the messages lists.
+    """
     if isinstance(found, list) and isinstance(given, list) and found != given:
         names = [get(tool, "name") for tool in found]
         return found + [tool for tool in given if get(tool, "type") != "mcp" and get(tool, "name") not in names]
@@ -181,18 +201,24 @@ def _all_tools(found: object, given: object) -> object:
 
 
 def _joined(given: list[object], answers: list[object], name: str, notes: Counter[str]) -> list[object]:
-    """History and answers as one list. A state that was logged after a step repeats the history: it stands alone."""
+    """History and answers as one list. A state that was logged after a step repeats the history: it stands alone.
+
+    [user], [assistant] -> [user, assistant]
+    [user], [user, assistant] -> [user, assistant]
+    [user, assistant], [assistant] with the same words -> [user, assistant]
+    """
     if not answers:
         return given
-    if _speaker(answers[0]) in ("user", "human", "system", "developer"):
-        before, after = _words(given), _words(answers)
-        if after[: len(before)] != before:
-            raise DataError(
-                f"`{name}` neither goes on from the messages that were given nor repeats them; write one list of "
-                'messages: {"messages": [...]}'
-            )
+    before, after = _words(given), _words(answers)
+    is_state = _speaker(answers[0]) in ("user", "human", "system", "developer")
+    if is_state and after[: len(before)] != before:
+        raise DataError(
+            f"`{name}` neither goes on from the messages that were given nor repeats them; write one list of "
+            'messages: {"messages": [...]}'
+        )
+    if is_state:
         return answers
-    if _words(given)[-len(_words(answers)) :] == _words(answers):
+    if before[-len(after) :] == after:
         notes[REPEATED] += 1
         return given
     return given + answers
@@ -205,7 +231,10 @@ def _speaker(message: object) -> object:
 
 
 def _words(messages: list[object]) -> list[object]:
-    """What each message says, for a comparison that ids and other spellings do not disturb."""
+    """What each message says, for a comparison that ids and other spellings do not disturb.
+
+    [{"role": "assistant", "content": "", "tool_calls": [{...}]}] -> [("assistant", "", 1)]
+    """
     words: list[object] = []
     for _, message in tidy(read_messages(messages, {}).messages):
         calls = get_list(message, "tool_calls")
@@ -216,18 +245,23 @@ def _words(messages: list[object]) -> list[object]:
 def _with_system(system: object, messages: NumberedMessages) -> NumberedMessages:
     """The messages under the request's own system text, unless they open with the same."""
     with error_context("`system` of the row"):
-        content = _system_content(read_value(system))
-        opening = tidy(messages[:1])
-        message = tidy([(0, {"role": "system", "content": content})])
-        if opening and get(opening[0][1], "role") in ("system", "developer"):
-            if get(opening[0][1], "content") == get(message[0][1], "content"):
-                return messages
+        own = tidy([(0, {"role": "system", "content": _system_content(read_value(system))})])
+        openings = [message for _, message in tidy(messages[:1]) if get(message, "role") in ("system", "developer")]
+        if not openings:
+            return own + messages
+        if get(openings[0], "content") != get(own[0][1], "content"):
             raise DataError("stands beside another system message; merge the two into one")
-        return message + messages
+        return messages
 
 
 def _system_content(system: object) -> object:
-    """A text; Gemini's {"parts": [...]}; a list of text blocks with or without a type."""
+    """The content of a system message, from whatever an API calls its system text.
+
+    "Be kind." -> the same
+    {"parts": [{"text": "Be kind."}]} -> [{"type": "text", "text": "Be kind."}]      Gemini
+    [{"type": "text", "text": "Be kind."}] -> the same      Anthropic
+    [{"text": "Be kind."}, {"cachePoint": {"type": "default"}}] -> [{"type": "text", "text": "Be kind."}]      Bedrock
+    """
     if isinstance(system, dict):
         system = system.get("parts", system.get("content", system.get("text")))
     if isinstance(system, dict):

@@ -14,6 +14,7 @@ Keys may also be written as Python's SDK does: `function_call`, `inline_data`, `
 
 from collections import Counter
 
+from gemma_dist.data.calls import first_of
 from gemma_dist.data.layouts.pieces import (
     ENCRYPTED_REASONING,
     Answer,
@@ -21,52 +22,63 @@ from gemma_dist.data.layouts.pieces import (
     Piece,
     Reasoning,
     add_pieces,
+    convert_turns,
     get_keys,
+    has_part,
+    is_image_type,
     open_assistant,
     result_content,
     text_part,
-    tidy,
+    without_keys,
 )
-from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
-from gemma_dist.data.strict import error_context, get, get_list, short
+from gemma_dist.data.layouts.turns import OpenAIRow
+from gemma_dist.data.strict import get, get_list, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
 GEMINI_ROLES = {None: "user", "user": "user", "model": "assistant", "function": "user", "tool": "user"}
-OWN_KEYS = ("text", "functionCall", "functionResponse", "inlineData", "fileData", "executableCode")
-OWN_KEYS_IN_PYTHON = ("function_call", "function_response", "inline_data", "file_data", "executable_code")
+# Each key as the API writes it, and as Python's SDK does.
+CALL = ("functionCall", "function_call")
+RESPONSE = ("functionResponse", "function_response")
+INLINE_DATA = ("inlineData", "inline_data")
+FILE_DATA = ("fileData", "file_data")
+CODE = ("executableCode", "executable_code")
+SIGNATURE = ("thoughtSignature", "thought_signature")
+MEDIA_TYPE = ("mimeType", "mime_type")
+FILE_URI = ("fileUri", "file_uri")
+OWN_KEYS = ("text", *CALL, *RESPONSE, *INLINE_DATA, *FILE_DATA, *CODE)
 
 
 def is_messages(contents: list[object]) -> bool:
     """Whether one of the turns has parts that are told by their keys, not by a type."""
-    return any(_is_part(part) for content in contents for part in get_list(content, "parts"))
+    return has_part(contents, "parts", _is_part)
 
 
 def to_openai(contents: list[object]) -> OpenAIRow:
     """The turns as messages. DataError where a part has no meaning in a chat with tools."""
-    row = OpenAIRow([])
-    for number, content in enumerate(contents, start=1):
-        role = get(content, "role")
-        with error_context(turn_name(number, role)):
-            is_known = isinstance(role, str | None) and role in GEMINI_ROLES
-            if not is_known or not isinstance(content, dict) or not isinstance(content.get("parts"), list):
-                if role == "system":
-                    raise DataError("a system text stands in `systemInstruction`, not in `contents`; move it there")
-                raise DataError(
-                    f"the content {short(content)} is none of Gemini's; write "
-                    '{"role": "user" or "model", "parts": [{"text": ...}]}'
-                )
-            pieces = [_piece(part, row.notes) for part in get_list(content, "parts")]
-            joins = _goes_on(row, pieces)
-            kept = {key: content[key] for key in content if key not in ("role", "parts")}
-            add_pieces(row.messages, number, GEMINI_ROLES[role], pieces, row.notes, joins=joins, kept=kept)
-    row.messages = tidy(row.messages)
-    return row
+    return convert_turns(contents, _add_content)
 
 
 def _is_part(part: object) -> bool:
-    has_type = get(part, "type") is not None or get(part, "part_kind") is not None
-    return not has_type and any(get(part, key) is not None for key in (*OWN_KEYS, *OWN_KEYS_IN_PYTHON))
+    """Whether a part is told by its key, {"text": "Hi"}; `type` and PydanticAI's `part_kind` are of other layouts."""
+    return first_of(part, ("type", "part_kind")) is None and first_of(part, OWN_KEYS) is not None
+
+
+def _add_content(row: OpenAIRow, number: int, content: object) -> None:
+    """{"role": "model", "parts": [{"text": "Hi"}]} -> {"role": "assistant", "content": "Hi"}"""
+    role = get(content, "role")
+    if role == "system":
+        raise DataError("a system text stands in `systemInstruction`, not in `contents`; move it there")
+    is_known = isinstance(role, str | None) and role in GEMINI_ROLES
+    if not is_known or not isinstance(content, dict) or not isinstance(content.get("parts"), list):
+        raise DataError(
+            f"the content {short(content)} is none of Gemini's; write "
+            '{"role": "user" or "model", "parts": [{"text": ...}]}'
+        )
+    pieces = [_piece(part, row.notes) for part in get_list(content, "parts")]
+    joins = _goes_on(row, pieces)
+    kept = without_keys(content, ("role", "parts"))
+    add_pieces(row.messages, number, GEMINI_ROLES[role], pieces, row.notes, joins=joins, kept=kept)
 
 
 def _goes_on(row: OpenAIRow, pieces: list[Piece]) -> bool:
@@ -78,21 +90,20 @@ def _goes_on(row: OpenAIRow, pieces: list[Piece]) -> bool:
     return thinks_only or all(isinstance(piece, Call) or piece is None for piece in pieces)
 
 
-def _value(part: object, name: str, python_name: str) -> object:
-    value = get(part, name)
-    return get(part, python_name) if value is None else value
-
-
 def _piece(part: object, notes: Counter[str]) -> Piece:
+    """What a part says; None where it is a signature of thoughts alone.
+
+    {"functionCall": {"name": "f", "args": {...}}} -> Call(None, "f", {...})
+    {"text": "Look it up.", "thought": true} -> Reasoning("Look it up.")
+    """
     if isinstance(part, str):
         return text_part(part)
-    call = _value(part, "functionCall", "function_call")
-    answer = _value(part, "functionResponse", "function_response")
-    data = _value(part, "inlineData", "inline_data") or _value(part, "fileData", "file_data")
-    text = get(part, "text")
-    if _value(part, "thoughtSignature", "thought_signature") is not None:
+    call, answer = first_of(part, CALL), first_of(part, RESPONSE)
+    data, text = _data(part), get(part, "text")
+    if first_of(part, SIGNATURE) is not None:
         notes[ENCRYPTED_REASONING] += 1
-        if call is None and answer is None and not text:
+        is_signature_alone = call is None and answer is None and not text
+        if is_signature_alone:
             return None
     if isinstance(call, dict):
         return Call(call.get("id"), call.get("name"), call.get("args"))
@@ -109,17 +120,20 @@ def _piece(part: object, notes: Counter[str]) -> Piece:
 
 
 def _answer(answer: RawRow) -> Answer:
-    """What a function gave back. By Gemini's rule `output` alone is the output, `error` alone an error, else all is."""
+    """What a function gave back. By Gemini's rule `output` alone is the output, `error` alone an error, else all is.
+
+    {"name": "f", "response": {"output": "30"}} -> Answer(None, "30", "f")
+    {"name": "f", "response": {"celsius": 30, "wind": 2}} -> Answer(None, '{"celsius": 30, "wind": 2}', "f")
+    """
     response = answer.get("response")
     keys = get_keys(response)
     failed = keys == ["error"]
     if keys in (["output"], ["error"]):
-        assert isinstance(response, dict)
-        response = response[keys[0]]
+        response = get(response, keys[0])
     content = result_content(response)
     images: list[object] = []
     for part in get_list(answer, "parts"):
-        data = _value(part, "inlineData", "inline_data") or _value(part, "fileData", "file_data")
+        data = _data(part)
         if not isinstance(data, dict):
             raise DataError(f"the part {short(part)} of a functionResponse is no inlineData; write it into `response`")
         images.append(_image(data))
@@ -128,10 +142,16 @@ def _answer(answer: RawRow) -> Answer:
     return Answer(answer.get("id"), content, answer.get("name"), failed)
 
 
+def _data(part: object) -> object:
+    """What {"inlineData": {...}} or {"fileData": {...}} holds."""
+    return first_of(part, INLINE_DATA) or first_of(part, FILE_DATA)
+
+
 def _image(data: RawRow) -> RawRow:
-    media_type = _value(data, "mimeType", "mime_type")
-    if not isinstance(media_type, str) or not media_type.startswith("image/"):
+    """{"mimeType": "image/png", "data": "iVBO"} -> {"type": "image", "base64": "iVBO"}"""
+    media_type = first_of(data, MEDIA_TYPE)
+    if not is_image_type(media_type):
         raise DataError(f"the data are {short(media_type)}; trajectories hold text and images: remove the part")
     if data.get("data") is not None:
         return {"type": "image", "base64": data["data"]}
-    return {"type": "image", "url": _value(data, "fileUri", "file_uri")}
+    return {"type": "image", "url": first_of(data, FILE_URI)}

@@ -7,8 +7,10 @@
 """
 
 from collections import Counter
+from typing import TypeGuard
 
 from gemma_dist.data import marks
+from gemma_dist.data.calls import first_of
 from gemma_dist.data.layouts.pieces import (
     ENCRYPTED_REASONING,
     Answer,
@@ -17,6 +19,7 @@ from gemma_dist.data.layouts.pieces import (
     Reasoning,
     add_pieces,
     content_part,
+    has_part,
     tidy,
 )
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
@@ -44,80 +47,98 @@ LANGCHAIN_ROLES = {
 }
 CARRIED = ("name", "reasoning_content", *marks.ON_MESSAGE, *marks.UNCLEAR)
 CALL_BLOCKS = ("tool_use", "tool_call", "function_call", "tool_call_chunk")  # repeat what `tool_calls` says
+REASONING_BLOCKS = ("reasoning", "thinking", "reasoning_content", "redacted_thinking")
+CALL_PART = "input_json_delta"  # a part of the stream of a call, which `tool_calls` holds as a whole
 ARTIFACT = "artifacts of tool messages, which no model sees, were left out"
 
 
-def is_message(message: object) -> bool:
-    """Whether an object is a message of LangChain: it has a type of theirs and no role."""
-    if not isinstance(message, dict) or (message.get("role") is not None and message.get("type") != "chat"):
+def is_message(message: object) -> TypeGuard[RawRow]:
+    """Whether an object is a message of LangChain: it has a type of theirs and no role, but for {"type": "chat"}."""
+    kind = get(message, "type")
+    if not isinstance(message, dict) or (message.get("role") is not None and kind != "chat"):
         return False
-    if message.get("lc") is not None and isinstance(message.get("kwargs"), dict):
+    if _is_dumped(message):
         return _class_name(message) in LANGCHAIN_ROLES
-    kind = message.get("type")
     has_content = "content" in message or isinstance(message.get("data"), dict)
     return isinstance(kind, str) and kind in LANGCHAIN_ROLES and has_content
 
 
 def is_messages(messages: list[object]) -> bool:
     """Whether one of the messages is LangChain's, or holds calls in LangChain's form."""
-    return any(is_message(message) or any(map(_is_own_call, get_list(message, "tool_calls"))) for message in messages)
+    return any(map(is_message, messages)) or has_part(messages, "tool_calls", _is_own_call)
 
 
 def to_openai(messages: list[object]) -> OpenAIRow:
     """The messages in OpenAI's shape; those that have a role pass. DataError where one cannot be converted."""
     row = OpenAIRow([])
     for number, message in enumerate(messages, start=1):
-        if not is_message(message):
-            if get(message, "type") == "remove":
-                raise DataError(f"turn {number} removes another message; export the state after it was applied")
+        if is_message(message):
+            _add_message(row, number, message)
+        elif get(message, "type") == "remove":
+            raise DataError(f"turn {number} removes another message; export the state after it was applied")
+        else:
             row.messages.append((number, _with_openai_calls(message)))
-            continue
-        assert isinstance(message, dict)
-        role, fields = _role_and_fields(message)
-        with error_context(turn_name(number, role)):
-            kept = {key: fields[key] for key in CARRIED if fields.get(key) is not None}
-            if role in ("tool", "function"):
-                pieces = [_answer(fields, row.notes)]
-                add_pieces(row.messages, number, role, pieces, row.notes)
-            else:
-                add_pieces(row.messages, number, role, _pieces(fields, row.notes), row.notes, kept=kept)
     row.messages = tidy(row.messages)
     return row
 
 
+def _add_message(row: OpenAIRow, number: int, message: RawRow) -> None:
+    """{"type": "human", "content": "Hi"} -> {"role": "user", "content": "Hi"}"""
+    role, fields = _role_and_fields(message)
+    with error_context(turn_name(number, role)):
+        is_answer = role in ("tool", "function")
+        pieces = [_answer(fields, row.notes)] if is_answer else _pieces(fields, row.notes)
+        kept = {key: fields[key] for key in CARRIED if fields.get(key) is not None}
+        add_pieces(row.messages, number, role, pieces, row.notes, kept=kept)
+
+
 def _is_own_call(call: object) -> bool:
+    """Whether a call is in LangChain's form: {"type": "tool_call", "name": "f", "args": {...}, "id": "c1"}."""
     return get(call, "type") == "tool_call" and get(call, "function") is None
 
 
 def _with_openai_calls(message: object) -> object:
-    """A message with a role, as Langfuse logs those of LangChain, with its calls in OpenAI's form."""
-    calls = get_list(message, "tool_calls")
-    if not isinstance(message, dict) or not any(map(_is_own_call, calls)):
+    """A message with a role, as Langfuse logs those of LangChain, with its calls in OpenAI's form.
+
+    {"role": "assistant", "tool_calls": [{"type": "tool_call", "name": "f", "args": {...}, "id": "c1"}]}
+    -> {"role": "assistant", "tool_calls": [{"id": "c1", "function": {"name": "f", "arguments": {...}}}]}
+    """
+    if not isinstance(message, dict) or not has_part([message], "tool_calls", _is_own_call):
         return message
-    read = [_call(call) for call in calls]
+    read = map(_call, get_list(message, "tool_calls"))
     functions = [{"id": call.id, "function": {"name": call.name, "arguments": call.arguments}} for call in read]
     return {**message, "tool_calls": functions}
 
 
+def _is_dumped(message: RawRow) -> bool:
+    """Whether `dumpd` wrote a message: {"lc": 1, "id": [..., "HumanMessage"], "kwargs": {"content": "Hi"}}."""
+    return message.get("lc") is not None and isinstance(message.get("kwargs"), dict)
+
+
 def _class_name(message: RawRow) -> object:
+    """{"id": ["langchain", "schema", "messages", "HumanMessage"]} -> HumanMessage"""
     names = get_list(message, "id")
     return str(names[-1]) if names else None
 
 
 def _role_and_fields(message: RawRow) -> tuple[object, RawRow]:
-    """The role in OpenAI's words, and where the fields of the message stand."""
-    fields = message
-    kind = message.get("type")
-    if message.get("lc") is not None:
-        kind = _class_name(message)
-        fields = message["kwargs"]  # type: ignore[assignment]
+    """The role in OpenAI's words, and where the fields of the message stand.
+
+    {"type": "ai", "content": ...}                            -> "assistant", the message itself   model_dump
+    {"type": "ai", "data": {"content": ...}}                  -> "assistant", its `data`           messages_to_dict
+    {"lc": 1, "id": [..., "AIMessage"], "kwargs": {...}}      -> "assistant", its `kwargs`         dumpd
+    {"type": "chat", "role": "user", "content": ...}          -> "user", the message itself
+    """
+    kind, fields = message.get("type"), message
+    if _is_dumped(message):
+        kind, fields = _class_name(message), get(message, "kwargs")
     elif isinstance(message.get("data"), dict):
-        fields = message["data"]  # type: ignore[assignment]
-    assert isinstance(kind, str)
-    return LANGCHAIN_ROLES[kind] or fields.get("role"), fields
+        fields = get(message, "data")
+    return LANGCHAIN_ROLES[str(kind)] or fields.get("role"), fields
 
 
 def _answer(fields: RawRow, notes: Counter[str]) -> Answer:
+    """{"content": "30", "tool_call_id": "c1", "name": "f", "status": "success"} -> Answer("c1", "30", "f")"""
     if fields.get("artifact") is not None:
         notes[ARTIFACT] += 1
     content = fields.get("content")
@@ -127,7 +148,11 @@ def _answer(fields: RawRow, notes: Counter[str]) -> Answer:
 
 
 def _pieces(fields: RawRow, notes: Counter[str]) -> list[Piece]:
-    """Reasoning, content and calls of a message, each of which LangChain may write in several places."""
+    """Reasoning, content and calls of a message, each of which LangChain may write in several places.
+
+    {"content": "I look.", "additional_kwargs": {"reasoning_content": "Hm."}, "tool_calls": [{"name": "f", ...}]}
+    -> [Reasoning("Hm."), {"type": "text", "text": "I look."}, Call("c1", "f", {...})]
+    """
     invalid = fields.get("invalid_tool_calls")
     if invalid:
         raise DataError(
@@ -138,38 +163,45 @@ def _pieces(fields: RawRow, notes: Counter[str]) -> list[Piece]:
     blocks = content if isinstance(content, list) else [content] if content else []
     beside = fields.get("additional_kwargs")
     pieces = _reasoning_beside(beside)
+    calls: list[Piece] = []
     for block in blocks:
         piece = _piece(block, notes)
-        if not (isinstance(piece, Reasoning) and piece in pieces):
+        is_repeated = isinstance(piece, Reasoning) and piece in pieces
+        if isinstance(piece, Call):
+            calls.append(piece)
+        elif not is_repeated:
             pieces.append(piece)
-    calls = [piece for piece in pieces if isinstance(piece, Call)]
-    rest = [piece for piece in pieces if not isinstance(piece, Call)]
-    return rest + _calls(fields, beside, calls)
+    return pieces + _calls(fields, beside, calls)
 
 
 def _reasoning_beside(beside: object) -> list[Piece]:
-    """`additional_kwargs.reasoning_content`, or `reasoning` with OpenAI's summaries."""
+    """What `additional_kwargs` holds of reasoning: a text of its own, or OpenAI's summaries.
+
+    {"reasoning_content": "Look it up."} -> [Reasoning("Look it up.")]      DeepSeek
+    {"reasoning": {"summary": [{"type": "summary_text", "text": "Look it up."}]}} -> the same      OpenAI
+    """
     text = get(beside, "reasoning_content")
     if text:
         return [Reasoning(text)]
     reasoning = get(beside, "reasoning")
     if isinstance(reasoning, str) and reasoning:
         return [Reasoning(reasoning)]
-    summary = get(reasoning, "summary")
-    if isinstance(summary, list) and summary:
-        return [Reasoning(_summary(summary))]
-    return []
+    summary = get_list(reasoning, "summary")
+    return [Reasoning(_summary(summary))] if summary else []
 
 
-def _calls(fields: RawRow, beside: object, in_content: list[Call]) -> list[Piece]:
-    """The calls of `tool_calls`, else those in the form of the provider."""
+def _calls(fields: RawRow, beside: object, in_content: list[Piece]) -> list[Piece]:
+    """The calls of `tool_calls`, else those of blocks, else those that `additional_kwargs` holds as OpenAI sent them.
+
+    The three repeat one another: LangChain reads `tool_calls` out of the other two.
+    """
     given = fields.get("tool_calls")
     if given:
         if not isinstance(given, list):
             raise DataError(f"`tool_calls` is {short(given)}; write a list of calls")
         return [_call(call) for call in given]
     if in_content:
-        return list(in_content)
+        return in_content
     given = get_list(beside, "tool_calls")
     if not given and get(beside, "function_call"):
         given = [{"function": get(beside, "function_call")}]
@@ -177,7 +209,11 @@ def _calls(fields: RawRow, beside: object, in_content: list[Call]) -> list[Piece
 
 
 def _call(call: object) -> Call:
-    """A call in LangChain's form (`args`), or in the provider's (`function`)."""
+    """A call in LangChain's form, or in the provider's.
+
+    {"name": "f", "args": {...}, "id": "c1", "type": "tool_call"} -> Call("c1", "f", {...})
+    {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{...}"}} -> Call("c1", "f", "{...}")
+    """
     function = get(call, "function")
     if isinstance(function, dict):
         return Call(get(call, "id"), function.get("name"), function.get("arguments"))
@@ -190,36 +226,42 @@ def _call(call: object) -> Call:
 
 
 def _piece(block: object, notes: Counter[str]) -> Piece:
-    """What a block of the content says; None where it says nothing that could be read."""
+    """What a block of the content says; None where it says nothing that could be read.
+
+    {"type": "text", "text": "Hi", "index": 0} -> {"type": "text", "text": "Hi"}
+    {"type": "tool_use", "id": "c1", "name": "f", "input": {...}} -> Call("c1", "f", {...})
+    {"type": "thinking", "thinking": "Look it up.", "signature": "..."} -> Reasoning("Look it up.")
+    """
     kind = get(block, "type")
-    if not isinstance(block, dict) or kind not in (*CALL_BLOCKS, *REASONING_BLOCKS, "input_json_delta"):
-        return content_part(block)
     if kind in CALL_BLOCKS:
-        arguments = next((block[key] for key in ("args", "input", "arguments") if block.get(key) is not None), None)
-        return Call(block.get("call_id") or block.get("id"), block.get("name"), arguments)
-    if kind == "input_json_delta":  # of a call that `tool_calls` holds as a whole
-        return None
-    text = _reasoning(block)
-    if not text:
+        id = get(block, "call_id") or get(block, "id")
+        return Call(id, get(block, "name"), first_of(block, ("args", "input", "arguments")))
+    if kind in REASONING_BLOCKS:
+        text = _reasoning(block)
+        if text:
+            return Reasoning(text)
         notes[ENCRYPTED_REASONING] += 1
         return None
-    return Reasoning(text)
+    return None if kind == CALL_PART else content_part(block)
 
 
-REASONING_BLOCKS = ("reasoning", "thinking", "reasoning_content", "redacted_thinking")
+def _reasoning(block: object) -> object:
+    """The text of a reasoning block, wherever its provider writes it; nothing where it is encrypted.
 
-
-def _reasoning(block: RawRow) -> object:
+    {"reasoning": "Look it up."}, {"thinking": "Look it up."}, {"reasoning_content": {"text": "Look it up."}},
+    {"summary": [{"type": "summary_text", "text": "Look it up."}]} -> "Look it up."
+    """
     for key in ("reasoning", "thinking", "text"):
-        if block.get(key):
-            return block[key]
-    nested = block.get("reasoning_content")
+        text: object = get(block, key)
+        if text:
+            return text
+    nested: object = get(block, "reasoning_content")
     if nested:
         return get(nested, "text") or nested
-    summary = block.get("summary")
-    return _summary(summary) if isinstance(summary, list) else None
+    return _summary(get_list(block, "summary"))
 
 
 def _summary(summary: list[object]) -> str:
+    """[{"type": "summary_text", "text": "Look it up."}] -> "Look it up.", one line for each part"""
     texts = [get(part, "text") for part in summary]
     return "\n".join(text for text in texts if isinstance(text, str))

@@ -8,20 +8,23 @@ A layout turns each of its own parts into a piece; `add_pieces` puts the pieces 
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from gemma_dist.data.content import mark_error
-from gemma_dist.data.layouts.turns import NumberedMessages
-from gemma_dist.data.strict import get, short
+from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, turn_name
+from gemma_dist.data.strict import error_context, get, get_list, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
 ENCRYPTED_REASONING = "encrypted reasoning parts were left out"
 REASONING_MOVED = "reasoning between the calls of a message was moved in front of them"
 TEXT_KINDS = ("text", "input_text", "output_text")
-IMAGE_KINDS = ("image", "image_url", "input_image", "image-url", "image-data", "media", "file", "file-data", "file-url")
+FILE_KINDS = ("media", "file", "file-data", "file-url")  # images where a media type says so
+IMAGE_KINDS = ("image", "image_url", "input_image", "image-url", "image-data", *FILE_KINDS)
+# Where a part may hold its image, and what OpenAI's spelling calls that.
+IMAGE_KEYS = {"base64": "base64", "data": "image", "image": "image", "url": "url", "image_url": "url"}
 MEDIA_TYPE_KEYS = ("mimeType", "mime_type", "mediaType", "media_type")
 
 
@@ -55,11 +58,44 @@ class Answer:
 Piece: TypeAlias = Reasoning | Call | Answer | object
 
 
+def role_of(turn: object) -> object:
+    """Who speaks in a turn; None where it does not say so by `role`."""
+    return get(turn, "role")
+
+
+def convert_turns(
+    turns: list[object],
+    add: Callable[[OpenAIRow, int, object], None],
+    speaker: Callable[[object], object] = role_of,
+) -> OpenAIRow:
+    """The row to which `add(row, number, turn)` adds what each turn says.
+
+    Args:
+        speaker: what errors call a turn, besides its number.
+    """
+    row = OpenAIRow([])
+    for number, turn in enumerate(turns, start=1):
+        with error_context(turn_name(number, speaker(turn))):
+            add(row, number, turn)
+    row.messages = tidy(row.messages)
+    return row
+
+
+def has_part(messages: list[object], key: str, is_own: Callable[[object], bool]) -> bool:
+    """Whether one of the messages has a part of a layout's own in the list under `key`."""
+    return any(is_own(part) for message in messages for part in get_list(message, key))
+
+
+def without_keys(turn: RawRow, keys: tuple[str, ...]) -> RawRow:
+    """What a turn holds besides the keys that its layout converts: name, marks, keys that are refused later."""
+    return {key: turn[key] for key in turn if key not in keys}
+
+
 def add_pieces(
     messages: NumberedMessages,
     turn: int,
     role: object,
-    pieces: Iterable[Piece],
+    pieces: Sequence[Piece],
     notes: Counter[str],
     *,
     joins: bool = False,
@@ -71,11 +107,11 @@ def add_pieces(
         joins: an assistant's pieces go on with the message of the assistant that stands last.
         kept: other keys of the turn, which its messages keep.
     """
+    kept = kept or {}
     message = open_assistant(messages) if joins and role == "assistant" else None
-    given = list(pieces)
-    if not given:
-        messages.append((turn, {**(kept or {}), "role": role, "content": ""}))
-    for piece in given:
+    if not pieces:
+        messages.append((turn, {**kept, "role": role, "content": ""}))
+    for piece in pieces:
         if piece is None:
             continue
         if isinstance(piece, Answer):
@@ -83,7 +119,7 @@ def add_pieces(
             message = None
             continue
         if message is None:
-            message = {**(kept or {}), "role": role, "content": []}
+            message = {**kept, "role": role, "content": []}
             messages.append((turn, message))
         _add_piece(message, piece, notes)
 
@@ -102,18 +138,19 @@ def tidy(messages: NumberedMessages) -> NumberedMessages:
 
 
 def _tidy(message: object) -> object:
+    """{"role": "user", "content": [{"type": "text", "text": "Hi"}]} -> {"role": "user", "content": "Hi"}"""
     content = get(message, "content")
-    if not isinstance(message, dict) or not isinstance(content, list) or len(content) > 1:
+    if not isinstance(message, dict) or not isinstance(content, list):
         return message
     if not content:
         return {**message, "content": ""}
-    text = get(content[0], "text")
-    if get(content[0], "type") == "text" and isinstance(text, str):
-        return {**message, "content": text}
+    if len(content) == 1 and _is_text(content[0]):
+        return {**message, "content": content[0]["text"]}
     return message
 
 
 def _add_piece(message: RawRow, piece: Piece, notes: Counter[str]) -> None:
+    """Put a piece where OpenAI's message holds it: `reasoning_content`, `tool_calls` or the parts of `content`."""
     if isinstance(piece, Reasoning):
         if not isinstance(piece.text, str):
             raise DataError(f"the reasoning is {short(piece.text)}, not text; write it as text or remove it")
@@ -123,16 +160,16 @@ def _add_piece(message: RawRow, piece: Piece, notes: Counter[str]) -> None:
         message["reasoning_content"] = f"{earlier}\n{piece.text}" if earlier else piece.text
     elif isinstance(piece, Call):
         function = {"name": piece.name, "arguments": piece.arguments}
-        calls = message.setdefault("tool_calls", [])
-        assert isinstance(calls, list)
-        calls.append({"id": piece.id, "type": "function", "function": function})
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list):
+            raise DataError(f"`tool_calls` is {short(calls)}; write a list of calls")
+        message["tool_calls"] = [*calls, {"id": piece.id, "type": "function", "function": function}]
     else:
-        content = message["content"]
-        assert isinstance(content, list)
-        content.append(piece)
+        message["content"] = [*get_list(message, "content"), piece]
 
 
 def _tool_message(answer: Answer) -> RawRow:
+    """Answer("c1", "30", "weather") -> {"role": "tool", "content": "30", "tool_call_id": "c1", "name": "weather"}"""
     content = mark_error(answer.content) if answer.failed else answer.content
     message: RawRow = {"role": "tool", "content": content}
     if answer.id is not None:
@@ -151,18 +188,22 @@ def text_part(text: object) -> RawRow:
 
 
 def result_content(value: object) -> object:
-    """A tool's result as content: a string as it is, a list of text and image parts as such, other JSON as its text."""
+    """A tool's result as content: a string as it is, a list of text and image parts as such, other JSON as its text.
+
+    "30" -> "30"    {"celsius": 30} -> '{"celsius": 30}'    [{"type": "text", "text": "30"}] -> the same
+    """
     if value is None or isinstance(value, str):
         return value
     parts = content_parts(value)
-    if parts and isinstance(value, list) and all(_is_part(part) for part in parts):
+    holds_parts = isinstance(value, list) and bool(parts) and all(map(_is_part, parts))
+    if holds_parts:
         return parts
     return json.dumps(value, ensure_ascii=False)
 
 
 def content_parts(content: object) -> list[object]:
     """The content of a message as parts, in OpenAI's spelling."""
-    if content is None or content == "":
+    if content in (None, ""):
         return []
     if isinstance(content, list):
         return [content_part(part) for part in content]
@@ -172,8 +213,11 @@ def content_parts(content: object) -> list[object]:
 def content_part(part: object) -> object:
     """A text or image part of any layout in OpenAI's spelling. Others pass, and are refused with the turn's parts.
 
-    {"type": "input_text", "text": ...}, {"type": "input_image", "image_url": ...}, {"type": "image", "data": ...,
-    "mimeType": ...}, {"type": "image", "source": {"type": "base64", "data": ...}}, "a text alone"
+    "a text alone"                                  -> {"type": "text", "text": "a text alone"}
+    {"type": "input_text", "text": "Hi"}            -> {"type": "text", "text": "Hi"}      Responses
+    {"type": "input_image", "image_url": "URL"}     -> {"type": "image", "url": "URL"}     Responses
+    {"type": "image", "data": "iVBO", "mimeType": "image/png"} -> {"type": "image", "image": "iVBO"}     MCP
+    {"type": "image", "source": {"type": "base64", "data": "iVBO"}} -> {"type": "image", "base64": "iVBO"}     Anthropic
     """
     if isinstance(part, str):
         return text_part(part)
@@ -193,8 +237,13 @@ def content_part(part: object) -> object:
 
 def _is_part(part: object) -> bool:
     """Whether a part in OpenAI's spelling is complete: text, or an image with its source."""
-    kind = get(part, "type")
-    return (kind == "text" and isinstance(get(part, "text"), str)) or (kind == "image" and len(get_keys(part)) > 1)
+    is_image = get(part, "type") == "image" and len(get_keys(part)) > 1
+    return is_image or _is_text(part)
+
+
+def _is_text(part: object) -> bool:
+    """Whether a part is {"type": "text", "text": "..."}."""
+    return get(part, "type") == "text" and isinstance(get(part, "text"), str)
 
 
 def get_keys(value: object) -> list[str]:
@@ -203,21 +252,26 @@ def get_keys(value: object) -> list[str]:
 
 
 def _may_be_image(part: RawRow) -> bool:
-    """Whether nothing says that the file is of another kind."""
-    media_type = next((part[key] for key in MEDIA_TYPE_KEYS if part.get(key)), None)
-    if media_type is None:
-        return part["type"] not in ("media", "file", "file-data", "file-url")
+    """Whether the media type of a part, or else its kind, is one of images."""
+    for key in MEDIA_TYPE_KEYS:
+        if part.get(key):
+            return is_image_type(part[key])
+    return part["type"] not in FILE_KINDS
+
+
+def is_image_type(media_type: object) -> bool:
+    """Whether a media type is one of images: "image/png"."""
     return isinstance(media_type, str) and media_type.startswith("image/")
 
 
 def _image_part(part: RawRow) -> RawRow:
-    source = part.get("source")
-    if isinstance(source, dict):
+    """{"type": "image_url", "image_url": {"url": "URL"}} -> {"type": "image", "url": "URL"}"""
+    source, address = part.get("source"), part.get("image_url")
+    if isinstance(source, dict):  # Anthropic
         part = {"base64": source.get("data"), "url": source.get("url")}
-    address = part.get("image_url")
-    if isinstance(address, dict):
-        address = address.get("url")
-    for key in ("base64", "data", "image", "url"):
+    elif isinstance(address, dict):  # OpenAI
+        part = {**part, "image_url": address.get("url")}
+    for key, name in IMAGE_KEYS.items():
         if part.get(key):
-            return {"type": "image", key if key in ("base64", "url") else "image": part[key]}
-    return {"type": "image", "url": address} if address else {"type": "image"}
+            return {"type": "image", name: part[key]}
+    return {"type": "image"}

@@ -9,6 +9,8 @@
 `input` and `output` of a request and its response, and `result.to_input_list()` of the Agents SDK, are such lists.
 """
 
+from collections.abc import Callable
+
 from gemma_dist.data.layouts.pieces import (
     ENCRYPTED_REASONING,
     Answer,
@@ -17,12 +19,14 @@ from gemma_dist.data.layouts.pieces import (
     Reasoning,
     add_pieces,
     content_parts,
+    convert_turns,
+    has_part,
     open_assistant,
     result_content,
-    tidy,
+    without_keys,
 )
-from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
-from gemma_dist.data.strict import error_context, get, get_list, short
+from gemma_dist.data.layouts.turns import OpenAIRow
+from gemma_dist.data.strict import get, get_list, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -53,24 +57,18 @@ OWN_ITEMS = (
     "item_reference",
 )
 UNSEEN_ITEMS = ("ghost_snapshot",)  # Codex keeps them for itself
+BESIDE_MESSAGE = ("type", "id", "status", "content", "role", "phase")  # converted, or about the response alone
 FULL_REASONING = "reasoning summaries beside the whole reasoning were left out"
 
 
 def is_messages(items: list[object]) -> bool:
     """Whether one of the items is none that Chat Completions knows."""
-    return any(_is_own_item(item) for item in items)
+    return any(map(_is_own_item, items))
 
 
 def to_openai(items: list[object]) -> OpenAIRow:
     """The items as messages. DataError where one has no meaning in a chat with tools."""
-    row = OpenAIRow([])
-    for number, item in enumerate(items, start=1):
-        with error_context(turn_name(number, get(item, "role") or get(item, "type"))):
-            if not isinstance(item, dict):
-                raise DataError(f"the item is {short(item)}; write an object with a type")
-            _add_item(row, number, item)
-    row.messages = tidy(row.messages)
-    return row
+    return convert_turns(items, _add_item, lambda item: get(item, "role") or get(item, "type"))
 
 
 def is_item(item: object) -> bool:
@@ -79,43 +77,57 @@ def is_item(item: object) -> bool:
 
 
 def _is_own_item(item: object) -> bool:
-    kind = get(item, "type")
-    if kind in OWN_ITEMS and get(item, "role") is None:
-        return True
-    return any(get(part, "type") in OWN_PARTS for part in get_list(item, "content"))
+    """Whether an item is none that Chat Completions knows: {"type": "function_call"}, or a part of `input_text`."""
+    is_own_kind = get(item, "type") in OWN_ITEMS and get(item, "role") is None
+    return is_own_kind or has_part([item], "content", _is_own_part)
 
 
-def _add_item(row: OpenAIRow, number: int, item: RawRow) -> None:
-    kind = item.get("type")
-    if kind in (None, "message"):
-        _add_message(row, number, item)
-    elif kind == "reasoning":
-        _add_reasoning(row, number, item)
-    elif kind == "function_call":
-        _join(row, number, [Call(item.get("call_id"), item.get("name"), item.get("arguments"))])
-    elif kind == "function_call_output":
-        output = item.get("output")
-        content = content_parts(output) if isinstance(output, list) else result_content(output)
-        _join(row, number, [Answer(item.get("call_id"), content)])
-    elif kind == "mcp_call":
-        _join(row, number, _mcp_call(item))
-    elif kind == "mcp_list_tools":
-        listed = row.tools if isinstance(row.tools, list) else []
-        row.tools = [*listed, *get_list(item, "tools")]
-    elif kind not in UNSEEN_ITEMS:
+def _is_own_part(part: object) -> bool:
+    """Whether a part of a message is in the spelling of Responses: {"type": "input_text", "text": "Hi"}."""
+    return get(part, "type") in OWN_PARTS
+
+
+def _add_item(row: OpenAIRow, number: int, item: object) -> None:
+    """Add an item of one of the ITEMS; one without a type is a message."""
+    if not isinstance(item, dict):
+        raise DataError(f"the item is {short(item)}; write an object with a type")
+    kind = "message" if item.get("type") is None else item["type"]
+    if kind in UNSEEN_ITEMS:
+        return
+    if not isinstance(kind, str) or kind not in ITEMS:
         raise DataError(_why_not(kind))
+    ITEMS[kind](row, number, item)
 
 
 def _join(row: OpenAIRow, number: int, pieces: list[Piece]) -> None:
+    """Add pieces to the message of the assistant that stands last: the calls of one response are one message."""
     add_pieces(row.messages, number, "assistant", pieces, row.notes, joins=True)
+
+
+def _add_call(row: OpenAIRow, number: int, item: RawRow) -> None:
+    """{"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"} -> Call("c1", "f", "{}")"""
+    _join(row, number, [Call(item.get("call_id"), item.get("name"), item.get("arguments"))])
+
+
+def _add_output(row: OpenAIRow, number: int, item: RawRow) -> None:
+    """{"type": "function_call_output", "call_id": "c1", "output": "30"} -> Answer("c1", "30")"""
+    output = item.get("output")
+    content = content_parts(output) if isinstance(output, list) else result_content(output)
+    _join(row, number, [Answer(item.get("call_id"), content)])
+
+
+def _add_tools(row: OpenAIRow, number: int, item: RawRow) -> None:
+    """{"type": "mcp_list_tools", "tools": [{"name": "f", "input_schema": {...}}]}: what a server of MCP declares."""
+    listed = row.tools if isinstance(row.tools, list) else []
+    row.tools = [*listed, *get_list(item, "tools")]
 
 
 def _add_message(row: OpenAIRow, number: int, item: RawRow) -> None:
     """A message of its own, but for an assistant's first words, which belong to the reasoning and calls around them."""
     last = open_assistant(row.messages)
-    kept = {key: item[key] for key in item if key not in ("type", "id", "status", "content", "role", "phase")}
     pieces = content_parts(item.get("content"))
     joins = last is not None and not last["content"]
+    kept = without_keys(item, BESIDE_MESSAGE)
     add_pieces(row.messages, number, item.get("role"), pieces, row.notes, joins=joins, kept=kept)
 
 
@@ -134,6 +146,7 @@ def _add_reasoning(row: OpenAIRow, number: int, item: RawRow) -> None:
 
 
 def _texts(item: RawRow, key: str) -> list[str]:
+    """{"summary": [{"type": "summary_text", "text": "Look it up."}]}, "summary" -> ["Look it up."]"""
     texts: list[str] = []
     for part in get_list(item, key):
         text = get(part, "text")
@@ -142,27 +155,47 @@ def _texts(item: RawRow, key: str) -> list[str]:
     return texts
 
 
-def _mcp_call(item: RawRow) -> list[Piece]:
-    """A call that OpenAI's server made itself: call and answer in one item."""
+def _add_mcp_call(row: OpenAIRow, number: int, item: RawRow) -> None:
+    """A call that OpenAI's server made itself: call and answer in one item.
+
+    {"type": "mcp_call", "id": "m1", "name": "f", "arguments": "{}", "output": "30", "error": null}
+    """
     error = item.get("error")
     content = result_content(error if error is not None else item.get("output"))
     call = Call(item.get("id"), item.get("name"), item.get("arguments"))
-    return [call, Answer(item.get("id"), content, failed=error is not None)]
+    _join(row, number, [call, Answer(item.get("id"), content, failed=error is not None)])
+
+
+# How each type of item is added.
+ITEMS: dict[str, Callable[[OpenAIRow, int, RawRow], None]] = {
+    "message": _add_message,
+    "reasoning": _add_reasoning,
+    "function_call": _add_call,
+    "function_call_output": _add_output,
+    "mcp_call": _add_mcp_call,
+    "mcp_list_tools": _add_tools,
+}
+HIDDEN = {
+    "item_reference": (
+        "an item_reference names an item that OpenAI keeps; export the item itself (`include` or store: false)"
+    ),
+    "compaction": "a compaction item hides earlier items encrypted; export the session before it was compacted",
+}
+WRITE_SCREENSHOT = (
+    "write action and screenshot so: "
+    '{"type": "function_call", "call_id": "1", "name": "computer", "arguments": "{...}"}, '
+    '{"type": "function_call_output", "call_id": "1", "output": [{"type": "input_image", "image_url": "..."}]}'
+)
+WRITE_CALL = (
+    "remove it, or write it as call and answer: "
+    '{"type": "function_call", "call_id": "1", "name": "NAME", "arguments": "{...}"}, '
+    '{"type": "function_call_output", "call_id": "1", "output": "TEXT"}'
+)
 
 
 def _why_not(kind: object) -> str:
-    if kind == "item_reference":
-        return "an item_reference names an item that OpenAI keeps; export the item itself (`include` or store: false)"
-    if kind == "compaction":
-        return "a compaction item hides earlier items encrypted; export the session before it was compacted"
-    if kind in ("computer_call", "computer_call_output"):
-        return (
-            f"an item of type {short(kind)} is no call of a function that `tools` can declare; write action and "
-            'screenshot so: {"type": "function_call", "call_id": "1", "name": "computer", "arguments": "{...}"}, '
-            '{"type": "function_call_output", "call_id": "1", "output": [{"type": "input_image", "image_url": "..."}]}'
-        )
-    return (
-        f"an item of type {short(kind)} is no call of a function that `tools` can declare; remove it, or write it as "
-        'call and answer: {"type": "function_call", "call_id": "1", "name": "NAME", "arguments": "{...}"}, '
-        '{"type": "function_call_output", "call_id": "1", "output": "TEXT"}'
-    )
+    """Why an item of this type is not taken, and what to write instead."""
+    if isinstance(kind, str) and kind in HIDDEN:
+        return HIDDEN[kind]
+    remedy = WRITE_SCREENSHOT if kind in ("computer_call", "computer_call_output") else WRITE_CALL
+    return f"an item of type {short(kind)} is no call of a function that `tools` can declare; {remedy}"
