@@ -16,6 +16,7 @@ from gemma_dist.config import EncodingConfig, RowConfig
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import Trajectory, parse_row
+from gemma_dist.errors import ConfigError
 from gemma_dist.show import duplicates
 from gemma_dist.show.fingerprints import Fingerprints, make_signature
 from gemma_dist.show.stats import collect_stats, reason_of
@@ -337,3 +338,23 @@ def test_what_is_held_of_a_row_does_not_grow_with_its_text() -> None:
     numbers = [value for value in vars(rows).values() if not isinstance(value, list)]
     assert sum(value.itemsize * len(value) for value in numbers) == 20 * (4 + 8 + 8 + 8 + 4 * 128)
     assert (rows._sources, rows._ids) == (["rows.jsonl"], [str(number) for number in range(20)])
+
+
+# ---- rows that make several samples ----------------------------------------------------------------------------------
+
+THINKING = question(
+    "Rome?",
+    {"role": "assistant", "content": "Warm.", "reasoning_content": "It is June."},
+    {"role": "user", "content": "Oslo?"},
+    {"role": "assistant", "content": "Cold.", "reasoning_content": "It is north."},
+)
+
+
+def test_samples_of_one_row_are_not_answers_to_one_prompt(tmp_path: Path, model: str) -> None:
+    path = write_rows(tmp_path / "train.jsonl", [THINKING])
+    unrolled = collect_stats([str(path)], [str(path)], model, RowConfig(unroll="reasoning")).to_json()
+    assert unrolled["num_rows"] == 2
+    assert unrolled["same_prompt"]["num_rows"] == 0
+    assert unrolled["against"]["exact"]["num_rows"] == 2
+    with pytest.raises(ConfigError, match="name the model, too"):
+        collect_stats([str(path)], [], None, RowConfig(unroll="reasoning"))

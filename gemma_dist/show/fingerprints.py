@@ -1,7 +1,7 @@
 """What is kept of a row to recognize it: two hashes and a MinHash signature, some 700 bytes however long the row is.
 
     exact       of messages, tools and images. The ids of calls do not count: every run of an agent makes new ones.
-    prompt      of the same, up to the first assistant message
+    prompt      of the same, up to the first assistant message that is trained
     signature   of the words of the conversation, in runs of five (shingles). Two signatures agree in about the share
                 of places in which the sets of shingles agree (Jaccard). The system message and the tools are left out:
                 in many corpora they are the longest part of a row, and the same in all. An image, by the bytes
@@ -21,6 +21,7 @@ from typing import TypedDict
 import numpy as np
 
 from gemma_dist.data.content import content_parts, count_images
+from gemma_dist.data.served import is_target
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message
 
@@ -98,13 +99,12 @@ def hash_bytes(data: bytes) -> int:
 
 
 def hash_row(trajectory: Trajectory, image_hashes: list[int]) -> tuple[int, int]:
-    """Hashes of the whole row, and of what stands before its first assistant message. Tools and images count."""
+    """Hashes of the whole row, and of what stands before the first answer that it trains. Tools and images count."""
     messages = trajectory.messages
-    roles = [message["role"] for message in messages]
-    end = roles.index("assistant")
+    end = next(index for index, message in enumerate(messages) if is_target(message))
     num_images = sum(map(count_images, messages[:end]))
     plain = _without_ids(messages)
-    whole = [plain, trajectory.tools, image_hashes]
+    whole = [plain, trajectory.tools, image_hashes, trajectory.enable_thinking]
     prompt = [plain[:end], trajectory.tools, image_hashes[:num_images]]
     return hash_json(whole), hash_json(prompt)
 

@@ -23,7 +23,8 @@ from gemma_dist.data.fit import encode_trained, parse
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory
-from gemma_dist.errors import DataError
+from gemma_dist.data.unroll import unroll
+from gemma_dist.errors import ConfigError, DataError, setting
 from gemma_dist.logs import progress
 from gemma_dist.shards.reader import is_shard_folder, open_shards
 from gemma_dist.show.duplicates import find_exact, find_near, find_overlap, find_same_prompt
@@ -69,13 +70,17 @@ def collect_stats(data: list[str], against: list[str], model: str | None, settin
         model: whose tokens are counted in raw rows; None: they are not. Shards know theirs.
 
     Raises:
+        ConfigError: rows are to be unrolled, and no model is named.
         DataError: a file cannot be read as a whole, or a shard is damaged.
     """
+    if settings.unroll != "none" and not model:
+        raise ConfigError(f"{setting('unroll', settings.unroll)} asks the model's chat template; name the model, too")
     encoder = load_encoder(model, settings) if model else None
     corpus = _collect(data, encoder, settings)
     overlap = None
     if against:
-        other = _collect(against, None, settings)
+        unrolls = settings.unroll != "none"
+        other = _collect(against, encoder if unrolls else None, settings)
         overlap = find_overlap(corpus.fingerprints, other.fingerprints, against, other.num_refused)
     tokens, trained_tokens = corpus.numbers["tokens"], corpus.numbers["trained_tokens"]
     tools = corpus.tools.counts()
@@ -133,20 +138,28 @@ def _read_shards(folder: str) -> Iterator[_Row]:
 
 
 def _read_raw(path: str, encoder: Encoder | None, settings: RowConfig) -> Iterator[_Row]:
-    """The rows of a file, parsed; with an encoder their tokens are counted, too."""
+    """The rows of a file, parsed; with an encoder as the samples that `shard` makes of each, their tokens counted."""
     for where, raw in read_rows([path]):
-        source, num_tokens = str(where.file), None
+        source = str(where.file)
         try:
             trajectory = parse(raw, where, settings)
+            samples = [_Row(source, where.line, trajectory)]
             if encoder:
                 with error_context(where):
-                    encoded = encode_trained(trajectory, encoder)
-                num_text = len(encoded.input_ids) - encoded.num_image_tokens
-                num_tokens = (num_text, encoded.num_image_tokens, encoded.num_target_tokens)
+                    samples = [
+                        _Row(source, where.line, sample, _count_tokens(sample, encoder))
+                        for sample in unroll(trajectory, encoder, settings)
+                    ]
         except DataError as error:
-            yield _Row(source, where.line, error)
-            continue
-        yield _Row(source, where.line, trajectory, num_tokens)
+            samples = [_Row(source, where.line, error)]
+        yield from samples
+
+
+def _count_tokens(sample: Trajectory, encoder: Encoder) -> tuple[int, int, int]:
+    """Tokens of text, of images, and of those the trained ones."""
+    encoded = encode_trained(sample, encoder)
+    num_text = len(encoded.input_ids) - encoded.num_image_tokens
+    return num_text, encoded.num_image_tokens, encoded.num_target_tokens
 
 
 def _add(row: _Row, corpus: _Corpus) -> None:
