@@ -480,6 +480,7 @@ REFUSED = [
         "turn 3 (assistant): call of add: arguments: not JSON at column",
     ),
     (changed("messages.2.tool_calls.0.function.arguments", "[1]"), "the arguments are [1], not an object"),
+    (changed("messages.2.tool_calls.0.function.arguments", "null"), "the arguments are None, not an object"),
     (changed("messages.2.tool_calls.0.function.arguments", '{"a": 1, "a": 2}'), "the key 'a' stands twice"),
     (changed("messages.2.tool_calls.0.function.arguments", '{"a": NaN, "b": 1}'), "the number nan"),
     (changed("messages.2.tool_calls.0.function.arguments", {"a": float("inf"), "b": 1}), "the number inf"),

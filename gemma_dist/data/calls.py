@@ -130,11 +130,12 @@ def _parse_arguments(arguments: object, clean: Clean) -> JsonObject:
 
     '{"city": "Rome"}' -> TextObject({"city": "Rome"}), null -> {}, "" -> {}
     """
+    if arguments is None:
+        return {}
     if isinstance(arguments, str):
         with error_context("arguments"):
             arguments = parse_json(arguments if arguments.strip() else "{}")
         arguments = TextObject(arguments) if isinstance(arguments, dict) else arguments
-    arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
         raise DataError(f"the arguments are {short(arguments)}, not an object; write name and value of each")
 

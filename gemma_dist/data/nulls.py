@@ -116,9 +116,7 @@ def _arrows_own(arguments: JsonObject, schema: JsonObject | None, nulls: list[_F
     filled = [null for null in nulls if null.from_arrow]
     if filled and schema is None:
         raise _undecided(filled[0].path, f"no schema says which arguments it has; {AS_TEXT}")
-    names_arguments = schema is not None and "properties" in schema
-    is_checked = train and names_arguments and not isinstance(arguments, TextObject)
-    if is_checked and schema:
+    if train and schema and "properties" in schema and not isinstance(arguments, TextObject):
         _refuse_of_json([null for null in nulls if not null.from_arrow], arguments, schema)
     dropped = [null.path for null in filled if null.is_unnamed]
     named = [null.path for null in filled if not null.is_unnamed]
