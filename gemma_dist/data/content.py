@@ -11,14 +11,13 @@
 A tool's content may also be any other JSON value, {"temperature": 20}, or MCP's {"content": […], "isError": true}.
 """
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 
 from gemma_dist.data.marks import refuse_finer
 from gemma_dist.data.reasoning import ENCRYPTED, ENCRYPTED_TYPES, PART_TYPES, read_part
-from gemma_dist.data.strict import as_object, get, require_encodable, short, without, without_nulls
+from gemma_dist.data.strict import as_object, get, require_encodable, short, to_json_text, without, without_nulls
 from gemma_dist.data.types import Clean, Content, Message, Part, RawRow
 from gemma_dist.errors import DataError, setting
 from gemma_dist.gemma_format import CONTROL_TOKENS
@@ -193,26 +192,18 @@ def result_content(message: RawRow) -> object:
 def _shown_result(content: object) -> object:
     """A result as its parts, or as its JSON: {"temp": 20} -> '{"temp": 20}'; a string as it is."""
     if isinstance(content, dict):
-        return _as_json(content)
+        return to_json_text(content)
     if not isinstance(content, list):
         return content
     num_parts = sum(get(part, "type") in _RESULT_PARTS for part in content)
     if num_parts == len(content):
         return [_result_part(part) for part in content]
     if num_parts == 0:
-        return _as_json(content)
+        return to_json_text(content)
     raise DataError(
         f"the content {short(content)} mixes parts with other values; write one string, such as its JSON, or "
         "parts alone"
     )
-
-
-def _as_json(value: object) -> str:
-    """A result of a tool as its JSON. DataError where it holds NaN, or bytes of parquet."""
-    try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"the content {short(value)} is not JSON: {error}; write it as a string") from None
 
 
 def _result_part(part: object) -> object:

@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
-from PIL import ExifTags, Image, TiffImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from gemma_dist.data.png import is_animated_png, mend_png
 from gemma_dist.data.strict import get, reason, short
@@ -142,6 +142,10 @@ def check_image(data: bytes, max_image_pixels: int) -> None:
             width, height = opened.size
     except Image.DecompressionBombError as error:
         raise DataError(f"the image is too large: {error}; scale it down") from None
+    except UnidentifiedImageError:
+        raise DataError(
+            f"the image ({len(data)} bytes) is not readable as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}; replace the file"
+        ) from None
     except Exception as error:
         raise DataError(f"the image ({len(data)} bytes) is not readable: {reason(error)}; replace the file") from None
     if width * height > max_image_pixels:

@@ -1,11 +1,10 @@
 """Values that logs write as text: JSON, or what Python prints of the same value."""
 
 import ast
-import json
 import warnings
 from typing import Any
 
-from gemma_dist.data.strict import get, is_json_text, map_json, parse_json, short, without
+from gemma_dist.data.strict import get, is_json_text, map_json, parse_json, short, to_json_text, without
 from gemma_dist.errors import DataError
 
 _CONSTANTS = {"true": True, "false": False, "null": None}
@@ -51,7 +50,7 @@ def parse_python(text: str) -> object:
 
 def as_text(value: object) -> str:
     """What a tool's message says of a value: a string as it is, anything else as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else to_json_text(value)
 
 
 class _JsonConstants(ast.NodeTransformer):

@@ -70,6 +70,14 @@ def read_json_text(value: object, name: str) -> object:
         return parse_json(value)
 
 
+def to_json_text(value: object) -> str:
+    """A value as JSON text, which a message can show. DataError where it holds NaN, or bytes of parquet."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{short(value)} is not JSON: {error}; write it as a string") from None
+
+
 def require_encodable(text: str) -> str:
     """The string itself. DataError if UTF-8 cannot encode it."""
     try:

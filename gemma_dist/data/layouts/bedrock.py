@@ -9,7 +9,6 @@
  "toolConfig": {"tools": [{"toolSpec": {"name": "weather", "inputSchema": {"json": {...}}}}]}}
 """
 
-import json
 from collections import Counter
 
 from gemma_dist.data.calls import first_of
@@ -27,7 +26,7 @@ from gemma_dist.data.layouts.pieces import (
     without_keys,
 )
 from gemma_dist.data.layouts.turns import OpenAIRow
-from gemma_dist.data.strict import get, get_list, short
+from gemma_dist.data.strict import get, get_list, short, to_json_text
 from gemma_dist.errors import DataError
 
 OWN_KEYS = ("text", "image", "toolUse", "toolResult", "reasoningContent")
@@ -93,7 +92,7 @@ def _content_part(block: object) -> object:
     if text is not None:
         return text_part(text)
     if value is not None:
-        return text_part(json.dumps(value, ensure_ascii=False))
+        return text_part(to_json_text(value))
     if isinstance(image, str):  # DashScope, which tells its blocks in the same way
         return {"type": "image", "image": image}
     if isinstance(image, dict):

@@ -6,7 +6,6 @@ A layout turns each of its own parts into a piece; `add_pieces` puts the pieces 
     -> {"role": "assistant", "content": "", "reasoning_content": "Look it up.", "tool_calls": [...]}
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import TypeAlias
 
 from gemma_dist.data.content import mark_error
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, turn_name
-from gemma_dist.data.strict import error_context, get, get_list, short
+from gemma_dist.data.strict import error_context, get, get_list, short, to_json_text
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -198,7 +197,7 @@ def result_content(value: object) -> object:
     holds_parts = isinstance(value, list) and bool(parts) and all(map(_is_part, parts))
     if holds_parts:
         return parts
-    return json.dumps(value, ensure_ascii=False)
+    return to_json_text(value)
 
 
 def content_parts(content: object) -> list[object]:
