@@ -143,9 +143,8 @@ def check_image(data: bytes, max_image_pixels: int) -> None:
     except Image.DecompressionBombError as error:
         raise DataError(f"the image is too large: {error}; scale it down") from None
     except UnidentifiedImageError:
-        raise DataError(
-            f"the image ({len(data)} bytes) is not readable as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}; replace the file"
-        ) from None
+        formats = ", ".join(FORMATS)
+        raise DataError(f"the image ({len(data)} bytes) is not readable as {formats}; replace the file") from None
     except Exception as error:
         raise DataError(f"the image ({len(data)} bytes) is not readable: {reason(error)}; replace the file") from None
     if width * height > max_image_pixels:
