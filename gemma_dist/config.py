@@ -69,7 +69,7 @@ class EncodingConfig(Section):
     )
     enable_thinking: Annotated[Literal["auto", True, False], BeforeValidator(as_bool)] = Field(
         "auto",
-        description="Render the template with enable_thinking, which asks for reasoning; auto: if a row has any.",
+        description="Render the template with enable_thinking, which asks for reasoning; auto: where a row trains any.",
     )
 
 

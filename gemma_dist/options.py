@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from gemma_dist.config import Section
 
 
+WORDS = ("auto", "true", "false", "yes", "no", "on", "off")  # what follows an option, where it is no path
+
+
 class OrderedGroup(click.Group):
     """Commands in the order in which they are written. Each spells the remedies of errors its own way."""
 
@@ -71,7 +74,7 @@ class SettingsCommand(click.Command):
 
         words = []
         for word, following in zip_longest(args, args[1:], fillvalue=""):
-            is_bare = word == option("enable_thinking") and following not in ("auto", "true", "false")
+            is_bare = word == option("enable_thinking") and following.lower() not in WORDS
             words.append(f"{word}=true" if is_bare else word)
         return super().parse_args(ctx, words)
 

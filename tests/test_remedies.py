@@ -72,10 +72,10 @@ def require_accepted(verb: str, name: str, value: str, words: str) -> None:
         typed, _, text = words.partition(" ")
         found = option(verb, typed)
         assert found is not None, f"{verb} has no {typed}"
-        assert str(found.type_cast_value(click.Context(cli.commands[verb]), text)) == value
+        assert str(found.type_cast_value(click.Context(cli.commands[verb]), text)).lower() == value.lower()
     else:
         assert any(param.name == "overrides" for param in cli.commands[verb].params), f"{verb} takes no {words}"
-        assert str(getattr(recipe.load_config(RECIPE, [words]).data, name)) == value
+        assert str(getattr(recipe.load_config(RECIPE, [words]).data, name)).lower() == value.lower()
 
 
 @pytest.mark.parametrize("verb", cli.commands)

@@ -366,7 +366,10 @@ def read_template(name: str) -> str:
     shipped = {path.stem: path for path in (Path(trl.__file__).parent / "chat_templates").glob("gemma4*.jinja")}
     path = shipped.get(name, Path(name))
     if not path.is_file():
-        raise ConfigError(f"chat_template {name!r} is neither a file nor one of {', '.join(sorted(shipped))}")
+        raise ConfigError(
+            f"the chat_template {name!r} is neither a file nor one of {', '.join(sorted(shipped))}; check the path, or "
+            "name one of these"
+        )
     return path.read_text(encoding="utf-8")
 
 

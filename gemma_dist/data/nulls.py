@@ -26,7 +26,7 @@ from gemma_dist.data.types import ArrowStruct, CalledFunction, Json, JsonObject,
 from gemma_dist.errors import DataError, setting
 
 FILLED = "null arguments that Arrow filled in were dropped"
-GIVEN = "null arguments were dropped, as arrow_nulls: drop says"
+GIVEN = f"null arguments were dropped, as {setting('arrow_nulls', 'drop')} says"
 WHOLE = "whole numbers that Arrow had stored as floats were made integers again"
 
 Path: TypeAlias = tuple[str | int, ...]  # of keys and indices, from the arguments down

@@ -299,7 +299,10 @@ def _saved_files(folder: Path) -> list[Path]:
         splits = ", ".join(str(child) for child in sorted(folder.iterdir()) if child.is_dir())
         raise DataError(f"{folder}: holds several splits; name those that you mean: {splits}")
     if not (folder / "state.json").is_file():
-        raise DataError(f"{folder}: no folder that datasets saved (no state.json in it); name the files themselves")
+        raise DataError(
+            f"{folder}: neither finished shards (no manifest.arrow in it) nor a folder that datasets saved (no "
+            "state.json in it); name the files themselves"
+        )
     try:
         state = json.loads((folder / "state.json").read_text())
         files = [folder / entry["filename"] for entry in state["_data_files"]]

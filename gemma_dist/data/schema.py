@@ -195,7 +195,8 @@ def find_misfit(arguments: Mapping[str, Json], parameters: JsonObject | None) ->
     error = jsonschema.exceptions.best_match(find_misfits(arguments, parameters))
     if error is None:
         return None
-    return f"{'.'.join(map(str, error.absolute_path)) or 'as a whole'}: {reason(error)}"
+    place = ".".join(map(str, error.absolute_path)) or "as a whole"
+    return f"{place}: {re.sub(r'^None ', 'null ', reason(error))}"
 
 
 def find_misfits(

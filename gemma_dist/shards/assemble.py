@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from gemma_dist.data.unroll import row_of_sample
 from gemma_dist.errors import DataError
 from gemma_dist.files import publish, sync
 from gemma_dist.logs import write_json
@@ -79,10 +80,16 @@ def find_repeated(jobs: list[ShardJob], before: Manifest | None, out: Path) -> d
             owner = f"{file}:{line}"
         piece, file, line = place(index)
         repeated.setdefault(piece, {})[file, line] = (
-            f"{file}:{line}: the id {name!r} belongs to {owner} already; ids are unique over the whole input: rename "
-            "one of them"
+            f"{file}:{line}: the id {_shown_id(name)} belongs to {owner} already; ids are unique over the whole input: "
+            "rename one of them"
         )
     return repeated
+
+
+def _shown_id(name: str) -> str:
+    """The id of a row, and of its sample where it makes several: 'a' (its sample 'a#turn-2')."""
+    row_id = row_of_sample(name)
+    return repr(name) if row_id == name else f"{row_id!r} (its sample {name!r})"
 
 
 def _flatten(lists: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -25,14 +25,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gemma_dist.config import RowConfig
+from gemma_dist.data.encode import Encoder
 from gemma_dist.data.fit import parse
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import Trajectory
-from gemma_dist.errors import DataError, setting
+from gemma_dist.errors import ConfigError, DataError, setting
 from gemma_dist.shards.fetch import Fetcher, FetchError, is_url, join
 from gemma_dist.shards.manifest import COUNTS, MANIFEST, UNFINISHED, Manifest, ShardEntry, read_manifest
 
 NUM_IDS_SHOWN = 50
+THINKING = {  # how shards may have been made, and how a command says the same
+    "auto": setting("enable_thinking", "auto"),
+    "true": setting("enable_thinking", "true"),
+    "false": setting("enable_thinking", "false"),
+}
 NUM_CACHED_ROW_GROUPS = 8  # of those that are read one sample at a time
 
 
@@ -55,6 +61,7 @@ class Shards:
                 "make them again with the same model, template and enable_thinking"
             )
         self.fingerprint: str = headers[0]["fingerprint"]
+        self._settings = headers[0]["settings"]
         self._first_row_group = np.cumsum([0, *(manifest.table.num_rows for manifest in self._manifests)])
         self.row_group_bytes = self._joined([m.row_groups("num_bytes") for m in self._manifests])
         self.row_group_samples = self._joined([m.row_groups("num_samples") for m in self._manifests])
@@ -68,6 +75,21 @@ class Shards:
         self._lock = threading.Lock()
         self._footers: dict[tuple[int, int], pq.FileMetaData] = {}
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()  # least recently used first
+
+    def require_encoding(self, encoder: Encoder) -> None:
+        """Raises DataError where `encoder` would not give the tokens that the shards were measured with."""
+        if self.fingerprint == encoder.fingerprint:
+            return
+        remedy = ""
+        thinking = str(self._settings.get("enable_thinking")).lower()
+        if thinking in THINKING and thinking != str(encoder.enable_thinking).lower():
+            remedy = f"use {THINKING[thinking]}, as they were made, or "
+        raise DataError(
+            f"{', '.join(self.folders)}: sharded with another tokenizer, chat template, image processor or "
+            f"enable_thinking than this run's (fingerprint {self.fingerprint}, here {encoder.fingerprint}), so the "
+            f"lengths do not hold; {remedy}run `gemma-dist shard` again with this model and template (also where an "
+            "earlier version made the shards)"
+        )
 
     def __len__(self) -> int:
         """Samples of all folders together."""
@@ -265,6 +287,15 @@ def open_shards(*folders: str | Path, weights: list[float] | None = None, fetche
 def is_shard_folder(path: str | Path) -> bool:
     """Whether `path` was written, or begun, by `gemma-dist shard`."""
     return is_url(path) or (Path(path) / MANIFEST).exists() or (Path(path) / UNFINISHED).exists()
+
+
+def refuse_unroll(folder: str | Path, settings: RowConfig) -> None:
+    """Raises ConfigError where samples of shards are to be unrolled: that is decided when they are made."""
+    if settings.unroll != "none":
+        raise ConfigError(
+            f"{folder}: {setting('unroll', 'reasoning')} is for raw rows; the samples of shards were unrolled, or "
+            "not, when `gemma-dist shard` made them"
+        )
 
 
 def load_trajectories(path: Path, settings: RowConfig) -> Iterator[Trajectory]:

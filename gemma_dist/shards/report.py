@@ -50,16 +50,17 @@ class ShardReport:
             lines.append(f"refused rows: {self.num_rejected:,}, in {Path(self.out) / REJECTED}")
         if self.num_dropped or self.num_cut:
             lines.append(
-                f"rows dropped for their length: {self.num_dropped:,}, cut: {self.num_cut:,}, both in "
+                f"samples dropped for their length: {self.num_dropped:,}, cut: {self.num_cut:,}, both in "
                 f"{Path(self.out) / TOO_LONG}"
             )
         if self.num_dropped_reasoning:
             lines.append(
                 f"{self.num_dropped_reasoning:,} messages lose their reasoning, since the chat template renders it "
-                f"after the last user turn only: to train on it, use {setting('unroll', 'reasoning')}, which makes one "
-                "sample for each user turn"
+                f"after the last user turn only, or never: to train on it, use {setting('unroll', 'reasoning')}, which "
+                f"makes one sample for each user turn, and a newer template, such as gemma4_v5"
             )
-        notes = sorted(self.notes.items(), key=lambda item: (-item[1], item[0]))
+        # There may be a note for each of a thousand tools: they come last.
+        notes = sorted(self.notes.items(), key=lambda item: (item[0].startswith("tool "), -item[1], item[0]))
         lines += [f"{count:,} x {note}" for note, count in notes[:NUM_NOTES_SHOWN]]
         if len(notes) > NUM_NOTES_SHOWN:
             lines.append(

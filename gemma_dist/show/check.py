@@ -6,6 +6,7 @@ what the weights take.
 
 import yaml
 
+from gemma_dist.data.encode import load_encoder
 from gemma_dist.model.shapes import describe_training
 from gemma_dist.resolve import Run, require_output_dir
 
@@ -16,8 +17,10 @@ def describe_run(run: Run) -> str:
     Raises:
         ConfigError: train.output_dir is no place to write to.
         CheckpointError: the model folder is absent or holds no Gemma 4.
+        DataError: the shards were made with another encoding.
     """
     require_output_dir(run.config)
+    run.schedule.shards.require_encoding(load_encoder(run.config.model.model_name_or_path, run.config.data))
     settings = yaml.safe_dump(run.config.to_json(), sort_keys=False, allow_unicode=True, width=120)
     return "\n".join([settings, str(run.plan), *_data_lines(run), *describe_training(run.config)])
 

@@ -24,7 +24,7 @@ from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import DataError
-from gemma_dist.shards.reader import is_shard_folder, open_shards
+from gemma_dist.shards.reader import is_shard_folder, open_shards, refuse_unroll
 
 NUM_SHOWN = 20
 AROUND = 40  # characters that are shown before and behind the place of a difference
@@ -92,8 +92,8 @@ def check_prompts(
         limit: how many rows (of shards: samples) are looked at, the first ones; None: all.
 
     Raises:
-        DataError: the data cannot be read.
-        ConfigError: the template is neither a file nor the name of a revision.
+        DataError: the data cannot be read, or the shards were made with another encoding.
+        ConfigError: the template is neither a file nor the name of a revision; or shards are to be unrolled.
     """
     encoder = load_encoder(model, settings)
     server = _server(model, server_template)
@@ -119,7 +119,9 @@ def _server(model: str, template: str | None) -> Encoder:
 def _rows(data: str | Path, encoder: Encoder, settings: RowConfig) -> Iterator[PlacedSamples]:
     """Each row's place with its samples, or with why it is refused."""
     if is_shard_folder(data):
+        refuse_unroll(data, settings)
         shards = open_shards(data)
+        shards.require_encoding(encoder)
         for index in range(len(shards)):
             yield shards.place(index), [shards.read(index)]
         return

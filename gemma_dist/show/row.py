@@ -17,7 +17,7 @@ from gemma_dist.data.trajectory import Trajectory, name_row
 from gemma_dist.data.unroll import row_of_sample, unroll
 from gemma_dist.errors import DataError, setting, spell
 from gemma_dist.gemma_format import IMAGE
-from gemma_dist.shards.reader import Shards, is_shard_folder, open_shards
+from gemma_dist.shards.reader import Shards, is_shard_folder, open_shards, refuse_unroll
 from gemma_dist.shards.report import OPTIONS
 
 TRAINED, TRAINED_END = "⟦", "⟧"
@@ -79,6 +79,7 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
             `settings.max_length`.
     """
     if is_shard_folder(data):
+        refuse_unroll(data, settings)
         shards = open_shards(data)
         trajectory = shards.read(_sample(shards, row))
         encoder = load_encoder(model, settings)

@@ -26,7 +26,7 @@ from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import ConfigError, DataError, setting
 from gemma_dist.logs import progress
-from gemma_dist.shards.reader import is_shard_folder, open_shards
+from gemma_dist.shards.reader import is_shard_folder, open_shards, refuse_unroll
 from gemma_dist.show.duplicates import find_exact, find_near, find_overlap, find_same_prompt
 from gemma_dist.show.fingerprints import Fingerprints, texts_of
 from gemma_dist.show.stats_report import LENGTHS, TOKENS, CorpusStats, Refusal, Spread
@@ -74,7 +74,7 @@ def collect_stats(data: list[str], against: list[str], model: str | None, settin
         DataError: a file cannot be read as a whole, or a shard is damaged.
     """
     if settings.unroll != "none" and not model:
-        raise ConfigError(f"{setting('unroll', settings.unroll)} asks the model's chat template; name the model, too")
+        raise ConfigError(f"{setting('unroll', 'reasoning')} asks the model's chat template; name the model, too")
     encoder = load_encoder(model, settings) if model else None
     corpus = _collect(data, encoder, settings)
     overlap = None
@@ -125,7 +125,10 @@ def _collect(data: list[str], encoder: Encoder | None, settings: RowConfig) -> _
 
 def _read(path: str, encoder: Encoder | None, settings: RowConfig) -> Iterator[_Row]:
     """The rows of a file, or of a folder of shards."""
-    return _read_shards(path) if is_shard_folder(path) else _read_raw(path, encoder, settings)
+    if not is_shard_folder(path):
+        return _read_raw(path, encoder, settings)
+    refuse_unroll(path, settings)
+    return _read_shards(path)
 
 
 def _read_shards(folder: str) -> Iterator[_Row]:

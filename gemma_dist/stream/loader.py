@@ -56,13 +56,7 @@ class TrajectoryLoader(IterableDataset):
         self.start_step, self.num_steps = start_step, num_steps
         self.num_workers = num_workers
         self.shards = shards = schedule.shards
-        if shards.fingerprint != encoder.fingerprint:
-            raise DataError(
-                f"{', '.join(map(str, shards.folders))}: sharded with another tokenizer, chat template or image "
-                f"processor than this run's (fingerprint {shards.fingerprint}, here {encoder.fingerprint}), so the "
-                "lengths do not hold; run `gemma-dist shard` again with this model, template and enable_thinking (also "
-                "where an earlier version made the shards)"
-            )
+        shards.require_encoding(encoder)
         self._ids = control_ids(encoder.processor)
 
     def __len__(self) -> int:
