@@ -387,7 +387,7 @@ def test_a_repeated_row_is_found_though_it_is_unrolled(tmp_path: Path, model: st
     run_shard([first], out, model, settings, skip_invalid=False)
     for name, row in (("again", raw("a", TURNS)), ("shorter", raw("a", TURNS[:4])), ("sample", raw("a#turn-8", PLAIN))):
         second = write_rows(tmp_path / f"{name}.jsonl", [row])
-        with pytest.raises(DataError, match=rf"the id '{row['id']}.*' belongs to .*shards already"):
+        with pytest.raises(DataError, match=r"the id 'a'( \(its sample 'a#turn-\d'\))? belongs to .*shards already"):
             run_shard([second], out, model, settings, skip_invalid=False, append=True)
     report = run_shard(
         [write_rows(tmp_path / "new.jsonl", [raw("c", TURNS)])], out, model, settings, skip_invalid=False, append=True
@@ -472,6 +472,23 @@ def test_check_prompts_of_shards_by_a_template_that_cannot_show_them(tmp_path: P
     assert (found.place, found.turn) == (f"{tmp_path / 'shards'}:1", 4)
     assert "renders 0 of the row's 1 images" in found.served
     assert not check_prompts(tmp_path / "shards", model, "gemma4_v4", RowConfig(), None).differences
+
+
+def test_shards_of_another_setting_are_refused_with_the_setting_that_made_them(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": [user(), says("Ok.", "Why.")]}])
+    shards = tmp_path / "shards"
+    run_shard([rows], shards, model, ShardConfig(enable_thinking=False), False)
+    recipe = [str(ROOT / "launch/cpu_lora.yaml"), f"model_name_or_path={model}", f"data.train={shards}"]
+    for command in (["check", *recipe], ["check-prompts", str(shards), "--model", model]):
+        assert main(command) == 2
+        assert "as they were made" in capsys.readouterr().err
+    assert main(["check", *recipe, "data.enable_thinking=false", f"output_dir={tmp_path / 'out'}"]) == 0
+    for command in ("check-prompts", "inspect", "stats"):
+        words = [command, str(shards), "--model", model, "--enable-thinking", "false", "--unroll", "reasoning"]
+        assert main(words) == 2
+        assert "--unroll reasoning is for raw rows" in capsys.readouterr().err
 
 
 def test_the_flag_of_before_stands_for_true(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
