@@ -10,6 +10,9 @@ import pytest
 from PIL import Image
 
 from gemma_dist.config import RowConfig
+from gemma_dist.data.content import content_text
+from gemma_dist.data.layouts import pieces
+from gemma_dist.data.reasoning import ENCRYPTED
 from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.data.types import Json, Tool, ToolCall
 from gemma_dist.errors import DataError
@@ -274,3 +277,101 @@ def test_errors_name_the_turn_of_the_row_as_given(row: dict[str, Any], words: st
     message = refusal(row)
     assert message.startswith("chats.jsonl:2: ")
     assert words in message
+
+
+# ---- texts around a call ---------------------------------------------------------------------------------------------
+
+ASKED = {"role": "user", "content": "Mend it."}
+USE = {"type": "tool_use", "id": "c1", "name": "f", "input": {}}
+TEXTS = [{"type": "text", "text": "Let me look. "}, {"type": "text", "text": "\nThen I fix it."}]
+THOUGHT = {"type": "thinking", "thinking": "Hm.", "signature": "x"}
+HIDDEN = {"type": "redacted_thinking", "data": "x"}
+AI_CALL = {"type": "tool-call", "toolCallId": "c1", "toolName": "f", "input": {}}
+ITEM_CALL = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+ITEM_ANSWER = {"type": "function_call_output", "call_id": "c1", "output": "ok"}
+
+
+def around(middle: Any) -> dict[str, Any]:
+    """A row of Anthropic's blocks with `middle` between two texts."""
+    return {"messages": [ASKED, {"role": "assistant", "content": [TEXTS[0], middle, TEXTS[1]]}]}
+
+
+def events(*blocks: dict[str, Any]) -> dict[str, Any]:
+    """A session of Claude Code that logs each block of an answer as an event."""
+    session: list[Any] = [{"type": "user", "uuid": "u0", "parentUuid": None, "sessionId": "s", "message": ASKED}]
+    for number, block in enumerate(blocks):
+        message = {"id": "m", "role": "assistant", "content": [block]}
+        ids = {"uuid": f"u{number + 1}", "parentUuid": f"u{number}", "sessionId": "s"}
+        session.append({"type": "assistant", **ids, "message": message})
+    return {"events": session}
+
+
+def item(text: dict[str, Any]) -> dict[str, Any]:
+    """A message of the Responses API."""
+    return {"type": "message", "role": "assistant", "content": [{**text, "type": "output_text"}]}
+
+
+def bedrock(middle: dict[str, Any]) -> dict[str, Any]:
+    blocks = [{"text": TEXTS[0]["text"]}, middle, {"text": TEXTS[1]["text"]}]
+    return {"messages": [{**ASKED, "content": [{"text": "Mend it."}]}, {"role": "assistant", "content": blocks}]}
+
+
+GEMINI_PARTS = [{"text": TEXTS[0]["text"]}, {"functionCall": {"name": "f", "args": {}}}, {"text": TEXTS[1]["text"]}]
+AROUND_A_CALL = {
+    "Anthropic": around(USE),
+    "AI SDK": around(AI_CALL),
+    "Claude Code": events(TEXTS[0], USE, TEXTS[1]),
+    "Bedrock": bedrock({"toolUse": {"toolUseId": "c1", "name": "f", "input": {}}}),
+    "Gemini": {
+        "contents": [{"role": "user", "parts": [{"text": "Mend it."}]}, {"role": "model", "parts": GEMINI_PARTS}]
+    },
+    "Responses": {"input": [ASKED, item(TEXTS[0]), ITEM_CALL, item(TEXTS[1])]},
+    "Responses, answered": {"input": [ASKED, item(TEXTS[0]), ITEM_CALL, item(TEXTS[1]), ITEM_ANSWER]},
+    "LangChain": {
+        "messages": [
+            {"type": "human", "content": "Mend it."},
+            {
+                "type": "ai",
+                "content": [TEXTS[0], USE, TEXTS[1]],
+                "tool_calls": [{"name": "f", "args": {}, "id": "c1", "type": "tool_call"}],
+            },
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("layout", AROUND_A_CALL)
+def test_texts_around_a_call_are_two_paragraphs(layout: str) -> None:
+    trajectory = parse(AROUND_A_CALL[layout])
+    said, calling = trajectory.messages[1:3]
+    assert content_text(said["content"]) == "Let me look.\n\nThen I fix it."
+    assert [made["function"]["name"] for made in calling["tool_calls"]] == ["f"]
+    assert trajectory.notes == {pieces.TEXT_MOVED: 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "notes"),
+    [
+        (around(THOUGHT), {pieces.REASONING_MOVED: 1}),
+        (around(HIDDEN), {ENCRYPTED: 1, pieces.REASONING_MOVED: 1}),
+        (events(TEXTS[0], THOUGHT, TEXTS[1]), {pieces.REASONING_MOVED: 1}),
+        (bedrock({"reasoningContent": {"redactedContent": "x"}}), {pieces.ENCRYPTED_REASONING: 1}),
+        (bedrock({"reasoningContent": {"reasoningText": {"text": "Hm."}}}), {pieces.REASONING_MOVED: 1}),
+    ],
+)
+def test_texts_around_a_thought_are_two_paragraphs(row: dict[str, Any], notes: dict[str, int]) -> None:
+    trajectory = parse(row)
+    assert content_text(trajectory.messages[1]["content"]) == "Let me look.\n\nThen I fix it."
+    assert trajectory.notes == notes
+
+
+def test_texts_with_nothing_between_them_are_one() -> None:
+    row = {"messages": [ASKED, {"role": "assistant", "content": [*TEXTS, USE]}]}
+    assert content_text(parse(row).messages[1]["content"]) == "Let me look. \nThen I fix it."
+    assert not parse(row).notes
+
+
+def test_a_text_around_a_call_that_is_blank_makes_no_paragraph() -> None:
+    content = [{"type": "text", "text": "\n\n"}, USE, TEXTS[1]]
+    row = {"messages": [ASKED, {"role": "assistant", "content": content}]}
+    assert content_text(parse(row).messages[1]["content"]).strip() == "Then I fix it."

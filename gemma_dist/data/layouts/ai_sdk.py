@@ -19,6 +19,7 @@ from typing import TypeGuard
 from gemma_dist.data.calls import first_of
 from gemma_dist.data.layouts.pieces import (
     ENCRYPTED_REASONING,
+    PAUSE,
     Answer,
     Call,
     Piece,
@@ -137,11 +138,11 @@ def _model_answer(part: object) -> Answer:
 
 
 def _reasoning(part: object, notes: Counter[str]) -> Piece:
-    """{"type": "reasoning", "text": "Look it up."} -> Reasoning("Look it up."); None where it is encrypted."""
+    """{"type": "reasoning", "text": "Look it up."} -> Reasoning("Look it up."); PAUSE where it is encrypted."""
     text = first_of(part, ("text", "reasoning"))
     if not text:
         notes[ENCRYPTED_REASONING] += 1
-        return None
+        return PAUSE
     return Reasoning(text)
 
 
@@ -222,7 +223,7 @@ def _tool_name(invocation: RawRow) -> object:
 
 
 def _ui_piece(part: object, notes: Counter[str]) -> Piece:
-    """What a part says that is no tool's; None where it is shown to the user alone, or encrypted."""
+    """What a part says that is no tool's; None where it is shown to the user alone."""
     kind = get(part, "type")
     if kind == "reasoning":
         return _reasoning(part, notes)

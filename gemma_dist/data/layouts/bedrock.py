@@ -14,6 +14,7 @@ from collections import Counter
 from gemma_dist.data.calls import first_of
 from gemma_dist.data.layouts.pieces import (
     ENCRYPTED_REASONING,
+    PAUSE,
     Answer,
     Call,
     Piece,
@@ -58,7 +59,7 @@ def _add_message(row: OpenAIRow, number: int, message: object) -> None:
 
 
 def _piece(block: object, notes: Counter[str]) -> Piece:
-    """What a block says; None where nothing of it could be read, or it only says where a prompt may be cached.
+    """What a block says; None where it only says where a prompt may be cached.
 
     {"toolUse": {"toolUseId": "t1", "name": "f", "input": {...}}} -> Call("t1", "f", {...})
     {"toolResult": {"toolUseId": "t1", "content": [{"text": "30"}]}} -> Answer("t1", [text part "30"])
@@ -75,7 +76,7 @@ def _piece(block: object, notes: Counter[str]) -> Piece:
         if text:
             return Reasoning(text)
         notes[ENCRYPTED_REASONING] += 1
-        return None
+        return PAUSE
     if get(block, "cachePoint") is not None:
         return None
     return _content_part(block)

@@ -13,6 +13,7 @@ from gemma_dist.data import marks
 from gemma_dist.data.calls import first_of
 from gemma_dist.data.layouts.pieces import (
     ENCRYPTED_REASONING,
+    PAUSE,
     Answer,
     Call,
     Piece,
@@ -164,14 +165,15 @@ def _pieces(fields: RawRow, notes: Counter[str]) -> list[Piece]:
     beside = fields.get("additional_kwargs")
     pieces = _reasoning_beside(beside)
     calls: list[Piece] = []
+    place_of_calls = len(pieces) + len(blocks)  # behind all of them
     for block in blocks:
         piece = _piece(block, notes)
         is_repeated = isinstance(piece, Reasoning) and piece in pieces
         if isinstance(piece, Call):
+            place_of_calls = min(place_of_calls, len(pieces))
             calls.append(piece)
-        elif not is_repeated:
-            pieces.append(piece)
-    return pieces + _calls(fields, beside, calls)
+        pieces.append(PAUSE if is_repeated or isinstance(piece, Call) else piece)
+    return pieces[:place_of_calls] + _calls(fields, beside, calls) + pieces[place_of_calls:]
 
 
 def _reasoning_beside(beside: object) -> list[Piece]:
@@ -226,7 +228,7 @@ def _call(call: object) -> Call:
 
 
 def _piece(block: object, notes: Counter[str]) -> Piece:
-    """What a block of the content says; None where it says nothing that could be read.
+    """What a block of the content says; PAUSE where it is encrypted, None where it says nothing.
 
     {"type": "text", "text": "Hi", "index": 0} -> {"type": "text", "text": "Hi"}
     {"type": "tool_use", "id": "c1", "name": "f", "input": {...}} -> Call("c1", "f", {...})
@@ -241,7 +243,7 @@ def _piece(block: object, notes: Counter[str]) -> Piece:
         if text:
             return Reasoning(text)
         notes[ENCRYPTED_REASONING] += 1
-        return None
+        return PAUSE
     return None if kind == CALL_PART else content_part(block)
 
 

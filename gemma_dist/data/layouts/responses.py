@@ -123,10 +123,10 @@ def _add_tools(row: OpenAIRow, number: int, item: RawRow) -> None:
 
 
 def _add_message(row: OpenAIRow, number: int, item: RawRow) -> None:
-    """A message of its own, but for an assistant's first words, which belong to the reasoning and calls around them."""
+    """A message of its own, but for an assistant's words beside reasoning or calls that wait for their answers."""
     last = open_assistant(row.messages)
     pieces = content_parts(item.get("content"))
-    joins = last is not None and not last["content"]
+    joins = last is not None and (not last["content"] or bool(last.get("tool_calls")))
     kept = without_keys(item, BESIDE_MESSAGE)
     add_pieces(row.messages, number, item.get("role"), pieces, row.notes, joins=joins, kept=kept)
 
