@@ -375,3 +375,8 @@ def test_a_text_around_a_call_that_is_blank_makes_no_paragraph() -> None:
     content = [{"type": "text", "text": "\n\n"}, USE, TEXTS[1]]
     row = {"messages": [ASKED, {"role": "assistant", "content": content}]}
     assert content_text(parse(row).messages[1]["content"]).strip() == "Then I fix it."
+
+
+def test_a_call_that_is_kept_out_of_the_loss_does_not_join_one_that_is_trained() -> None:
+    row = {"input": [ASKED, item(TEXTS[0]), {**ITEM_CALL, "train": False}, ITEM_ANSWER]}
+    assert [message.get("train") for message in parse(row).messages] == [None, None, False, None]

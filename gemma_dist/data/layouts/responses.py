@@ -11,6 +11,7 @@
 
 from collections.abc import Callable
 
+from gemma_dist.data import marks
 from gemma_dist.data.layouts.pieces import (
     ENCRYPTED_REASONING,
     Answer,
@@ -99,21 +100,22 @@ def _add_item(row: OpenAIRow, number: int, item: object) -> None:
     ITEMS[kind](row, number, item)
 
 
-def _join(row: OpenAIRow, number: int, pieces: list[Piece]) -> None:
-    """Add pieces to the message of the assistant that stands last: the calls of one response are one message."""
-    add_pieces(row.messages, number, "assistant", pieces, row.notes, joins=True)
+def _join(row: OpenAIRow, number: int, item: RawRow, pieces: list[Piece]) -> None:
+    """Add an item's pieces to the message of the assistant that stands last: calls of one response are one message."""
+    marked = {key: item[key] for key in (*marks.ON_MESSAGE, *marks.UNCLEAR) if key in item}
+    add_pieces(row.messages, number, "assistant", pieces, row.notes, joins=True, kept=marked)
 
 
 def _add_call(row: OpenAIRow, number: int, item: RawRow) -> None:
     """{"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"} -> Call("c1", "f", "{}")"""
-    _join(row, number, [Call(item.get("call_id"), item.get("name"), item.get("arguments"))])
+    _join(row, number, item, [Call(item.get("call_id"), item.get("name"), item.get("arguments"))])
 
 
 def _add_output(row: OpenAIRow, number: int, item: RawRow) -> None:
     """{"type": "function_call_output", "call_id": "c1", "output": "30"} -> Answer("c1", "30")"""
     output = item.get("output")
     content = content_parts(output) if isinstance(output, list) else result_content(output)
-    _join(row, number, [Answer(item.get("call_id"), content)])
+    _join(row, number, item, [Answer(item.get("call_id"), content)])
 
 
 def _add_tools(row: OpenAIRow, number: int, item: RawRow) -> None:
@@ -163,7 +165,7 @@ def _add_mcp_call(row: OpenAIRow, number: int, item: RawRow) -> None:
     error = item.get("error")
     content = result_content(error if error is not None else item.get("output"))
     call = Call(item.get("id"), item.get("name"), item.get("arguments"))
-    _join(row, number, [call, Answer(item.get("id"), content, failed=error is not None)])
+    _join(row, number, item, [call, Answer(item.get("id"), content, failed=error is not None)])
 
 
 # How each type of item is added.
