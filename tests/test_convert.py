@@ -4,12 +4,14 @@ import base64
 import copy
 import io
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from gemma_dist.config import RowConfig
+from gemma_dist.data import model_turns
 from gemma_dist.data.content import content_text
 from gemma_dist.data.layouts import pieces
 from gemma_dist.data.reasoning import ENCRYPTED
@@ -380,3 +382,81 @@ def test_a_text_around_a_call_that_is_blank_makes_no_paragraph() -> None:
 def test_a_call_that_is_kept_out_of_the_loss_does_not_join_one_that_is_trained() -> None:
     row = {"input": [ASKED, item(TEXTS[0]), {**ITEM_CALL, "train": False}, ITEM_ANSWER]}
     assert [message.get("train") for message in parse(row).messages] == [None, None, False, None]
+
+
+# ---- neighboring messages with calls ---------------------------------------------------------------------------------
+
+
+def calling(id: str, **keys: Any) -> dict[str, Any]:
+    """An assistant's message with a call of f."""
+    return {"role": "assistant", "tool_calls": [{"id": id, "function": {"name": "f", "arguments": {"n": 1}}}], **keys}
+
+
+def answering(id: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": id, "content": id}
+
+
+def qwen_agent() -> list[dict[str, Any]]:
+    """Calls and answers as messages of their own, without ids."""
+    called = {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": "{}"}}
+    return [called, called, *({"role": "function", "name": "f", "content": content} for content in "ab")]
+
+
+def function_calls() -> list[dict[str, Any]]:
+    """The same as sharegpt."""
+    called = {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}
+    return [called, called, {"from": "observation", "value": "a"}, {"from": "observation", "value": "b"}]
+
+
+NEIGHBORS: list[Any] = [
+    ({"messages": [ASKED, calling("a"), calling("b"), answering("b"), answering("a")]}, ["a", "b"], ["b", "a"], 1),
+    ({"messages": [ASKED, *qwen_agent()]}, ["call_0", "call_1"], ["call_0", "call_1"], 1),
+    (
+        {"conversations": [{"from": "human", "value": "q"}, *function_calls()]},
+        ["call_0", "call_1"],
+        ["call_0", "call_1"],
+        0,  # by the layout itself
+    ),
+    (
+        {"messages": [ASKED, *map(calling, "abc"), *map(answering, "abc")]},
+        ["a", "b", "c"],
+        ["a", "b", "c"],
+        2,
+    ),
+    ({"messages": [ASKED, calling("a"), calling("b")]}, ["a", "b"], [], 1),
+]
+
+
+@pytest.mark.parametrize(("row", "calls", "answers", "count"), NEIGHBORS)
+def test_neighboring_messages_with_calls_are_parallel_calls(
+    row: dict[str, Any], calls: list[str], answers: list[str], count: int
+) -> None:
+    trajectory = parse(row)
+    made = [call["id"] for call in trajectory.messages[1]["tool_calls"]]
+    answered = [message["tool_call_id"] for message in trajectory.messages if message["role"] == "tool"]
+    assert (made, answered) == (calls, answers)
+    assert trajectory.notes == Counter({model_turns.PARALLEL: count})
+
+
+def test_texts_and_thoughts_of_parallel_calls_stay_in_order() -> None:
+    first = calling("a", content="Rome. ", reasoning_content="One.")
+    second = calling("b", content=" Oslo.", reasoning_content="Two.")
+    said, made = parse({"messages": [ASKED, first, second, answering("a"), answering("b")]}).messages[1:3]
+    assert said == {"role": "assistant", "content": "Rome.\n\nOslo.", "reasoning_content": "One.\nTwo."}
+    assert [call["id"] for call in made["tool_calls"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (
+            [calling("a", train=False), calling("b"), answering("a"), answering("b")],
+            "turn 3 (assistant): follows the calls of turn 2 (assistant) before their answers, but one of the two is",
+        ),
+        ([calling("a"), calling("a"), answering("a")], "turn 2 (assistant): two calls of the message have one id"),
+        ([calling("a"), calling("b"), answering("b")], "call 'a' of f without an answer"),
+        ([calling("a"), {"role": "assistant", "content": "x"}, answering("a")], "without an answer before turn 3"),
+    ],
+)
+def test_neighboring_calls_that_are_not_parallel_are_refused(messages: list[Any], words: str) -> None:
+    assert words in refusal({"messages": [ASKED, *messages]})
