@@ -5,8 +5,11 @@ import copy
 import io
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -15,8 +18,9 @@ from gemma_dist.data import model_turns
 from gemma_dist.data.content import content_text
 from gemma_dist.data.layouts import pieces
 from gemma_dist.data.reasoning import ENCRYPTED
+from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import Trajectory, parse_row
-from gemma_dist.data.types import Json, Tool, ToolCall
+from gemma_dist.data.types import ArrowStruct, Json, Tool, ToolCall
 from gemma_dist.errors import DataError
 
 
@@ -460,3 +464,81 @@ def test_texts_and_thoughts_of_parallel_calls_stay_in_order() -> None:
 )
 def test_neighboring_calls_that_are_not_parallel_are_refused(messages: list[Any], words: str) -> None:
     assert words in refusal({"messages": [ASKED, *messages]})
+
+
+# ---- results of logs -------------------------------------------------------------------------------------------------
+
+
+def gemini_result(result: Any) -> dict[str, Any]:
+    parts = [{"functionResponse": {"name": "f", "response": result}}]
+    asked = {"role": "user", "parts": [{"text": "q"}]}
+    return {"contents": [asked, {"role": "model", "parts": [GEMINI_PARTS[1]]}, {"role": "user", "parts": parts}]}
+
+
+def responses_result(result: Any) -> dict[str, Any]:
+    return {"input": [ASKED, ITEM_CALL, {**ITEM_ANSWER, "output": result}]}
+
+
+def ai_sdk_result(result: Any) -> dict[str, Any]:
+    told = {"type": "tool-result", "toolCallId": "c1", "toolName": "f", "output": {"type": "json", "value": result}}
+    calls = {"role": "assistant", "content": [AI_CALL]}
+    return {"messages": [ASKED, calls, {"role": "tool", "content": [told]}]}
+
+
+def ui_result(result: Any) -> dict[str, Any]:
+    told = {"type": "tool-f", "toolCallId": "c1", "state": "output-available", "input": {}, "output": result}
+    return {"messages": [ASKED, {"role": "assistant", "parts": [told]}]}
+
+
+def bedrock_result(result: Any) -> dict[str, Any]:
+    told = {"toolResult": {"toolUseId": "c1", "content": [{"json": result}]}}
+    use = {"toolUse": {"toolUseId": "c1", "name": "f", "input": {}}}
+    asked = {"role": "user", "content": [{"text": "q"}]}
+    return {
+        "messages": [asked, {"role": "assistant", "content": [use]}, {"role": "user", "content": [told]}],
+    }
+
+
+def langchain_result(result: Any) -> dict[str, Any]:
+    made = {"name": "f", "args": {}, "id": "c1", "type": "tool_call"}
+    told = {"type": "tool", "content": result, "tool_call_id": "c1"}
+    return {"messages": [{"type": "human", "content": "q"}, {"type": "ai", "content": "", "tool_calls": [made]}, told]}
+
+
+RESULTS = [gemini_result, responses_result, ai_sdk_result, ui_result, bedrock_result]
+STRINGS = [responses_result, ai_sdk_result, ui_result, bedrock_result, langchain_result]
+
+
+def told(row: dict[str, Any]) -> Any:
+    return [message["content"] for message in parse(row).messages if message["role"] == "tool"]
+
+
+@pytest.mark.parametrize("make", RESULTS)
+def test_nulls_that_arrow_filled_into_results_are_dropped_and_counted(make: Any) -> None:
+    days = [ArrowStruct({"title": "a", "text": None}), {"own": None}]
+    row = make(ArrowStruct({"t": 20, "sum": None, "days": days}))
+    assert [json.loads(text) for text in map(content_text, told(row))] == [
+        {"t": 20, "days": [{"title": "a"}, {"own": None}]}
+    ]
+    assert parse(row).notes == {pieces.FILLED: 2}
+
+
+@pytest.mark.parametrize("make", [*RESULTS[1:], langchain_result])
+def test_lists_of_structs_are_results_without_their_nulls(make: Any) -> None:
+    row = make([ArrowStruct({"type": None, "text": None, "title": "a"})])
+    assert [content_text(content) for content in told(row)] == ['[{"title": "a"}]']
+    assert parse(row).notes == {pieces.FILLED: 2}
+
+
+@pytest.mark.parametrize("make", STRINGS)
+def test_a_list_of_strings_is_a_value(make: Any) -> None:
+    assert [content_text(content) for content in told(make(["a", "b"]))] == ['["a", "b"]']
+
+
+def test_parquet_of_gemini_gives_each_result_its_own_keys(tmp_path: Path) -> None:
+    rows = [gemini_result({"t": 20}), gemini_result({"sum": 1})]
+    for row in rows:
+        row["contents"][1]["parts"][0]["functionCall"]["args"] = "{}"
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    read = [row for _, row in read_rows([tmp_path / "rows.parquet"])]
+    assert [told(row) for row in read if isinstance(row, dict)] == [['{"t": 20}'], ['{"sum": 1}']]

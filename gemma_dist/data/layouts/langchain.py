@@ -21,6 +21,7 @@ from gemma_dist.data.layouts.pieces import (
     add_pieces,
     content_part,
     has_part,
+    listed_content,
     tidy,
 )
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
@@ -144,7 +145,7 @@ def _answer(fields: RawRow, notes: Counter[str]) -> Answer:
         notes[ARTIFACT] += 1
     content = fields.get("content")
     if isinstance(content, list):
-        content = [content_part(part) for part in content]
+        content = listed_content(content, notes)
     return Answer(fields.get("tool_call_id"), content, fields.get("name"), fields.get("status") == "error")
 
 

@@ -15,13 +15,15 @@ from gemma_dist.data import marks
 from gemma_dist.data.content import mark_error
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, turn_name
 from gemma_dist.data.model_turns import BETWEEN_MESSAGES
-from gemma_dist.data.strict import error_context, get, get_list, short, to_json_text
-from gemma_dist.data.types import RawRow
+from gemma_dist.data.strict import error_context, get, get_list, short, to_json_text, without_nulls
+from gemma_dist.data.types import ArrowStruct, RawRow
 from gemma_dist.errors import DataError
+from gemma_dist.gemma_format import MAX_DEPTH
 
 ENCRYPTED_REASONING = "encrypted reasoning parts were left out"
 REASONING_MOVED = "reasoning between the texts and calls of a message was moved in front of them"
 TEXT_MOVED = "texts behind calls of their message were moved in front of them, with a blank line between texts"
+FILLED = "null values that Arrow filled into tools' results were dropped"
 TEXT_KINDS = ("text", "input_text", "output_text")
 FILE_KINDS = ("media", "file", "file-data", "file-url")  # images where a media type says so
 IMAGE_KINDS = ("image", "image_url", "input_image", "image-url", "image-data", *FILE_KINDS)
@@ -221,18 +223,48 @@ def text_part(text: object) -> RawRow:
     return {"type": "text", "text": text}
 
 
-def result_content(value: object) -> object:
+def result_content(value: object, notes: Counter[str]) -> object:
     """A tool's result as content: a string as it is, a list of text and image parts as such, other JSON as its text.
 
     "30" -> "30"    {"celsius": 30} -> '{"celsius": 30}'    [{"type": "text", "text": "30"}] -> the same
+    ["a", "b"] -> '["a", "b"]'
     """
     if value is None or isinstance(value, str):
         return value
     parts = content_parts(value)
-    holds_parts = isinstance(value, list) and bool(parts) and all(map(_is_part, parts))
-    if holds_parts:
-        return parts
-    return to_json_text(value)
+    is_value = not isinstance(value, list) or all(isinstance(item, str) for item in value)
+    if is_value or not all(map(_is_part, parts)):
+        return value_text(value, notes)
+    return parts
+
+
+def listed_content(items: list[object], notes: Counter[str]) -> object:
+    """As `result_content`, where parts of unknown types stay parts, which are refused with the turn's others."""
+    if not items or any(isinstance(get(item, "type"), str) for item in items):
+        return content_parts(items)
+    return result_content(items, notes)
+
+
+def value_text(value: object, notes: Counter[str]) -> str:
+    """A value of a tool's result as JSON text, without the nulls that Arrow filled in: ArrowStruct(t=20, sum=None) ->
+    '{"t": 20}'.
+    """
+    try:
+        return to_json_text(_without_filled(value, notes))
+    except RecursionError:
+        raise DataError(f"nested too deeply: {short(value)}; at most {MAX_DEPTH} levels are taken") from None
+
+
+def _without_filled(value: object, notes: Counter[str]) -> object:
+    """A value without the null keys of its structs of Arrow, in which they stand for no key. They are counted."""
+    if isinstance(value, list):
+        return [_without_filled(item, notes) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = without_nulls(value) if isinstance(value, ArrowStruct) else value
+    if len(kept) < len(value):
+        notes[FILLED] += len(value) - len(kept)
+    return {key: _without_filled(item, notes) for key, item in kept.items()}
 
 
 def content_parts(content: object) -> list[object]:

@@ -22,6 +22,7 @@ from gemma_dist.data.layouts.pieces import (
     content_parts,
     convert_turns,
     has_part,
+    listed_content,
     open_assistant,
     result_content,
     without_keys,
@@ -114,7 +115,7 @@ def _add_call(row: OpenAIRow, number: int, item: RawRow) -> None:
 def _add_output(row: OpenAIRow, number: int, item: RawRow) -> None:
     """{"type": "function_call_output", "call_id": "c1", "output": "30"} -> Answer("c1", "30")"""
     output = item.get("output")
-    content = content_parts(output) if isinstance(output, list) else result_content(output)
+    content = listed_content(output, row.notes) if isinstance(output, list) else result_content(output, row.notes)
     _join(row, number, item, [Answer(item.get("call_id"), content)])
 
 
@@ -163,7 +164,7 @@ def _add_mcp_call(row: OpenAIRow, number: int, item: RawRow) -> None:
     {"type": "mcp_call", "id": "m1", "name": "f", "arguments": "{}", "output": "30", "error": null}
     """
     error = item.get("error")
-    content = result_content(error if error is not None else item.get("output"))
+    content = result_content(error if error is not None else item.get("output"), row.notes)
     call = Call(item.get("id"), item.get("name"), item.get("arguments"))
     _join(row, number, item, [call, Answer(item.get("id"), content, failed=error is not None)])
 
