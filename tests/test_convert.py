@@ -16,7 +16,7 @@ from PIL import Image
 from gemma_dist.config import RowConfig
 from gemma_dist.data import model_turns
 from gemma_dist.data.content import content_text
-from gemma_dist.data.layouts import pieces
+from gemma_dist.data.layouts import pieces, prefill
 from gemma_dist.data.reasoning import ENCRYPTED
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import Trajectory, parse_row
@@ -542,3 +542,70 @@ def test_parquet_of_gemini_gives_each_result_its_own_keys(tmp_path: Path) -> Non
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     read = [row for _, row in read_rows([tmp_path / "rows.parquet"])]
     assert [told(row) for row in read if isinstance(row, dict)] == [['{"t": 20}'], ['{"sum": 1}']]
+
+
+# ---- prefilled answers -----------------------------------------------------------------------------------------------
+
+REST = [{"type": "text", "text": '"a": 1}'}]
+RESPONSE = {"type": "message", "role": "assistant", "content": REST, "stop_reason": "end_turn"}
+
+
+def begun(content: Any = "{", **keys: Any) -> list[dict[str, Any]]:
+    """The messages of a request that ends with the beginning of its answer."""
+    return [ASKED, {"role": "assistant", "content": content, **keys}]
+
+
+def completed(text: str) -> dict[str, Any]:
+    """An OpenAI response."""
+    return {"choices": [{"message": {"role": "assistant", "content": text}}]}
+
+
+CONVERSED = [{"role": "user", "content": [{"text": "q"}]}, {"role": "assistant", "content": [{"text": "{"}]}]
+PREFILLED = [
+    {"request": {"messages": begun()}, "response": RESPONSE},
+    {"request": {"messages": begun([{"type": "text", "text": "{"}])}, "response": RESPONSE},
+    {"messages": begun(), "response": RESPONSE},
+    {"params": {"messages": begun()}, "result": {"type": "succeeded", "message": RESPONSE}},
+    {
+        "request": {"messages": CONVERSED},
+        "response": {"output": {"message": {"role": "assistant", "content": [{"text": '"a": 1}'}]}}},
+    },
+    {"request": {"messages": begun(prefix=True)}, "response": completed('"a": 1}')},
+    {"request": {"messages": begun(prefix=True)}, "response": completed('{"a": 1}')},
+    {"request": {"messages": begun(partial=True)}, "response": completed('"a": 1}')},
+]
+
+
+@pytest.mark.parametrize("row", PREFILLED)
+def test_an_answer_goes_on_from_the_beginning_in_its_request(row: dict[str, Any]) -> None:
+    trajectory = parse(row)
+    assert [content_text(message["content"]) for message in trajectory.messages[1:]] == ['{"a": 1}']
+    assert trajectory.notes == {prefill.PREFILLED: 1}
+
+
+def test_an_answer_of_openai_behind_an_assistants_message_is_a_message_of_its_own() -> None:
+    trajectory = parse({"request": {"messages": begun("Hi.")}, "response": completed("Hello.")})
+    assert [message["content"] for message in trajectory.messages[1:]] == ["Hi.\n\nHello."]
+    assert trajectory.notes == {model_turns.JOINED: 1}
+
+
+def test_a_beginning_that_is_kept_out_of_the_loss_is_refused() -> None:
+    row = {"request": {"messages": begun(train=False)}, "response": RESPONSE}
+    assert "of which one is trained and one is not" in refusal(row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input": [ASKED, {**item({"type": "text", "text": "a"}), "tool_calls": None}, ITEM_CALL]},
+        {
+            "messages": [
+                ASKED,
+                {"role": "assistant", "tool_calls": None, "content": [{"type": "text", "text": "a"}, AI_CALL]},
+            ]
+        },
+    ],
+)
+def test_null_calls_beside_the_call_of_a_log_are_none(row: dict[str, Any]) -> None:
+    said, made = parse(row).messages[1:]
+    assert (said["content"], made["tool_calls"]) == ("a", [call("c1", "f")])
