@@ -924,13 +924,16 @@ def test_any_trajectory_has_the_processors_ids_and_trains_what_the_model_says(
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
-        ("f", {"a<b": 1}, "turn 2: the call of 'f' does not read back"),
-        (":f", {}, "turn 2: the call of ':f' does not read back"),
-        ("f", {"outer": {"a<b": 1}}, "turn 2: the call of 'f' does not read back"),
+        ("f", {"a<b": 1}, "the row (argument 'a<b'); rename"),
+        ("f", {"a<b": "x"}, "the row (argument 'a<b'); rename"),
+        ("f", {"ok": 1, "a<b": "x", "z": None}, "the row (argument 'a<b'); rename"),
+        (":f", {"a": 1}, "the row; rename"),
+        ("f", {"ok": [1, "x", {"y": True}], "outer": {"a<b": 1}}, "the row (argument 'outer'); rename"),
     ],
 )
 def test_a_call_that_does_not_read_back_is_refused(
     encoder: Encoder, name: str, arguments: dict[str, Any], words: str
 ) -> None:
+    words = f"turn 2: the call of {name!r} does not read back from Gemma's call format as it stands in {words}"
     with pytest.raises(DataError, match=re.escape(words)):
         encoder.encode(trajectory(user("Go."), calls((name, arguments))))

@@ -9,9 +9,9 @@ import re
 from dataclasses import dataclass
 
 from gemma_dist.data.content import content_parts, count_images
-from gemma_dist.data.read import Call, read_whole_call
+from gemma_dist.data.read import read_whole_call
 from gemma_dist.data.strict import short
-from gemma_dist.data.types import CalledFunction, JsonObject, Message
+from gemma_dist.data.types import CalledFunction, Json, JsonObject, Message
 from gemma_dist.errors import DataError, setting
 from gemma_dist.gemma_format import (
     CALL,
@@ -21,6 +21,7 @@ from gemma_dist.gemma_format import (
     IMAGE_BEGIN,
     IMAGE_END,
     MODEL_TURN,
+    QUOTE,
     RESPONSE,
     RESPONSE_END,
     THOUGHT,
@@ -184,7 +185,7 @@ class _Cursor:
         if found is None or found.name != name or not _equal(found.arguments, called["arguments"]):
             raise DataError(
                 f"turn {index + 1}: the call of {name!r} does not read back from Gemma's call format as it stands in "
-                f"the row{_difference(found, called)}; rename what has signs of the format in its name"
+                f"the row{_difference(called)}; rename what has signs of the format in its name"
             )
 
     def _read_text(self, index: int, text: str) -> None:
@@ -229,15 +230,33 @@ def _equal(found: JsonObject, given: JsonObject) -> bool:
     return json.dumps(found, sort_keys=True) == json.dumps(given, sort_keys=True)
 
 
-def _difference(found: Call | None, called: CalledFunction) -> str:
-    """Which arguments do not read back: " (argument 'a<b')"."""
-    if found is None or found.name != called["name"]:
+def _difference(called: CalledFunction) -> str:
+    """The first argument that alone does not read back, " (argument 'a<b')"; "" where none is to blame."""
+    name = called["name"]
+    if not _reads_back(name, {}):
         return ""
-    given = called["arguments"]
-    for key in given:
-        if key not in found.arguments or not _equal({"": found.arguments[key]}, {"": given[key]}):
+    for key, value in called["arguments"].items():
+        if not _reads_back(name, {key: value}):
             return f" (argument {short(key)})"
     return ""
+
+
+def _reads_back(name: str, arguments: JsonObject) -> bool:
+    """Whether a call that the template writes is read as the call that it was made of."""
+    found = read_whole_call(f"{CALL}call:{name}{_written(arguments)}{CALL_END}")
+    return found is not None and found.name == name and _equal(found.arguments, arguments)
+
+
+def _written(value: Json) -> str:
+    """A value as the template writes it: {"city": "Rome", "days": [1, 2]} -> {city:<|"|>Rome<|"|>,days:[1,2]}."""
+    if isinstance(value, str):
+        return f"{QUOTE}{value}{QUOTE}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    if isinstance(value, dict):
+        items = [f"{key}:{_written(item)}" for key, item in value.items()]
+        return f"{{{','.join(items)}}}"
+    return json.dumps(value)
 
 
 def _torn(index: int, piece: str) -> DataError:

@@ -1,9 +1,11 @@
 """The assistant's messages of one model turn, in an order and in pieces that the chat template keeps as they are.
 
+{"tool_calls": [A]}, {"tool_calls": [B]}                ->  {"tool_calls": [A, B]}
 {"content": "I look it up.", "tool_calls": […]}         ->  {"content": "I look it up."}, {"tool_calls": […]}
 {"content": "Done."}, {"content": "Anything else?"}     ->  {"content": "Done.\\n\\nAnything else?"}
 """
 
+from collections import Counter
 from typing import Literal
 
 from gemma_dist.data.content import content_parts, content_text, says_something
@@ -11,7 +13,51 @@ from gemma_dist.data.types import Content, Message, Part
 from gemma_dist.errors import DataError
 
 BETWEEN_MESSAGES = "\n\n"
+PARALLEL = "assistant messages with calls that follow one another were made parallel calls of one message"
 JOINED = "assistant messages that follow one another were joined, with a blank line between their texts"
+
+
+def merge_parallel_calls(
+    places: list[str], messages: list[Message], notes: Counter[str]
+) -> tuple[list[str], list[Message]]:
+    """The places and messages with neighboring messages that hold calls made one: the calls wait for the same answers.
+
+    Qwen-Agent writes each call as a message of its own: [call A, call B, answer A, answer B].
+
+    Args:
+        places: how errors name each message.
+
+    Raises:
+        DataError: one of the two is trained and the other is not, which one message cannot be.
+    """
+    kept_places: list[str] = []
+    merged: list[Message] = []
+    for place, message in zip(places, messages, strict=True):
+        if not merged or "tool_calls" not in merged[-1] or "tool_calls" not in message:
+            kept_places.append(place)
+            merged.append(message)
+            continue
+        if merged[-1].get("train", True) != message.get("train", True):
+            raise DataError(
+                f"{place}: follows the calls of {kept_places[-1]} before their answers, but one of the two is trained "
+                "and the other is not; put the answers of the first calls between them, or mark both alike"
+            )
+        merged[-1] = _with_calls(merged[-1], message)
+        notes[PARALLEL] += 1
+    return kept_places, merged
+
+
+def _with_calls(first: Message, second: Message) -> Message:
+    """Two messages with calls as one: texts with a blank line between them, reasoning line by line, then all calls."""
+    merged: Message = {**first, "tool_calls": first["tool_calls"] + second["tool_calls"]}
+    if not says_something(first["content"]):
+        merged["content"] = second["content"]
+    elif says_something(second["content"]):
+        merged["content"] = _join_content(first["content"], second["content"])
+    thoughts = [message["reasoning_content"] for message in (first, second) if "reasoning_content" in message]
+    if thoughts:
+        merged["reasoning_content"] = "\n".join(thoughts)
+    return merged
 
 
 def text_before_calls(message: Message, text_beside_call: Literal["message", "reasoning"]) -> list[Message]:

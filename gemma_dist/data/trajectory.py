@@ -23,7 +23,7 @@ from gemma_dist.data.expected import is_test_case, with_expected_answer
 from gemma_dist.data.images import check_image, image_notes, load_image
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
 from gemma_dist.data.messages import parse_message
-from gemma_dist.data.model_turns import JOINED, join_neighbors, text_before_calls
+from gemma_dist.data.model_turns import JOINED, join_neighbors, merge_parallel_calls, text_before_calls
 from gemma_dist.data.nulls import settle_nulls
 from gemma_dist.data.rows import Where
 from gemma_dist.data.schema import check_calls, parse_tools, without_schemas
@@ -55,7 +55,7 @@ class _ImagePlace:
     source: object
 
 
-@dataclass(frozen=True)
+@dataclass
 class _ParsedMessages:
     """The messages of a row, how errors name each, and their image parts."""
 
@@ -83,6 +83,7 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
         tools = parse_tools(converted.tools, clean, notes)
         parsed = _parse_messages(converted, clean)
         _check_order(parsed.places, parsed.messages)
+        parsed.places, parsed.messages = merge_parallel_calls(parsed.places, parsed.messages, notes)
         link_answers(parsed.places, parsed.messages)
         settle_nulls(parsed.places, parsed.messages, tools, settings.arrow_nulls, notes)
         if tools:

@@ -19,6 +19,7 @@ from typing import TypeGuard
 from gemma_dist.data.calls import first_of
 from gemma_dist.data.layouts.pieces import (
     ENCRYPTED_REASONING,
+    PAUSE,
     Answer,
     Call,
     Piece,
@@ -107,13 +108,13 @@ def _model_piece(part: object, notes: Counter[str]) -> Piece:
     if kind == "tool-call":
         return Call(get(part, "toolCallId"), get(part, "toolName"), first_of(part, INPUT))
     if kind == "tool-result":
-        return _model_answer(part)
+        return _model_answer(part, notes)
     if kind in ("reasoning", "redacted-reasoning"):
         return _reasoning(part, notes)
     return content_part(part)
 
 
-def _model_answer(part: object) -> Answer:
+def _model_answer(part: object, notes: Counter[str]) -> Answer:
     """A result: `output` says how it is written (since version 5), `result` is any JSON value.
 
     {"toolCallId": "c1", "toolName": "f", "output": {"type": "json", "value": 30}} -> Answer("c1", "30", "f")
@@ -128,20 +129,20 @@ def _model_answer(part: object) -> Answer:
     elif kind == "execution-denied":
         content = get(output, "reason") or "execution denied"
     elif isinstance(kind, str) and has_value:
-        content = result_content(value)
+        content = result_content(value, notes)
     elif isinstance(get(part, "content"), list):  # `experimental_content` of version 4
         content = content_parts(get(part, "content"))
     else:
-        content = result_content(first_of(part, ("result", "output")))
+        content = result_content(first_of(part, ("result", "output")), notes)
     return Answer(get(part, "toolCallId"), content, get(part, "toolName"), failed)
 
 
 def _reasoning(part: object, notes: Counter[str]) -> Piece:
-    """{"type": "reasoning", "text": "Look it up."} -> Reasoning("Look it up."); None where it is encrypted."""
+    """{"type": "reasoning", "text": "Look it up."} -> Reasoning("Look it up."); PAUSE where it is encrypted."""
     text = first_of(part, ("text", "reasoning"))
     if not text:
         notes[ENCRYPTED_REASONING] += 1
-        return None
+        return PAUSE
     return Reasoning(text)
 
 
@@ -161,7 +162,7 @@ def _add_ui_message(row: OpenAIRow, number: int, message: RawRow) -> None:
                 continue
             name = _tool_name(invocation)
             pieces.append(Call(invocation.get("toolCallId"), name, first_of(invocation, INPUT)))
-            answers.append(_ui_answer(invocation, name))
+            answers.append(_ui_answer(invocation, name, row.notes))
         add_pieces(row.messages, number, message.get("role"), pieces + answers, row.notes, kept=kept)
 
 
@@ -222,7 +223,7 @@ def _tool_name(invocation: RawRow) -> object:
 
 
 def _ui_piece(part: object, notes: Counter[str]) -> Piece:
-    """What a part says that is no tool's; None where it is shown to the user alone, or encrypted."""
+    """What a part says that is no tool's; None where it is shown to the user alone."""
     kind = get(part, "type")
     if kind == "reasoning":
         return _reasoning(part, notes)
@@ -232,14 +233,14 @@ def _ui_piece(part: object, notes: Counter[str]) -> Piece:
     return content_part(part)
 
 
-def _ui_answer(invocation: RawRow, name: object) -> Piece:
+def _ui_answer(invocation: RawRow, name: object, notes: Counter[str]) -> Piece:
     """The answer to a call; None where the call has none yet.
 
     {"toolCallId": "c1", "state": "output-available", "output": "30"}, "weather" -> Answer("c1", "30", "weather")
     """
     state, call_id = invocation.get("state"), invocation.get("toolCallId")
     if state in ("output-available", "result"):
-        return Answer(call_id, result_content(first_of(invocation, OUTPUT)), name)
+        return Answer(call_id, result_content(first_of(invocation, OUTPUT), notes), name)
     if state == "output-error":
         return Answer(call_id, invocation.get("errorText"), name, failed=True)
     if state in ("input-available", "call"):

@@ -6,13 +6,17 @@
   {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "20", "is_error": false}]}]}
 """
 
+from collections import Counter
+
 from gemma_dist.data.content import mark_error
+from gemma_dist.data.layouts.pieces import REASONING_MOVED, TEXT_MOVED, says_text, with_part
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, number_turns, turn_name
 from gemma_dist.data.strict import error_context, get, get_list, short, without
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
-ANTHROPIC_BLOCKS = ("tool_use", "tool_result", "thinking", "redacted_thinking")
+THOUGHTS = ("thinking", "redacted_thinking")
+ANTHROPIC_BLOCKS = ("tool_use", "tool_result", *THOUGHTS)
 
 
 def is_layout(row: RawRow) -> bool:
@@ -28,7 +32,9 @@ def to_openai(row: RawRow) -> OpenAIRow:
     """The row in the OpenAI shape. DataError where a block cannot be converted."""
     turns = row["messages"]
     assert isinstance(turns, list)
-    return OpenAIRow(to_messages(number_turns(turns)), row.get("tools"), row.get("images"))
+    notes: Counter[str] = Counter()
+    messages = to_messages(number_turns(turns), notes)
+    return OpenAIRow(messages, row.get("tools"), row.get("images"), notes=notes)
 
 
 def _has_own_block(message: object) -> bool:
@@ -39,7 +45,7 @@ def _has_own_block(message: object) -> bool:
     return False
 
 
-def to_messages(turns: NumberedMessages) -> NumberedMessages:
+def to_messages(turns: NumberedMessages, notes: Counter[str]) -> NumberedMessages:
     """The turns with blocks as messages; others pass. DataError where a block cannot be converted."""
     messages: NumberedMessages = []
     for number, turn in turns:
@@ -48,26 +54,39 @@ def to_messages(turns: NumberedMessages) -> NumberedMessages:
             if not isinstance(turn, dict) or not _has_own_block(turn):
                 messages.append((number, turn))
             elif role == "assistant":
-                messages.append((number, _assistant(turn)))
+                messages.append((number, _assistant(turn, notes)))
             else:
                 messages += [(number, message) for message in _user(turn)]
     return messages
 
 
-def _assistant(turn: RawRow) -> RawRow:
+def _assistant(turn: RawRow, notes: Counter[str]) -> RawRow:
     """The message with its tool_use blocks as calls, which `parse_calls` reads as they are; the rest stays content.
+
+    Thoughts come first, and a text behind a thought or call is a paragraph of its own.
 
     {"role": "assistant", "content": [A_TEXT, A_TOOL_USE]}
       -> {"role": "assistant", "content": [A_TEXT], "tool_calls": [A_TOOL_USE]}
     """
-    content: list[object] = []
+    thoughts: list[object] = []
+    said: list[object] = []
     calls: list[object] = []
+    goes_on = False
     for block in get_list(turn, "content"):
-        if get(block, "type") == "tool_use":
+        kind = get(block, "type")
+        if kind == "tool_use":
             calls.append(block)
+        elif kind in THOUGHTS:
+            if calls or says_text(said):
+                notes[REASONING_MOVED] += 1
+            thoughts.append(block)
         else:
-            content.append(_part(block))
-    message = {**turn, "content": content}
+            part = _part(block)
+            if calls and says_text([part]):
+                notes[TEXT_MOVED] += 1
+            said = with_part(said, part, goes_on)
+        goes_on = kind not in ("tool_use", *THOUGHTS)
+    message = {**turn, "content": thoughts + said}
     if calls:
         message["tool_calls"] = calls
     return message

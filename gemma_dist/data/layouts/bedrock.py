@@ -14,6 +14,7 @@ from collections import Counter
 from gemma_dist.data.calls import first_of
 from gemma_dist.data.layouts.pieces import (
     ENCRYPTED_REASONING,
+    PAUSE,
     Answer,
     Call,
     Piece,
@@ -23,10 +24,11 @@ from gemma_dist.data.layouts.pieces import (
     get_keys,
     has_part,
     text_part,
+    value_text,
     without_keys,
 )
 from gemma_dist.data.layouts.turns import OpenAIRow
-from gemma_dist.data.strict import get, get_list, short, to_json_text
+from gemma_dist.data.strict import get, get_list, short
 from gemma_dist.errors import DataError
 
 OWN_KEYS = ("text", "image", "toolUse", "toolResult", "reasoningContent")
@@ -58,7 +60,7 @@ def _add_message(row: OpenAIRow, number: int, message: object) -> None:
 
 
 def _piece(block: object, notes: Counter[str]) -> Piece:
-    """What a block says; None where nothing of it could be read, or it only says where a prompt may be cached.
+    """What a block says; None where it only says where a prompt may be cached.
 
     {"toolUse": {"toolUseId": "t1", "name": "f", "input": {...}}} -> Call("t1", "f", {...})
     {"toolResult": {"toolUseId": "t1", "content": [{"text": "30"}]}} -> Answer("t1", [text part "30"])
@@ -68,20 +70,20 @@ def _piece(block: object, notes: Counter[str]) -> Piece:
     if isinstance(use, dict):
         return Call(use.get("toolUseId"), use.get("name"), use.get("input"))
     if isinstance(result, dict):
-        content = [_content_part(part) for part in get_list(result, "content")]
+        content = [_content_part(part, notes) for part in get_list(result, "content")]
         return Answer(result.get("toolUseId"), content, failed=result.get("status") == "error")
     if isinstance(reasoning, dict):
         text = get(reasoning.get("reasoningText"), "text")
         if text:
             return Reasoning(text)
         notes[ENCRYPTED_REASONING] += 1
-        return None
+        return PAUSE
     if get(block, "cachePoint") is not None:
         return None
-    return _content_part(block)
+    return _content_part(block, notes)
 
 
-def _content_part(block: object) -> object:
+def _content_part(block: object, notes: Counter[str]) -> object:
     """A text or image block, or a tool's JSON, as a part.
 
     {"text": "Hi"} -> {"type": "text", "text": "Hi"}
@@ -92,7 +94,7 @@ def _content_part(block: object) -> object:
     if text is not None:
         return text_part(text)
     if value is not None:
-        return text_part(to_json_text(value))
+        return text_part(value_text(value, notes))
     if isinstance(image, str):  # DashScope, which tells its blocks in the same way
         return {"type": "image", "image": image}
     if isinstance(image, dict):

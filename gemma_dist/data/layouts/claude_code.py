@@ -60,7 +60,7 @@ def to_openai(events: list[object]) -> OpenAIRow:
     notes: Counter[str] = Counter()
     kept = _on_last_branch(_of_main_agent(events, notes), notes)
     turns = _merge_answers(kept, notes)
-    return OpenAIRow(tidy(anthropic.to_messages(turns)), notes=notes)
+    return OpenAIRow(tidy(anthropic.to_messages(turns, notes)), notes=notes)
 
 
 def _holds_message(event: object) -> bool:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from gemma_dist.data.layouts import telemetry
 from gemma_dist.data.layouts.dialects import is_foreign, read_messages
 from gemma_dist.data.layouts.pieces import content_part, text_part, tidy
+from gemma_dist.data.layouts.prefill import continued
 from gemma_dist.data.layouts.requests import (
     ANSWER_KEYS,
     Request,
@@ -221,7 +222,7 @@ def _joined(given: list[object], answers: list[object], name: str, notes: Counte
     if before[-len(after) :] == after:
         notes[REPEATED] += 1
         return given
-    return given + answers
+    return continued(given, answers, notes)
 
 
 def _speaker(message: object) -> object:

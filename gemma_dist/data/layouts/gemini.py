@@ -108,7 +108,7 @@ def _piece(part: object, notes: Counter[str]) -> Piece:
     if isinstance(call, dict):
         return Call(call.get("id"), call.get("name"), call.get("args"))
     if isinstance(answer, dict):
-        return _answer(answer)
+        return _answer(answer, notes)
     if isinstance(data, dict):
         return _image(data)
     if isinstance(text, str):
@@ -119,7 +119,7 @@ def _piece(part: object, notes: Counter[str]) -> Piece:
     )
 
 
-def _answer(answer: RawRow) -> Answer:
+def _answer(answer: RawRow, notes: Counter[str]) -> Answer:
     """What a function gave back. By Gemini's rule `output` alone is the output, `error` alone an error, else all is.
 
     {"name": "f", "response": {"output": "30"}} -> Answer(None, "30", "f")
@@ -130,7 +130,7 @@ def _answer(answer: RawRow) -> Answer:
     failed = keys == ["error"]
     if keys in (["output"], ["error"]):
         response = get(response, keys[0])
-    content = result_content(response)
+    content = result_content(response, notes)
     images: list[object] = []
     for part in get_list(answer, "parts"):
         data = _data(part)

@@ -13,6 +13,7 @@ from gemma_dist.data import marks
 from gemma_dist.data.calls import first_of
 from gemma_dist.data.layouts.pieces import (
     ENCRYPTED_REASONING,
+    PAUSE,
     Answer,
     Call,
     Piece,
@@ -20,6 +21,7 @@ from gemma_dist.data.layouts.pieces import (
     add_pieces,
     content_part,
     has_part,
+    listed_content,
     tidy,
 )
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
@@ -143,7 +145,7 @@ def _answer(fields: RawRow, notes: Counter[str]) -> Answer:
         notes[ARTIFACT] += 1
     content = fields.get("content")
     if isinstance(content, list):
-        content = [content_part(part) for part in content]
+        content = listed_content(content, notes)
     return Answer(fields.get("tool_call_id"), content, fields.get("name"), fields.get("status") == "error")
 
 
@@ -164,14 +166,15 @@ def _pieces(fields: RawRow, notes: Counter[str]) -> list[Piece]:
     beside = fields.get("additional_kwargs")
     pieces = _reasoning_beside(beside)
     calls: list[Piece] = []
+    place_of_calls = len(pieces) + len(blocks)  # behind all of them
     for block in blocks:
         piece = _piece(block, notes)
         is_repeated = isinstance(piece, Reasoning) and piece in pieces
         if isinstance(piece, Call):
+            place_of_calls = min(place_of_calls, len(pieces))
             calls.append(piece)
-        elif not is_repeated:
-            pieces.append(piece)
-    return pieces + _calls(fields, beside, calls)
+        pieces.append(PAUSE if is_repeated or isinstance(piece, Call) else piece)
+    return pieces[:place_of_calls] + _calls(fields, beside, calls) + pieces[place_of_calls:]
 
 
 def _reasoning_beside(beside: object) -> list[Piece]:
@@ -226,7 +229,7 @@ def _call(call: object) -> Call:
 
 
 def _piece(block: object, notes: Counter[str]) -> Piece:
-    """What a block of the content says; None where it says nothing that could be read.
+    """What a block of the content says; PAUSE where it is encrypted, None where it says nothing.
 
     {"type": "text", "text": "Hi", "index": 0} -> {"type": "text", "text": "Hi"}
     {"type": "tool_use", "id": "c1", "name": "f", "input": {...}} -> Call("c1", "f", {...})
@@ -241,7 +244,7 @@ def _piece(block: object, notes: Counter[str]) -> Piece:
         if text:
             return Reasoning(text)
         notes[ENCRYPTED_REASONING] += 1
-        return None
+        return PAUSE
     return None if kind == CALL_PART else content_part(block)
 
 

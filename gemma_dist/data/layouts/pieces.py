@@ -11,14 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from gemma_dist.data import marks
 from gemma_dist.data.content import mark_error
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, turn_name
-from gemma_dist.data.strict import error_context, get, get_list, short, to_json_text
-from gemma_dist.data.types import RawRow
+from gemma_dist.data.model_turns import BETWEEN_MESSAGES
+from gemma_dist.data.strict import error_context, get, get_list, short, to_json_text, without_nulls
+from gemma_dist.data.types import ArrowStruct, RawRow
 from gemma_dist.errors import DataError
+from gemma_dist.gemma_format import MAX_DEPTH
 
 ENCRYPTED_REASONING = "encrypted reasoning parts were left out"
-REASONING_MOVED = "reasoning between the calls of a message was moved in front of them"
+REASONING_MOVED = "reasoning between the texts and calls of a message was moved in front of them"
+TEXT_MOVED = "texts behind calls of their message were moved in front of them, with a blank line between texts"
+FILLED = "null values that Arrow filled into tools' results were dropped"
 TEXT_KINDS = ("text", "input_text", "output_text")
 FILE_KINDS = ("media", "file", "file-data", "file-url")  # images where a media type says so
 IMAGE_KINDS = ("image", "image_url", "input_image", "image-url", "image-data", *FILE_KINDS)
@@ -52,6 +57,9 @@ class Answer:
     name: object = None
     failed: bool = False
 
+
+# Reasoning that cannot be read, or a call that stands elsewhere, too: it says nothing, but parts the texts around it.
+PAUSE = Reasoning("")
 
 # Any other object is a content part. None is a part that was left out on purpose.
 Piece: TypeAlias = Reasoning | Call | Answer | object
@@ -103,15 +111,22 @@ def add_pieces(
     """Append what a turn says to `messages`: a tool message for each answer, one message for what lies between them.
 
     Args:
-        joins: an assistant's pieces go on with the message of the assistant that stands last.
+        joins: an assistant's pieces go on with the message of the assistant that stands last, if both are trained or
+            neither is.
         kept: other keys of the turn, which its messages keep.
     """
     kept = kept or {}
     message = open_assistant(messages) if joins and role == "assistant" else None
+    if message is not None and marks.is_trained(message) != marks.is_trained(kept):
+        message = None
     if not pieces:
         messages.append((turn, {**kept, "role": role, "content": ""}))
+    goes_on = False  # whether a text goes on with the text before it
     for piece in pieces:
         if piece is None:
+            continue
+        if piece is PAUSE:
+            goes_on = False
             continue
         if isinstance(piece, Answer):
             messages.append((turn, _tool_message(piece)))
@@ -120,7 +135,8 @@ def add_pieces(
         if message is None:
             message = {**kept, "role": role, "content": []}
             messages.append((turn, message))
-        _add_piece(message, piece, notes)
+        _add_piece(message, piece, goes_on, notes)
+        goes_on = not isinstance(piece, (Reasoning, Call))
 
 
 def open_assistant(messages: NumberedMessages) -> RawRow | None:
@@ -148,12 +164,13 @@ def _tidy(message: object) -> object:
     return message
 
 
-def _add_piece(message: RawRow, piece: Piece, notes: Counter[str]) -> None:
+def _add_piece(message: RawRow, piece: Piece, goes_on: bool, notes: Counter[str]) -> None:
     """Put a piece where OpenAI's message holds it: `reasoning_content`, `tool_calls` or the parts of `content`."""
+    content = get_list(message, "content")
     if isinstance(piece, Reasoning):
         if not isinstance(piece.text, str):
             raise DataError(f"the reasoning is {short(piece.text)}, not text; write it as text or remove it")
-        if message.get("tool_calls"):
+        if message.get("tool_calls") or says_text(content):
             notes[REASONING_MOVED] += 1
         earlier = message.get("reasoning_content")
         message["reasoning_content"] = f"{earlier}\n{piece.text}" if earlier else piece.text
@@ -164,7 +181,27 @@ def _add_piece(message: RawRow, piece: Piece, notes: Counter[str]) -> None:
             raise DataError(f"`tool_calls` is {short(calls)}; write a list of calls")
         message["tool_calls"] = [*calls, {"id": piece.id, "type": "function", "function": function}]
     else:
-        message["content"] = [*get_list(message, "content"), piece]
+        if message.get("tool_calls") and says_text([piece]):
+            notes[TEXT_MOVED] += 1
+        message["content"] = with_part(content, piece, goes_on)
+
+
+def with_part(content: list[object], part: object, goes_on: bool) -> list[object]:
+    """The content with a part behind it; a text that does not go on with the one before it begins a paragraph.
+
+    [text part "I look."], text part "Then I fix it.", False -> [text part "I look.\\n\\nThen I fix it."]
+    """
+    before = content[-1] if content else None
+    is_paragraph = not goes_on and _is_text(before) and _is_text(part)
+    if not is_paragraph:
+        return [*content, part]
+    texts = [get(before, "text").rstrip(), get(part, "text").lstrip()]
+    return [*content[:-1], text_part(BETWEEN_MESSAGES.join(filter(None, texts)))]
+
+
+def says_text(content: list[object]) -> bool:
+    """Whether one of the parts is a text that is more than blanks."""
+    return any(_is_text(part) and get(part, "text").strip() for part in content)
 
 
 def _tool_message(answer: Answer) -> RawRow:
@@ -186,18 +223,48 @@ def text_part(text: object) -> RawRow:
     return {"type": "text", "text": text}
 
 
-def result_content(value: object) -> object:
+def result_content(value: object, notes: Counter[str]) -> object:
     """A tool's result as content: a string as it is, a list of text and image parts as such, other JSON as its text.
 
     "30" -> "30"    {"celsius": 30} -> '{"celsius": 30}'    [{"type": "text", "text": "30"}] -> the same
+    ["a", "b"] -> '["a", "b"]'
     """
     if value is None or isinstance(value, str):
         return value
     parts = content_parts(value)
-    holds_parts = isinstance(value, list) and bool(parts) and all(map(_is_part, parts))
-    if holds_parts:
-        return parts
-    return to_json_text(value)
+    is_value = not isinstance(value, list) or all(isinstance(item, str) for item in value)
+    if is_value or not all(map(_is_part, parts)):
+        return value_text(value, notes)
+    return parts
+
+
+def listed_content(items: list[object], notes: Counter[str]) -> object:
+    """As `result_content`, where parts of unknown types stay parts, which are refused with the turn's others."""
+    if not items or any(isinstance(get(item, "type"), str) for item in items):
+        return content_parts(items)
+    return result_content(items, notes)
+
+
+def value_text(value: object, notes: Counter[str]) -> str:
+    """A value of a tool's result as JSON text, without the nulls that Arrow filled in: ArrowStruct(t=20, sum=None) ->
+    '{"t": 20}'.
+    """
+    try:
+        return to_json_text(_without_filled(value, notes))
+    except RecursionError:
+        raise DataError(f"nested too deeply: {short(value)}; at most {MAX_DEPTH} levels are taken") from None
+
+
+def _without_filled(value: object, notes: Counter[str]) -> object:
+    """A value without the null keys of its structs of Arrow, in which they stand for no key. They are counted."""
+    if isinstance(value, list):
+        return [_without_filled(item, notes) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = without_nulls(value) if isinstance(value, ArrowStruct) else value
+    if len(kept) < len(value):
+        notes[FILLED] += len(value) - len(kept)
+    return {key: _without_filled(item, notes) for key, item in kept.items()}
 
 
 def content_parts(content: object) -> list[object]:

@@ -11,6 +11,7 @@
 
 from collections.abc import Callable
 
+from gemma_dist.data import marks
 from gemma_dist.data.layouts.pieces import (
     ENCRYPTED_REASONING,
     Answer,
@@ -21,6 +22,7 @@ from gemma_dist.data.layouts.pieces import (
     content_parts,
     convert_turns,
     has_part,
+    listed_content,
     open_assistant,
     result_content,
     without_keys,
@@ -99,21 +101,22 @@ def _add_item(row: OpenAIRow, number: int, item: object) -> None:
     ITEMS[kind](row, number, item)
 
 
-def _join(row: OpenAIRow, number: int, pieces: list[Piece]) -> None:
-    """Add pieces to the message of the assistant that stands last: the calls of one response are one message."""
-    add_pieces(row.messages, number, "assistant", pieces, row.notes, joins=True)
+def _join(row: OpenAIRow, number: int, item: RawRow, pieces: list[Piece]) -> None:
+    """Add an item's pieces to the message of the assistant that stands last: calls of one response are one message."""
+    marked = {key: item[key] for key in (*marks.ON_MESSAGE, *marks.UNCLEAR) if key in item}
+    add_pieces(row.messages, number, "assistant", pieces, row.notes, joins=True, kept=marked)
 
 
 def _add_call(row: OpenAIRow, number: int, item: RawRow) -> None:
     """{"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"} -> Call("c1", "f", "{}")"""
-    _join(row, number, [Call(item.get("call_id"), item.get("name"), item.get("arguments"))])
+    _join(row, number, item, [Call(item.get("call_id"), item.get("name"), item.get("arguments"))])
 
 
 def _add_output(row: OpenAIRow, number: int, item: RawRow) -> None:
     """{"type": "function_call_output", "call_id": "c1", "output": "30"} -> Answer("c1", "30")"""
     output = item.get("output")
-    content = content_parts(output) if isinstance(output, list) else result_content(output)
-    _join(row, number, [Answer(item.get("call_id"), content)])
+    content = listed_content(output, row.notes) if isinstance(output, list) else result_content(output, row.notes)
+    _join(row, number, item, [Answer(item.get("call_id"), content)])
 
 
 def _add_tools(row: OpenAIRow, number: int, item: RawRow) -> None:
@@ -123,10 +126,10 @@ def _add_tools(row: OpenAIRow, number: int, item: RawRow) -> None:
 
 
 def _add_message(row: OpenAIRow, number: int, item: RawRow) -> None:
-    """A message of its own, but for an assistant's first words, which belong to the reasoning and calls around them."""
+    """A message of its own, but for an assistant's words beside reasoning or calls that wait for their answers."""
     last = open_assistant(row.messages)
     pieces = content_parts(item.get("content"))
-    joins = last is not None and not last["content"]
+    joins = last is not None and (not last["content"] or bool(last.get("tool_calls")))
     kept = without_keys(item, BESIDE_MESSAGE)
     add_pieces(row.messages, number, item.get("role"), pieces, row.notes, joins=joins, kept=kept)
 
@@ -161,9 +164,9 @@ def _add_mcp_call(row: OpenAIRow, number: int, item: RawRow) -> None:
     {"type": "mcp_call", "id": "m1", "name": "f", "arguments": "{}", "output": "30", "error": null}
     """
     error = item.get("error")
-    content = result_content(error if error is not None else item.get("output"))
+    content = result_content(error if error is not None else item.get("output"), row.notes)
     call = Call(item.get("id"), item.get("name"), item.get("arguments"))
-    _join(row, number, [call, Answer(item.get("id"), content, failed=error is not None)])
+    _join(row, number, item, [call, Answer(item.get("id"), content, failed=error is not None)])
 
 
 # How each type of item is added.

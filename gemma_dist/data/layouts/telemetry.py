@@ -15,6 +15,7 @@ Attributes may be flat, nested, JSON text, or OTLP's list of {"key", "value": {"
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -60,7 +61,7 @@ def to_openai(messages: list[object]) -> OpenAIRow:
             row.messages.append((number, message))
             continue
         with error_context(turn_name(number, role)):
-            pieces = [_piece(part) for part in parts]
+            pieces = [_piece(part, row.notes) for part in parts]
             if None in pieces:
                 row.notes[ENCRYPTED_REASONING] += pieces.count(None)
             add_pieces(row.messages, number, role, pieces, row.notes, kept=without(message, *IN_MESSAGE_KEYS))
@@ -76,7 +77,7 @@ def _is_own_part(part: object) -> bool:
     return kind in ("text", *THOUGHTS) and get(part, "content") is not None
 
 
-def _piece(part: object) -> Piece:
+def _piece(part: object, notes: Counter[str]) -> Piece:
     """What a part says; None for a thought that is encrypted.
 
     {"type": "tool_call_response", "id": "c1", "response": {"t": 20}} -> Answer("c1", '{"t": 20}')
@@ -88,7 +89,7 @@ def _piece(part: object) -> Piece:
         return Call(part.get("id"), part.get("name"), part.get("arguments"))
     if kind == "tool_call_response":
         response = part.get("response", part.get("result"))
-        return Answer(part.get("id"), result_content(response), part.get("name"))
+        return Answer(part.get("id"), result_content(response, notes), part.get("name"))
     if kind in THOUGHTS:
         return Reasoning(content) if content else None
     return text_part(content) if kind == "text" else _image(part)
@@ -147,7 +148,7 @@ def _reader(attributes: RawRow) -> "Reader | None":
 
 def _genai(attributes: RawRow) -> tuple[RawRow, list[object]]:
     """The GenAI conventions (1.37): messages with parts, which `to_openai` converts, and instructions beside them."""
-    instructions = [_piece(part) for part in find_list(attributes, "gen_ai.system_instructions")]
+    instructions = [_piece(part, Counter()) for part in find_list(attributes, "gen_ai.system_instructions")]
     request: RawRow = {
         "messages": find_list(attributes, "gen_ai.input.messages"),
         "tools": find_list(attributes, "gen_ai.tool.definitions"),
@@ -241,7 +242,7 @@ def _content(content: object) -> object:
         parts = json.loads(content)
     except ValueError:
         return content
-    read = result_content(parts)
+    read = result_content(parts, Counter())
     return read if isinstance(read, list) else content
 
 
