@@ -24,6 +24,7 @@ from gemma_dist.data.layouts import (
     openhands,
     pieces,
     prompt_completion,
+    ratings,
     requests,
     responses,
     swe_agent,
@@ -1319,3 +1320,58 @@ def test_a_broken_log_is_refused_and_never_a_traceback() -> None:
             parse(row)
         except DataError:
             continue
+
+
+# ---- answers that are rated ------------------------------------------------------------------------------------------
+
+HUMAN: dict[str, Any] = {"from": "human", "value": "Warm in Rome?"}
+GPT: dict[str, Any] = {"from": "gpt", "value": "Yes."}
+BAD: dict[str, Any] = {"role": "assistant", "content": "No."}
+RATED: list[Any] = [
+    ({"messages": [ASKED, SAID], "label": True}, "`label` is True", [ASKED, SAID]),
+    ({"conversations": [HUMAN, GPT], "kto_tag": True}, "`kto_tag` is True", [ASKED, SAID]),
+    (
+        {"conversations": [HUMAN], "chosen": GPT, "rejected": {"from": "gpt", "value": "No."}},
+        "`chosen` and `rejected` beside `conversations`",
+        [ASKED, SAID],
+    ),
+    ({"conversations": [HUMAN], "chosen": "Yes.", "rejected": "No."}, "beside `conversations`", [ASKED, SAID]),
+    (
+        {"messages": [*FORMER, ASKED], "chosen_response": SAID, "rejected_response": BAD},
+        "`chosen_response` and `rejected_response` beside `messages`",
+        [*FORMER, ASKED, SAID],
+    ),
+    ({"messages": [ASKED], "chosen": [SAID], "rejected": [BAD]}, "(a preference)", [ASKED, SAID]),
+    ({"messages": [ASKED], "chosen": [ASKED, SAID], "rejected": [ASKED, BAD]}, "(a preference)", [ASKED, SAID]),
+    ({"messages": [ASKED, SAID], "chosen": "Yes.", "rejected": "No."}, "(a preference)", [ASKED, SAID]),
+    ({"messages": [ASKED, SAID], "rejected_response": "No."}, "`rejected_response` beside `messages`", [ASKED, SAID]),
+    ({"prompt": "Warm in Rome?", "chosen_response": "Yes.", "rejected_response": "No."}, "the texts", [ASKED, SAID]),
+    ({"instruction": "Warm in Rome?", "input": "", "chosen": "Yes.", "rejected": "No."}, "the texts", [ASKED, SAID]),
+]
+
+
+@pytest.mark.parametrize(("row", "words", "messages"), RATED)
+def test_a_rated_answer_is_refused_with_the_command_that_keeps_the_good_one(
+    row: dict[str, Any], words: str, messages: list[Any], tmp_path: Path
+) -> None:
+    message = refusal(row)
+    assert words in message
+    made = run_jq(message[message.index("jq ") :], [row], tmp_path)
+    assert parse(made[0]).messages == messages
+
+
+@pytest.mark.parametrize("row", [{"label": False}, {"kto_tag": False}])
+def test_a_bad_answer_is_not_kept(row: dict[str, Any], tmp_path: Path) -> None:
+    message = refusal({"messages": [ASKED, SAID], **row})
+    assert run_jq(message[message.index("jq ") :], [{"messages": [ASKED, SAID], **row}], tmp_path) == []
+
+
+@pytest.mark.parametrize("row", [{"label": 3}, {"label": "Rome"}, {"kto_tag": None}, {"rejected": None, "chosen": ""}])
+def test_a_column_that_rates_nothing_is_none(row: dict[str, Any]) -> None:
+    assert parse({"messages": [ASKED, SAID], **row}).messages == [ASKED, SAID]
+
+
+def test_messages_that_are_the_better_answer_are_taken() -> None:
+    trajectory = parse({"messages": [ASKED, SAID], "chosen": [ASKED, SAID], "rejected": [ASKED, BAD]})
+    assert trajectory.messages == [ASKED, SAID]
+    assert trajectory.notes == {ratings.LEFT_OUT: 1}

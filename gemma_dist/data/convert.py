@@ -4,11 +4,13 @@ A layout only moves things to where `trajectory.py` looks for them; whether they
 all layouts. Each converted message remembers the turn that it came from, so that an error still names that turn.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
 from gemma_dist.data.declarations import find_declarations, to_openai_tools, without_tools
 from gemma_dist.data.layouts import anthropic, exchanges, glaive, lone_events, prompt_completion, sharegpt, xlam
 from gemma_dist.data.layouts.markers import image_column, place_images
+from gemma_dist.data.layouts.ratings import refuse_ratings
 from gemma_dist.data.layouts.text_calls import convert_text_calls
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, number_turns
 from gemma_dist.data.strict import error_context, get, read_json_text
@@ -32,7 +34,10 @@ def to_openai(row: RawRow) -> OpenAIRow:
     for column in UNCARRIED:
         if row.get(column):
             raise DataError(f"the row brings `{column}`, which the trajectories cannot hold; remove the column")
+    notes: Counter[str] = Counter()
+    refuse_ratings(row, notes)
     converted = _converter(row)(row)
+    converted.notes += notes
     converted.tools = find_declarations(row, converted.tools, converted.messages, converted.notes)
     converted.messages = [(turn, without_tools(message)) for turn, message in converted.messages]
     if row.get("system") and converted.messages and not converted.has_system:
