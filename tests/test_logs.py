@@ -1375,3 +1375,73 @@ def test_messages_that_are_the_better_answer_are_taken() -> None:
     trajectory = parse({"messages": [ASKED, SAID], "chosen": [ASKED, SAID], "rejected": [ASKED, BAD]})
     assert trajectory.messages == [ASKED, SAID]
     assert trajectory.notes == {ratings.LEFT_OUT: 1}
+
+
+# ---- columns beside the messages -------------------------------------------------------------------------------------
+
+SHORT: list[Any] = [*FORMER, ASKED]
+BESIDE: list[Any] = [
+    ({"messages": SHORT, "completion": [SAID]}, [*SHORT, SAID]),
+    ({"messages": SHORT, "completion": "Yes."}, [*SHORT, SAID]),
+    ({"messages": SHORT, "response": "Yes."}, [*SHORT, SAID]),
+    ({"messages": SHORT, "response": '{"a": 1}'}, [*SHORT, {"role": "assistant", "content": '{"a": 1}'}]),
+    ({"messages": SHORT, "output": SAID}, [*SHORT, SAID]),
+    ({"messages": SHORT, "output": json.dumps(SAID)}, [*SHORT, SAID]),
+    ({"messages": json.dumps([ASKED]), "completion": [SAID]}, [ASKED, SAID]),
+    ({"messages": CHAT[:3], "tools": TOOLS, "response": "Yes."}, [*CHAT[:3], SAID]),
+    ({"messages": [ASKED], "response": "Yes.", "system": "Be kind."}, [KIND, ASKED, SAID]),
+    # the whole conversation, and its last words once more
+    ({"messages": [ASKED, SAID], "response": "Yes.", "completion": "Yes."}, [ASKED, SAID]),
+    ({"messages": [ASKED, SAID], "completion": [SAID]}, [ASKED, SAID]),
+    ({"messages": [ASKED, SAID], "history": [ASKED]}, [ASKED, SAID]),
+    ({"messages": [ASKED, SAID], "reasoning": "on"}, [ASKED, SAID]),
+    ({"messages": [ASKED, SAID], "output": "9 tokens", "answer": "42"}, [ASKED, SAID]),
+    # the system text by other names
+    ({"messages": [ASKED, SAID], "system_prompt": "Be kind."}, [KIND, ASKED, SAID]),
+    ({"messages": [ASKED, SAID], "instructions": "Be kind."}, [KIND, ASKED, SAID]),
+    ({"messages": [KIND, ASKED, SAID], "system_prompt": "Be kind.\n"}, [KIND, ASKED, SAID]),
+    ({"conversations": [HUMAN, GPT], "system_prompt": "Be kind."}, [KIND, ASKED, SAID]),
+    ({"messages": [ASKED], "response": "Yes.", "system_prompt": "Be kind."}, [KIND, ASKED, SAID]),
+    ({"prompt": [ASKED], "completion": [SAID], "system_prompt": "Be kind."}, [KIND, ASKED, SAID]),
+]
+
+
+@pytest.mark.parametrize(("row", "messages"), BESIDE)
+def test_what_stands_beside_the_messages_is_taken(row: dict[str, Any], messages: list[Any]) -> None:
+    assert parse(row).messages == messages
+
+
+LOST: list[Any] = [
+    ({"answer": "Yes."}, "`messages` end without an answer, and `answer` is 'Yes.'"),
+    ({"chosen": SAID}, "`chosen` is {"),
+    ({"tool_calls": [CALL]}, "`tool_calls` is [{"),
+    ({"function_call": {"name": "f", "arguments": "{}"}}, "`function_call` is {"),
+    ({"targets": "Yes."}, "`targets` is 'Yes.'"),
+    ({"system_prompt": "Be kind.", "system": "Be rude."}, "`system_prompt` of the row: says something else than"),
+    ({"history": [["Hi", "Hello."]]}, "`history` stands beside `messages`, which does not begin with it; write its 1"),
+    ({"reasoning": "I look it up."}, "`reasoning` stands beside `messages`, and does not say which message"),
+]
+
+
+@pytest.mark.parametrize(("beside", "words"), LOST)
+def test_what_stands_beside_the_messages_is_not_lost(beside: dict[str, Any], words: str) -> None:
+    assert words in refusal({"messages": SHORT, **beside})
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"messages": SHORT, "answer": "Yes."}, [*SHORT, SAID]),
+        ({"messages": SHORT, "chosen": SAID}, [*SHORT, SAID]),
+        ({"messages": SHORT, "tools": TOOLS, "tool_calls": [CALL]}, None),
+        ({"messages": SHORT, "tools": TOOLS, "tool_calls": json.dumps([CALL])}, None),
+        ({"messages": SHORT, "tools": TOOLS, "function_call": {**CALL["function"], "id": "c1"}}, None),
+        ({"messages": SHORT, "answers": ["Yes."]}, [*SHORT, SAID]),
+        ({"conversations": [HUMAN], "response": "Yes."}, [ASKED, SAID]),
+        ({"conversations": [HUMAN], "completion": [GPT]}, [ASKED, SAID]),
+    ],
+)
+def test_the_command_puts_the_answer_behind_the_messages(row: dict[str, Any], messages: Any, tmp_path: Path) -> None:
+    message = refusal(row)
+    parsed = parse(run_jq(message[message.index("jq ") :], [row], tmp_path)[0]).messages
+    assert parsed == messages or parsed[-1]["tool_calls"] == [CALL]

@@ -36,6 +36,7 @@ from gemma_dist.errors import DataError
 # Columns of what was asked and what was answered; the last two are of OpenAI's and Anthropic's batches, joined.
 PAIRS = (("request", "response"), ("request_body", "response_body"), ("body", "response"), ("params", "result"))
 LISTED = ("choices", "candidates")  # these lists alone are no response: the object that holds them is
+ASKING = ("user", "tool", "function")  # roles of a last message that waits for an answer
 REPEATED = "answers that the messages of the row hold already were left out"
 
 
@@ -134,7 +135,10 @@ def _body(row: RawRow) -> Exchange | None:
     if request is None:
         return None
     place = _answer_key(row, request.key)
-    return Exchange(request, _answer(row, place), place)
+    answer = _answer(row, place)
+    if request.key == "messages" and isinstance(answer, str) and not has_answer(answer):
+        answer = {"role": "assistant", "content": answer}  # as it is, even where it is JSON
+    return Exchange(request, answer, place)
 
 
 def _span(row: RawRow) -> Exchange | None:
@@ -150,10 +154,17 @@ def _answer_key(row: RawRow, asked: str) -> str:
     """Where the row answers what stands under `asked`; "" where the messages there hold the answers themselves."""
     for key in ANSWER_KEYS[asked]:
         # Beside messages other things may be called so: the choices of a question, a response of another kind.
-        is_sure = asked != "messages" or has_answer(_answer(row, key))
+        is_sure = asked != "messages" or has_answer(_answer(row, key)) or _is_text_answer(row, key)
         if is_sure and row.get(key) is not None:
             return key
     return ""
+
+
+def _is_text_answer(row: RawRow, key: str) -> bool:
+    """Whether a text answers messages that end without an answer: {"messages": [..., user], "completion": "Hi"}."""
+    *_, last = get_list(row, "messages") or [None]
+    text = row.get(key)
+    return get(last, "role") in ASKING and isinstance(text, str) and text.strip() != ""
 
 
 def _answer(row: RawRow, place: str) -> object:

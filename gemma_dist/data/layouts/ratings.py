@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from gemma_dist.data.layouts.turns import first_filled
-from gemma_dist.data.strict import as_list, as_object, is_list_of
+from gemma_dist.data.strict import as_list, as_object
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -119,16 +119,21 @@ def move_command(row: RawRow, key: str, column: str, removed: list[str]) -> str:
 
 
 def _as_turns(value: object, column: str, *, is_sharegpt: bool) -> str:
-    """The expression of jq for the turns that a value is: a text, a turn, a list of turns, a list of calls."""
-    if isinstance(value, dict) and _speaker(value) is not None:
-        return f"[.{column}]"
-    if is_list_of(value, dict) and _speaker(get_first(value)) is not None:
-        return f".{column}"
-    if is_list_of(value, dict):
-        return f'[{{role: "assistant", tool_calls: .{column}}}]'
-    if is_sharegpt:
-        return f'[{{from: "gpt", value: .{column}}}]'
-    return f'[{{role: "assistant", content: .{column}}}]'
+    """The expression of jq for the turns that a value is: a text, a turn, a list of turns, calls."""
+    path = f".{column}"
+    if isinstance(value, str) and "call" in column:
+        path = f"({path} | fromjson)"
+    if isinstance(value, dict):
+        path = f"[{path}]"
+        value = [value]
+    first = get_first(value)
+    if _speaker(first) is not None:
+        return path
+    if "call" in column or isinstance(first, dict):
+        return f'[{{role: "assistant", tool_calls: {path}}}]'
+    if isinstance(first, str):
+        path = f"{path}[0]"
+    return f'[{{from: "gpt", value: {path}}}]' if is_sharegpt else f'[{{role: "assistant", content: {path}}}]'
 
 
 def get_first(value: object) -> object:
