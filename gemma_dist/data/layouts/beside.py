@@ -24,7 +24,7 @@ ANSWERS = (
 )
 REASONING = ("reasoning", "reasoning_content", "thinking", "thought", "thoughts")
 BEFORE = ("history",)
-UNCARRIED = re.compile(r"(videos?|audios?)(_(path|file|url)s?)?")
+UNCARRIED = re.compile(r"(video|audio)s?(_?\d+|_(path|file|url|byte)s?)?")
 IMAGES = re.compile(r"(image|img|picture|photo|screenshot)s?(_?\d+|_(path|file|url|bytes|base64|data)s?)?")
 READ_IMAGES = ("images", "image")
 
