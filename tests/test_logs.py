@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from gemma_dist.config import RowConfig
+from gemma_dist.config import EvaluateConfig, RowConfig
 from gemma_dist.data.layouts import (
     ai_sdk,
     claude_code,
@@ -1445,3 +1445,61 @@ def test_the_command_puts_the_answer_behind_the_messages(row: dict[str, Any], me
     message = refusal(row)
     parsed = parse(run_jq(message[message.index("jq ") :], [row], tmp_path)[0]).messages
     assert parsed == messages or parsed[-1]["tool_calls"] == [CALL]
+
+
+# ---- agents and benchmarks -------------------------------------------------------------------------------------------
+
+SWE_SMITH: list[Any] = [
+    {"role": "system", "content": "Be kind.", "agent": "main", "message_type": "system_prompt"},
+    {"role": "user", "content": [{"type": "text", "text": "Warm in Rome?"}], "agent": "main"},
+    {**CHAT[1], "content": "do", "thought": "do", "action": "weather", "agent": "main", "message_type": "action"},
+    {"role": "tool", "content": "20", "tool_call_ids": ["c1"], "agent": "main", "message_type": "observation"},
+    {"role": "assistant", "content": "Yes.", "thought": "Yes.", "action": "", "agent": "main"},
+]
+WORKED = [KIND, ASKED, {"role": "assistant", "content": "do"}, {**CHAT[1], "content": ""}, CHAT[2], SAID]
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations", "history"])
+@pytest.mark.parametrize("given", [SWE_SMITH, json.dumps(SWE_SMITH)])
+def test_a_history_of_swe_agent_may_stand_under_messages(key: str, given: Any) -> None:
+    trajectory = parse({key: given, "tools": TOOLS, "resolved": True})
+    assert [message["role"] for message in trajectory.messages] == [message["role"] for message in WORKED]
+    assert trajectory.messages[-1] == SAID
+    assert trajectory.messages[3]["tool_calls"] == [CALL]
+
+
+def test_a_thought_that_the_content_does_not_say_is_not_lost() -> None:
+    history = [*SWE_SMITH[:4], {**SWE_SMITH[4], "thought": "I know."}]
+    assert "turn 5 (assistant): `thought` is 'I know.', which `content` does not say" in refusal({"messages": history})
+
+
+def test_messages_that_name_their_agent_alone_keep_all_that_they_say() -> None:
+    call = {"role": "assistant", "agent": "main", "function_call": {"name": "weather", "arguments": ARGUMENTS_TEXT}}
+    answer = {"role": "function", "name": "weather", "content": "20"}
+    messages = parse({"messages": [ASKED, call, answer, SAID], "tools": TOOLS}).messages
+    assert messages[1]["tool_calls"][0]["function"] == CALL["function"]
+
+
+@pytest.mark.parametrize("key", ["traj", "dialogue", "dialog", "turns", "chat"])
+def test_messages_under_another_name_are_taken(key: str) -> None:
+    row = {"task_id": 1, "reward": 1.0, "info": {"task": {"actions": []}}, key: OPENAI, "trial": 0, "tools": TOOLS}
+    assert parse(row).messages == CHAT
+
+
+@pytest.mark.parametrize("question", [[[ASKED]], [ASKED], ASKED["content"]])
+def test_a_question_of_bfcl_becomes_a_test_case(question: Any, tmp_path: Path) -> None:
+    row = {"id": "simple_0", "question": question, "function": [FUNCTION]}
+    message = refusal(row)
+    assert "a question of a benchmark (BFCL: `question` and `function`), and its answer is not in it" in message
+    answer = {"id": "simple_0", "ground_truth": [{"weather": {"city": ["Rome", "Roma"]}}]}
+    (made,) = run_jq(message[message.index("jq ") :], [row, answer], tmp_path)
+    trajectory = parse_row(made, "cases.jsonl:1", EvaluateConfig())
+    assert trajectory.is_outline
+    assert trajectory.messages[-1]["tool_calls"][0]["function"]["name"] == "weather"
+
+
+@pytest.mark.parametrize("answers", ["[]", [], ""])
+def test_a_query_without_a_call_has_no_answer(answers: Any) -> None:
+    assert "logs.jsonl:2: `answers` is empty: no call answers the query" in refusal(
+        {"query": "Hi", "answers": answers, "tools": TOOLS}
+    )

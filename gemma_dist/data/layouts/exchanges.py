@@ -15,7 +15,7 @@ last step of each.
 from collections import Counter
 from dataclasses import dataclass
 
-from gemma_dist.data.layouts import telemetry
+from gemma_dist.data.layouts import swe_agent, telemetry
 from gemma_dist.data.layouts.dialects import is_foreign, read_messages
 from gemma_dist.data.layouts.pieces import content_part, text_part, tidy
 from gemma_dist.data.layouts.requests import (
@@ -29,7 +29,7 @@ from gemma_dist.data.layouts.requests import (
     unnested,
 )
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow
-from gemma_dist.data.strict import error_context, get, get_list, short
+from gemma_dist.data.strict import as_list, error_context, get, get_list, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -90,7 +90,7 @@ def _read_answers(found: Exchange, notes: Counter[str]) -> list[object]:
 def _is_foreign_chat(row: RawRow) -> bool:
     """A row with messages that the layouts of OpenAI, Anthropic and sharegpt do not take as a whole."""
     messages = row.get("messages") or row.get("conversations")
-    if is_foreign(unnested(messages)):
+    if is_foreign(unnested(messages)) or swe_agent.is_history(as_list(messages)):
         return True
     return bool(get_list(row, "messages")) and bool(_answer_key(row, "messages"))
 

@@ -32,9 +32,14 @@ ANSWER_KEYS: dict[str, tuple[str, ...]] = {
     "events": (),
     "history": (),
     "trajectory": (),
+    "traj": (),  # tau-bench
     "transcript": (),
     "conversation": (),
     "conversations": (),
+    "dialogue": (),
+    "dialog": (),
+    "turns": (),
+    "chat": (),
     "values": (),  # the state of a graph of LangGraph
 }
 WRAPPERS = ("body", "inputBodyJson", "outputBodyJson")  # the last two in Bedrock's logs
