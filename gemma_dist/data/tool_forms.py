@@ -16,11 +16,10 @@ A single one may stand without a list, and any of them as JSON text. Whether the
 
 import json
 from collections import Counter
-from contextlib import suppress
 
 from gemma_dist.data.calls import first_of
 from gemma_dist.data.schema_types import is_optional, parse_type
-from gemma_dist.data.schema_walk import CONSTRAINTS
+from gemma_dist.data.schema_walk import CONSTRAINTS, ONE, SEVERAL
 from gemma_dist.data.strict import (
     as_list,
     as_object,
@@ -233,6 +232,7 @@ def _with_properties(schema: object, *, is_flat: bool) -> object:
 
     {"city": {"type": "str"}}                                ->  {"type": "object", "properties": {"city": {…}}}
     [{"name": "city", "type": "string"}]                     ->  the same
+    {"city": "str"}                                          ->  the same
     {"type": "dict", "city": {…}, "required": ["city"]}      ->  {…, "required": ["city"]}
 
     Args:
@@ -245,38 +245,43 @@ def _with_properties(schema: object, *, is_flat: bool) -> object:
     flat = without_nulls(schema)
     if is_flat or _is_flat(flat):
         return _object_of(flat)
-    beside = {key: flat[key] for key in _BESIDE_FLAT if key in flat and not isinstance(flat[key], dict)}
+    beside = {key: flat[key] for key in _BESIDE_FLAT if key in flat and not _is_parameter(key, flat[key])}
     inner = without(flat, *beside)
-    is_schema = not inner or "properties" in inner or _known_words(inner)
-    if is_schema:
+    if _is_schema(inner):
         return schema
-    inner = {name: _typed_parameter(name, value) for name, value in inner.items() if not _is_annotation(name)}
-    if not inner:
-        return schema
-    return _object_of(inner) | beside
+    return _object_of({name: _typed_parameter(name, value) for name, value in inner.items()}) | beside
+
+
+def _is_parameter(key: str, value: object) -> bool:
+    """Whether a key that JSON schema has a meaning for is a parameter: {"title": "string", "body": "string"}."""
+    return isinstance(value, dict) or (key in ("title", "description") and _is_type(value))
+
+
+def _is_type(value: object) -> bool:
+    """Whether a value is the name of a type: "int", "List[str]"."""
+    try:
+        return isinstance(value, str) and parse_type(value) is not None
+    except DataError:
+        return False
+
+
+def _is_schema(inner: RawRow) -> bool:
+    """Whether what stands beside type and title is JSON schema's, and none of it a parameter."""
+    if not inner.keys().isdisjoint(("properties", *_SCHEMA_WORDS, *ONE, *SEVERAL)):
+        return True
+    return all(key in CONSTRAINTS or key in ANNOTATIONS or key.startswith(("$", "x-", "x_")) for key in inner)
 
 
 def _typed_parameter(name: str, value: object) -> object:
-    """The schema of a parameter that is given by its type alone: "int" -> {"type": "int"}. DataError for other words.
-
-    Args:
-        value: the schema itself; what a type and a list of values are, JSON schema knows.
-    """
+    """The schema of a parameter that may be its type alone: "int" -> {"type": "int"}. DataError for other words."""
     if isinstance(value, dict):
         return value
-    if isinstance(value, str):
-        with suppress(DataError):
-            parse_type(value)
-            return {"type": value}
+    if _is_type(value):
+        return {"type": value}
     raise DataError(
         f"the parameter {short(name)} is {short(value)}; write its schema: "
         f'{{"properties": {{{json.dumps(name)}: {{"type": "string", "description": ...}}}}}}'
     )
-
-
-def _is_annotation(name: str) -> bool:
-    """Whether a key of a schema says nothing of values: "$id", "x-order", "examples"."""
-    return name in ANNOTATIONS or name.startswith(("$", "x-", "x_"))
 
 
 def _named_parameters(listed: list[object]) -> object:
@@ -296,11 +301,6 @@ def _is_flat(schema: RawRow) -> bool:
     properties = schema.get("properties")
     is_parameter = isinstance(properties, dict) and any(isinstance(value, str) for value in properties.values())
     return properties is None or is_parameter
-
-
-def _known_words(schema: RawRow) -> bool:
-    """Whether JSON schema has a meaning for one of the keys."""
-    return not schema.keys().isdisjoint(CONSTRAINTS)
 
 
 def _object_of(parameters: RawRow) -> RawRow:
