@@ -85,6 +85,8 @@ SAME = {
     "properties beside the type": row(
         tools=[NAMED | {"parameters": {"type": "dict", "city": {"type": "string"}, "required": ["city"]}}]
     ),
+    "twice": row(tools=[TOOL, {**FUNCTION}]),
+    "the servers that they came from": row(tools=[TOOL], mcp_servers=[{"name": "s", "tools": [FUNCTION]}]),
     "types in capitals": row(
         tools=[NAMED | {"parameters": PARAMETERS | {"type": "OBJECT", "properties": {"city": {"type": "STRING"}}}}]
     ),
@@ -126,6 +128,9 @@ def test_columns_that_declare_nothing_pass() -> None:
         "parallel_tool_calls": True,
         "function_call": {"name": "weather"},
         "available_tools": ["weather", "now"],
+        "api_key": "k",
+        "rapid_capital": [FUNCTION | {"name": "g"}],
+        "mcp_servers": [{"name": "s", "url": "u"}],
         "expected_tool_calls": [{"name": "weather", "parameters": {"city": "Rome"}}],
         "tool_results": [{"name": "weather", "description": "x"}],
         "gen_ai.tool.definitions": json.dumps([FUNCTION]),  # the same again
@@ -148,6 +153,30 @@ REFUSED = [
     (row(tools=[{"functionDeclarations": [FUNCTION], "googleSearch": {}}]), "declares no function"),
     (row(tools=[NAMED | {"parameters": PARAMETERS, "inputSchema": {"type": "object"}}]), "say different things; keep"),
     (row(tools=[NAMED | {"parameters": [{"name": "a"}, {"name": "a"}]}]), "two parameters have one name"),
+    (row(tools=[TOOL, FUNCTION | {"description": "Says."}]), "tool weather: is declared twice, and not the same; keep"),
+    (
+        row(tools=[NAMED | {"parameters": {"city": "string, the city"}}]),
+        "tool 1: `parameters`: the parameter 'city' is 'string, the city'; write its schema: "
+        '{"properties": {"city": {"type": "string", "description": ...}}}',
+    ),
+    (
+        row(tools=[NAMED | {"parameters": {"type": "object", "city": {"type": "string"}, "days": 3}}]),
+        "the parameter 'days' is 3; write its schema",
+    ),
+    (
+        row(api_list=[{"tool_name": "t", "api_name": "f", "api_description": "d", "required_parameters": []}]),
+        "the column `api_list` declares ['f'] in a form that is not read; write as `tools`",
+    ),
+    (row(api_docs=[FUNCTION]), "the column `api_docs` declares tools, but is not read"),
+    (row(api_docs={"f": {"api_name": "f", "api_description": "d"}}), "the column `api_docs` declares ['f'] in a form"),
+    (
+        row(mcp_servers=[{"name": "s", "description": "d", "tools": [{**NAMED, "inputSchema": PARAMETERS}]}]),
+        "the column `mcp_servers` declares",
+    ),
+    (
+        row(tools=[TOOL], mcp_servers={"s": {"url": "u", "tools": [OTHER]}}),
+        "the column `mcp_servers` declares",
+    ),
     (row(tools=[NAMED | {"parameters": {"city": {"type": "float64"}}}]), "city: 'float64' is no type; write one of"),
 ]
 
@@ -201,8 +230,27 @@ def test_no_parameter_is_required_where_none_says_that_it_is_optional() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "properties"),
+    [
+        ({"city": {"type": "string"}, "days": "int"}, {"city": {"type": "string"}, "days": {"type": "integer"}}),
+        ({"city": "str"}, {"city": {"type": "string"}}),
+        ({"title": "string", "body": "List[str]"}, {"title": {}, "body": {"type": "array"}}),
+        ({"format": "str", "city": {"type": "string"}}, {"format": {"type": "string"}, "city": {"type": "string"}}),
+        ({"type": "object", "city": "str", "title": "Weather"}, {"city": {"type": "string"}}),
+    ],
+)
+def test_a_parameter_may_be_its_type_alone(given: Any, properties: Any) -> None:
+    found = declared(given)["properties"]
+    assert list(found) == list(properties)
+    for name, schema in properties.items():
+        assert found[name].items() >= schema.items()
+
+
+@pytest.mark.parametrize(
     "schema",
     [
+        {"type": "object", "strict": True, "x-order": ["a"]},
+        {"type": "object", "title": "Nothing", "description": "No parameters", "examples": [{}]},
         {"type": "object", "properties": {"properties": {"type": "string"}, "type": {"type": "string"}}},
         {"type": "object", "properties": {}},
         {"type": "object", "additionalProperties": {"type": "string"}},

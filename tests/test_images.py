@@ -408,6 +408,16 @@ REFUSED: list[tuple[Any, str]] = [
     (asked("What?", images=["red.png"]), "write a part or a marker <image> where each image belongs"),
     (asked("<image>", image="red.png", images=["blue.png"]), "`images` is ['blue.png'], `image` is ['red.png']; keep"),
     (asked("<video>What?", videos=["a.mp4"]), "the row brings `videos`"),
+    (asked("<video>What?", video="a.mp4"), "the row brings `video`"),
+    (asked("<audio>What?", audio={"bytes": b"R", "path": None}), "the row brings `audio`"),
+    (asked("<audio>What?", audio_path="a.wav"), "the row brings `audio_path`"),
+    (asked("<image 1>What?", image_1="red.png"), "the column `image_1` brings an image, but is not read"),
+    (asked("<image>What?", image_path="red.png"), "the column `image_path` brings an image, but is not read"),
+    (asked("What?", screenshots=["red.png"]), "the column `screenshots` brings an image, but is not read"),
+    (
+        asked("<image>Where is <bbox>?", images=["red.png"], objects={"ref": ["cat"], "bbox": [[1, 2, 3, 4]]}),
+        "`objects` holds what <ref-object> and <bbox> in the texts stand for",
+    ),
     (
         asked([IMAGE | {"file_id": "f-1"}], images=["red.png"]),
         "turn 1 (user): the image part has ['file_id'], which is not known",
@@ -422,6 +432,42 @@ def test_images_that_are_not_taken_are_refused(tmp_path: Path, row: Any, words: 
     with pytest.raises(DataError) as caught:
         parse(row, tmp_path)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "beside", [{"video": None}, {"audio": ""}, {"image_1": None}, {"objects": {}}, {"image_id": "7"}]
+)
+def test_columns_without_an_image_are_no_reason_to_refuse_a_row(tmp_path: Path, beside: Any) -> None:
+    assert parse(asked("What?", **beside), tmp_path).images == []
+
+
+def test_the_path_of_an_image_that_is_there_is_not_asked_about(tmp_path: Path) -> None:
+    assert parse(asked("<image>What?", images=["red.png"], image_path="red.png"), tmp_path).images == [COLORS["red"]]
+
+
+BASE64 = base64.b64encode(COLORS["red"]).decode()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"image": "red.png"},
+        {"image": {"path": "red.png", "bytes": None}},
+        {"type": "image", "image": "red.png"},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{BASE64}"}},
+        {"image_url": "red.png"},
+        {"data": BASE64, "mimeType": "image/png"},
+        {"type": "image", "data": BASE64, "mimeType": "image/png"},
+        {"data": COLORS["red"]},
+        {"b64_json": BASE64},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": BASE64}},
+        {"image": {"base64": BASE64}},
+    ],
+)
+@pytest.mark.parametrize("column", ["images", "image"])
+def test_an_image_of_the_column_may_be_written_as_a_part(tmp_path: Path, entry: Any, column: str) -> None:
+    given = [entry] if column == "images" else entry
+    assert parse(asked("<image>What?", **{column: given}), tmp_path).images == [COLORS["red"]]
 
 
 @pytest.mark.parametrize("mime", ["mimeType", "mime_type", "media_type"])

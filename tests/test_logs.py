@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from gemma_dist.config import RowConfig
+from gemma_dist.config import EvaluateConfig, RowConfig
 from gemma_dist.data.layouts import (
     ai_sdk,
     claude_code,
@@ -24,6 +24,7 @@ from gemma_dist.data.layouts import (
     openhands,
     pieces,
     prompt_completion,
+    ratings,
     requests,
     responses,
     swe_agent,
@@ -1319,3 +1320,186 @@ def test_a_broken_log_is_refused_and_never_a_traceback() -> None:
             parse(row)
         except DataError:
             continue
+
+
+# ---- answers that are rated ------------------------------------------------------------------------------------------
+
+HUMAN: dict[str, Any] = {"from": "human", "value": "Warm in Rome?"}
+GPT: dict[str, Any] = {"from": "gpt", "value": "Yes."}
+BAD: dict[str, Any] = {"role": "assistant", "content": "No."}
+RATED: list[Any] = [
+    ({"messages": [ASKED, SAID], "label": True}, "`label` is True", [ASKED, SAID]),
+    ({"conversations": [HUMAN, GPT], "kto_tag": True}, "`kto_tag` is True", [ASKED, SAID]),
+    (
+        {"conversations": [HUMAN], "chosen": GPT, "rejected": {"from": "gpt", "value": "No."}},
+        "`chosen` and `rejected` beside `conversations`",
+        [ASKED, SAID],
+    ),
+    ({"conversations": [HUMAN], "chosen": "Yes.", "rejected": "No."}, "beside `conversations`", [ASKED, SAID]),
+    (
+        {"messages": [*FORMER, ASKED], "chosen_response": SAID, "rejected_response": BAD},
+        "`chosen_response` and `rejected_response` beside `messages`",
+        [*FORMER, ASKED, SAID],
+    ),
+    ({"messages": [ASKED], "chosen": [SAID], "rejected": [BAD]}, "(a preference)", [ASKED, SAID]),
+    ({"messages": [ASKED], "chosen": [ASKED, SAID], "rejected": [ASKED, BAD]}, "(a preference)", [ASKED, SAID]),
+    ({"messages": [ASKED, SAID], "chosen": "Yes.", "rejected": "No."}, "(a preference)", [ASKED, SAID]),
+    ({"messages": [ASKED, SAID], "rejected_response": "No."}, "`rejected_response` beside `messages`", [ASKED, SAID]),
+    ({"prompt": "Warm in Rome?", "chosen_response": "Yes.", "rejected_response": "No."}, "the texts", [ASKED, SAID]),
+    ({"instruction": "Warm in Rome?", "input": "", "chosen": "Yes.", "rejected": "No."}, "the texts", [ASKED, SAID]),
+]
+
+
+@pytest.mark.parametrize(("row", "words", "messages"), RATED)
+def test_a_rated_answer_is_refused_with_the_command_that_keeps_the_good_one(
+    row: dict[str, Any], words: str, messages: list[Any], tmp_path: Path
+) -> None:
+    message = refusal(row)
+    assert words in message
+    made = run_jq(message[message.index("jq ") :], [row], tmp_path)
+    assert parse(made[0]).messages == messages
+
+
+@pytest.mark.parametrize("row", [{"label": False}, {"kto_tag": False}])
+def test_a_bad_answer_is_not_kept(row: dict[str, Any], tmp_path: Path) -> None:
+    message = refusal({"messages": [ASKED, SAID], **row})
+    assert run_jq(message[message.index("jq ") :], [{"messages": [ASKED, SAID], **row}], tmp_path) == []
+
+
+@pytest.mark.parametrize("row", [{"label": 3}, {"label": "Rome"}, {"kto_tag": None}, {"rejected": None, "chosen": ""}])
+def test_a_column_that_rates_nothing_is_none(row: dict[str, Any]) -> None:
+    assert parse({"messages": [ASKED, SAID], **row}).messages == [ASKED, SAID]
+
+
+def test_messages_that_are_the_better_answer_are_taken() -> None:
+    trajectory = parse({"messages": [ASKED, SAID], "chosen": [ASKED, SAID], "rejected": [ASKED, BAD]})
+    assert trajectory.messages == [ASKED, SAID]
+    assert trajectory.notes == {ratings.LEFT_OUT: 1}
+
+
+# ---- columns beside the messages -------------------------------------------------------------------------------------
+
+SHORT: list[Any] = [*FORMER, ASKED]
+BESIDE: list[Any] = [
+    ({"messages": SHORT, "completion": [SAID]}, [*SHORT, SAID]),
+    ({"messages": SHORT, "completion": "Yes."}, [*SHORT, SAID]),
+    ({"messages": SHORT, "response": "Yes."}, [*SHORT, SAID]),
+    ({"messages": SHORT, "response": '{"a": 1}'}, [*SHORT, {"role": "assistant", "content": '{"a": 1}'}]),
+    ({"messages": SHORT, "output": SAID}, [*SHORT, SAID]),
+    ({"messages": SHORT, "output": json.dumps(SAID)}, [*SHORT, SAID]),
+    ({"messages": json.dumps([ASKED]), "completion": [SAID]}, [ASKED, SAID]),
+    ({"messages": CHAT[:3], "tools": TOOLS, "response": "Yes."}, [*CHAT[:3], SAID]),
+    ({"messages": [ASKED], "response": "Yes.", "system": "Be kind."}, [KIND, ASKED, SAID]),
+    # the whole conversation, and its last words once more
+    ({"messages": [ASKED, SAID], "response": "Yes.", "completion": "Yes."}, [ASKED, SAID]),
+    ({"messages": [ASKED, SAID], "completion": [SAID]}, [ASKED, SAID]),
+    ({"messages": [ASKED, SAID], "history": [ASKED]}, [ASKED, SAID]),
+    ({"messages": [ASKED, SAID], "reasoning": "on"}, [ASKED, SAID]),
+    ({"messages": [ASKED, SAID], "output": "9 tokens", "answer": "42"}, [ASKED, SAID]),
+    # the system text by other names
+    ({"messages": [ASKED, SAID], "system_prompt": "Be kind."}, [KIND, ASKED, SAID]),
+    ({"messages": [ASKED, SAID], "instructions": "Be kind."}, [KIND, ASKED, SAID]),
+    ({"messages": [KIND, ASKED, SAID], "system_prompt": "Be kind.\n"}, [KIND, ASKED, SAID]),
+    ({"conversations": [HUMAN, GPT], "system_prompt": "Be kind."}, [KIND, ASKED, SAID]),
+    ({"messages": [ASKED], "response": "Yes.", "system_prompt": "Be kind."}, [KIND, ASKED, SAID]),
+    ({"prompt": [ASKED], "completion": [SAID], "system_prompt": "Be kind."}, [KIND, ASKED, SAID]),
+]
+
+
+@pytest.mark.parametrize(("row", "messages"), BESIDE)
+def test_what_stands_beside_the_messages_is_taken(row: dict[str, Any], messages: list[Any]) -> None:
+    assert parse(row).messages == messages
+
+
+LOST: list[Any] = [
+    ({"answer": "Yes."}, "`messages` end without an answer, and `answer` is 'Yes.'"),
+    ({"chosen": SAID}, "`chosen` is {"),
+    ({"tool_calls": [CALL]}, "`tool_calls` is [{"),
+    ({"function_call": {"name": "f", "arguments": "{}"}}, "`function_call` is {"),
+    ({"targets": "Yes."}, "`targets` is 'Yes.'"),
+    ({"system_prompt": "Be kind.", "system": "Be rude."}, "`system_prompt` of the row: says something else than"),
+    ({"history": [["Hi", "Hello."]]}, "`history` stands beside `messages`, which does not begin with it; write its 1"),
+    ({"reasoning": "I look it up."}, "`reasoning` stands beside `messages`, and does not say which message"),
+]
+
+
+@pytest.mark.parametrize(("beside", "words"), LOST)
+def test_what_stands_beside_the_messages_is_not_lost(beside: dict[str, Any], words: str) -> None:
+    assert words in refusal({"messages": SHORT, **beside})
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"messages": SHORT, "answer": "Yes."}, [*SHORT, SAID]),
+        ({"messages": SHORT, "chosen": SAID}, [*SHORT, SAID]),
+        ({"messages": SHORT, "tools": TOOLS, "tool_calls": [CALL]}, None),
+        ({"messages": SHORT, "tools": TOOLS, "tool_calls": json.dumps([CALL])}, None),
+        ({"messages": SHORT, "tools": TOOLS, "function_call": {**CALL["function"], "id": "c1"}}, None),
+        ({"messages": SHORT, "answers": ["Yes."]}, [*SHORT, SAID]),
+        ({"conversations": [HUMAN], "response": "Yes."}, [ASKED, SAID]),
+        ({"conversations": [HUMAN], "completion": [GPT]}, [ASKED, SAID]),
+    ],
+)
+def test_the_command_puts_the_answer_behind_the_messages(row: dict[str, Any], messages: Any, tmp_path: Path) -> None:
+    message = refusal(row)
+    parsed = parse(run_jq(message[message.index("jq ") :], [row], tmp_path)[0]).messages
+    assert parsed == messages or parsed[-1]["tool_calls"] == [CALL]
+
+
+# ---- agents and benchmarks -------------------------------------------------------------------------------------------
+
+SWE_SMITH: list[Any] = [
+    {"role": "system", "content": "Be kind.", "agent": "main", "message_type": "system_prompt"},
+    {"role": "user", "content": [{"type": "text", "text": "Warm in Rome?"}], "agent": "main"},
+    {**CHAT[1], "content": "do", "thought": "do", "action": "weather", "agent": "main", "message_type": "action"},
+    {"role": "tool", "content": "20", "tool_call_ids": ["c1"], "agent": "main", "message_type": "observation"},
+    {"role": "assistant", "content": "Yes.", "thought": "Yes.", "action": "", "agent": "main"},
+]
+WORKED = [KIND, ASKED, {"role": "assistant", "content": "do"}, {**CHAT[1], "content": ""}, CHAT[2], SAID]
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations", "history"])
+@pytest.mark.parametrize("given", [SWE_SMITH, json.dumps(SWE_SMITH)])
+def test_a_history_of_swe_agent_may_stand_under_messages(key: str, given: Any) -> None:
+    trajectory = parse({key: given, "tools": TOOLS, "resolved": True})
+    assert [message["role"] for message in trajectory.messages] == [message["role"] for message in WORKED]
+    assert trajectory.messages[-1] == SAID
+    assert trajectory.messages[3]["tool_calls"] == [CALL]
+
+
+def test_a_thought_that_the_content_does_not_say_is_not_lost() -> None:
+    history = [*SWE_SMITH[:4], {**SWE_SMITH[4], "thought": "I know."}]
+    assert "turn 5 (assistant): `thought` is 'I know.', which `content` does not say" in refusal({"messages": history})
+
+
+def test_messages_that_name_their_agent_alone_keep_all_that_they_say() -> None:
+    call = {"role": "assistant", "agent": "main", "function_call": {"name": "weather", "arguments": ARGUMENTS_TEXT}}
+    answer = {"role": "function", "name": "weather", "content": "20"}
+    messages = parse({"messages": [ASKED, call, answer, SAID], "tools": TOOLS}).messages
+    assert messages[1]["tool_calls"][0]["function"] == CALL["function"]
+
+
+@pytest.mark.parametrize("key", ["traj", "dialogue", "dialog", "turns", "chat"])
+def test_messages_under_another_name_are_taken(key: str) -> None:
+    row = {"task_id": 1, "reward": 1.0, "info": {"task": {"actions": []}}, key: OPENAI, "trial": 0, "tools": TOOLS}
+    assert parse(row).messages == CHAT
+
+
+@pytest.mark.parametrize("question", [[[ASKED]], [ASKED], ASKED["content"]])
+def test_a_question_of_bfcl_becomes_a_test_case(question: Any, tmp_path: Path) -> None:
+    row = {"id": "simple_0", "question": question, "function": [FUNCTION]}
+    message = refusal(row)
+    assert "a question of a benchmark (BFCL: `question` and `function`), and its answer is not in it" in message
+    answer = {"id": "simple_0", "ground_truth": [{"weather": {"city": ["Rome", "Roma"]}}]}
+    (made,) = run_jq(message[message.index("jq ") :], [row, answer], tmp_path)
+    trajectory = parse_row(made, "cases.jsonl:1", EvaluateConfig())
+    assert trajectory.is_outline
+    assert trajectory.messages[-1]["tool_calls"][0]["function"]["name"] == "weather"
+
+
+@pytest.mark.parametrize("answers", ["[]", [], ""])
+def test_a_query_without_a_call_has_no_answer(answers: Any) -> None:
+    assert "logs.jsonl:2: `answers` is empty: no call answers the query" in refusal(
+        {"query": "Hi", "answers": answers, "tools": TOOLS}
+    )

@@ -4,11 +4,14 @@ A layout only moves things to where `trajectory.py` looks for them; whether they
 all layouts. Each converted message remembers the turn that it came from, so that an error still names that turn.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
 from gemma_dist.data.declarations import find_declarations, to_openai_tools, without_tools
 from gemma_dist.data.layouts import anthropic, exchanges, glaive, lone_events, prompt_completion, sharegpt, xlam
+from gemma_dist.data.layouts.beside import refuse_beside
 from gemma_dist.data.layouts.markers import image_column, place_images
+from gemma_dist.data.layouts.ratings import refuse_ratings
 from gemma_dist.data.layouts.text_calls import convert_text_calls
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, number_turns
 from gemma_dist.data.strict import error_context, get, read_json_text
@@ -16,7 +19,7 @@ from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
 COLUMNS_AS_TEXT = ("messages", "conversations", "tools")  # may hold the JSON text of their value
-UNCARRIED = ("videos", "audios")
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "instructions")
 
 
 def to_openai(row: RawRow) -> OpenAIRow:
@@ -29,19 +32,20 @@ def to_openai(row: RawRow) -> OpenAIRow:
     for key in COLUMNS_AS_TEXT:
         if row.get(key):
             row[key] = read_json_text(row[key], key)
-    for column in UNCARRIED:
-        if row.get(column):
-            raise DataError(f"the row brings `{column}`, which the trajectories cannot hold; remove the column")
+    notes: Counter[str] = Counter()
+    refuse_ratings(row, notes)
     converted = _converter(row)(row)
+    converted.notes += notes
     converted.tools = find_declarations(row, converted.tools, converted.messages, converted.notes)
     converted.messages = [(turn, without_tools(message)) for turn, message in converted.messages]
-    if row.get("system") and converted.messages and not converted.has_system:
-        converted.messages = _with_system(row["system"], converted.messages)
+    if converted.messages and not converted.has_system:
+        converted.messages = _with_system(row, converted.messages)
     declared = converted.tools
     converted = convert_text_calls(converted)
     if converted.tools is not declared:  # the system text listed them
         converted.tools = to_openai_tools(converted.tools, converted.notes)
     converted.images = image_column(row) or converted.images
+    refuse_beside(row, converted)
     place_images(converted)
     return converted
 
@@ -73,14 +77,27 @@ def _openai(row: RawRow) -> OpenAIRow:
     return OpenAIRow(messages, row.get("tools"))
 
 
-def _with_system(system: object, messages: NumberedMessages) -> NumberedMessages:
-    """The messages under the row's own `system`, unless they open with the same."""
+def _with_system(row: RawRow, messages: NumberedMessages) -> NumberedMessages:
+    """The messages under the row's own `system`, whatever it calls it, unless they open with the same."""
+    for column in SYSTEM_COLUMNS:
+        system = row.get(column)
+        if system:
+            with error_context(f"`{column}` of the row"):
+                messages = _under(system, messages)
+    return messages
+
+
+def _under(system: object, messages: NumberedMessages) -> NumberedMessages:
+    """The messages under a system text. DataError where they open with another."""
     if isinstance(system, str):
         system = system.removeprefix(glaive.SYSTEM)
-    with error_context("`system` of the row"):
-        given = [get(message, "content") for _, message in messages if get(message, "role") == "system"]
-        if given and given != [system]:
-            raise DataError("says something else than the system turn; keep one of the two")
-        if given:
-            return messages
-        return [(0, {"role": "system", "content": anthropic.to_parts(system)}), *messages]
+    content = anthropic.to_parts(system)
+    given = [get(message, "content") for _, message in messages if get(message, "role") in ("system", "developer")]
+    if given and list(map(_stripped, given)) not in ([_stripped(system)], [content]):
+        raise DataError("says something else than the system turn; keep one of the two")
+    return messages if given else [(0, {"role": "system", "content": content}), *messages]
+
+
+def _stripped(content: object) -> object:
+    """A text without the blanks around it, which the template leaves out; parts as they are."""
+    return content.strip() if isinstance(content, str) else content

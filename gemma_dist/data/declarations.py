@@ -10,18 +10,29 @@ Several that say the same are one; several that do not are refused. How each dec
 """
 
 import json
+import re
 from collections import Counter
 
 from gemma_dist.data.layouts.turns import NumberedMessages, number_turns, turn_name
-from gemma_dist.data.strict import as_object, error_context, get, get_list, is_json_text, is_list_of, without
-from gemma_dist.data.tool_forms import declared_tools, decode_tools, to_openai_tools
+from gemma_dist.data.strict import (
+    as_list,
+    as_object,
+    error_context,
+    get,
+    get_list,
+    is_json_text,
+    is_list_of,
+    short,
+    without,
+)
+from gemma_dist.data.tool_forms import declared_tools, decode_tools, foreign_names, to_openai_tools
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
 COLUMNS = ("tools", "functions", "available_tools")
 NO_DECLARATIONS = ("tool_choice", "tool_config", "toolConfig")  # of a request: they name a tool at most
-SUSPICIOUS = ("tool", "function", "apis", "api_list")  # in a column's name
-CALLS = ("call", "result", "response")  # in the name of a column that is about calls
+SUSPICIOUS = re.compile(r"tool|function|(?<![a-z])apis?(?![a-z])|(?<![a-z])mcp(?![a-z])")  # in a column's name
+CALLS = re.compile("call|result|response")  # in the name of a column that is about calls
 
 
 def find_declarations(row: RawRow, tools: object, messages: NumberedMessages, notes: Counter[str]) -> object:
@@ -99,10 +110,19 @@ def _unless_names(value: object) -> object:
 
 def _refuse_unread(row: RawRow, found: object) -> None:
     """Refuse a column that declares other tools than those that were found, under a name that is not read."""
+    names = [get(get(tool, "function"), "name") for tool in as_list(found)]
     for column, value in row.items():
-        declared = declared_tools(value) if _sounds_like_tools(str(column)) else None
+        if not _sounds_like_tools(str(column)):
+            continue
+        declared = declared_tools(value)
         if declared is not None and _canonical(declared) != _canonical(found):
             raise DataError(f"the column `{column}` declares tools, but is not read; rename it to `tools`")
+        unread = [name for name in foreign_names(value) if name not in names]
+        if unread:
+            raise DataError(
+                f"the column `{column}` declares {short(unread)} in a form that is not read; write as `tools`: "
+                '[{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}]'
+            )
 
 
 def _sounds_like_tools(column: str) -> bool:
@@ -110,12 +130,7 @@ def _sounds_like_tools(column: str) -> bool:
     if column in (*COLUMNS, *NO_DECLARATIONS):
         return False
     name = column.lower()
-    return _holds_word(name, SUSPICIOUS) and not _holds_word(name, CALLS)
-
-
-def _holds_word(name: str, words: tuple[str, ...]) -> bool:
-    """Whether one of the words stands somewhere in a name."""
-    return any(word in name for word in words)
+    return SUSPICIOUS.search(name) is not None and CALLS.search(name) is None
 
 
 def _canonical(tools: object) -> object:

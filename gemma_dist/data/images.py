@@ -4,6 +4,7 @@
     "data:image/png;base64,iVBORw0…", "iVBORw0…"                the file itself
     {"bytes": b"…", "path": "1.png"}                            `datasets`, in parquet
     {"url": "shots/1.png"}, {"base64": "iVBORw0…"}              what parts say (content.py)
+    {"type": "image", "image": "shots/1.png"}, {"data": "iVBORw0…", "mimeType": "image/png"}        a part itself
 
 Shards keep an image's file as it came; `decode_image` turns it into pixels wherever these are needed.
 """
@@ -23,6 +24,9 @@ from gemma_dist.data.png import is_animated_png, mend_png
 from gemma_dist.data.strict import get, reason, short
 from gemma_dist.errors import DataError, setting
 
+# Where an object says what its image is. Bytes go before the path that they came from, as `datasets` has it.
+SOURCE_KEYS = ("base64", "data", "b64_json", "bytes", "path", "url", "image", "image_url", "source")
+BASE64_KEYS = ("base64", "data", "b64_json")
 SCALED = "images of 16-bit or float gray are seen with 8 bits, scaled from their whole range"
 FIRST_FRAME = "images of several frames or pages are seen as the first of them"
 
@@ -170,27 +174,25 @@ def image_notes(data: bytes) -> list[str]:
 def load_image(source: object, media_root: Path) -> bytes:
     """The encoded file behind the image entry of a row.
 
-    `source` is bytes, a string (a path inside `media_root`, a file: or data: URL, base64), or {"bytes", "path"} as
-    `datasets` stores them, {"url"} or {"base64"}. DataError if it is none of these, does not exist, lies outside
-    `media_root` or on a network.
+    `source` is bytes, a string (a path inside `media_root`, a file: or data: URL, base64), or an object with one under
+    a key of SOURCE_KEYS: {"bytes", "path"} as `datasets` stores them, {"url"}, {"base64"}, a part. DataError if it is
+    none of these, does not exist, lies outside `media_root` or on a network.
     """
-    encoded = get(source, "base64")
-    if isinstance(encoded, str):
-        return _from_data_url_or_base64(encoded)
-    found = _file_of_object(source) if isinstance(source, dict) else source
+    found = source
+    for key in SOURCE_KEYS:
+        given = get(source, key)
+        if given is not None and key in BASE64_KEYS and isinstance(given, str):
+            return _from_data_url_or_base64(given)
+        if isinstance(given, dict):
+            return load_image(given, media_root)
+        if given is not None:
+            found = given
+            break
     if isinstance(found, bytes):
         return found
     if not isinstance(found, str) or not found.strip():
         raise DataError(f"the image {short(source)} is no path, data: URL, base64 text or bytes; give one of them")
     return _from_string(found, media_root)
-
-
-def _file_of_object(source: dict[str, object]) -> object:
-    """The first that is there of what an object says: bytes before the path that they came from, as `datasets` does."""
-    for key in ("bytes", "path", "url"):
-        if source.get(key) is not None:
-            return source[key]
-    return None
 
 
 def _from_string(text: str, media_root: Path) -> bytes:

@@ -32,6 +32,8 @@ from gemma_dist.errors import DataError
 # How jsonschema checks one keyword: by validator, rule, value and schema.
 Check: TypeAlias = Callable[[object, Json, Json, JsonObject], Iterable[Exception]]
 
+TWICE = "declarations that stood there twice were taken once"
+
 _TOOL_NAME = re.compile(r"[\w./:-]+")
 
 
@@ -50,7 +52,7 @@ def parse_tools(tools: object, clean: Clean, notes: Counter[str]) -> list[Tool]:
     needs, and nulls that say nothing. `notes` count what was changed.
 
     Raises:
-        DataError: one is no declaration of a function, is declared twice, or has an invalid schema.
+        DataError: one is no declaration of a function, is declared in two ways, or has an invalid schema.
     """
     given = read_json_text(tools, "tools") if tools else []
     if not isinstance(given, list):
@@ -61,10 +63,13 @@ def parse_tools(tools: object, clean: Clean, notes: Counter[str]) -> list[Tool]:
             function = _declared_function(tool)
             name = tool_name(function.get("name"))
         with error_context(f"tool {name}"):
-            if name in parsed:
-                raise DataError("is declared twice; tool names are unique")
             function = drop_schema_nulls(function, notes)
-            parsed[name] = {"type": "function", "function": _parse_function(function, clean, notes)}
+            declared: Tool = {"type": "function", "function": _parse_function(function, clean, notes)}
+            if parsed.setdefault(name, declared) is declared:
+                continue
+            if parsed[name] != declared:
+                raise DataError("is declared twice, and not the same; keep one of the two, or rename one")
+            notes[TWICE] += 1
     return list(parsed.values())
 
 

@@ -11,7 +11,6 @@ HARMLESS = {"preserve_thinking": (False,), "add_generation_prompt": (False, True
 REMEDIES = {
     "preserve_thinking": f"to train thoughts of earlier user turns use {setting('unroll', 'reasoning')}, and remove it",
     "thinking": "Gemma's template calls it enable_thinking",
-    "tools": "move them to the row's `tools`",
     "documents": "Gemma's template shows none: write them into a message",
 }
 
@@ -27,6 +26,7 @@ def parse_template_kwargs(given: object) -> bool | None:
         if not isinstance(kwargs, dict):
             raise DataError(f'{short(kwargs)} is no object; write {{"enable_thinking": true}} or false')
         said = {key: value for key, value in kwargs.items() if value is not None}  # Arrow fills absent keys with null
+        said.pop("tools", None)  # `declarations.py` reads them
         thinking = said.pop("enable_thinking", None)
         if thinking is not None and not isinstance(thinking, bool):
             raise DataError(f"`enable_thinking` is {short(thinking)}; write true or false, or leave it out")

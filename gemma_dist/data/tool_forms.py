@@ -14,10 +14,12 @@
 A single one may stand without a list, and any of them as JSON text. Whether they are right is checked by `schema.py`.
 """
 
+import json
 from collections import Counter
 
-from gemma_dist.data.schema_types import is_optional
-from gemma_dist.data.schema_walk import CONSTRAINTS
+from gemma_dist.data.calls import first_of
+from gemma_dist.data.schema_types import is_optional, parse_type
+from gemma_dist.data.schema_walk import CONSTRAINTS, ONE, SEVERAL
 from gemma_dist.data.strict import (
     as_list,
     as_object,
@@ -49,10 +51,15 @@ SCHEMA_KEYS = (
 FLAT_KEYS = ("args", "parameter_definitions")  # whose value is always flat
 # What the forms other than OpenAI's have besides name, description and schema, and no one misses in a prompt.
 SILENT = ("type", "cache_control", "strict")
+# What other forms say of a tool, which is not taken.
+NAME_KEYS = ("api_name", "function_name", "func_name", "tool_name", "name")
+DESCRIPTION_KEYS = ("description", "api_description", "required_parameters", "optional_parameters", "signature")
+MAX_LEVELS = 4
 OPENAI_KEYS = ("name", "description", "parameters")
 
 # Keys that make an object without `properties` a schema; any other one may be a parameter.
 _SCHEMA_WORDS = ("$ref", "$defs", "definitions", "additionalProperties", "patternProperties", "dependentSchemas")
+ANNOTATIONS = ("default", "deprecated", "example", "examples", "readOnly", "strict", "writeOnly", "propertyOrdering")
 _BESIDE_FLAT = ("type", "required", "title", "description", "$schema", "additionalProperties")
 
 FLAT_NOTE = "declarations had parameters without `properties` around them"
@@ -77,6 +84,30 @@ def declared_tools(value: object) -> object:
         return to_openai_tools(decoded, Counter()) if declares else None
     except DataError:
         return None
+
+
+def foreign_names(value: object, depth: int = 0) -> list[str]:
+    """The names of tools that a column declares in a form that is not taken, on whatever level; none without one.
+
+    [{"tool_name": "t", "api_name": "f", "api_description": "…", "required_parameters": […]}]  ->  ["f"]    ToolBench
+    [{"name": "server", "url": "…", "tools": [{"name": "f", "inputSchema": {…}}]}]             ->  ["f"]    MCP
+    """
+    try:
+        value = decode_tools(value) if is_json_text(value) else value
+    except DataError:
+        return []
+    if depth > MAX_LEVELS or not isinstance(value, (dict, list)):
+        return []
+    inner = value if isinstance(value, list) else [*value.values()]
+    name = first_of(value, NAME_KEYS)
+    says = any(get(value, key) is not None for key in (*DESCRIPTION_KEYS, *SCHEMA_KEYS))
+    lists_tools = any(is_list_of(item, dict) and item and first_of(item[0], NAME_KEYS) is not None for item in inner)
+    if isinstance(name, str) and says and not lists_tools:
+        return [name]
+    names: list[str] = []
+    for item in inner:
+        names += foreign_names(item, depth + 1)
+    return names
 
 
 def to_openai_tools(given: object, notes: Counter[str]) -> object:
@@ -201,6 +232,7 @@ def _with_properties(schema: object, *, is_flat: bool) -> object:
 
     {"city": {"type": "str"}}                                ->  {"type": "object", "properties": {"city": {…}}}
     [{"name": "city", "type": "string"}]                     ->  the same
+    {"city": "str"}                                          ->  the same
     {"type": "dict", "city": {…}, "required": ["city"]}      ->  {…, "required": ["city"]}
 
     Args:
@@ -213,12 +245,43 @@ def _with_properties(schema: object, *, is_flat: bool) -> object:
     flat = without_nulls(schema)
     if is_flat or _is_flat(flat):
         return _object_of(flat)
-    beside = {key: flat[key] for key in _BESIDE_FLAT if key in flat and not isinstance(flat[key], dict)}
+    beside = {key: flat[key] for key in _BESIDE_FLAT if key in flat and not _is_parameter(key, flat[key])}
     inner = without(flat, *beside)
-    is_schema = not inner or "properties" in inner or _known_words(inner)
-    if "type" in beside and not is_schema and _is_flat(inner):
-        return _object_of(inner) | beside
-    return schema
+    if _is_schema(inner):
+        return schema
+    return _object_of({name: _typed_parameter(name, value) for name, value in inner.items()}) | beside
+
+
+def _is_parameter(key: str, value: object) -> bool:
+    """Whether a key that JSON schema has a meaning for is a parameter: {"title": "string", "body": "string"}."""
+    return isinstance(value, dict) or (key in ("title", "description") and _is_type(value))
+
+
+def _is_type(value: object) -> bool:
+    """Whether a value is the name of a type: "int", "List[str]"."""
+    try:
+        return isinstance(value, str) and parse_type(value) is not None
+    except DataError:
+        return False
+
+
+def _is_schema(inner: RawRow) -> bool:
+    """Whether what stands beside type and title is JSON schema's, and none of it a parameter."""
+    if not inner.keys().isdisjoint(("properties", *_SCHEMA_WORDS, *ONE, *SEVERAL)):
+        return True
+    return all(key in CONSTRAINTS or key in ANNOTATIONS or key.startswith(("$", "x-", "x_")) for key in inner)
+
+
+def _typed_parameter(name: str, value: object) -> object:
+    """The schema of a parameter that may be its type alone: "int" -> {"type": "int"}. DataError for other words."""
+    if isinstance(value, dict):
+        return value
+    if _is_type(value):
+        return {"type": value}
+    raise DataError(
+        f"the parameter {short(name)} is {short(value)}; write its schema: "
+        f'{{"properties": {{{json.dumps(name)}: {{"type": "string", "description": ...}}}}}}'
+    )
 
 
 def _named_parameters(listed: list[object]) -> object:
@@ -238,11 +301,6 @@ def _is_flat(schema: RawRow) -> bool:
     properties = schema.get("properties")
     is_parameter = isinstance(properties, dict) and any(isinstance(value, str) for value in properties.values())
     return properties is None or is_parameter
-
-
-def _known_words(schema: RawRow) -> bool:
-    """Whether JSON schema has a meaning for one of the keys."""
-    return not schema.keys().isdisjoint(CONSTRAINTS)
 
 
 def _object_of(parameters: RawRow) -> RawRow:

@@ -15,7 +15,7 @@ last step of each.
 from collections import Counter
 from dataclasses import dataclass
 
-from gemma_dist.data.layouts import telemetry
+from gemma_dist.data.layouts import swe_agent, telemetry
 from gemma_dist.data.layouts.dialects import is_foreign, read_messages
 from gemma_dist.data.layouts.pieces import content_part, text_part, tidy
 from gemma_dist.data.layouts.prefill import continued
@@ -30,13 +30,14 @@ from gemma_dist.data.layouts.requests import (
     unnested,
 )
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow
-from gemma_dist.data.strict import error_context, get, get_list, short
+from gemma_dist.data.strict import as_list, error_context, get, get_list, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
 # Columns of what was asked and what was answered; the last two are of OpenAI's and Anthropic's batches, joined.
 PAIRS = (("request", "response"), ("request_body", "response_body"), ("body", "response"), ("params", "result"))
 LISTED = ("choices", "candidates")  # these lists alone are no response: the object that holds them is
+ASKING = ("user", "tool", "function")  # roles of a last message that waits for an answer
 REPEATED = "answers that the messages of the row hold already were left out"
 
 
@@ -90,7 +91,7 @@ def _read_answers(found: Exchange, notes: Counter[str]) -> list[object]:
 def _is_foreign_chat(row: RawRow) -> bool:
     """A row with messages that the layouts of OpenAI, Anthropic and sharegpt do not take as a whole."""
     messages = row.get("messages") or row.get("conversations")
-    if is_foreign(unnested(messages)):
+    if is_foreign(unnested(messages)) or swe_agent.is_history(as_list(messages)):
         return True
     return bool(get_list(row, "messages")) and bool(_answer_key(row, "messages"))
 
@@ -135,7 +136,10 @@ def _body(row: RawRow) -> Exchange | None:
     if request is None:
         return None
     place = _answer_key(row, request.key)
-    return Exchange(request, _answer(row, place), place)
+    answer = _answer(row, place)
+    if request.key == "messages" and isinstance(answer, str) and not has_answer(answer):
+        answer = {"role": "assistant", "content": answer}  # as it is, even where it is JSON
+    return Exchange(request, answer, place)
 
 
 def _span(row: RawRow) -> Exchange | None:
@@ -151,10 +155,17 @@ def _answer_key(row: RawRow, asked: str) -> str:
     """Where the row answers what stands under `asked`; "" where the messages there hold the answers themselves."""
     for key in ANSWER_KEYS[asked]:
         # Beside messages other things may be called so: the choices of a question, a response of another kind.
-        is_sure = asked != "messages" or has_answer(_answer(row, key))
+        is_sure = asked != "messages" or has_answer(_answer(row, key)) or _is_text_answer(row, key)
         if is_sure and row.get(key) is not None:
             return key
     return ""
+
+
+def _is_text_answer(row: RawRow, key: str) -> bool:
+    """Whether a text answers messages that end without an answer: {"messages": [..., user], "completion": "Hi"}."""
+    *_, last = get_list(row, "messages") or [None]
+    text = row.get(key)
+    return get(last, "role") in ASKING and isinstance(text, str) and text.strip() != ""
 
 
 def _answer(row: RawRow, place: str) -> object:

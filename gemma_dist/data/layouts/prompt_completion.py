@@ -6,6 +6,7 @@ TRL trains the completion alone, so the assistant's messages of the prompt are s
 """
 
 from gemma_dist.data.layouts.dialects import is_chat, is_message, read_messages
+from gemma_dist.data.layouts.ratings import find_preference, refuse_label
 from gemma_dist.data.layouts.turns import OpenAIRow
 from gemma_dist.data.strict import as_list, as_object, get, read_json_text, short
 from gemma_dist.data.types import RawRow
@@ -15,6 +16,7 @@ PREFERRED_COMMAND = "jq -c '{messages: (.input.messages + .preferred_output), to
 CHOSEN_TEXT_COMMAND = (
     'jq -c \'{messages: [{role: "user", content: .prompt}, {role: "assistant", content: .chosen}]}\' FILE'
 )
+ASKED = ("prompt", "instruction", "question", "query", "input")  # what is asked, as a text beside two answers
 PLAIN_PAIRS = (
     ("prompt", "completion"),
     ("prompt", "response"),
@@ -26,7 +28,6 @@ PLAIN_PAIRS = (
     ("inputs", "targets"),
 )
 SHOWN = "assistant messages of the prompt are shown, not trained"
-PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
 PREFERENCE_COMMAND = (
     "jq -c '{messages: ((if (.prompt | type) == \"array\" then .prompt else [] end) + .chosen), tools}' FILE"
 )
@@ -44,11 +45,7 @@ def to_openai(row: RawRow) -> OpenAIRow:
     """The row in the OpenAI shape. DataError where it is no chat, or says that one answer is better than another."""
     if _is_preference(row):
         raise _one_of_two(row)
-    if isinstance(row.get("label"), bool):
-        raise DataError(
-            f"`label` is {row['label']}: the row rates an answer (KTO), and every row is trained; keep the good ones: "
-            "jq -c 'select(.label) | {messages: (.prompt + .completion), tools}' FILE"
-        )
+    refuse_label(row)
     pair = _plain_pair(row)
     if pair is not None:
         raise _refusal(row, *pair)
@@ -63,19 +60,26 @@ def to_openai(row: RawRow) -> OpenAIRow:
 
 def _is_preference(row: RawRow) -> bool:
     """Whether the row holds a better and a worse answer: {"prompt": ..., "chosen": ..., "rejected": ...}."""
-    return any(row.get(good) is not None and row.get(bad) is not None for good, bad in PREFERENCES)
+    found = find_preference(row)
+    return found is not None and found.better != ""
 
 
 def _one_of_two(row: RawRow) -> DataError:
     """Why a preference is no trajectory, with the command that keeps the better answer."""
-    if row.get("preferred_output") is not None:
-        names, command = "`preferred_output` and `non_preferred_output`", PREFERRED_COMMAND
-    elif isinstance(row["chosen"], str):
-        names, command = "the texts `chosen` and `rejected`", CHOSEN_TEXT_COMMAND
+    found = find_preference(row)
+    assert found is not None
+    names = f"`{found.better}` and `{found.worse}`"
+    if found.better == "preferred_output":
+        command = PREFERRED_COMMAND
+    elif isinstance(row[found.better], str):
+        names = f"the texts {names}"
+        asked = next((key for key in ASKED if isinstance(row.get(key), str)), "prompt")
+        command = CHOSEN_TEXT_COMMAND.replace(".prompt", _question(row, asked))
     else:
-        names, command = "`chosen` and `rejected`", PREFERENCE_COMMAND
+        command = PREFERENCE_COMMAND
     return DataError(
-        f"the row holds {names} (a preference), and one trajectory is trained; keep the better one: {command}"
+        f"the row holds {names} (a preference), and one trajectory is trained; keep the better one: "
+        f"{command.replace('.chosen', f'.{found.better}')}"
     )
 
 
@@ -115,10 +119,7 @@ def _messages(row: RawRow, key: str) -> list[object]:
 
 def _refusal(row: RawRow, asked: str, answered: str) -> DataError:
     """Why two texts are no trajectory, with the command that makes one of them."""
-    question = f".{asked}"
-    if asked == "instruction" and row.get("input"):
-        question = '([.instruction, .input] | map(select(. // "" != "")) | join("\\n"))'
-    messages = f'[{{role: "user", content: {question}}}, {{role: "assistant", content: .{answered}}}]'
+    messages = f'[{{role: "user", content: {_question(row, asked)}}}, {{role: "assistant", content: .{answered}}}]'
     if row.get("history"):
         messages = (
             f'([.history[] | {{role: "user", content: .[0]}}, {{role: "assistant", content: .[1]}}] + {messages})'
@@ -128,3 +129,10 @@ def _refusal(row: RawRow, asked: str, answered: str) -> DataError:
         f"`{asked}` is the plain text {short(row[asked])}, which does not say who speaks; if it is what a user says "
         f"and `{answered}` what the model answers, write so: jq -c '{{{beside}messages: {messages}}}' FILE"
     )
+
+
+def _question(row: RawRow, asked: str) -> str:
+    """What is asked, as an expression of jq: a column, or Alpaca's two."""
+    if asked == "instruction" and row.get("input"):
+        return '([.instruction, .input] | map(select(. // "" != "")) | join("\\n"))'
+    return f".{asked}"

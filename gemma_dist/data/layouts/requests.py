@@ -25,22 +25,29 @@ from gemma_dist.errors import DataError
 
 # Where a list of messages may stand, and where beside it the answer.
 ANSWER_KEYS: dict[str, tuple[str, ...]] = {
-    "messages": ("choices", "candidates", "response"),
+    "messages": ("choices", "candidates", "response", "completion", "output"),
     "contents": ("candidates", "response"),
     "input": ("output", "response", "choices"),
     "items": (),
     "events": (),
     "history": (),
     "trajectory": (),
+    "traj": (),  # tau-bench
     "transcript": (),
     "conversation": (),
     "conversations": (),
+    "dialogue": (),
+    "dialog": (),
+    "turns": (),
+    "chat": (),
     "values": (),  # the state of a graph of LangGraph
 }
 WRAPPERS = ("body", "inputBodyJson", "outputBodyJson")  # the last two in Bedrock's logs
 # Where a response lists its answers, and where each holds its message.
 CHOICES = (("choices", "message"), ("candidates", "content"), ("generations", "message"))
-SYSTEM_KEYS = ("system", "systemInstruction", "system_instruction", "instructions")
+SYSTEM_KEYS = (
+    *("system", "systemInstruction", "system_instruction", "instructions", "system_prompt", "system_message"),
+)
 TOOL_KEYS = ("tools", "functions")
 TOOL_PLACES = ("toolConfig", "config", "kwargs", "model_parameters", "metadata")  # may hold TOOL_KEYS
 BESIDE_MESSAGE = ("id", "type", "model", "stop_reason", "stop_sequence", "usage", "finish_reason", "container")
@@ -144,9 +151,9 @@ def read_response(body: object, notes: Counter[str]) -> list[object]:
 
 
 def has_answer(body: object) -> bool:
-    """Whether an object looks like a response of an API, {"choices": [{"message": {...}}]}, or like a message."""
+    """Whether a value looks like a response of an API, {"choices": [{"message": {...}}]}, or like messages."""
     body = _unwrapped(read_value(body))
-    if is_message(body):
+    if is_message(body) or is_chat(body):
         return True
     for key, inner in (*CHOICES, ("choices", "delta")):
         if any(get(choice, inner) is not None for choice in get_list(body, key)):

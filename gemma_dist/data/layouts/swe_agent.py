@@ -10,15 +10,18 @@
 Calls that SWE-agent's text formats write into a code block stay text, as the model was asked to write them.
 """
 
-from gemma_dist.data import marks
 from gemma_dist.data.calls import first_of
 from gemma_dist.data.layouts.turns import OpenAIRow, first_filled, turn_name
-from gemma_dist.data.strict import error_context, get, get_list, short
+from gemma_dist.data.strict import as_list, error_context, get, get_list, short, without, without_nulls
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
 NEBIUS_ROLES = {"system": "system", "user": "user", "ai": "assistant"}
-CARRIED = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", *marks.ON_MESSAGE)
+# Keys of a history that say how the agent ran: all of `thought` and `action` stands in content and calls as well.
+OWN_KEYS = (
+    *("agent", "agent_role", "message_type", "is_demo", "thought", "action", "tool_call_ids", "thinking_blocks"),
+    *("tags", "cache_control"),
+)
 DEMONSTRATIONS = "messages of a demonstration are shown, not trained"
 
 
@@ -39,6 +42,15 @@ def to_openai(messages: list[object]) -> OpenAIRow:
             else:
                 raise DataError(f"the message is {short(message)}; write an object with role and content")
     return row
+
+
+def is_history(messages: list[object]) -> bool:
+    """Whether the messages have marks of SWE-agent's history that no other log has: its thoughts, actions, types.
+
+    {"role": "assistant", "content": "I look.", "thought": "I look.", "action": "ls", "agent": "main", ...}
+    """
+    marked = [message for message in messages if _is_marked(message)]
+    return any(first_of(message, ("thought", "action", "message_type")) is not None for message in marked)
 
 
 def _is_nebius(message: object) -> bool:
@@ -68,7 +80,10 @@ def _message(row: OpenAIRow, message: RawRow) -> RawRow:
       -> {"role": "tool", "content": "a.py", "tool_call_id": "c1"}
     """
     role = message.get("role")
-    moved = {key: message[key] for key in CARRIED if message.get(key) is not None}
+    moved = without(without_nulls(message), *OWN_KEYS)
+    thought = message.get("thought")
+    if isinstance(thought, str) and thought.strip() not in _text(message.get("content")):
+        raise DataError(f"`thought` is {short(thought)}, which `content` does not say; write it as `reasoning_content`")
     ids = get_list(message, "tool_call_ids") if role == "tool" else []
     if len(ids) > 1:
         raise DataError(f"answers the calls {short(ids)} at once; write a message for each call")
@@ -86,3 +101,9 @@ def _message(row: OpenAIRow, message: RawRow) -> RawRow:
     if reasoning:
         moved.setdefault("reasoning_content", "\n".join(reasoning))
     return moved
+
+
+def _text(content: object) -> str:
+    """The text of a message's content, a string or parts."""
+    parts = [content] if isinstance(content, str) else [get(part, "text") for part in as_list(content)]
+    return "\n".join(part for part in parts if isinstance(part, str))
