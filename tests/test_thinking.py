@@ -481,8 +481,8 @@ def test_shards_of_another_setting_are_refused_with_the_setting_that_made_them(
     shards = tmp_path / "shards"
     run_shard([rows], shards, model, ShardConfig(enable_thinking=False), False)
     recipe = [str(ROOT / "launch/cpu_lora.yaml"), f"model_name_or_path={model}", f"data.train={shards}"]
-    for command in (["check", *recipe], ["check-prompts", str(shards), "--model", model]):
-        assert main(command) == 2
+    for words in (["check", *recipe], ["check-prompts", str(shards), "--model", model]):
+        assert main(words) == 2
         assert "as they were made" in capsys.readouterr().err
     assert main(["check", *recipe, "data.enable_thinking=false", f"output_dir={tmp_path / 'out'}"]) == 0
     for command in ("check-prompts", "inspect", "stats"):
