@@ -215,7 +215,7 @@ def turn(row: dict[str, Any], number: int, **changes: Any) -> dict[str, Any]:
 BLOCK = {"type": "tool_use", "id": "t1", "name": "weather"}
 
 REFUSED = [
-    (turn(sharegpt(), 2, **{"from": "model"}), "turn 2 (model): `from` is 'model'; sharegpt turns come from system"),
+    (turn(sharegpt(), 2, **{"from": "robot"}), "turn 2 (robot): `from` is 'robot'; sharegpt turns come from system"),
     (turn(sharegpt(), 3, value="{"), "turn 3 (function_call): not JSON at column 2"),
     (turn(sharegpt(), 3, value="{}"), "turn 3 (function_call): the call {} is no object with a name"),
     (

@@ -6,8 +6,8 @@
   {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "20", "is_error": false}]}]}
 """
 
-from gemma_dist.data.content import mark_error
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, number_turns, turn_name
+from gemma_dist.data.results import is_true, mark_error
 from gemma_dist.data.strict import error_context, get, get_list, short, without
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
@@ -95,7 +95,7 @@ def _tool_message(block: object) -> RawRow:
     -> {"role": "tool", "tool_call_id": "t1", "content": "20"}
     """
     content = to_parts(get(block, "content"))
-    if get(block, "is_error"):
+    if is_true(get(block, "is_error")):
         content = mark_error(content)
     return {"role": "tool", "tool_call_id": get(block, "tool_use_id"), "content": content}
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from gemma_dist.data.content import mark_error
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, turn_name
+from gemma_dist.data.results import mark_error
 from gemma_dist.data.strict import error_context, get, get_list, short, to_json_text
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError

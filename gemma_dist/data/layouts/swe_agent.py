@@ -18,7 +18,16 @@ from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
 NEBIUS_ROLES = {"system": "system", "user": "user", "ai": "assistant"}
-CARRIED = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", *marks.ON_MESSAGE)
+CARRIED = (
+    "role",
+    "content",
+    "tool_calls",
+    "tool_call_id",
+    "name",
+    "reasoning_content",
+    *marks.ON_MESSAGE,
+    *marks.OFF_MESSAGE,
+)
 DEMONSTRATIONS = "messages of a demonstration are shown, not trained"
 
 
