@@ -27,7 +27,7 @@ OFF_MESSAGE = ("exclude_from_loss", "exclude_from_training", "no_loss", "ignore_
 # Marks of characters or tokens, or words for either of two opposite things.
 UNCLEAR = ("train_detail", "training_detail", "mask", "masked", "loss_mask", "loss_scale", "label_mask", "train_mask")
 # Any other key with such a word, and more than `true` in it, is taken for a mark that nobody here knows.
-_LIKE_MARK = re.compile(r"(?:^|_)(?:train(?:ed|ing|able)?|loss(?:es)?|mask(?:s|ed|ing)?|weight(?:s|ed)?)(?:_|$)")
+_LIKE_MARK = re.compile(r"(?:^|_)(?:train(?:ed|ing|able)?|loss(?:es)?|mask(?:s|ed|ing)?|weights?)(?:_|$)")
 _TURNS_IT_AROUND = re.compile(r"(?:^|_)(?:no|not|un|non|ignore|exclude|skip|drop|without|mask\w*)(?:_|$)")
 _IS_COUNT = re.compile(r"^(?:n|num|count|total)_")  # num_loss_tokens
 ON_OTHERS = "marks that train a message of someone else than the assistant were passed over"

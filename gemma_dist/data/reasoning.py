@@ -33,6 +33,7 @@ _TAG = re.compile(rf"{_OPEN}|{_CLOSE}")
 _ENDS_CLOSED = re.compile(rf"{_CLOSE}\s*\Z")
 # XML that may be words as well: thoughts only where it is whole and stands in front.
 _XML = re.compile(r"\s*<(?P<name>reasoning|thoughts?)\s*>(?P<thought>.*?)</(?P=name)\s*>", re.IGNORECASE | re.DOTALL)
+_XML_TAG = re.compile(rf"{_TAG.pattern}|(?i:</?(?:reasoning|thoughts?)\s*>)")
 # gpt-oss: its thoughts, and what opens the answer behind them; other models' openings of an answer; all their ends.
 _ANALYSIS = re.compile(
     r"(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>((?:(?!<\|channel\|>).)*?)<\|end\|>", re.DOTALL
@@ -72,7 +73,7 @@ def split_think_tags(text: str) -> tuple[str, str]:
         thoughts.append(text[opener.end() : closer.start()].strip())
         position = closer.end()
     rest = text[position:]
-    stray = _TAG.search(_blank_code(rest))
+    stray = (_XML_TAG if thoughts and _XML.match(text) else _TAG).search(_blank_code(rest))
     if stray:
         raise DataError(
             f"the tag {stray[0]} stands inside of the text, so what was thought cannot be told from what was said; "
@@ -147,8 +148,9 @@ def read_reasoning(message: RawRow, from_content: list[str], notes: Counter[str]
     """
     given: dict[str, str] = {}
     for key in KEYS:
+        text = _key_text(message, key)
         with error_context(f"`{key}`"):
-            text = _without_tags(_key_text(message.get(key)))
+            text = _without_tags(text)
         if text.strip():
             given[key] = text
     details = _from_details(message.get("reasoning_details"), notes)
@@ -193,18 +195,19 @@ def _from_details(details: object, notes: Counter[str]) -> str:
     return "\n".join(text for text in texts if text)
 
 
-def _key_text(value: object) -> str:
+def _key_text(message: RawRow, key: str) -> str:
     """The text of `reasoning_content` and its like; "" where it says whether or how much to think.
 
     "why", [{"type": "text", "text": "why"}] -> "why";      false, {"type": "enabled", "budget_tokens": 1024} -> ""
     """
+    value = message.get(key)
     is_setting = isinstance(value, bool) or as_object(value).keys() & {"budget_tokens", "effort"}
     is_switch = get(value, "type") in ("enabled", "disabled", "adaptive")
     if value is None or is_setting or is_switch:
         return ""
     text = _joined_text(value)
     if text is None:
-        raise DataError(f"is {short(value)}; write it as a string")
+        raise DataError(f"`{key}` is {short(value)}; write it as a string")
     return text
 
 
