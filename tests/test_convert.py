@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from gemma_dist.config import RowConfig
-from gemma_dist.data import model_turns
+from gemma_dist.data import model_turns, results
 from gemma_dist.data.content import content_text
 from gemma_dist.data.layouts import pieces, prefill
 from gemma_dist.data.reasoning import ENCRYPTED
@@ -224,7 +224,7 @@ def turn(row: dict[str, Any], number: int, **changes: Any) -> dict[str, Any]:
 BLOCK = {"type": "tool_use", "id": "t1", "name": "weather"}
 
 REFUSED = [
-    (turn(sharegpt(), 2, **{"from": "model"}), "turn 2 (model): `from` is 'model'; sharegpt turns come from system"),
+    (turn(sharegpt(), 2, **{"from": "robot"}), "turn 2 (robot): `from` is 'robot'; sharegpt turns come from system"),
     (turn(sharegpt(), 3, value="{"), "turn 3 (function_call): not JSON at column 2"),
     (turn(sharegpt(), 3, value="{}"), "turn 3 (function_call): the call {} is no object with a name"),
     (
@@ -520,14 +520,14 @@ def test_nulls_that_arrow_filled_into_results_are_dropped_and_counted(make: Any)
     assert [json.loads(text) for text in map(content_text, told(row))] == [
         {"t": 20, "days": [{"title": "a"}, {"own": None}]}
     ]
-    assert parse(row).notes == {pieces.FILLED: 2}
+    assert parse(row).notes == {results.FILLED: 2}
 
 
 @pytest.mark.parametrize("make", [*RESULTS[1:], langchain_result])
 def test_lists_of_structs_are_results_without_their_nulls(make: Any) -> None:
     row = make([ArrowStruct({"type": None, "text": None, "title": "a"})])
     assert [content_text(content) for content in told(row)] == ['[{"title": "a"}]']
-    assert parse(row).notes == {pieces.FILLED: 2}
+    assert parse(row).notes == {results.FILLED: 2}
 
 
 @pytest.mark.parametrize("make", STRINGS)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from gemma_dist.config import RowConfig
-from gemma_dist.data.marks import ON_MESSAGE, UNCLEAR
+from gemma_dist.data.marks import OFF_MESSAGE, ON_MESSAGE, UNCLEAR
 from gemma_dist.data.read import read_whole_call
 from gemma_dist.data.reasoning import split_think_tags
 from gemma_dist.data.rows import read_rows
@@ -53,6 +53,11 @@ def case(shared: Path, name: str) -> Trajectory:
         {"id": "c1", "function": {"name": "f"}, "arguments": {"a": "x"}},
         {"id": "c1", "function": "f", "kwargs": {"a": "x"}},
         {"call_id": "c1", "index": 0, "name": "f", "arguments": {"a": "x"}, "extra_content": {"google": {}}},
+        {"toolCallId": "c1", "toolName": "f", "args": {"a": "x"}},
+        {"id": "c1", "tool": "f", "tool_input": {"a": "x"}},
+        {"id": "c1", "action": "f", "action_input": '{"a": "x"}'},
+        {"id": "c1", "type": "tool_use", "name": "f", "input": {"a": "x"}, "caller": {"type": "direct"}},
+        {"id": "c1", "function": {"name": "f", "arguments": '{"a": "x"}', "parsed_arguments": {"a": "x"}}},
         '{"id": "c1", "name": "f", "arguments": {"a": "x"}}',
     ],
 )
@@ -76,6 +81,9 @@ def test_the_cases_of_other_argument_keys(shared: Path, name: str) -> None:
         ({"name": "f", "arguments": {}, "result": "7"}, "the key 'result' of the call is not known"),
         ({"name": "f", "args": {"a": 1}, "input": {"a": 2}}, "args and input stand side by side"),
         ({"name": "g", "function": {"name": "f", "arguments": {}}}, "says `name` twice"),
+        ({"name": "f", "arguments": "{}", "parsed_arguments": {"a": 2}}, "arguments and parsed_arguments stand side"),
+        ({"fn": "f", "args": {}}, "the call {'args': {}, 'fn': 'f'} has no name; write it under `name`"),
+        ({"name": "f", "tool": "g", "args": {}}, "says name and tool, which differ"),
         ({"type": "custom", "custom": {"name": "f", "input": "x"}}, "is no function call"),
     ],
 )
@@ -91,6 +99,8 @@ def test_a_key_that_looks_like_one_of_ours_is_asked_about() -> None:
     assert "the key 'thoughts' of a message is not known" in refusal(USER, {**DONE, "thoughts": "why"})
     harmless = {"num_tool_calls": 0, "model": "x", "created_at": "today", "tool_calls": [], "tool": None}
     assert parse(USER, {**DONE, **harmless}).messages[1] == DONE
+    servers = {"finish_reason": "stop", "stopReason": "end", "reasoning_effort": "high", "content_type": "text"}
+    assert parse(USER, {**DONE, **servers, "content_filter_results": {"hate": {}}}).messages[1] == DONE
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
@@ -144,13 +154,30 @@ def test_what_parts_texts_keeps_them_apart() -> None:
         ("```\n<think>a</think>\n```", ("", "```\n<think>a</think>\n```")),
         ("`` ` <think> `` is one", ("", "`` ` <think> `` is one")),
         ("1 < 2", ("", "1 < 2")),
+        ('<think duration="3">hmm</think>Hi', ("hmm", "Hi")),
+        ("<Think>hmm</Think>Hi", ("hmm", "Hi")),
+        ("<seed:think>hmm</seed:think>Hi", ("hmm", "Hi")),
+        ("<reasoning>hmm</reasoning>\nHi", ("hmm", "Hi")),
+        ("<thought>hmm</thought>Hi", ("hmm", "Hi")),
+        ("[THINK]hmm[/THINK]Hi", ("hmm", "Hi")),
+        ("◁think▷hmm◁/think▷Hi", ("hmm", "Hi")),
+        ("<|begin_of_thought|>hmm<|end_of_thought|>\n<|begin_of_solution|>\nHi<|end_of_solution|>", ("hmm", "Hi")),
+        ("<|START_THINKING|>hmm<|END_THINKING|><|START_RESPONSE|>Hi<|END_RESPONSE|>", ("hmm", "Hi")),
+        ("<|channel|>analysis<|message|>hmm<|end|><|start|>assistant<|channel|>final<|message|>Hi", ("hmm", "Hi")),
+        ("<|channel|>final<|message|>Hi<|return|>", ("", "Hi")),
+        ("a `b\n</think>\n\nuse `x`", ("a `b", "use `x`")),
+        ("Hi <reasoning>x</reasoning>", ("", "Hi <reasoning>x</reasoning>")),
+        ("<reasoning>no end", ("", "<reasoning>no end")),
     ],
 )
 def test_think_tags(text: str, expected: tuple[str, str]) -> None:
     assert split_think_tags(text) == expected
 
 
-@pytest.mark.parametrize("text", ["said <think>thought</think> said", "<think>no end", "a <thinking> b"])
+@pytest.mark.parametrize(
+    "text",
+    ["said <think>x</think> said", "<think>no end", "a <thinking> b", "<reasoning>a</reasoning>b<thought>c</thought>"],
+)
 def test_tags_in_the_middle_are_refused(text: str) -> None:
     assert "stands inside of the text" in refusal(USER, {"role": "assistant", "content": text})
 
@@ -167,6 +194,17 @@ def test_tags_in_the_middle_are_refused(text: str) -> None:
         {"content": [{"type": "thinking", "thinking": "hmm", "signature": "x"}, {"type": "text", "text": "answer"}]},
         {"content": [{"type": "reasoning", "text": "hmm"}, {"type": "text", "text": "answer"}]},
         {"content": [{"type": "text", "text": "<think>hmm</think>answer"}]},
+        {"content": "answer", "reasoning_content": "<think>\nhmm\n</think>"},
+        {"content": "answer", "reasoning_content": "<think>hmm"},
+        {"content": "answer", "reasoning_content": "hmm\n</think>"},
+        {"content": "answer", "reasoning_content": "<reasoning>hmm</reasoning>"},
+        {"content": "answer", "reasoning": "hmm", "thinking": False},
+        {"content": "answer", "reasoning": [{"type": "text", "text": "hmm"}]},
+        {"content": "answer", "thinking_blocks": [{"type": "thinking", "thinking": "hmm", "signature": "x"}]},
+        {"content": "answer", "reasoning": "hmm", "thinking_blocks": [{"type": "thinking", "thinking": "hmm"}]},
+        {"content": "answer", "reasoning_details": [{"index": 0, "text": "h"}, {"index": 0, "text": "mm"}]},
+        {"content": [{"type": "thinking", "thinking": [part("h"), part("mm")]}, part("answer")]},
+        {"content": [{"type": "reasoning", "summary": [{"text": "hmm"}]}, part("answer")]},
     ],
 )
 def test_reasoning_is_found_wherever_it_stands(message: dict[str, Any]) -> None:
@@ -197,6 +235,8 @@ def test_what_nobody_can_read_of_reasoning_is_counted() -> None:
     assert sum(parse(USER, {**DONE, "reasoning_details": details}).notes.values()) == 1
     blocks = [{"type": "redacted_thinking", "data": "x"}, part("Done.")]
     assert sum(parse(USER, {"role": "assistant", "content": blocks}).notes.values()) == 1
+    summary = {"type": "reasoning", "summary": [], "encrypted_content": "x"}
+    assert sum(parse(USER, {"role": "assistant", "content": [summary, part("Done.")]}).notes.values()) == 1
 
 
 def test_reasoning_that_disagrees_is_refused() -> None:
@@ -211,6 +251,30 @@ def test_reasoning_that_disagrees_is_refused() -> None:
 def test_every_word_for_untrained_is_carried_out(key: str) -> None:
     row = parse(USER, {**CALLING, key: False}, {"role": "tool", "content": ""}, {**DONE, key: 1})
     assert [message.get("train", True) for message in row.messages] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("key", OFF_MESSAGE)
+def test_every_word_for_left_out_is_carried_out(key: str) -> None:
+    row = parse(USER, {**CALLING, key: True}, {"role": "tool", "content": ""}, {**DONE, key: 0})
+    assert [message.get("train", True) for message in row.messages] == [True, False, True, True]
+    assert f"`{key}` of the row is True" in refusal(USER, DONE, **{key: True})
+    assert f"train and {key} disagree" in refusal(USER, {**DONE, "train": True, key: True})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("is_masked", True), ("mask_out", True), ("assistant_masks", [1, 0]), ("isTrainable", False), ("lossFactor", 0.5)],
+)
+def test_what_sounds_like_a_mark_is_asked_about(key: str, value: object) -> None:
+    assert f"turn 2 (assistant): `{key}` is {value}, which may be a mark" in refusal(USER, {**DONE, key: value})
+    assert f"rows.jsonl:1: `{key}` is {value}, which may be a mark" in refusal(USER, DONE, **{key: value})
+
+
+def test_what_only_sounds_like_a_mark_passes() -> None:
+    assert "`completion_mask` is [1]" in refusal(USER, DONE, completion_mask=[1])
+    assert "`sample_weight` is 0.0" in refusal(USER, DONE, sample_weight=0.0)
+    harmless = {"split": "train", "training_source": "web", "num_train_tokens": 5, "constraint": 0, "token_mask": []}
+    assert parse(USER, {**DONE, **harmless, "is_training": True}, **harmless).messages[1] == DONE
 
 
 @pytest.mark.parametrize("key", UNCLEAR)

@@ -385,7 +385,7 @@ REFUSED = [
     (changed("id", "\ud800"), "surrogate"),
     # roles and order
     (changed("messages.1", "hello"), "turn 2: the message is 'hello'"),
-    (changed("messages.1.role", "model"), "turn 2 (model): the role is 'model'; roles are system"),
+    (changed("messages.1.role", "robot"), "turn 2 (robot): the role is 'robot'; roles are system"),
     (changed("messages.1.role", ["user"]), "turn 2: the role is ['user']"),
     (changed("messages.1.role", "system"), "turn 2 (system): a system message may only stand first"),
     (changed("messages.4", {"role": "developer", "content": "x"}), "turn 5 (developer): a system message may only"),
@@ -416,7 +416,6 @@ REFUSED = [
         changed("messages.1.content", {"sum": 3}),
         "turn 2 (user): the content is {'sum': 3} (dict); write it",
     ),
-    (changed("messages.3.content", 3), "the content is 3 (int); write it as a string"),
     (changed("messages.1.content", ["x"]), "the part 'x' is of type None"),
     (changed("messages.1.content", [{"type": "input_audio"}]), "is of type 'input_audio'"),
     (changed("messages.1.content", [{"type": "text", "text": 3}]), "the text of a part is 3"),
@@ -507,7 +506,7 @@ REFUSED = [
         changed("messages.2.tool_calls.0.function.name", "sub"),
         "turn 3 (assistant): calls sub, which `tools` does not declare",
     ),
-    (changed("messages.2.tool_calls.0.function.name", None), "the tool name None"),
+    (changed("messages.2.tool_calls.0.function.name", None), "has no name; write it under `name`"),
     *[
         (changed("messages.2.tool_calls.0.function.name", name), "cannot be represented in Gemma's call format")
         for name in ("", "add numbers", "add{", "add}", "add(1)", "a,b", "<x>", "add\n", 'a"b')

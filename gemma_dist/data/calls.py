@@ -4,12 +4,13 @@
 {"id": "c1", "name": "f", "args": {…}}                                               LangChain
 {"id": "c1", "name": "f", "input": {…}}                                              AI SDK, Anthropic
 {"name": "f", "parameters": {…}}                                                     Llama
+{"toolCallId": "c1", "toolName": "f", "args": {…}}                                   AI SDK
 """
 
 import re
 from typing import Any
 
-from gemma_dist.data.marks import ON_MESSAGE, refuse_finer
+from gemma_dist.data.marks import OFF_MESSAGE, ON_MESSAGE, refuse_finer
 from gemma_dist.data.schema import tool_name
 from gemma_dist.data.strict import (
     error_context,
@@ -28,11 +29,17 @@ from gemma_dist.errors import DataError
 
 _UNCARRIED = re.compile(r'[:,{}\[\]"\r\n]')  # ends a bare key of Gemma's calls, or opens something else
 
-ARGUMENT_KEYS = ("arguments", "args", "parameters", "input", "params", "kwargs")
+NAME_KEYS = ("name", "tool_name", "toolName", "function_name", "tool", "action")
+ARGUMENT_KEYS = (
+    *("arguments", "args", "parameters", "input", "params", "kwargs", "tool_input", "toolInput", "action_input"),
+    *("tool_args", "parsed_arguments"),
+)
 ID_KEYS = ("id", "tool_call_id", "call_id", "toolCallId")
 TYPES = ("function", "tool_call", "function_call", "tool_use", "tool-call")
 # What servers and loggers put beside a call, which says nothing about it.
-SILENT_KEYS = ("index", "status", "cache_control", "extra_content", "thought_signature", "provider_specific_fields")
+SILENT_KEYS = (
+    *("index", "status", "cache_control", "extra_content", "thought_signature", "provider_specific_fields", "caller"),
+)
 
 
 def parse_calls(message: RawRow, clean: Clean) -> list[ToolCall]:
@@ -80,7 +87,7 @@ def _parse_call(call: object, clean: Clean) -> ToolCall:
     if not isinstance(call, dict) or call.get("type") not in (None, *TYPES):
         raise DataError(f'the call {short(call)} is no function call; write {{"function": {{"name", "arguments"}}}}')
     described = _unwrap(call)
-    name = tool_name(described.get("name"))
+    name = tool_name(_name_of(described))
     with error_context(f"call of {name}"):
         _refuse_unknown(described)
         arguments = _parse_arguments(_arguments_of(described), clean)
@@ -105,10 +112,21 @@ def _unwrap(call: RawRow) -> RawRow:
     return described
 
 
+def _name_of(call: RawRow) -> object:
+    """The name under whichever of NAME_KEYS holds it. DataError where none does, or two differ."""
+    given = {key: call[key] for key in NAME_KEYS if key in call}
+    if not given:
+        raise DataError(f"the call {short(call)} has no name; write it under `name`, beside its `arguments`")
+    name, *rest = given.values()
+    if any(other != name for other in rest):
+        raise DataError(f"the call says {' and '.join(given)}, which differ; keep `name`")
+    return name
+
+
 def _refuse_unknown(call: RawRow) -> None:
     """DataError for a key that may hold what belongs to the call, such as arguments under a name of its own."""
     refuse_finer(call, "a call")
-    known = {"type", "name", *ARGUMENT_KEYS, *ID_KEYS, *SILENT_KEYS, *ON_MESSAGE}
+    known = {"type", *NAME_KEYS, *ARGUMENT_KEYS, *ID_KEYS, *SILENT_KEYS, *ON_MESSAGE, *OFF_MESSAGE}
     for key, value in call.items():
         if key not in known:
             raise DataError(
@@ -121,7 +139,9 @@ def _arguments_of(function: RawRow) -> object:
     """The arguments under whichever of ARGUMENT_KEYS holds them; None where none does."""
     given = {key: function[key] for key in ARGUMENT_KEYS if key in function}
     if len(given) > 1:
-        raise DataError(f"{' and '.join(given)} stand side by side; keep `arguments`")
+        first, *rest = [read_json_text(value or {}, key) for key, value in given.items()]
+        if any(value != first for value in rest):
+            raise DataError(f"{' and '.join(given)} stand side by side and differ; keep `arguments`")
     return next(iter(given.values()), None)
 
 

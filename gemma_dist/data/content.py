@@ -8,7 +8,7 @@
     {"type": "image"}, {"type": "image", "index": 0}                            the image is in the row's `images`
     {"type": "thinking", "thinking": "…"}, {"type": "redacted_thinking", …}     of an assistant (reasoning.py)
 
-A tool's content may also be any other JSON value, {"temperature": 20}, or MCP's {"content": […], "isError": true}.
+What a tool's content may be besides is in results.py.
 """
 
 import re
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from gemma_dist.data.marks import refuse_finer
 from gemma_dist.data.reasoning import ENCRYPTED, ENCRYPTED_TYPES, PART_TYPES, read_part
-from gemma_dist.data.strict import as_object, get, require_encodable, short, to_json_text, without, without_nulls
+from gemma_dist.data.strict import as_object, get, require_encodable, short, without, without_nulls
 from gemma_dist.data.types import Clean, Content, Message, Part, RawRow
 from gemma_dist.errors import DataError, setting
 from gemma_dist.gemma_format import CONTROL_TOKENS
@@ -29,8 +29,8 @@ _BESIDE_IMAGE = """
     type text index detail mimeType mime_type media_type format name id alt annotations _meta cache_control
     min_pixels max_pixels resized_height resized_width
 """.split()  # noqa: SIM905
-# Parts that a tool's result is made of. A list of anything else is a value, and shown as its JSON.
-_RESULT_PARTS = ("text", "image", "image_url", "resource", "resource_link", "audio")
+# Keys of a text part that say nothing beside its text.
+_BESIDE_TEXT = ("type", "text", "index", "id", "annotations", "_meta", "cache_control", "citations")
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,11 @@ def parse_content(given: object, clean: Clean, notes: Counter[str]) -> ParsedCon
         elif kind in ENCRYPTED_TYPES:
             notes[ENCRYPTED] += 1
         elif kind in PART_TYPES:
-            parsed.reasoning.append(read_part(part))
+            parsed.reasoning.append(read_part(part, notes))
         else:
             raise DataError(
-                f"the part {short(part)} is of type {short(kind)}; parts are text, image and image_url objects"
+                f"the part {short(part)} is of type {short(kind)}; parts are text, image and image_url objects: "
+                f"{_remedy(kind)}"
             )
     for joined in parts:
         if joined["type"] == "text":
@@ -168,65 +169,20 @@ def _part_text(part: RawRow) -> str:
     text = part.get("text")
     if text is not None and not isinstance(text, str):
         raise DataError(f"the text of a part is {short(text)}; write it as a string")
+    beside = list(without_nulls(without(part, *_BESIDE_TEXT)))
+    if text is None and beside:
+        raise DataError(f"the text part {short(part)} has no text, but {', '.join(beside)}; write `text`")
     return text or ""
 
 
-# ---- results of tools ------------------------------------------------------------------------------------------------
-
-
-def result_content(message: RawRow) -> object:
-    """What a tool's message says: parts or a string; values as their JSON, and an error called one.
-
-    MCP wraps results, {"content": [parts], "isError": true}; Gemma has no flag for a failed call, so the words say it.
-    """
-    content = message.get("content")
-    is_error = message.get("is_error") or message.get("isError") or message.get("status") == "error"
-    inner = get(content, "content")
-    if isinstance(inner, list):
-        is_error = is_error or get(content, "isError")
-        content = inner
-    shown = _shown_result(content)
-    return mark_error(shown) if is_error else shown
-
-
-def _shown_result(content: object) -> object:
-    """A result as its parts, or as its JSON: {"temp": 20} -> '{"temp": 20}'; a string as it is."""
-    if isinstance(content, dict):
-        return to_json_text(content)
-    if not isinstance(content, list):
-        return content
-    num_parts = sum(get(part, "type") in _RESULT_PARTS for part in content)
-    if num_parts == len(content):
-        return [_result_part(part) for part in content]
-    if num_parts == 0:
-        return to_json_text(content)
-    raise DataError(
-        f"the content {short(content)} mixes parts with other values; write one string, such as its JSON, or "
-        "parts alone"
-    )
-
-
-def _result_part(part: object) -> object:
-    """MCP's embedded resource as its text; other parts as they are."""
-    text = get(get(part, "resource"), "text")
-    if get(part, "type") == "resource" and isinstance(text, str):
-        return {"type": "text", "text": text}
-    return part
-
-
-def mark_error(content: object) -> object:
-    """The content of a failed call, which begins with "Error:" unless it says so itself."""
-    if content is None or content == []:
-        return "Error:"
-    if isinstance(content, str):
-        return content if _says_error(content) else f"Error: {content}".strip()
-    if not isinstance(content, list):  # refused with the turn's content
-        return content
-    texts = [get(part, "text") for part in content]
-    text = "".join(text for text in texts if isinstance(text, str))
-    return content if _says_error(text) else [{"type": "text", "text": "Error: "}, *content]
-
-
-def _says_error(text: str) -> bool:
-    """Whether a text begins by saying that it is an error: "Traceback: ValueError …"."""
-    return "error" in text[:40].lower()
+def _remedy(kind: object) -> str:
+    """What to do with a part that is no text or image."""
+    name = str(kind)
+    if name.endswith(("tool_use", "tool_result", "tool_call", "tool_response", "tool_output")):
+        return (
+            "a tool that a provider runs by itself is none that a model calls; declare it in `tools` and write its "
+            "call under tool_calls and its result as a tool message, or remove the row"
+        )
+    if name == "refusal":
+        return 'write its words as {"type": "text", "text": …}'
+    return 'write what it says as {"type": "text", "text": …}, or remove it'

@@ -13,7 +13,8 @@ from gemma_dist.data.layouts.beside import refuse_beside
 from gemma_dist.data.layouts.markers import image_column, place_images
 from gemma_dist.data.layouts.ratings import refuse_ratings
 from gemma_dist.data.layouts.text_calls import convert_text_calls
-from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, number_turns
+from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, number_turns, turn_name
+from gemma_dist.data.spellings import respell
 from gemma_dist.data.strict import error_context, get, read_json_text
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
@@ -36,6 +37,7 @@ def to_openai(row: RawRow) -> OpenAIRow:
     refuse_ratings(row, notes)
     converted = _converter(row)(row)
     converted.notes += notes
+    converted.messages = _respelled(converted.messages)
     converted.tools = find_declarations(row, converted.tools, converted.messages, converted.notes)
     converted.messages = [(turn, without_tools(message)) for turn, message in converted.messages]
     if converted.messages and not converted.has_system:
@@ -75,6 +77,15 @@ def _openai(row: RawRow) -> OpenAIRow:
     turns = row.get("messages") or row.get("conversations")
     messages = number_turns(turns) if isinstance(turns, list) else []
     return OpenAIRow(messages, row.get("tools"))
+
+
+def _respelled(messages: NumberedMessages) -> NumberedMessages:
+    """The messages with their fields under OpenAI's names."""
+    result: NumberedMessages = []
+    for turn, message in messages:
+        with error_context(turn_name(turn, get(message, "role"))):
+            result.append((turn, respell(message)))
+    return result
 
 
 def _with_system(row: RawRow, messages: NumberedMessages) -> NumberedMessages:

@@ -7,8 +7,10 @@ from typing import Literal
 
 from gemma_dist.data import marks
 from gemma_dist.data.calls import call_id, first_of, parse_calls
-from gemma_dist.data.content import ParsedContent, parse_content, result_content, says_something
+from gemma_dist.data.content import ParsedContent, parse_content, says_something
 from gemma_dist.data.reasoning import read_reasoning, split_think_tags
+from gemma_dist.data.results import KEYS as RESULT_KEYS
+from gemma_dist.data.results import result_content
 from gemma_dist.data.strict import short
 from gemma_dist.data.types import Clean, Message, RawRow
 from gemma_dist.errors import DataError
@@ -24,11 +26,19 @@ _ROLES: dict[str, Role] = {
 }
 _REFUSED_KEYS = ("audio", "images", "videos", "tool_responses", "refusal")  # would change what the message says
 _KNOWN_KEYS = {
-    *("role", "content", "name", "tool_name", "tool_calls", "function_call", "is_error", "isError", "status"),
-    *("reasoning_content", "reasoning", "thinking", "reasoning_details", "tools"),
+    *("role", "content", "name", "tool_name", "tool_calls", "function_call"),
+    *("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks", "tools"),
     *("tool_call_id", "call_id", "toolCallId", "tool_use_id"),
+    *RESULT_KEYS,
     *marks.ON_MESSAGE,
+    *marks.OFF_MESSAGE,
     *marks.UNCLEAR,
+}
+# What servers and loggers put beside a message, which says nothing about it; also as `finishReason`.
+_SILENT_KEYS = {
+    *("finish_reason", "native_finish_reason", "stop_reason", "reasoning_effort", "reasoning_format"),
+    *("content_type", "content_filter_results", "content_filter_offsets", "content_format"),
+    *("tool_choice", "thought_signature", "thinking_signature", "reasoning_signature"),
 }
 # A key of such a name, with more in it than a number, most likely holds something that belongs to the message.
 _LIKE_OURS = re.compile(r"tool|function|call|reason|think|thought|argument|image|content", re.IGNORECASE)
@@ -43,14 +53,18 @@ class ParsedMessage:
     notes: Counter[str] = field(default_factory=Counter)  # what was changed or left out: how often
 
 
-def parse_message(raw: object, clean: Clean) -> ParsedMessage:
+def parse_message(raw: object, clean: Clean, keeps_nulls: bool = False) -> ParsedMessage:
     """One message in normal form, but for ids: they are as given, and "" where there are none.
+
+    Args:
+        keeps_nulls: whether a null that stands in a result is the row's own where Arrow may have filled it in.
 
     Raises:
         DataError: for the first thing that is wrong with it, without its place.
     """
     if not isinstance(raw, dict):
         raise DataError(f"the message is {short(raw)}; write an object with role and content")
+    has_content = "content" in raw
     raw = {key: value for key, value in raw.items() if value is not None}  # Arrow fills absent keys with null
     role = raw.get("role")
     if not isinstance(role, str) or role not in _ROLES:
@@ -59,7 +73,10 @@ def parse_message(raw: object, clean: Clean) -> ParsedMessage:
     notes: Counter[str] = Counter()
     if _ROLES[role] == "assistant":
         return _parse_assistant(raw, clean, notes)
-    parsed = parse_content(result_content(raw) if _ROLES[role] == "tool" else raw.get("content"), clean, notes)
+    content = result_content(raw, notes, keeps_nulls) if _ROLES[role] == "tool" else raw.get("content")
+    if not has_content and not content:
+        _refuse_other_content(raw)
+    parsed = parse_content(content, clean, notes)
     message: Message = {"role": _ROLES[role], "content": parsed.content}
     if parsed.reasoning or read_reasoning(raw, [], notes) or parse_calls(raw, clean):
         raise DataError("only an assistant's message may hold calls or reasoning; move them to one")
@@ -106,6 +123,17 @@ def _split_reasoning(content: object, clean: Clean, notes: Counter[str]) -> Pars
     return parsed
 
 
+def _refuse_other_content(message: RawRow) -> None:
+    """DataError for a message without content that says something under a key which nobody knows."""
+    for key, value in message.items():
+        is_number = isinstance(value, (bool, int, float))
+        if key not in _KNOWN_KEYS and value and not is_number:
+            raise DataError(
+                f"has no content, but `{key}`, {short(value)}; write what it says as content, or content: "
+                '"" if it says nothing'
+            )
+
+
 def _refuse_keys(message: RawRow) -> None:
     """DataError for a key that changes what the message says, or that looks as if it did under another name."""
     for key, value in message.items():
@@ -114,11 +142,18 @@ def _refuse_keys(message: RawRow) -> None:
                 f"`{key}` of a message has no place in a trajectory; move what it says into content or remove it"
             )
         is_number = isinstance(value, (bool, int, float))
-        if key not in _KNOWN_KEYS and value and not is_number and _LIKE_OURS.search(str(key)):
+        is_known = key in _KNOWN_KEYS or _snake_case(str(key)) in _SILENT_KEYS
+        if not is_known and value and not is_number and _LIKE_OURS.search(str(key)):
             raise DataError(
                 f"the key {short(key)} of a message is not known ({short(value)}); calls stand under tool_calls, a "
-                "tool's name under name, thoughts under reasoning_content: rename or remove it"
+                "tool's name under name, thoughts under reasoning_content: rename it, or remove it if it says "
+                "nothing of the kind"
             )
+
+
+def _snake_case(key: str) -> str:
+    """finishReason -> finish_reason"""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()
 
 
 def _string(raw: RawRow, key: str) -> str:

@@ -81,7 +81,7 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
         notes = converted.notes
         clean = functools.partial(clean_text, escape=settings.control_tokens == "escape")
         tools = parse_tools(converted.tools, clean, notes)
-        parsed = _parse_messages(converted, clean)
+        parsed = _parse_messages(converted, clean, settings.arrow_nulls == "keep")
         _check_order(parsed.places, parsed.messages)
         parsed.places, parsed.messages = merge_parallel_calls(parsed.places, parsed.messages, notes)
         link_answers(parsed.places, parsed.messages)
@@ -117,13 +117,13 @@ def _convert(row: RawRow, settings: RowConfig) -> tuple[OpenAIRow, bool]:
     return with_expected_answer(row, converted)
 
 
-def _parse_messages(converted: OpenAIRow, clean: Clean) -> _ParsedMessages:
+def _parse_messages(converted: OpenAIRow, clean: Clean, keeps_nulls: bool) -> _ParsedMessages:
     """All messages in normal form. Their notes are added to those of the row."""
     parsed = _ParsedMessages([], [], [])
     for turn, raw in converted.messages:
         place = turn_name(turn, get(raw, "role"))
         with error_context(place):
-            message = parse_message(raw, clean)
+            message = parse_message(raw, clean, keeps_nulls)
         parsed.places.append(place)
         parsed.messages.append(message.message)
         parsed.image_places.extend(_ImagePlace(place, source) for source in message.image_sources)

@@ -8,9 +8,9 @@
 
 from collections import Counter
 
-from gemma_dist.data.content import mark_error
 from gemma_dist.data.layouts.pieces import REASONING_MOVED, TEXT_MOVED, says_text, with_part
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, number_turns, turn_name
+from gemma_dist.data.results import is_true, mark_error
 from gemma_dist.data.strict import error_context, get, get_list, short, without
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
@@ -114,7 +114,7 @@ def _tool_message(block: object) -> RawRow:
     -> {"role": "tool", "tool_call_id": "t1", "content": "20"}
     """
     content = to_parts(get(block, "content"))
-    if get(block, "is_error"):
+    if is_true(get(block, "is_error")):
         content = mark_error(content)
     return {"role": "tool", "tool_call_id": get(block, "tool_use_id"), "content": content}
 

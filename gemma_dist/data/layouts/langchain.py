@@ -47,7 +47,7 @@ LANGCHAIN_ROLES = {
     "chat": "",  # says its role itself
     "ChatMessage": "",
 }
-CARRIED = ("name", "reasoning_content", *marks.ON_MESSAGE, *marks.UNCLEAR)
+CARRIED = ("name", "reasoning_content", *marks.ON_MESSAGE, *marks.OFF_MESSAGE, *marks.UNCLEAR)
 CALL_BLOCKS = ("tool_use", "tool_call", "function_call", "tool_call_chunk")  # repeat what `tool_calls` says
 REASONING_BLOCKS = ("reasoning", "thinking", "reasoning_content", "redacted_thinking")
 CALL_PART = "input_json_delta"  # a part of the stream of a call, which `tool_calls` holds as a whole

@@ -12,18 +12,17 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from gemma_dist.data import marks
-from gemma_dist.data.content import mark_error
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, turn_name
 from gemma_dist.data.model_turns import BETWEEN_MESSAGES
-from gemma_dist.data.strict import error_context, get, get_list, short, to_json_text, without_nulls
-from gemma_dist.data.types import ArrowStruct, RawRow
+from gemma_dist.data.results import mark_error, without_filled
+from gemma_dist.data.strict import error_context, get, get_list, short, to_json_text
+from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 from gemma_dist.gemma_format import MAX_DEPTH
 
 ENCRYPTED_REASONING = "encrypted reasoning parts were left out"
 REASONING_MOVED = "reasoning between the texts and calls of a message was moved in front of them"
 TEXT_MOVED = "texts behind calls of their message were moved in front of them, with a blank line between texts"
-FILLED = "null values that Arrow filled into tools' results were dropped"
 TEXT_KINDS = ("text", "input_text", "output_text")
 FILE_KINDS = ("media", "file", "file-data", "file-url")  # images where a media type says so
 IMAGE_KINDS = ("image", "image_url", "input_image", "image-url", "image-data", *FILE_KINDS)
@@ -250,21 +249,9 @@ def value_text(value: object, notes: Counter[str]) -> str:
     '{"t": 20}'.
     """
     try:
-        return to_json_text(_without_filled(value, notes))
+        return to_json_text(without_filled(value, notes))
     except RecursionError:
         raise DataError(f"nested too deeply: {short(value)}; at most {MAX_DEPTH} levels are taken") from None
-
-
-def _without_filled(value: object, notes: Counter[str]) -> object:
-    """A value without the null keys of its structs of Arrow, in which they stand for no key. They are counted."""
-    if isinstance(value, list):
-        return [_without_filled(item, notes) for item in value]
-    if not isinstance(value, dict):
-        return value
-    kept = without_nulls(value) if isinstance(value, ArrowStruct) else value
-    if len(kept) < len(value):
-        notes[FILLED] += len(value) - len(kept)
-    return {key: _without_filled(item, notes) for key, item in kept.items()}
 
 
 def content_parts(content: object) -> list[object]:

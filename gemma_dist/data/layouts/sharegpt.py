@@ -31,6 +31,8 @@ SHAREGPT_ROLES = {
     "bing": "assistant",
     "bard": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
+    "model": "assistant",
     "assistant": "assistant",
     "function_call": CALLS,
     "function-call": CALLS,
