@@ -27,7 +27,11 @@ _STYLES = (
     (r"[ \t]*`{3,}[ \t]*tool_code|tool_code", "Gemma 3"),
 )
 _NAMES = r"(?i:tool_?calls?|function_?calls?|tool_?use|tool_?code)"
-_TAGGED = re.compile(rf"<\|?({_NAMES})\|?>(.*?)(?:<\|?/\1\|?>|(?=<\|?\1\|?>)|\Z)", re.DOTALL)
+_TAG_END = r"(?:<\|?/\1\|?>|(?=<\|?\1\|?>)|\Z)"
+_TAGGED = re.compile(rf"<\|?({_NAMES})\|?>(.*?){_TAG_END}", re.DOTALL)
+# The same, but for tags inside of the strings of JSON or Python.
+_STRING = r""""(?:\\.|[^"\\])*+"|'(?:\\.|[^'\\])*+'"""
+_TAGGED_JSON = re.compile(rf"<\|?({_NAMES})\|?>(\s*[{{\[](?:{_STRING}|\\.|(?!{_TAG_END}).)*+){_TAG_END}", re.DOTALL)
 _MISTRAL = re.compile(
     r"\[TOOL_CALLS\]\s*([\w./:-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\])?\s*(\{.*?\})\s*(?=\[TOOL_CALLS\]|\Z)",
     re.DOTALL,
@@ -145,14 +149,25 @@ def _read_marked(text: str, signatures: Signatures) -> list[dict[str, Any]]:
         match = block.match(text, position)
         if match is None:
             raise TextBesideCalls(f"{short(text[position:].strip())} stands there, too; calls come last in a message")
-        inside = match[match.lastindex or 0].strip()
-        nested = _TAGGED.match(inside)
-        if inside:
-            calls += _read_marked(inside, signatures) if nested else read_calls(inside, signatures)
+        try:
+            calls += _read_block(match, signatures)
+        except DataError:
+            match = _TAGGED_JSON.match(text, position)
+            if match is None:
+                raise
+            calls += _read_block(match, signatures)
         position = skip(BLANKS, text, match.end())
     if not calls:
         raise DataError("no call stands in it")
     return calls
+
+
+def _read_block(block: re.Match[str], signatures: Signatures) -> list[dict[str, Any]]:
+    """The calls between two tags, or in a fence; none where nothing stands there."""
+    inside = block[block.lastindex or 0].strip()
+    if not inside:
+        return []
+    return _read_marked(inside, signatures) if _TAGGED.match(inside) else read_calls(inside, signatures)
 
 
 def _read_mistral(text: str) -> list[dict[str, Any]]:
@@ -163,7 +178,7 @@ def _read_mistral(text: str) -> list[dict[str, Any]]:
         match = _MISTRAL.match(text, position)
         if match is None:
             raise TextBesideCalls(f"{short(text[position:])} is no call in the form of the others")
-        calls += parse_calls({"name": match[1], "arguments": parse_literal(match[2])})
+        calls += parse_calls({"name": match[1], "arguments": parse_literal(match[2])}, from_text=True)
         position = match.end()
     return calls
 

@@ -95,10 +95,10 @@ def _json_calls(text: str) -> list[dict[str, Any]]:
     glaive = _GLAIVE.fullmatch(text)
     if glaive:
         name, arguments = glaive.groups()
-        return parse_calls({"name": name, "arguments": parse_json(arguments.replace("\\'", "'"))})
+        return parse_calls({"name": name, "arguments": parse_json(arguments.replace("\\'", "'"))}, from_text=True)
     calls = []
     for value in json_values(text) or [parse_literal(text)]:
-        calls += parse_calls(value)
+        calls += parse_calls(value, from_text=True)
     return calls
 
 
@@ -143,14 +143,14 @@ def _xml_call(name: str, body: str, parameter: re.Pattern[str], signatures: Sign
     """The call of a tool whose arguments stand in tags, or as JSON."""
     with error_context(f"call of {name}"):
         if body.lstrip().startswith("{"):
-            return parse_calls({"name": name, "arguments": parse_literal(body)})[0]
+            return parse_calls({"name": name, "arguments": parse_literal(body)}, from_text=True)[0]
         schemas = signatures.get(name, {})
         arguments: RawRow = {}
         for key, text in _all(parameter, body.strip()):
             if key in arguments:
                 raise DataError(f"the argument {short(key)} stands twice; remove one of the two")
             arguments[key] = _typed(key, text, schemas.get(key))
-    return parse_calls({"name": name, "arguments": arguments})[0]
+    return parse_calls({"name": name, "arguments": arguments}, from_text=True)[0]
 
 
 def _typed(key: str, text: str, schema: object) -> object:
@@ -191,7 +191,7 @@ def _python_calls(text: str, signatures: Signatures) -> Iterator[dict[str, Any]]
             name = bare_name
         with error_context(f"call of {name}"):
             arguments = _python_arguments(body)
-        yield from parse_calls({"name": name, "arguments": arguments})
+        yield from parse_calls({"name": name, "arguments": arguments}, from_text=True)
 
 
 def _python_arguments(text: str) -> RawRow:
