@@ -6,8 +6,9 @@
     <function=f><parameter=a>1</parameter></function>                Qwen Coder; Llama writes JSON inside
     <invoke name="f"><parameter name="a">1</parameter></invoke>      Claude
     f<arg_key>a</arg_key><arg_value>1</arg_value>                    GLM
+    <f><a>1</a></f>                                                  Cline
 
-Nothing is ever run. What the three XML forms write is text: the tool's schema says what is a number.
+Nothing is ever run. What the XML forms write is text: the tool's schema says what is a number.
 """
 
 import json
@@ -31,6 +32,8 @@ _INVOKE = re.compile(r"""<invoke\s+name\s*=\s*["']([^"'<>]+)["']\s*>(.*?)</invok
 _INVOKE_PARAMETER = re.compile(r"""<parameter\s+name\s*=\s*["']([^"'<>]+)["']\s*>(.*?)</parameter>""", re.DOTALL)
 _GLM = re.compile(r"([\w./:-]+)\s*((?:<arg_key>.*?</arg_value>\s*)*)", re.DOTALL)
 _GLM_PARAMETER = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+_CLINE_PARAMETER = re.compile(r"<([\w.-]+)>(.*?)</\1>", re.DOTALL)
+_WRAPPERS = ("tool_calls", "tool_call", "function_calls", "function_call")
 # What a comma does not count in, and what opens and closes.
 _PYTHON_TOKEN = re.compile(
     r'''"""(?:\\.|[^\\])*?"""|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[\[({]|[\])}]|,''',
@@ -59,6 +62,11 @@ def signatures_of(tools: object) -> dict[str, Mapping[str, object]]:
     return signatures
 
 
+def any_of(signatures: Signatures) -> str:
+    """A pattern for the names of the declared tools; for any name where none are declared."""
+    return "|".join(map(re.escape, sorted(signatures))) or r"[\w./:-]+"
+
+
 def _declarations(tools: object) -> list[object]:
     """The declarations one by one. What cannot be read is for the check of the declarations to refuse."""
     try:
@@ -82,6 +90,9 @@ def read_calls(text: str, signatures: Signatures) -> list[dict[str, Any]]:
         return [_xml_call(*call, _INVOKE_PARAMETER, signatures) for call in _all(_INVOKE, text)]
     if "<arg_key>" in text:
         return [_xml_call(*call, _GLM_PARAMETER, signatures) for call in _all(_GLM, text)]
+    if text.startswith("<"):
+        cline = re.compile(rf"<({any_of(signatures)})>(.*?)</\1>", re.DOTALL)
+        return [_xml_call(*call, _CLINE_PARAMETER, signatures) for call in _all(cline, text)]
     if text.startswith("{") or re.match(r"\[\s*[{\]]", text):
         return _json_calls(text)
     return list(_python_calls(text, signatures))
@@ -98,6 +109,8 @@ def _json_calls(text: str) -> list[dict[str, Any]]:
         return parse_calls({"name": name, "arguments": parse_json(arguments.replace("\\'", "'"))}, from_text=True)
     calls = []
     for value in json_values(text) or [parse_literal(text)]:
+        if isinstance(value, dict) and len(value) == 1:
+            value = first_filled(value, *_WRAPPERS) or value
         calls += parse_calls(value, from_text=True)
     return calls
 

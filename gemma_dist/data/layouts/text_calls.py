@@ -12,7 +12,8 @@ from collections import Counter
 from dataclasses import replace
 from typing import TypeAlias
 
-from gemma_dist.data.layouts.call_marks import WrittenCalls, find_calls
+from gemma_dist.data.layouts.call_bare import WrittenCalls
+from gemma_dist.data.layouts.call_marks import find_calls
 from gemma_dist.data.layouts.call_syntax import Signatures, signatures_of
 from gemma_dist.data.layouts.system_text import find_listing, without_instructions, without_listing
 from gemma_dist.data.layouts.text_results import TextResult, holds_result, match_results, read_results
