@@ -110,6 +110,25 @@ def test_a_turn_keeps_its_other_keys() -> None:
     assert answer["tool_call_id"] == "call_0"
 
 
+THOUGHTS = {
+    "tags": f"<think>\nLook.\n</think>\n\n{CALL}",
+    "the prompt held the first": f"Look.\n</think>\n{CALL}",
+    "thinking": f"<thinking>Look.</thinking>{CALL}",
+    "a tag in an argument": f"<think>Look.</think>{CALL.replace('1', '<think>')}",
+    "braces in the thought": f"<think>Look.</think>[{CALL}]",
+}
+
+
+@pytest.mark.parametrize("value", THOUGHTS.values(), ids=THOUGHTS)
+def test_thoughts_in_front_of_a_call_are_reasoning(value: str) -> None:
+    row = conversation(("human", "q"), ("function_call", value), ("observation", "20"), ("gpt", "ok"))
+    calling = parse(row).messages[1]
+    assert (calling["content"], calling["reasoning_content"]) == ("", "Look.")
+    assert calling["tool_calls"][0]["function"]["arguments"]["a"] in ("1", "<think>")
+    row["conversations"][1]["reasoning_content"] = "Think."
+    assert "say different things about the reasoning" in refusal(row)
+
+
 def test_structured_calls_inside_of_turns() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"a": "1"}}}
     row = conversation(("human", "q"), ("gpt", ""), ("tool", "20"), ("gpt", "ok"))

@@ -146,6 +146,35 @@ def test_values_of_python_calls(written: str, value: Json) -> None:
     ]
 
 
+TAGS_INSIDE = {
+    "closing": '<tool_call>{"name": "weather", "arguments": {"city": "a</tool_call>b"}}</tool_call>',
+    "closing, Python": "<tool_call>{'name': 'weather', 'arguments': {'city': 'a</tool_call>b'}}</tool_call>",
+    "plural": '<tool_calls>[{"name": "weather", "arguments": {"city": "a</tool_calls>b"}}]</tool_calls>',
+    "opening": '<tool_call>{"name": "weather", "arguments": {"city": "a<tool_call>b"}}',
+    "behind a quote": '<tool_call>{"name": "weather", "arguments": {"city": "\\"</tool_call>b"}}</tool_call>',
+}
+
+
+@pytest.mark.parametrize("text", TAGS_INSIDE.values(), ids=TAGS_INSIDE)
+def test_tags_inside_of_strings_are_part_of_the_strings(text: str) -> None:
+    [(_, first), (_, second)] = calls_of(parse(answer_row(f"{text}\n<tool_call>{OSLO_CALL}</tool_call>")))
+    assert first["city"].strip('a"').endswith(("</tool_call>b", "</tool_calls>b", "<tool_call>b"))
+    assert second == OSLO
+
+
+def test_nulls_of_calls_as_text_are_the_rows_own() -> None:
+    schema = {"type": "object", "properties": {"unit": {"type": ["string", "null"]}}}
+    tools = [{"name": "weather", "parameters": schema}]
+    for text in (
+        '<tool_call>{"name": "weather", "arguments": {"unit": null}}</tool_call>',
+        "<tool_call>{'name': 'weather', 'arguments': {'unit': None}}</tool_call>",
+        "[weather(unit=None)]",
+    ):
+        assert calls_of(parse(answer_row(text, tools))) == [("weather", {"unit": None})]
+    unfit = '<tool_call>{"name": "weather", "arguments": {"city": null}}</tool_call>'
+    assert "city: None is not of type 'string'" in refusal(answer_row(unfit))
+
+
 def test_the_schema_says_what_the_text_of_xml_is() -> None:
     text = "<tool_call>\n<function=weather>\n<parameter=city>\n12\n</parameter>\n</function>\n</tool_call>"
     assert calls_of(parse(answer_row(text))) == [("weather", {"city": "12"})]
@@ -200,6 +229,10 @@ REFUSED = {
     "a variable": ("[weather(city=place)]", "argument city: 'place' is neither JSON nor a Python literal"),
     "an expression": ("[weather(city=f'{x}')]", "is neither JSON nor a Python literal"),
     "a nested call": ("[weather(city=first(places='x'))]", "is neither JSON nor a Python literal"),
+    "an apostrophe": (
+        "<tool_call>{'name': 'weather', 'arguments': {'city': 'Rome's'}}</tool_call>",
+        "{'city': 'Rome's'}}\"; write it as JSON, or a backslash in front of an apostrophe inside of a string",
+    ),
     "code": ("<|python_tag|>import os", f"{STYLE} Llama"),
     "undeclared": (
         '<tool_call>{"name": "wether", "arguments": {}}</tool_call>',
@@ -331,6 +364,50 @@ def test_declarations_in_the_system_text_are_the_tools(system: str, left: str | 
     assert systems == ([left] if left else [])
 
 
+OTHER_LISTS = {
+    "one more": [*TOOLS, {"name": "clock", "parameters": {"type": "object", "properties": {}}}],
+    "another": [{"name": "clock", "parameters": {"type": "object", "properties": {}}}],
+    "another schema": [{**FUNCTION, "parameters": {"type": "object", "properties": {}}}],
+    "another description": [{**FUNCTION, "description": "Says."}],
+}
+
+
+@pytest.mark.parametrize("listed", OTHER_LISTS.values(), ids=OTHER_LISTS)
+def test_a_list_in_the_system_text_beside_other_tools_is_refused(listed: Any) -> None:
+    row = answer_row("Yes.")
+    row["messages"].insert(0, {"role": "system", "content": f"<tools>{json.dumps(listed)}</tools>"})
+    message = refusal(row)
+    assert "turn 1 (system): the text lists other tools than `tools` declares; they differ in " in message
+    assert message.endswith("keep one of the two lists, or make them equal")
+
+
+LONG_SYSTEMS = {
+    "brackets": "[" * 60_000 + '"name"',
+    "braces": "{" * 60_000 + '"name"',
+    "nested lists": '[{"name":"a"}, ' * 70_000,
+    "nested objects": '{"name": ' * 120_000,
+    "tags": "<tools>" * 60_000,
+    "broken": '{"name" ' * 60_000,
+    "many values": '{"name": "a"} ' * 30_000,
+}
+
+
+@pytest.mark.parametrize("system", LONG_SYSTEMS.values(), ids=LONG_SYSTEMS)
+def test_long_system_texts_take_no_time(system: str) -> None:
+    row = answer_row("Yes.", None)
+    row["messages"].insert(0, {"role": "system", "content": system})
+    start = time.perf_counter()
+    assert said(parse(row))[0] == ("system", system)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("listed", [f"[{BARE},]", f"[{BARE}", f"[see {BARE}]", f"] {BARE}"])
+def test_a_list_that_is_no_json_lists_tools_all_the_same(listed: str) -> None:
+    row = answer_row("Yes.", None)
+    row["messages"].insert(0, {"role": "system", "content": f"Given the following functions, answer: {listed}"})
+    assert [tool["function"]["name"] for tool in parse(row).tools] == ["weather"]
+
+
 @pytest.mark.parametrize("system", [HERMES, QWEN, TOOLACE, GLAIVE, NEMOTRON])
 def test_declarations_are_taken_from_rows_without_calls_too(system: str) -> None:
     row = answer_row("I cannot do that.", None)
@@ -410,6 +487,17 @@ def test_too_few_results_are_refused(result: str, words: str) -> None:
     row = answer_row(HERMES_CALLS)
     row["messages"] += [{"role": "tool", "content": result}, {"role": "assistant", "content": "So."}]
     assert words in refusal(row)
+
+
+def test_text_behind_the_result_of_a_tools_turn_is_named() -> None:
+    row = answer_row("[weather(city='Rome')]")
+    row["messages"] += [
+        {"role": "tool", "content": "<tool_response>20</tool_response>\nWell?"},
+        {"role": "assistant", "content": "20 degrees."},
+    ]
+    assert "turn 3 (tool): holds 'Well?' behind the tool's result; write it inside of the result, or as a" in refusal(
+        row
+    )
 
 
 def test_a_result_without_a_call_is_refused() -> None:

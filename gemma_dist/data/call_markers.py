@@ -17,6 +17,12 @@ MARKED = rf"""
     | \[TOOL_CALLS\]\s*+(?:[\[{{]|[\w.:-]++\s*+(?:\{{|\[ARGS\]|\[CALL_ID\]))       # Mistral
     | <[|｜]tool[_▁]calls?[_▁](?:section[_▁])?begin[|｜]>                          # DeepSeek, Kimi
     | <\|channel\|>commentary\s+to=                                                # gpt-oss
+    | <\|tool_call_start\|>\s*+[\[{{]                                              # LFM2
+    | <\|action_start\|>\s*+<\|                                                   # InternLM
+    | <\|START_ACTION\|>\s*+[\[{{]                                                # Command R
+    | functools\[\s*+\{{                                                          # Phi, Functionary
+    | ✿FUNCTION✿:\s*+\S                                                          # Qwen-Agent
+    | <<function>>\s*+[\w.]++\(                                                   # Gorilla
     )
     | ^[ \t]*+`{{3,}}[ \t]*+(?:tool_code|tool_calls?|function_calls?)\s++[^\s`]      # Gemma before 4
     | ^tool_code[ \t]*+\n\s*+\S

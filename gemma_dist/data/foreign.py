@@ -46,8 +46,13 @@ def holds_foreign_call(text: str, tool_names: Iterable[str] = ()) -> bool:
     """
     names = frozenset(filter(None, tool_names))
     if names:
-        return bool(_attempt(names).search(text))
+        return find_attempt(text, names) is not None
     return bool(_STRICT.search(text)) or _holds_json_call(text)
+
+
+def find_attempt(text: str, tool_names: Iterable[str]) -> re.Match[str] | None:
+    """What `holds_foreign_call` finds first in `text`, where tools of these names are declared."""
+    return _attempt(frozenset(filter(None, tool_names))).search(text)
 
 
 @lru_cache(maxsize=256)
@@ -59,12 +64,14 @@ def _attempt(names: frozenset[str]) -> re.Pattern[str]:
         rf"""{MARKED}
     | ^[ \t]*+{TAG}(?=\w|[ \t]*+$)                                                  # not a word of a sentence
     | (?<!`)(?:{TAG}|\[TOOL_CALLS\]|<\|python_tag\|>)\s*+{name}(?![\w.-])
-    | ^Action:[ \t]*+{name}[ \t]*+$
+    | ^Action(?:[ ]\d++)?:[ \t]*+{name}[ \t]*+(?:$|\[)                               # ReAct
+    | (?<!`)<{name}>\s*+(?:<[\w.-]++>|\{{|</{name}>)                               # Cline
     | (?:["']|[{{,]\s*+)(?:(?:tool_|function_)?name|(?:tool|function)(?:_call)?|action|call)\\*+["']?+\s*+:
         \s*+\\*+["'](?:functions\.|default_api\.)?{name}(?:\\*+["']|\Z)              # the value of a JSON key
     | (?:["']|[{{,]\s*+){name}\\*+["']?+\s*+:\s*+\{{                                  # a JSON key
     | (?: ^[ \t]*+(?:`{{3,}}+(?:\w++[ \t]++)?)?(?:Action:[ \t]*+|\w++[ \t]*+=[ \t]*+)?{opener}{{0,3}}
         | (?<![`\w.(]){opener}{{1,3}} ){name}\(                                        # Python, not behind a backtick
+        (?!\w*+(?:,[ ]?+\w++)*+\)[ \t]++[^\W\d])                                  # nor `f(x, y) tells`, which is words
     """,
         FLAGS,
     )

@@ -5,13 +5,13 @@
 """
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from gemma_dist.data.call_markers import FLAGS, MARKED
+from gemma_dist.data.layouts.call_bare import WrittenCalls, find_bare, refusal, without_code
 from gemma_dist.data.layouts.call_syntax import BLANKS, Signatures, TextBesideCalls, read_calls, skip
 from gemma_dist.data.literals import parse_calls, parse_literal
-from gemma_dist.data.strict import get, short
+from gemma_dist.data.strict import short
 from gemma_dist.errors import DataError
 
 # Whose syntax a marker is. The first that matches where the calls begin says it.
@@ -24,17 +24,52 @@ _STYLES = (
     (r"<function_calls?>\s*<invoke|<invoke", "Claude"),
     (r"<function=|<\|python_(?:tag|start)\|>", "Llama"),
     (r"\[TOOL_CALLS\]", "Mistral"),
+    (r"<\|tool_calls_section_begin|<\|tool_call_begin", "Kimi"),
+    (r"<[|｜]tool[_▁]calls?[_▁]begin", "DeepSeek"),
+    (r"<start_function_call>", "FunctionGemma"),
+    (r"<\|channel\|>", "gpt-oss"),
+    (r"<\|tool_call_start\|>", "LFM2"),
+    (r"<\|action_start\|>", "InternLM"),
+    (r"<\|START_ACTION\|>", "Command R"),
+    (r"functools", "Phi"),
+    (r"✿FUNCTION✿", "Qwen-Agent"),
+    (r"<<function>>", "Gorilla"),
     (r"[ \t]*`{3,}[ \t]*tool_code|tool_code", "Gemma 3"),
 )
 _NAMES = r"(?i:tool_?calls?|function_?calls?|tool_?use|tool_?code)"
-_TAGGED = re.compile(rf"<\|?({_NAMES})\|?>(.*?)(?:<\|?/\1\|?>|(?=<\|?\1\|?>)|\Z)", re.DOTALL)
-_MISTRAL = re.compile(
-    r"\[TOOL_CALLS\]\s*([\w./:-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\])?\s*(\{.*?\})\s*(?=\[TOOL_CALLS\]|\Z)",
-    re.DOTALL,
+_TAG_END = r"(?:<\|?/\1\|?>|(?=<\|?\1\|?>)|\Z)"
+_TAGGED = re.compile(rf"<\|?({_NAMES})\|?>(.*?){_TAG_END}", re.DOTALL)
+# The same, but for tags inside of the strings of JSON or Python.
+_STRING = r""""(?:\\.|[^"\\])*+"|'(?:\\.|[^'\\])*+'"""
+_TAGGED_JSON = re.compile(rf"<\|?({_NAMES})\|?>(\s*[{{\[](?:{_STRING}|\\.|(?!{_TAG_END}).)*+){_TAG_END}", re.DOTALL)
+_NAME, _OBJECT = r"\s*([\w./:-]+?)\s*", r"\s*(\{.*?\})\s*"
+_BAR, _LOW = "[|｜]", "[_▁]"  # DeepSeek has characters of its own
+_SEPARATOR = rf"<{_BAR}tool{_LOW}sep{_BAR}>"
+_BEGIN = rf"(?:<{_BAR}tool{_LOW}calls{_LOW}(?:section{_LOW})?begin{_BAR}>\s*)?<{_BAR}tool{_LOW}call{_LOW}begin{_BAR}>"
+_END = rf"<{_BAR}tool{_LOW}call{_LOW}end{_BAR}>\s*(?:<{_BAR}tool{_LOW}calls{_LOW}(?:section{_LOW})?end{_BAR}>\s*)?"
+# Calls one behind the other, each a name and its arguments as JSON.
+_NAMED = (
+    # Mistral
+    rf"\[TOOL_CALLS\]{_NAME}(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\])?{_OBJECT}(?=\[TOOL_CALLS\]|\Z)",
+    # DeepSeek
+    rf"{_BEGIN}\s*(?:function{_SEPARATOR})?{_NAME}(?:{_SEPARATOR}|\n)\s*(?:```json)?{_OBJECT}(?:```\s*)?{_END}",
+    # Kimi
+    rf"{_BEGIN}\s*(?:functions\.)?{_NAME}:\d+\s*<\|tool_call_argument_begin\|>{_OBJECT}{_END}",
+    # Qwen-Agent
+    rf"✿FUNCTION✿:{_NAME}✿ARGS✿:{_OBJECT}(?:✿RESULT✿:?\s*)?(?=✿FUNCTION✿|\Z)",
 )
+_NAMED_CALLS = tuple(re.compile(pattern, re.DOTALL) for pattern in _NAMED)
 # The calls are all that follows.
-_OPEN_TO_END = re.compile(r"\[TOOL_CALLS\]|<\|python_(?:tag|start)\|>|tool_code[ \t]*\n")
+_OPEN_TO_END = re.compile(r"\[TOOL_CALLS\]|<\|python_(?:tag|start)\|>|tool_code[ \t]*\n|functools(?=\[)")
 _CALL_FENCE = re.compile(r"[ \t]*+`{3,}+[ \t]*+(?:tool_code|tool_calls?|function_calls?)\s+(.*?)`{3,}", re.DOTALL)
+_BLOCKS = (
+    _CALL_FENCE,
+    _TAGGED,
+    re.compile(r"<\|tool_call_start\|>(.*?)(?:<\|tool_call_end\|>|\Z)", re.DOTALL),
+    re.compile(r"<\|action_start\|>\s*<\|plugin\|>(.*?)(?:<\|action_end\|>|\Z)", re.DOTALL),
+    re.compile(r"<\|START_ACTION\|>(.*?)(?:<\|END_ACTION\|>|\Z)", re.DOTALL),
+    re.compile(r"<<function>>(.*?)(?=<<function>>|\Z)", re.DOTALL),
+)
 _WHOLE_FENCE = re.compile(r"\s*`{3,}+\w*\s*\n(.*?)\n?\s*`{3,}\s*", re.DOTALL)
 _THOUGHT = re.compile(r".*</think(?:ing)?>\s*", re.DOTALL)
 _END_TOKENS = (
@@ -46,22 +81,10 @@ _END_TOKENS = (
     "<|python_end|>",
     "<|end|>",
     "</s>",
+    "<｜end▁of▁sentence｜>",
 )
-_CODE = re.compile(r"(`{3,}+)(?!\s*(?:tool_code|tool_calls?|function_calls?)\b).*?(?:\1|\Z)|`[^`\n]+`", re.DOTALL)
 _MARKED = re.compile(MARKED, FLAGS)
 _GEMMA_CALL = re.compile(r"<\|tool_call>")
-_JSON_LINE = re.compile(r"^[ \t]*+(?=\[?\s*+\{)", re.MULTILINE)
-_ARGUMENTS_KEY = re.compile(r"""["'](?:arguments|parameters)["']\s*:""")
-_REMEDY = "write it under `tool_calls`, or set train: false on the message if it shows a mistake"
-
-
-@dataclass(frozen=True)
-class WrittenCalls:
-    """Calls that a message writes as text, and what it says before them."""
-
-    before: str
-    style: str
-    calls: list[dict[str, Any]]
 
 
 def find_calls(text: str, signatures: Signatures, *, is_answered: bool, is_last: bool) -> WrittenCalls | None:
@@ -83,9 +106,9 @@ def find_calls(text: str, signatures: Signatures, *, is_answered: bool, is_last:
     fence = _WHOLE_FENCE.fullmatch(said)
     if fence and is_expected and not _CALL_FENCE.match(said):
         said = fence[1]
-    marker = _MARKED.search(_without_code(said))
+    marker = _MARKED.search(without_code(said))
     if marker is None:
-        return _find_bare(text[:first], said, signatures) if is_expected else None
+        return find_bare(text[:first], said, signatures) if is_expected else None
     start = marker.start()
     if _GEMMA_CALL.match(said, start):
         return None  # the check of control tokens refuses it
@@ -97,15 +120,10 @@ def find_calls(text: str, signatures: Signatures, *, is_answered: bool, is_last:
     except TextBesideCalls as error:
         if not is_expected:
             return None
-        raise _refusal(style, error) from None
+        raise refusal(style, error) from None
     except DataError as error:
-        raise _refusal(style, error) from None
+        raise refusal(style, error) from None
     return WrittenCalls((text[:first] + said[:start]).strip(), style, calls)
-
-
-def _refusal(style: str, error: object) -> DataError:
-    """Why calls in the syntax of `style` cannot be converted, and what to write instead."""
-    return DataError(f"writes a call as text in the style of {style}, which cannot be converted: {error}; {_REMEDY}")
 
 
 def _style(text: str) -> str:
@@ -124,97 +142,63 @@ def _without_end(text: str) -> str:
     return text
 
 
-def _without_code(text: str) -> str:
-    """The text with blanks for what stands in backticks, but for fences whose language says that they hold calls."""
-    return _CODE.sub(lambda code: " " * len(code[0]), text)
-
-
 def _read_marked(text: str, signatures: Signatures) -> list[dict[str, Any]]:
     """The calls of a text that begins with a marker. DataError if anything else stands in it."""
     if text.startswith(("<function=", "<invoke")):
         return read_calls(text, signatures)
-    if _MISTRAL.match(text):
-        return _read_mistral(text)
+    named = _first_match(_NAMED_CALLS, text)
+    if named:
+        return _read_named(named.re, text)
     rest_marker = _OPEN_TO_END.match(text)
     if rest_marker:
         return read_calls(text[rest_marker.end() :], signatures)
-    block = _CALL_FENCE if _CALL_FENCE.match(text) else _TAGGED
+    first = _first_match(_BLOCKS, text)
+    if first is None:
+        raise TextBesideCalls(f"no complete call can be read from {short(text)}")
     calls: list[dict[str, Any]] = []
     position = 0
     while text[position:].strip():
-        match = block.match(text, position)
+        match = first.re.match(text, position)
         if match is None:
             raise TextBesideCalls(f"{short(text[position:].strip())} stands there, too; calls come last in a message")
-        inside = match[match.lastindex or 0].strip()
-        nested = _TAGGED.match(inside)
-        if inside:
-            calls += _read_marked(inside, signatures) if nested else read_calls(inside, signatures)
+        try:
+            calls += _read_block(match, signatures)
+        except DataError:
+            match = _TAGGED_JSON.match(text, position)
+            if match is None:
+                raise
+            calls += _read_block(match, signatures)
         position = skip(BLANKS, text, match.end())
     if not calls:
         raise DataError("no call stands in it")
     return calls
 
 
-def _read_mistral(text: str) -> list[dict[str, Any]]:
-    """`[TOOL_CALLS]f[ARGS]{"a": 1}`, one or several."""
+def _read_block(block: re.Match[str], signatures: Signatures) -> list[dict[str, Any]]:
+    """The calls between two tags, or in a fence; none where nothing stands there."""
+    inside = block[block.lastindex or 0].strip()
+    if not inside:
+        return []
+    return _read_marked(inside, signatures) if _TAGGED.match(inside) else read_calls(inside, signatures)
+
+
+def _first_match(patterns: tuple[re.Pattern[str], ...], text: str) -> re.Match[str] | None:
+    """What the first pattern finds with which the text begins; None where it begins with none."""
+    for pattern in patterns:
+        match = pattern.match(text)
+        if match:
+            return match
+    return None
+
+
+def _read_named(pattern: re.Pattern[str], text: str) -> list[dict[str, Any]]:
+    """`[TOOL_CALLS]f[ARGS]{"a": 1}`, one or several, in the form that the pattern reads."""
     calls: list[dict[str, Any]] = []
     position = 0
     while position < len(text):
-        match = _MISTRAL.match(text, position)
+        match = pattern.match(text, position)
         if match is None:
             raise TextBesideCalls(f"{short(text[position:])} is no call in the form of the others")
-        calls += parse_calls({"name": match[1], "arguments": parse_literal(match[2])})
+        calls += parse_calls({"name": match[1], "arguments": parse_literal(match[2])}, from_text=True)
         position = match.end()
     return calls
-
-
-# ---- without a marker ------------------------------------------------------------------------------------------------
-
-
-def _find_bare(thought: str, said: str, signatures: Signatures) -> WrittenCalls | None:
-    """Calls without a marker: JSON or `[f(a=1)]` from the start of a line to the end, or a Python call alone."""
-    names = "|".join(map(re.escape, sorted(signatures))) or r"[\w./:-]+"
-    outside = _without_code(said)
-    react = re.search(rf"^Action:[ \t]*(?:{names})[ \t]*\n+Action Input:", outside, re.MULTILINE)
-    if react:
-        raise _refusal("ReAct", "its thoughts and results are text as well")
-    line = _JSON_LINE.search(outside)
-    if line and _names_call(said[line.end() :], names):
-        start, style = line.end(), "JSON"
-    else:
-        python = re.search(rf"^[ \t]*+\[\s*+(?:{names})\(", outside, re.MULTILINE)
-        alone = re.match(rf"\s*(?:print\()?(?:default_api\.)?(?:{names})\(|\s*\[", said) if signatures else None
-        if not python and not (alone and _is_python_alone(said, signatures)):
-            return None
-        start, style = (python.start() if python else 0), "Python"
-    try:
-        calls = read_calls(said[start:], signatures)
-    except DataError as error:
-        raise _refusal(style, error) from None
-    if style == "JSON" and not all(_is_call(call, signatures) for call in calls):
-        return None
-    return WrittenCalls((thought + said[:start]).strip(), style, calls)
-
-
-def _names_call(text: str, names: str) -> bool:
-    """Whether JSON, broken or not, holds the name of a tool and a key for its arguments."""
-    names_tool = re.search(rf"""["']name["']\s*:\s*["'](?:{names})["']""", text)
-    return bool(names_tool and _ARGUMENTS_KEY.search(text))
-
-
-def _is_python_alone(said: str, signatures: Signatures) -> bool:
-    """Whether the text is calls and nothing else; other code is data."""
-    try:
-        return bool(read_calls(said, signatures)) and not said.lstrip().startswith("[{")
-    except DataError:
-        return False
-
-
-def _is_call(call: dict[str, Any], signatures: Signatures) -> bool:
-    """Whether a JSON value is a call, and neither data with a name nor the declaration of a tool."""
-    function = call["function"]
-    if not isinstance(function, dict) or function.keys() != {"name", "arguments"}:
-        return False
-    arguments = function["arguments"]
-    declares = get(arguments, "type") == "object" and "properties" in arguments
-    return not declares and (not signatures or function["name"] in signatures)

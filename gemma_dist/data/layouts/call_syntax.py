@@ -6,8 +6,9 @@
     <function=f><parameter=a>1</parameter></function>                Qwen Coder; Llama writes JSON inside
     <invoke name="f"><parameter name="a">1</parameter></invoke>      Claude
     f<arg_key>a</arg_key><arg_value>1</arg_value>                    GLM
+    <f><a>1</a></f>                                                  Cline
 
-Nothing is ever run. What the three XML forms write is text: the tool's schema says what is a number.
+Nothing is ever run. What the XML forms write is text: the tool's schema says what is a number.
 """
 
 import json
@@ -31,6 +32,8 @@ _INVOKE = re.compile(r"""<invoke\s+name\s*=\s*["']([^"'<>]+)["']\s*>(.*?)</invok
 _INVOKE_PARAMETER = re.compile(r"""<parameter\s+name\s*=\s*["']([^"'<>]+)["']\s*>(.*?)</parameter>""", re.DOTALL)
 _GLM = re.compile(r"([\w./:-]+)\s*((?:<arg_key>.*?</arg_value>\s*)*)", re.DOTALL)
 _GLM_PARAMETER = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+_CLINE_PARAMETER = re.compile(r"<([\w.-]+)>(.*?)</\1>", re.DOTALL)
+_WRAPPERS = ("tool_calls", "tool_call", "function_calls", "function_call")
 # What a comma does not count in, and what opens and closes.
 _PYTHON_TOKEN = re.compile(
     r'''"""(?:\\.|[^\\])*?"""|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[\[({]|[\])}]|,''',
@@ -59,6 +62,11 @@ def signatures_of(tools: object) -> dict[str, Mapping[str, object]]:
     return signatures
 
 
+def any_of(signatures: Signatures) -> str:
+    """A pattern for the names of the declared tools; for any name where none are declared."""
+    return "|".join(map(re.escape, sorted(signatures))) or r"[\w./:-]+"
+
+
 def _declarations(tools: object) -> list[object]:
     """The declarations one by one. What cannot be read is for the check of the declarations to refuse."""
     try:
@@ -82,6 +90,9 @@ def read_calls(text: str, signatures: Signatures) -> list[dict[str, Any]]:
         return [_xml_call(*call, _INVOKE_PARAMETER, signatures) for call in _all(_INVOKE, text)]
     if "<arg_key>" in text:
         return [_xml_call(*call, _GLM_PARAMETER, signatures) for call in _all(_GLM, text)]
+    if text.startswith("<"):
+        cline = re.compile(rf"<({any_of(signatures)})>(.*?)</\1>", re.DOTALL)
+        return [_xml_call(*call, _CLINE_PARAMETER, signatures) for call in _all(cline, text)]
     if text.startswith("{") or re.match(r"\[\s*[{\]]", text):
         return _json_calls(text)
     return list(_python_calls(text, signatures))
@@ -95,10 +106,12 @@ def _json_calls(text: str) -> list[dict[str, Any]]:
     glaive = _GLAIVE.fullmatch(text)
     if glaive:
         name, arguments = glaive.groups()
-        return parse_calls({"name": name, "arguments": parse_json(arguments.replace("\\'", "'"))})
+        return parse_calls({"name": name, "arguments": parse_json(arguments.replace("\\'", "'"))}, from_text=True)
     calls = []
     for value in json_values(text) or [parse_literal(text)]:
-        calls += parse_calls(value)
+        if isinstance(value, dict) and len(value) == 1:
+            value = first_filled(value, *_WRAPPERS) or value
+        calls += parse_calls(value, from_text=True)
     return calls
 
 
@@ -143,14 +156,14 @@ def _xml_call(name: str, body: str, parameter: re.Pattern[str], signatures: Sign
     """The call of a tool whose arguments stand in tags, or as JSON."""
     with error_context(f"call of {name}"):
         if body.lstrip().startswith("{"):
-            return parse_calls({"name": name, "arguments": parse_literal(body)})[0]
+            return parse_calls({"name": name, "arguments": parse_literal(body)}, from_text=True)[0]
         schemas = signatures.get(name, {})
         arguments: RawRow = {}
         for key, text in _all(parameter, body.strip()):
             if key in arguments:
                 raise DataError(f"the argument {short(key)} stands twice; remove one of the two")
             arguments[key] = _typed(key, text, schemas.get(key))
-    return parse_calls({"name": name, "arguments": arguments})[0]
+    return parse_calls({"name": name, "arguments": arguments}, from_text=True)[0]
 
 
 def _typed(key: str, text: str, schema: object) -> object:
@@ -191,7 +204,7 @@ def _python_calls(text: str, signatures: Signatures) -> Iterator[dict[str, Any]]
             name = bare_name
         with error_context(f"call of {name}"):
             arguments = _python_arguments(body)
-        yield from parse_calls({"name": name, "arguments": arguments})
+        yield from parse_calls({"name": name, "arguments": arguments}, from_text=True)
 
 
 def _python_arguments(text: str) -> RawRow:

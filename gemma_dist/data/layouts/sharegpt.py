@@ -9,6 +9,7 @@ The same turns are taken under `messages` and with OpenAI's keys, as ms-swift, L
 """
 
 import itertools
+import re
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -52,6 +53,8 @@ SHAREGPT_ROLES = {
     "tool_result": RESULT,
     "ipython": RESULT,
 }
+# What the model thought, in front of a call; the prompt may hold the first tag.
+_THOUGHT = re.compile(r"\s*(?:<think(?:ing)?>|(?![\s{\[]))(.*?)</think(?:ing)?>", re.DOTALL)
 # Roles that OpenAI's messages have themselves: a row with these alone is read as it is.
 _OPENAI_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # Turns of a row with their numbers.
@@ -148,15 +151,21 @@ def _message(turn: RawRow, role: str) -> RawRow:
 def _calling_message(run: Run, fresh_ids: Iterator[str]) -> dict[str, Any]:
     """One message with the calls of all turns of the run, each under an id.
 
-    [{"from": "function_call", "value": "{'name': 'f', 'arguments': {}}"}]
-      -> {"role": "assistant", "content": "", "tool_calls": [{"id": "call_0", "function": {"name": "f", ...}}]}
+    [{"from": "function_call", "value": "<think>why</think>{'name': 'f', 'arguments': {}}"}]
+      -> {"role": "assistant", "content": "<think>why</think>",
+          "tool_calls": [{"id": "call_0", "function": {"name": "f", ...}}]}
     """
     calls: list[dict[str, Any]] = []
+    thoughts: list[str] = []
     rest = _rest(run[0][1])
     for number, turn in run:
         with error_context(turn_name(number, _source(turn))):
             value = _value(turn)
             given = rest.pop("tool_calls", None) if value in (None, "") else None
+            thought = _THOUGHT.match(value) if isinstance(value, str) else None
+            if isinstance(value, str) and thought:
+                thoughts.append(thought[1].strip())
+                value = value[thought.end() :]
             calls += parse_calls(given or value)
             if _rest(turn) != _rest(run[0][1]):
                 raise DataError(
@@ -165,7 +174,9 @@ def _calling_message(run: Run, fresh_ids: Iterator[str]) -> dict[str, Any]:
                 )
     for call in calls:
         call["id"] = call.get("id") or next(fresh_ids)
-    return {**rest, "role": "assistant", "content": "", "tool_calls": calls}
+    # As the text of the message, thoughts are read where those of all other layouts are.
+    content = "".join(f"<think>{thought}</think>" for thought in thoughts if thought)
+    return {**rest, "role": "assistant", "content": content, "tool_calls": calls}
 
 
 def _names_its_call(turn: RawRow) -> bool:

@@ -9,14 +9,16 @@ trained. Only sentences that the public formats use verbatim are removed; whatev
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gemma_dist.data.literals import parse_literal
 from gemma_dist.data.strict import get
 from gemma_dist.errors import DataError
 
-_TAGGED = re.compile(r"<(tools|AVAILABLE_TOOLS)>(.*?)</\1>", re.DOTALL)
-_VALUE = re.compile(r"""[{\[](?=[\s\[{]*")""")  # where JSON of objects may begin
+_OPENER = re.compile(r"<(tools|AVAILABLE_TOOLS)>")
+_BRACKETS = re.compile(r"""([{\[][\s\[{]*+)("?)""")  # where JSON of objects may begin: a key follows
+_MAX_READ = 50_000_000  # characters, of JSON that is no list of tools
 # What announces a list of declarations that stands in no tags.
 _ANNOUNCED = re.compile(
     r"access to the following functions|functions in JSON format that you can invoke|given the following functions",
@@ -83,29 +85,62 @@ def find_listing(text: str) -> Listing | None:
     Raises:
         DataError: `<tools>` holds something that cannot be read.
     """
-    for match in _TAGGED.finditer(text):
-        tools = _tagged_declarations(match[2])
+    for start, body, end in _tagged(text):
+        tools = _tagged_declarations(body)
         if tools:
-            return Listing(match.start(), match.end(), tools, is_announced=True)
+            return Listing(start, end, tools, is_announced=True)
     if '"name"' not in text:
         return None
-    decoder = json.JSONDecoder()
     tools, start, end = [], 0, 0
-    for opening in _VALUE.finditer(text):
-        if opening.start() < end or (tools and text[end : opening.start()].strip(" \t\r\n,;")):
+    for opening, value, value_end in _json_values(text):
+        if opening < end:
             continue
-        try:
-            value, value_end = decoder.raw_decode(text, opening.start())
-        except (ValueError, RecursionError):
-            continue
+        if tools and text[end:opening].strip(" \t\r\n,;"):
+            break
         values = _listed(value)
         if values and all(map(_is_declaration, values)):
-            start = start if tools else opening.start()
+            start = start if tools else opening
             end = value_end
             tools += values
     if not tools:
         return None
     return Listing(start, end, tools, is_announced=bool(_ANNOUNCED.search(text[:start])))
+
+
+def _tagged(text: str) -> Iterator[tuple[int, str, int]]:
+    """What stands between two tags of declarations, behind where the first begins and before where the last ends."""
+    opener = _OPENER.search(text)
+    while opener:
+        closer = f"</{opener[1]}>"
+        end = text.find(closer, opener.end())
+        if end < 0:
+            return
+        yield opener.start(), text[opener.end() : end], end + len(closer)
+        opener = _OPENER.search(text, end)
+
+
+def _json_values(text: str) -> Iterator[tuple[int, object, int]]:
+    """Each JSON value of objects in a text, also inside of another one, with where it begins and ends.
+
+    Brackets without their counterpart are passed over, until that has cost too much for a text that lists tools.
+    """
+    decoder = json.JSONDecoder()
+    num_read = 0
+    for run in _BRACKETS.finditer(text):
+        for start in range(run.start(1), run.end(1)):
+            if text[start] not in "{[" or not run[2]:
+                continue
+            try:
+                value, end = decoder.raw_decode(text, start)
+            except json.JSONDecodeError as error:
+                num_read += error.pos  # the error counts the lines before it
+            except (ValueError, RecursionError):
+                return
+            else:
+                num_read += end - start
+                yield start, value, end
+            if num_read > _MAX_READ:
+                return
 
 
 def _tagged_declarations(text: str) -> list[object]:

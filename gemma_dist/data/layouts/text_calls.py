@@ -8,16 +8,19 @@ are declared, anything else that attempts a call is refused: trained as it is, i
 about such a syntax are words: inside backticks, or without tools and with text around.
 """
 
+from collections import Counter
 from dataclasses import replace
 from typing import TypeAlias
 
-from gemma_dist.data.layouts.call_marks import WrittenCalls, find_calls
+from gemma_dist.data.layouts.call_bare import WrittenCalls
+from gemma_dist.data.layouts.call_marks import find_calls
 from gemma_dist.data.layouts.call_syntax import Signatures, signatures_of
 from gemma_dist.data.layouts.system_text import find_listing, without_instructions, without_listing
 from gemma_dist.data.layouts.text_results import TextResult, holds_result, match_results, read_results
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, first_filled, turn_name
 from gemma_dist.data.marks import ON_MESSAGE
-from gemma_dist.data.strict import as_list, error_context, get, without
+from gemma_dist.data.strict import as_list, as_object, error_context, get, short, without
+from gemma_dist.data.tool_forms import to_openai_tools
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -42,6 +45,9 @@ def convert_text_calls(row: OpenAIRow) -> OpenAIRow:
     for style in sorted(styles):
         notes[f"rows with calls written as text ({style}) were converted"] += 1
     if listing and (listing.is_announced or styles):
+        if declared is tools:
+            with error_context(turn_name(row.messages[0][0], "system")):
+                _refuse_other_tools(listing.tools, tools)
         messages = _with_system(messages, without_listing(system, listing))
         if declared is tools:
             notes["rows whose system text listed tools beside `tools`: the list was removed"] += 1
@@ -61,6 +67,33 @@ def _system_text(messages: NumberedMessages) -> str:
     """What the first message says, if it is a system's."""
     _, first = messages[0]
     return (_text(first) or "") if get(first, "role") in ("system", "developer") else ""
+
+
+def _refuse_other_tools(listed: list[object], declared: object) -> None:
+    """DataError where a list of declarations in the system text is not that of `tools`, which is to stay alone."""
+    given = _functions(declared)
+    found = _functions(to_openai_tools(listed, Counter()))
+    differing = sorted(name for name in given.keys() | found.keys() if given.get(name) != found.get(name))
+    if differing:
+        raise DataError(
+            f"the text lists other tools than `tools` declares; they differ in {', '.join(differing[:5])}: keep one of "
+            "the two lists, or make them equal"
+        )
+
+
+def _functions(tools: object) -> dict[str, object]:
+    """What each tool is declared as, by its name, without the nulls that Arrow fills in."""
+    functions = [as_object(get(tool, "function") or tool) for tool in as_list(tools)]
+    return {str(function.get("name")): _without_nulls(function) for function in functions}
+
+
+def _without_nulls(value: object) -> object:
+    """A JSON value without the keys whose value is null, at any depth."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def _with_system(messages: NumberedMessages, text: str) -> NumberedMessages:
@@ -164,6 +197,11 @@ def _answers(results: Results, waiting: list[str]) -> NumberedMessages:
         turns += [(number, message)] * len(in_message)
     number, last = results[-1]
     with error_context(turn_name(number, get(last, "role"))):
+        if said.strip() and get(last, "role") != "user":
+            raise DataError(
+                f"holds {short(said.strip())} behind the tool's result; write it inside of the result, or as a "
+                "user's message of its own"
+            )
         answers = match_results(found, waiting)
     numbered: NumberedMessages = []
     for (number, message), answer in zip(turns, answers, strict=True):

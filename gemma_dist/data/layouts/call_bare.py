@@ -1,0 +1,164 @@
+"""Calls without a marker: JSON, Python or XML with the name of a declared tool, at the end of a message.
+
+'I call: {"name": "f", "arguments": {"a": 1}}'      ->  before "I call:", style "JSON"
+"Sure.\\n```python\\nf(a=1)\\n```"                   ->  before "Sure.", style "Python"
+
+Where tools are declared, whatever evaluation would take for an attempt (`foreign.py`) is converted or refused.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from gemma_dist.data.foreign import find_attempt
+from gemma_dist.data.layouts.call_syntax import Signatures, any_of, read_calls
+from gemma_dist.data.layouts.system_text import find_listing
+from gemma_dist.data.strict import get, short
+from gemma_dist.errors import DataError
+
+_CODE = re.compile(r"(`{3,}+)(?!\s*(?:tool_code|tool_calls?|function_calls?)\b).*?(?:\1|\Z)|`[^`\n]+`", re.DOTALL)
+_WORDS_IN_BACKTICKS = re.compile(r"(?<!`)`(?!`)[^`\n]+`(?!`)")
+_JSON_LINE = re.compile(r"^[ \t]*+(?=\[?\s*+\{)", re.MULTILINE)
+_ARGUMENTS_KEY = re.compile(r"""["'](?:arguments|parameters)["']\s*:""")
+_FENCE_OPENER = re.compile(r"`{3,}+(?:json|python|py|xml)?\s*")
+_ACTION = re.compile(r"^[ \t]*Action:\s*\Z", re.MULTILINE)  # Command R's word for the calls behind it
+_CLOSERS = {"{": "}", "[": "]", "<": ">"}
+_MAX_STARTS = 20  # each is read to the end of the text
+_REMEDY = "write it under `tool_calls`, or set train: false on the message if it shows a mistake"
+
+
+@dataclass(frozen=True)
+class WrittenCalls:
+    """Calls that a message writes as text, and what it says before them."""
+
+    before: str
+    style: str
+    calls: list[dict[str, Any]]
+
+
+def refusal(style: str, error: object) -> DataError:
+    """Why calls in the syntax of `style` cannot be converted, and what to write instead."""
+    return DataError(f"writes a call as text in the style of {style}, which cannot be converted: {error}; {_REMEDY}")
+
+
+def without_code(text: str) -> str:
+    """The text with blanks for what stands in backticks, but for fences whose language says that they hold calls."""
+    return _CODE.sub(lambda code: " " * len(code[0]), text)
+
+
+def find_bare(thought: str, said: str, signatures: Signatures) -> WrittenCalls | None:
+    """Calls without a marker at the end of what a message says behind its thought; None where it attempts none.
+
+    Raises:
+        DataError: calls are attempted that cannot be converted.
+    """
+    written = _find_lines(thought, said, signatures)
+    words = _without_words(said if written is None else written.before)
+    if not signatures or not find_attempt(words, signatures):
+        return written
+    if written is None:
+        written = _find_inline(thought, said, signatures)
+        words = _without_words(said if written is None else written.before)
+    attempt = find_attempt(words, signatures)
+    if attempt:
+        raise refusal(
+            "another model",
+            f"at {short(words[attempt.start() :].strip())} stands what looks like a call, and calls are read where "
+            "nothing follows them; words about a call stand in `backticks`",
+        )
+    return written
+
+
+def _without_words(text: str) -> str:
+    """The text without words about calls: what stands in `backticks`, and declarations of tools."""
+    text = _WORDS_IN_BACKTICKS.sub(lambda code: " " * len(code[0]), text)
+    listing = find_listing(text) if '"parameters"' in text else None
+    return text[: listing.start] + text[listing.end :] if listing else text
+
+
+def _find_lines(thought: str, said: str, signatures: Signatures) -> WrittenCalls | None:
+    """Calls as JSON or `[f(a=1)]` from the start of a line to the end, or as Python alone."""
+    names = any_of(signatures)
+    outside = without_code(said)
+    react = re.search(rf"^Action(?: \d+)?:[ \t]*(?:{names})[ \t]*(?:[\[(]|$)", outside, re.MULTILINE)
+    if react:
+        raise refusal("ReAct", "its thoughts and results are text as well")
+    line = _JSON_LINE.search(outside)
+    if line and _names_call(said[line.end() :], names):
+        start, style = line.end(), "JSON"
+    else:
+        python = re.search(rf"^[ \t]*+\[\s*+(?:{names})\(", outside, re.MULTILINE)
+        alone = re.match(rf"\s*(?:print\()?(?:default_api\.)?(?:{names})\(|\s*\[", said) if signatures else None
+        if not python and not (alone and _is_python_alone(said, signatures)):
+            return None
+        start, style = (python.start() if python else 0), "Python"
+    try:
+        calls = read_calls(said[start:], signatures)
+    except DataError as error:
+        raise refusal(style, error) from None
+    if style == "JSON" and not all(_is_call(call, signatures) for call in calls):
+        return None
+    return WrittenCalls((thought + said[:start]).strip(), style, calls)
+
+
+def _find_inline(thought: str, said: str, signatures: Signatures) -> WrittenCalls | None:
+    """Calls of declared tools behind other words, in a fence or not, to the end of the text."""
+    before_fence, inside = _last_fence(said)
+    if inside:
+        calls = _try_read(inside, signatures)
+        before = _ACTION.sub("", before_fence)
+        return WrittenCalls((thought + before).strip(), "a fence", calls) if calls else None
+    opener = rf"(?:print\()?(?:default_api\.)?(?:{any_of(signatures)})\("
+    starts = re.compile(rf"""(?<![^\s:])(?:[\[{{](?=\s*+["'{{\[]|\s*+{opener})|<(?={any_of(signatures)})|{opener})""")
+    for number, start in enumerate(starts.finditer(said)):
+        closer = _CLOSERS.get(start[0], ")")
+        if number == _MAX_STARTS or not said.endswith(closer):
+            continue
+        calls = _try_read(said[start.start() :], signatures)
+        if calls:
+            style = "Cline" if start[0] == "<" else "JSON" if closer == "}" else "Python"
+            return WrittenCalls((thought + said[: start.start()]).strip(), style, calls)
+    return None
+
+
+def _last_fence(text: str) -> tuple[str, str]:
+    """What stands before the fence with which the text ends, and inside of it; ("", "") where it ends in none."""
+    if not text.endswith("```"):
+        return "", ""
+    end = len(text.rstrip("`"))
+    start = text.rfind("```", 0, end)
+    opener = _FENCE_OPENER.match(text, start) if start >= 0 else None
+    return (text[:start], text[opener.end() : end].strip()) if opener else ("", "")
+
+
+def _try_read(text: str, signatures: Signatures) -> list[dict[str, Any]]:
+    """The calls of declared tools that a text is; none where it is something else."""
+    try:
+        calls = read_calls(text, signatures)
+    except DataError:
+        return []
+    return calls if all(_is_call(call, signatures) for call in calls) else []
+
+
+def _names_call(text: str, names: str) -> bool:
+    """Whether JSON, broken or not, holds the name of a tool and a key for its arguments."""
+    names_tool = re.search(rf"""["']name["']\s*:\s*["'](?:{names})["']""", text)
+    return bool(names_tool and _ARGUMENTS_KEY.search(text))
+
+
+def _is_python_alone(said: str, signatures: Signatures) -> bool:
+    """Whether the text is calls and nothing else; other code is data."""
+    try:
+        return bool(read_calls(said, signatures)) and not said.lstrip().startswith("[{")
+    except DataError:
+        return False
+
+
+def _is_call(call: dict[str, Any], signatures: Signatures) -> bool:
+    """Whether a JSON value is a call, and neither data with a name nor the declaration of a tool."""
+    function = call["function"]
+    if not isinstance(function, dict) or function.keys() != {"name", "arguments"}:
+        return False
+    arguments = function["arguments"]
+    declares = get(arguments, "type") == "object" and "properties" in arguments
+    return not declares and (not signatures or function["name"] in signatures)
