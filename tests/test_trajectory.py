@@ -526,7 +526,7 @@ REFUSED = [
     (changed("tools", ["add"]), "tool 1: 'add' declares no function"),
     (changed("tools.0.type", "web_search"), "declares no function"),
     (changed("tools.0.function.name", "add numbers"), "tool 1: the tool name 'add numbers'"),
-    (changed("tools", good_row()["tools"] * 2), "tool add: is declared twice"),
+    (changed("tools", [*good_row()["tools"], {"name": "add", "description": "x"}]), "tool add: is declared twice"),
     (changed("tools.0.function.description", 3), "the description is 3"),
     (changed("tools.0.function.parameters", []), "parameters are []"),
     (changed("tools.0.function.parameters.type", "string"), "the type of parameters is 'string'"),

@@ -44,16 +44,16 @@ def refuse_beside(row: RawRow, converted: OpenAIRow) -> None:
         _refuse_answer(row, key)
     said = _said(converted)
     for column in REASONING:
-        text = row.get(column)
-        is_sentence = isinstance(text, str) and " " in text.strip()  # and no switch: "on", "high"
-        if is_sentence and text.strip() not in said:
+        given = row.get(column)
+        text = given.strip() if isinstance(given, str) else ""
+        if " " in text and text not in said:  # a word is a switch: "on", "high"
             raise DataError(
                 f"`{column}` stands beside `{key}`, and does not say which message it belongs to; write it as "
                 "`reasoning_content` of that message, or remove the column"
             )
     for column in BEFORE:
         before = as_list(row.get(column))
-        if before and row[key][: len(before)] != before:
+        if before and as_list(row[key])[: len(before)] != before:
             raise DataError(
                 f"`{column}` stands beside `{key}`, which does not begin with it; write its {len(before)} turns in "
                 "front of the messages, or remove the column"
