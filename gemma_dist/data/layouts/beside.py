@@ -44,10 +44,9 @@ def refuse_beside(row: RawRow, converted: OpenAIRow) -> None:
         _refuse_answer(row, key)
     said = _said(converted)
     for column in REASONING:
-        text = row.get(column)
-        if not isinstance(text, str) or " " not in text.strip():  # a switch: "on", "high"
-            continue
-        if text.strip() not in said:
+        given = row.get(column)
+        text = given.strip() if isinstance(given, str) else ""
+        if " " in text and text not in said:  # a word is a switch: "on", "high"
             raise DataError(
                 f"`{column}` stands beside `{key}`, and does not say which message it belongs to; write it as "
                 "`reasoning_content` of that message, or remove the column"

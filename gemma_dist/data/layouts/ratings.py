@@ -112,7 +112,7 @@ def move_command(row: RawRow, key: str, column: str, removed: list[str]) -> str:
         ->  jq -c '.messages += [{role: "assistant", content: .answer}] | del(.answer)' FILE
     """
     value = row.get(column)
-    moved = f".{key} += {_as_turns(value, column, is_sharegpt='from' in as_object(as_list(row[key])[-1]))}"
+    moved = f".{key} += {_as_turns(value, column, is_sharegpt='from' in as_object(as_list(row.get(key))[-1]))}"
     if _speaker(get_first(value)) in OPENERS:  # the whole conversation
         moved = f".{key} = .{column}"
     return f"jq -c '{moved} | del({_paths(removed)})' FILE"
