@@ -1,5 +1,6 @@
 """Calls written as text, in the syntax of other models, mean the same as `tool_calls`; what is unclear is refused."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from gemma_dist.config import RowConfig
+from gemma_dist.data.foreign import holds_foreign_call
 from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.data.types import Json
 from gemma_dist.errors import DataError
@@ -83,6 +85,27 @@ ONE_CALL = {
     '<parameter name="days">2</parameter>\n</invoke>\n</function_calls>',
     "Gemma 3": "```tool_code\nweather(city='Rome', days=2)\n```",
     "Gemma 3, print": "```tool_code\nprint(default_api.weather(city='Rome', days=2))\n```",
+    "LFM2": "<|tool_call_start|>[weather(city='Rome', days=2)]<|tool_call_end|>",
+    "LFM2, JSON": f"<|tool_call_start|>[{JSON_CALL}]<|tool_call_end|><|im_end|>",
+    "InternLM": f"<|action_start|><|plugin|>\n{JSON_CALL.replace('arguments', 'parameters')}<|action_end|>",
+    "Command R": f"Action: ```json\n[\n{json.dumps({'tool_name': 'weather', 'parameters': ROME}, indent=4)}\n]\n```",
+    "Command R7B": f"<|START_ACTION|>[{json.dumps({'tool_call_id': '0', 'tool_name': 'weather', 'parameters': ROME})}]"
+    "<|END_ACTION|>",
+    "Phi": f"functools[{JSON_CALL}]",
+    "Qwen-Agent": '✿FUNCTION✿: weather\n✿ARGS✿: {"city": "Rome", "days": 2}\n✿RESULT✿',
+    "Gorilla": '<<function>>weather(city="Rome", days=2)',
+    "Cline": "<weather>\n<city>Rome</city>\n<days>2</days>\n</weather>",
+    "DeepSeek V3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+    '{"city": "Rome", "days": 2}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>',
+    "DeepSeek V3.1": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>"
+    '{"city": "Rome", "days": 2}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+    "Kimi": "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"
+    '{"city": "Rome", "days": 2}<|tool_call_end|><|tool_calls_section_end|>',
+    "LangChain": '{"action": "weather", "action_input": {"city": "Rome", "days": 2}}',
+    "tool_input": '{"tool": "weather", "tool_input": {"city": "Rome", "days": 2}}',
+    "function": '{"function": "weather", "arguments": {"city": "Rome", "days": 2}}',
+    "input": '{"type": "tool_use", "id": "t", "name": "weather", "input": {"city": "Rome", "days": 2}}',
+    "a message": f'{{"tool_calls": [{JSON_CALL}]}}',
     "Python alone": "weather(city='Rome', days=2)",
 }
 
@@ -118,6 +141,69 @@ def test_text_before_the_calls_stays() -> None:
     trajectory = parse(answer_row(f"I look.\n\n<tool_call>\n{JSON_CALL}\n</tool_call>"))
     assert said(trajectory) == [("user", "Rome?"), ("assistant", "I look.")]
     assert calls_of(trajectory) == [("weather", ROME)]
+
+
+BEHIND_WORDS = {
+    "I call:": "I call: [weather(city='Rome', days=2)]",
+    "Sure:": f"Sure:\n```json\n{JSON_CALL}\n```",
+    "Calling": f"Calling {JSON_CALL}",
+    "I see.": "I see.\nweather(city='Rome', days=2)",
+    "I [1] look:": "I [1] look: print(default_api.weather(city='Rome', days=2))",
+    "It's {x}, so": f"It's {{x}}, so {json.dumps({'action': 'weather', 'action_input': ROME})}",
+    "Let me.": "Let me.\n<weather>\n<city>Rome</city>\n<days>2</days>\n</weather>",
+    "Hm.": f"Hm.\nAction: ```json\n[{JSON_CALL}]\n```",
+    "Well.": "Well.\n```python\nweather(city='Rome', days=2)\n```",
+}
+
+
+@pytest.mark.parametrize(("before", "text"), BEHIND_WORDS.items())
+def test_a_call_of_a_declared_tool_behind_words_is_a_call(before: str, text: str) -> None:
+    trajectory = parse(answer_row(text))
+    assert calls_of(trajectory) == [("weather", ROME)]
+    assert said(trajectory)[1:] == [("assistant", before)]
+
+
+ATTEMPTS = [
+    "```json\n" + JSON_CALL + "\n```\nHere it is.",
+    f"First {JSON_CALL}, then {JSON_CALL}",
+    JSON_CALL.removesuffix("}") + "  ",
+    json.dumps(json.dumps(JSON_CALL)),
+    '{"name": "weather", "city": "Rome"}',
+    '{"weather": {"city": "Rome"}}',
+    '{"calls": [{"tool": "weather", "city": "Rome"}]}',
+    '{name: "weather", arguments: {city: "Rome"}}',
+    "Sure. <tool_call> weather city=Rome",
+    "[TOOL_CALLS]weather",
+    "I look.\nweather('Rome')",
+    "Sure.\nweather(city='Rome')\nThere.",
+    "Use `weather`: [weather(city='Rome')].",
+    "<weather><city>Rome</city>",
+    "Action: weather\nThen Rome.",
+]
+
+
+@pytest.mark.parametrize("text", ATTEMPTS)
+def test_an_attempt_that_evaluation_would_see_is_refused(text: str) -> None:
+    message = refusal(answer_row(text))
+    assert STYLE in message
+    assert message.endswith(REMEDY)
+    assert holds_foreign_call(text, ["weather"])
+    assert said(parse(answer_row(text, train=False) | {"messages": _untrained(text)}))[1] == ("assistant", text)
+
+
+def _untrained(text: str) -> list[dict[str, Any]]:
+    """A user's question and a mistake, and the same question with an answer."""
+    user = {"role": "user", "content": "Rome?"}
+    mistake = {"role": "assistant", "content": text, "train": False}
+    return [user, mistake, user, {"role": "assistant", "content": "Warm."}]
+
+
+def test_what_looks_like_a_call_of_another_tool_is_counted() -> None:
+    trajectory = parse(answer_row("Sure. [clock(zone='Rome')]"))
+    assert said(trajectory)[1] == ("assistant", "Sure. [clock(zone='Rome')]")
+    assert trajectory.notes == {
+        "assistant texts that end like a call, [name(argument=value)], of a tool that is not declared were kept": 1
+    }
 
 
 def test_a_call_that_is_only_thought_of_is_none() -> None:
@@ -158,7 +244,7 @@ TAGS_INSIDE = {
 @pytest.mark.parametrize("text", TAGS_INSIDE.values(), ids=TAGS_INSIDE)
 def test_tags_inside_of_strings_are_part_of_the_strings(text: str) -> None:
     [(_, first), (_, second)] = calls_of(parse(answer_row(f"{text}\n<tool_call>{OSLO_CALL}</tool_call>")))
-    assert first["city"].strip('a"').endswith(("</tool_call>b", "</tool_calls>b", "<tool_call>b"))
+    assert str(first["city"]).strip('a"').endswith(("</tool_call>b", "</tool_calls>b", "<tool_call>b"))
     assert second == OSLO
 
 
@@ -186,10 +272,9 @@ def test_the_schema_says_what_the_text_of_xml_is() -> None:
 NO_CALLS = {
     "in backticks": (f"Hermes writes `<tool_call>{JSON_CALL}</tool_call>`.", TOOLS),
     "a word": ("The model puts <tool_call> tags around it.", TOOLS),
-    "an example in a fence": (f"Like this:\n```\n<tool_call>\n{JSON_CALL}\n</tool_call>\n```\nThat is all.", TOOLS),
     "an example without tools": (f"A call looks like this:\n<tool_call>{JSON_CALL}</tool_call>", None),
     "an explanation without tools": (f"<tool_call>{JSON_CALL}</tool_call> is how Hermes writes it.", None),
-    "data": ('{"name": "weather", "city": "Rome"}', TOOLS),
+    "declarations": (f"I have these:\n[{json.dumps(FUNCTION)}]\nAsk.", TOOLS),
     "data of another name": ('{"name": "Bob", "arguments": {"a": 1}}', TOOLS),
     "a declaration": (json.dumps(FUNCTION), TOOLS),
     "JSON without tools": (JSON_CALL, None),
@@ -242,6 +327,17 @@ REFUSED = {
     "misfit": ("[weather(days='two')]", "call of weather: the arguments do not fit the tool's schema"),
     "JSON and text": (f"{JSON_CALL}\nI called it.", f"{STYLE} JSON"),
     "ReAct": ('Thought: hm\nAction: weather\nAction Input: {"city": "Rome"}', f"{STYLE} ReAct"),
+    "an example in a fence": (f"Like this:\n```\n<tool_call>\n{JSON_CALL}\n</tool_call>\n```\nThat is all.", STYLE),
+    "FunctionGemma": (
+        "<start_function_call>call:weather{}<end_function_call>",
+        f"{STYLE} FunctionGemma, which cannot be converted: no complete call can be read from '<start_function_call>",
+    ),
+    "gpt-oss": (
+        '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Rome"}<|call|>',
+        f"{STYLE} gpt-oss, which cannot be converted: no complete call can be read from '<|channel|>",
+    ),
+    "ReAct, numbered": ("Thought 1: hm\nAction 1: weather[Rome]", f"{STYLE} ReAct"),
+    "ReAct, Python": ("Action: weather(city='Rome')", f"{STYLE} ReAct"),
     "DeepSeek": ("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function", STYLE),
     "Gemma's own": ("<|tool_call>call:weather{}<tool_call|>", "the control token <|tool_call>"),
 }
@@ -262,6 +358,11 @@ HUGE = {
     "single backticks": "` " * 30_000,
     "brackets": "[" * 30_000 + "weather(",
     "JSON lines": '{"name": "weather"}\n' * 5_000,
+    "calls in words": "I call: [weather(city=1) " * 5_000 + ")",
+    "objects in words": 'Calling {"name": "weather", ' * 5_000 + "}",
+    "tags of a tool": "<weather><city>" * 5_000 + ">",
+    "Kimi": "<|tool_calls_section_begin|><|tool_call_begin|>" * 5_000,
+    "fences": "```json\n" * 5_000 + JSON_CALL + "x```",
     "thoughts": "<think>a</think>" * 10_000 + "b",
 }
 
@@ -269,7 +370,8 @@ HUGE = {
 @pytest.mark.parametrize("text", HUGE.values(), ids=HUGE)
 def test_long_texts_take_no_time(text: str) -> None:
     start = time.perf_counter()
-    assert calls_of(parse(answer_row(text))) == []
+    with contextlib.suppress(DataError):
+        assert calls_of(parse(answer_row(text))) == []
     assert time.perf_counter() - start < 5
 
 
@@ -364,7 +466,7 @@ def test_declarations_in_the_system_text_are_the_tools(system: str, left: str | 
     assert systems == ([left] if left else [])
 
 
-OTHER_LISTS = {
+OTHER_LISTS: dict[str, Any] = {
     "one more": [*TOOLS, {"name": "clock", "parameters": {"type": "object", "properties": {}}}],
     "another": [{"name": "clock", "parameters": {"type": "object", "properties": {}}}],
     "another schema": [{**FUNCTION, "parameters": {"type": "object", "properties": {}}}],

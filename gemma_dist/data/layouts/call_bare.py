@@ -8,12 +8,13 @@ Where tools are declared, whatever evaluation would take for an attempt (`foreig
 
 import re
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from gemma_dist.data.foreign import find_attempt
 from gemma_dist.data.layouts.call_syntax import Signatures, any_of, read_calls
 from gemma_dist.data.layouts.system_text import find_listing
-from gemma_dist.data.strict import get, short
+from gemma_dist.data.strict import as_object, get, short
 from gemma_dist.errors import DataError
 
 _CODE = re.compile(r"(`{3,}+)(?!\s*(?:tool_code|tool_calls?|function_calls?)\b).*?(?:\1|\Z)|`[^`\n]+`", re.DOTALL)
@@ -52,6 +53,9 @@ def find_bare(thought: str, said: str, signatures: Signatures) -> WrittenCalls |
     Raises:
         DataError: calls are attempted that cannot be converted.
     """
+    others = _without_declarations(said)
+    if others != said and not find_attempt(others, signatures):
+        return None
     written = _find_lines(thought, said, signatures)
     words = _without_words(said if written is None else written.before)
     if not signatures or not find_attempt(words, signatures):
@@ -71,9 +75,23 @@ def find_bare(thought: str, said: str, signatures: Signatures) -> WrittenCalls |
 
 def _without_words(text: str) -> str:
     """The text without words about calls: what stands in `backticks`, and declarations of tools."""
-    text = _WORDS_IN_BACKTICKS.sub(lambda code: " " * len(code[0]), text)
+    return _without_declarations(_WORDS_IN_BACKTICKS.sub(lambda code: " " * len(code[0]), text))
+
+
+def _without_declarations(text: str) -> str:
+    """The text without the JSON that declares tools."""
     listing = find_listing(text) if '"parameters"' in text else None
-    return text[: listing.start] + text[listing.end :] if listing else text
+    if listing is None:
+        return text
+    functions = [get(tool, "function") or tool for tool in listing.tools]
+    if not all(_is_schema(get(function, "parameters")) for function in functions):
+        return text
+    return text[: listing.start] + text[listing.end :]
+
+
+def _is_schema(value: object) -> bool:
+    """Whether what stands under `parameters` or `arguments` is the schema of arguments, and not arguments."""
+    return get(value, "type") == "object" and "properties" in as_object(value)
 
 
 def _find_lines(thought: str, said: str, signatures: Signatures) -> WrittenCalls | None:
@@ -110,9 +128,9 @@ def _find_inline(thought: str, said: str, signatures: Signatures) -> WrittenCall
         return WrittenCalls((thought + before).strip(), "a fence", calls) if calls else None
     opener = rf"(?:print\()?(?:default_api\.)?(?:{any_of(signatures)})\("
     starts = re.compile(rf"""(?<![^\s:])(?:[\[{{](?=\s*+["'{{\[]|\s*+{opener})|<(?={any_of(signatures)})|{opener})""")
-    for number, start in enumerate(starts.finditer(said)):
+    for start in islice(starts.finditer(said), _MAX_STARTS):
         closer = _CLOSERS.get(start[0], ")")
-        if number == _MAX_STARTS or not said.endswith(closer):
+        if not said.endswith(closer):
             continue
         calls = _try_read(said[start.start() :], signatures)
         if calls:
@@ -159,6 +177,5 @@ def _is_call(call: dict[str, Any], signatures: Signatures) -> bool:
     function = call["function"]
     if not isinstance(function, dict) or function.keys() != {"name", "arguments"}:
         return False
-    arguments = function["arguments"]
-    declares = get(arguments, "type") == "object" and "properties" in arguments
+    declares = _is_schema(function["arguments"])
     return not declares and (not signatures or function["name"] in signatures)

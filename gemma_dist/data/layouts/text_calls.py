@@ -8,6 +8,7 @@ are declared, anything else that attempts a call is refused: trained as it is, i
 about such a syntax are words: inside backticks, or without tools and with text around.
 """
 
+import re
 from collections import Counter
 from dataclasses import replace
 from typing import TypeAlias
@@ -24,6 +25,9 @@ from gemma_dist.data.tool_forms import to_openai_tools
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
+# "Sure. [f(a=1)]": at the end of a text.
+_LIKE_A_CALL = re.compile(r"\[[^\W\d][\w.]*+\(\s*+(?:\)|[^\W\d]\w*+\s*+=[^=])")
+_UNDECLARED = "assistant texts that end like a call, [name(argument=value)], of a tool that is not declared were kept"
 # Messages that hold results, with their turns.
 Results: TypeAlias = list[tuple[int, RawRow]]
 
@@ -42,6 +46,9 @@ def convert_text_calls(row: OpenAIRow) -> OpenAIRow:
         listing = find_listing(system)
     declared = tools if signatures_of(tools) or not listing else listing.tools
     messages, styles = _convert_messages(row.messages, signatures_of(declared))
+    if signatures_of(declared):
+        num_like_calls = sum(_ends_like_a_call(message) for _, message in messages)
+        notes += Counter({_UNDECLARED: num_like_calls})
     for style in sorted(styles):
         notes[f"rows with calls written as text ({style}) were converted"] += 1
     if listing and (listing.is_announced or styles):
@@ -173,6 +180,13 @@ def _written_calls(number: int, message: object, follower: object, signatures: S
                 "remove the text of the call"
             )
     return written
+
+
+def _ends_like_a_call(message: object) -> bool:
+    """Whether an assistant's message ends in what would be a call, were its tool declared: "Sure. [f(a=1)]"."""
+    text = (_text(message) or "").rstrip()
+    is_assistant = get(message, "role") == "assistant"
+    return is_assistant and text.endswith(")]") and bool(_LIKE_A_CALL.search(text))
 
 
 def _called(calls: object) -> list[str]:
