@@ -258,7 +258,7 @@ def test_nulls_of_calls_as_text_are_the_rows_own() -> None:
     ):
         assert calls_of(parse(answer_row(text, tools))) == [("weather", {"unit": None})]
     unfit = '<tool_call>{"name": "weather", "arguments": {"city": null}}</tool_call>'
-    assert "city: None is not of type 'string'" in refusal(answer_row(unfit))
+    assert "city: null is not of type 'string'" in refusal(answer_row(unfit))
 
 
 def test_the_schema_says_what_the_text_of_xml_is() -> None:
