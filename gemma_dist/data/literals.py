@@ -5,7 +5,7 @@ import re
 import warnings
 from typing import Any
 
-from gemma_dist.data.calls import ARGUMENT_KEYS, ID_KEYS, first_of
+from gemma_dist.data.calls import ARGUMENT_KEYS, ID_KEYS, NAME_KEYS, first_of
 from gemma_dist.data.strict import get, is_json_text, map_json, parse_json, short, to_json_text, without
 from gemma_dist.data.types import RawRow, TextObject
 from gemma_dist.errors import DataError
@@ -15,8 +15,8 @@ _CONSTANTS = {"true": True, "false": False, "null": None}
 _NO_PYTHON = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
 _PYTHON_QUOTE = re.compile(r"[\s\[{]*+'")  # the first quote of a Python literal; JSON has no such quotes
 # What the texts of calls call the tool and what it gets, beside the spellings of structured calls.
-_NAME_KEYS = ("name", "tool", "tool_name", "action", "function")
-_TEXT_ARGUMENT_KEYS = (*ARGUMENT_KEYS, "tool_input", "action_input", "tool_parameters")
+_NAME_KEYS = (*NAME_KEYS, "function")
+_TEXT_ARGUMENT_KEYS = (*ARGUMENT_KEYS, "tool_parameters")
 
 
 def parse_literal(text: str) -> object:
