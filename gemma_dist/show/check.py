@@ -7,6 +7,7 @@ what the weights take.
 import yaml
 
 from gemma_dist.data.encode import load_encoder
+from gemma_dist.errors import CheckpointError
 from gemma_dist.model.shapes import describe_training
 from gemma_dist.resolve import Run, require_output_dir
 
@@ -20,9 +21,9 @@ def describe_run(run: Run) -> str:
         DataError: the shards were made with another encoding.
     """
     require_output_dir(run.config)
-    run.schedule.shards.require_encoding(load_encoder(run.config.model.model_name_or_path, run.config.data))
     settings = yaml.safe_dump(run.config.to_json(), sort_keys=False, allow_unicode=True, width=120)
-    return "\n".join([settings, str(run.plan), *_data_lines(run), *describe_training(run.config)])
+    training = describe_training(run.config)
+    return "\n".join([settings, str(run.plan), *_data_lines(run), *_encoding_lines(run), *training])
 
 
 def _data_lines(run: Run) -> list[str]:
@@ -35,3 +36,17 @@ def _data_lines(run: Run) -> list[str]:
         f"{shards.num_target_tokens.sum():,} tokens are trained",
         f"{run.num_steps:,} optimizer steps, {schedule.steps_per_epoch:,} to an epoch{packs}",
     ]
+
+
+def _encoding_lines(run: Run) -> list[str]:
+    """Nothing where the model's processor gives the tokens that the shards were measured with, or why it is not known.
+
+    Raises:
+        DataError: it gives others.
+    """
+    try:
+        encoder = load_encoder(run.config.model.model_name_or_path, run.config.data)
+    except CheckpointError as error:
+        return [f"the shards were not compared with the model's processor: {error}"]
+    run.schedule.shards.require_encoding(encoder)
+    return []
