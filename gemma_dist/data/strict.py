@@ -148,6 +148,13 @@ def without_nulls(value: Mapping[str, Value | None]) -> dict[str, Value]:
     return {key: item for key, item in value.items() if item is not None}
 
 
+def is_null(value: object) -> bool:
+    """Whether a value is null, or holds nothing but nulls, as Arrow makes of an absent struct: {"path": null}, []."""
+    if isinstance(value, (dict, list)):
+        return all(map(is_null, value.values() if isinstance(value, dict) else value))
+    return value is None
+
+
 def map_json(value: object, string: Callable[[str], str], key: Callable[[str], str], depth: int = 0) -> Json:
     """A copy of a JSON value with `string` applied to every string and `key` to every key of an object.
 
