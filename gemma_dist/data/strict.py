@@ -78,6 +78,11 @@ def to_json_text(value: object) -> str:
         raise DataError(f"{short(value)} is not JSON: {error}; write it as a string") from None
 
 
+def without_spaces(text: str) -> str:
+    """The text without blanks and line breaks, for a comparison: "I look.\\n\\nYes." -> "Ilook.Yes."."""
+    return "".join(text.split())
+
+
 def require_encodable(text: str) -> str:
     """The string itself. DataError if UTF-8 cannot encode it."""
     try:
