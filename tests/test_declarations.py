@@ -93,6 +93,8 @@ SAME = {
     "repeated with nulls": row(
         tools=[TOOL], target_tools=[{"type": "function", "function": FUNCTION | {"strict": None}}]
     ),
+    "repeated as responses": row(tools=[TOOL], target_tools=[{"type": "function", **FUNCTION, "strict": True}]),
+    "no json": row(tools=[TOOL], api_config="[a"),
     "repeated, less of it": row(tools=[TOOL], target_tools=[NAMED]),
     "a server": row(tools=[TOOL], mcp_server={"name": "weather", "description": "server"}),
     "servers": row(tools=[TOOL], mcp_servers=[{"name": "weather", "description": "server"}, {"name": "s", "url": "u"}]),
@@ -169,8 +171,8 @@ REFUSED = [
     (row(mcp_tools={"weather": {"inputSchema": PARAMETERS}}), "the column `mcp_tools` declares tools"),
     (
         row(tools=[TOOL], original_tools=[TOOL, OTHER]),
-        "the column `original_tools` declares tools that `tools` does not, or not like this; write them into `tools`, or "
-        "remove one of the two columns",
+        "the column `original_tools` declares tools that `tools` does not, or not like this; write them into "
+        "`tools`, or remove one of the two columns",
     ),
     (row(tools=[TOOL], target_tools=[FUNCTION | {"description": "x"}]), "`target_tools` declares tools that `tools`"),
     (row(functions=[FUNCTION], tool_info=[OTHER | {"x": 1}]), "`tool_info` declares tools that `functions` does not"),

@@ -23,7 +23,6 @@ from gemma_dist.data.strict import (
     get_list,
     is_json_text,
     is_list_of,
-    parse_json,
     short,
     without,
     without_nulls,
@@ -31,6 +30,7 @@ from gemma_dist.data.strict import (
 from gemma_dist.data.tool_forms import (
     NAME_KEYS,
     SCHEMA_KEYS,
+    SILENT,
     declared_tools,
     decode_tools,
     foreign_names,
@@ -124,7 +124,7 @@ def _refuse_unread(row: RawRow, place: str, found: object) -> None:
 
     One that repeats some of them passes: {"tools": [f, g], "target_tools": [f]}.
     """
-    functions = {get(function, "name"): function for function in map(_function, as_list(found))}
+    functions = _by_name(found)
     remedy = f"write them into `{place}`, or remove one of the two columns" if functions else "rename it to `tools`"
     for column, value in row.items():
         if not _sounds_like_tools(str(column)):
@@ -144,10 +144,17 @@ def _refuse_unread(row: RawRow, place: str, found: object) -> None:
             )
 
 
-def _repeats(tool: object, functions: Mapping[object, object]) -> bool:
+def _by_name(tools: object) -> dict[str, RawRow]:
+    """What each declaration says, by its name; without those that have none."""
+    functions = [as_object(_function(tool)) for tool in as_list(tools)]
+    return {function["name"]: function for function in functions if isinstance(function.get("name"), str)}
+
+
+def _repeats(tool: object, functions: Mapping[str, RawRow]) -> bool:
     """Whether a declaration says nothing but what the one of its name among `functions` says; it may say less of it."""
-    function = without_nulls(as_object(_function(tool)))
-    found = as_object(functions.get(function.get("name")))
+    function = without(without_nulls(as_object(_function(tool))), *SILENT)
+    name = function.get("name")
+    found = functions.get(name, {}) if isinstance(name, str) else {}
     return bool(function) and all(key in found and found[key] == value for key, value in function.items())
 
 
@@ -158,7 +165,10 @@ def _without_servers(value: object) -> object:
     [{"name": "s", "description": "d", "tools": [{…}]}]     ->  [{"tools": [{…}]}]
     {"s": {"description": "d", "command": "uvx"}}           ->  [{"command": "uvx"}]
     """
-    decoded = parse_json(value) if is_json_text(value) else value
+    try:
+        decoded = decode_tools(value) if is_json_text(value) else value
+    except DataError:
+        return value
     if isinstance(decoded, dict):
         are_servers = bool(decoded) and is_list_of([*decoded.values()], dict)
         decoded = [*decoded.values()] if are_servers else [decoded]
