@@ -109,25 +109,24 @@ def test_what_is_expected_has_to_be_clear(keys: dict[str, Any], words: str) -> N
     assert words in str(caught.value)
 
 
+CALLED = [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": ROME}}]
+UNANSWERED: list[dict[str, Any]] = [
+    {"role": "user", "content": "Rome?"},
+    {"role": "assistant", "content": "", "tool_calls": CALLED},
+    {"role": "tool", "tool_call_id": "c1", "content": "20"},
+]
+
+
 @pytest.mark.parametrize("null", NULLS)
-@pytest.mark.parametrize(
-    "last", [{"role": "tool", "tool_call_id": "c1", "content": "20"}, {"role": "user", "content": "Ok."}]
-)
-def test_a_trajectory_that_expects_nothing_is_no_test_case(null: Any, last: dict[str, Any]) -> None:
-    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": ROME}}
-    called = [
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "c1", "content": "20"},
-    ]
-    messages = [*row_messages(), *called[:1], last]
-    if last["role"] == "user":
-        messages = [*row_messages(), *called, {"role": "assistant", "content": "20."}, last]
-    row = {"messages": messages, "tools": TOOLS}
+@pytest.mark.parametrize("rest", [[], [{"role": "assistant", "content": "20."}, {"role": "user", "content": "Ok."}]])
+def test_a_trajectory_that_expects_nothing_is_no_test_case(null: Any, rest: list[dict[str, Any]]) -> None:
+    row = {"messages": UNANSWERED + rest, "tools": TOOLS}
     expects_nothing = {**row, "expected_tool": null, "expected_arguments": None}
     for settings in (ShardConfig(), EvaluateConfig()):
         parsed = parse_row(expects_nothing, "cases.jsonl:2", settings)
         assert parsed == parse_row(row, "cases.jsonl:2", settings)
-        assert len(parsed.messages) == len(messages)
+        assert len(parsed.messages) == len(row["messages"])
+        assert not parsed.is_outline
 
 
 def test_the_key_that_says_something_is_read() -> None:
