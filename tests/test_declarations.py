@@ -87,6 +87,21 @@ SAME = {
     ),
     "twice": row(tools=[TOOL, {**FUNCTION}]),
     "the servers that they came from": row(tools=[TOOL], mcp_servers=[{"name": "s", "tools": [FUNCTION]}]),
+    # columns that repeat some of the tools, or are about servers
+    "repeated": row(tools=[TOOL], target_tools=[TOOL], selected_tools=[FUNCTION], tool_schemas=json.dumps([FUNCTION])),
+    "repeated as mcp": row(tools=[TOOL], original_tools=[{**NAMED, "inputSchema": PARAMETERS}]),
+    "repeated with nulls": row(
+        tools=[TOOL], target_tools=[{"type": "function", "function": FUNCTION | {"strict": None}}]
+    ),
+    "repeated as responses": row(tools=[TOOL], target_tools=[{"type": "function", **FUNCTION, "strict": True}]),
+    "no json": row(tools=[TOOL], api_config="[a"),
+    "repeated, less of it": row(tools=[TOOL], target_tools=[NAMED]),
+    "a server": row(tools=[TOOL], mcp_server={"name": "weather", "description": "server"}),
+    "servers": row(tools=[TOOL], mcp_servers=[{"name": "weather", "description": "server"}, {"name": "s", "url": "u"}]),
+    "servers by name": row(tools=[TOOL], mcp_servers={"s": {"command": "uvx", "description": "server"}}),
+    "a server as json text": row(tools=[TOOL], api_info=json.dumps({"name": "s", "description": "server"})),
+    "servers with their tools": row(tools=[TOOL], mcp_servers=[{"name": "s", "description": "d", "tools": [FUNCTION]}]),
+    "what an api is": row(functions=[FUNCTION], api_info={"api_name": "s", "api_description": "server"}),
     "types in capitals": row(
         tools=[NAMED | {"parameters": PARAMETERS | {"type": "OBJECT", "properties": {"city": {"type": "STRING"}}}}]
     ),
@@ -107,6 +122,13 @@ def test_sharegpt_rows_may_declare_in_the_system_turn() -> None:
         {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Rome"}}'},
     ]
     assert parse({"conversations": turns}).tools == [TOOL]
+
+
+def test_a_column_may_repeat_some_of_the_tools() -> None:
+    assert parse(row(tools=[TOOL, OTHER], target_tools=[OTHER], selected_tools=json.dumps([TOOL]))).tools == [
+        TOOL,
+        OTHER,
+    ]
 
 
 def test_keys_that_no_prompt_shows_are_left_out_and_counted() -> None:
@@ -147,6 +169,18 @@ REFUSED = [
     (row(apis=[OTHER["function"]], tools=[TOOL]), "the column `apis` declares tools"),
     (row(api_list=json.dumps([NAMED])), "the column `api_list` declares tools"),
     (row(mcp_tools={"weather": {"inputSchema": PARAMETERS}}), "the column `mcp_tools` declares tools"),
+    (
+        row(tools=[TOOL], original_tools=[TOOL, OTHER]),
+        "the column `original_tools` declares tools that `tools` does not, or not like this; write them into "
+        "`tools`, or remove one of the two columns",
+    ),
+    (row(tools=[TOOL], target_tools=[FUNCTION | {"description": "x"}]), "`target_tools` declares tools that `tools`"),
+    (row(functions=[FUNCTION], tool_info=[OTHER | {"x": 1}]), "`tool_info` declares tools that `functions` does not"),
+    (row(tools=[TOOL], mcp_servers=[{"name": "f", "inputSchema": PARAMETERS}]), "`mcp_servers` declares tools that"),
+    (
+        row(tools=[TOOL], mcp_servers=[{"name": "s", "description": "d", "tools": [OTHER["function"]]}]),
+        "the column `mcp_servers` declares",
+    ),
     (row(functions="[{]"), "`functions`: not JSON at column 3"),
     (row(tools=["{]"]), "`tools`: not JSON at column 2"),
     (row(tools=[{"googleSearch": {}}]), "tool 1: {'googleSearch': {}} declares no function"),

@@ -56,7 +56,10 @@ def test_a_name_alone_is_an_outline(names: Any) -> None:
     assert trajectory.is_outline
 
 
-@pytest.mark.parametrize("none", [None, "", "none", []])
+NULLS: list[Any] = [None, [], [None], {"name": None, "arguments": None}]
+
+
+@pytest.mark.parametrize("none", [*NULLS, "", "none"])
 def test_that_no_tool_is_expected_is_an_outline(none: Any) -> None:
     trajectory = parse(test_case(expected_tool=none))
     assert "tool_calls" not in trajectory.messages[-1]
@@ -104,6 +107,37 @@ def test_what_is_expected_has_to_be_clear(keys: dict[str, Any], words: str) -> N
     with pytest.raises(DataError) as caught:
         parse(test_case(**keys))
     assert words in str(caught.value)
+
+
+CALLED = [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": ROME}}]
+UNANSWERED: list[dict[str, Any]] = [
+    {"role": "user", "content": "Rome?"},
+    {"role": "assistant", "content": "", "tool_calls": CALLED},
+    {"role": "tool", "tool_call_id": "c1", "content": "20"},
+]
+
+
+@pytest.mark.parametrize("null", NULLS)
+@pytest.mark.parametrize("rest", [[], [{"role": "assistant", "content": "20."}, {"role": "user", "content": "Ok."}]])
+def test_a_trajectory_that_expects_nothing_is_no_test_case(null: Any, rest: list[dict[str, Any]]) -> None:
+    row = {"messages": UNANSWERED + rest, "tools": TOOLS}
+    expects_nothing = {**row, "expected_tool": null, "expected_arguments": None}
+    for settings in (ShardConfig(), EvaluateConfig()):
+        parsed = parse_row(expects_nothing, "cases.jsonl:2", settings)
+        assert parsed == parse_row(row, "cases.jsonl:2", settings)
+        assert len(parsed.messages) == len(row["messages"])
+        assert not parsed.is_outline
+
+
+def test_the_key_that_says_something_is_read() -> None:
+    assert expected(parse(test_case(expected_tool=None, expected_tools=["weather"]))) == [("weather", {})]
+
+
+@pytest.mark.parametrize("none", ["", "none"])
+def test_a_word_expects_no_call_in_whole_conversations_too(none: str) -> None:
+    row = test_case(expected_tool=none)
+    row["messages"] = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hi."}, *row["messages"]]
+    assert parse(row).is_outline
 
 
 def test_training_refuses_a_test_case() -> None:

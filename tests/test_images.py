@@ -337,6 +337,7 @@ IMAGE, TEXT = {"type": "image"}, {"type": "text", "text": "What?"}
         (asked("<image><image>What?", images=["red.png", "blue.png"]), [IMAGE, IMAGE, TEXT], ["red", "blue"]),
         (asked([{"type": "text", "text": "<image>What?"}], images=["red.png"]), [IMAGE, TEXT], ["red"]),
         (asked([IMAGE, TEXT], image="red.png"), [IMAGE, TEXT], ["red"]),
+        (asked("<image>What?", images=["red.png"], image={"path": None, "bytes": None}), [IMAGE, TEXT], ["red"]),
         (
             asked([IMAGE, {"type": "text", "text": "<image>What?"}], images=["red.png", "blue.png"]),
             None,
@@ -399,7 +400,9 @@ def test_what_is_not_seen_of_an_image_is_counted(tmp_path: Path, data: bytes, no
     assert parse(asked("<image>What?", images=[{"bytes": data}]), tmp_path).notes == notes
 
 
+NULLS = {"path": None, "bytes": None}
 REFUSED: list[tuple[Any, str]] = [
+    (asked([IMAGE, TEXT], image=NULLS), "`images` holds 0 images for 1 image parts without one of their own"),
     (
         asked("<image><image>What?", images=["red.png"]),
         "`images` holds 1 images for 2 `<image>` markers and 0 image parts without one of their own",
@@ -435,7 +438,13 @@ def test_images_that_are_not_taken_are_refused(tmp_path: Path, row: Any, words: 
 
 
 @pytest.mark.parametrize(
-    "beside", [{"video": None}, {"audio": ""}, {"image_1": None}, {"objects": {}}, {"image_id": "7"}]
+    "beside",
+    [
+        *({"video": None}, {"audio": ""}, {"image_1": None}, {"objects": {}}, {"image_id": "7"}),
+        # as Arrow fills in
+        *({"image": NULLS}, {"image_1": NULLS}, {"audio": NULLS}, {"audio": NULLS | {"array": None}}),
+        *({"videos": [None]}, {"images": None, "image": NULLS}, {"images": [], "image": NULLS}),
+    ],
 )
 def test_columns_without_an_image_are_no_reason_to_refuse_a_row(tmp_path: Path, beside: Any) -> None:
     assert parse(asked("What?", **beside), tmp_path).images == []

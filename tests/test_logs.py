@@ -1380,6 +1380,14 @@ def test_messages_that_are_the_better_answer_are_taken() -> None:
 # ---- columns beside the messages -------------------------------------------------------------------------------------
 
 SHORT: list[Any] = [*FORMER, ASKED]
+KIND_PART = {"type": "text", "text": "Be kind."}
+IMAGE_PART = {"type": "image", "url": "a.png"}
+IN_PARTS = {"role": "system", "content": [{"type": "text", "text": "Be kind.\nSay yes."}]}
+SWITCHES = [
+    *(("reasoning", "on"), ("reasoning", "detailed thinking on"), ("thinking", "detailed thinking off")),
+    *(("thinking", "not enabled"), ("thinking", "Thinking: enabled"), ("reasoning", "thinking disabled")),
+    *(("reasoning", "reasoning mode: high"), ("thinking", "Thinking mode is off.")),
+]
 BESIDE: list[Any] = [
     ({"messages": SHORT, "completion": [SAID]}, [*SHORT, SAID]),
     ({"messages": SHORT, "completion": "Yes."}, [*SHORT, SAID]),
@@ -1394,12 +1402,23 @@ BESIDE: list[Any] = [
     ({"messages": [ASKED, SAID], "response": "Yes.", "completion": "Yes."}, [ASKED, SAID]),
     ({"messages": [ASKED, SAID], "completion": [SAID]}, [ASKED, SAID]),
     ({"messages": [ASKED, SAID], "history": [ASKED]}, [ASKED, SAID]),
-    ({"messages": [ASKED, SAID], "reasoning": "on"}, [ASKED, SAID]),
+    *(({"messages": [ASKED, SAID], column: words}, [ASKED, SAID]) for column, words in SWITCHES),
+    (
+        {
+            "messages": [ASKED, SAID | {"reasoning_content": "I look.\n\nThen I say."}],
+            "reasoning": "I look. Then I say.\n",
+        },
+        [ASKED, SAID | {"reasoning_content": "I look.\n\nThen I say."}],
+    ),
     ({"messages": [ASKED, SAID], "output": "9 tokens", "answer": "42"}, [ASKED, SAID]),
     # the system text by other names
     ({"messages": [ASKED, SAID], "system_prompt": "Be kind."}, [KIND, ASKED, SAID]),
     ({"messages": [ASKED, SAID], "instructions": "Be kind."}, [KIND, ASKED, SAID]),
     ({"messages": [KIND, ASKED, SAID], "system_prompt": "Be kind.\n"}, [KIND, ASKED, SAID]),
+    # … and the same text as parts, on either side
+    ({"messages": [KIND, ASKED, SAID], "system": [KIND_PART]}, [KIND, ASKED, SAID]),
+    ({"messages": [KIND, ASKED, SAID], "system": [KIND_PART | {"cache_control": None}]}, [KIND, ASKED, SAID]),
+    ({"messages": [IN_PARTS, ASKED, SAID], "system": "Be kind.\nSay yes.\n"}, [IN_PARTS, ASKED, SAID]),
     ({"conversations": [HUMAN, GPT], "system_prompt": "Be kind."}, [KIND, ASKED, SAID]),
     ({"messages": [ASKED], "response": "Yes.", "system_prompt": "Be kind."}, [KIND, ASKED, SAID]),
     ({"prompt": [ASKED], "completion": [SAID], "system_prompt": "Be kind."}, [KIND, ASKED, SAID]),
@@ -1419,6 +1438,13 @@ LOST: list[Any] = [
     ({"targets": "Yes."}, "`targets` is 'Yes.'"),
     ({"system_prompt": "Be kind.", "system": "Be rude."}, "`system_prompt` of the row: says something else than"),
     ({"history": [["Hi", "Hello."]]}, "`history` stands beside `messages`, which does not begin with it; write its 1"),
+    (
+        {"system_prompt": "default_v2", "messages": [KIND, *SHORT]},
+        "`system_prompt` of the row: says something else than",
+    ),
+    ({"system": [KIND_PART, IMAGE_PART], "messages": [KIND, *SHORT]}, "`system` of the row: says something else than"),
+    ({"reasoning": "The answer is right because it is on."}, "`reasoning` stands beside `messages`"),
+    ({"thinking": "thinking on it"}, "`thinking` stands beside `messages`"),
     ({"reasoning": "I look it up."}, "`reasoning` stands beside `messages`, and does not say which message"),
 ]
 

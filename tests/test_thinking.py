@@ -152,6 +152,11 @@ def test_a_row_that_says_it_wins_over_the_setting(
         ({"enable_thinking": False, "preserve_thinking": False, "add_generation_prompt": True}, False),
         ({"enable_thinking": None, "thinking": None}, None),  # as Arrow fills in
         ('{"enable_thinking": true}', True),
+        (
+            {"custom_instructions": "", "enable_thinking": False, "python_tools": [], "xml_tools": []},
+            False,
+        ),  # smoltalk2
+        ({"documents": [], "custom_instructions": None, "tools": {}}, None),
     ],
 )
 def test_template_settings_of_a_row_that_are_taken(kwargs: object, said: bool | None) -> None:
@@ -164,6 +169,9 @@ def test_template_settings_of_a_row_that_are_taken(kwargs: object, said: bool | 
         ({"preserve_thinking": True}, "`preserve_thinking` is True.*only enable_thinking.*`unroll: reasoning`"),
         ({"thinking": True}, "`thinking` is True.*calls it enable_thinking"),
         ({"reasoning_effort": "high"}, "`reasoning_effort` is 'high', but only enable_thinking is carried out; remove"),
+        ({"custom_instructions": "Be kind.", "xml_tools": []}, "`custom_instructions` is 'Be kind.', but only enable"),
+        ({"xml_tools": ["<f>"]}, "`xml_tools` is .*but only enable_thinking"),
+        ({"documents": [{"text": "t"}]}, "`documents` is .*Gemma's template shows none"),
         ({"enable_thinking": "yes"}, "`enable_thinking` is 'yes'; write true or false"),
         ([True], "is no object"),
         (False, "is no object"),

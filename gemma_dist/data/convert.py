@@ -15,7 +15,7 @@ from gemma_dist.data.layouts.ratings import refuse_ratings
 from gemma_dist.data.layouts.text_calls import convert_text_calls
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, number_turns, turn_name
 from gemma_dist.data.spellings import respell
-from gemma_dist.data.strict import error_context, get, read_json_text
+from gemma_dist.data.strict import error_context, get, is_list_of, read_json_text, without_spaces
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -104,11 +104,18 @@ def _under(system: object, messages: NumberedMessages) -> NumberedMessages:
         system = system.removeprefix(glaive.SYSTEM)
     content = anthropic.to_parts(system)
     given = [get(message, "content") for _, message in messages if get(message, "role") in ("system", "developer")]
-    if given and list(map(_stripped, given)) not in ([_stripped(system)], [content]):
+    if given and list(map(_comparable, given)) != [_comparable(content)]:
         raise DataError("says something else than the system turn; keep one of the two")
     return messages if given else [(0, {"role": "system", "content": content}), *messages]
 
 
-def _stripped(content: object) -> object:
-    """A text without the blanks around it, which the template leaves out; parts as they are."""
-    return content.strip() if isinstance(content, str) else content
+def _comparable(content: object) -> object:
+    """What a content says, for a comparison: its text without blanks; parts as they are where one is no text.
+
+    "Be kind.\\n", [{"type": "text", "text": "Be "}, {"type": "text", "text": "kind."}]  ->  "Bekind."
+    """
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [get(part, "text") for part in parts if get(part, "type") == "text"]
+    if len(texts) < len(parts) or not is_list_of(texts, str):
+        return content
+    return without_spaces("".join(texts))

@@ -12,6 +12,7 @@ Several that say the same are one; several that do not are refused. How each dec
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 
 from gemma_dist.data.layouts.turns import NumberedMessages, number_turns, turn_name
 from gemma_dist.data.strict import (
@@ -24,14 +25,24 @@ from gemma_dist.data.strict import (
     is_list_of,
     short,
     without,
+    without_nulls,
 )
-from gemma_dist.data.tool_forms import declared_tools, decode_tools, foreign_names, to_openai_tools
+from gemma_dist.data.tool_forms import (
+    NAME_KEYS,
+    SCHEMA_KEYS,
+    SILENT,
+    declared_tools,
+    decode_tools,
+    foreign_names,
+    to_openai_tools,
+)
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
 COLUMNS = ("tools", "functions", "available_tools")
 NO_DECLARATIONS = ("tool_choice", "tool_config", "toolConfig")  # of a request: they name a tool at most
 SUSPICIOUS = re.compile(r"tool|function|(?<![a-z])apis?(?![a-z])|(?<![a-z])mcp(?![a-z])")  # in a column's name
+ABOUT_SERVERS = re.compile("server|info|meta|config|provider|categor")  # in the name of a column that may be about them
 CALLS = re.compile("call|result|response")  # in the name of a column that is about calls
 
 
@@ -55,7 +66,7 @@ def find_declarations(row: RawRow, tools: object, messages: NumberedMessages, no
     for other in others:
         if _canonical(declared[other]) != _canonical(declared[first]):
             raise DataError(f"`{first}` and `{other}` declare different tools; keep one of the two")
-    _refuse_unread(row, declared.get(first))
+    _refuse_unread(row, first, declared.get(first))
     return declared.get(first)
 
 
@@ -108,21 +119,68 @@ def _unless_names(value: object) -> object:
     return None if is_list_of(decoded, str) else decoded
 
 
-def _refuse_unread(row: RawRow, found: object) -> None:
-    """Refuse a column that declares other tools than those that were found, under a name that is not read."""
-    names = [get(get(tool, "function"), "name") for tool in as_list(found)]
+def _refuse_unread(row: RawRow, place: str, found: object) -> None:
+    """Refuse a column that declares other tools than those that were found, under a name that is not read.
+
+    One that repeats some of them passes: {"tools": [f, g], "target_tools": [f]}.
+    """
+    functions = _by_name(found)
+    remedy = f"write them into `{place}`, or remove one of the two columns" if functions else "rename it to `tools`"
     for column, value in row.items():
         if not _sounds_like_tools(str(column)):
             continue
+        if functions and ABOUT_SERVERS.search(str(column).lower()):
+            value = _without_servers(value)
         declared = declared_tools(value)
-        if declared is not None and _canonical(declared) != _canonical(found):
-            raise DataError(f"the column `{column}` declares tools, but is not read; rename it to `tools`")
-        unread = [name for name in foreign_names(value) if name not in names]
+        if declared is not None and not all(_repeats(tool, functions) for tool in as_list(declared)):
+            others = f" that `{place}` does not, or not like this" if functions else ", but is not read"
+            raise DataError(f"the column `{column}` declares tools{others}; {remedy}")
+        unread = [name for name in foreign_names(value) if name not in functions]
         if unread:
             raise DataError(
                 f"the column `{column}` declares {short(unread)} in a form that is not read; write as `tools`: "
-                '[{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}]'
+                '[{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}], '
+                "or remove the column"
             )
+
+
+def _by_name(tools: object) -> dict[str, RawRow]:
+    """What each declaration says, by its name; without those that have none."""
+    functions = [as_object(_function(tool)) for tool in as_list(tools)]
+    return {function["name"]: function for function in functions if isinstance(function.get("name"), str)}
+
+
+def _repeats(tool: object, functions: Mapping[str, RawRow]) -> bool:
+    """Whether a declaration says nothing but what the one of its name among `functions` says; it may say less of it."""
+    function = without(without_nulls(as_object(_function(tool))), *SILENT)
+    name = function.get("name")
+    found = functions.get(name, {}) if isinstance(name, str) else {}
+    return bool(function) and all(key in found and found[key] == value for key, value in function.items())
+
+
+def _without_servers(value: object) -> object:
+    """A column about servers without what it says of them, so that only what they declare is left to be looked at.
+
+    {"name": "s", "description": "d"}                       ->  [{}]
+    [{"name": "s", "description": "d", "tools": [{…}]}]     ->  [{"tools": [{…}]}]
+    {"s": {"description": "d", "command": "uvx"}}           ->  [{"command": "uvx"}]
+    """
+    try:
+        decoded = decode_tools(value) if is_json_text(value) else value
+    except DataError:
+        return value
+    if isinstance(decoded, dict):
+        are_servers = bool(decoded) and is_list_of([*decoded.values()], dict)
+        decoded = [*decoded.values()] if are_servers else [decoded]
+    return [_without_server(entry) for entry in decoded] if isinstance(decoded, list) else decoded
+
+
+def _without_server(entry: object) -> object:
+    """An entry without name and description, unless it has a schema, as a tool has."""
+    given = as_object(entry)
+    has_schema = any(given.get(key) is not None for key in SCHEMA_KEYS)
+    is_server = bool(given) and not has_schema and "function" not in given
+    return without(given, *NAME_KEYS, "description") if is_server else entry
 
 
 def _sounds_like_tools(column: str) -> bool:
@@ -137,5 +195,9 @@ def _canonical(tools: object) -> object:
     """Declarations for a comparison: in any order, under any wrapper."""
     if not isinstance(tools, list):
         return tools
-    functions = [get(tool, "function") or tool for tool in tools]
-    return sorted(json.dumps(function, sort_keys=True, default=str) for function in functions)
+    return sorted(json.dumps(_function(tool), sort_keys=True, default=str) for tool in tools)
+
+
+def _function(tool: object) -> object:
+    """What a declaration says, whatever its wrapper."""
+    return get(tool, "function") or tool

@@ -5,6 +5,8 @@
 
 `evaluate` takes them as if the expected call were the last message. Where only a tool's name is given, or that no tool
 is to be called, the case is an outline: arguments and words of the answer are not judged.
+
+A null or [] expects no call where no assistant has spoken; else it is what Arrow fills into a row that expects nothing.
 """
 
 from dataclasses import replace
@@ -13,7 +15,7 @@ from typing import Any
 from gemma_dist.data.calls import first_of
 from gemma_dist.data.layouts.turns import OpenAIRow
 from gemma_dist.data.literals import parse_calls, parse_literal
-from gemma_dist.data.strict import as_object, error_context, get, is_json_text, short
+from gemma_dist.data.strict import as_object, error_context, get, is_json_text, is_null, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -31,10 +33,22 @@ NO_CALL_EXPECTED = "(any answer without a call)"
 
 def is_test_case(row: RawRow, converted: OpenAIRow) -> bool:
     """Whether the row says which call it expects in place of an assistant's last message."""
-    if not converted.messages or not any(key in row for key in _CALL_KEYS):
+    key = _expecting_key(row)
+    if not converted.messages or key is None:
         return False
-    _, last = converted.messages[-1]
-    return get(last, "role") in ("user", "tool", "function")
+    roles = [get(message, "role") for _, message in converted.messages]
+    is_said = not is_null(row[key]) or "assistant" not in roles
+    return is_said and roles[-1] in ("user", "tool", "function")
+
+
+def _expecting_key(row: RawRow) -> str | None:
+    """The key that says what is expected: the first that is not null, else the first; None where there is none.
+
+    {"expected_tool": null, "expected_tools": ["weather"]}  ->  "expected_tools"
+    """
+    keys = [key for key in _CALL_KEYS if key in row]
+    said = [key for key in keys if not is_null(row[key])]
+    return next(iter(said + keys), None)
 
 
 def with_expected_answer(row: RawRow, converted: OpenAIRow) -> tuple[OpenAIRow, bool]:
@@ -43,7 +57,8 @@ def with_expected_answer(row: RawRow, converted: OpenAIRow) -> tuple[OpenAIRow, 
     Raises:
         DataError: what is expected cannot be read.
     """
-    key = next(key for key in _CALL_KEYS if key in row)
+    key = _expecting_key(row)
+    assert key is not None
     with error_context(f"`{key}`"):
         calls = _expected_calls(row[key], _arguments(row))
     messages = [(number, _untrained(message)) for number, message in converted.messages]
@@ -86,7 +101,7 @@ def _expected_calls(expected: object, arguments: object) -> list[dict[str, Any]]
     for call in listed:
         if isinstance(call, str):
             calls += _call_of_name(call, arguments)
-        elif call is not None:
+        elif not is_null(call):
             calls += parse_calls(call)
     return calls
 

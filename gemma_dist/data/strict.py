@@ -78,6 +78,11 @@ def to_json_text(value: object) -> str:
         raise DataError(f"{short(value)} is not JSON: {error}; write it as a string") from None
 
 
+def without_spaces(text: str) -> str:
+    """The text without blanks and line breaks, for a comparison: "I look.\\n\\nYes." -> "Ilook.Yes."."""
+    return "".join(text.split())
+
+
 def require_encodable(text: str) -> str:
     """The string itself. DataError if UTF-8 cannot encode it."""
     try:
@@ -146,6 +151,13 @@ def without(value: Mapping[str, Value], *keys: str) -> dict[str, Value]:
 def without_nulls(value: Mapping[str, Value | None]) -> dict[str, Value]:
     """A copy of an object without the keys whose value is null; Arrow fills absent keys with it."""
     return {key: item for key, item in value.items() if item is not None}
+
+
+def is_null(value: object) -> bool:
+    """Whether a value is null, or holds nothing but nulls, as Arrow makes of an absent struct: {"path": null}, []."""
+    if isinstance(value, (dict, list)):
+        return all(map(is_null, value.values() if isinstance(value, dict) else value))
+    return value is None
 
 
 def map_json(value: object, string: Callable[[str], str], key: Callable[[str], str], depth: int = 0) -> Json:

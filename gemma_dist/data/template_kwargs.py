@@ -3,7 +3,7 @@
 {"messages": […], "chat_template_kwargs": {"enable_thinking": true}}
 """
 
-from gemma_dist.data.strict import error_context, read_json_text, short
+from gemma_dist.data.strict import error_context, is_null, read_json_text, short
 from gemma_dist.errors import DataError, setting
 
 # What changes nothing of a whole conversation, where it has this value.
@@ -25,7 +25,7 @@ def parse_template_kwargs(given: object) -> bool | None:
     with error_context("`chat_template_kwargs`"):
         if not isinstance(kwargs, dict):
             raise DataError(f'{short(kwargs)} is no object; write {{"enable_thinking": true}} or false')
-        said = {key: value for key, value in kwargs.items() if value is not None}  # Arrow fills absent keys with null
+        said = {key: value for key, value in kwargs.items() if not _is_empty(value)}
         said.pop("tools", None)  # `declarations.py` reads them
         thinking = said.pop("enable_thinking", None)
         if thinking is not None and not isinstance(thinking, bool):
@@ -35,3 +35,11 @@ def parse_template_kwargs(given: object) -> bool | None:
                 remedy = REMEDIES.get(key, "remove it if the row was made without it")
                 raise DataError(f"`{key}` is {short(value)}, but only enable_thinking is carried out; {remedy}")
         return thinking
+
+
+def _is_empty(value: object) -> bool:
+    """Whether a value says no more than an absent key: null, as Arrow fills in, or no text and no entry (smoltalk2).
+
+    {"custom_instructions": "", "enable_thinking": false, "python_tools": [], "xml_tools": []}
+    """
+    return is_null(value) or (isinstance(value, str) and not value.strip())

@@ -12,7 +12,7 @@ import re
 from gemma_dist.data.expected import is_test_case
 from gemma_dist.data.layouts.ratings import messages_column, move_command
 from gemma_dist.data.layouts.turns import OpenAIRow
-from gemma_dist.data.strict import as_list, get, short
+from gemma_dist.data.strict import as_list, get, is_null, short, without_spaces
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -21,6 +21,12 @@ ANSWERS = (
     *("completion", "completions", "response", "responses", "output", "outputs", "answer", "answers", "reply"),
     *("assistant", "assistant_response", "model_response", "final_answer", "target", "targets", "prediction"),
     *("generation", "generated_text", "tool_calls", "function_call", "calls", "chosen", "chosen_response"),
+)
+# Words that are no thought, but say whether or how long is thought: "detailed thinking off", "not enabled".
+SWITCH = re.compile(
+    r"(?:(?:detailed|extended)\s+)?(?:(?:thinking|reasoning)(?:\s+mode)?(?:\s+is|:)?\s*)?(?:not\s+)?"
+    r"(?:on|off|enabled|disabled|low|medium|high|none)\.?",
+    re.IGNORECASE,
 )
 REASONING = ("reasoning", "reasoning_content", "thinking", "thought", "thoughts")
 BEFORE = ("history",)
@@ -42,11 +48,12 @@ def refuse_beside(row: RawRow, converted: OpenAIRow) -> None:
     _, last = converted.messages[-1]
     if get(last, "role") != "assistant" and not is_test_case(row, converted):
         _refuse_answer(row, key)
-    said = _said(converted)
+    said = without_spaces(_said(converted))
     for column in REASONING:
         given = row.get(column)
         text = given.strip() if isinstance(given, str) else ""
-        if " " in text and text not in said:  # a word is a switch: "on", "high"
+        is_thought = " " in text and not SWITCH.fullmatch(text)  # a word is a switch: "on", "high"
+        if is_thought and without_spaces(text) not in said:
             raise DataError(
                 f"`{column}` stands beside `{key}`, and does not say which message it belongs to; write it as "
                 "`reasoning_content` of that message, or remove the column"
@@ -86,7 +93,7 @@ def _refuse_media(row: RawRow, converted: OpenAIRow) -> None:
     """DataError for what is seen or heard, and that no part of a message shows."""
     has_images = bool(converted.images) or any(_shows_image(message) for _, message in converted.messages)
     for column, value in row.items():
-        if not value or not isinstance(value, (str, bytes, list, dict)):
+        if not value or is_null(value) or not isinstance(value, (str, bytes, list, dict)):
             continue
         name = str(column).lower()
         if UNCARRIED.fullmatch(name):

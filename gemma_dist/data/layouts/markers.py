@@ -8,7 +8,7 @@ import re
 
 from gemma_dist.data.content import ColumnIndex, image_source
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
-from gemma_dist.data.strict import as_list, as_object, error_context, get, parse_json, short
+from gemma_dist.data.strict import as_list, as_object, error_context, get, is_null, parse_json, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
@@ -25,7 +25,12 @@ def image_column(row: RawRow) -> object:
 
 
 def _as_list(column: object) -> object:
-    """A column of images as a list: "a.png" -> ["a.png"], '["a.png"]' -> ["a.png"]. Lists and null stay as they are."""
+    """A column of images as a list: "a.png" -> ["a.png"], '["a.png"]' -> ["a.png"]. Lists and null stay as they are.
+
+    {"path": null, "bytes": null}, Arrow's absent image, is null.
+    """
+    if isinstance(column, dict) and is_null(column):
+        return None
     if isinstance(column, str) and column.strip().startswith("["):
         with error_context("`images`"):
             return parse_json(column)
