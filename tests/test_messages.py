@@ -271,10 +271,56 @@ def test_what_sounds_like_a_mark_is_asked_about(key: str, value: object) -> None
 
 
 def test_what_only_sounds_like_a_mark_passes() -> None:
-    assert "`completion_mask` is [1]" in refusal(USER, DONE, completion_mask=[1])
+    assert "`completion_mask` is [1, 0]" in refusal(USER, DONE, completion_mask=[1, 0])
     assert "`sample_weight` is 0.0" in refusal(USER, DONE, sample_weight=0.0)
     harmless = {"split": "train", "training_source": "web", "num_train_tokens": 5, "constraint": 0, "token_mask": []}
     assert parse(USER, {**DONE, **harmless, "is_training": True}, **harmless).messages[1] == DONE
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("train_loss", 1.2), ("train_loss", 0.4), ("val_loss", 0.4), ("training_step", 5), ("train_tokens", 1000)),
+        *(
+            ("train_idx", 0),
+            ("in_train", False),
+            ("used_in_training", False),
+            ("is_masked", False),
+            ("not_masked", True),
+        ),
+        *(("pii_masked", True), ("train_on_inputs", False), ("mask_history", False), ("body_weight", 70)),
+        *(("attention_mask", [1, 1]), ("completion_mask", [1]), ("loss", 0.31), ("train", "train")),
+        *(("masked", False), ("masked", [0, 0]), ("loss_mask", 1), ("train_mask", [1, 1]), ("loss_scale", 1.0)),
+    ],
+)
+def test_columns_that_keep_nothing_out_pass(key: str, value: object) -> None:
+    assert parse(USER, DONE, **{key: value}).messages[1] == DONE
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("masked", 0), ("loss_mask", True), ("is_masked", False), ("train_step", 5)]
+)
+def test_marks_of_a_message_that_keep_nothing_out_pass(key: str, value: object) -> None:
+    assert parse(USER, {**DONE, key: value}).messages[1] == DONE
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(
+            ("not_masked", False),
+            ("mask_history", True),
+            ("turn_mask", 0),
+            ("train_last_turn", True),
+            ("mask_until", 3),
+        ),
+        *(("mask", [1, 1]), ("masked", 1), ("loss_mask", [1, 0]), ("loss_mask", 0), ("label_mask", 1)),
+        *(("train_from", 3), ("sample_weight", 2), ("loss_tokens", [0, 1]), ("train", "test"), ("used_in_loss", False)),
+    ],
+)
+def test_columns_that_may_keep_something_out_are_asked_about(key: str, value: object) -> None:
+    assert f"`{key}` " in refusal(USER, DONE, **{key: value})
+    assert f"`{key}` " in refusal(USER, {**DONE, key: value})
 
 
 @pytest.mark.parametrize("key", UNCLEAR)
