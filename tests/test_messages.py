@@ -103,6 +103,30 @@ def test_a_key_that_looks_like_one_of_ours_is_asked_about() -> None:
     assert parse(USER, {**DONE, **servers, "content_filter_results": {"hate": {}}}).messages[1] == DONE
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("tools_used", ["f"]), ("tool_used", "f"), ("tool_names", ["f", "g"]), ("reason", "stop")),
+        *(("thinking_mode", "on"), ("thinkingTime", "3s"), ("thinking_tokens", "12"), ("reasoning_id", "r1")),
+        *(("content_id", "c"), ("content_hash", "9f"), ("image_id", "i"), ("functional", "yes"), ("callsign", "D")),
+        *(("raw_content", "Done."), ("content_raw", "Done."), ("thought", "Done.")),
+    ],
+)
+def test_a_key_that_tells_of_one_of_ours_passes(key: str, value: object) -> None:
+    assert parse(USER, {**DONE, key: value}).messages[1] == DONE
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("tools_used", [{"name": "f", "arguments": {}}]), ("tool_used", "f(a=1)"), ("reason", "I looked it up")),
+        *(("raw_content", "<think>why</think>Done."), ("thought", "why"), ("thinking_used", "First I\nthen I")),
+    ],
+)
+def test_a_key_that_may_hold_one_of_ours_is_asked_about(key: str, value: object) -> None:
+    assert f"turn 2 (assistant): the key '{key}' of a message is not known" in refusal(USER, {**DONE, key: value})
+
+
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
 

@@ -41,7 +41,15 @@ _SILENT_KEYS = {
     *("tool_choice", "thought_signature", "thinking_signature", "reasoning_signature"),
 }
 # A key of such a name, with more in it than a number, most likely holds something that belongs to the message.
-_LIKE_OURS = re.compile(r"tool|function|call|reason|think|thought|argument|image|content", re.IGNORECASE)
+_LIKE_OURS = re.compile(r"tool|function|call|reason|think|thought|argument|image|content")
+_OTHER_WORDS = re.compile(r"functional(?:ity)?|malfunction|callsign|caller|callback|recall|toolkit|unreasonable")
+# Such a key tells of them: tools_used, thinking_time, content_hash. Its value is a label, no call and no thought.
+_IS_ABOUT = re.compile(r"_(?:id|hash|time|type|mode|tokens|version|used|names)$")
+_IS_LABEL = re.compile(r"[^(){}\[\]<>\n]{1,80}")
+_STOP_REASONS = (
+    *("stop", "length", "end", "eos", "end_turn", "tool_calls", "tool_use", "function_call", "max_tokens"),
+    *("stop_sequence", "content_filter"),
+)
 
 
 @dataclass(frozen=True)
@@ -141,14 +149,23 @@ def _refuse_keys(message: RawRow) -> None:
             raise DataError(
                 f"`{key}` of a message has no place in a trajectory; move what it says into content or remove it"
             )
-        is_number = isinstance(value, (bool, int, float))
-        is_known = key in _KNOWN_KEYS or _snake_case(str(key)) in _SILENT_KEYS
-        if not is_known and value and not is_number and _LIKE_OURS.search(str(key)):
+        is_known = key in _KNOWN_KEYS or not value or isinstance(value, (bool, int, float))
+        if not is_known and value != message.get("content") and _is_like_ours(_snake_case(str(key)), value):
             raise DataError(
                 f"the key {short(key)} of a message is not known ({short(value)}); calls stand under tool_calls, a "
                 "tool's name under name, thoughts under reasoning_content: rename it, or remove it if it says "
                 "nothing of the kind"
             )
+
+
+def _is_like_ours(name: str, value: object) -> bool:
+    """Whether a key that is not known may hold a call, a result, a thought or content under another name."""
+    if name in _SILENT_KEYS or (name == "reason" and value in _STOP_REASONS):
+        return False
+    labels = value if isinstance(value, list) else [value]
+    are_labels = all(isinstance(label, str) and _IS_LABEL.fullmatch(label) for label in labels)
+    is_about = _IS_ABOUT.search(name) and are_labels
+    return not is_about and _LIKE_OURS.search(_OTHER_WORDS.sub("", name)) is not None
 
 
 def _snake_case(key: str) -> str:
