@@ -67,6 +67,21 @@ def test_a_call_means_the_same_under_every_known_key(call: Any) -> None:
     assert row.messages[1]["tool_calls"] == [expected]
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("requestor", "assistant"), ("description", "Looks."), ("timestamp", "2025"), ("state", "result")),
+        *(("duration_ms", 3), ("success", True), ("error", ""), ("is_error", False), ("usage", {}), ("namespace", "")),
+        *(("server_name", "s"), ("item_id", "i"), ("thoughtSignature", "x"), ("signature", "x"), ("score", 0.5)),
+        *(("finish_reason", "stop"), ("providerExecuted", False), ("function", {"id": "c2"})),
+    ],
+)
+def test_what_is_beside_a_call_and_says_nothing_passes(key: str, value: object) -> None:
+    call = {"id": "c1", "name": "f", "arguments": {"a": "x"}, key: value}
+    expected = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": "x"}}}
+    assert parse(USER, {"role": "assistant", "tool_calls": [call]}).messages[1]["tool_calls"] == [expected]
+
+
 @pytest.mark.parametrize("name", ["args_key_langchain_notype", "input_key", "parameters_key"])
 def test_the_cases_of_other_argument_keys(shared: Path, name: str) -> None:
     calls = case(shared, f"msg_tool_call_{name}").messages[1]["tool_calls"]
@@ -79,6 +94,11 @@ def test_the_cases_of_other_argument_keys(shared: Path, name: str) -> None:
         ({"name": "f", "argument": {"a": 1}}, "call of f: the key 'argument' of the call is not known"),
         ({"function": {"name": "f", "body": {"a": 1}}}, "the key 'body' of the call is not known"),
         ({"name": "f", "arguments": {}, "result": "7"}, "the key 'result' of the call is not known"),
+        ({"name": "f", "arguments": {}, "result": 7}, "the key 'result' of the call is not known"),
+        ({"name": "f", "limit": 7}, "the key 'limit' of the call is not known"),
+        ({"name": "f", "args": {}, "namespace": "web"}, "the key 'namespace' of the call is not known"),
+        ({"name": "f", "args": {}, "providerExecuted": True}, "the key 'providerExecuted' of the call is not known"),
+        ({"name": "f", "description": "F.", "parameters": {"a": 1}}, "the key 'description' of the call is not known"),
         ({"name": "f", "args": {"a": 1}, "input": {"a": 2}}, "args and input stand side by side"),
         ({"name": "g", "function": {"name": "f", "arguments": {}}}, "says `name` twice"),
         ({"name": "f", "arguments": "{}", "parsed_arguments": {"a": 2}}, "arguments and parsed_arguments stand side"),
