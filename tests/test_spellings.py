@@ -122,6 +122,31 @@ def test_calls_of_additional_kwargs() -> None:
     assert parse(USER, {**DONE, "metadata": {"tool_calls": 3}}).messages[1] == DONE
 
 
+@pytest.mark.parametrize("key", ["name", "tool_name", "function_name", "toolName", "tool", "function"])
+def test_a_result_names_its_tool_under_any_key(key: str) -> None:
+    assert answered({"content": "20", key: "f"}).messages[2]["name"] == "f"
+    assert "f2" in refused_answer({"content": "20", key: "f2"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("tool_input", {"a": 1}), ("arguments", "{}"), ("tool_args", {"a": 1}), ("tool_id", "t"), ("tool_type", "x")),
+        *(("tool_status", "completed"), ("tool_version", "2")),
+    ],
+)
+def test_a_result_may_echo_what_was_asked(key: str, value: object) -> None:
+    assert answered({"content": "20", key: value}).messages[2]["content"] == "20"
+
+
+def test_a_result_with_two_names_or_none_of_its_own_is_refused() -> None:
+    assert "function_name and tool name two tools" in refused_answer({"content": "", "function_name": "f", "tool": "g"})
+    assert "name and tool name two tools" in refused_answer({"content": "", "name": "f", "tool": "g"})
+    assert "the key 'tool' of a message is not known" in refused_answer({"content": "20", "tool": {"name": "f"}})
+    assert "has no content, but `arguments`" in refused_answer({"arguments": {"a": 1}})
+    assert answered({"content": "x", "tool_status": "error"}).messages[2]["content"] == "Error: x"
+
+
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@
 import re
 from typing import Any
 
-from gemma_dist.data.marks import OFF_MESSAGE, ON_MESSAGE, refuse_finer
+from gemma_dist.data.marks import OFF_MESSAGE, ON_MESSAGE, refuse_finer, snake_case
 from gemma_dist.data.schema import tool_name
 from gemma_dist.data.spellings import RESULT_KEYS
 from gemma_dist.data.strict import (
@@ -133,7 +133,7 @@ def _refuse_unknown(call: RawRow) -> None:
     refuse_finer(call, "a call")
     known = {"type", *NAME_KEYS, *ARGUMENT_KEYS, *ID_KEYS, *ON_MESSAGE, *OFF_MESSAGE}
     for key, value in call.items():
-        if key not in known and not _is_silent(_snake_case(str(key)), value, call):
+        if key not in known and not _is_silent(snake_case(str(key)), value, call):
             raise DataError(
                 f"the key {short(key)} of the call is not known ({short(value)}); arguments stand under `arguments`: "
                 "rename or remove it"
@@ -151,11 +151,6 @@ def _is_silent(name: str, value: object, call: RawRow) -> bool:
     may_tell = name in RESULT_KEYS or (name == _RUN_BY_PROVIDER and value)
     has_arguments = any(key in call for key in ARGUMENT_KEYS)
     return is_empty or (is_number and has_arguments and not may_tell)
-
-
-def _snake_case(key: str) -> str:
-    """thoughtSignature -> thought_signature"""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()
 
 
 def _arguments_of(function: RawRow) -> object:

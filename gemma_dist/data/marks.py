@@ -66,6 +66,11 @@ def is_trained(message: RawRow) -> bool:
     return all(trains)
 
 
+def snake_case(key: str) -> str:
+    """lossMask -> loss_mask"""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()
+
+
 def refuse_unclear(marked: RawRow, of_row: bool = False) -> None:
     """DataError for a mark that cannot be carried out, unless it is empty or trains everything."""
     for key in UNCLEAR:
@@ -93,7 +98,7 @@ def _trains_all(key: str, value: object) -> bool:
 
 def _is_like_mark(key: str, value: object, of_row: bool) -> bool:
     """Whether a key that is not known sounds like a mark, and its value could be one that does not train everything."""
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()
+    name = snake_case(key)
     if key in (*ON_MESSAGE, *OFF_MESSAGE, *UNCLEAR) or not _LIKE_MARK.search(name) or _IS_COUNT.search(name):
         return False
     values = value if isinstance(value, list) else [value]

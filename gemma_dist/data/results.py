@@ -103,7 +103,8 @@ def _has_failed(message: RawRow) -> bool:
         raise DataError(f"`{key}` is {short(message[key])}; write true or false")
     has_error = is_true(message.get("error")) is not False and message.get("error") not in ([], {})
     denied = [key for key in _SUCCEEDED if message.get(key) is not None and is_true(message[key]) is False]
-    return any(flags) or has_error or bool(denied) or str(message.get("status")).lower() in _FAILED_STATUS
+    has_status = any(str(message.get(key)).lower() in _FAILED_STATUS for key in ("status", "tool_status"))
+    return any(flags) or has_error or bool(denied) or has_status
 
 
 def _error_words(error: object) -> str:
