@@ -147,6 +147,15 @@ def test_a_result_with_two_names_or_none_of_its_own_is_refused() -> None:
     assert answered({"content": "x", "tool_status": "error"}).messages[2]["content"] == "Error: x"
 
 
+@pytest.mark.parametrize("key", ["raw", "raw_message", "response_metadata", "provider_specific_fields"])
+def test_a_copy_of_the_messages_own_calls_passes(key: str) -> None:
+    assert parse(USER, {**CALLING, key: {"tool_calls": [CALL]}}).messages[1] == CALLING
+    assert parse(USER, {**DONE, key: {"tool_calls": ["get_weather"]}}).messages[1] == DONE
+    other = {**CALL, "function": {"name": "g", "arguments": {}}}
+    assert f"`{key}` holds tool_calls" in refusal(USER, {**CALLING, key: {"tool_calls": [other]}})
+    assert f"`{key}` holds tool_calls" in refusal(USER, {**DONE, key: {"tool_calls": ['{"name": "f"}']}})
+
+
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
