@@ -212,6 +212,21 @@ def test_nulls_of_results_are_kept_where_they_are_the_rows_own() -> None:
         ({"content": "An error occurred", "is_error": True}, "An error occurred"),
         ({"content": "ValueError: x", "is_error": True}, "ValueError: x"),
         ({"content": {"content": [TEXT], "isError": "false"}}, [TEXT]),
+        ({"content": "20", "success": ""}, "20"),
+        ({"content": "20", "ok": ""}, "20"),
+        ({"content": "20", "success": "N/A"}, "20"),
+        ({"content": "20", "success": "no"}, "Error: 20"),
+        ({"content": "20", "success": "ok"}, "20"),
+        ({"content": "20", "error": {"code": None, "message": None}}, "20"),
+        ({"content": "", "error": {"code": None, "message": None}}, ""),
+        ({"content": "20", "error": {"code": 0, "message": "OK"}}, "20"),
+        *[({"content": "20", "error": word}, "20") for word in ("N/A", "nil", "-", "ok", "OK", "No error", "None")],
+        ({"content": "", "error": {"code": 7, "message": None}}, 'Error: {"code": 7}'),
+        ({"content": "timeout after 3s", "error": "Timeout"}, "Error: timeout after 3s"),
+        (
+            {"content": {"error": "NotFound", "code": 404}, "error": {"code": 404}},
+            '{"error": "NotFound", "code": 404}',
+        ),
     ],
 )
 def test_a_failed_call_says_so(message: dict[str, Any], expected: Any) -> None:
@@ -223,6 +238,7 @@ def test_flags_that_say_neither_are_refused() -> None:
         {"content": "x", "is_error": "maybe"}
     )
     assert "`error` is 'Timeout' beside the content 'part'" in refused_answer({"content": "part", "error": "Timeout"})
+    assert "`error` is '{\"code\": 404}' beside" in refused_answer({"content": {"code": 4}, "error": {"code": 404}})
     block = {"type": "tool_result", "tool_use_id": "c1", "content": "x", "is_error": "false"}
     assert parse(USER, CALLING, {"role": "user", "content": [block]}, DONE).messages[2]["content"] == "x"
 

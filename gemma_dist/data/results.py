@@ -29,6 +29,9 @@ _SUCCEEDED = ("success", "ok")
 _FAILED_STATUS = ("error", "failed", "failure")
 KEYS = (*_FAILED, *_SUCCEEDED, *_STRUCTURED_KEYS, "status")  # what a tool's message may hold beside its content
 _FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "none": False, "null": False}
+# What `error` says where there was none, and what any flag says where it is not set.
+_NO_ERROR = ("n/a", "nil", "-", "ok", "success", "no error", "no errors", "none", "null", "undefined")
+_NOT_SET = (None, "", "none", "null", "nil", "n/a", "-")
 
 # An error that says so itself, within its first words: "ValueError: …", not "No error found" or "errors: 0".
 _SAYS_ERROR = re.compile(r"(?:(?!\b(?:no|not|without|zero|0)\b).){0,40}?(?:error|exception|traceback)(?![a-z])", re.I)
@@ -55,7 +58,7 @@ def result_content(message: RawRow, notes: Counter[str], keeps_nulls: bool = Fal
     words = _error_words(message.get("error"))
     if words and (shown is None or shown in ("", [])):
         shown = words
-    elif words and words not in _text_of(shown):
+    elif words and not _says_error(_text_of(shown), words):
         raise DataError(
             f"`error` is {short(words)} beside the content {short(shown)}; the model reads content alone: write both "
             "there and remove `error`"
@@ -101,17 +104,44 @@ def _has_failed(message: RawRow) -> bool:
     if None in flags:
         key = [key for key in _FAILED if key != "error"][flags.index(None)]
         raise DataError(f"`{key}` is {short(message[key])}; write true or false")
-    has_error = is_true(message.get("error")) is not False and message.get("error") not in ([], {})
-    denied = [key for key in _SUCCEEDED if message.get(key) is not None and is_true(message[key]) is False]
+    has_error = not _is_no_error(message.get("error"))
+    denied = [key for key in _SUCCEEDED if not _is_not_set(message.get(key)) and is_true(message[key]) is False]
     has_status = any(str(message.get(key)).lower() in _FAILED_STATUS for key in ("status", "tool_status"))
     return any(flags) or has_error or bool(denied) or has_status
 
 
+def _is_not_set(flag: object) -> bool:
+    """Whether a flag says nothing: null, "", "N/A"."""
+    return (flag.strip().lower() if isinstance(flag, str) else flag) in _NOT_SET
+
+
+def _is_no_error(error: object) -> bool:
+    """Whether an `error` says that there was none: false, "OK", {"code": 0, "message": null}."""
+    if isinstance(error, dict):
+        return all(map(_is_no_error, error.values()))
+    words = error.strip().lower().rstrip(".") if isinstance(error, str) else error
+    return words in _NO_ERROR or words == [] or is_true(words) is False
+
+
 def _error_words(error: object) -> str:
     """What `error` says where it is no flag: "Timeout", '{"code": 7}'; else ""."""
-    if is_true(error) is not None or error in ([], {}):
+    if _is_no_error(error) or is_true(error) is not None:
         return ""
-    return error if isinstance(error, str) else to_json_text(error)
+    return error if isinstance(error, str) else to_json_text(without_nulls(error) if isinstance(error, dict) else error)
+
+
+def _says_error(text: str, words: str) -> bool:
+    """Whether a result says what its `error` says: "timeout after 3s" and "Timeout", or an object with all its keys.
+
+    '{"error": "NotFound", "code": 404}' and '{"code": 404}'
+    """
+    if words.lower() in text.lower():
+        return True
+    try:
+        error, value = as_object(parse_json(words)), as_object(parse_json(text))
+    except DataError:
+        return False
+    return bool(error) and all(key in value and value[key] == item for key, item in error.items())
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
