@@ -1,5 +1,6 @@
 """Messages that write OpenAI's fields under other names, and what a tool's message says in any of its forms."""
 
+import json
 from typing import Any
 
 import pytest
@@ -187,6 +188,28 @@ def test_nothing_of_a_result_is_lost(content: Any, expected: Any, notes: dict[st
     row = answered({"content": content})
     assert row.messages[2]["content"] == expected
     assert row.notes == notes
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [{**TEXT, "bbox": [1, 2]}, {"type": "text", "text": "20", "bbox": [3, 4]}],
+        [{**TEXT, "bbox": [1, 2]}, TEXT],
+        [{**TEXT, "weight": 700}],
+        [{**TEXT, "mask": [0, 1]}],
+        [{"type": "image", "title": "Cat"}, {"type": "text", "text": "Dog", "title": "Dog"}],
+    ],
+)
+def test_items_with_more_than_a_part_holds_are_values(items: Any) -> None:
+    assert answered({"content": items}).messages[2]["content"] == json.dumps(items)
+    assert answered({"content": {"content": items}}).messages[2]["content"] == json.dumps({"content": items})
+
+
+def test_parts_with_a_servers_own_keys_stay_parts() -> None:
+    silent = {"id": "p1", "annotations": [], "metadata": {"page": 1}, "title": None, "bbox": []}
+    assert answered({"content": [{**TEXT, **silent}]}).messages[2]["content"] == [TEXT]
+    image = {"type": "image", "url": "cat.png", "title": "Cat"}
+    assert "mixes parts with other values" in refused_answer({"content": [{**TEXT, "bbox": [1, 2]}, image]})
 
 
 def test_nulls_of_results_are_kept_where_they_are_the_rows_own() -> None:

@@ -9,7 +9,9 @@
 import re
 from collections import Counter
 
-from gemma_dist.data.strict import as_object, get, parse_json, short, to_json_text, without_nulls
+from gemma_dist.data.content import BESIDE_IMAGE, BESIDE_TEXT, IMAGE_KEYS
+from gemma_dist.data.marks import OFF_MESSAGE, ON_MESSAGE
+from gemma_dist.data.strict import as_object, get, parse_json, short, to_json_text, without, without_nulls
 from gemma_dist.data.types import ArrowStruct, RawRow
 from gemma_dist.errors import DataError
 from gemma_dist.gemma_format import MAX_DEPTH
@@ -153,7 +155,9 @@ def _is_text_or_parts(content: object) -> bool:
         return True
     if not isinstance(content, list):
         return False
-    num_parts = sum(map(_is_part, content))
+    if any(map(_is_record, content)) and all(_is_record(item) or get(item, "type") == "text" for item in content):
+        return False
+    num_parts = sum(_is_part(item) and not _is_record(item) for item in content)
     if 0 < num_parts < len(content):
         raise DataError(
             f"the content {short(content)} mixes parts with other values; write one string, such as its JSON, or "
@@ -167,6 +171,19 @@ def _is_part(value: object) -> bool:
     kind = get(value, "type")
     says_text = isinstance(get(value, "text"), str) or without_nulls(as_object(value)).keys() == {"type"}
     return kind in _PARTS and (kind != "text" or says_text)
+
+
+def _is_record(value: object) -> bool:
+    """Whether what looks like a part is a value, of which a model reads all keys.
+
+    {"type": "text", "text": "20", "bbox": [3, 4]}, {"type": "image", "title": "Cat"}
+    """
+    part = {key: item for key, item in as_object(value).items() if item not in (None, "", [], {})}
+    if part.get("type") == "text" and "text" in part:
+        marks = [key for key in (*ON_MESSAGE, *OFF_MESSAGE) if not key.startswith("weight")]
+        return bool(without(part, *BESIDE_TEXT, *marks))
+    shows_image = bool(part.keys() & set(IMAGE_KEYS))
+    return part.get("type") in ("image", "image_url") and not shows_image and bool(without(part, *BESIDE_IMAGE))
 
 
 def _as_parts(content: object) -> object:
@@ -187,7 +204,7 @@ def _as_parts(content: object) -> object:
 def _is_mcp(content: object) -> bool:
     """Whether a value is MCP's result: {"content": [parts], "isError": false}."""
     parts = get(content, "content")
-    if not isinstance(parts, list) or not all(map(_is_part, parts)):
+    if not isinstance(parts, list) or not all(_is_part(part) and not _is_record(part) for part in parts):
         return False
     return without_nulls(as_object(content)).keys() <= _MCP_KEYS
 
