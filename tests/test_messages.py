@@ -212,6 +212,11 @@ def test_what_parts_texts_keeps_them_apart() -> None:
         ("a `b\n</think>\n\nuse `x`", ("a `b", "use `x`")),
         ("Hi <reasoning>x</reasoning>", ("", "Hi <reasoning>x</reasoning>")),
         ("<reasoning>no end", ("", "<reasoning>no end")),
+        ("<think>The tag `</think>` closes it.</think>Use it.", ("The tag `</think>` closes it.", "Use it.")),
+        ("<think>a `x`</think>`y` is", ("a `x`", "`y` is")),
+        ("<think>a ` b</think>c `<think>d</think>` e", ("a ` b", "c `<think>d</think>` e")),
+        ("```\n<think>\na\n</think>\n```", ("", "```\n<think>\na\n</think>\n```")),
+        ("```\nend with </think>\n```", ("", "```\nend with </think>\n```")),
     ],
 )
 def test_think_tags(text: str, expected: tuple[str, str]) -> None:
@@ -220,7 +225,12 @@ def test_think_tags(text: str, expected: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["said <think>x</think> said", "<think>no end", "a <thinking> b", "<reasoning>a</reasoning>b<thought>c</thought>"],
+    [
+        *("said <think>x</think> said", "<think>no end", "a <thinking> b"),
+        "<reasoning>a</reasoning>b<thought>c</thought>",
+        "Okay, try\n```python\nfoo\n</think>\nAnswer:\n```python\nx\n```",
+        "<think>a `</think>` b",
+    ],
 )
 def test_tags_in_the_middle_are_refused(text: str) -> None:
     assert "stands inside of the text" in refusal(USER, {"role": "assistant", "content": text})
