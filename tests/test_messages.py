@@ -344,6 +344,7 @@ def test_what_only_sounds_like_a_mark_passes() -> None:
         ),
         *(("pii_masked", True), ("train_on_inputs", False), ("mask_history", False), ("body_weight", 70)),
         *(("attention_mask", [1, 1]), ("completion_mask", [1]), ("loss", 0.31), ("train", "train")),
+        *(("assistant_only_loss", True), ("train_on_responses_only", True), ("unmasked", True)),
         *(("masked", False), ("masked", [0, 0]), ("loss_mask", 1), ("train_mask", [1, 1]), ("loss_scale", 1.0)),
     ],
 )
@@ -369,6 +370,7 @@ def test_marks_of_a_message_that_keep_nothing_out_pass(key: str, value: object) 
             ("mask_until", 3),
         ),
         *(("mask", [1, 1]), ("masked", 1), ("loss_mask", [1, 0]), ("loss_mask", 0), ("label_mask", 1)),
+        *(("unmasked", False), ("loss_on_last", True)),
         *(("train_from", 3), ("sample_weight", 2), ("loss_tokens", [0, 1]), ("train", "test"), ("used_in_loss", False)),
     ],
 )

@@ -206,7 +206,7 @@ def test_items_with_more_than_a_part_holds_are_values(items: Any) -> None:
 
 
 def test_parts_with_a_servers_own_keys_stay_parts() -> None:
-    silent = {"id": "p1", "annotations": [], "metadata": {"page": 1}, "title": None, "bbox": []}
+    silent: dict[str, Any] = {"id": "p1", "annotations": [], "metadata": {"page": 1}, "title": None, "bbox": []}
     assert answered({"content": [{**TEXT, **silent}]}).messages[2]["content"] == [TEXT]
     image = {"type": "image", "url": "cat.png", "title": "Cat"}
     assert "mixes parts with other values" in refused_answer({"content": [{**TEXT, "bbox": [1, 2]}, image]})

@@ -12,6 +12,7 @@ name, so that nothing is trained which a row wants left out.
 
 import re
 from collections import Counter
+from typing import Any
 
 from gemma_dist.data.strict import get, short, without_nulls
 from gemma_dist.data.types import RawRow
@@ -29,11 +30,12 @@ UNCLEAR = ("train_detail", "training_detail", "mask", "masked", "loss_mask", "lo
 # What each of them is where it trains everything, alone or as every item of a list. Others can be read in two ways.
 _TRAINS_ALL = {"masked": 0, "loss_mask": 1, "train_mask": 1, "loss_scale": 1}
 # Any other key with such a word, and numbers in it that may keep something out, is taken for a mark nobody here knows.
-_LIKE_MARK = re.compile(r"(?:^|_)(?:train(?:ed|ing|able)?|loss(?:es)?|mask(?:s|ed|ing)?|weights?)(?:_|$)")
+_LIKE_MARK = re.compile(r"(?:^|_)(?:train(?:ed|ing|able)?|loss(?:es)?|(?:un)?mask(?:s|ed|ing)?|weights?)(?:_|$)")
 _IS_COUNT = re.compile(r"^(?:n|num|count|total|attention)_")  # num_loss_tokens, attention_mask
 # One value of such a name tells of a run, a file or a person: train_idx, eval_loss, pii_masked, train_on_inputs.
 _IS_FACT = re.compile(
     r"^(?:val|validation|eval|test|pii|body)_|_(?:ids?|idx|index|steps?|epochs?|tokens|split|time|on_inputs?|on_prompt)$"
+    r"|(?:^|_)(?:assistant|completion|responses?)_only(?:_|$)"  # which holds of every row
 )
 _IS_METRIC = re.compile(r"(?:^|_)(?:train|training|avg|mean|final)_loss$")
 _IS_SPLIT = re.compile(r"(?:is_)?(?:used_)?in_train(?:ing)?(?:_set)?")  # of a row
@@ -101,7 +103,7 @@ def _is_like_mark(key: str, value: object, of_row: bool) -> bool:
     name = snake_case(key)
     if key in (*ON_MESSAGE, *OFF_MESSAGE, *UNCLEAR) or not _LIKE_MARK.search(name) or _IS_COUNT.search(name):
         return False
-    values = value if isinstance(value, list) else [value]
+    values: list[Any] = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(item, (bool, int, float)) for item in values):
         return False
     if not isinstance(value, list) and _is_fact(name, value, of_row):

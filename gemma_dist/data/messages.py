@@ -147,7 +147,7 @@ def _refuse_other_content(message: RawRow) -> None:
 
 def _refuse_keys(message: RawRow) -> None:
     """DataError for a key that changes what the message says, or that looks as if it did under another name."""
-    is_result = _ROLES[message["role"]] == "tool"
+    is_result = message["role"] in ("tool", "function")
     for key, value in message.items():
         if key in _REFUSED_KEYS and value:
             raise DataError(
