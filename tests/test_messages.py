@@ -67,6 +67,21 @@ def test_a_call_means_the_same_under_every_known_key(call: Any) -> None:
     assert row.messages[1]["tool_calls"] == [expected]
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("requestor", "assistant"), ("description", "Looks."), ("timestamp", "2025"), ("state", "result")),
+        *(("duration_ms", 3), ("success", True), ("error", ""), ("is_error", False), ("usage", {}), ("namespace", "")),
+        *(("server_name", "s"), ("item_id", "i"), ("thoughtSignature", "x"), ("signature", "x"), ("score", 0.5)),
+        *(("finish_reason", "stop"), ("providerExecuted", False), ("function", {"id": "c2"})),
+    ],
+)
+def test_what_is_beside_a_call_and_says_nothing_passes(key: str, value: object) -> None:
+    call = {"id": "c1", "name": "f", "arguments": {"a": "x"}, key: value}
+    expected = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": "x"}}}
+    assert parse(USER, {"role": "assistant", "tool_calls": [call]}).messages[1]["tool_calls"] == [expected]
+
+
 @pytest.mark.parametrize("name", ["args_key_langchain_notype", "input_key", "parameters_key"])
 def test_the_cases_of_other_argument_keys(shared: Path, name: str) -> None:
     calls = case(shared, f"msg_tool_call_{name}").messages[1]["tool_calls"]
@@ -79,6 +94,11 @@ def test_the_cases_of_other_argument_keys(shared: Path, name: str) -> None:
         ({"name": "f", "argument": {"a": 1}}, "call of f: the key 'argument' of the call is not known"),
         ({"function": {"name": "f", "body": {"a": 1}}}, "the key 'body' of the call is not known"),
         ({"name": "f", "arguments": {}, "result": "7"}, "the key 'result' of the call is not known"),
+        ({"name": "f", "arguments": {}, "result": 7}, "the key 'result' of the call is not known"),
+        ({"name": "f", "limit": 7}, "the key 'limit' of the call is not known"),
+        ({"name": "f", "args": {}, "namespace": "web"}, "the key 'namespace' of the call is not known"),
+        ({"name": "f", "args": {}, "providerExecuted": True}, "the key 'providerExecuted' of the call is not known"),
+        ({"name": "f", "description": "F.", "parameters": {"a": 1}}, "the key 'description' of the call is not known"),
         ({"name": "f", "args": {"a": 1}, "input": {"a": 2}}, "args and input stand side by side"),
         ({"name": "g", "function": {"name": "f", "arguments": {}}}, "says `name` twice"),
         ({"name": "f", "arguments": "{}", "parsed_arguments": {"a": 2}}, "arguments and parsed_arguments stand side"),
@@ -101,6 +121,30 @@ def test_a_key_that_looks_like_one_of_ours_is_asked_about() -> None:
     assert parse(USER, {**DONE, **harmless}).messages[1] == DONE
     servers = {"finish_reason": "stop", "stopReason": "end", "reasoning_effort": "high", "content_type": "text"}
     assert parse(USER, {**DONE, **servers, "content_filter_results": {"hate": {}}}).messages[1] == DONE
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("tools_used", ["f"]), ("tool_used", "f"), ("tool_names", ["f", "g"]), ("reason", "stop")),
+        *(("thinking_mode", "on"), ("thinkingTime", "3s"), ("thinking_tokens", "12"), ("reasoning_id", "r1")),
+        *(("content_id", "c"), ("content_hash", "9f"), ("image_id", "i"), ("functional", "yes"), ("callsign", "D")),
+        *(("raw_content", "Done."), ("content_raw", "Done."), ("thought", "Done.")),
+    ],
+)
+def test_a_key_that_tells_of_one_of_ours_passes(key: str, value: object) -> None:
+    assert parse(USER, {**DONE, key: value}).messages[1] == DONE
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("tools_used", [{"name": "f", "arguments": {}}]), ("tool_used", "f(a=1)"), ("reason", "I looked it up")),
+        *(("raw_content", "<think>why</think>Done."), ("thought", "why"), ("thinking_used", "First I\nthen I")),
+    ],
+)
+def test_a_key_that_may_hold_one_of_ours_is_asked_about(key: str, value: object) -> None:
+    assert f"turn 2 (assistant): the key '{key}' of a message is not known" in refusal(USER, {**DONE, key: value})
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
@@ -168,6 +212,11 @@ def test_what_parts_texts_keeps_them_apart() -> None:
         ("a `b\n</think>\n\nuse `x`", ("a `b", "use `x`")),
         ("Hi <reasoning>x</reasoning>", ("", "Hi <reasoning>x</reasoning>")),
         ("<reasoning>no end", ("", "<reasoning>no end")),
+        ("<think>The tag `</think>` closes it.</think>Use it.", ("The tag `</think>` closes it.", "Use it.")),
+        ("<think>a `x`</think>`y` is", ("a `x`", "`y` is")),
+        ("<think>a ` b</think>c `<think>d</think>` e", ("a ` b", "c `<think>d</think>` e")),
+        ("```\n<think>\na\n</think>\n```", ("", "```\n<think>\na\n</think>\n```")),
+        ("```\nend with </think>\n```", ("", "```\nend with </think>\n```")),
     ],
 )
 def test_think_tags(text: str, expected: tuple[str, str]) -> None:
@@ -176,7 +225,12 @@ def test_think_tags(text: str, expected: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["said <think>x</think> said", "<think>no end", "a <thinking> b", "<reasoning>a</reasoning>b<thought>c</thought>"],
+    [
+        *("said <think>x</think> said", "<think>no end", "a <thinking> b"),
+        "<reasoning>a</reasoning>b<thought>c</thought>",
+        "Okay, try\n```python\nfoo\n</think>\nAnswer:\n```python\nx\n```",
+        "<think>a `</think>` b",
+    ],
 )
 def test_tags_in_the_middle_are_refused(text: str) -> None:
     assert "stands inside of the text" in refusal(USER, {"role": "assistant", "content": text})
@@ -271,10 +325,58 @@ def test_what_sounds_like_a_mark_is_asked_about(key: str, value: object) -> None
 
 
 def test_what_only_sounds_like_a_mark_passes() -> None:
-    assert "`completion_mask` is [1]" in refusal(USER, DONE, completion_mask=[1])
+    assert "`completion_mask` is [1, 0]" in refusal(USER, DONE, completion_mask=[1, 0])
     assert "`sample_weight` is 0.0" in refusal(USER, DONE, sample_weight=0.0)
     harmless = {"split": "train", "training_source": "web", "num_train_tokens": 5, "constraint": 0, "token_mask": []}
     assert parse(USER, {**DONE, **harmless, "is_training": True}, **harmless).messages[1] == DONE
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("train_loss", 1.2), ("train_loss", 0.4), ("val_loss", 0.4), ("training_step", 5), ("train_tokens", 1000)),
+        *(
+            ("train_idx", 0),
+            ("in_train", False),
+            ("used_in_training", False),
+            ("is_masked", False),
+            ("not_masked", True),
+        ),
+        *(("pii_masked", True), ("train_on_inputs", False), ("mask_history", False), ("body_weight", 70)),
+        *(("attention_mask", [1, 1]), ("completion_mask", [1]), ("loss", 0.31), ("train", "train")),
+        *(("assistant_only_loss", True), ("train_on_responses_only", True), ("unmasked", True)),
+        *(("masked", False), ("masked", [0, 0]), ("loss_mask", 1), ("train_mask", [1, 1]), ("loss_scale", 1.0)),
+    ],
+)
+def test_columns_that_keep_nothing_out_pass(key: str, value: object) -> None:
+    assert parse(USER, DONE, **{key: value}).messages[1] == DONE
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("masked", 0), ("loss_mask", True), ("is_masked", False), ("train_step", 5)]
+)
+def test_marks_of_a_message_that_keep_nothing_out_pass(key: str, value: object) -> None:
+    assert parse(USER, {**DONE, key: value}).messages[1] == DONE
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(
+            ("not_masked", False),
+            ("mask_history", True),
+            ("turn_mask", 0),
+            ("train_last_turn", True),
+            ("mask_until", 3),
+        ),
+        *(("mask", [1, 1]), ("masked", 1), ("loss_mask", [1, 0]), ("loss_mask", 0), ("label_mask", 1)),
+        *(("unmasked", False), ("loss_on_last", True)),
+        *(("train_from", 3), ("sample_weight", 2), ("loss_tokens", [0, 1]), ("train", "test"), ("used_in_loss", False)),
+    ],
+)
+def test_columns_that_may_keep_something_out_are_asked_about(key: str, value: object) -> None:
+    assert f"`{key}` " in refusal(USER, DONE, **{key: value})
+    assert f"`{key}` " in refusal(USER, {**DONE, key: value})
 
 
 @pytest.mark.parametrize("key", UNCLEAR)

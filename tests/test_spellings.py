@@ -1,5 +1,6 @@
 """Messages that write OpenAI's fields under other names, and what a tool's message says in any of its forms."""
 
+import json
 from typing import Any
 
 import pytest
@@ -122,6 +123,40 @@ def test_calls_of_additional_kwargs() -> None:
     assert parse(USER, {**DONE, "metadata": {"tool_calls": 3}}).messages[1] == DONE
 
 
+@pytest.mark.parametrize("key", ["name", "tool_name", "function_name", "toolName", "tool", "function"])
+def test_a_result_names_its_tool_under_any_key(key: str) -> None:
+    assert answered({"content": "20", key: "f"}).messages[2]["name"] == "f"
+    assert "f2" in refused_answer({"content": "20", key: "f2"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("tool_input", {"a": 1}), ("arguments", "{}"), ("tool_args", {"a": 1}), ("tool_id", "t"), ("tool_type", "x")),
+        *(("tool_status", "completed"), ("tool_version", "2")),
+    ],
+)
+def test_a_result_may_echo_what_was_asked(key: str, value: object) -> None:
+    assert answered({"content": "20", key: value}).messages[2]["content"] == "20"
+
+
+def test_a_result_with_two_names_or_none_of_its_own_is_refused() -> None:
+    assert "function_name and tool name two tools" in refused_answer({"content": "", "function_name": "f", "tool": "g"})
+    assert "name and tool name two tools" in refused_answer({"content": "", "name": "f", "tool": "g"})
+    assert "the key 'tool' of a message is not known" in refused_answer({"content": "20", "tool": {"name": "f"}})
+    assert "has no content, but `arguments`" in refused_answer({"arguments": {"a": 1}})
+    assert answered({"content": "x", "tool_status": "error"}).messages[2]["content"] == "Error: x"
+
+
+@pytest.mark.parametrize("key", ["raw", "raw_message", "response_metadata", "provider_specific_fields"])
+def test_a_copy_of_the_messages_own_calls_passes(key: str) -> None:
+    assert parse(USER, {**CALLING, key: {"tool_calls": [CALL]}}).messages[1] == CALLING
+    assert parse(USER, {**DONE, key: {"tool_calls": ["get_weather"]}}).messages[1] == DONE
+    other = {**CALL, "function": {"name": "g", "arguments": {}}}
+    assert f"`{key}` holds tool_calls" in refusal(USER, {**CALLING, key: {"tool_calls": [other]}})
+    assert f"`{key}` holds tool_calls" in refusal(USER, {**DONE, key: {"tool_calls": ['{"name": "f"}']}})
+
+
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +190,28 @@ def test_nothing_of_a_result_is_lost(content: Any, expected: Any, notes: dict[st
     assert row.notes == notes
 
 
+@pytest.mark.parametrize(
+    "items",
+    [
+        [{**TEXT, "bbox": [1, 2]}, {"type": "text", "text": "20", "bbox": [3, 4]}],
+        [{**TEXT, "bbox": [1, 2]}, TEXT],
+        [{**TEXT, "weight": 700}],
+        [{**TEXT, "mask": [0, 1]}],
+        [{"type": "image", "title": "Cat"}, {"type": "text", "text": "Dog", "title": "Dog"}],
+    ],
+)
+def test_items_with_more_than_a_part_holds_are_values(items: Any) -> None:
+    assert answered({"content": items}).messages[2]["content"] == json.dumps(items)
+    assert answered({"content": {"content": items}}).messages[2]["content"] == json.dumps({"content": items})
+
+
+def test_parts_with_a_servers_own_keys_stay_parts() -> None:
+    silent: dict[str, Any] = {"id": "p1", "annotations": [], "metadata": {"page": 1}, "title": None, "bbox": []}
+    assert answered({"content": [{**TEXT, **silent}]}).messages[2]["content"] == [TEXT]
+    image = {"type": "image", "url": "cat.png", "title": "Cat"}
+    assert "mixes parts with other values" in refused_answer({"content": [{**TEXT, "bbox": [1, 2]}, image]})
+
+
 def test_nulls_of_results_are_kept_where_they_are_the_rows_own() -> None:
     row = answered({"content": ArrowStruct({"t": 20, "sum": None})}, arrow_nulls="keep")
     assert (row.messages[2]["content"], row.notes) == ('{"t": 20, "sum": null}', {})
@@ -178,6 +235,21 @@ def test_nulls_of_results_are_kept_where_they_are_the_rows_own() -> None:
         ({"content": "An error occurred", "is_error": True}, "An error occurred"),
         ({"content": "ValueError: x", "is_error": True}, "ValueError: x"),
         ({"content": {"content": [TEXT], "isError": "false"}}, [TEXT]),
+        ({"content": "20", "success": ""}, "20"),
+        ({"content": "20", "ok": ""}, "20"),
+        ({"content": "20", "success": "N/A"}, "20"),
+        ({"content": "20", "success": "no"}, "Error: 20"),
+        ({"content": "20", "success": "ok"}, "20"),
+        ({"content": "20", "error": {"code": None, "message": None}}, "20"),
+        ({"content": "", "error": {"code": None, "message": None}}, ""),
+        ({"content": "20", "error": {"code": 0, "message": "OK"}}, "20"),
+        *[({"content": "20", "error": word}, "20") for word in ("N/A", "nil", "-", "ok", "OK", "No error", "None")],
+        ({"content": "", "error": {"code": 7, "message": None}}, 'Error: {"code": 7}'),
+        ({"content": "timeout after 3s", "error": "Timeout"}, "Error: timeout after 3s"),
+        (
+            {"content": {"error": "NotFound", "code": 404}, "error": {"code": 404}},
+            '{"error": "NotFound", "code": 404}',
+        ),
     ],
 )
 def test_a_failed_call_says_so(message: dict[str, Any], expected: Any) -> None:
@@ -189,6 +261,7 @@ def test_flags_that_say_neither_are_refused() -> None:
         {"content": "x", "is_error": "maybe"}
     )
     assert "`error` is 'Timeout' beside the content 'part'" in refused_answer({"content": "part", "error": "Timeout"})
+    assert "`error` is '{\"code\": 404}' beside" in refused_answer({"content": {"code": 4}, "error": {"code": 404}})
     block = {"type": "tool_result", "tool_use_id": "c1", "content": "x", "is_error": "false"}
     assert parse(USER, CALLING, {"role": "user", "content": [block]}, DONE).messages[2]["content"] == "x"
 

@@ -10,8 +10,9 @@
 import re
 from typing import Any
 
-from gemma_dist.data.marks import OFF_MESSAGE, ON_MESSAGE, refuse_finer
+from gemma_dist.data.marks import OFF_MESSAGE, ON_MESSAGE, refuse_finer, snake_case
 from gemma_dist.data.schema import tool_name
+from gemma_dist.data.spellings import RESULT_KEYS
 from gemma_dist.data.strict import (
     error_context,
     get,
@@ -36,10 +37,13 @@ ARGUMENT_KEYS = (
 )
 ID_KEYS = ("id", "tool_call_id", "call_id", "toolCallId")
 TYPES = ("function", "tool_call", "function_call", "tool_use", "tool-call")
-# What servers and loggers put beside a call, which says nothing about it.
+# What servers and loggers put beside a call, which says nothing about it; also as `thoughtSignature`.
 SILENT_KEYS = (
     *("index", "status", "cache_control", "extra_content", "thought_signature", "provider_specific_fields", "caller"),
+    *("requestor", "timestamp", "created_at", "started_at", "completed_at", "state", "signature", "usage", "score"),
+    *("duration", "duration_ms", "latency", "latency_ms", "server_name", "server_label", "item_id", "finish_reason"),
 )
+_RUN_BY_PROVIDER = "provider_executed"  # true of a tool that is none of the row's
 
 
 def parse_calls(message: RawRow, clean: Clean) -> list[ToolCall]:
@@ -107,8 +111,9 @@ def _unwrap(call: RawRow) -> RawRow:
     if not isinstance(function, dict):
         raise DataError(f"the `function` of a call is {short(function)}; write an object with name and arguments")
     for key, value in without(without_nulls(function), "type").items():
-        if described.setdefault(key, value) != value:
-            raise DataError(f"the call says `{key}` twice, {short(described[key])} and {short(value)}; keep one")
+        first = described.setdefault(key, value)
+        if first != value and key not in (*ID_KEYS, *SILENT_KEYS):  # results answer the outer id
+            raise DataError(f"the call says `{key}` twice, {short(first)} and {short(value)}; keep one")
     return described
 
 
@@ -126,13 +131,26 @@ def _name_of(call: RawRow) -> object:
 def _refuse_unknown(call: RawRow) -> None:
     """DataError for a key that may hold what belongs to the call, such as arguments under a name of its own."""
     refuse_finer(call, "a call")
-    known = {"type", *NAME_KEYS, *ARGUMENT_KEYS, *ID_KEYS, *SILENT_KEYS, *ON_MESSAGE, *OFF_MESSAGE}
+    known = {"type", *NAME_KEYS, *ARGUMENT_KEYS, *ID_KEYS, *ON_MESSAGE, *OFF_MESSAGE}
     for key, value in call.items():
-        if key not in known:
+        if key not in known and not _is_silent(snake_case(str(key)), value, call):
             raise DataError(
                 f"the key {short(key)} of the call is not known ({short(value)}); arguments stand under `arguments`: "
                 "rename or remove it"
             )
+
+
+def _is_silent(name: str, value: object, call: RawRow) -> bool:
+    """Whether a key says nothing about the call: one of SILENT_KEYS, or empty or a number beside the arguments."""
+    if name in SILENT_KEYS:
+        return True
+    if name == "description":  # with `parameters` it is a tool's declaration
+        return "parameters" not in call
+    is_empty = value in ("", [], {})
+    is_number = isinstance(value, (bool, int, float))
+    may_tell = name in RESULT_KEYS or (name == _RUN_BY_PROVIDER and value)
+    has_arguments = any(key in call for key in ARGUMENT_KEYS)
+    return is_empty or (is_number and has_arguments and not may_tell)
 
 
 def _arguments_of(function: RawRow) -> object:

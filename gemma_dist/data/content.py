@@ -23,14 +23,17 @@ from gemma_dist.errors import DataError, setting
 from gemma_dist.gemma_format import CONTROL_TOKENS
 
 _CONTROL = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
-_IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "data", "bytes")
+IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "data", "bytes")
 # Keys of an image part that say nothing of where the image is.
-_BESIDE_IMAGE = """
+BESIDE_IMAGE = """
     type text index detail mimeType mime_type media_type format name id alt annotations _meta cache_control
     min_pixels max_pixels resized_height resized_width
 """.split()  # noqa: SIM905
 # Keys of a text part that say nothing beside its text.
-_BESIDE_TEXT = ("type", "text", "index", "id", "annotations", "_meta", "cache_control", "citations")
+BESIDE_TEXT = (
+    *("type", "text", "index", "id", "annotations", "_meta", "meta", "metadata", "cache_control", "citations"),
+    *("extras", "logprobs", "state", "providerOptions", "providerMetadata", "provider_options"),
+)
 
 
 @dataclass(frozen=True)
@@ -141,16 +144,16 @@ def image_source(part: RawRow) -> object:
     {"type": "image", "index": 0}                           ColumnIndex(0)
     {"type": "image"}                                       None
     """
-    for key in _IMAGE_KEYS:
+    for key in IMAGE_KEYS:
         source = part.get(key)
         is_base64 = key in ("base64", "data") and isinstance(source, str)
         if source is not None:
             return {"base64": source} if is_base64 else source
-    unknown = list(without_nulls(without(part, *_BESIDE_IMAGE)))
+    unknown = list(without_nulls(without(part, *BESIDE_IMAGE)))
     if unknown:
         raise DataError(
             f"the image part has {short(unknown)}, which is not known; its image stands under one of "
-            f"{', '.join(_IMAGE_KEYS)}, or, if it has no key but type, in the row's `images`"
+            f"{', '.join(IMAGE_KEYS)}, or, if it has no key but type, in the row's `images`"
         )
     return None if part.get("index") is None else ColumnIndex(part["index"])
 
@@ -169,7 +172,7 @@ def _part_text(part: RawRow) -> str:
     text = part.get("text")
     if text is not None and not isinstance(text, str):
         raise DataError(f"the text of a part is {short(text)}; write it as a string")
-    beside = list(without_nulls(without(part, *_BESIDE_TEXT)))
+    beside = list(without_nulls(without(part, *BESIDE_TEXT)))
     if text is None and beside:
         raise DataError(f"the text part {short(part)} has no text, but {', '.join(beside)}; write `text`")
     return text or ""

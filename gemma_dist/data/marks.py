@@ -12,6 +12,7 @@ name, so that nothing is trained which a row wants left out.
 
 import re
 from collections import Counter
+from typing import Any
 
 from gemma_dist.data.strict import get, short, without_nulls
 from gemma_dist.data.types import RawRow
@@ -26,10 +27,25 @@ ON_MESSAGE = (
 OFF_MESSAGE = ("exclude_from_loss", "exclude_from_training", "no_loss", "ignore_loss", "skip_loss", "no_train")
 # Marks of characters or tokens, or words for either of two opposite things.
 UNCLEAR = ("train_detail", "training_detail", "mask", "masked", "loss_mask", "loss_scale", "label_mask", "train_mask")
-# Any other key with such a word, and more than `true` in it, is taken for a mark that nobody here knows.
-_LIKE_MARK = re.compile(r"(?:^|_)(?:train(?:ed|ing|able)?|loss(?:es)?|mask(?:s|ed|ing)?|weights?)(?:_|$)")
-_TURNS_IT_AROUND = re.compile(r"(?:^|_)(?:no|not|un|non|ignore|exclude|skip|drop|without|mask\w*)(?:_|$)")
-_IS_COUNT = re.compile(r"^(?:n|num|count|total)_")  # num_loss_tokens
+# What each of them is where it trains everything, alone or as every item of a list. Others can be read in two ways.
+_TRAINS_ALL = {"masked": 0, "loss_mask": 1, "train_mask": 1, "loss_scale": 1}
+# Any other key with such a word, and numbers in it that may keep something out, is taken for a mark nobody here knows.
+_LIKE_MARK = re.compile(r"(?:^|_)(?:train(?:ed|ing|able)?|loss(?:es)?|(?:un)?mask(?:s|ed|ing)?|weights?)(?:_|$)")
+_IS_COUNT = re.compile(r"^(?:n|num|count|total|attention)_")  # num_loss_tokens, attention_mask
+# One value of such a name tells of a run, a file or a person: train_idx, eval_loss, pii_masked, train_on_inputs.
+_IS_FACT = re.compile(
+    r"^(?:val|validation|eval|test|pii|body)_|_(?:ids?|idx|index|steps?|epochs?|tokens|split|time|on_inputs?|on_prompt)$"
+    r"|(?:^|_)(?:assistant|completion|responses?)_only(?:_|$)"  # which holds of every row
+)
+_IS_METRIC = re.compile(r"(?:^|_)(?:train|training|avg|mean|final)_loss$")
+_IS_SPLIT = re.compile(r"(?:is_)?(?:used_)?in_train(?:ing)?(?:_set)?")  # of a row
+# Such a name picks some turns, or weighs: train_last_turn, mask_until, sample_weight.
+_IS_FINER = re.compile(r"(?:^|_)(?:from|after|until|since|first|last|only|start|end|turns?)(?:_|$)")
+_WEIGHS = re.compile(r"(?:^|_)(?:sample|example|row|message|token|loss)_(?:weights?|factor)$")
+_TURNS_IT_AROUND = re.compile(
+    r"(?:^|_)(?:no|not|un|non|ignored?|excluded?|skip|skipped|drop|dropped|without|mask(?:ed|ing)|masks?(?=_))(?=_|$)"
+)
+_IS_MASK = re.compile(r"(?:^|_)masks?$")  # 1 is what is trained, or what is not
 ON_OTHERS = "marks that train a message of someone else than the assistant were passed over"
 
 
@@ -52,36 +68,63 @@ def is_trained(message: RawRow) -> bool:
     return all(trains)
 
 
-def refuse_unclear(marked: RawRow) -> None:
+def snake_case(key: str) -> str:
+    """lossMask -> loss_mask"""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()
+
+
+def refuse_unclear(marked: RawRow, of_row: bool = False) -> None:
     """DataError for a mark that cannot be carried out, unless it is empty or trains everything."""
     for key in UNCLEAR:
         value = marked.get(key)
-        is_empty = value is None or value == []
-        trains_all = key.endswith("_detail") and isinstance(value, list) and all(map(_trains, value))
-        if not is_empty and not trains_all:
+        if value is not None and not _trains_all(key, value):
             raise DataError(
                 f"`{key}` is {short(value)}, which cannot be carried out: a message is trained as a whole or not at "
                 "all; remove it and write train: true or train: false on the message"
             )
     for key, value in marked.items():
-        if _is_like_mark(str(key), value):
+        if _is_like_mark(str(key), value, of_row):
             raise DataError(
                 f"`{key}` is {short(value)}, which may be a mark for the loss, but is not known: write train: true or "
                 "train: false on the message, or remove it"
             )
 
 
-def _is_like_mark(key: str, value: object) -> bool:
-    """Whether a key that is not known sounds like a mark, and its value could be one that does not train everything."""
-    if key in (*ON_MESSAGE, *OFF_MESSAGE, *UNCLEAR):
-        return False
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()
-    if not _LIKE_MARK.search(name) or _IS_COUNT.search(name):
-        return False
-    if value in (True, 1):
-        return bool(_TURNS_IT_AROUND.search(name))
+def _trains_all(key: str, value: object) -> bool:
+    """Whether one of UNCLEAR leaves nothing out: "loss_mask" with [1, 1], "masked" with false."""
     values = value if isinstance(value, list) else [value]
-    return bool(values) and all(isinstance(item, (bool, int, float)) for item in values)
+    if key.endswith("_detail"):
+        return isinstance(value, list) and all(map(_trains, values))
+    return not values or all(key in _TRAINS_ALL and item == _TRAINS_ALL[key] for item in values)
+
+
+def _is_like_mark(key: str, value: object, of_row: bool) -> bool:
+    """Whether a key that is not known sounds like a mark, and its value could be one that does not train everything."""
+    name = snake_case(key)
+    if key in (*ON_MESSAGE, *OFF_MESSAGE, *UNCLEAR) or not _LIKE_MARK.search(name) or _IS_COUNT.search(name):
+        return False
+    values: list[Any] = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(item, (bool, int, float)) for item in values):
+        return False
+    if not isinstance(value, list) and _is_fact(name, value, of_row):
+        return False
+    if _IS_FINER.search(name):
+        return True
+    is_turned = len(_TURNS_IT_AROUND.findall(name)) % 2 == 1  # not_masked is turned twice
+    is_one = all(item == 1 for item in values)
+    if _IS_MASK.search(name):
+        return is_turned or not (is_one and isinstance(value, list))
+    if is_turned:
+        return any(item != 0 for item in values)
+    is_large = all(item > 1 for item in values) and not _WEIGHS.search(name)  # a count or an amount
+    return not (is_one or is_large)
+
+
+def _is_fact(name: str, value: object, of_row: bool) -> bool:
+    """Whether a single number tells of something else than of what is trained: 1.2 of train_loss, 5 of train_step."""
+    is_metric = isinstance(value, float) and _IS_METRIC.search(name)
+    is_split = of_row and _IS_SPLIT.fullmatch(name)
+    return bool(_IS_FACT.search(name) or is_metric or is_split)
 
 
 def _trains(entry: object) -> bool:
@@ -114,13 +157,21 @@ def refuse_finer(marked: RawRow, what: str) -> None:
 
 def refuse_on_row(row: RawRow) -> None:
     """DataError for a mark on the whole row that keeps it out of the loss, or weighs it."""
-    key = _mark_against(row)
+    marked = {key: value for key, value in row.items() if not _is_column(key, value)}
+    key = _mark_against(marked)
     if key:
         raise DataError(
             f"`{key}` of the row is {short(row[key])}; a row is trained once or left out: remove the row, write "
             "train: false on its messages, or weigh it with its source in the recipe's data.train"
         )
-    refuse_unclear(row)
+    refuse_unclear(marked, of_row=True)
+
+
+def _is_column(key: str, value: object) -> bool:
+    """Whether a row's value is no mark, but a split or what a run measured: "train" of `train`, 0.31 of `loss`."""
+    is_split = key in ("train", "training") and value in ("train", "training")
+    is_measured = key == "loss" and isinstance(value, float) and value not in (0, 1)
+    return is_split or is_measured
 
 
 def note_others(message: RawRow, notes: Counter[str]) -> None:

@@ -34,6 +34,9 @@ _KNOWN_KEYS = {
     *marks.OFF_MESSAGE,
     *marks.UNCLEAR,
 }
+# What a tool's message may hold besides: its tool's name, and the arguments that it was called with.
+_TOOL_NAME_KEYS = ("name", "tool_name", "function_name", "toolName", "tool", "function")
+_ECHO_KEYS = ("arguments", "tool_input", "toolInput", "tool_args", "tool_arguments")
 # What servers and loggers put beside a message, which says nothing about it; also as `finishReason`.
 _SILENT_KEYS = {
     *("finish_reason", "native_finish_reason", "stop_reason", "reasoning_effort", "reasoning_format"),
@@ -41,7 +44,15 @@ _SILENT_KEYS = {
     *("tool_choice", "thought_signature", "thinking_signature", "reasoning_signature"),
 }
 # A key of such a name, with more in it than a number, most likely holds something that belongs to the message.
-_LIKE_OURS = re.compile(r"tool|function|call|reason|think|thought|argument|image|content", re.IGNORECASE)
+_LIKE_OURS = re.compile(r"tool|function|call|reason|think|thought|argument|image|content")
+_OTHER_WORDS = re.compile(r"functional(?:ity)?|malfunction|callsign|caller|callback|recall|toolkit|unreasonable")
+# Such a key tells of them: tools_used, thinking_time, content_hash. Its value is a label, no call and no thought.
+_IS_ABOUT = re.compile(r"_(?:id|hash|time|type|mode|tokens|version|used|names)$")
+_IS_LABEL = re.compile(r"[^(){}\[\]<>\n]{1,80}")
+_STOP_REASONS = (
+    *("stop", "length", "end", "eos", "end_turn", "tool_calls", "tool_use", "function_call", "max_tokens"),
+    *("stop_sequence", "content_filter"),
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,7 @@ def parse_message(raw: object, clean: Clean, keeps_nulls: bool = False) -> Parse
     if message["role"] == "tool":
         given_id = first_of(raw, ("tool_call_id", "call_id", "toolCallId", "tool_use_id"))
         message["tool_call_id"] = call_id(given_id)
-        message["name"] = _string(raw, "name") or _string(raw, "tool_name")
+        message["name"] = _tool_name(raw)
     marks.note_others(raw, notes)
     return ParsedMessage(message, parsed.image_sources, notes)
 
@@ -136,14 +147,17 @@ def _refuse_other_content(message: RawRow) -> None:
 
 def _refuse_keys(message: RawRow) -> None:
     """DataError for a key that changes what the message says, or that looks as if it did under another name."""
+    is_result = message["role"] in ("tool", "function")
     for key, value in message.items():
         if key in _REFUSED_KEYS and value:
             raise DataError(
                 f"`{key}` of a message has no place in a trajectory; move what it says into content or remove it"
             )
-        is_number = isinstance(value, (bool, int, float))
-        is_known = key in _KNOWN_KEYS or _snake_case(str(key)) in _SILENT_KEYS
-        if not is_known and value and not is_number and _LIKE_OURS.search(str(key)):
+        is_known = key in _KNOWN_KEYS or not value or isinstance(value, (bool, int, float))
+        is_name = key in (*_TOOL_NAME_KEYS, "tool_status") and isinstance(value, str)
+        if is_result and (is_name or key in _ECHO_KEYS):
+            continue
+        if not is_known and value != message.get("content") and _is_like_ours(marks.snake_case(str(key)), value):
             raise DataError(
                 f"the key {short(key)} of a message is not known ({short(value)}); calls stand under tool_calls, a "
                 "tool's name under name, thoughts under reasoning_content: rename it, or remove it if it says "
@@ -151,9 +165,23 @@ def _refuse_keys(message: RawRow) -> None:
             )
 
 
-def _snake_case(key: str) -> str:
-    """finishReason -> finish_reason"""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()
+def _is_like_ours(name: str, value: object) -> bool:
+    """Whether a key that is not known may hold a call, a result, a thought or content under another name."""
+    if name in _SILENT_KEYS or (name == "reason" and value in _STOP_REASONS):
+        return False
+    labels = value if isinstance(value, list) else [value]
+    are_labels = all(isinstance(label, str) and _IS_LABEL.fullmatch(label) for label in labels)
+    is_about = _IS_ABOUT.search(name) and are_labels
+    return not is_about and _LIKE_OURS.search(_OTHER_WORDS.sub("", name)) is not None
+
+
+def _tool_name(answer: RawRow) -> str:
+    """The name that a tool's message gives, "" where it gives none. DataError where it gives two."""
+    given = {key: _string(answer, key) for key in _TOOL_NAME_KEYS}
+    said = {key: name for key, name in given.items() if name}
+    if len(set(said.values())) > 1:
+        raise DataError(f"{' and '.join(said)} name two tools; keep `name`")
+    return next(iter(said.values()), "")
 
 
 def _string(raw: RawRow, key: str) -> str:

@@ -42,6 +42,7 @@ _ANSWER = re.compile(
     r"\s*(?:(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>|<\|begin_of_solution\|>|<\|START_RESPONSE\|>)\s*"
 )
 _ANSWER_ENDS = ("<|return|>", "<|end|>", "<|end_of_solution|>", "<|END_RESPONSE|>")
+_LONE_CLOSER = re.compile(rf"^[ \t]*{_CLOSE}[ \t]*$", re.MULTILINE)
 _BACKTICKS = re.compile(r"`+")
 
 
@@ -67,19 +68,36 @@ def split_think_tags(text: str) -> tuple[str, str]:
         thoughts.append(text[: tag.start()].strip())
         position = tag.end()
     while opener := _OPENER.match(text, position):
-        closer = _CLOSER.search(text, opener.end())
+        closer = _find_closer(text, opener.end())
         if closer is None:
             break
         thoughts.append(text[opener.end() : closer.start()].strip())
         position = closer.end()
     rest = text[position:]
-    stray = (_XML_TAG if thoughts and _XML.match(text) else _TAG).search(_blank_code(rest))
+    stray = (_XML_TAG if thoughts and _XML.match(text) else _TAG).search(_blank_code(rest)) or _closer_in_code(rest)
     if stray:
         raise DataError(
             f"the tag {stray[0]} stands inside of the text, so what was thought cannot be told from what was said; "
             "put the thoughts in front, in <think>…</think> or as reasoning_content, or the tag in `backticks`"
         )
     return "\n".join(filter(None, thoughts)), _without_frame(rest.lstrip()) if thoughts else given
+
+
+def _find_closer(text: str, start: int) -> re.Match[str] | None:
+    """The first closing tag from a place on, but for those that a thought talks about: `</think>`, in backticks."""
+    for closer in _CLOSER.finditer(text, start):
+        line = text[max(start, text.rfind("\n", 0, closer.start()) + 1) : closer.start()]
+        is_quoted = line.endswith("`") and line.count("`") % 2 == 1 and text.startswith("`", closer.end())
+        if not is_quoted:
+            return closer
+    return None
+
+
+def _closer_in_code(text: str) -> re.Match[str] | None:
+    """A closing tag on a line of its own that no tag opens: a thought that left a fence open may end there."""
+    lone = _LONE_CLOSER.search(text)
+    first = _TAG.search(text)
+    return first if lone and first and _CLOSER.fullmatch(first[0]) else None
 
 
 def _without_frame(text: str) -> str:

@@ -9,7 +9,9 @@
 import re
 from collections import Counter
 
-from gemma_dist.data.strict import as_object, get, parse_json, short, to_json_text, without_nulls
+from gemma_dist.data.content import BESIDE_IMAGE, BESIDE_TEXT, IMAGE_KEYS
+from gemma_dist.data.marks import OFF_MESSAGE, ON_MESSAGE
+from gemma_dist.data.strict import as_object, get, parse_json, short, to_json_text, without, without_nulls
 from gemma_dist.data.types import ArrowStruct, RawRow
 from gemma_dist.errors import DataError
 from gemma_dist.gemma_format import MAX_DEPTH
@@ -29,6 +31,9 @@ _SUCCEEDED = ("success", "ok")
 _FAILED_STATUS = ("error", "failed", "failure")
 KEYS = (*_FAILED, *_SUCCEEDED, *_STRUCTURED_KEYS, "status")  # what a tool's message may hold beside its content
 _FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "none": False, "null": False}
+# What `error` says where there was none, and what any flag says where it is not set.
+_NO_ERROR = ("n/a", "nil", "-", "ok", "success", "no error", "no errors", "none", "null", "undefined")
+_NOT_SET = (None, "", "none", "null", "nil", "n/a", "-")
 
 # An error that says so itself, within its first words: "ValueError: …", not "No error found" or "errors: 0".
 _SAYS_ERROR = re.compile(r"(?:(?!\b(?:no|not|without|zero|0)\b).){0,40}?(?:error|exception|traceback)(?![a-z])", re.I)
@@ -55,7 +60,7 @@ def result_content(message: RawRow, notes: Counter[str], keeps_nulls: bool = Fal
     words = _error_words(message.get("error"))
     if words and (shown is None or shown in ("", [])):
         shown = words
-    elif words and words not in _text_of(shown):
+    elif words and not _says_error(_text_of(shown), words):
         raise DataError(
             f"`error` is {short(words)} beside the content {short(shown)}; the model reads content alone: write both "
             "there and remove `error`"
@@ -101,16 +106,44 @@ def _has_failed(message: RawRow) -> bool:
     if None in flags:
         key = [key for key in _FAILED if key != "error"][flags.index(None)]
         raise DataError(f"`{key}` is {short(message[key])}; write true or false")
-    has_error = is_true(message.get("error")) is not False and message.get("error") not in ([], {})
-    denied = [key for key in _SUCCEEDED if message.get(key) is not None and is_true(message[key]) is False]
-    return any(flags) or has_error or bool(denied) or str(message.get("status")).lower() in _FAILED_STATUS
+    has_error = not _is_no_error(message.get("error"))
+    denied = [key for key in _SUCCEEDED if not _is_not_set(message.get(key)) and is_true(message[key]) is False]
+    has_status = any(str(message.get(key)).lower() in _FAILED_STATUS for key in ("status", "tool_status"))
+    return any(flags) or has_error or bool(denied) or has_status
+
+
+def _is_not_set(flag: object) -> bool:
+    """Whether a flag says nothing: null, "", "N/A"."""
+    return (flag.strip().lower() if isinstance(flag, str) else flag) in _NOT_SET
+
+
+def _is_no_error(error: object) -> bool:
+    """Whether an `error` says that there was none: false, "OK", {"code": 0, "message": null}."""
+    if isinstance(error, dict):
+        return all(map(_is_no_error, error.values()))
+    words = error.strip().lower().rstrip(".") if isinstance(error, str) else error
+    return words in _NO_ERROR or words == [] or is_true(words) is False
 
 
 def _error_words(error: object) -> str:
     """What `error` says where it is no flag: "Timeout", '{"code": 7}'; else ""."""
-    if is_true(error) is not None or error in ([], {}):
+    if _is_no_error(error) or is_true(error) is not None:
         return ""
-    return error if isinstance(error, str) else to_json_text(error)
+    return error if isinstance(error, str) else to_json_text(without_nulls(error) if isinstance(error, dict) else error)
+
+
+def _says_error(text: str, words: str) -> bool:
+    """Whether a result says what its `error` says: "timeout after 3s" and "Timeout", or an object with all its keys.
+
+    '{"error": "NotFound", "code": 404}' and '{"code": 404}'
+    """
+    if words.lower() in text.lower():
+        return True
+    try:
+        error, value = as_object(parse_json(words)), as_object(parse_json(text))
+    except DataError:
+        return False
+    return bool(error) and all(key in value and value[key] == item for key, item in error.items())
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
@@ -122,7 +155,9 @@ def _is_text_or_parts(content: object) -> bool:
         return True
     if not isinstance(content, list):
         return False
-    num_parts = sum(map(_is_part, content))
+    if any(map(_is_record, content)) and all(_is_record(item) or get(item, "type") == "text" for item in content):
+        return False
+    num_parts = sum(_is_part(item) and not _is_record(item) for item in content)
     if 0 < num_parts < len(content):
         raise DataError(
             f"the content {short(content)} mixes parts with other values; write one string, such as its JSON, or "
@@ -136,6 +171,19 @@ def _is_part(value: object) -> bool:
     kind = get(value, "type")
     says_text = isinstance(get(value, "text"), str) or without_nulls(as_object(value)).keys() == {"type"}
     return kind in _PARTS and (kind != "text" or says_text)
+
+
+def _is_record(value: object) -> bool:
+    """Whether what looks like a part is a value, of which a model reads all keys.
+
+    {"type": "text", "text": "20", "bbox": [3, 4]}, {"type": "image", "title": "Cat"}
+    """
+    part = {key: item for key, item in as_object(value).items() if item not in (None, "", [], {})}
+    if part.get("type") == "text" and "text" in part:
+        marks = [key for key in (*ON_MESSAGE, *OFF_MESSAGE) if not key.startswith("weight")]
+        return bool(without(part, *BESIDE_TEXT, *marks))
+    shows_image = bool(part.keys() & set(IMAGE_KEYS))
+    return part.get("type") in ("image", "image_url") and not shows_image and bool(without(part, *BESIDE_IMAGE))
 
 
 def _as_parts(content: object) -> object:
@@ -156,7 +204,7 @@ def _as_parts(content: object) -> object:
 def _is_mcp(content: object) -> bool:
     """Whether a value is MCP's result: {"content": [parts], "isError": false}."""
     parts = get(content, "content")
-    if not isinstance(parts, list) or not all(map(_is_part, parts)):
+    if not isinstance(parts, list) or not all(_is_part(part) and not _is_record(part) for part in parts):
         return False
     return without_nulls(as_object(content)).keys() <= _MCP_KEYS
 

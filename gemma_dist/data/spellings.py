@@ -6,6 +6,8 @@
     -> {"role": "assistant", "content": "", "tool_calls": […]}
 """
 
+import re
+
 from gemma_dist.data.strict import as_object, get, short, without
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
@@ -17,6 +19,7 @@ RESULT_KEYS = ("output", "result", "results", "response", "data", "observation",
 # Fields that LangChain and LlamaIndex keep in `additional_kwargs`.
 _BESIDE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "tool_call_id", "name")
 _CALL_KEYS = ("tool_calls", "function_call")
+_IS_NAME = re.compile(r"[\w.:/-]+")
 _RESULT_ROLES = ("tool", "function")
 _BLOCK_KEYS = ("blocks", "parts")
 
@@ -44,7 +47,7 @@ def respell(message: object) -> object:
 def _with_beside(message: RawRow) -> RawRow:
     """The message with those fields of `additional_kwargs` that it does not have itself."""
     for key, value in message.items():
-        held = [name for name in _CALL_KEYS if isinstance(get(value, name), (dict, list)) and get(value, name)]
+        held = [name for name in _CALL_KEYS if _holds_calls(get(value, name)) and get(value, name) != message.get(name)]
         if held and key != "additional_kwargs":
             raise DataError(f"`{key}` holds {held[0]}; calls stand under tool_calls of the message: move them there")
     beside = as_object(message.get("additional_kwargs"))
@@ -52,6 +55,13 @@ def _with_beside(message: RawRow) -> RawRow:
     if message.get("tool_calls"):  # LangChain reads them out of either of the two
         found = without(found, *_CALL_KEYS)
     return {**without(message, "additional_kwargs"), **found} if beside else message
+
+
+def _holds_calls(value: object) -> bool:
+    """Whether what stands beside the known keys may be calls; a list of their names, ["f"], is none."""
+    items = value if isinstance(value, list) else [value]
+    are_names = all(isinstance(item, str) and _IS_NAME.fullmatch(item) for item in items)
+    return isinstance(value, (dict, list)) and bool(value) and not are_names
 
 
 def _with_content(message: RawRow) -> RawRow:
