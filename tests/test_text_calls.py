@@ -375,8 +375,9 @@ def test_long_texts_take_no_time(text: str) -> None:
     assert time.perf_counter() - start < 5
 
 
-def test_a_mistake_that_is_not_trained_stays_as_it_is() -> None:
-    row = answer_row(f"<tool_call>{JSON_CALL}</tool_call> Done.", train=False)
+@pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}, {"exclude_from_loss": True}, {"no_train": 1}])
+def test_a_mistake_that_is_not_trained_stays_as_it_is(mark: dict[str, Any]) -> None:
+    row = answer_row(f"<tool_call>{JSON_CALL}</tool_call> Done.", **mark)
     row["messages"] += [{"role": "user", "content": "Again."}, {"role": "assistant", "content": "Yes."}]
     assert said(parse(row))[1] == ("assistant", f"<tool_call>{JSON_CALL}</tool_call> Done.")
 
@@ -608,6 +609,15 @@ def test_a_result_without_a_call_is_refused() -> None:
     assert "turn 3 (user): is a tool's result as text, but no call waits for one; write the call before it" in refusal(
         row
     )
+
+
+@pytest.mark.parametrize("log", ["<tool_result>20</tool_result>\nWhy?", "FUNCTION RESPONSE: 20\nWhy?"])
+def test_a_log_that_a_user_pastes_is_text(log: str) -> None:
+    trajectory = parse(
+        {"messages": [{"role": "user", "content": log}, answer_row("So.")["messages"][1]], "tools": TOOLS}
+    )
+    assert said(trajectory) == [("user", log), ("assistant", "So.")]
+    assert not trajectory.notes
 
 
 def test_glaive_as_published() -> None:
