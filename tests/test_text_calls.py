@@ -152,7 +152,6 @@ BEHIND_WORDS = {
     "It's {x}, so": f"It's {{x}}, so {json.dumps({'action': 'weather', 'action_input': ROME})}",
     "Let me.": "Let me.\n<weather>\n<city>Rome</city>\n<days>2</days>\n</weather>",
     "Hm.": f"Hm.\nAction: ```json\n[{JSON_CALL}]\n```",
-    "Well.": "Well.\n```python\nweather(city='Rome', days=2)\n```",
 }
 
 
@@ -161,6 +160,48 @@ def test_a_call_of_a_declared_tool_behind_words_is_a_call(before: str, text: str
     trajectory = parse(answer_row(text))
     assert calls_of(trajectory) == [("weather", ROME)]
     assert said(trajectory)[1:] == [("assistant", before)]
+
+
+LIKE_CALLS = {
+    "code in a fence": "```js\nconst r = await weather('/api')\n```\nThis works.",
+    "code alone": "```js\nweather('/api')\n```",
+    "a definition": "Sure:\n```python\ndef weather(city):\n    return 20\n\nprint(weather('Rome'))\n```",
+    "a definition alone": "```python\ndef weather(city):\n    return 20\n\nprint(weather('Rome'))\n```",
+    "an expression": "So:\n```python\ntotal = weather(values)\n```",
+    "Go": "```go\nfunc main() {\n    weather()\n}\n```",
+    "words behind": "```python\nweather(city='Rome')\n```\nThat tells you.",
+    "a route": '{"tool": "weather", "why": "x"}',
+    "a plan": 'My plan:\n```json\n[{"step": 1, "tool": "weather", "why": "x"}]\n```\nOk?',
+    "a span": 'It says {"type": "span", "name": "weather", "ms": 3}.',
+    "servers": '{"mcpServers": {"weather": {"command": "uvx"}}}',
+    "descriptions": '[{"name": "weather", "description": "Tells."}]',
+    "a traceback": 'Traceback:\n  File "main.py", line 3, in <module>\n    weather()\nValueError: x',
+    "markup": "```xml\n<weather><cmd>ls</cmd></weather>\n```",
+    "markup alone": "<weather><tspan>hi</tspan></weather>",
+}
+
+
+@pytest.mark.parametrize("text", LIKE_CALLS.values(), ids=LIKE_CALLS)
+def test_code_and_data_with_the_name_of_a_tool_are_text(text: str) -> None:
+    trajectory = parse(answer_row(text))
+    assert said(trajectory)[1] == ("assistant", text)
+    assert calls_of(trajectory) == []
+    assert not trajectory.notes
+
+
+PYTHON_BEHIND_WORDS = "Well.\n```python\nweather(city='Rome', days=2)\n```"
+
+
+def test_python_in_a_fence_behind_words_is_a_call_where_a_result_follows() -> None:
+    row = answer_row(PYTHON_BEHIND_WORDS)
+    assert "it may be an example as well; an example has words behind it; write it under `tool_calls`" in refusal(row)
+    answer = {"role": "assistant", "content": "So."}
+    row["messages"][2:] = [{"role": "tool", "content": "20"}, answer]
+    assert calls_of(parse(row)) == [("weather", ROME)]
+    assert said(parse(row))[1] == ("assistant", "Well.")
+    row["messages"][2:] = [{"role": "user", "content": "Thanks."}, answer]
+    assert calls_of(parse(row)) == []
+    assert said(parse(row))[1] == ("assistant", PYTHON_BEHIND_WORDS)
 
 
 ATTEMPTS = [
@@ -178,6 +219,10 @@ ATTEMPTS = [
     "Sure.\nweather(city='Rome')\nThere.",
     "Use `weather`: [weather(city='Rome')].",
     "<weather><city>Rome</city>",
+    "<weather><city>Rome</city><town>Rome</town></weather>",
+    'Sure.\n```json\n{"name": "weather", "arguments": {"city": \n```',
+    "Sure.\n```\nI call\n{'name': 'weather', 'arguments': {'city': 'Rome'}}\n```",
+    "Sure.\n```python\nweather('Rome')\n```",
     "Action: weather\nThen Rome.",
 ]
 

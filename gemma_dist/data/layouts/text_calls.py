@@ -171,7 +171,13 @@ def _written_calls(number: int, message: object, follower: object, signatures: S
     is_answered = holds_result(follower) and not is_structured
     with error_context(turn_name(number, "assistant")):
         try:
-            written = find_calls(text, signatures, is_answered=is_answered, is_last=follower is None)
+            written = find_calls(
+                text,
+                signatures,
+                is_answered=is_answered,
+                is_asked_on=get(follower, "role") == "user" and not is_answered and not is_structured,
+                is_last=follower is None,
+            )
         except DataError:
             if isinstance(message, dict) and is_trained(message):
                 raise
