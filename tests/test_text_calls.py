@@ -176,6 +176,7 @@ LIKE_CALLS = {
     "servers": '{"mcpServers": {"weather": {"command": "uvx"}}}',
     "descriptions": '[{"name": "weather", "description": "Tells."}]',
     "a traceback": 'Traceback:\n  File "main.py", line 3, in <module>\n    weather()\nValueError: x',
+    "its own tools": "I have:\nweather(city) - tells.\nweather(city: str, days: int = 2) -> str\nweather(): tells.",
     "markup": "```xml\n<weather><cmd>ls</cmd></weather>\n```",
     "markup alone": "<weather><tspan>hi</tspan></weather>",
 }
@@ -405,6 +406,9 @@ HUGE = {
     "JSON lines": '{"name": "weather"}\n' * 5_000,
     "calls in words": "I call: [weather(city=1) " * 5_000 + ")",
     "objects in words": 'Calling {"name": "weather", ' * 5_000 + "}",
+    "JSON data": '{"tool": "weather", "why": "x"}\n' * 5_000,
+    "fences of code": "```js\nweather()\n```\n" * 5_000,
+    "markup": "<weather><b>" * 5_000 + "</weather>" * 5_000,
     "tags of a tool": "<weather><city>" * 5_000 + ">",
     "Kimi": "<|tool_calls_section_begin|><|tool_call_begin|>" * 5_000,
     "fences": "```json\n" * 5_000 + JSON_CALL + "x```",

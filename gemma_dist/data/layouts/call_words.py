@@ -32,7 +32,7 @@ _CHILD = re.compile(r"<([\w.-]++)>")
 _JSON_START = re.compile(r"""[{\[](?=\s*+["{\[])""")
 _DECODER = json.JSONDecoder(strict=False, parse_int=float)  # int() refuses thousands of digits
 _MAX_STARTS = 1000  # of JSON: each error of the decoder counts the lines before it
-_MAX_ELEMENTS = 20  # of markup: each is read to the end of the text
+_MAX_ELEMENTS = 100  # of markup: each is read to the end of the text
 _NAME_KEYS = (
     *("name", "tool_name", "function_name", "tool", "function", "tool_call", "function_call", "action", "call"),
 )
@@ -160,9 +160,11 @@ def _calls(item: dict[str, Any], signatures: Signatures) -> bool:
 
 def _without_markup(text: str, signatures: Signatures) -> str:
     """The text with blanks for elements that have a tool's name, but children that are no parameters of it."""
-    element = re.compile(rf"<({any_of(signatures)})>(.*?)</\1>", re.DOTALL)
-    for found in islice(element.finditer(text), _MAX_ELEMENTS):
-        children = set(_CHILD.findall(found[2]))
+    opener = re.compile(rf"<({any_of(signatures)})>")
+    for found in islice(opener.finditer(text), _MAX_ELEMENTS):
+        start, inside = found.span()
+        end = text.find(f"</{found[1]}>", inside)  # -1: it is not closed, and has no children
+        children = set(_CHILD.findall(text, inside, max(inside, end)))
         if children and not children & signatures[found[1]].keys():
-            text = text[: found.start()] + _blanks(found[0]) + text[found.end() :]
+            text = text[:start] + _blanks(text[start:end]) + text[end:]
     return text
