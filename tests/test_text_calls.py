@@ -164,6 +164,8 @@ def test_a_call_of_a_declared_tool_behind_words_is_a_call(before: str, text: str
 
 LIKE_CALLS = {
     "code in a fence": "```js\nconst r = await weather('/api')\n```\nThis works.",
+    "code between tildes": "~~~js\nweather('/api')\n~~~\nThis works.",
+    "code in a list": "1. Write:\n   ```js\n   weather('/api')\n   ```\n2. Done.",
     "code alone": "```js\nweather('/api')\n```",
     "a definition": "Sure:\n```python\ndef weather(city):\n    return 20\n\nprint(weather('Rome'))\n```",
     "a definition alone": "```python\ndef weather(city):\n    return 20\n\nprint(weather('Rome'))\n```",

@@ -85,7 +85,7 @@ def find_bare(
         raise refusal(
             "another model",
             f"at {short(words[attempt.start() :].strip())} stands what looks like a call, and calls are read where "
-            "nothing follows them; words about a call stand in `backticks`",
+            "nothing follows them; words about a call stand in `backticks`, or in a fence with words behind it",
         )
     return written
 

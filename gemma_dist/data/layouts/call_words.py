@@ -22,7 +22,7 @@ from gemma_dist.data.strict import as_object, get
 _MARKED = re.compile(MARKED, FLAGS)
 _IN_BACKTICKS = re.compile(r"(?<!`)`(?!`)[^`\n]+`(?!`)")
 _FENCE = re.compile(
-    r"^[ \t]*+(`{3,}+)[ \t]*+([\w+#.-]*+)[^\n`]*+\n(.*?)(?:^[ \t]*+\1[ \t]*+$|\Z)", re.DOTALL | re.MULTILINE
+    r"^[ \t]*+(`{3,}+|~{3,}+)[ \t]*+([\w+#.-]*+)[^\n`]*+\n(.*?)(?:^[ \t]*+\1[ \t]*+$|\Z)", re.DOTALL | re.MULTILINE
 )
 _DATA_LANGUAGES = ("json", "jsonc", "json5", "jsonl", "xml", "tool_code", "tool_call", "tool_calls", "function_call")
 _CALL_LANGUAGES = ("", "py", "python", "python3", "text", "plaintext")
