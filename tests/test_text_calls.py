@@ -152,7 +152,6 @@ BEHIND_WORDS = {
     "It's {x}, so": f"It's {{x}}, so {json.dumps({'action': 'weather', 'action_input': ROME})}",
     "Let me.": "Let me.\n<weather>\n<city>Rome</city>\n<days>2</days>\n</weather>",
     "Hm.": f"Hm.\nAction: ```json\n[{JSON_CALL}]\n```",
-    "Well.": "Well.\n```python\nweather(city='Rome', days=2)\n```",
 }
 
 
@@ -161,6 +160,51 @@ def test_a_call_of_a_declared_tool_behind_words_is_a_call(before: str, text: str
     trajectory = parse(answer_row(text))
     assert calls_of(trajectory) == [("weather", ROME)]
     assert said(trajectory)[1:] == [("assistant", before)]
+
+
+LIKE_CALLS = {
+    "code in a fence": "```js\nconst r = await weather('/api')\n```\nThis works.",
+    "code between tildes": "~~~js\nweather('/api')\n~~~\nThis works.",
+    "code in a list": "1. Write:\n   ```js\n   weather('/api')\n   ```\n2. Done.",
+    "code alone": "```js\nweather('/api')\n```",
+    "a definition": "Sure:\n```python\ndef weather(city):\n    return 20\n\nprint(weather('Rome'))\n```",
+    "a definition alone": "```python\ndef weather(city):\n    return 20\n\nprint(weather('Rome'))\n```",
+    "an expression": "So:\n```python\ntotal = weather(values)\n```",
+    "Go": "```go\nfunc main() {\n    weather()\n}\n```",
+    "words behind": "```python\nweather(city='Rome')\n```\nThat tells you.",
+    "a route": '{"tool": "weather", "why": "x"}',
+    "a plan": 'My plan:\n```json\n[{"step": 1, "tool": "weather", "why": "x"}]\n```\nOk?',
+    "a span": 'It says {"type": "span", "name": "weather", "ms": 3}.',
+    "servers": '{"mcpServers": {"weather": {"command": "uvx"}}}',
+    "descriptions": '[{"name": "weather", "description": "Tells."}]',
+    "a traceback": 'Traceback:\n  File "main.py", line 3, in <module>\n    weather()\nValueError: x',
+    "its own tools": "I have:\nweather(city) - tells.\nweather(city: str, days: int = 2) -> str\nweather(): tells.",
+    "markup": "```xml\n<weather><cmd>ls</cmd></weather>\n```",
+    "markup alone": "<weather><tspan>hi</tspan></weather>",
+}
+
+
+@pytest.mark.parametrize("text", LIKE_CALLS.values(), ids=LIKE_CALLS)
+def test_code_and_data_with_the_name_of_a_tool_are_text(text: str) -> None:
+    trajectory = parse(answer_row(text))
+    assert said(trajectory)[1] == ("assistant", text)
+    assert calls_of(trajectory) == []
+    assert not trajectory.notes
+
+
+PYTHON_BEHIND_WORDS = "Well.\n```python\nweather(city='Rome', days=2)\n```"
+
+
+def test_python_in_a_fence_behind_words_is_a_call_where_a_result_follows() -> None:
+    row = answer_row(PYTHON_BEHIND_WORDS)
+    assert "it may be an example as well; an example has words behind it; write it under `tool_calls`" in refusal(row)
+    answer = {"role": "assistant", "content": "So."}
+    row["messages"][2:] = [{"role": "tool", "content": "20"}, answer]
+    assert calls_of(parse(row)) == [("weather", ROME)]
+    assert said(parse(row))[1] == ("assistant", "Well.")
+    row["messages"][2:] = [{"role": "user", "content": "Thanks."}, answer]
+    assert calls_of(parse(row)) == []
+    assert said(parse(row))[1] == ("assistant", PYTHON_BEHIND_WORDS)
 
 
 ATTEMPTS = [
@@ -178,6 +222,10 @@ ATTEMPTS = [
     "Sure.\nweather(city='Rome')\nThere.",
     "Use `weather`: [weather(city='Rome')].",
     "<weather><city>Rome</city>",
+    "<weather><city>Rome</city><town>Rome</town></weather>",
+    'Sure.\n```json\n{"name": "weather", "arguments": {"city": \n```',
+    "Sure.\n```\nI call\n{'name': 'weather', 'arguments': {'city': 'Rome'}}\n```",
+    "Sure.\n```python\nweather('Rome')\n```",
     "Action: weather\nThen Rome.",
 ]
 
@@ -360,6 +408,9 @@ HUGE = {
     "JSON lines": '{"name": "weather"}\n' * 5_000,
     "calls in words": "I call: [weather(city=1) " * 5_000 + ")",
     "objects in words": 'Calling {"name": "weather", ' * 5_000 + "}",
+    "JSON data": '{"tool": "weather", "why": "x"}\n' * 5_000,
+    "fences of code": "```js\nweather()\n```\n" * 5_000,
+    "markup": "<weather><b>" * 5_000 + "</weather>" * 5_000,
     "tags of a tool": "<weather><city>" * 5_000 + ">",
     "Kimi": "<|tool_calls_section_begin|><|tool_call_begin|>" * 5_000,
     "fences": "```json\n" * 5_000 + JSON_CALL + "x```",
@@ -375,8 +426,9 @@ def test_long_texts_take_no_time(text: str) -> None:
     assert time.perf_counter() - start < 5
 
 
-def test_a_mistake_that_is_not_trained_stays_as_it_is() -> None:
-    row = answer_row(f"<tool_call>{JSON_CALL}</tool_call> Done.", train=False)
+@pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}, {"exclude_from_loss": True}, {"no_train": 1}])
+def test_a_mistake_that_is_not_trained_stays_as_it_is(mark: dict[str, Any]) -> None:
+    row = answer_row(f"<tool_call>{JSON_CALL}</tool_call> Done.", **mark)
     row["messages"] += [{"role": "user", "content": "Again."}, {"role": "assistant", "content": "Yes."}]
     assert said(parse(row))[1] == ("assistant", f"<tool_call>{JSON_CALL}</tool_call> Done.")
 
@@ -608,6 +660,15 @@ def test_a_result_without_a_call_is_refused() -> None:
     assert "turn 3 (user): is a tool's result as text, but no call waits for one; write the call before it" in refusal(
         row
     )
+
+
+@pytest.mark.parametrize("log", ["<tool_result>20</tool_result>\nWhy?", "FUNCTION RESPONSE: 20\nWhy?"])
+def test_a_log_that_a_user_pastes_is_text(log: str) -> None:
+    trajectory = parse(
+        {"messages": [{"role": "user", "content": log}, answer_row("So.")["messages"][1]], "tools": TOOLS}
+    )
+    assert said(trajectory) == [("user", log), ("assistant", "So.")]
+    assert not trajectory.notes
 
 
 def test_glaive_as_published() -> None:

@@ -60,6 +60,7 @@ def _attempt(names: frozenset[str]) -> re.Pattern[str]:
     """What an attempt looks like where tools of these names are declared."""
     name = f"(?:{'|'.join(map(re.escape, sorted(names)))})"
     opener = r"""(?:print\(\s*+|(?:default_api|functions|tools?)\.|\[\s*+["']?+|await[ ])"""
+    parameter = r"""\w++(?::[ ]?+[\w.\[\]| ]++(?:[ ]?+=[ ]?+[\w.'"]++)?+)?+"""  # "x", "x: str", "x: str = 'a'"
     return re.compile(
         rf"""{MARKED}
     | ^[ \t]*+{TAG}(?=\w|[ \t]*+$)                                                  # not a word of a sentence
@@ -71,7 +72,8 @@ def _attempt(names: frozenset[str]) -> re.Pattern[str]:
     | (?:["']|[{{,]\s*+){name}\\*+["']?+\s*+:\s*+\{{                                  # a JSON key
     | (?: ^[ \t]*+(?:`{{3,}}+(?:\w++[ \t]++)?)?(?:Action:[ \t]*+|\w++[ \t]*+=[ \t]*+)?{opener}{{0,3}}
         | (?<![`\w.(]){opener}{{1,3}} ){name}\(                                        # Python, not behind a backtick
-        (?!\w*+(?:,[ ]?+\w++)*+\)[ \t]++[^\W\d])                                  # nor `f(x, y) tells`, which is words
+        (?!(?:{parameter}(?:,[ ]?+{parameter})*+)?+\)                                 # nor `f(x, y) tells`,
+            (?:[ \t]++[^\W\d]|[ \t]*+(?:->|[-–—:])))                              # `f(x: str) -> int`: words
     """,
         FLAGS,
     )

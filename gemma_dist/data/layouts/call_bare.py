@@ -13,14 +13,17 @@ from typing import Any
 
 from gemma_dist.data.foreign import find_attempt
 from gemma_dist.data.layouts.call_syntax import Signatures, any_of, read_calls
-from gemma_dist.data.layouts.system_text import find_listing
-from gemma_dist.data.strict import as_object, get, short
+from gemma_dist.data.layouts.call_words import (
+    ARGUMENTS_KEY,
+    find_attempt_beside_words,
+    is_schema,
+    without_declarations,
+)
+from gemma_dist.data.strict import short
 from gemma_dist.errors import DataError
 
 _CODE = re.compile(r"(`{3,}+)(?!\s*(?:tool_code|tool_calls?|function_calls?)\b).*?(?:\1|\Z)|`[^`\n]+`", re.DOTALL)
-_WORDS_IN_BACKTICKS = re.compile(r"(?<!`)`(?!`)[^`\n]+`(?!`)")
 _JSON_LINE = re.compile(r"^[ \t]*+(?=\[?\s*+\{)", re.MULTILINE)
-_ARGUMENTS_KEY = re.compile(r"""["'](?:arguments|parameters)["']\s*:""")
 _FENCE_OPENER = re.compile(r"`{3,}+(?:json|python|py|xml)?\s*")
 _ACTION = re.compile(r"^[ \t]*Action:\s*\Z", re.MULTILINE)  # Command R's word for the calls behind it
 _CLOSERS = {"{": "}", "[": "]", "<": ">"}
@@ -47,51 +50,51 @@ def without_code(text: str) -> str:
     return _CODE.sub(lambda code: " " * len(code[0]), text)
 
 
-def find_bare(thought: str, said: str, signatures: Signatures) -> WrittenCalls | None:
+def find_bare(
+    thought: str, said: str, signatures: Signatures, *, is_answered: bool, is_asked_on: bool
+) -> WrittenCalls | None:
     """Calls without a marker at the end of what a message says behind its thought; None where it attempts none.
+
+    Args:
+        is_answered: a tool's result follows.
+        is_asked_on: a user goes on, who waits for no call.
 
     Raises:
         DataError: calls are attempted that cannot be converted.
     """
-    others = _without_declarations(said)
+    others = without_declarations(said)
     if others != said and not find_attempt(others, signatures):
         return None
     written = _find_lines(thought, said, signatures)
-    words = _without_words(said if written is None else written.before)
-    if not signatures or not find_attempt(words, signatures):
+    words = said if written is None else written.before
+    if not find_attempt_beside_words(words, signatures):
         return written
-    if written is None:
+    if written is None and not is_answered and _ends_in_python(said, signatures):
+        if not is_asked_on:
+            raise refusal(
+                "Python",
+                "in a fence behind words, and without a result, it may be an example as well; an example has words "
+                "behind it",
+            )
+        words = _last_fence(said)[0]  # and an example behind it
+    elif written is None:
         written = _find_inline(thought, said, signatures)
-        words = _without_words(said if written is None else written.before)
-    attempt = find_attempt(words, signatures)
+        words = said if written is None else written.before
+    attempt = find_attempt_beside_words(words, signatures)
     if attempt:
         raise refusal(
             "another model",
             f"at {short(words[attempt.start() :].strip())} stands what looks like a call, and calls are read where "
-            "nothing follows them; words about a call stand in `backticks`",
+            "nothing follows them; words about a call stand in `backticks`, or in a fence with words behind it",
         )
     return written
 
 
-def _without_words(text: str) -> str:
-    """The text without words about calls: what stands in `backticks`, and declarations of tools."""
-    return _without_declarations(_WORDS_IN_BACKTICKS.sub(lambda code: " " * len(code[0]), text))
-
-
-def _without_declarations(text: str) -> str:
-    """The text without the JSON that declares tools."""
-    listing = find_listing(text) if '"parameters"' in text else None
-    if listing is None:
-        return text
-    functions = [get(tool, "function") or tool for tool in listing.tools]
-    if not all(_is_schema(get(function, "parameters")) for function in functions):
-        return text
-    return text[: listing.start] + text[listing.end :]
-
-
-def _is_schema(value: object) -> bool:
-    """Whether what stands under `parameters` or `arguments` is the schema of arguments, and not arguments."""
-    return get(value, "type") == "object" and "properties" in as_object(value)
+def _ends_in_python(said: str, signatures: Signatures) -> bool:
+    """Whether words end in a fence with Python calls: "Then call it:\\n```python\\nf(a=1)\\n```"."""
+    before, inside = _last_fence(said)
+    is_python = not inside.startswith(("{", "[", "<")) and not _ACTION.search(before)
+    return bool(before.strip() and is_python and _try_read(inside, signatures))
 
 
 def _find_lines(thought: str, said: str, signatures: Signatures) -> WrittenCalls | None:
@@ -155,13 +158,22 @@ def _try_read(text: str, signatures: Signatures) -> list[dict[str, Any]]:
         calls = read_calls(text, signatures)
     except DataError:
         return []
-    return calls if all(_is_call(call, signatures) for call in calls) else []
+    are_calls = all(_is_call(call, signatures) for call in calls)
+    if text.startswith("<"):  # else it is other markup
+        are_calls = are_calls and all(_has_parameters_alone(call, signatures) for call in calls)
+    return calls if are_calls else []
+
+
+def _has_parameters_alone(call: dict[str, Any], signatures: Signatures) -> bool:
+    """Whether each argument of a call is a parameter of its tool."""
+    function = call["function"]
+    return function["arguments"].keys() <= signatures.get(function["name"], {}).keys()
 
 
 def _names_call(text: str, names: str) -> bool:
     """Whether JSON, broken or not, holds the name of a tool and a key for its arguments."""
     names_tool = re.search(rf"""["']name["']\s*:\s*["'](?:{names})["']""", text)
-    return bool(names_tool and _ARGUMENTS_KEY.search(text))
+    return bool(names_tool and ARGUMENTS_KEY.search(text))
 
 
 def _is_python_alone(said: str, signatures: Signatures) -> bool:
@@ -177,5 +189,5 @@ def _is_call(call: dict[str, Any], signatures: Signatures) -> bool:
     function = call["function"]
     if not isinstance(function, dict) or function.keys() != {"name", "arguments"}:
         return False
-    declares = _is_schema(function["arguments"])
+    declares = is_schema(function["arguments"])
     return not declares and (not signatures or function["name"] in signatures)

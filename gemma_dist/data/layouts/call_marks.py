@@ -10,6 +10,7 @@ from typing import Any
 from gemma_dist.data.call_markers import FLAGS, MARKED
 from gemma_dist.data.layouts.call_bare import WrittenCalls, find_bare, refusal, without_code
 from gemma_dist.data.layouts.call_syntax import BLANKS, Signatures, TextBesideCalls, read_calls, skip
+from gemma_dist.data.layouts.call_words import is_code
 from gemma_dist.data.literals import parse_calls, parse_literal
 from gemma_dist.data.strict import short
 from gemma_dist.errors import DataError
@@ -87,13 +88,16 @@ _MARKED = re.compile(MARKED, FLAGS)
 _GEMMA_CALL = re.compile(r"<\|tool_call>")
 
 
-def find_calls(text: str, signatures: Signatures, *, is_answered: bool, is_last: bool) -> WrittenCalls | None:
+def find_calls(
+    text: str, signatures: Signatures, *, is_answered: bool, is_asked_on: bool, is_last: bool
+) -> WrittenCalls | None:
     """The calls at the end of a message's text; None where it attempts none.
 
     Args:
         signatures: the declared tools. Without them a marker is an attempt only in front of a result, or in the last
             message with nothing around the calls.
         is_answered: a tool's result follows.
+        is_asked_on: a user goes on, who waits for no call.
         is_last: nothing follows.
 
     Raises:
@@ -104,11 +108,13 @@ def find_calls(text: str, signatures: Signatures, *, is_answered: bool, is_last:
     said = _without_end(text[first:])
     is_expected = bool(signatures) or is_answered
     fence = _WHOLE_FENCE.fullmatch(said)
-    if fence and is_expected and not _CALL_FENCE.match(said):
+    if fence and is_expected and not _CALL_FENCE.match(said) and not is_code(said, signatures):
         said = fence[1]
     marker = _MARKED.search(without_code(said))
     if marker is None:
-        return find_bare(text[:first], said, signatures) if is_expected else None
+        if not is_expected:
+            return None
+        return find_bare(text[:first], said, signatures, is_answered=is_answered, is_asked_on=is_asked_on)
     start = marker.start()
     if _GEMMA_CALL.match(said, start):
         return None  # the check of control tokens refuses it

@@ -19,7 +19,7 @@ from gemma_dist.data.layouts.call_syntax import Signatures, signatures_of
 from gemma_dist.data.layouts.system_text import find_listing, without_instructions, without_listing
 from gemma_dist.data.layouts.text_results import TextResult, holds_result, match_results, read_results
 from gemma_dist.data.layouts.turns import NumberedMessages, OpenAIRow, first_filled, turn_name
-from gemma_dist.data.marks import ON_MESSAGE
+from gemma_dist.data.marks import is_trained
 from gemma_dist.data.strict import as_list, as_object, error_context, get, short, without
 from gemma_dist.data.tool_forms import to_openai_tools
 from gemma_dist.data.types import RawRow
@@ -141,7 +141,10 @@ def _convert_messages(messages: NumberedMessages, signatures: Signatures) -> tup
         converted += _answers(results, waiting)
         results, waiting = [], []
         is_users_result = get(message, "role") == "user" and holds_result(message)
-        if signatures and is_users_result:
+        is_behind_answer = (
+            bool(converted) and get(converted[-1][1], "role") == "assistant"
+        )  # else a log that was pasted
+        if signatures and is_users_result and is_behind_answer:
             place = turn_name(number, "user")
             raise DataError(f"{place}: is a tool's result as text, but no call waits for one; write the call before it")
         written = _written_calls(number, message, follower, signatures)
@@ -166,12 +169,17 @@ def _written_calls(number: int, message: object, follower: object, signatures: S
         return None
     is_structured = bool(first_filled(message, "tool_calls", "function_call"))
     is_answered = holds_result(follower) and not is_structured
-    is_trained = not any(get(message, key) in (False, 0) for key in ON_MESSAGE)
     with error_context(turn_name(number, "assistant")):
         try:
-            written = find_calls(text, signatures, is_answered=is_answered, is_last=follower is None)
+            written = find_calls(
+                text,
+                signatures,
+                is_answered=is_answered,
+                is_asked_on=get(follower, "role") == "user" and not is_answered and not is_structured,
+                is_last=follower is None,
+            )
         except DataError:
-            if is_trained:
+            if isinstance(message, dict) and is_trained(message):
                 raise
             return None
         if written and is_structured:
