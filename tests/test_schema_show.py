@@ -353,6 +353,7 @@ def test_simplified_schemas_take_the_same_arguments_and_are_shown_whole(
     for given_arguments in arguments:
         try:
             fits = find_misfit(given_arguments, parameters) is None
-        except DataError:  # such a schema leads to itself, without end
+            fits_simple = find_misfit(given_arguments, simple["parameters"]) is None
+        except DataError:  # such a schema leads to itself, without end, unless a keyword before that ends it
             continue
-        assert (find_misfit(given_arguments, simple["parameters"]) is None) == fits
+        assert fits_simple == fits
