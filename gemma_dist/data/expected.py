@@ -32,12 +32,16 @@ NO_CALL_EXPECTED = "(any answer without a call)"
 
 
 def is_test_case(row: RawRow, converted: OpenAIRow) -> bool:
-    """Whether the row says which call it expects in place of an assistant's last message."""
+    """Whether the row says which call it expects in place of an assistant's last message.
+
+    A null expects no call, unless the row calls tools itself: then it is a whole trajectory, and the null is Arrow's.
+    """
     key = _expecting_key(row)
     if not converted.messages or key is None:
         return False
     roles = [get(message, "role") for _, message in converted.messages]
-    is_said = not is_null(row[key]) or "assistant" not in roles
+    calls_tools = any(get(message, "tool_calls") for _, message in converted.messages)
+    is_said = not is_null(row[key]) or not calls_tools
     return is_said and roles[-1] in ("user", "tool", "function")
 
 
