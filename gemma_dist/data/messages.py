@@ -11,7 +11,7 @@ from gemma_dist.data.content import ParsedContent, parse_content, says_something
 from gemma_dist.data.reasoning import read_reasoning, split_think_tags
 from gemma_dist.data.results import KEYS as RESULT_KEYS
 from gemma_dist.data.results import result_content
-from gemma_dist.data.strict import short
+from gemma_dist.data.strict import get_string, short
 from gemma_dist.data.types import Clean, Message, RawRow
 from gemma_dist.errors import DataError
 
@@ -177,16 +177,8 @@ def _is_like_ours(name: str, value: object) -> bool:
 
 def _tool_name(answer: RawRow) -> str:
     """The name that a tool's message gives, "" where it gives none. DataError where it gives two."""
-    given = {key: _string(answer, key) for key in _TOOL_NAME_KEYS}
+    given = {key: get_string(answer, key) for key in _TOOL_NAME_KEYS}
     said = {key: name for key, name in given.items() if name}
     if len(set(said.values())) > 1:
         raise DataError(f"{' and '.join(said)} name two tools; keep `name`")
     return next(iter(said.values()), "")
-
-
-def _string(raw: RawRow, key: str) -> str:
-    """A string of a message; "" where there is none."""
-    value = raw.get(key)
-    if value is not None and not isinstance(value, str):
-        raise DataError(f"`{key}` is {short(value)}; write it as a string")
-    return value or ""
