@@ -219,7 +219,7 @@ class Encoder:
             raise DataError(f"an image of (height, width) in {sizes} cannot be cut into patches: {error}") from error
 
     def pixels(self, images: list[bytes]) -> "dict[str, torch.Tensor]":
-        """Images as the vision tower takes them: `pixel_values` (N, P, 768) and `image_position_ids` (N, P, 2),
+        """Images as the model takes them: `pixel_values` (N, P, values of a patch) and `image_position_ids` (N, P, 2),
         P the patches of the largest budget (position -1 where there is none). At least one image is needed."""
         decoded = [decode_image(data) for data in images]
         batch = self.processor.image_processor(images=decoded, return_tensors="pt")
@@ -338,7 +338,7 @@ def load_encoder(model: str, settings: EncodingConfig, *, adapter: Path | None =
             than the model's embeddings have rows.
         ConfigError: the template is neither a shipped name nor a file.
     """
-    from transformers import AutoProcessor, Gemma4Processor
+    from transformers import AutoProcessor, Gemma4Processor, Gemma4UnifiedProcessor
 
     folder = str(adapter) if adapter and (adapter / "processor_config.json").is_file() else model
     refuse_custom_code(folder)
@@ -349,7 +349,7 @@ def load_encoder(model: str, settings: EncodingConfig, *, adapter: Path | None =
         if not Path(folder).exists():
             raise CheckpointError(f"{folder!r} is neither a folder nor a model that the hub gives: {error}") from error
         raise CheckpointError(f"no processor can be loaded from {folder!r}: {error}") from error
-    if not isinstance(processor, Gemma4Processor):
+    if not isinstance(processor, Gemma4Processor | Gemma4UnifiedProcessor):
         raise CheckpointError(f"{folder!r} holds a {type(processor).__name__}, not a Gemma 4 processor")
     require_embeddings(processor.tokenizer, rows, tokenizer_of=folder, model=model)
     if settings.chat_template is not None:
