@@ -1,12 +1,14 @@
-"""How a Gemma 4 takes images. 12B (`gemma4_unified`) has no vision tower and differs from its sisters in three ways,
+"""How a Gemma 4 takes images. 12B (`gemma4_unified`) has no vision tower and differs from its sisters in four ways,
 which are asked here alone:
 
 - its image processor joins 3 x 3 patches to one of 48 x 48 pixels before the model sees them, so that a patch is a
   soft token (`Patches`);
 - transformers gives it another image mask than the family has (`use_image_rule`);
-- bitsandbytes must leave the projection of its pixels alone (`kept_whole`).
+- bitsandbytes must leave the projection of its pixels alone (`kept_whole`);
+- the files have other names for that part than transformers' modules, and so than an adapter (`name_in_model`).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +73,16 @@ def kept_whole(model_type: str) -> list[str] | None:
     bfloat16, where any image ends in an error. It takes 0.07 GiB.
     """
     return ["lm_head", "model.embed_vision", "model.embed_audio"] if model_type == UNIFIED else None
+
+
+def name_in_model(tensor: str, model_type: str) -> str:
+    """The name in transformers' model of a tensor in Google's files: of 12B's `vision_embedder`, another one."""
+    if model_type != UNIFIED:
+        return tensor
+    tensor = re.sub(
+        r"\bembed_vision\.embedding_projection", "embed_vision.multimodal_embedder.embedding_projection", tensor
+    )
+    return re.sub(r"\bvision_embedder\.", "embed_vision.", tensor)
 
 
 def use_image_rule(model: Any) -> None:
