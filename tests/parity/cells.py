@@ -25,7 +25,7 @@ TUNINGS = {  # recipe in launch/, and overrides
     "experts": ("cpu_lora", ["lora.target_parameters=[experts.gate_up_proj, experts.down_proj]"]),  # 26b alone has some
 }
 FOR_ALL_STYLES = ("full", "lora", "dora", "qlora")
-STYLES = ("e4b", "31b", "26b", "12b")
+STYLES = ("e4b", "31b", "26b", "12b", "e2b")
 DATA = ("text", "images", "some", "empty")  # images in none, all, some rows; "empty": a rank's batch is all quarantined
 OPTIMIZERS = ("adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "adafactor", "sgd")
 # Plain SFTTrainer; and the same with `model.accepts_loss_kwargs = True`: transformers' Gemma 4 has it False, and
@@ -122,11 +122,12 @@ def file_name(launch: str) -> str:
 
 
 def all_cells() -> list[Cell]:
-    """Every launch x tuning x style x data (with four processes: only data with images in some rows), the options
-    dealt so that each meets each of the others; bfloat16; the other optimizers; and every launch resumed in itself
-    and in another."""
+    """Every launch x tuning x style x data (with four processes, and for e2b, which is much like e4b: only data with
+    images in some rows), the options dealt so that each meets each of the others; bfloat16; the other optimizers; and
+    every launch resumed in itself and in another."""
     cells = []
-    kinds = [*product(LAUNCHES, FOR_ALL_STYLES, STYLES, DATA), *product(LAUNCHES, ["experts"], ["26b"], DATA)]
+    kinds = [*product(LAUNCHES, FOR_ALL_STYLES, STYLES[:-1], DATA), *product(LAUNCHES, ["experts"], ["26b"], DATA)]
+    kinds += product(UP_TO_TWO, FOR_ALL_STYLES, ["e2b"], ["some"])
     for i, (launch, tuning, style, data) in enumerate(kinds):
         packing, checkpointing, accumulation = OPTIONS[(i + i // len(OPTIONS)) % len(OPTIONS)]
         if data == "some" or launch in UP_TO_TWO:
@@ -148,7 +149,7 @@ def all_cells() -> list[Cell]:
 def pruned_cells() -> list[Cell]:
     """Every launch with two of the tunings; style and data (four pairs, so that cells share references) and options
     rotate. Four processes once for each launch of them."""
-    kinds = (("e4b", "some", True), ("31b", "images", False), ("26b", "empty", False), ("e4b", "text", False))
+    kinds = (("e4b", "some", True), ("31b", "images", False), ("26b", "empty", False), ("e2b", "text", False))
     cells = []
     for i, (launch, tuning) in enumerate(product(UP_TO_TWO, FOR_ALL_STYLES)):
         if (i + i // 4) % 2:
