@@ -27,32 +27,24 @@ def config_without(config: Any, towers: Collection[Tower]) -> Any:
 
 def modules_of(towers: Collection[Tower]) -> list[str]:
     """Regular expressions for the names of the weights of `towers`, with the projectors behind them."""
-    return [rf"{tower}_tower\.|embed_{tower}\." for tower in towers]
+    return [rf"{tower}_(tower|embedder)\.|embed_{tower}\." for tower in towers]
 
 
 def whole_modules(config: Any) -> list[str]:
-    """Paths of the modules that transformers would leave in 16 bits if it quantized the whole model of `config`.
+    """Paths of the modules that transformers leaves in 16 bits where it quantizes the whole model of `config`.
 
-    It spares the last module of a model, whichever that is: without a tower it would be another one, and the base under
-    an adapter would depend on what a run left out.
+    It spares the head, and the last module of a model, whichever that is: without a tower it would be another one, and
+    the base under an adapter would depend on what a run left out.
     """
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    return sorted(get_keys_to_not_convert(_without_weights(config)))
+    last = "vision" if config.audio_config is None else "audio"
+    return ["lm_head", "model.language_model.embed_tokens", f"model.embed_{last}.embedding_projection"]
 
 
 def linear_layers(config: Any) -> set[str]:
     """Paths of all linear layers of the whole model of `config`, which are what can be in 4 bits."""
-    from torch.nn import Linear
-
-    modules = _without_weights(config).named_modules()
-    return {name for name, module in modules if type(module) is Linear}
-
-
-def _without_weights(config: Any) -> Any:
-    """The whole model of `config`."""
     import torch
-    from transformers import AutoModelForImageTextToText
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+        model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config)
+    return {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}

@@ -167,9 +167,9 @@ class Bench:
             for launch in LAUNCHES:
                 due = [cell for cell in runs if cell.launch == launch and waits(cell) == waiting]
                 if due:
-                    self._launch(launch, sorted(due, key=lambda cell: bool(cell.resumed_from)))
+                    self.train(launch, sorted(due, key=lambda cell: bool(cell.resumed_from)))
 
-    def _launch(self, launch: str, cells: list[Cell]) -> None:
+    def train(self, launch: str, cells: list[Cell]) -> None:
         """Train all `cells` of a launch in one set of processes; after a failure, the rest in a new one. Those that an
         earlier command finished in the same folder stay."""
         tasks = {cell.name: self.task(cell) for cell in cells if not (self.of(cell) / RESULT).exists()}
