@@ -142,6 +142,7 @@ def _plan(base: BaseModel, adapter: Adapter, quantization: Quantization | None) 
         adapter.settings,
         tied_embeddings=base.tied_embeddings,
         quantized_modules=quantization["modules"] if quantization else (),
+        quantized_parameters=quantization.get("parameters", ()) if quantization else (),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gemma_dist.config import RunConfig
-from gemma_dist.model.load import add_adapter, attention_of_parts, freeze_audio, read_config
+from gemma_dist.model.load import add_adapter, attention_of_parts, freeze_audio, place_of_experts, read_config
 from gemma_dist.model.record import four_bit_config, quantization_of
 
 # What of the model a parameter belongs to, by the first fragment of its name that fits.
@@ -92,14 +92,18 @@ def _without_weights(config: RunConfig) -> Any:
     from transformers import AutoModelForImageTextToText
     from transformers.quantizers import AutoHfQuantizer
 
+    from gemma_dist.model.experts import loading_experts
+
     settings = read_config(config.model.model_name_or_path)
+    experts = place_of_experts(settings, config.model, config.quantization)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(
             settings, attn_implementation=attention_of_parts(config.model), trust_remote_code=False
         )
         if config.quantization is not None:
             wanted = four_bit_config(quantization_of(config.quantization))
-            AutoHfQuantizer.from_config(wanted, pre_quantized=False).preprocess_model(model, device_map=None)
+            with loading_experts(experts):
+                AutoHfQuantizer.from_config(wanted, pre_quantized=False).preprocess_model(model, device_map=None)
     freeze_audio(model)
     return model
 
@@ -109,9 +113,9 @@ def _loaded_bytes(model: Any, config: RunConfig) -> dict[torch.nn.Parameter, flo
     in_4_bits: set[torch.nn.Parameter] = set()
     scale = 0.0
     if config.quantization is not None:
-        from bitsandbytes.nn import Linear4bit
+        from bitsandbytes.nn import Params4bit
 
-        in_4_bits = {module.weight for module in model.modules() if isinstance(module, Linear4bit)}
+        in_4_bits = {parameter for parameter in model.parameters() if isinstance(parameter, Params4bit)}
         # 64 weights share a scale of 4 bytes; quantized too, it takes 1 byte and a share of 4 bytes for 256 of them.
         scale = (1 + 4 / 256) / 64 if config.quantization.bnb_4bit_use_double_quant else 4 / 64
     num_bytes: dict[torch.nn.Parameter, float] = {}
