@@ -31,13 +31,14 @@ class PartSize:
     num_parameters: int = 0
     num_trained: int = 0  # of these
     num_bytes: float = 0.0  # that the base's weights take once loaded
+    on_host: bool = False  # they are in host memory, not on the device
 
 
 def describe_training(config: RunConfig) -> list[str]:
     """What trains and what the weights take, in lines for the terminal.
 
     GiB are those of the base as it is loaded, on each rank, or at ZeRO-3 on all ranks together. The adapter,
-    gradients, optimizer and activations come on top.
+    gradients, optimizer and activations come on top; of experts on the host, two layers on the device.
 
     Raises:
         CheckpointError: there is no Gemma 4 at model.model_name_or_path.
@@ -46,7 +47,7 @@ def describe_training(config: RunConfig) -> list[str]:
     sizes = size_by_part(config)
     num_trained = sum(size.num_trained for size in sizes.values())
     num_parameters = sum(size.num_parameters for size in sizes.values())
-    num_bytes = sum(size.num_bytes for size in sizes.values())
+    num_bytes = sum(size.num_bytes for size in sizes.values() if not size.on_host)
     lines = [
         f"trains {num_trained:,} of {num_parameters:,} parameters ({num_trained / num_parameters:.2%}): tuning "
         f"{config.tuning}; the loaded weights take {num_bytes / 2**30:.2f} GiB"
@@ -54,6 +55,7 @@ def describe_training(config: RunConfig) -> list[str]:
     for part, size in sizes.items():
         lines.append(
             f"    {part:<15} {size.num_trained:>15,} of {size.num_parameters:>15,} {size.num_bytes / 2**30:>8.2f} GiB"
+            + " in host memory" * size.on_host
         )
     return lines
 
@@ -71,7 +73,9 @@ def size_by_part(config: RunConfig) -> dict[str, PartSize]:
             model = add_adapter(model, config.lora, zero3=False)
     sizes: dict[str, PartSize] = defaultdict(PartSize)
     for name, parameter in model.named_parameters():
-        size = sizes[_part(name.removeprefix("base_model.model."))]
+        part = _part(name.removeprefix("base_model.model."))
+        size = sizes[part]
+        size.on_host = part == "experts" and config.model.experts == "host"
         size.num_parameters += parameter.numel()
         if parameter.requires_grad:
             size.num_trained += parameter.numel()
