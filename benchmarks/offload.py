@@ -4,8 +4,8 @@
 
 Trains a random Gemma 4 of the 26B-A4B style in NF4, forward and backward with checkpointing, in turns with its 4-bit
 experts on the device and on the host, and prints the median time of a step and the ratio. The losses must be equal to
-the last bit. On a GPU copies run beside what is computed; on a CPU a copy is from memory to memory and nothing overlaps,
-so the ratio says what the copies themselves cost there, and nothing of PCI Express.
+the last bit. On a GPU copies run beside what is computed; on a CPU a copy is from memory to memory and nothing
+overlaps, so the ratio says what the copies themselves cost there, and nothing of PCI Express.
 """
 
 import argparse
@@ -14,14 +14,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-NUM_TOKENS = 1024
-EXPERTS = {"hidden_size": 512, "num_hidden_layers": 8}
+NUM_TOKENS = 512
 STACKS = {"num_experts": 32, "top_k_experts": 4, "moe_intermediate_size": 256}
 
 
@@ -33,18 +33,18 @@ def experts(num_steps: int) -> None:
     from gemma_dist.model import load, tiny
 
     text_config = tiny._text_config
-    tiny._text_config = lambda *words: text_config(*words) | STACKS  # type: ignore[assignment]
+    tiny._text_config = lambda *words: text_config(*words) | STACKS
     steps: dict[str, Callable[[], float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        tiny.write_tiny_model(model, style="26b", dtype="bfloat16", **EXPERTS)
+        tiny.write_tiny_model(model, style="26b", dtype="bfloat16", hidden_size=512, num_hidden_layers=8)
         for where in ("gpu", "host"):
             settings = ModelConfig(model_name_or_path=str(model), dtype="bfloat16", experts=where)
             loaded = load.load_model(settings, QuantizationConfig(bnb_4bit_compute_dtype="bfloat16"), packing=False)
             torch.manual_seed(0)
             adapted = load.add_adapter(loaded, LoraConfig(), zero3=False).train()
             adapted.activation_checkpointing_enable({"use_reentrant": False})
-            steps[where] = lambda adapted=adapted: _step(adapted)
+            steps[where] = partial(_step, adapted)
     times, losses = _in_turns(steps, num_steps)
     assert losses["gpu"] == losses["host"], losses
     device = load.device()
