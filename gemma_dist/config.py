@@ -49,8 +49,7 @@ class ModelConfig(Section):
         description="Attention kernel; FlashAttention-2 ends at head dimension 256, Gemma 4's global layers have 512.",
     )
     experts: Literal["gpu", "host"] = Field(
-        "gpu",
-        description="Where 4-bit experts (26B-A4B) lie; host: in its memory, copied by layer, ahead of use.",
+        "gpu", description="Where 4-bit experts (26B-A4B) lie; host: there, each layer copied ahead of its use."
     )
     ple: Literal["auto", "host", "gpu"] = Field(
         "auto",

@@ -23,6 +23,10 @@ from gemma_dist.model import load
 from gemma_dist.model.experts import FourBitExperts, quantize_stack
 from gemma_dist.model.host_experts import HostExperts
 from gemma_dist.model.record import four_bit_modules, four_bit_stacks
+from gemma_dist.recipe import load_config
+from gemma_dist.resolve import resolve
+from gemma_dist.topology import Topology
+from tests.support.corpus import row, shard_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -249,3 +253,25 @@ def test_experts_on_the_host_are_for_models_that_have_some(model: str) -> None:
     settings = ModelConfig(model_name_or_path=model, dtype="float32", experts="host")
     with pytest.raises(ConfigError, match=r"model.experts: host, but .* has no experts, .*: remove it"):
         load.load_model(settings, QuantizationConfig(bnb_4bit_compute_dtype="float32"), packing=False)
+
+
+@pytest.mark.parametrize(
+    ("style", "setting", "named"), [("e4b", "true", False), ("26b", "true", True), ("26b", "false", False)]
+)
+def test_runs_of_earlier_versions_resume_where_experts_are_as_they_were(
+    tiny_model: Callable[..., Path], style: str, setting: str, named: bool, tmp_path: Path
+) -> None:
+    """Their identity has no word of experts, which then stayed whole."""
+    shard_rows(tmp_path, str(tiny_model(style)), [row(number) for number in range(4)])
+    overrides = [f"model_name_or_path={tiny_model(style)}", f"data.train={tmp_path}/shards", f"output_dir={tmp_path}"]
+    config = load_config(ROOT / "launch/cpu_qlora.yaml", [*overrides, f"quantize_moe_experts={setting}"])
+    identity = resolve(config, Topology("", 1)).identity
+    assert identity.four_bit is not None
+    assert ("quantize_moe_experts" in identity.four_bit) == named
+
+
+def test_experts_on_the_host_are_4_bit_ones() -> None:
+    words = ["model_name_or_path=x", "data.train=x", "output_dir=x", "model.experts=host"]
+    for recipe, more in (("cpu_lora", []), ("cpu_qlora", ["quantize_moe_experts=false"])):
+        with pytest.raises(ConfigError, match=r"model.experts: host, which is for experts in 4 bits; .* or remove it"):
+            load_config(ROOT / f"launch/{recipe}.yaml", [*words, *more])
