@@ -17,7 +17,7 @@ MODULES = {
 # of one floor never import one another: train, evaluate and merge meet on disk.
 FLOORS = [
     {"errors"},
-    {"aliases", "files", "gemma_format"},
+    {"aliases", "family", "files", "gemma_format"},
     {"config", "world"},
     {"batch_plan", "logs"},
     {"topology"},
@@ -29,6 +29,7 @@ FLOORS = [
     {"stream"},
     {"resolve"},
     {"train", "evaluate", "merge", "show"},
+    {"plan"},
     {"cli"},
     {"__main__"},
 ]
