@@ -7,45 +7,81 @@ from typing import Any
 
 VOCABULARY = 262_144  # tokens; the same for all of them
 
-# fmt: off
 _TEXT: dict[str, dict[str, Any]] = {
-    "E2B": dict(
-        hidden_size=1536, intermediate_size=6144, num_hidden_layers=35, num_attention_heads=8, num_key_value_heads=1,
-        sliding_window=512, num_kv_shared_layers=20, use_double_wide_mlp=True, hidden_size_per_layer_input=256,
-    ),
-    "E4B": dict(
-        hidden_size=2560, intermediate_size=10240, num_hidden_layers=42, num_attention_heads=8, num_key_value_heads=2,
-        sliding_window=512, num_kv_shared_layers=18, hidden_size_per_layer_input=256,
-    ),
-    "12B": dict(
-        hidden_size=3840, intermediate_size=15360, num_hidden_layers=48, num_attention_heads=16, num_key_value_heads=8,
-        num_global_key_value_heads=1, sliding_window=1024, attention_k_eq_v=True,
-    ),
-    "26B-A4B": dict(
-        hidden_size=2816, intermediate_size=2112, num_hidden_layers=30, num_attention_heads=16, num_key_value_heads=8,
-        num_global_key_value_heads=2, sliding_window=1024, attention_k_eq_v=True, enable_moe_block=True,
-        num_experts=128, top_k_experts=8, moe_intermediate_size=704,
-    ),
-    "31B": dict(
-        hidden_size=5376, intermediate_size=21504, num_hidden_layers=60, num_attention_heads=32, num_key_value_heads=16,
-        num_global_key_value_heads=4, sliding_window=1024, attention_k_eq_v=True,
-    ),
+    "E2B": {
+        "hidden_size": 1536,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 35,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "sliding_window": 512,
+        "num_kv_shared_layers": 20,
+        "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 256,
+    },
+    "E4B": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 42,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "sliding_window": 512,
+        "num_kv_shared_layers": 18,
+        "hidden_size_per_layer_input": 256,
+    },
+    "12B": {
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_global_key_value_heads": 1,
+        "sliding_window": 1024,
+        "attention_k_eq_v": True,
+    },
+    "26B-A4B": {
+        "hidden_size": 2816,
+        "intermediate_size": 2112,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_global_key_value_heads": 2,
+        "sliding_window": 1024,
+        "attention_k_eq_v": True,
+        "enable_moe_block": True,
+        "num_experts": 128,
+        "top_k_experts": 8,
+        "moe_intermediate_size": 704,
+    },
+    "31B": {
+        "hidden_size": 5376,
+        "intermediate_size": 21504,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "num_global_key_value_heads": 4,
+        "sliding_window": 1024,
+        "attention_k_eq_v": True,
+    },
 }
-_SMALL_VISION = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=16, head_dim=64)
-_LARGE_VISION = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, head_dim=72)
-_MERGED_PATCHES = dict(mm_embed_dim=3840, mm_posemb_size=1120, output_proj_dims=3840)  # instead of a tower
-_AUDIO = dict(
-    hidden_size=1024, num_hidden_layers=12, num_attention_heads=8, subsampling_conv_channels=[128, 32],
-    conv_kernel_size=5, output_proj_dims=1536,
-)
+_SMALL_VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 16, "head_dim": 64}
+_LARGE_VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "head_dim": 72}
+_MERGED_PATCHES = {"mm_embed_dim": 3840, "mm_posemb_size": 1120, "output_proj_dims": 3840}  # instead of a tower
+_AUDIO = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "subsampling_conv_channels": [128, 32],
+    "conv_kernel_size": 5,
+    "output_proj_dims": 1536,
+}
 _OTHER_PARTS: dict[str, dict[str, Any]] = {
-    "E2B": dict(vision_config=_SMALL_VISION, audio_config=_AUDIO),
-    "E4B": dict(vision_config=_SMALL_VISION, audio_config=_AUDIO),
-    "12B": dict(vision_config=_MERGED_PATCHES, audio_config=dict(audio_embed_dim=640)),
-    "26B-A4B": dict(vision_config=_LARGE_VISION, audio_config=None),
-    "31B": dict(vision_config=_LARGE_VISION, audio_config=None),
+    "E2B": {"vision_config": _SMALL_VISION, "audio_config": _AUDIO},
+    "E4B": {"vision_config": _SMALL_VISION, "audio_config": _AUDIO},
+    "12B": {"vision_config": _MERGED_PATCHES, "audio_config": {"audio_embed_dim": 640}},
+    "26B-A4B": {"vision_config": _LARGE_VISION, "audio_config": None},
+    "31B": {"vision_config": _LARGE_VISION, "audio_config": None},
 }
-# fmt: on
 SIZES = tuple(_TEXT)
 
 

@@ -319,6 +319,7 @@ def vectors(geometry: Geometry) -> dict[str, int]:
         sizes["vision tower"] += vision.layers * (4 * vision.hidden + 2 * vision.head_dim)
     if (audio := geometry.audio) is not None and not geometry.is_unified:
         (first, second), each = audio.channels, audio.hidden
-        layer = 9 * each + audio.head_dim + audio.kernel * each
-        sizes["audio tower"] = 9 * first + first + 9 * first * second + second + audio.layers * layer + audio.output
+        of_layer = 9 * each + audio.head_dim + audio.kernel * each
+        convolutions = 9 * first + first + 9 * first * second + second
+        sizes["audio tower"] = convolutions + audio.layers * of_layer + audio.output
     return sizes
