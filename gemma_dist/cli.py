@@ -285,7 +285,8 @@ def batches(
 @cli.command(context_settings=UNKNOWN_TO_OVERRIDES)
 @recipe_arguments
 @quarantine_option
-def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None) -> None:
+@click.option("--calibrate", is_flag=True, help="Keep what this GPU takes beside the tensors, for later plans.")
+def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None, calibrate: bool) -> None:
     """Train as the recipe CONFIG says.
 
     Alone, or on many processes under `accelerate launch --config_file ... -m gemma_dist train CONFIG`. KEY=VALUE
@@ -297,10 +298,11 @@ def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None) -> 
         overrides = (*overrides, f"data.quarantine={quarantine}")
     settings = load_config(config, overrides)  # before torch is loaded: a typo should cost a second
     from gemma_dist.logs import say_idle_gpus
+    from gemma_dist.plan.watch import PlanWatch
     from gemma_dist.train import run
 
     say_idle_gpus(["train", config, *overrides])
-    run.train(settings)
+    run.train(settings, watch=PlanWatch(calibrate=calibrate))
 
 
 @cli.command(cls=SettingsCommand, section=lambda config: config.EvaluateConfig)

@@ -2,14 +2,17 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gemma_dist.config import RunConfig
 from gemma_dist.errors import ConfigError, DataError
 from gemma_dist.plan.activations import MicroBatch
-from gemma_dist.resolve import Run, resolve
 from gemma_dist.topology import Topology
+
+if TYPE_CHECKING:
+    from gemma_dist.resolve import Run
 
 ASSUMED_TOKENS, TOKENS_PER_IMAGE = 4096, 280
 MOST_PACKS = 4096  # that are looked at for the one with the most images
@@ -45,10 +48,24 @@ def workload(
     Raises:
         ConfigError: the batch does not divide among the ranks, or packing does not fit the corpus.
     """
+    from gemma_dist.resolve import resolve
+
     try:
-        run = resolve(config, topology)
+        run: Run | None = resolve(config, topology)
     except (DataError, OSError):  # no shards yet: the plan comes before them
         run = None
+    return workload_of(config, run, num_tokens=num_tokens, num_images=num_images, tokens_per_image=tokens_per_image)
+
+
+def workload_of(
+    config: RunConfig,
+    run: "Run | None",
+    *,
+    num_tokens: int | None = None,
+    num_images: int | None = None,
+    tokens_per_image: int | None = None,
+) -> Workload:
+    """As `workload`, of a run that is resolved, or of a recipe without shards."""
     sequences = config.train.per_device_train_batch_size
     length, origin = _length(config, run)
     tokens = num_tokens or sequences * length
@@ -78,7 +95,7 @@ def workload(
     return Workload(batch, has_images, origin, run.num_steps, run.schedule.steps_per_epoch, of_all)
 
 
-def _length(config: RunConfig, run: Run | None) -> tuple[int, str]:
+def _length(config: RunConfig, run: "Run | None") -> tuple[int, str]:
     """Tokens of the longest sequence, and where that comes from."""
     if config.train.packing and config.train.packing_length:
         return config.train.packing_length, "train.packing_length"
@@ -88,7 +105,7 @@ def _length(config: RunConfig, run: Run | None) -> tuple[int, str]:
     return ASSUMED_TOKENS, f"{ASSUMED_TOKENS:,} tokens assumed: neither packing_length nor shards say more"
 
 
-def _images(run: Run) -> tuple[int, int, bool]:
+def _images(run: "Run") -> tuple[int, int, bool]:
     """The most images of a micro-batch, the most tokens of one, and whether there are any at all."""
     shards, plan = run.schedule.shards, run.plan
     images = np.asarray(shards.num_images)
