@@ -10,8 +10,8 @@ up to its own, what it keeps while it is computed again, and what its gradients 
 from dataclasses import dataclass
 
 from gemma_dist.config import RunConfig
-from gemma_dist.plan.geometry import PATCHES_A_TOKEN, Geometry, Layer, stacks
-from gemma_dist.plan.weights import BYTES, Placement, num_adapted
+from gemma_dist.plan.geometry import PATCHES_A_TOKEN, Geometry, Layer
+from gemma_dist.plan.weights import BYTES, Placement, adapted_by_layer
 
 NORM = 4  # bytes of a value inside an RMSNorm, which computes in float32
 # Bytes for each of T x H that the backward pass of a norm takes at most: the gradient that arrives, its copies in
@@ -51,6 +51,7 @@ class Activations:
         self.stream = BYTES[config.model.dtype]  # bytes of a value between layers
         self.compute = 2 if config.train.bf16 else 4  # bytes of a value inside them
         self.trains_all = config.tuning == "full"
+        self.adapted = adapted_by_layer(geometry, config)  # weights of each layer's adapter
         self.hidden_values = batch.num_tokens * geometry.hidden
 
     def moments(self) -> list[Moment]:
@@ -112,8 +113,8 @@ class Activations:
             inputs += self.hidden_values * self.stream
         mlp = 4 * tokens * layer.mlp * self.compute
         per_layer = 3 * tokens * geometry.per_layer * self.compute
-        casts = self.compute * num_adapted(geometry, self.config, number) if self.compute < 4 else 0
-        return norms + inputs + self._kept_by_attention(layer) + mlp + per_layer + self._kept_by_experts(number) + casts
+        casts = self.compute * self.adapted[number] if self.compute < 4 else 0
+        return norms + inputs + self._kept_by_attention(layer) + mlp + per_layer + self._kept_by_experts() + casts
 
     def _kept_by_attention(self, layer: Layer) -> int:
         """Queries, keys, values and the output: before and after their norms and rotations."""
@@ -140,15 +141,14 @@ class Activations:
             kept += tokens * length * self.geometry.heads * (NORM + 2 * self.compute)
         return kept
 
-    def _kept_by_experts(self, number: int) -> int:
+    def _kept_by_experts(self) -> int:
         """What the experts keep of their tokens (`grouped_mm`), and their weights while they are dequantized."""
         geometry, chosen = self.geometry, self.batch.num_tokens * self.geometry.experts_a_token
         if not geometry.experts:
             return 0
         kept = chosen * (geometry.hidden + 3 * geometry.expert_mlp) * self.compute
         if self.place.experts_in_4_bits:
-            here = f".layers.{number}."
-            kept += sum(stack.numel for stack in stacks(geometry) if here in stack.path) * self.compute
+            kept += 3 * geometry.experts * geometry.expert_mlp * geometry.hidden * self.compute
         return kept
 
     def _backward_of(self, number: int) -> int:

@@ -9,6 +9,7 @@ from gemma_dist.plan.geometry import TEXT, Geometry, Linear, embeddings, linears
 
 BYTES = {"float32": 4, "bfloat16": 2}
 QUANTIZED, OTHER, EXPERTS = "quantized weights", "other weights", "experts"
+_LAYER = re.compile(r"model\.language_model\.layers\.(\d+)\.")
 FOUR_BIT_BLOCK, SCALES_BLOCK = 64, 256  # weights that share a scale, and scales that share one
 
 
@@ -88,10 +89,13 @@ def num_trained(geometry: Geometry, config: RunConfig) -> int:
     return num_parameters(geometry) - audio - vectors(geometry).get("audio tower", 0)
 
 
-def num_adapted(geometry: Geometry, config: RunConfig, layer: int) -> int:
-    """Weights of the adapter on the linear layers of one layer of the language model."""
-    here = f"model.language_model.layers.{layer}."
-    return sum(_adapter(linear, config) for linear in linears(geometry) if linear.path.startswith(here))
+def adapted_by_layer(geometry: Geometry, config: RunConfig) -> list[int]:
+    """Weights of the adapter on the linear layers of each layer of the language model."""
+    adapted = [0] * len(geometry.layers)
+    for linear in linears(geometry):
+        if found := _LAYER.match(linear.path):
+            adapted[int(found[1])] += _adapter(linear, config)
+    return adapted
 
 
 def _adapter(linear: Linear, config: RunConfig) -> int:
