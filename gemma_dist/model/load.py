@@ -14,6 +14,7 @@ from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.model.folder import read_json_object, refuse_custom_code
 from gemma_dist.model.record import four_bit_config, quantization_of, read_record
+from gemma_dist.model.vision import kept_whole, use_image_rule
 from gemma_dist.model.zero3 import loading_partitions, partition_model, partitioning, settings_for_evaluation
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -45,7 +46,8 @@ def load_model(settings: ModelConfig, quantization: QuantizationConfig | None, *
     if quantization is not None:
         from transformers.integrations import is_deepspeed_zero3_enabled
 
-        arguments["quantization_config"] = four_bit_config(quantization_of(quantization))
+        whole = kept_whole(read_config(settings.model_name_or_path).model_type)
+        arguments["quantization_config"] = four_bit_config(quantization_of(quantization), skip_modules=whole)
         if not is_deepspeed_zero3_enabled():  # which places the weights itself
             arguments["device_map"] = {"": device()}
     model = _from_pretrained(settings.model_name_or_path, **arguments)
@@ -55,6 +57,8 @@ def load_model(settings: ModelConfig, quantization: QuantizationConfig | None, *
         from gemma_dist.model.attention import use_packed_attention
 
         use_packed_attention(model)
+    else:
+        use_image_rule(model)
     return model
 
 
@@ -67,12 +71,14 @@ def load_for_evaluation(model: str, adapter: Path | None) -> Any:
         CheckpointError: the model or the adapter is missing or does not fit.
     """
     arguments: dict[str, Any] = {"dtype": "auto"}
-    dtype = read_config(model).dtype
+    config = read_config(model)
+    dtype = config.dtype
     if adapter is not None:
         _require_adapter(adapter)
         record = read_record(adapter)
         if record is not None and (quantization := record.get("quantization")):
-            arguments["quantization_config"] = four_bit_config(quantization)
+            whole = kept_whole(config.model_type)
+            arguments["quantization_config"] = four_bit_config(quantization, skip_modules=whole)
             arguments["dtype"] = dtype = getattr(torch, quantization["weights_dtype"])
     zero3 = settings_for_evaluation(dtype)
     if zero3 is None:
@@ -80,6 +86,7 @@ def load_for_evaluation(model: str, adapter: Path | None) -> Any:
     with partitioning(zero3):
         loaded = _from_pretrained(model, **arguments)
     keep_four_bit_exact(loaded)
+    use_image_rule(loaded)
     if adapter is not None:
         from peft import PeftModel
 

@@ -10,12 +10,15 @@ import torch
 from gemma_dist.config import RunConfig
 from gemma_dist.model.load import add_adapter, attention_of_parts, freeze_audio, read_config
 from gemma_dist.model.record import four_bit_config, quantization_of
+from gemma_dist.model.vision import kept_whole
 
 # What of the model a parameter belongs to, by the first fragment of its name that fits.
 MODEL_PARTS = {
     ".experts.": "experts",
     "model.vision_tower.": "vision tower",
     "model.audio_tower.": "audio tower",
+    "model.embed_vision.patch_": "vision embedder",
+    "model.embed_vision.pos_": "vision embedder",
     "model.embed_vision.": "projectors",
     "model.embed_audio.": "projectors",
     "model.language_model.embed_tokens": "embeddings",
@@ -98,7 +101,8 @@ def _without_weights(config: RunConfig) -> Any:
             settings, attn_implementation=attention_of_parts(config.model), trust_remote_code=False
         )
         if config.quantization is not None:
-            wanted = four_bit_config(quantization_of(config.quantization))
+            whole = kept_whole(settings.model_type)
+            wanted = four_bit_config(quantization_of(config.quantization), skip_modules=whole)
             AutoHfQuantizer.from_config(wanted, pre_quantized=False).preprocess_model(model, device_map=None)
     freeze_audio(model)
     return model

@@ -1,4 +1,4 @@
-"""Encoded trajectories -> the tensors of one micro-batch, as `Gemma4ForConditionalGeneration.forward` takes them.
+"""Encoded trajectories -> the tensors of one micro-batch, as a Gemma 4's `forward` takes them.
 
 A row is a sample, or a pack of several, and is padded on the right. A micro-batch without an image gets a filler, so
 that every rank runs the vision tower in every forward pass: at ZeRO-3 the ranks' collectives would not match otherwise,
@@ -14,9 +14,7 @@ from torch.nn.functional import pad
 
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded
 from gemma_dist.data.types import Processor
-
-POOLING = 3  # Gemma 4 pools 3 x 3 patches into one soft token, so 9 patches are the smallest image
-PATCH_VALUES = 3 * 16 * 16  # colors x pixels of one patch
+from gemma_dist.model.vision import Patches, patches_of_processor
 
 
 @dataclass(frozen=True)
@@ -30,19 +28,21 @@ class Sample:
 
 @dataclass(frozen=True)
 class ControlIds:
-    """The token ids that the collator itself writes."""
+    """The token ids that the collator itself writes, and the patches of the image that it fills in."""
 
     pad: int
     begin_image: int
     image: int
     end_image: int
+    patches: Patches
 
 
 def control_ids(processor: Processor) -> ControlIds:
-    """The ids of a `Gemma4Processor`'s padding and image tokens."""
+    """The ids of a processor's padding and image tokens, and its patches."""
     tokenizer = processor.tokenizer
     begin_image, end_image = tokenizer.convert_tokens_to_ids([processor.boi_token, processor.eoi_token])
-    return ControlIds(tokenizer.pad_token_id, begin_image, processor.image_token_id, end_image)
+    patches = patches_of_processor(processor)
+    return ControlIds(tokenizer.pad_token_id, begin_image, processor.image_token_id, end_image, patches)
 
 
 def collate(samples: list[Sample], ids: ControlIds) -> dict[str, torch.Tensor]:
@@ -50,8 +50,9 @@ def collate(samples: list[Sample], ids: ControlIds) -> dict[str, torch.Tensor]:
 
     Returns:
         `input_ids`, `labels`, `attention_mask`, `mm_token_type_ids` (B, T) int64, T the longest row; `pixel_values`
-        (N, P, 768) float32 and `image_position_ids` (N, P, 2) int64, P the most patches of an image, where missing
-        patches are 0 with position -1, as Gemma 4's image processor pads. The images stand in the order of the rows.
+        (N, P, values of a patch) float32 and `image_position_ids` (N, P, 2) int64, P the most patches of an image,
+        where missing patches are 0 with position -1, as Gemma 4's image processors pad. The images stand in the order
+        of the rows.
     """
     batch = _collate([[sample] for sample in samples], ids)
     del batch["position_ids"]  # counted from the left: what the model does by itself
@@ -86,7 +87,7 @@ def _collate(packs: list[list[Sample]], ids: ControlIds) -> dict[str, torch.Tens
     if not images:
         shortest = min(rows, key=lambda row: len(row["input_ids"]))
         _append(shortest, [ids.begin_image, ids.image, ids.end_image], [IGNORE_INDEX] * 3, [0, 1, 0])
-        images = [_filler_pixels()]
+        images = [ids.patches.image(1, 1)]
     length = max(len(row["input_ids"]) for row in rows)
     for row in rows:
         missing = length - len(row["input_ids"])
@@ -117,9 +118,3 @@ def _append(
     row["attention_mask"] += [attended] * len(input_ids)
     row["position_ids"] += range(len(input_ids))
     row["mm_token_type_ids"] += mm_token_type_ids
-
-
-def _filler_pixels() -> dict[str, torch.Tensor]:
-    """One black image of 3 x 3 patches, which the vision tower pools into one soft token; positions are (x, y)."""
-    positions = torch.cartesian_prod(torch.arange(POOLING), torch.arange(POOLING)).flip(-1)
-    return {"pixel_values": torch.zeros(1, POOLING**2, PATCH_VALUES), "image_position_ids": positions[None]}

@@ -59,6 +59,8 @@ def train(
     require_output_dir(config)
     run = resolve(config, topology)
     encoder = load_encoder(config.model.model_name_or_path, config.data)
+    if world.rank() == 0 and (note := encoder.lost_opening()):
+        log.warning(note)
     checkpoint, start_step = find_checkpoint(output_dir, config.train.resume_from_checkpoint, run.identity)
     if checkpoint and (changed := changed_settings(checkpoint, config)):
         log.info("resuming from %s with other settings: %s", checkpoint, "; ".join(changed))

@@ -204,7 +204,7 @@ class Bench:
         return done.stdout + done.stderr
 
 
-def four_bits(compute_dtype: "torch.dtype") -> "BitsAndBytesConfig":
+def four_bits(compute_dtype: "torch.dtype", style: str = "e4b") -> "BitsAndBytesConfig":
     """NF4 as the recipe of QLoRA has it, written out as a user of plain transformers would."""
     from transformers import BitsAndBytesConfig
 
@@ -213,4 +213,6 @@ def four_bits(compute_dtype: "torch.dtype") -> "BitsAndBytesConfig":
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
+        # What it would not leave whole by itself: the projection of 12B's pixels.
+        llm_int8_skip_modules=["lm_head", "model.embed_vision", "model.embed_audio"] if style == "12b" else None,
     )
