@@ -119,10 +119,10 @@ def test_deepspeed_files_leave_to_the_recipe_what_is_its_own(path):
 SHAPES = ROOT / "tests" / "shapes"
 PUBLISHED = {"e2b": 5.1e9, "e4b": 8.0e9, "12b": 11_959_730_176, "26b": 25.2e9 + 0.55e9, "31b": 30.7e9 + 0.55e9}
 # Peaks of a step with text in GiB, simulated on the real modules with torch's FakeTensor (within 1 % of the peaks that
-# small models were measured at); those of the 31B above 4,096 tokens continue its line from 2,048 to 4,096.
+# small models were measured at), without per-layer embeddings; those of the 31B above 4,096 tokens continue its line from 2,048 to 4,096.
 SIMULATED = {
-    "e2b_qlora_16gb": [8.28],
-    "e4b_qlora_16gb": [11.29],
+    "e2b_qlora_16gb": [3.91],
+    "e4b_qlora_16gb": [6.04],
     "26b_qlora": [46.7],
     "31b_qlora_80gb": [21.01, 23.67, *(23.67 + (tokens - 4096) * (23.67 - 21.01) / 2048 for tokens in (8192, 16384))],
 }
@@ -222,14 +222,19 @@ def audio(model: Any) -> list[Any]:
     return [parameter for name, parameter in model.named_parameters() if "audio" in name]
 
 
+def per_layer(model: Any) -> list[Any]:
+    return [parameter for name, parameter in model.named_parameters() if "embed_tokens_per_layer" in name]
+
+
 def memory(path: Path, config: RunConfig) -> dict[str, float]:
     """Bytes that the comments of a recipe may speak of."""
     model = true_model(path.stem.partition("_")[0])
     everything = count(model.parameters())
-    four_bit = count(four_bit_weights(model)) if config.quantization else 0
+    left_out = {*audio(model), *per_layer(model)} if config.lora else set()  # of the GPU
+    four_bit = count(set(four_bit_weights(model)) - left_out) if config.quantization else 0
     # NF4 with double quantization: half a byte, and for 64 weights a scale of a byte, for 256 of these another of four.
     in_4_bits = four_bit * (0.5 + (1 + 4 / 256) / 64)
-    base = in_4_bits + 2 * (everything - four_bit)
+    base = in_4_bits + 2 * (everything - count(left_out) - four_bit)
     experts = [p for name, p in model.named_parameters() if ".experts." in name]
     largest = max(p.numel() for p in model.parameters())
     trained = adapter_parameters(model, config.lora.r) if config.lora else everything - count(audio(model))
@@ -240,7 +245,9 @@ def memory(path: Path, config: RunConfig) -> dict[str, float]:
         "in 16 bits": 2 * everything,
         "in 4 bits": in_4_bits,
         "what is in 4 bits, in 16": 2 * four_bit,
-        "embeddings": 2 * count(p for name, p in model.named_parameters() if ".embed_tokens" in name),
+        "token embedding": 2 * count(p for name, p in model.named_parameters() if ".embed_tokens." in name),
+        "per-layer embeddings": 2 * count(per_layer(model)),
+        "in 16 bits, as loaded": 2 * (everything - count(left_out)),
         "experts": 2 * count(experts),
         "experts of a layer": 2 * count(experts) / model.config.text_config.num_hidden_layers,
         "largest": 2 * largest,

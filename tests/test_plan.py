@@ -14,6 +14,7 @@ from gemma_dist.__main__ import main
 from gemma_dist.errors import ConfigError
 from gemma_dist.family import SIZES, hub_name, known_config
 from gemma_dist.model.shapes import size_by_part
+from gemma_dist.model.towers import unneeded_towers
 from gemma_dist.plan import table
 from gemma_dist.plan.activations import MicroBatch
 from gemma_dist.plan.estimate import ACTIVATIONS, GRADIENTS, LOADING, OPTIMIZER, Estimate, estimate_memory
@@ -82,26 +83,45 @@ def true_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("recipe", GPU_RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "e2b_qlora_16gb",
+        "e4b_full_zero3_offload",
+        "e4b_qlora_16gb",
+        "12b_qlora_16gb",
+        "26b_lora_zero3",
+        "31b_qlora_80gb",
+    ],
+)
 def test_weights_are_counted_as_the_real_modules_have_them(true_models, recipe):
     """Every part of the model together: the towers that a run leaves out are those that it does not count."""
     size = recipe.partition("_")[0]
     config = load_config(RECIPES[recipe], [f"model_name_or_path={true_models / size}"])
     geometry = read_geometry(config.model.model_name_or_path)
     place = dataclasses.replace(placement(config, has_images=True), audio=True)
-    real = size_by_part(config).values()
+    real = size_by_part(config, ()).values()
     adapter = num_trained(geometry, config) if config.lora else 0
     assert num_parameters(geometry) + adapter == sum(part.num_parameters for part in real)
     assert num_trained(geometry, config) == sum(part.num_trained for part in real)
     counted = sum(loaded_weights(geometry, config, place).values())
-    assert counted == pytest.approx(sum(part.num_bytes for part in real), rel=1e-6)
+    assert counted == pytest.approx(sum(part.num_bytes + part.host_bytes for part in real), rel=1e-6)
 
 
 def test_a_tiny_model_is_counted_from_its_saved_config(model):
     config = load_config(RECIPES["cpu_lora"], [f"model_name_or_path={model}", "data.train=nowhere"])
     geometry = read_geometry(model)
-    real = size_by_part(config).values()
+    real = size_by_part(config, ()).values()
     assert num_parameters(geometry) + num_trained(geometry, config) == sum(part.num_parameters for part in real)
+
+
+@pytest.mark.parametrize("has_images", [True, False])
+@pytest.mark.parametrize("recipe", ["e4b_qlora_16gb", "e4b_full_zero3_offload"])
+def test_the_towers_that_are_counted_are_those_that_are_loaded(recipe, has_images):
+    config = load_config(RECIPES[recipe])
+    place = placement(config, has_images=has_images)
+    left_out = [name for name in ("audio", "vision") if not getattr(place, name)]
+    assert left_out == list(unneeded_towers(frozen=config.tuning != "full", has_images=has_images))
 
 
 # ---- a step ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ which are asked here alone:
 - its image processor joins 3 x 3 patches to one of 48 x 48 pixels before the model sees them, so that a patch is a
   soft token (`Patches`);
 - transformers gives it another image mask than the family has (`use_image_rule`);
-- bitsandbytes must leave the projection of its pixels alone (`kept_whole`).
+- bitsandbytes must leave the projection of its pixels alone (`towers.whole_modules`).
 """
 
 from collections.abc import Mapping
@@ -62,15 +62,6 @@ def _patches(patch_size: int, pooling: int, joined: bool) -> Patches:
     if joined:
         return Patches(3 * (pooling * patch_size) ** 2, 1)
     return Patches(3 * patch_size**2, pooling)
-
-
-def kept_whole(model_type: str) -> list[str] | None:
-    """Modules that stay whole in a base of 4 bits; None: those that transformers leaves whole by itself.
-
-    Of 12B that would be all but the projection of its pixels, which then computes in float32 beside a model in
-    bfloat16, where any image ends in an error. It takes 0.07 GiB.
-    """
-    return ["lm_head", "model.embed_vision", "model.embed_audio"] if model_type == UNIFIED else None
 
 
 def use_image_rule(model: Any) -> None:

@@ -18,6 +18,7 @@ NORM = 4  # bytes of a value inside an RMSNorm, which computes in float32
 # float32, and the sums and products of them, beside the layer's own output.
 NORM_BACKWARD = 26
 EXPERTS_BACKWARD = 7  # values (in the compute dtype) of tokens x experts x H, mostly float32, while their sum is undone
+EMBEDDING_COPIES = 3  # of the hidden states, beside the first layer's input: as the simulator finds them
 LOSS_TOKENS, LOSS_VOCABULARY = 4096, 32_768  # a tile of logits in TRL's fused head (`chunked_logprob.py`)
 WIDEST_WITHOUT_REPEAT = 256  # head_dim above which transformers repeats keys and values for all heads
 FULL_LOGITS_COPIES = (1, 3)  # of the model's own loss at its worst moment: in bfloat16, and in float32
@@ -80,11 +81,9 @@ class Activations:
     def _batch_and_embeddings(self) -> int:
         """The batch, its embeddings, per-layer inputs, rotary tables, shared keys and values, masks."""
         geometry, tokens = self.geometry, self.batch.num_tokens
-        embeddings = self.hidden_values * self.stream  # beside the first layer's input, which has the images in it
+        embeddings = EMBEDDING_COPIES * self.hidden_values * self.stream
         per_layer = tokens * len(geometry.layers) * geometry.per_layer
         inputs = per_layer * (self.stream + NORM * (2 if self.trains_all else 1))
-        if self.place.ple == "host":
-            inputs += per_layer * self.stream  # the rows that came with the batch
         head_dims = {layer.is_full: layer.head_dim for layer in geometry.layers}
         rotary = sum(2 * tokens * head_dim * self.stream for head_dim in head_dims.values())
         shared = 0
@@ -92,7 +91,8 @@ class Activations:
             last = {layer.is_full: layer for layer in geometry.layers if not layer.shares_kv}
             shared = sum(2 * tokens * layer.kv_heads * layer.head_dim * self.compute for layer in last.values())
         vision = self._vision_inputs() if self.trains_all else 0
-        return embeddings + inputs + rotary + shared + self._masks() + self._pixels() + vision
+        pixels = self._pixels() if self.trains_all else 0  # else they are gone when the backward pass begins
+        return embeddings + inputs + rotary + shared + self._masks() + pixels + vision
 
     def _masks(self) -> int:
         """One of booleans for each kind of layer, where sequences are not packed."""

@@ -52,7 +52,7 @@ def changes(config: RunConfig, topology: Topology, place: Placement, *, given_to
 def _of_model(config: RunConfig, place: Placement) -> Iterator[Change]:
     """How the base is held."""
     fields = type(config.model).model_fields
-    if place.ple == "gpu" and "ple" in fields:
+    if place.ple == "gpu":
         yield _setting("model.ple=host")
     if config.tuning == "lora":
         yield _setting("tuning=qlora", note="the base in 4 bits")

@@ -26,17 +26,13 @@ class Placement:
 
 def placement(config: RunConfig, *, has_images: bool) -> Placement:
     """What `train` does with a recipe whose rows have images, or none."""
-    model, frozen = config.model, config.tuning != "full"
-    ple = getattr(model, "ple", "gpu")
-    if ple == "auto":
-        ple = "host" if frozen else "gpu"
-    leaves_towers_out = frozen and hasattr(model, "ple")
+    frozen = config.tuning != "full"
     return Placement(
-        ple=ple,
-        experts=getattr(model, "experts", "gpu"),
+        ple="host" if config.ple_on_host else "gpu",
+        experts=getattr(config.model, "experts", "gpu"),
         experts_in_4_bits=bool(getattr(config.quantization, "quantize_moe_experts", False)),
-        audio=not leaves_towers_out,
-        vision=has_images or not leaves_towers_out,
+        audio=not frozen,
+        vision=has_images or not frozen,
     )
 
 

@@ -2,7 +2,7 @@
 
 A row is a sample, or a pack of several, and is padded on the right. A micro-batch without an image gets a filler, so
 that every rank runs the vision tower in every forward pass: at ZeRO-3 the ranks' collectives would not match otherwise,
-and DDP would wait for gradients that never come. The filler is trained on nothing and nothing can see it: it stands
+and DDP would wait for gradients that never come. (Where the tower was left out, there is none to run.) The filler is trained on nothing and nothing can see it: it stands
 behind the last token of a row, where causal attention never looks, and bidirectional image attention joins only tokens
 of one image.
 """
@@ -15,6 +15,8 @@ from torch.nn.functional import pad
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded
 from gemma_dist.data.types import Processor
 from gemma_dist.model.vision import Patches, patches_of_processor
+
+SHORTEST = 2  # tokens: a loss is scored on the token before
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,11 @@ def control_ids(processor: Processor) -> ControlIds:
     return ControlIds(tokenizer.pad_token_id, begin_image, processor.image_token_id, end_image, patches)
 
 
-def collate(samples: list[Sample], ids: ControlIds) -> dict[str, torch.Tensor]:
+def collate(samples: list[Sample], ids: ControlIds, *, filler: bool = True) -> dict[str, torch.Tensor]:
     """One micro-batch of B samples with N images; an empty one becomes a single row that holds the filler alone.
+
+    Args:
+        filler: False for a model without a vision tower; an empty micro-batch is then a row of padding.
 
     Returns:
         `input_ids`, `labels`, `attention_mask`, `mm_token_type_ids` (B, T) int64, T the longest row; `pixel_values`
@@ -54,12 +59,12 @@ def collate(samples: list[Sample], ids: ControlIds) -> dict[str, torch.Tensor]:
         where missing patches are 0 with position -1, as Gemma 4's image processors pad. The images stand in the order
         of the rows.
     """
-    batch = _collate([[sample] for sample in samples], ids)
+    batch = _collate([[sample] for sample in samples], ids, filler)
     del batch["position_ids"]  # counted from the left: what the model does by itself
     return batch
 
 
-def collate_packs(packs: list[list[Sample]], ids: ControlIds) -> dict[str, torch.Tensor]:
+def collate_packs(packs: list[list[Sample]], ids: ControlIds, *, filler: bool = True) -> dict[str, torch.Tensor]:
     """One micro-batch of B packs, each a row of documents, for a model that attends within documents.
 
     The filler and a row's padding are documents too, trained on nothing; an empty pack is a row of just those.
@@ -68,12 +73,12 @@ def collate_packs(packs: list[list[Sample]], ids: ControlIds) -> dict[str, torch
         As `collate`, the images in the order of rows and documents, with `position_ids` (B, T) int64, which start at 0
         in each document, in the place of `attention_mask`.
     """
-    batch = _collate(packs, ids)
+    batch = _collate(packs, ids, filler)
     del batch["attention_mask"]
     return batch
 
 
-def _collate(packs: list[list[Sample]], ids: ControlIds) -> dict[str, torch.Tensor]:
+def _collate(packs: list[list[Sample]], ids: ControlIds, filler: bool) -> dict[str, torch.Tensor]:
     """All tensors that `collate` and `collate_packs` return, a row for each pack (one empty row if there are none)."""
     rows = []
     for pack in packs or [[]]:
@@ -84,15 +89,19 @@ def _collate(packs: list[list[Sample]], ids: ControlIds) -> dict[str, torch.Tens
             _append(row, sample.encoded.input_ids, sample.encoded.labels, sample.encoded.mm_token_type_ids)
         rows.append(row)
     images = [sample.pixels for pack in packs for sample in pack if sample.encoded.num_images]
-    if not images:
+    if not images and filler:
         shortest = min(rows, key=lambda row: len(row["input_ids"]))
         _append(shortest, [ids.begin_image, ids.image, ids.end_image], [IGNORE_INDEX] * 3, [0, 1, 0])
         images = [ids.patches.image(1, 1)]
+    elif not any(row["input_ids"] for row in rows):
+        _append(rows[0], [ids.pad] * SHORTEST, [IGNORE_INDEX] * SHORTEST, [0] * SHORTEST)
     length = max(len(row["input_ids"]) for row in rows)
     for row in rows:
         missing = length - len(row["input_ids"])
         _append(row, [ids.pad] * missing, [IGNORE_INDEX] * missing, [0] * missing, attended=0)
     batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    if not images:
+        return batch
     most_patches = max(part["pixel_values"].shape[1] for part in images)
     for name, value in (("pixel_values", 0), ("image_position_ids", -1)):
         padded = []

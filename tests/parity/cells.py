@@ -62,6 +62,7 @@ class Cell:
     accumulation: int = 1
     dtype: str = "float32"
     optim: str = "adamw_torch"
+    ple: str = "auto"  # where per-layer embeddings are: beside an adapter on the host, in references on the GPU
     resumed_from: str = ""  # the launch whose checkpoint of step 2 it resumes from
     is_reference: bool = False
     peer: str = ""  # one of PEERS: trained by plain TRL instead
@@ -80,6 +81,8 @@ class Cell:
             words.append("bfloat16")
         if self.optim != "adamw_torch":
             words.append(self.optim)
+        if self.ple != "auto":
+            words.append(f"ple-{self.ple}")
         if self.resumed_from:
             words.append(f"resumed-{self.resumed_from}")
         if self.peer:

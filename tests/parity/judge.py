@@ -116,7 +116,7 @@ def _reloaded(bench: Bench, cell: Cell) -> float:
     if cell.tuning != "full":
         model = PeftModel.from_pretrained(model, str(out))
     with torch.no_grad():
-        logits = model.eval()(**load_file(bench.probe(cell.style))).logits.float()
+        logits = model.eval()(**load_file(bench.probe_of(cell))).logits.float()
     return _relative(logits, load_file(bench.of(cell) / "logits.safetensors")["logits"])
 
 
