@@ -34,14 +34,17 @@ WORLD_SIZES = {  # the numbers of ranks that each recipe's comments promise
     "cpu_lora": [1, 2, 4],
     "cpu_qlora": [1, 2],
     "e2b_qlora_16gb": [1, 4],
+    "e4b_qlora_8gb": [1],
     "e4b_qlora_16gb": [1, 4],
     "e4b_lora_zero2": [4, 8],
     "e4b_full_zero3_offload": [1, 4, 8],
+    "12b_qlora_12gb": [1],
     "12b_qlora_16gb": [1, 4],
     "12b_lora_zero2": [4, 8],
     "26b_lora_zero3": [4, 8, 16],
     "26b_qlora": [1, 8],
     "31b_lora_zero3": [8, 16],
+    "31b_qlora_48gb": [1],
     "31b_qlora_80gb": [1, 8],
 }
 GPU_RECIPES = [path for path in RECIPES if not path.stem.startswith("cpu_")]

@@ -142,14 +142,11 @@ class Activations:
         return kept
 
     def _kept_by_experts(self) -> int:
-        """What the experts keep of their tokens (`grouped_mm`), and their weights while they are dequantized."""
+        """What the experts keep of their tokens (`grouped_mm`); weights in 4 bits are not among it."""
         geometry, chosen = self.geometry, self.batch.num_tokens * self.geometry.experts_a_token
         if not geometry.experts:
             return 0
-        kept = chosen * (geometry.hidden + 3 * geometry.expert_mlp) * self.compute
-        if self.place.experts_in_4_bits:
-            kept += 3 * geometry.experts * geometry.expert_mlp * geometry.hidden * self.compute
-        return kept
+        return chosen * (geometry.hidden + 3 * geometry.expert_mlp) * self.compute
 
     def _backward_of(self, number: int) -> int:
         """The most that the gradients of a layer take beside what it keeps."""
@@ -161,6 +158,10 @@ class Activations:
         if geometry.experts:
             chosen = self.batch.num_tokens * geometry.experts_a_token
             gradients.append(EXPERTS_BACKWARD * chosen * geometry.hidden * self.compute)
+            if self.place.experts_in_4_bits:  # one stack is made full again at a time, the larger one has two matrices
+                stack = 2 * geometry.experts * geometry.expert_mlp * geometry.hidden
+                rows = chosen * (geometry.hidden + 2 * geometry.expert_mlp)
+                gradients.append(stream + (stack + rows) * self.compute)
         return max(gradients)
 
     # ---- loss and images ----
