@@ -1,4 +1,4 @@
-"""The command line, in the order of use: make a model, shard, look, check, train, evaluate, merge.
+"""The command line, in the order of use: make a model, shard, look, check, plan, train, evaluate, merge.
 
 A command reads its options and calls one function of another module. Nothing heavy is imported before a command runs,
 not even the settings, which need pydantic: so `--help` answers at once.

@@ -51,7 +51,6 @@ def changes(config: RunConfig, topology: Topology, place: Placement, *, given_to
 
 def _of_model(config: RunConfig, place: Placement) -> Iterator[Change]:
     """How the base is held."""
-    fields = type(config.model).model_fields
     if place.ple == "gpu":
         yield _setting("model.ple=host")
     if config.tuning == "lora":
@@ -62,11 +61,11 @@ def _of_model(config: RunConfig, place: Placement) -> Iterator[Change]:
             "tuning=qlora learning_rate=2e-4", ("tuning=qlora", "learning_rate=2e-4"), note="on a base in 4 bits"
         )
     if config.quantization is not None:
-        if not place.experts_in_4_bits and "quantize_moe_experts" in type(config.quantization).model_fields:
+        if not place.experts_in_4_bits:
             yield _setting("quantization.quantize_moe_experts=true")
         if not config.quantization.bnb_4bit_use_double_quant:
             yield _setting("quantization.bnb_4bit_use_double_quant=true")
-    if place.experts == "gpu" and place.experts_in_4_bits and "experts" in fields:
+    if place.experts == "gpu" and place.experts_in_4_bits:
         yield _setting("model.experts=host", note="slower: each layer's experts are copied ahead of it")
     if config.model.dtype == "float32":
         yield _setting("model.dtype=bfloat16")

@@ -29,8 +29,8 @@ def placement(config: RunConfig, *, has_images: bool) -> Placement:
     frozen = config.tuning != "full"
     return Placement(
         ple="host" if config.ple_on_host else "gpu",
-        experts=getattr(config.model, "experts", "gpu"),
-        experts_in_4_bits=bool(getattr(config.quantization, "quantize_moe_experts", False)),
+        experts=config.model.experts,
+        experts_in_4_bits=config.quantization is not None and config.quantization.quantize_moe_experts,
         audio=not frozen,
         vision=has_images or not frozen,
     )
