@@ -64,7 +64,7 @@ def size_by_part(config: RunConfig) -> dict[str, PartSize]:
     Raises:
         CheckpointError, ConfigError: as `describe_training`.
     """
-    model = _without_weights(config)
+    model = without_weights(config)
     num_bytes = _loaded_bytes(model, config)
     if config.lora is not None:
         with torch.device("meta"):
@@ -87,19 +87,27 @@ def _part(name: str) -> str:
     return "other"
 
 
-def _without_weights(config: RunConfig) -> Any:
-    """The base of a recipe on the meta device, with the layers that loading would hold in 4 bits as such."""
+def without_weights(config: RunConfig) -> Any:
+    """The base of a recipe on the meta device, in its dtype, with the layers that loading would hold in 4 bits as such.
+
+    Raises:
+        CheckpointError: there is no Gemma 4 at model.model_name_or_path.
+    """
     from transformers import AutoModelForImageTextToText
     from transformers.quantizers import AutoHfQuantizer
 
     settings = read_config(config.model.model_name_or_path)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(
-            settings, attn_implementation=attention_of_parts(config.model), trust_remote_code=False
+            settings,
+            dtype=getattr(torch, config.model.dtype),
+            attn_implementation=attention_of_parts(config.model),
+            trust_remote_code=False,
         )
         if config.quantization is not None:
             wanted = four_bit_config(quantization_of(config.quantization))
             AutoHfQuantizer.from_config(wanted, pre_quantized=False).preprocess_model(model, device_map=None)
+            model.is_loaded_in_4bit = True  # PEFT asks for it
     freeze_audio(model)
     return model
 

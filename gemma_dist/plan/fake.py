@@ -1,0 +1,114 @@
+"""A recipe's model at its true size, of fake tensors: every weight where training would have it, and none in memory."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gemma_dist.config import RunConfig
+from gemma_dist.model.load import add_adapter
+from gemma_dist.model.shapes import without_weights
+from gemma_dist.plan.allocator import Allocator
+
+FOUR_BIT_BLOCK, SCALES_BLOCK = 64, 256  # elements that share a scale, and scales that share one
+
+
+def fake_model(config: RunConfig, mode: FakeTensorMode, allocator: Allocator) -> Any:
+    """The model of a recipe as `train` would load it, its adapter included, each weight counted as its part.
+
+    Raises:
+        CheckpointError, ConfigError: as `model.shapes.size_by_part`.
+    """
+    model = without_weights(config)
+    if config.train.packing:
+        from gemma_dist.model.attention import use_packed_attention
+
+        use_packed_attention(model)
+    if config.lora is not None:
+        with torch.device("meta"):
+            model = add_adapter(model, config.lora, zero3=False)
+    _give_storage(model, config, mode, allocator)
+    return model
+
+
+def part_of(name: str, *, trained_apart: bool, four_bit: bool = False) -> str:
+    """What a weight is for, by its name in the model.
+
+    Args:
+        trained_apart: whether it is of an adapter.
+        four_bit: whether it is held in 4 bits.
+    """
+    if trained_apart:
+        return "adapter"
+    for fragment, part in (
+        (".experts.", "experts"),
+        (".embed_tokens_per_layer.", "per-layer embeddings"),
+        (".embed_tokens.", "token embedding"),
+        ("lm_head.", "token embedding"),
+        ("vision", "vision tower"),
+        ("audio", "audio tower"),
+    ):
+        if fragment in name:
+            return part
+    return "quantized weights" if four_bit else "other weights"
+
+
+def _give_storage(model: Any, config: RunConfig, mode: FakeTensorMode, allocator: Allocator) -> None:
+    """Put fakes in the place of all parameters and buffers; tied ones stay tied."""
+    from bitsandbytes.nn import Linear4bit
+
+    given: dict[torch.Tensor, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        for name, tensor in _own_tensors(module):
+            if tensor not in given:
+                full_name = f"{path}.{name}"
+                four_bit = isinstance(module, Linear4bit) and name == "weight"
+                part = part_of(full_name, trained_apart=config.lora is not None and tensor.requires_grad, four_bit=four_bit)
+                with mode, allocator, allocator.counting_as(part):
+                    given[tensor] = _four_bit(tensor, module, config) if four_bit else _fake(tensor)
+            place = module._parameters if name in module._parameters else module._buffers
+            place[name] = given[tensor]  # type: ignore[assignment]
+
+
+def _own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters and buffers that a module holds itself."""
+    for tensors in (module._parameters, module._buffers):
+        yield from [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+
+
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    return fake
+
+
+def _four_bit(weight: torch.Tensor, module: Any, config: RunConfig) -> torch.Tensor:
+    """A weight as bitsandbytes holds it: two elements a byte, and their scales beside it."""
+    from bitsandbytes.functional import QuantState
+
+    quantization = config.quantization
+    assert quantization is not None
+    blocks = -(-weight.numel() // FOUR_BIT_BLOCK)
+    scales, offset, outer = torch.empty(blocks), None, None
+    if quantization.bnb_4bit_use_double_quant:
+        scales, offset = torch.empty(blocks, dtype=torch.uint8), torch.empty(())
+        outer = QuantState(
+            absmax=torch.empty(-(-blocks // SCALES_BLOCK)),
+            code=torch.empty(256),
+            blocksize=SCALES_BLOCK,
+            dtype=torch.float32,
+        )
+    packed = torch.nn.Parameter(torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8), requires_grad=False)
+    packed.quant_state = QuantState(  # type: ignore[attr-defined]
+        absmax=scales,
+        shape=weight.shape,
+        code=torch.empty(16),
+        blocksize=FOUR_BIT_BLOCK,
+        quant_type=quantization.bnb_4bit_quant_type,
+        dtype=getattr(torch, config.model.dtype),
+        offset=offset,
+        state2=outer,
+    )
+    return packed
