@@ -10,15 +10,16 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter, tree_map_only
 
-aten = torch.ops.aten
+aten, prim = torch.ops.aten, torch.ops.prim
 MAX_KNOWN = 2**26  # elements of a tensor whose values are computed
 MAX_CONSTANT = 2**10  # of floating-point numbers that depend on no other tensor
 ACTIVATIONS = "activations"
@@ -40,6 +41,11 @@ class Allocator(TorchDispatchMode):
         self.total = self.peak = 0
         self.parts_at_peak: dict[str, int] = {}
         self._held: dict[int, list[Any]] = {}  # storage -> [bytes, part]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and what would keep torch from it costs a third of the time."""
+        return False
 
     def __enter__(self) -> "Allocator":
         # torch's own asks for the elements one by one
@@ -98,21 +104,24 @@ class Allocator(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator on fakes."""
+        if func is prim.device.default:
+            return args[0].fake_device
         kwargs = kwargs or {}
         if func in (aten._local_scalar_dense.default, aten.item.default) and (value := known(args[0])) is not None:
-            return value.item()
+            with _disable_current_modes():
+                return value.item()
         indices: list[torch.Tensor] = []
         if func is aten.nonzero.default:
             return self._nonzero(args[0])
         if func is aten.index.Tensor:
             args, indices = self._without_masks(*args)
         result = func(*args, **kwargs)
-        for tensor in tree_iter(result):
-            if isinstance(tensor, FakeTensor):
-                self.add(tensor)
+        outputs = list(_fakes(result))
+        for tensor in outputs:
+            self.add(tensor)
         self._note_peak(self.scratch(func, args))
         del indices
-        _compute_values(func, args, kwargs, result)
+        _compute_values(func, args, kwargs, result, outputs)
         return result
 
     def _nonzero(self, mask: torch.Tensor) -> torch.Tensor:
@@ -153,7 +162,8 @@ def known(tensor: Any) -> torch.Tensor | None:
 def _tolist(tensor: FakeTensor) -> Any:
     values = known(tensor)
     assert values is not None, "a simulation does not have these numbers"
-    return values.tolist()
+    with _disable_current_modes():
+        return values.tolist()
 
 
 def _know(fake: Any, values: torch.Tensor | None) -> None:
@@ -167,18 +177,29 @@ def make_known(mode: Any, real: torch.Tensor) -> torch.Tensor:
     return fake
 
 
-def _compute_values(func: Any, args: Any, kwargs: Any, result: Any) -> None:
+def _fakes(values: Any) -> Iterator[Any]:
+    """The fakes in an operator's arguments or results, which are nested in lists at most."""
+    if isinstance(values, FakeTensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _fakes(value)
+
+
+def _compute_values(func: Any, args: Any, kwargs: Any, result: Any, outputs: list[Any]) -> None:
     """Give the results of an operator their values, where those of all its arguments are known."""
-    flat, _ = tree_flatten((args, kwargs))
-    fakes = [one for one in flat if isinstance(one, FakeTensor)]
-    outputs = [one for one in tree_iter(result) if isinstance(one, FakeTensor)]
+    num_arguments = 0
+    for fake in chain(_fakes(args), _fakes(tuple(kwargs.values())) if kwargs else ()):
+        if known(fake) is None:
+            for one in outputs:
+                if known(one) is not None:  # written to, with what is not known
+                    _know(one, None)
+            return
+        num_arguments += 1
     size = max((output.numel() for output in outputs), default=0)
-    if any(known(one) is None for one in fakes) or not outputs or size > MAX_KNOWN:
-        for one in outputs:
-            if known(one) is not None:  # written to, with what is not known
-                _know(one, None)
+    if not outputs or size > MAX_KNOWN:
         return
-    if not fakes and size > MAX_CONSTANT and outputs[0].is_floating_point():
+    if not num_arguments and size > MAX_CONSTANT and outputs[0].is_floating_point():
         return
     with _disable_current_modes():
         real_args, real_kwargs = tree_map_only(FakeTensor, known, (args, kwargs))

@@ -53,16 +53,20 @@ def simulate(
     from gemma_dist.plan.batch import full_batch
 
     batch = full_batch(config, num_tokens=num_tokens, num_images=num_images, tokens_per_image=tokens_per_image)
-    accumulates = (config.train.gradient_accumulation_steps or 2) > 1  # what global_batch_size comes to is not known here
-    return simulate_step(config, [batch] * (2 if accumulates else 1), device="cuda")
+    # What global_batch_size comes to is not known here.
+    accumulates = config.train.gradient_accumulation_steps != 1
+    return simulate_step(config, [batch], device="cuda", accumulates=accumulates)
 
 
-def simulate_step(config: RunConfig, batches: list[Batch], *, device: Device) -> Simulated:
+def simulate_step(
+    config: RunConfig, batches: list[Batch], *, device: Device, accumulates: bool = False
+) -> Simulated:
     """A later step of a run: the optimizer has its states, and the gradients of the step before are gone.
 
     Args:
         batches: the micro-batches of one optimizer step on this rank.
         device: whose kernels and allocator.
+        accumulates: whether the step has earlier micro-batches, whose gradients are there.
     """
     mode = FakeTensorMode()
     allocator = Allocator(GRANULARITY[device], partial(kernels.scratch, device))
@@ -78,6 +82,10 @@ def simulate_step(config: RunConfig, batches: list[Batch], *, device: Device) ->
         with allocator.counting_as("optimizer"):
             optimizer = FakeOptimizer(config.train, trained, device=device)
         inputs = [_fake_batch(mode, allocator, batch) for batch in batches] if device == "cpu" else []
+        if accumulates:
+            with allocator.counting_as("gradients"):
+                for parameter in trained:
+                    parameter.grad = torch.empty_like(parameter)
         allocator.reset_peak()
         for i, batch in enumerate(batches):
             fakes = inputs[i] if inputs else _fake_batch(mode, allocator, batch)

@@ -1,0 +1,113 @@
+"""The peak of a training step's memory, measured in a real run on the CPU and simulated for the same micro-batches."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from gemma_dist.config import RunConfig
+from gemma_dist.plan.simulate import Simulated, simulate_step
+from gemma_dist.recipe import load_config
+from gemma_dist.train.run import train
+from gemma_dist.train.trainer import ToolCallTrainer
+from tests.support.corpus import row, shard_rows
+
+MEASURED_STEP = 1  # from 0: the first one makes the optimizer's states
+Batch = dict[str, torch.Tensor]
+
+
+class Cell(NamedTuple):
+    """One tiny run."""
+
+    style: str
+    recipe: str
+    settings: tuple[str, ...] = ()
+    dtype: str = "float32"
+
+
+class Compared(NamedTuple):
+    """What a cell took, and what was foreseen."""
+
+    measured: int  # bytes
+    simulated: Simulated
+
+    @property
+    def error(self) -> float:
+        return self.simulated.peak_bytes / self.measured - 1
+
+
+def compare(cell: Cell, model: Path, shards: Path, out: Path) -> Compared:
+    """Run a cell, and simulate the measured step of it."""
+    paths = [f"model_name_or_path={model}", f"data.train={shards}", f"output_dir={out}"]
+    settings = ["max_steps=2", "dataloader_num_workers=0", f"model.dtype={cell.dtype}", *cell.settings]
+    config = load_config(Path(f"launch/{cell.recipe}.yaml"), [*paths, *settings])
+    measured, batches = measure(config)
+    return Compared(measured, simulate_step(config, batches, device="cpu"))
+
+
+def measure(config: RunConfig) -> tuple[int, list[Batch]]:
+    """The peak of a run's second step in bytes, by the events of torch's allocator, and the micro-batches of it."""
+    trainers = []
+
+    class MeasuredTrainer(ToolCallTrainer):
+        measured, batches = 0, ()
+
+        def get_batch_samples(self, *args: Any) -> Any:
+            batches, num_items = super().get_batch_samples(*args)
+            if self.state.global_step == MEASURED_STEP:
+                self.batches = [dict(batch) for batch in batches]
+                self.resting = sum(_storages(resting_tensors(self.model, self.optimizer, self.batches)).values())
+                self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+                self.profile.start()
+            return batches, num_items
+
+        def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+            if self.state.global_step == MEASURED_STEP + 1 and not self.measured:
+                self.profile.stop()
+                self.measured = self.resting + peak_of(self.profile)
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+        def train(self, *args: Any, **kwargs: Any) -> object:
+            trainers.append(self)
+            return super().train(*args, **kwargs)
+
+    train(config, trainer_class=MeasuredTrainer)
+    return trainers[0].measured, list(trainers[0].batches)
+
+
+def resting_tensors(model: Any, optimizer: Any, batches: list[Batch]) -> Iterator[torch.Tensor]:
+    """All tensors that a trainer holds between two steps."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        while state is not None:
+            yield from (tensor for tensor in vars(state).values() if isinstance(tensor, torch.Tensor))
+            state = state.state2
+    for states in optimizer.state.values():
+        yield from (tensor for tensor in states.values() if isinstance(tensor, torch.Tensor))
+    for batch in batches:
+        yield from batch.values()
+
+
+def _storages(tensors: Iterator[torch.Tensor]) -> dict[int, int]:
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+def peak_of(profiled: Any) -> int:
+    """The most bytes that were allocated on top of those at the start."""
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+def write_shards(folder: Path, model: str) -> Path:
+    """Rows of several hundred tokens, every third with images."""
+    rows = [row(number, num_calls=6 + number % 3) for number in range(24)]
+    shard_rows(folder, model, rows)
+    return folder / "shards"
