@@ -62,7 +62,11 @@ def cli() -> None:
 @cli.command()
 @click.argument("out", type=NEW)
 @click.option(
-    "--style", type=click.Choice(["e4b", "31b", "26b"]), default="e4b", show_default=True, help="Which Gemma 4."
+    "--style",
+    type=click.Choice(["e2b", "e4b", "12b", "26b", "31b"]),
+    default="e4b",
+    show_default=True,
+    help="Which Gemma 4.",
 )
 def tiny(out: Path, style: str) -> None:
     """Write a tiny random Gemma 4 with its processor to OUT."""

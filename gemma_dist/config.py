@@ -48,6 +48,11 @@ class ModelConfig(Section):
         "sdpa",
         description="Attention kernel; FlashAttention-2 ends at head dimension 256, Gemma 4's global layers have 512.",
     )
+    ple: Literal["auto", "host", "gpu"] = Field(
+        "auto",
+        description="Where the per-layer embeddings of E2B and E4B are: in the base's file on the host, or on the GPU; "
+        "auto: on the host where they are frozen.",
+    )
 
 
 class SourceConfig(Section):
@@ -295,6 +300,11 @@ class RunConfig(Section):
             raise ValueError("\n".join(problems))
         return self
 
+    @property
+    def ple_on_host(self) -> bool:
+        """Whether per-layer embeddings, where the model has some, stay in the base's file."""
+        return self.model.ple == "host" or (self.model.ple == "auto" and self.tuning != "full")
+
     def to_json(self) -> dict[str, Any]:
         """The resolved run as plain JSON values, for `check`, checkpoints and logs."""
         return self.model_dump(mode="json", exclude_none=True)
@@ -319,6 +329,11 @@ def _contradictions_of_tuning(config: RunConfig) -> Iterator[str]:
     tuning, lora, quantization = config.tuning, config.lora, config.quantization
     if tuning == "full" and lora is not None:
         yield "lora: an adapter needs tuning: lora or qlora, but tuning is full; remove the section or change tuning"
+    if tuning == "full" and config.model.ple == "host":
+        yield (
+            "model.ple: host, but tuning is full, which trains the per-layer embeddings, and what trains is on the GPU; "
+            "remove it, or set tuning: lora"
+        )
     if lora is not None and lora.target_parameters:
         # PEFT adds the adapter to the weight itself, so it never sees the inputs that dropout acts on.
         for name, value in (("lora_dropout", lora.lora_dropout), ("use_dora", lora.use_dora)):
@@ -354,6 +369,11 @@ class EvaluateConfig(RowConfig):
         1024, gt=0, description="Maximum number of tokens to generate; an answer that reaches it counts as cut off."
     )
     per_device_eval_batch_size: int = Field(8, gt=0, description="Prompts that one rank generates for at once.")
+    ple: Literal["auto", "host", "gpu"] = Field(
+        "auto",
+        description="Where the per-layer embeddings of E2B and E4B are: in the model's file on the host (auto), or on "
+        "the GPU.",
+    )
     images: Literal["as_is", "blank"] = Field(
         "as_is", description="blank: replace all images by white ones, to see which answers depend on them."
     )

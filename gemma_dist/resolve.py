@@ -15,6 +15,7 @@ from typing import Any
 from gemma_dist.batch_plan import BatchPlan, batch_plan
 from gemma_dist.config import RunConfig
 from gemma_dist.errors import ConfigError
+from gemma_dist.model.towers import Tower, unneeded_towers
 from gemma_dist.stream.schedule import Schedule, open_schedule
 from gemma_dist.topology import Topology
 
@@ -73,6 +74,12 @@ class Run:
     plan: BatchPlan
     schedule: Schedule
     num_steps: int  # optimizer steps of the whole run
+
+    @cached_property
+    def unneeded_towers(self) -> tuple[Tower, ...]:
+        """What of the model is not loaded."""
+        has_images = bool(self.schedule.shards.num_images.any())
+        return unneeded_towers(frozen=self.config.tuning != "full", has_images=has_images)
 
     @cached_property
     def identity(self) -> RunIdentity:

@@ -4,8 +4,11 @@ transformers, bitsandbytes and PEFT do the loading. Added here: what is no whole
 computed with it, what could get no gradient is frozen, and 4-bit layers compute the same on every CPU.
 """
 
+import contextlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -13,7 +16,10 @@ from gemma_dist import world
 from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.model.folder import read_json_object, refuse_custom_code
+from gemma_dist.model.per_layer import TABLE, PerLayerTable, open_table, table_left_out, take_rows_of_batch
 from gemma_dist.model.record import four_bit_config, quantization_of, read_record
+from gemma_dist.model.towers import Tower, config_without, linear_layers, modules_of, whole_modules
+from gemma_dist.model.vision import use_image_rule
 from gemma_dist.model.zero3 import loading_partitions, partition_model, partitioning, settings_for_evaluation
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -29,11 +35,20 @@ def device() -> torch.device:
     return torch.device("cpu") if use_cpu() else torch.device("cuda", world.local_rank())
 
 
-def load_model(settings: ModelConfig, quantization: QuantizationConfig | None, *, packing: bool) -> Any:
+def load_model(
+    settings: ModelConfig,
+    quantization: QuantizationConfig | None,
+    *,
+    packing: bool,
+    table: PerLayerTable | None = None,
+    without: Collection[Tower] = (),
+) -> Any:
     """The model of a recipe, in its dtype, or in 4 bits with the rest in that dtype.
 
     Args:
         packing: whether its text layers are to attend within the documents of packs, and so take nothing else.
+        table: of its per-layer embeddings, if they stay on the host.
+        without: towers that are not loaded.
 
     Raises:
         CheckpointError: there is no Gemma 4 at that place.
@@ -45,41 +60,49 @@ def load_model(settings: ModelConfig, quantization: QuantizationConfig | None, *
     if quantization is not None:
         from transformers.integrations import is_deepspeed_zero3_enabled
 
-        arguments["quantization_config"] = four_bit_config(quantization_of(quantization))
+        whole = whole_modules(read_config(settings.model_name_or_path))
+        arguments["quantization_config"] = four_bit_config(quantization_of(quantization), skip_modules=whole)
         if not is_deepspeed_zero3_enabled():  # which places the weights itself
             arguments["device_map"] = {"": device()}
-    model = _from_pretrained(settings.model_name_or_path, **arguments)
+    model = _from_pretrained(settings.model_name_or_path, table, without, **arguments)
     keep_four_bit_exact(model)
     freeze_audio(model)
     if packing:
         from gemma_dist.model.attention import use_packed_attention
 
         use_packed_attention(model)
+    else:
+        use_image_rule(model)
     return model
 
 
-def load_for_evaluation(model: str, adapter: Path | None) -> Any:
+def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool = True) -> Any:
     """A model ready to generate, with an adapter on the base as training saw it (in 4 bits after QLoRA).
 
-    On ranks launched at ZeRO-3 it is partitioned over them, and the adapter has the dtype of the base.
+    Its audio tower is left out. On ranks launched at ZeRO-3 it is partitioned over them, and the adapter has the dtype
+    of the base.
 
     Raises:
         CheckpointError: the model or the adapter is missing or does not fit.
     """
     arguments: dict[str, Any] = {"dtype": "auto"}
-    dtype = read_config(model).dtype
+    config = read_config(model)
+    dtype = config.dtype
     if adapter is not None:
         _require_adapter(adapter)
         record = read_record(adapter)
         if record is not None and (quantization := record.get("quantization")):
-            arguments["quantization_config"] = four_bit_config(quantization)
+            whole = sorted(linear_layers(config) - set(quantization["modules"]))
+            arguments["quantization_config"] = four_bit_config(quantization, skip_modules=whole)
             arguments["dtype"] = dtype = getattr(torch, quantization["weights_dtype"])
     zero3 = settings_for_evaluation(dtype)
     if zero3 is None:
         arguments["device_map"] = {"": device()}
+    table = open_table(model, config, dtype) if ple_on_host else None
     with partitioning(zero3):
-        loaded = _from_pretrained(model, **arguments)
+        loaded = _from_pretrained(model, table, ("audio",), **arguments)
     keep_four_bit_exact(loaded)
+    use_image_rule(loaded)
     if adapter is not None:
         from peft import PeftModel
 
@@ -154,19 +177,26 @@ def _gather_with_experts(model: torch.nn.Module) -> None:
         set_z3_leaf_modules(model, [ParamWrapper])
 
 
-def _from_pretrained(name: str, **arguments: Any) -> Any:
-    """A Gemma 4 with all its weights, by transformers' own classes; at ZeRO-3 each rank reads its part alone.
+def _from_pretrained(name: str, table: PerLayerTable | None, without: Collection[Tower], **arguments: Any) -> Any:
+    """A Gemma 4 with all its weights but those of the `table` and of the towers `without`, by transformers' own
+    classes; at ZeRO-3 each rank reads its part alone.
 
     Raises:
         CheckpointError: there is none, or weights of it are missing, which transformers would leave random.
     """
-    from transformers import AutoModelForImageTextToText
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
 
-    read_config(name)
+    config = config_without(read_config(name), without)
+    model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    left_out = [*modules_of(without), *([TABLE] if table is not None else [])]
     try:
-        with loading_partitions():
+        with (
+            loading_partitions(),
+            table_left_out(table) if table is not None else contextlib.nullcontext(),
+            patch.object(model_class, "_keys_to_ignore_on_load_unexpected", left_out),
+        ):
             model, report = AutoModelForImageTextToText.from_pretrained(
-                name, output_loading_info=True, trust_remote_code=False, **arguments
+                name, config=config, output_loading_info=True, trust_remote_code=False, **arguments
             )
     except (OSError, ValueError) as error:
         raise CheckpointError(_no_model(name, error)) from error
@@ -175,6 +205,8 @@ def _from_pretrained(name: str, **arguments: Any) -> Any:
             f"{name!r} lacks {len(report['missing_keys'])} weights, such as {sorted(report['missing_keys'])[0]!r}, "
             "which would stay random; get a complete copy of the model"
         )
+    if table is not None:
+        take_rows_of_batch(model)
     return model
 
 

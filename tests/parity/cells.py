@@ -25,7 +25,7 @@ TUNINGS = {  # recipe in launch/, and overrides
     "experts": ("cpu_lora", ["lora.target_parameters=[experts.gate_up_proj, experts.down_proj]"]),  # 26b alone has some
 }
 FOR_ALL_STYLES = ("full", "lora", "dora", "qlora")
-STYLES = ("e4b", "31b", "26b")
+STYLES = ("e4b", "31b", "26b", "12b")
 DATA = ("text", "images", "some", "empty")  # images in none, all, some rows; "empty": a rank's batch is all quarantined
 OPTIMIZERS = ("adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "adafactor", "sgd")
 # Plain SFTTrainer; and the same with `model.accepts_loss_kwargs = True`: transformers' Gemma 4 has it False, and
@@ -62,6 +62,7 @@ class Cell:
     accumulation: int = 1
     dtype: str = "float32"
     optim: str = "adamw_torch"
+    ple: str = "auto"  # where per-layer embeddings are: beside an adapter on the host, in references on the GPU
     resumed_from: str = ""  # the launch whose checkpoint of step 2 it resumes from
     is_reference: bool = False
     peer: str = ""  # one of PEERS: trained by plain TRL instead
@@ -80,6 +81,8 @@ class Cell:
             words.append("bfloat16")
         if self.optim != "adamw_torch":
             words.append(self.optim)
+        if self.ple != "auto":
+            words.append(f"ple-{self.ple}")
         if self.resumed_from:
             words.append(f"resumed-{self.resumed_from}")
         if self.peer:
@@ -134,6 +137,7 @@ def all_cells() -> list[Cell]:
     for launch, tuning in product(UP_TO_TWO, FOR_ALL_STYLES):
         if tuning != "full" or "zero" in launch:  # the others are refused
             cells.append(Cell(launch, tuning, "e4b", "some", dtype="bfloat16"))
+    cells += [Cell(launch, "qlora", "12b", "some", dtype="bfloat16") for launch in UP_TO_TWO]
     for launch, optim in product(UP_TO_TWO, OPTIMIZERS):
         if optim in FOLLOWING_ELEMENTS or "zero" not in launch:  # others see flat slices there
             cells.append(Cell(launch, "full", "31b", "some", optim=optim))
@@ -163,6 +167,8 @@ def pruned_cells() -> list[Cell]:
     resumed.append(four)
     cells += [four, Cell("cpu_zero3 x4", "lora", "31b", "images")]
     cells.append(Cell("cpu_zero3", "experts", "26b", "empty", checkpointing=True))
+    cells.append(Cell("single", "lora", "12b", "some", packing=True))
+    cells.append(Cell("cpu_zero3", "full", "12b", "images"))
     for launch in ("cpu_ddp", "cpu_zero2", "cpu_zero3"):
         cells.append(Cell(launch, "lora", "e4b", "some", dtype="bfloat16"))
     staying = ("cpu_zero1", "cpu_zero3", "cpu_zero3_offload", "cpu_ddp x4")
