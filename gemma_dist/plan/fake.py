@@ -1,6 +1,6 @@
 """A recipe's model at its true size, of fake tensors: every weight where training would have it, and none in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -9,22 +9,32 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gemma_dist.config import RunConfig
 from gemma_dist.model.load import add_adapter
 from gemma_dist.model.shapes import without_weights
+from gemma_dist.model.towers import Tower
+from gemma_dist.model.vision import use_image_rule
 from gemma_dist.plan.allocator import Allocator
 
 FOUR_BIT_BLOCK, SCALES_BLOCK = 64, 256  # elements that share a scale, and scales that share one
 
 
-def fake_model(config: RunConfig, mode: FakeTensorMode, allocator: Allocator) -> Any:
+def fake_model(
+    config: RunConfig, mode: FakeTensorMode, allocator: Allocator, *, unneeded: Collection[Tower], table: bool
+) -> Any:
     """The model of a recipe as `train` would load it, its adapter included, each weight counted as its part.
+
+    Args:
+        unneeded: towers that are not loaded.
+        table: whether it has its per-layer embeddings.
 
     Raises:
         CheckpointError, ConfigError: as `model.shapes.size_by_part`.
     """
-    model = without_weights(config)
+    model = without_weights(config, unneeded, table=table)
     if config.train.packing:
         from gemma_dist.model.attention import use_packed_attention
 
         use_packed_attention(model)
+    else:
+        use_image_rule(model)
     if config.lora is not None:
         with torch.device("meta"):
             model = add_adapter(model, config.lora, zero3=False)

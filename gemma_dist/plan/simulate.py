@@ -19,6 +19,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gemma_dist.config import RunConfig
+from gemma_dist.model.per_layer import ROWS
+from gemma_dist.model.towers import unneeded_towers
 from gemma_dist.plan import kernels
 from gemma_dist.plan.allocator import ACTIVATIONS, Allocator, make_known
 from gemma_dist.plan.fake import fake_model
@@ -64,13 +66,16 @@ def simulate_step(
     """A later step of a run: the optimizer has its states, and the gradients of the step before are gone.
 
     Args:
-        batches: the micro-batches of one optimizer step on this rank.
+        batches: the micro-batches of one optimizer step on this rank. Without `pixel_values` the run has no images, and
+            with rows of per-layer embeddings their table is on the host.
         device: whose kernels and allocator.
         accumulates: whether the step has earlier micro-batches, whose gradients are there.
     """
     mode = FakeTensorMode()
     allocator = Allocator(GRANULARITY[device], partial(kernels.scratch, device))
-    model = fake_model(config, mode, allocator)
+    has_images = any("pixel_values" in batch for batch in batches)
+    unneeded = unneeded_towers(frozen=config.tuning != "full", has_images=has_images)
+    model = fake_model(config, mode, allocator, unneeded=unneeded, table=not any(ROWS in batch for batch in batches))
     prepare(model, config)
     with ExitStack() as contexts:
         contexts.enter_context(_loss_head_apart(allocator, device))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -15,6 +16,7 @@ from gemma_dist.train.trainer import ToolCallTrainer
 from tests.support.corpus import row, shard_rows
 
 MEASURED_STEP = 1  # from 0: the first one makes the optimizer's states
+TILE = 128  # columns of the vocabulary that TRL's head takes at once; its own 32,768 would hide all else of a tiny model
 Batch = dict[str, torch.Tensor]
 
 
@@ -25,6 +27,7 @@ class Cell(NamedTuple):
     recipe: str
     settings: tuple[str, ...] = ()
     dtype: str = "float32"
+    images: bool = False
 
 
 class Compared(NamedTuple):
@@ -43,8 +46,9 @@ def compare(cell: Cell, model: Path, shards: Path, out: Path) -> Compared:
     paths = [f"model_name_or_path={model}", f"data.train={shards}", f"output_dir={out}"]
     settings = ["max_steps=2", "dataloader_num_workers=0", f"model.dtype={cell.dtype}", *cell.settings]
     config = load_config(Path(f"launch/{cell.recipe}.yaml"), [*paths, *settings])
-    measured, batches = measure(config)
-    return Compared(measured, simulate_step(config, batches, device="cpu"))
+    with patch("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", TILE):
+        measured, batches = measure(config)
+        return Compared(measured, simulate_step(config, batches, device="cpu"))
 
 
 def measure(config: RunConfig) -> tuple[int, list[Batch]]:
@@ -106,8 +110,9 @@ def peak_of(profiled: Any) -> int:
     return peak
 
 
-def write_shards(folder: Path, model: str) -> Path:
-    """Rows of several hundred tokens, every third with images."""
-    rows = [row(number, num_calls=6 + number % 3) for number in range(24)]
-    shard_rows(folder, model, rows)
+def write_shards(folder: Path, model: Path, *, images: bool) -> Path:
+    """Rows of several hundred tokens, a third of them with images or none."""
+    numbers = [number for number in range(36) if images or number % 3]
+    folder.mkdir()
+    shard_rows(folder, str(model), [row(number, num_calls=2 if images else 6 + number % 3) for number in numbers])
     return folder / "shards"
