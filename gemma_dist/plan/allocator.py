@@ -115,7 +115,7 @@ class Allocator(TorchDispatchMode):
             return self._nonzero(args[0])
         if func is aten.index.Tensor:
             args, indices = self._without_masks(*args)
-        result = func(*args, **kwargs)
+        result = _grouped_mm(*args, **kwargs) if func is aten._grouped_mm.default else func(*args, **kwargs)
         outputs = list(_fakes(result))
         for tensor in outputs:
             self.add(tensor)
@@ -152,6 +152,14 @@ class Allocator(TorchDispatchMode):
             else:
                 plain.append(index)
         return (tensor, plain), held
+
+
+def _grouped_mm(first: torch.Tensor, second: torch.Tensor, offs: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """The result of `aten._grouped_mm`, whose own shape function knows bfloat16 alone: (rows, columns) by groups of
+    rows, or (groups, rows, columns) where the groups are of what is summed over."""
+    rows, columns = first.shape[-2], second.shape[-1]
+    shape = (rows, columns) if second.dim() == 3 else (offs.shape[0], rows, columns)
+    return torch.empty(shape, dtype=first.dtype)
 
 
 def known(tensor: Any) -> torch.Tensor | None:
