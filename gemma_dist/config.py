@@ -48,6 +48,9 @@ class ModelConfig(Section):
         "sdpa",
         description="Attention kernel; FlashAttention-2 ends at head dimension 256, Gemma 4's global layers have 512.",
     )
+    experts: Literal["gpu", "host"] = Field(
+        "gpu", description="Where 4-bit experts (26B-A4B) lie; host: there, each layer copied ahead of its use."
+    )
     ple: Literal["auto", "host", "gpu"] = Field(
         "auto",
         description="Where the per-layer embeddings of E2B and E4B are: in the base's file on the host, or on the GPU; "
@@ -142,6 +145,9 @@ class QuantizationConfig(Section):
     bnb_4bit_use_double_quant: bool = Field(True, description="Quantize the scales as well: saves 0.4 bits per weight.")
     bnb_4bit_compute_dtype: Literal["float32", "bfloat16"] = Field(
         description="Dtype that 4-bit weights are dequantized to; default: model.dtype. In float16, Gemma overflows."
+    )
+    quantize_moe_experts: bool = Field(
+        True, description="Load the experts of 26B-A4B, nearly all of its weights, in 4 bits as well."
     )
 
 
@@ -346,6 +352,11 @@ def _contradictions_of_tuning(config: RunConfig) -> Iterator[str]:
         yield f"quantization: a 4-bit base needs tuning: qlora, but tuning is {tuning}; remove it or change tuning"
     if tuning == "qlora" and quantization is not None and not quantization.load_in_4bit:
         yield "quantization.load_in_4bit: false contradicts tuning: qlora; remove it, or set tuning: lora"
+    if config.model.experts == "host" and not (quantization and quantization.quantize_moe_experts):
+        yield (
+            "model.experts: host, which is for experts in 4 bits; set tuning: qlora and "
+            "quantization.quantize_moe_experts: true, or remove it"
+        )
 
 
 def _contradictions_of_training(train: TrainConfig, model: ModelConfig) -> Iterator[str]:

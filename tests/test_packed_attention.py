@@ -63,7 +63,8 @@ def models(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(
     scope="module",
-    params=[(style, window) for style in ("e4b", "31b") for window in (16, 512)] + [("26b", 16), ("12b", 16)],
+    params=[(style, window) for style in ("e4b", "31b") for window in (16, 512)]
+    + [("26b", 16), ("12b", 16), ("e2b", 16)],
     ids=lambda param: "-".join(map(str, param)),
 )
 def pair(request: pytest.FixtureRequest, models: Callable[..., Any]) -> tuple[Any, Any]:

@@ -1,12 +1,14 @@
-"""How a Gemma 4 takes images. 12B (`gemma4_unified`) has no vision tower and differs from its sisters in three ways,
+"""How a Gemma 4 takes images. 12B (`gemma4_unified`) has no vision tower and differs from its sisters in four ways,
 which are asked here alone:
 
 - its image processor joins 3 x 3 patches to one of 48 x 48 pixels before the model sees them, so that a patch is a
   soft token (`Patches`);
 - transformers gives it another image mask than the family has (`use_image_rule`);
-- bitsandbytes must leave the projection of its pixels alone (`towers.whole_modules`).
+- bitsandbytes must leave the projection of its pixels alone (`towers.whole_modules`);
+- the files have other names for that part than transformers' modules, and so than an adapter (`name_in_model`).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +64,16 @@ def _patches(patch_size: int, pooling: int, joined: bool) -> Patches:
     if joined:
         return Patches(3 * (pooling * patch_size) ** 2, 1)
     return Patches(3 * patch_size**2, pooling)
+
+
+def name_in_model(tensor: str, model_type: str) -> str:
+    """The name in transformers' model of a tensor in Google's files: of 12B's `vision_embedder`, another one."""
+    if model_type != UNIFIED:
+        return tensor
+    tensor = re.sub(
+        r"\bembed_vision\.embedding_projection", "embed_vision.multimodal_embedder.embedding_projection", tensor
+    )
+    return re.sub(r"\bvision_embedder\.", "embed_vision.", tensor)
 
 
 def use_image_rule(model: Any) -> None:

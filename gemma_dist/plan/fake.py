@@ -66,17 +66,17 @@ def part_of(name: str, *, trained_apart: bool, four_bit: bool = False) -> str:
 
 def _give_storage(model: Any, config: RunConfig, mode: FakeTensorMode, allocator: Allocator) -> None:
     """Put fakes in the place of all parameters and buffers; tied ones stay tied."""
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Params4bit
 
     given: dict[torch.Tensor, torch.Tensor] = {}
     for path, module in model.named_modules():
         for name, tensor in _own_tensors(module):
             if tensor not in given:
                 full_name = f"{path}.{name}"
-                four_bit = isinstance(module, Linear4bit) and name == "weight"
+                four_bit = isinstance(tensor, Params4bit)
                 part = part_of(full_name, trained_apart=config.lora is not None and tensor.requires_grad, four_bit=four_bit)
                 with mode, allocator, allocator.counting_as(part):
-                    given[tensor] = _four_bit(tensor, module, config) if four_bit else _fake(tensor)
+                    given[tensor] = _four_bit(tensor, config) if four_bit else _fake(tensor)
             place = module._parameters if name in module._parameters else module._buffers
             place[name] = given[tensor]  # type: ignore[assignment]
 
@@ -94,7 +94,7 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
     return fake
 
 
-def _four_bit(weight: torch.Tensor, module: Any, config: RunConfig) -> torch.Tensor:
+def _four_bit(weight: torch.Tensor, config: RunConfig) -> torch.Tensor:
     """A weight as bitsandbytes holds it: two elements a byte, and their scales beside it."""
     from bitsandbytes.functional import QuantState
 
