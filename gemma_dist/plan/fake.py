@@ -42,14 +42,14 @@ def fake_model(
     return model
 
 
-def part_of(name: str, *, trained_apart: bool, four_bit: bool = False) -> str:
+def part_of(name: str, *, of_adapter: bool, four_bit: bool = False) -> str:
     """What a weight is for, by its name in the model.
 
     Args:
-        trained_apart: whether it is of an adapter.
+        of_adapter: whether it is of an adapter.
         four_bit: whether it is held in 4 bits.
     """
-    if trained_apart:
+    if of_adapter:
         return "adapter"
     for fragment, part in (
         (".experts.", "experts"),
@@ -68,17 +68,26 @@ def _give_storage(model: Any, config: RunConfig, mode: FakeTensorMode, allocator
     """Put fakes in the place of all parameters and buffers; tied ones stay tied."""
     from bitsandbytes.nn import Params4bit
 
-    given: dict[torch.Tensor, torch.Tensor] = {}
+    shared = _experts_in_turn(model) if config.model.experts == "host" else {}
+    given: dict[object, torch.Tensor] = {}
     for path, module in model.named_modules():
         for name, tensor in _own_tensors(module):
-            if tensor not in given:
-                full_name = f"{path}.{name}"
-                four_bit = isinstance(tensor, Params4bit)
-                part = part_of(full_name, trained_apart=config.lora is not None and tensor.requires_grad, four_bit=four_bit)
+            key = shared.get(tensor, tensor)
+            if key not in given:
+                four_bit, of_adapter = isinstance(tensor, Params4bit), config.lora is not None and tensor.requires_grad
+                part = part_of(f"{path}.{name}", of_adapter=of_adapter, four_bit=four_bit)
                 with mode, allocator, allocator.counting_as(part):
-                    given[tensor] = _four_bit(tensor, config) if four_bit else _fake(tensor)
+                    given[key] = _four_bit(tensor, config) if four_bit else _fake(tensor)
             place = module._parameters if name in module._parameters else module._buffers
-            place[name] = given[tensor]  # type: ignore[assignment]
+            place[name] = given[key]  # type: ignore[assignment]
+
+
+def _experts_in_turn(model: Any) -> dict[object, tuple[int, str]]:
+    """Experts in host memory: the place on the GPU that each stack takes when it is its turn (`host_experts.py`)."""
+    from gemma_dist.model.experts import FourBitExperts
+
+    modules = [module for module in model.modules() if isinstance(module, FourBitExperts)]
+    return {tensor: (layer % 2, name) for layer, one in enumerate(modules) for name, tensor in _own_tensors(one)}
 
 
 def _own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

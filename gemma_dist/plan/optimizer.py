@@ -12,14 +12,18 @@ SMALLEST_8BIT, SCALES_BLOCK = 4096, 256  # elements: of a parameter in 8 bits, a
 class FakeOptimizer:
     """`train.optim` over fakes: torch's own optimizers as they are, those of bitsandbytes by the states they keep."""
 
-    def __init__(self, settings: TrainConfig, parameters: list[torch.Tensor], *, device: str) -> None:
-        """Make the states of all parameters, as after a first step."""
+    def __init__(self, settings: TrainConfig, model: torch.nn.Module, *, device: str) -> None:
+        """Make the states of all parameters that train, as after a first step."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.states: list[torch.Tensor] = []
         self.optimizer: torch.optim.Optimizer | None = None
         name = settings.optim
         if "adamw_8bit" in name or "adamw_32bit" in name:
+            embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
             for parameter in parameters:
-                self.states += _bitsandbytes_states(parameter, in_8_bits="8bit" in name)
+                # transformers keeps those of embeddings in 32 bits
+                in_8_bits = "8bit" in name and id(parameter) not in embeddings
+                self.states += _bitsandbytes_states(parameter, in_8_bits=in_8_bits)
         elif name == "adafactor":
             from transformers.optimization import Adafactor
 

@@ -85,7 +85,7 @@ def simulate_step(
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(lambda p: allocator.label(p.grad, "gradients"))
         with allocator.counting_as("optimizer"):
-            optimizer = FakeOptimizer(config.train, trained, device=device)
+            optimizer = FakeOptimizer(config.train, model, device=device)
         inputs = [_fake_batch(mode, allocator, batch) for batch in batches] if device == "cpu" else []
         if accumulates:
             with allocator.counting_as("gradients"):

@@ -30,6 +30,38 @@ class Cell(NamedTuple):
     images: bool = False
 
 
+PACKED = ("packing=true", "packing_length=2048", "per_device_train_batch_size=1", "global_batch_size=2")
+IN_BF16 = ("bnb_4bit_compute_dtype=bfloat16",)
+CHECKPOINTING = ("gradient_checkpointing=true",)
+# One of each kind that takes memory in another way.
+CELLS = {
+    "full": Cell("e4b", "cpu_full"),
+    "full, packed, images": Cell("e4b", "cpu_full", PACKED, images=True),
+    "full, fused AdamW": Cell("e4b", "cpu_full", ("optim=adamw_torch_fused", *CHECKPOINTING)),
+    "full, AdamW in 8 bits": Cell("e4b", "cpu_full", ("optim=adamw_8bit", *CHECKPOINTING)),
+    "LoRA": Cell("e4b", "cpu_lora"),
+    "LoRA, no checkpointing, images": Cell("e4b", "cpu_lora", ("gradient_checkpointing=false",), images=True),
+    "LoRA, packed": Cell("e4b", "cpu_lora", PACKED),
+    "LoRA, packed, images, table on the GPU": Cell("e4b", "cpu_lora", (*PACKED, "model.ple=gpu"), images=True),
+    "LoRA, bfloat16": Cell("e4b", "cpu_lora", dtype="bfloat16"),
+    "DoRA": Cell("e4b", "cpu_lora", ("use_dora=true",)),
+    "QLoRA": Cell("e4b", "cpu_qlora"),
+    "QLoRA, packed, bfloat16, images": Cell(
+        "e2b", "cpu_qlora", (*PACKED, *IN_BF16, *CHECKPOINTING), dtype="bfloat16", images=True
+    ),
+    "31b: full, images": Cell("31b", "cpu_full", CHECKPOINTING, images=True),
+    "31b: QLoRA, packed, bfloat16": Cell("31b", "cpu_qlora", (*PACKED, *IN_BF16, *CHECKPOINTING), dtype="bfloat16"),
+    "26b: LoRA": Cell("26b", "cpu_lora"),
+    "26b: full, packed": Cell("26b", "cpu_full", PACKED),
+    "26b: QLoRA, experts in 4 bits": Cell("26b", "cpu_qlora", (*PACKED, *CHECKPOINTING)),
+    "26b: QLoRA, experts in 4 bits adapted": Cell(
+        "26b", "cpu_qlora", ("target_parameters=[experts.gate_up_proj,experts.down_proj]", *CHECKPOINTING)
+    ),
+    "12b: LoRA, packed, images": Cell("12b", "cpu_lora", PACKED, images=True),
+    "12b: QLoRA, bfloat16, images": Cell("12b", "cpu_qlora", (*IN_BF16, *CHECKPOINTING), dtype="bfloat16", images=True),
+}
+
+
 class Compared(NamedTuple):
     """What a cell took, and what was foreseen."""
 
