@@ -48,6 +48,9 @@ class ModelConfig(Section):
         "sdpa",
         description="Attention kernel; FlashAttention-2 ends at head dimension 256, Gemma 4's global layers have 512.",
     )
+    experts: Literal["gpu", "host"] = Field(
+        "gpu", description="Where 4-bit experts (26B-A4B) lie; host: there, each layer copied ahead of its use."
+    )
     ple: Literal["auto", "host", "gpu"] = Field(
         "auto",
         description="Where the per-layer embeddings of E2B and E4B are: in the base's file on the host, or on the GPU; "
@@ -143,6 +146,9 @@ class QuantizationConfig(Section):
     bnb_4bit_compute_dtype: Literal["float32", "bfloat16"] = Field(
         description="Dtype that 4-bit weights are dequantized to; default: model.dtype. In float16, Gemma overflows."
     )
+    quantize_moe_experts: bool = Field(
+        True, description="Load the experts of 26B-A4B, nearly all of its weights, in 4 bits as well."
+    )
 
 
 class LoraConfig(Section):
@@ -235,6 +241,11 @@ class TrainConfig(Section):
     )
     gradient_checkpointing: bool = Field(
         True, description="Recompute activations in the backward pass: less memory, about a third more time."
+    )
+    activation_offloading: bool = Field(
+        False,
+        description="Keep the inputs of recomputed layers in host memory until the backward pass: saves GPU memory, "
+        "costs the copies.",
     )
     bf16: bool = Field(description="Compute in bfloat16; default: whether model.dtype is bfloat16.")
     seed: int = Field(42, ge=0, description="Random seed of initial weights, dropout and data order.")
@@ -331,8 +342,8 @@ def _contradictions_of_tuning(config: RunConfig) -> Iterator[str]:
         yield "lora: an adapter needs tuning: lora or qlora, but tuning is full; remove the section or change tuning"
     if tuning == "full" and config.model.ple == "host":
         yield (
-            "model.ple: host, but tuning is full, which trains the per-layer embeddings, and what trains is on the GPU; "
-            "remove it, or set tuning: lora"
+            "model.ple: host, but tuning is full, which trains the per-layer embeddings, and what trains is on the "
+            "GPU; remove it, or set tuning: lora"
         )
     if lora is not None and lora.target_parameters:
         # PEFT adds the adapter to the weight itself, so it never sees the inputs that dropout acts on.
@@ -346,11 +357,21 @@ def _contradictions_of_tuning(config: RunConfig) -> Iterator[str]:
         yield f"quantization: a 4-bit base needs tuning: qlora, but tuning is {tuning}; remove it or change tuning"
     if tuning == "qlora" and quantization is not None and not quantization.load_in_4bit:
         yield "quantization.load_in_4bit: false contradicts tuning: qlora; remove it, or set tuning: lora"
+    if config.model.experts == "host" and not (quantization and quantization.quantize_moe_experts):
+        yield (
+            "model.experts: host, which is for experts in 4 bits; set tuning: qlora and "
+            "quantization.quantize_moe_experts: true, or remove it"
+        )
 
 
 def _contradictions_of_training(train: TrainConfig, model: ModelConfig) -> Iterator[str]:
     if train.packing_length is not None and not train.packing:
         yield f"train.packing_length: {train.packing_length}, but packing is off; set train.packing: true, or remove it"
+    if train.activation_offloading and not train.gradient_checkpointing:
+        yield (
+            "train.activation_offloading: true, but gradient_checkpointing is false: all that a layer computes would "
+            "be copied to host memory; set gradient_checkpointing: true, or remove it"
+        )
     if model.dtype == "bfloat16" and not train.bf16:
         yield "train.bf16: false contradicts model.dtype: bfloat16; set train.bf16: true or model.dtype: float32"
     if train.lr_scheduler_type == "constant" and train.warmup_steps:

@@ -145,6 +145,7 @@ def _plan(base: BaseModel, adapter: Adapter, quantization: Quantization | None) 
         adapter.settings,
         tied_embeddings=base.tied_embeddings,
         quantized_modules=quantization["modules"] if quantization else (),
+        quantized_parameters=quantization.get("parameters", ()) if quantization else (),
     )
     return [replace(op, name=in_file[op.name]) for op in ops]
 

@@ -23,8 +23,8 @@ import torch
 
 from gemma_dist.errors import CheckpointError
 from gemma_dist.merge.plan import Headers
-from gemma_dist.model.load import keep_four_bit_exact
-from gemma_dist.model.record import Quantization, four_bit_config
+from gemma_dist.model.load import keep_four_bit_exact, with_adapter
+from gemma_dist.model.record import Quantization, four_bit_config, four_bit_stacks
 from gemma_dist.model.vision import patches_of_config
 
 FLOAT32_MAX_LOGIT_DIFFERENCE = 1e-3
@@ -135,13 +135,11 @@ def make_prompts(config: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
 
 def _load_trained(base: Path, adapter: Path, quantization: Quantization | None) -> Any:
     """Base + adapter as training held them, computing in float32."""
-    from peft import PeftModel
-
     if quantization is None:
         model = _model_class(base).from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     else:
         model = _load_quantized(base, quantization)
-    return PeftModel.from_pretrained(model, adapter).eval()
+    return with_adapter(model, adapter).eval()
 
 
 def _load_quantized(base: Path, quantization: Quantization) -> Any:
@@ -149,24 +147,29 @@ def _load_quantized(base: Path, quantization: Quantization) -> Any:
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers import AutoConfig
 
+    from gemma_dist.model.experts import loading_experts
+
     modules = set(quantization["modules"])
     with torch.device("meta"):
         skeleton = _model_class(base)(AutoConfig.from_pretrained(base, trust_remote_code=False))
     linears = {name for name, module in skeleton.named_modules() if type(module) is torch.nn.Linear}
-    model = _model_class(base).from_pretrained(
-        base,
-        dtype=quantization.get("weights_dtype", "auto"),
-        device_map="cpu",
-        trust_remote_code=False,
-        quantization_config=four_bit_config(
-            {**quantization, "bnb_4bit_compute_dtype": "float32"}, skip_modules=sorted(linears - modules)
-        ),
-    )
+    stacks = set(quantization.get("parameters", ()))
+    with loading_experts("gpu" if stacks else None):
+        model = _model_class(base).from_pretrained(
+            base,
+            dtype=quantization.get("weights_dtype", "auto"),
+            device_map="cpu",
+            trust_remote_code=False,
+            quantization_config=four_bit_config(
+                {**quantization, "bnb_4bit_compute_dtype": "float32"}, skip_modules=sorted(linears - modules)
+            ),
+        )
     odd = modules ^ {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-    if odd:
+    if odd := odd | stacks ^ set(four_bit_stacks(model)):
         raise CheckpointError(
-            f"{len(odd)} modules, such as {min(odd)}, are 4-bit in only one of gemma_dist.json and the model as it "
-            "loads now; merge with the versions of transformers and bitsandbytes that trained it, or without --verify"
+            f"{len(odd)} modules or stacks of experts, such as {min(odd)}, are 4-bit in only one of gemma_dist.json "
+            "and the model as it loads now; merge with the versions of transformers and bitsandbytes that trained it, "
+            "or without --verify"
         )
     keep_four_bit_exact(model)
     for tensor in (*model.parameters(), *model.buffers()):

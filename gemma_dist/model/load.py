@@ -7,7 +7,7 @@ computed with it, what could get no gradient is frozen, and 4-bit layers compute
 import contextlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -52,10 +52,12 @@ def load_model(
 
     Raises:
         CheckpointError: there is no Gemma 4 at that place.
+        ConfigError: its experts are to be in host memory, and it has none.
     """
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, settings.dtype),
         "attn_implementation": attention_of_parts(settings),
+        "experts": place_of_experts(read_config(settings.model_name_or_path), settings, quantization),
     }
     if quantization is not None:
         from transformers.integrations import is_deepspeed_zero3_enabled
@@ -95,25 +97,51 @@ def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool =
             whole = sorted(linear_layers(config) - set(quantization["modules"]))
             arguments["quantization_config"] = four_bit_config(quantization, skip_modules=whole)
             arguments["dtype"] = dtype = getattr(torch, quantization["weights_dtype"])
+            arguments["experts"] = "gpu" if quantization.get("parameters") else None
     zero3 = settings_for_evaluation(dtype)
     if zero3 is None:
         arguments["device_map"] = {"": device()}
     table = open_table(model, config, dtype) if ple_on_host else None
     with partitioning(zero3):
-        loaded = _from_pretrained(model, table, ("audio",), **arguments)
+        loaded = _from_pretrained(model, table, ["audio"], **arguments)
     keep_four_bit_exact(loaded)
     use_image_rule(loaded)
     if adapter is not None:
-        from peft import PeftModel
-
         try:
-            loaded = PeftModel.from_pretrained(loaded, str(adapter), autocast_adapter_dtype=zero3 is None)
+            loaded = with_adapter(loaded, adapter, autocast_adapter_dtype=zero3 is None)
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"adapter {adapter} does not fit {model!r}: {error}") from error
     if zero3 is not None:
         _gather_with_experts(loaded)
         partition_model(loaded, zero3)
     return loaded.eval()
+
+
+def with_adapter(model: Any, adapter: Path, **arguments: Any) -> Any:
+    """`model` with an adapter from a folder, as PEFT loads it."""
+    from peft import PeftConfig, PeftModel
+
+    from gemma_dist.model.experts import adapt_four_bit_experts
+
+    settings = adapt_four_bit_experts(PeftConfig.from_pretrained(str(adapter)))
+    return PeftModel.from_pretrained(model, str(adapter), config=settings, **arguments)
+
+
+def place_of_experts(
+    config: Any, settings: ModelConfig, quantization: QuantizationConfig | None
+) -> Literal["gpu", "host"] | None:
+    """Where a model of `config` (`read_config`) has experts in 4 bits; None: it has none, or they stay whole.
+
+    Raises:
+        ConfigError: they are to be in host memory, and it has none.
+    """
+    has_experts = getattr(config.get_text_config(), "enable_moe_block", False)
+    if settings.experts == "host" and not has_experts:
+        raise ConfigError(
+            f"model.experts: host, but {settings.model_name_or_path!r} has no experts, as 26B-A4B alone does: remove it"
+        )
+    in_4_bits = has_experts and quantization is not None and quantization.quantize_moe_experts
+    return settings.experts if in_4_bits else None
 
 
 def keep_four_bit_exact(model: torch.nn.Module) -> None:
@@ -138,18 +166,21 @@ def add_adapter(model: Any, settings: LoraConfig, *, zero3: bool) -> Any:
     """
     from peft import get_peft_model
 
-    names = [name for name, _ in model.named_parameters()]
-    for wanted in settings.target_parameters:
-        if not any(name.endswith(f".{wanted}") for name in names):
-            raise ConfigError(
-                f"lora.target_parameters: {wanted!r} is the end of no weight of this model; 26B-A4B has "
-                "experts.gate_up_proj and experts.down_proj, the other models have no experts: remove it"
-            )
-    try:
-        # At ZeRO-3 DeepSpeed gathers parameters of one dtype at a time: the adapter keeps that of the base.
-        adapted = get_peft_model(model, _peft_config(settings), autocast_adapter_dtype=not zero3)
-    except ValueError as error:
-        raise ConfigError(f"lora.target_modules = {settings.target_modules!r}: {error}") from error
+    from gemma_dist.model.experts import naming_stacks
+
+    with naming_stacks(model):
+        names = [name for name, _ in model.named_parameters()]
+        for wanted in settings.target_parameters:
+            if not any(name.endswith(f".{wanted}") for name in names):
+                raise ConfigError(
+                    f"lora.target_parameters: {wanted!r} is the end of no weight of this model; 26B-A4B has "
+                    "experts.gate_up_proj and experts.down_proj, the other models have no experts: remove it"
+                )
+        try:
+            # At ZeRO-3 DeepSpeed gathers parameters of one dtype at a time: the adapter keeps that of the base.
+            adapted = get_peft_model(model, _peft_config(settings), autocast_adapter_dtype=not zero3)
+        except ValueError as error:
+            raise ConfigError(f"lora.target_modules = {settings.target_modules!r}: {error}") from error
     if zero3:
         _gather_with_experts(adapted)
     return adapted
@@ -177,14 +208,26 @@ def _gather_with_experts(model: torch.nn.Module) -> None:
         set_z3_leaf_modules(model, [ParamWrapper])
 
 
-def _from_pretrained(name: str, table: PerLayerTable | None, without: Collection[Tower], **arguments: Any) -> Any:
+def _from_pretrained(
+    name: str,
+    table: PerLayerTable | None,
+    without: Collection[Tower],
+    *,
+    experts: Literal["gpu", "host"] | None = None,
+    **arguments: Any,
+) -> Any:
     """A Gemma 4 with all its weights but those of the `table` and of the towers `without`, by transformers' own
     classes; at ZeRO-3 each rank reads its part alone.
+
+    Args:
+        experts: where 4-bit experts are to be; None: they stay whole.
 
     Raises:
         CheckpointError: there is none, or weights of it are missing, which transformers would leave random.
     """
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
+
+    from gemma_dist.model.experts import loading_experts
 
     config = config_without(read_config(name), without)
     model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
@@ -192,6 +235,7 @@ def _from_pretrained(name: str, table: PerLayerTable | None, without: Collection
     try:
         with (
             loading_partitions(),
+            loading_experts(experts),
             table_left_out(table) if table is not None else contextlib.nullcontext(),
             patch.object(model_class, "_keys_to_ignore_on_load_unexpected", left_out),
         ):
@@ -248,4 +292,6 @@ def _peft_config(settings: LoraConfig) -> Any:
     """PEFT's settings: a recipe's `lora` has its names, and says nothing of the rest."""
     from peft import LoraConfig as PeftLoraConfig
 
-    return PeftLoraConfig(task_type="CAUSAL_LM", **settings.model_dump())
+    from gemma_dist.model.experts import adapt_four_bit_experts
+
+    return adapt_four_bit_experts(PeftLoraConfig(task_type="CAUSAL_LM", **settings.model_dump()))

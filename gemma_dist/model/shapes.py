@@ -1,6 +1,7 @@
 """What of a model trains and what its weights take, part by part, from shapes alone: no weight is read, a 31B takes
 seconds."""
 
+import contextlib
 import re
 from collections import defaultdict
 from collections.abc import Collection
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 
 from gemma_dist.config import RunConfig
-from gemma_dist.model.load import add_adapter, attention_of_parts, freeze_audio, read_config
-from gemma_dist.model.per_layer import TABLE
+from gemma_dist.model.load import add_adapter, attention_of_parts, freeze_audio, place_of_experts, read_config
+from gemma_dist.model.per_layer import TABLE, table_left_out, take_rows_of_batch
 from gemma_dist.model.record import four_bit_config, quantization_of
-from gemma_dist.model.towers import Tower, modules_of, whole_modules
+from gemma_dist.model.towers import Tower, config_without, modules_of, whole_modules
 
 # What of the model a parameter belongs to, by the first fragment of its name that fits.
 MODEL_PARTS = {
@@ -38,7 +39,8 @@ class PartSize:
     num_parameters: int = 0
     num_trained: int = 0  # of these
     num_bytes: float = 0.0  # that the base's weights take once loaded, on a GPU where there is one
-    host_bytes: float = 0.0  # that stay in the base's file, mapped
+    host_bytes: float = 0.0  # that stay on the host
+    host: str = ""  # where there
     is_loaded: bool = True
 
     def place(self) -> str:
@@ -46,14 +48,14 @@ class PartSize:
         if not self.is_loaded:
             return "not loaded"
         taken = f"{(self.num_bytes + self.host_bytes) / 2**30:>8.2f} GiB"
-        return f"{taken} in the base's file, on the host" if self.host_bytes else taken
+        return f"{taken} {self.host}" if self.host_bytes else taken
 
 
 def describe_training(config: RunConfig, unneeded: Collection[Tower]) -> list[str]:
     """What trains and what the weights take, in lines for the terminal.
 
     GiB are those of the base as it is loaded, on each rank, or at ZeRO-3 on all ranks together. The adapter,
-    gradients, optimizer and activations come on top.
+    gradients, optimizer and activations come on top; of experts on the host, two layers on the device.
 
     Args:
         unneeded: towers that the run does not load.
@@ -84,7 +86,7 @@ def size_by_part(config: RunConfig, unneeded: Collection[Tower]) -> dict[str, Pa
     Raises:
         CheckpointError, ConfigError: as `describe_training`.
     """
-    model = _without_weights(config)
+    model = without_weights(config)
     num_bytes = _loaded_bytes(model, config)
     if config.lora is not None:
         with torch.device("meta"):
@@ -92,13 +94,18 @@ def size_by_part(config: RunConfig, unneeded: Collection[Tower]) -> dict[str, Pa
     left_out = [re.compile(pattern) for pattern in modules_of(unneeded)]
     sizes: dict[str, PartSize] = defaultdict(PartSize)
     for name, parameter in model.named_parameters():
-        size = sizes[_part(name.removeprefix("base_model.model."))]
+        part = _part(name.removeprefix("base_model.model."))
+        size = sizes[part]
         size.num_parameters += parameter.numel()
         if parameter.requires_grad:
             size.num_trained += parameter.numel()
         if any(pattern.search(name) for pattern in left_out):
             size.is_loaded = False
         elif TABLE in name and config.ple_on_host:
+            size.host = "in the base's file, on the host"
+            size.host_bytes += num_bytes.get(parameter, 0)
+        elif part == "experts" and config.model.experts == "host":
+            size.host = "in host memory"
             size.host_bytes += num_bytes.get(parameter, 0)
         else:
             size.num_bytes += num_bytes.get(parameter, 0)
@@ -113,21 +120,39 @@ def _part(name: str) -> str:
     return "other"
 
 
-def _without_weights(config: RunConfig) -> Any:
-    """The base of a recipe on the meta device, with the layers that loading would hold in 4 bits as such."""
+def without_weights(config: RunConfig, unneeded: Collection[Tower] = (), *, table: bool = True) -> Any:
+    """The base of a recipe on the meta device, in its dtype, with the layers that loading would hold in 4 bits as such.
+
+    Args:
+        unneeded: towers that it does not have.
+        table: whether it has its per-layer embeddings; else it takes them with each batch.
+
+    Raises:
+        CheckpointError: there is no Gemma 4 at model.model_name_or_path.
+    """
     from transformers import AutoModelForImageTextToText
     from transformers.quantizers import AutoHfQuantizer
 
+    from gemma_dist.model.experts import loading_experts
+
     settings = read_config(config.model.model_name_or_path)
-    with torch.device("meta"):
+    experts = place_of_experts(settings, config.model, config.quantization)
+    whole = whole_modules(settings)
+    with torch.device("meta"), contextlib.nullcontext() if table else table_left_out(None):
         model = AutoModelForImageTextToText.from_config(
-            settings, attn_implementation=attention_of_parts(config.model), trust_remote_code=False
+            config_without(settings, unneeded),
+            dtype=getattr(torch, config.model.dtype),
+            attn_implementation=attention_of_parts(config.model),
+            trust_remote_code=False,
         )
         if config.quantization is not None:
-            whole = whole_modules(settings)
             wanted = four_bit_config(quantization_of(config.quantization), skip_modules=whole)
-            AutoHfQuantizer.from_config(wanted, pre_quantized=False).preprocess_model(model, device_map=None)
+            with loading_experts(experts):
+                AutoHfQuantizer.from_config(wanted, pre_quantized=False).preprocess_model(model, device_map=None)
+            model.is_loaded_in_4bit = True  # PEFT asks for it
     freeze_audio(model)
+    if not table:
+        take_rows_of_batch(model)
     return model
 
 
@@ -136,9 +161,9 @@ def _loaded_bytes(model: Any, config: RunConfig) -> dict[torch.nn.Parameter, flo
     in_4_bits: set[torch.nn.Parameter] = set()
     scale = 0.0
     if config.quantization is not None:
-        from bitsandbytes.nn import Linear4bit
+        from bitsandbytes.nn import Params4bit
 
-        in_4_bits = {module.weight for module in model.modules() if isinstance(module, Linear4bit)}
+        in_4_bits = {parameter for parameter in model.parameters() if isinstance(parameter, Params4bit)}
         # 64 weights share a scale of 4 bytes; quantized too, it takes 1 byte and a share of 4 bytes for 256 of them.
         scale = (1 + 4 / 256) / 64 if config.quantization.bnb_4bit_use_double_quant else 4 / 64
     num_bytes: dict[torch.nn.Parameter, float] = {}

@@ -18,7 +18,7 @@ from gemma_dist.config import RunConfig
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.files import writing
 from gemma_dist.logs import RunLog, log
-from gemma_dist.model.load import add_adapter, load_model, read_config
+from gemma_dist.model.load import add_adapter, load_model, read_config, use_cpu
 from gemma_dist.model.per_layer import PerLayerTable, open_table
 from gemma_dist.model.record import ADAPTER_RECORD
 from gemma_dist.resolve import Run, require_output_dir, resolve
@@ -30,6 +30,7 @@ from gemma_dist.train.checkpoint import (
     lock_output_dir,
     require_same_start,
 )
+from gemma_dist.train.memory import MemoryReport, MemoryWatch, gpu_at_hand
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 
 # What a checkpoint holds to resume from, and a result does not need.
@@ -40,8 +41,16 @@ STATE_FILES = (
 )
 
 
-def train(config: RunConfig, *, trainer_class: Callable[..., ToolCallTrainer] = ToolCallTrainer) -> None:
+def train(
+    config: RunConfig,
+    *,
+    trainer_class: Callable[..., ToolCallTrainer] = ToolCallTrainer,
+    watch: MemoryWatch | None = None,
+) -> None:
     """Train as `config` says, alone or as one rank of many, from the newest complete checkpoint if there is one.
+
+    Args:
+        watch: is told of the run before it begins, and of what it took of the GPU.
 
     Raises:
         ConfigError, DataError, CheckpointError: before any weight is read, where the run could not work.
@@ -58,6 +67,8 @@ def train(config: RunConfig, *, trainer_class: Callable[..., ToolCallTrainer] = 
     checkpoint, start_step = find_checkpoint(output_dir, config.train.resume_from_checkpoint, run.identity)
     if checkpoint and (changed := changed_settings(checkpoint, config)):
         log.info("resuming from %s with other settings: %s", checkpoint, "; ".join(changed))
+    if watch is not None:
+        watch.begin(run, gpu_at_hand())
     loader = TrajectoryLoader(
         run.schedule,
         encoder,
@@ -77,7 +88,7 @@ def train(config: RunConfig, *, trainer_class: Callable[..., ToolCallTrainer] = 
     )
     with lock_output_dir(output_dir):
         if start_step < run.num_steps:
-            _train_from(run, loader, checkpoint, trainer_class)
+            _train_from(run, loader, checkpoint, trainer_class, watch)
             checkpoint = output_dir / f"checkpoint-{run.num_steps}"
         else:
             log.info(
@@ -89,7 +100,11 @@ def train(config: RunConfig, *, trainer_class: Callable[..., ToolCallTrainer] = 
 
 
 def _train_from(
-    run: Run, loader: TrajectoryLoader, checkpoint: Path | None, trainer_class: Callable[..., ToolCallTrainer]
+    run: Run,
+    loader: TrajectoryLoader,
+    checkpoint: Path | None,
+    trainer_class: Callable[..., ToolCallTrainer],
+    watch: MemoryWatch | None,
 ) -> None:
     """The remaining steps of a run: the loader starts with the first of them."""
     arguments = training_arguments(run)  # at ZeRO-3 it has to be there before the model: it partitions the weights
@@ -99,6 +114,8 @@ def _train_from(
     metrics = run.config.train.output_dir / "metrics.jsonl"
     run_log = RunLog(metrics, start_step=loader.start_step, num_steps=run.num_steps)
     trainer = trainer_class(run, arguments, model, loader, run_log)
+    if watch is not None and not use_cpu():
+        trainer.add_callback(MemoryReport(watch))
     trainer.train(resume_from_checkpoint=checkpoint)
     run_log.close()
 

@@ -40,6 +40,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model, self.shards, self.probe = cache(self._model), cache(self._shards), cache(self._probe)
+        self.model_of_full_experts = cache(self._model_of_full_experts)
 
     def of(self, cell: Cell) -> Path:
         """The folder of a cell's run."""
@@ -51,6 +52,24 @@ class Bench:
         out = self.folder / f"model-{style}-{dtype}"
         if not out.exists():
             write_tiny_model(out, style=style, dtype=dtype, hidden_size=64, num_hidden_layers=4)
+        return out
+
+    def _model_of_full_experts(self, style: str, dtype: str) -> Path:
+        """The model with its experts taken to 4 bits and back, for transformers to compute with as they are. The linear
+        layers stay, since they are in 4 bits for reference and cell."""
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+        from safetensors.torch import load_file, save_file
+
+        model, out = self.model(style, dtype), self.folder / f"model-{style}-{dtype}-full-experts"
+        if style != "26b":
+            return model
+        if not out.exists():
+            shutil.copytree(model, out)
+            tensors = load_file(model / "model.safetensors")
+            for name in [name for name in tensors if ".experts." in name]:
+                codes = quantize_4bit(tensors[name], blocksize=64, compress_statistics=True, quant_type="nf4")
+                tensors[name] = dequantize_4bit(*codes)
+            save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
         return out
 
     def _shards(self, style: str, data: str) -> Path:
@@ -114,8 +133,11 @@ class Bench:
             "gradient_checkpointing": str(cell.checkpointing).lower(),
             "dataloader_num_workers": 0,
         }
-        if cell.tuning == "qlora":
+        if cell.in_4_bits:
             settings["bnb_4bit_compute_dtype"] = dtype
+        if cell.in_4_bits and cell.is_reference:
+            settings["model_name_or_path"] = self.model_of_full_experts(cell.style, cell.dtype)
+            settings["quantize_moe_experts"] = "false"
         if cell.data == "empty":
             settings["data.quarantine"] = self._quarantine(cell)
         if cell.resumed_from:

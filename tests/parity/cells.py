@@ -23,6 +23,8 @@ TUNINGS = {  # recipe in launch/, and overrides
     "dora": ("cpu_lora", ["lora.use_rslora=true", "lora.use_dora=true"]),
     "qlora": ("cpu_qlora", []),
     "experts": ("cpu_lora", ["lora.target_parameters=[experts.gate_up_proj, experts.down_proj]"]),  # 26b alone has some
+    "qlora-experts": ("cpu_qlora", ["lora.target_parameters=[experts.gate_up_proj, experts.down_proj]"]),
+    "qlora-host": ("cpu_qlora", ["model.experts=host"]),
 }
 FOR_ALL_STYLES = ("full", "lora", "dora", "qlora")
 STYLES = ("e4b", "31b", "26b", "12b", "e2b")
@@ -96,7 +98,7 @@ class Cell:
         """One process, float32, all trajectories of a step as rows of one batch; packs only say which these are."""
         return Cell(
             "single",
-            self.tuning,
+            self.tuning.removesuffix("-host"),
             self.style,
             self.data,
             packing=self.packing,
@@ -105,6 +107,11 @@ class Cell:
             is_reference=True,
             peer=self.peer,
         )
+
+    @property
+    def in_4_bits(self) -> bool:
+        """Whether the base is, its experts included."""
+        return self.tuning.startswith("qlora")
 
     @property
     def whole(self) -> "Cell":
@@ -135,6 +142,8 @@ def all_cells() -> list[Cell]:
         packing, checkpointing, accumulation = OPTIONS[(i + i // len(OPTIONS)) % len(OPTIONS)]
         if data == "some" or launch in UP_TO_TWO:
             cells.append(_dealt(Cell(launch, tuning, style, data, packing, checkpointing, accumulation)))
+    for launch, tuning in product(UP_TO_TWO, ("qlora-experts", "qlora-host")):
+        cells.append(Cell(launch, tuning, "26b", "some", checkpointing=launch != "cpu_zero1"))
     for launch, tuning in product(UP_TO_TWO, FOR_ALL_STYLES):
         if tuning != "full" or "zero" in launch:  # the others are refused
             cells.append(Cell(launch, tuning, "e4b", "some", dtype="bfloat16"))
@@ -168,6 +177,8 @@ def pruned_cells() -> list[Cell]:
     resumed.append(four)
     cells += [four, Cell("cpu_zero3 x4", "lora", "31b", "images")]
     cells.append(Cell("cpu_zero3", "experts", "26b", "empty", checkpointing=True))
+    cells.append(Cell("cpu_ddp", "qlora-experts", "26b", "empty", checkpointing=True))
+    cells.append(Cell("cpu_zero2", "qlora-host", "26b", "empty"))
     cells.append(Cell("single", "lora", "12b", "some", packing=True))
     cells.append(Cell("cpu_zero3", "full", "12b", "images"))
     for launch in ("cpu_ddp", "cpu_zero2", "cpu_zero3"):

@@ -102,10 +102,12 @@ def _reloaded(bench: Bench, cell: Cell) -> float:
 
     out, dtype = bench.of(cell) / "out", getattr(torch, cell.dtype)
     base = out if cell.tuning == "full" else bench.model(cell.style, cell.dtype)
+    if cell.in_4_bits:
+        base = bench.model_of_full_experts(cell.style, cell.dtype)
     model, report = AutoModelForImageTextToText.from_pretrained(
         base,
         dtype=dtype,
-        quantization_config=four_bits(dtype, cell.style) if cell.tuning == "qlora" else None,
+        quantization_config=four_bits(dtype, cell.style) if cell.in_4_bits else None,
         output_loading_info=True,
         trust_remote_code=False,
     )
