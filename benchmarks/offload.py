@@ -1,11 +1,14 @@
 """What it costs in time to keep weights in host memory: steps of a model with them there, and on the device.
 
-    python benchmarks/offload.py [experts] [--steps N]
+    python benchmarks/offload.py [experts] [ple] [--steps N]
 
-Trains a random Gemma 4 of the 26B-A4B style in NF4, forward and backward with checkpointing, in turns with its 4-bit
+experts: trains a random Gemma 4 of the 26B-A4B style in NF4, forward and backward with checkpointing, in turns with its 4-bit
 experts on the device and on the host, and prints the median time of a step and the ratio. The losses must be equal to
 the last bit. On a GPU copies run beside what is computed; on a CPU a copy is from memory to memory and nothing
 overlaps, so the ratio says what the copies themselves cost there, and nothing of PCI Express.
+
+ple: steps with per-layer embeddings in the base's file and on the device (`per_layer.py`), in CPU time, as other jobs
+use the machine. `docs/benchmarks.md` explains the tables.
 """
 
 import argparse
@@ -79,10 +82,18 @@ def _in_turns(steps: dict[str, Callable[[], float]], num_steps: int) -> tuple[di
     return {name: statistics.median(times) for name, times in seconds.items()}, results
 
 
-SECTIONS: dict[str, Callable[[int], None]] = {"experts": experts}
+def ple(num_steps: int) -> None:
+    """Per-layer embeddings of E2B and E4B."""
+    import per_layer
+
+    per_layer.ple(num_steps)
+
+
+SECTIONS: dict[str, Callable[[int], None]] = {"experts": experts, "ple": ple}
 
 
 def main() -> None:
+    """Print the sections that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default: all")
     parser.add_argument("--steps", type=int, default=10)

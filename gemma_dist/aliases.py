@@ -41,6 +41,7 @@ _KEYS = {
     "sample_packing neat_packing padding_free": "train.packing",
     "pack_length packing_max_length": "train.packing_length",
     "num_workers dataloader_workers preprocessing_num_workers": "train.dataloader_num_workers",
+    "enable_activation_offloading offload_activations": "train.activation_offloading",
     "activation_checkpointing use_gradient_checkpointing": "train.gradient_checkpointing",
     "num_epochs epochs max_epochs n_epochs": "train.num_train_epochs",
     "lr": "train.learning_rate",

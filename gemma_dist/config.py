@@ -242,6 +242,11 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = Field(
         True, description="Recompute activations in the backward pass: less memory, about a third more time."
     )
+    activation_offloading: bool = Field(
+        False,
+        description="Keep the inputs of recomputed layers in host memory until the backward pass: saves GPU memory, "
+        "costs the copies.",
+    )
     bf16: bool = Field(description="Compute in bfloat16; default: whether model.dtype is bfloat16.")
     seed: int = Field(42, ge=0, description="Random seed of initial weights, dropout and data order.")
     save_steps: int = Field(
@@ -337,8 +342,8 @@ def _contradictions_of_tuning(config: RunConfig) -> Iterator[str]:
         yield "lora: an adapter needs tuning: lora or qlora, but tuning is full; remove the section or change tuning"
     if tuning == "full" and config.model.ple == "host":
         yield (
-            "model.ple: host, but tuning is full, which trains the per-layer embeddings, and what trains is on the GPU; "
-            "remove it, or set tuning: lora"
+            "model.ple: host, but tuning is full, which trains the per-layer embeddings, and what trains is on the "
+            "GPU; remove it, or set tuning: lora"
         )
     if lora is not None and lora.target_parameters:
         # PEFT adds the adapter to the weight itself, so it never sees the inputs that dropout acts on.
@@ -362,6 +367,11 @@ def _contradictions_of_tuning(config: RunConfig) -> Iterator[str]:
 def _contradictions_of_training(train: TrainConfig, model: ModelConfig) -> Iterator[str]:
     if train.packing_length is not None and not train.packing:
         yield f"train.packing_length: {train.packing_length}, but packing is off; set train.packing: true, or remove it"
+    if train.activation_offloading and not train.gradient_checkpointing:
+        yield (
+            "train.activation_offloading: true, but gradient_checkpointing is false: all that a layer computes would "
+            "be copied to host memory; set gradient_checkpointing: true, or remove it"
+        )
     if model.dtype == "bfloat16" and not train.bf16:
         yield "train.bf16: false contradicts model.dtype: bfloat16; set train.bf16: true or model.dtype: float32"
     if train.lr_scheduler_type == "constant" and train.warmup_steps:

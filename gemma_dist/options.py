@@ -132,7 +132,7 @@ def spellings(command: click.Command) -> dict[str, str]:
         if name in own:
             spelled[name] = f"{option(name)} {{}}"
         elif name in ModelConfig.model_fields:
-            spelled[name] = f"model.{name}={{}}"
+            spelled[name] = f"model.{name}={{}}" if takes_recipe else f"`gemma-dist train … model.{name}={{}}`"
         elif name in TrainDataConfig.model_fields:
             spelled[name] = f"data.{name}={{}}" if takes_recipe else f"`gemma-dist train … data.{name}={{}}`"
         elif name in ShardConfig.model_fields:

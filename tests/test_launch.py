@@ -122,7 +122,8 @@ def test_deepspeed_files_leave_to_the_recipe_what_is_its_own(path):
 SHAPES = ROOT / "tests" / "shapes"
 PUBLISHED = {"e2b": 5.1e9, "e4b": 8.0e9, "12b": 11_959_730_176, "26b": 25.2e9 + 0.55e9, "31b": 30.7e9 + 0.55e9}
 # Peaks of a step with text in GiB, simulated on the real modules with torch's FakeTensor (within 1 % of the peaks that
-# small models were measured at), without per-layer embeddings; those of the 31B above 4,096 tokens continue its line from 2,048 to 4,096.
+# small models were measured at), without per-layer embeddings; those of the 31B above 4,096 tokens continue its line
+# from 2,048 to 4,096.
 SIMULATED = {
     "e2b_qlora_16gb": [3.91],
     "e4b_qlora_16gb": [6.04],

@@ -75,7 +75,8 @@ def require_accepted(verb: str, name: str, value: str, words: str) -> None:
         assert str(found.type_cast_value(click.Context(cli.commands[verb]), text)).lower() == value.lower()
     else:
         assert any(param.name == "overrides" for param in cli.commands[verb].params), f"{verb} takes no {words}"
-        assert str(getattr(recipe.load_config(RECIPE, [words]).data, name)).lower() == value.lower()
+        section = getattr(recipe.load_config(RECIPE, [words]), words.partition(".")[0])
+        assert str(getattr(section, name)).lower() == value.lower()
 
 
 @pytest.mark.parametrize("verb", cli.commands)

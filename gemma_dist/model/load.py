@@ -103,7 +103,7 @@ def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool =
         arguments["device_map"] = {"": device()}
     table = open_table(model, config, dtype) if ple_on_host else None
     with partitioning(zero3):
-        loaded = _from_pretrained(model, table, ("audio",), **arguments)
+        loaded = _from_pretrained(model, table, ["audio"], **arguments)
     keep_four_bit_exact(loaded)
     use_image_rule(loaded)
     if adapter is not None:

@@ -14,7 +14,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,13 +26,6 @@ from gemma_dist.tensorfile import TORCH_DTYPES, Entry, TensorFile, open_tensors
 
 TABLE = "embed_tokens_per_layer"
 ROWS, INDEX = "per_layer_rows", "per_layer_index"  # of a batch, beside its input_ids
-
-
-class PerLayerRows(NamedTuple):
-    """The rows of a batch of token ids (B, T) with U distinct ones."""
-
-    rows: torch.Tensor  # (U, layers x width of a layer), as the table has them
-    index: torch.Tensor  # (B, T) int64: which row each token has
 
 
 class PerLayerTable:
@@ -59,8 +52,12 @@ class PerLayerTable:
         ids = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
         self._soft_tokens = torch.tensor([token for token in ids if token is not None])
 
-    def gather(self, input_ids: torch.Tensor) -> PerLayerRows:
-        """The rows of `input_ids` (B, T); in page-locked memory where there is a GPU to copy them to.
+    def gather(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of `input_ids` (B, T) with U distinct tokens.
+
+        Returns:
+            `rows` (U, layers x width of a layer) as the table has them, in page-locked memory where there is a GPU to
+            copy them to, and `index` (B, T) int64: which row each token has.
 
         Raises:
             CheckpointError: the file was written to since it was opened.
@@ -74,7 +71,7 @@ class PerLayerTable:
         ids = ids.masked_fill(torch.isin(ids, self._soft_tokens), self._pad)  # as the model does
         distinct, index = ids.unique(return_inverse=True)
         rows = self._table.index_select(0, distinct).to(self.dtype)
-        return PerLayerRows(rows.pin_memory() if torch.cuda.is_available() else rows, index)
+        return rows.pin_memory() if torch.cuda.is_available() else rows, index
 
     def add_rows(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`batch` with the rows of its `input_ids`. Raises CheckpointError as `gather`."""
@@ -98,13 +95,14 @@ class PerLayerEmbedding(torch.nn.Module):
         """
         super().__init__()
         self.table, self._scale = table, replaced.scalar_embed_scale
-        self._handed: PerLayerRows | None = None
+        self._handed: tuple[torch.Tensor, torch.Tensor] | None = None
         # Follows the model to its device and dtype, as the table would.
+        self.like: torch.Tensor
         self.register_buffer("like", torch.empty(0, dtype=replaced.weight.dtype), persistent=False)
 
     def hand_over(self, rows: torch.Tensor, index: torch.Tensor) -> None:
         """Give the rows of the next call of `forward`."""
-        self._handed = PerLayerRows(rows, index)
+        self._handed = rows, index
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(B, T) -> (B, T, layers x width of a layer). Raises CheckpointError as `PerLayerTable.gather`."""
@@ -149,7 +147,7 @@ def table_left_out(table: PerLayerTable | None) -> Iterator[None]:
             return PerLayerEmbedding(table, submodule)
         return None
 
-    hook = torch.nn.modules.module.register_module_module_registration_hook(replace)
+    hook = torch.nn.modules.module.register_module_module_registration_hook(replace)  # type: ignore[arg-type]
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """What of a model trains and what its weights take, part by part, from shapes alone: no weight is read, a 31B takes
 seconds."""
 
+import contextlib
 import re
 from collections import defaultdict
 from collections.abc import Collection
@@ -11,9 +12,9 @@ import torch
 
 from gemma_dist.config import RunConfig
 from gemma_dist.model.load import add_adapter, attention_of_parts, freeze_audio, place_of_experts, read_config
-from gemma_dist.model.per_layer import TABLE
+from gemma_dist.model.per_layer import TABLE, table_left_out, take_rows_of_batch
 from gemma_dist.model.record import four_bit_config, quantization_of
-from gemma_dist.model.towers import Tower, modules_of, whole_modules
+from gemma_dist.model.towers import Tower, config_without, modules_of, whole_modules
 
 # What of the model a parameter belongs to, by the first fragment of its name that fits.
 MODEL_PARTS = {
@@ -85,7 +86,7 @@ def size_by_part(config: RunConfig, unneeded: Collection[Tower]) -> dict[str, Pa
     Raises:
         CheckpointError, ConfigError: as `describe_training`.
     """
-    model = _without_weights(config)
+    model = without_weights(config)
     num_bytes = _loaded_bytes(model, config)
     if config.lora is not None:
         with torch.device("meta"):
@@ -119,8 +120,16 @@ def _part(name: str) -> str:
     return "other"
 
 
-def _without_weights(config: RunConfig) -> Any:
-    """The base of a recipe on the meta device, with the layers that loading would hold in 4 bits as such."""
+def without_weights(config: RunConfig, unneeded: Collection[Tower] = (), *, table: bool = True) -> Any:
+    """The base of a recipe on the meta device, in its dtype, with the layers that loading would hold in 4 bits as such.
+
+    Args:
+        unneeded: towers that it does not have.
+        table: whether it has its per-layer embeddings; else it takes them with each batch.
+
+    Raises:
+        CheckpointError: there is no Gemma 4 at model.model_name_or_path.
+    """
     from transformers import AutoModelForImageTextToText
     from transformers.quantizers import AutoHfQuantizer
 
@@ -128,16 +137,22 @@ def _without_weights(config: RunConfig) -> Any:
 
     settings = read_config(config.model.model_name_or_path)
     experts = place_of_experts(settings, config.model, config.quantization)
-    with torch.device("meta"):
+    whole = whole_modules(settings)
+    with torch.device("meta"), contextlib.nullcontext() if table else table_left_out(None):
         model = AutoModelForImageTextToText.from_config(
-            settings, attn_implementation=attention_of_parts(config.model), trust_remote_code=False
+            config_without(settings, unneeded),
+            dtype=getattr(torch, config.model.dtype),
+            attn_implementation=attention_of_parts(config.model),
+            trust_remote_code=False,
         )
         if config.quantization is not None:
-            whole = whole_modules(settings)
             wanted = four_bit_config(quantization_of(config.quantization), skip_modules=whole)
             with loading_experts(experts):
                 AutoHfQuantizer.from_config(wanted, pre_quantized=False).preprocess_model(model, device_map=None)
+            model.is_loaded_in_4bit = True  # PEFT asks for it
     freeze_audio(model)
+    if not table:
+        take_rows_of_batch(model)
     return model
 
 

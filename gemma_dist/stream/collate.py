@@ -2,9 +2,9 @@
 
 A row is a sample, or a pack of several, and is padded on the right. A micro-batch without an image gets a filler, so
 that every rank runs the vision tower in every forward pass: at ZeRO-3 the ranks' collectives would not match otherwise,
-and DDP would wait for gradients that never come. (Where the tower was left out, there is none to run.) The filler is trained on nothing and nothing can see it: it stands
-behind the last token of a row, where causal attention never looks, and bidirectional image attention joins only tokens
-of one image.
+and DDP would wait for gradients that never come. (Where the tower is not loaded, there is none.) The filler is trained
+on nothing and nothing can see it: it stands behind the last token of a row, where causal attention never looks, and
+bidirectional image attention joins only tokens of one image.
 """
 
 from dataclasses import dataclass

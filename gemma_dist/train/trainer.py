@@ -11,6 +11,7 @@ the places where it would train something else on Gemma 4:
 - checkpointing is non-reentrant: reentrant recomputation loses the gradients of keys and values that layers share.
 """
 
+import contextlib
 import math
 import warnings
 from functools import partial
@@ -38,6 +39,7 @@ from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.topology import write_recipe_into
 from gemma_dist.train import checkpoint
 from gemma_dist.train.guard import Watchdog, sample_ids, stop_unless_finite
+from gemma_dist.train.offload import activations_on_host
 from gemma_dist.train.optimizer import load_optimizer, save_optimizer
 from gemma_dist.train.weights import weights_to_save
 
@@ -49,6 +51,7 @@ OURS = (
     "packing",
     "packing_length",
     "dataloader_num_workers",
+    "activation_offloading",
     "step_timeout_s",
 )
 
@@ -174,7 +177,8 @@ class ToolCallTrainer(SFTTrainer):
 
     def compute_loss(self, *args: object, **kwargs: object) -> Any:
         """TRL's, noting whether it is finite."""
-        loss = super().compute_loss(*args, **kwargs)
+        with activations_on_host() if self.run.config.train.activation_offloading else contextlib.nullcontext():
+            loss = super().compute_loss(*args, **kwargs)
         self._loss_is_finite &= loss.detach().isfinite()  # looked at once a step: no wait for the device here
         return loss
 
