@@ -158,10 +158,10 @@ class Activations:
         if geometry.experts:
             chosen = self.batch.num_tokens * geometry.experts_a_token
             gradients.append(EXPERTS_BACKWARD * chosen * geometry.hidden * self.compute)
-            if self.place.experts_in_4_bits:  # one stack is made full again at a time, the larger one has two matrices
+            if self.place.experts_in_4_bits:
+                # The larger stack, of two matrices, is made full again when most of what the experts kept is gone.
                 stack = 2 * geometry.experts * geometry.expert_mlp * geometry.hidden
-                rows = chosen * (geometry.hidden + 2 * geometry.expert_mlp)
-                gradients.append(stream + (stack + rows) * self.compute)
+                gradients.append(stream + (stack - chosen * geometry.expert_mlp) * self.compute)
         return max(gradients)
 
     # ---- loss and images ----
