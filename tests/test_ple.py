@@ -229,11 +229,23 @@ def test_towers_are_left_out_where_nothing_asks_them(frozen: bool, has_images: b
     assert set(unneeded_towers(frozen=frozen, has_images=has_images)) == left_out
 
 
+@pytest.mark.parametrize("style", ["e4b", "31b", "26b"])
+def test_4_bits_are_where_transformers_has_them(tiny_model: Callable[..., Path], style: str) -> None:
+    """Left to itself, `from_pretrained` decides so; earlier versions left it to itself."""
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    folder = str(tiny_model(style))
+    plain = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    )
+    assert four_bit_modules(load(folder, None, four_bits=True)) == four_bit_modules(plain)
+
+
 @pytest.mark.parametrize(("style", "without"), [("e4b", ["audio"]), ("e4b", ["audio", "vision"]), ("31b", ["vision"])])
 def test_a_base_is_in_4_bits_where_the_whole_model_is(
     tiny_model: Callable[..., Path], style: str, without: list[str], capfd: Any
 ) -> None:
-    """transformers spares the last module, which is another one without a tower."""
+    """Whatever is left out of it."""
     folder = str(tiny_model(style))
     whole, part = load(folder, None, four_bits=True), load(folder, None, *without, four_bits=True)
     assert "UNEXPECTED" not in "".join(capfd.readouterr()), "what is left out on purpose is no news"

@@ -33,17 +33,16 @@ def modules_of(towers: Collection[Tower]) -> list[str]:
 
 
 def whole_modules(config: Any) -> list[str]:
-    """Paths of the modules that stay in 16 bits where a base is held in 4: those that transformers leaves whole in the
-    whole model of `config`.
+    """Paths of the modules that stay in 16 bits where a base is held in 4: those that transformers leaves whole as it
+    loads the whole model of `config`.
 
-    It spares the head, and the last module of a model, whichever that is: without a tower it would be another one, and
-    the base under an adapter would depend on what a run left out. Of 12B the projection of pixels stays whole too (0.07
-    GiB): in 4 bits it would compute in float32 beside a model in bfloat16, where any image ends in an error.
+    It spares the head, the embedding tied to it, and the last parameter of a model, which while it loads is the head
+    too: the projectors are in 4 bits. Of 12B the projection of pixels stays whole (0.07 GiB): in 4 bits it would
+    compute in float32 beside a model in bfloat16, where any image ends in an error.
     """
     if config.model_type == UNIFIED:
         return ["lm_head", "model.embed_vision", "model.embed_audio"]
-    last = "vision" if config.audio_config is None else "audio"
-    return ["lm_head", "model.language_model.embed_tokens", f"model.embed_{last}.embedding_projection"]
+    return ["lm_head", "model.language_model.embed_tokens"]
 
 
 def linear_layers(config: Any) -> set[str]:

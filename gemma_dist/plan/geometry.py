@@ -210,13 +210,11 @@ def linears(geometry: Geometry) -> Iterator[Linear]:
     yield from _linears_of_vision(geometry)
     yield from _linears_of_text(geometry)
     yield from _linears_of_audio(geometry)
-    last = "audio" if geometry.audio else "vision"  # the last module, which transformers spares from 4 bits
     for part, tower in (("vision", geometry.vision), ("audio", geometry.audio)):
         if tower is not None:
             inner = ".multimodal_embedder" if geometry.is_unified and part == "vision" else ""
             path = f"model.embed_{part}{inner}.embedding_projection"
-            spared = part == last or geometry.is_unified
-            yield Linear(path, f"{part} tower", tower.output, geometry.hidden, spared)
+            yield Linear(path, f"{part} tower", tower.output, geometry.hidden, spared=geometry.is_unified)
 
 
 def _linears_of_text(geometry: Geometry) -> Iterator[Linear]:
