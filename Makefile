@@ -29,7 +29,7 @@ test: .venv ## the tests; one of them: make test ARGS="-k config"
 bench: .venv ## streaming beside its peers, some 25 minutes on 2 cores; one table: make bench ARGS="--only store"
 	python benchmarks/streaming.py $(ARGS)
 
-parity: .venv ## every launch config beside one process, two hours on 2 cores; make parity ARGS="--pruned --csv FILE"
+parity: .venv ## every launch config beside one process, three hours on 2 cores; make parity ARGS="--pruned --csv FILE"
 	python -m tests.parity $(ARGS)
 
 check: .venv ## formatting, lint and types

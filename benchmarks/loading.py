@@ -49,7 +49,7 @@ def make_model(folder: Path, style: str) -> None:
 
     sizes = dict(SIZES[style])
     shape = {name: sizes.pop(name) for name in ("hidden_size", "num_hidden_layers")}
-    processor = tiny_processor(DEFAULT_CORPUS, vocab_size=1024, chat_template=None)
+    processor = tiny_processor(DEFAULT_CORPUS, style=style, vocab_size=1024, chat_template=None)
     config = tiny_config(processor.tokenizer, style=style, **shape)
     config.text_config.update(sizes)
     if style == "e4b":

@@ -88,6 +88,20 @@ _REASONS = {
         "images are resized by the model's own image processor; `gemma-dist shard --max-image-pixels` only refuses "
         "larger ones"
     ),
+    (
+        "label_smoothing_factor label_smoothing compute_metrics preprocess_logits_for_metrics compute_loss_func "
+        "upcast_lmhead_output"
+    ): ("remove it: it needs the logits of all tokens at once, which the fused loss never makes"),
+    "use_liger_kernel": (
+        "remove it: the loss is fused already, and Liger's would take its place in the forward pass; where neither "
+        "works, all logits are made"
+    ),
+    "prepare_model_for_kbit_training upcast_layernorm": (
+        "remove it: it makes every weight that is not in 4 bits float32, the embeddings first of all"
+    ),
+    "neftune_noise_alpha noisy_embedding_alpha": (
+        "remove it: noise on the embeddings is not offered; it would also reach images and per-layer embeddings"
+    ),
     "stage do_train rlhf_type": "remove it: this package has one stage, supervised fine-tuning",
     "trust_remote_code": "remove it: no code from a model folder is ever run",
 }

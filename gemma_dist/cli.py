@@ -62,7 +62,11 @@ def cli() -> None:
 @cli.command()
 @click.argument("out", type=NEW)
 @click.option(
-    "--style", type=click.Choice(["e4b", "31b", "26b"]), default="e4b", show_default=True, help="Which Gemma 4."
+    "--style",
+    type=click.Choice(["e2b", "e4b", "12b", "26b", "31b"]),
+    default="e4b",
+    show_default=True,
+    help="Which Gemma 4.",
 )
 def tiny(out: Path, style: str) -> None:
     """Write a tiny random Gemma 4 with its processor to OUT."""
@@ -196,6 +200,51 @@ def check(config: Path, overrides: tuple[str, ...], world_size: int | None, acce
 
 
 @cli.command(context_settings=UNKNOWN_TO_OVERRIDES)
+@recipe_arguments
+@click.option("--gpu-memory", metavar="SIZE", help="The GPU that it has to fit, by its size as sold: 16GB.")
+@click.option("--num-gpus", type=click.IntRange(min=1), help="Number of GPUs; default: as the accelerate config says.")
+@click.option("--accelerate-config", type=EXISTING, help="How the GPUs share memory; default: DDP.")
+@click.option("--num-tokens", type=click.IntRange(min=1), help="Of a micro-batch; default: as recipe and shards say.")
+@click.option("--num-images", type=click.IntRange(min=0), help="Of a micro-batch; default: as the shards say, or 0.")
+@click.option("--tokens-per-image", type=click.IntRange(min=1), help="Default: as the shards say, or 280.")
+@click.option("--calibration", type=EXISTING, help="Figures of a machine; default: those that train --calibrate kept.")
+@click.option(
+    "--simulate", is_flag=True, help="Run one step of the model's true size without a GPU: exact, about 10 s."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON; sizes in bytes.")
+def plan(
+    config: Path,
+    overrides: tuple[str, ...],
+    gpu_memory: str | None,
+    num_gpus: int | None,
+    accelerate_config: Path | None,
+    num_tokens: int | None,
+    num_images: int | None,
+    tokens_per_image: int | None,
+    calibration: Path | None,
+    simulate: bool,
+    as_json: bool,
+) -> None:
+    """Show what CONFIG takes of a GPU, before there is one.
+
+    Where the bytes go, whether they fit, and what would save some. Needs neither the model nor the shards, but knows
+    more with them. KEY=VALUE changes a setting, as in `train`. Exit code 3: it does not fit.
+    """
+    from gemma_dist.plan.margin import parse_memory, read_margin
+    from gemma_dist.plan.run import Request, plan_recipe
+    from gemma_dist.plan.show import DOES_NOT_FIT, render, to_json
+    from gemma_dist.topology import planned_topology
+
+    memory = parse_memory(gpu_memory) if gpu_memory else None
+    request = Request(memory, num_tokens, num_images, tokens_per_image, simulate)
+    topology = planned_topology(accelerate_config, num_gpus)
+    planned = plan_recipe(config, overrides, topology, read_margin(calibration), request)
+    click.echo(json.dumps(to_json(planned)) if as_json else render(planned))
+    if planned.fits is False:
+        click.get_current_context().exit(DOES_NOT_FIT)
+
+
+@cli.command(context_settings=UNKNOWN_TO_OVERRIDES)
 @click.argument("data")
 @recipe_arguments
 @click.option(
@@ -240,7 +289,8 @@ def batches(
 @cli.command(context_settings=UNKNOWN_TO_OVERRIDES)
 @recipe_arguments
 @quarantine_option
-def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None) -> None:
+@click.option("--calibrate", is_flag=True, help="Keep what this GPU takes beside the tensors, for later plans.")
+def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None, calibrate: bool) -> None:
     """Train as the recipe CONFIG says.
 
     Alone, or on many processes under `accelerate launch --config_file ... -m gemma_dist train CONFIG`. KEY=VALUE
@@ -252,10 +302,11 @@ def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None) -> 
         overrides = (*overrides, f"data.quarantine={quarantine}")
     settings = load_config(config, overrides)  # before torch is loaded: a typo should cost a second
     from gemma_dist.logs import say_idle_gpus
+    from gemma_dist.plan.watch import PlanWatch
     from gemma_dist.train import run
 
     say_idle_gpus(["train", config, *overrides])
-    run.train(settings)
+    run.train(settings, watch=PlanWatch(calibrate=calibrate))
 
 
 @cli.command(cls=SettingsCommand, section=lambda config: config.EvaluateConfig)

@@ -48,6 +48,14 @@ class ModelConfig(Section):
         "sdpa",
         description="Attention kernel; FlashAttention-2 ends at head dimension 256, Gemma 4's global layers have 512.",
     )
+    experts: Literal["gpu", "host"] = Field(
+        "gpu", description="Where 4-bit experts (26B-A4B) lie; host: there, each layer copied ahead of its use."
+    )
+    ple: Literal["auto", "host", "gpu"] = Field(
+        "auto",
+        description="Where the per-layer embeddings of E2B and E4B are: in the base's file on the host, or on the GPU; "
+        "auto: on the host where they are frozen.",
+    )
 
 
 class SourceConfig(Section):
@@ -137,6 +145,9 @@ class QuantizationConfig(Section):
     bnb_4bit_use_double_quant: bool = Field(True, description="Quantize the scales as well: saves 0.4 bits per weight.")
     bnb_4bit_compute_dtype: Literal["float32", "bfloat16"] = Field(
         description="Dtype that 4-bit weights are dequantized to; default: model.dtype. In float16, Gemma overflows."
+    )
+    quantize_moe_experts: bool = Field(
+        True, description="Load the experts of 26B-A4B, nearly all of its weights, in 4 bits as well."
     )
 
 
@@ -295,6 +306,11 @@ class RunConfig(Section):
             raise ValueError("\n".join(problems))
         return self
 
+    @property
+    def ple_on_host(self) -> bool:
+        """Whether per-layer embeddings, where the model has some, stay in the base's file."""
+        return self.model.ple == "host" or (self.model.ple == "auto" and self.tuning != "full")
+
     def to_json(self) -> dict[str, Any]:
         """The resolved run as plain JSON values, for `check`, checkpoints and logs."""
         return self.model_dump(mode="json", exclude_none=True)
@@ -319,6 +335,11 @@ def _contradictions_of_tuning(config: RunConfig) -> Iterator[str]:
     tuning, lora, quantization = config.tuning, config.lora, config.quantization
     if tuning == "full" and lora is not None:
         yield "lora: an adapter needs tuning: lora or qlora, but tuning is full; remove the section or change tuning"
+    if tuning == "full" and config.model.ple == "host":
+        yield (
+            "model.ple: host, but tuning is full, which trains the per-layer embeddings, and what trains is on the GPU; "
+            "remove it, or set tuning: lora"
+        )
     if lora is not None and lora.target_parameters:
         # PEFT adds the adapter to the weight itself, so it never sees the inputs that dropout acts on.
         for name, value in (("lora_dropout", lora.lora_dropout), ("use_dora", lora.use_dora)):
@@ -331,6 +352,11 @@ def _contradictions_of_tuning(config: RunConfig) -> Iterator[str]:
         yield f"quantization: a 4-bit base needs tuning: qlora, but tuning is {tuning}; remove it or change tuning"
     if tuning == "qlora" and quantization is not None and not quantization.load_in_4bit:
         yield "quantization.load_in_4bit: false contradicts tuning: qlora; remove it, or set tuning: lora"
+    if config.model.experts == "host" and not (quantization and quantization.quantize_moe_experts):
+        yield (
+            "model.experts: host, which is for experts in 4 bits; set tuning: qlora and "
+            "quantization.quantize_moe_experts: true, or remove it"
+        )
 
 
 def _contradictions_of_training(train: TrainConfig, model: ModelConfig) -> Iterator[str]:
@@ -354,6 +380,11 @@ class EvaluateConfig(RowConfig):
         1024, gt=0, description="Maximum number of tokens to generate; an answer that reaches it counts as cut off."
     )
     per_device_eval_batch_size: int = Field(8, gt=0, description="Prompts that one rank generates for at once.")
+    ple: Literal["auto", "host", "gpu"] = Field(
+        "auto",
+        description="Where the per-layer embeddings of E2B and E4B are: in the model's file on the host (auto), or on "
+        "the GPU.",
+    )
     images: Literal["as_is", "blank"] = Field(
         "as_is", description="blank: replace all images by white ones, to see which answers depend on them."
     )

@@ -121,15 +121,18 @@ class SettingChoice(click.Choice):
 def spellings(command: click.Command) -> dict[str, str]:
     """How a user of `command` changes each setting that a remedy may name, with {} for the value: by an option of the
     command, by a key of its recipe, or else by the command that decides the setting."""
-    from gemma_dist.config import MergeConfig, ShardConfig, TrainDataConfig, option
+    from gemma_dist.config import MergeConfig, ModelConfig, ShardConfig, TrainDataConfig, option
 
     params = command.get_params(click.Context(command))
     own = {param.name for param in params if isinstance(param, click.Option)}
     takes_recipe = any(param.name == "overrides" for param in params)
     spelled = {}
-    for name in ShardConfig.model_fields | TrainDataConfig.model_fields | MergeConfig.model_fields:
+    sections = (ShardConfig, TrainDataConfig, MergeConfig, ModelConfig)
+    for name in dict.fromkeys(name for section in sections for name in section.model_fields):
         if name in own:
             spelled[name] = f"{option(name)} {{}}"
+        elif name in ModelConfig.model_fields:
+            spelled[name] = f"model.{name}={{}}"
         elif name in TrainDataConfig.model_fields:
             spelled[name] = f"data.{name}={{}}" if takes_recipe else f"`gemma-dist train … data.{name}={{}}`"
         elif name in ShardConfig.model_fields:

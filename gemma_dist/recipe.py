@@ -27,6 +27,7 @@ from gemma_dist.config import (
     TrainDataConfig,
     option,
 )
+from gemma_dist.costs import cost_of
 from gemma_dist.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
@@ -51,6 +52,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     values = _read_recipe(Path(path))
     problems = _apply_overrides(values, overrides)
     unknown = _take_out_unknown(values)  # first, so that pydantic can check the rest and report it in the same go
+    unknown = {key: problem + cost_of(_bare(key), values) for key, problem in unknown.items()}
     problems += unknown.values()
     config = None
     try:
@@ -164,7 +166,7 @@ def _take_out_unknown_of(section: str, values: dict[str, Any]) -> dict[str, str]
 
 def _hint(key: str) -> str:
     """What to write instead of an unknown `key`: another tool's name, a forgotten section, or the nearest spelling."""
-    name = key.rpartition(".")[2].replace("-", "_").lower()
+    name = _bare(key)
     if name in NOT_SETTINGS:
         return NOT_SETTINGS[name]
     if known := _keys_named(name):
@@ -177,6 +179,11 @@ def _hint(key: str) -> str:
         ours = RENAMED_OPTIONS[name]
         return f"here it is {ours}, {_decided_at_sharding(ours)}. {ShardConfig.model_fields[ours].description}"
     return _nearest(key, name)
+
+
+def _bare(key: str) -> str:
+    """The name of a key without its section, as it would be written here."""
+    return key.rpartition(".")[2].replace("-", "_").lower()
 
 
 def _decided_at_sharding(name: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from gemma_dist.batch_plan import BatchPlan, batch_plan
 from gemma_dist.config import RunConfig
 from gemma_dist.errors import ConfigError
+from gemma_dist.model.towers import Tower, unneeded_towers
 from gemma_dist.stream.schedule import Schedule, open_schedule
 from gemma_dist.topology import Topology
 
@@ -75,6 +76,12 @@ class Run:
     num_steps: int  # optimizer steps of the whole run
 
     @cached_property
+    def unneeded_towers(self) -> tuple[Tower, ...]:
+        """What of the model is not loaded."""
+        has_images = bool(self.schedule.shards.num_images.any())
+        return unneeded_towers(frozen=self.config.tuning != "full", has_images=has_images)
+
+    @cached_property
     def identity(self) -> RunIdentity:
         """Raises CheckpointError where there is no base model, of which files are read."""
         from gemma_dist.model.fingerprint import fingerprint_base
@@ -83,7 +90,7 @@ class Run:
         return RunIdentity(
             **fingerprint_base(config.model.model_name_or_path),
             dtype=config.model.dtype,
-            four_bit=config.quantization.model_dump() if config.quantization else None,
+            four_bit=_four_bit(config),
             manifest=shards.manifest_hash,
             num_samples=len(shards),
             encoding=shards.fingerprint,
@@ -96,6 +103,20 @@ class Run:
             optim=config.train.optim.removesuffix("_fused"),
             optimizer=state_layout(config.train.optim, self.topology),
         )
+
+
+def _four_bit(config: RunConfig) -> dict[str, Any] | None:
+    """`quantization` of a run. Its experts are named only where there are some in 4 bits: earlier versions left them
+    whole, and did not know the setting."""
+    if config.quantization is None:
+        return None
+    from gemma_dist.model.folder import has_experts
+
+    settings = config.quantization.model_dump()
+    in_4_bits = settings.pop("quantize_moe_experts")
+    if in_4_bits and has_experts(config.model.model_name_or_path):
+        settings["quantize_moe_experts"] = True
+    return settings
 
 
 def resolve(config: RunConfig, topology: Topology) -> Run:

@@ -8,7 +8,7 @@ that works.
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,19 @@ def read_topology(path: Path) -> Topology:
     precision = str(values.get("mixed_precision", "no")).lower()
     precision = "no" if precision == "false" else precision  # YAML 1.1 reads a bare `no` as false
     return Topology(str(path), int(values.get("num_processes", 1)), kind, precision, deepspeed)
+
+
+def planned_topology(path: Path | None, num_processes: int | None) -> Topology:
+    """The launch that a plan is made for: of an accelerate config, or of DDP, on a number of GPUs if one is given.
+
+    Raises:
+        ConfigError: the accelerate config cannot be read.
+    """
+    if path is None:
+        num = num_processes or 1
+        return Topology("this plan", num, "MULTI_GPU" if num > 1 else "NO")
+    found = read_topology(path)
+    return replace(found, num_processes=num_processes or found.num_processes)
 
 
 def current_topology() -> Topology:

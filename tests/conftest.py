@@ -25,7 +25,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Tiny model folders by style (`e4b`, `31b`, `26b`) and dtype, each made once, when first asked for.
+    """Tiny model folders by style (`e4b`, `12b` …) and dtype, each made once, when first asked for.
 
     All tests read the same folder: copy it to change it.
     """

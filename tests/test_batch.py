@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from gemma_dist.data.encode import IGNORE_INDEX
+from gemma_dist.model.vision import Patches
 from gemma_dist.stream.collate import ControlIds, Sample, collate, collate_packs
 from tests.support.documents import document
 
-IDS = ControlIds(pad=0, begin_image=10, image=11, end_image=12)
+IDS = ControlIds(pad=0, begin_image=10, image=11, end_image=12, patches=Patches(num_values=768, pooling=3))
 TEXT = document(IDS, 7)
 SHORT = document(IDS, 4)
 IMAGE = document(IDS, 3, "<", (2, 1), ">", 2)

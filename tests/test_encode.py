@@ -228,7 +228,7 @@ def check(encoder: Encoder, row: Trajectory, golden: str) -> Encoded:
 def test_tokens_one_by_one() -> None:
     """The whole list, on a tokenizer whose words are known."""
     words = ["Warm in Oslo?", "weather", "city", "It is C.", "Oslo", "call", "response", "value", "user", "model"]
-    encoder = Encoder(tiny_processor(words, vocab_size=1000, chat_template=None), enable_thinking=False)
+    encoder = Encoder(tiny_processor(words, style="e4b", vocab_size=1000, chat_template=None), enable_thinking=False)
     encoded = encoder.encode(
         trajectory(
             user("Warm in Oslo?"), calls(("weather", {"city": "Oslo"})), tool("weather", "7 C"), model("It is 7 C.")

@@ -28,7 +28,7 @@ NUM_SAMPLES = 11
 Batch = dict[str, torch.Tensor]
 
 
-@pytest.fixture(scope="module", params=["e4b", "31b"])
+@pytest.fixture(scope="module", params=["e4b", "31b", "12b"])
 def style(
     request: pytest.FixtureRequest, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Any, Encoder, Shards]:
@@ -99,9 +99,11 @@ def test_a_micro_batch_without_an_image_gets_one_filler(
     samples = [sample(encoder, shards, index) for index in indices]
     batch = collate(samples, control_ids(encoder.processor))
     assert batch["input_ids"].shape[0] == max(1, len(indices))
-    assert batch["pixel_values"].shape == (1, 9, 768)
+    side, num_values = (1, 6912) if type(encoder.processor).__name__ == "Gemma4UnifiedProcessor" else (3, 768)
+    assert batch["pixel_values"].shape == (1, side**2, num_values)
     assert not batch["pixel_values"].any()
-    assert sorted(map(tuple, batch["image_position_ids"][0].tolist())) == [(x, y) for x in range(3) for y in range(3)]
+    positions = [(x, y) for x in range(side) for y in range(side)]
+    assert sorted(map(tuple, batch["image_position_ids"][0].tolist())) == positions
     (image,) = (batch["input_ids"] == encoder.image_token_id).nonzero().tolist()
     tokenizer: Any = encoder.tokenizer
     filler = batch["input_ids"][image[0], image[1] - 1 : image[1] + 2]

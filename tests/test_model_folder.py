@@ -233,3 +233,28 @@ def test_a_hub_model_is_fetched_without_its_code(tmp_path: Path, monkeypatch: py
     assert str(refused.value) == (
         "--base google/gemna is neither a folder nor a model that could be fetched (401 Client Error); check the name"
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["shard", "{rows}", "--model", "{base}", "--out", "{out}"], "--chat-template "),
+        (["evaluate", "--model", "{base}", "--data", "{rows}", "--out", "{out}"], "--chat-template "),
+        (
+            ["train", "launch/cpu_lora.yaml", "model_name_or_path={base}", "data.train={shards}", "output_dir={out}"],
+            "data.chat_template=",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_base_checkpoint_without_a_template_is_told_which_one_to_take(
+    corpus: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], option: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model, base, ignore=shutil.ignore_patterns("chat_template*"))
+    places = {"base": base, "rows": corpus / "rows.jsonl", "shards": corpus / "shards", "out": tmp_path / "out"}
+    assert main([word.format(**places) for word in command]) == 2
+    said = capsys.readouterr().err
+    assert "has no chat template, as a base checkpoint that was never tuned to chat" in said
+    assert f"{option}FILE with the chat_template.jinja of its -it sister" in said
+    assert f"{option}gemma4_v5" in said

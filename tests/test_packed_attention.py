@@ -1,5 +1,6 @@
 """Packs: every document gets the logits and gives the gradients that it has alone, at a cost without a T x T in it."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -62,7 +63,8 @@ def models(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(
     scope="module",
-    params=[(style, window) for style in ("e4b", "31b") for window in (16, 512)] + [("26b", 16)],
+    params=[(style, window) for style in ("e4b", "31b") for window in (16, 512)]
+    + [("26b", 16), ("12b", 16), ("e2b", 16)],
     ids=lambda param: "-".join(map(str, param)),
 )
 def pair(request: pytest.FixtureRequest, models: Callable[..., Any]) -> tuple[Any, Any]:
@@ -71,8 +73,15 @@ def pair(request: pytest.FixtureRequest, models: Callable[..., Any]) -> tuple[An
 
 
 @pytest.fixture(scope="module")
-def ids(tiny_model: Callable[..., Path]) -> ControlIds:
-    return control_ids(AutoProcessor.from_pretrained(tiny_model("e4b")))
+def ids_of(tiny_model: Callable[..., Path]) -> Callable[[str], ControlIds]:
+    return functools.cache(lambda style: control_ids(AutoProcessor.from_pretrained(tiny_model(style))))
+
+
+@pytest.fixture
+def ids(ids_of: Callable[[str], ControlIds], request: pytest.FixtureRequest) -> ControlIds:
+    """Of the style of the test, which is a parameter of it or of the pair of models."""
+    parameters = request.node.callspec.params
+    return ids_of(parameters["style"] if "style" in parameters else parameters["pair"][0])
 
 
 def forward(model: Any, batch: Batch, **changed: Any) -> torch.Tensor:
@@ -131,7 +140,7 @@ def test_a_pack_is_its_documents_each_alone(pair: tuple[Any, Any], ids: ControlI
     assert_same_gradients(gradients(packed), gradients(plain))
 
 
-@pytest.mark.parametrize("style", ["e4b", "31b"])
+@pytest.mark.parametrize("style", ["e4b", "31b", "12b"])
 def test_recomputing_layers_under_an_adapter_changes_no_gradient(
     models: Callable[..., Any], ids: ControlIds, style: str
 ) -> None:
@@ -226,7 +235,7 @@ def test_nothing_of_the_size_of_a_squared_pack_is_made(pair: tuple[Any, Any], id
         packed.model(**inputs, use_cache=False)
     assert largest.numel < length**2
     config = packed.config.text_config
-    layers, vision = config.num_hidden_layers, packed.config.vision_config.num_hidden_layers
+    layers, vision = config.num_hidden_layers, getattr(packed.config.vision_config, "num_hidden_layers", 0)
     in_vision = vision * batch["pixel_values"].shape[0] * batch["pixel_values"].shape[1] ** 2
     assert sum(calls) <= layers * sum(n**2 for n in lengths) + in_vision
     with torch.no_grad(), LargestTensor() as largest:

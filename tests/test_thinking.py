@@ -19,12 +19,14 @@ from gemma_dist.data.encode import IGNORE_INDEX, Encoded, Encoder, load_encoder
 from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import DataError
+from gemma_dist.logs import log
 from gemma_dist.recipe import load_config
 from gemma_dist.shards import pieces
 from gemma_dist.shards.reader import open_shards
 from gemma_dist.shards.sharding import run_shard
 from gemma_dist.show.prompts import check_prompts
 from gemma_dist.show.row import inspect_row
+from tests.support import corpus
 from tests.support.corpus import picture, shard_rows, write_rows
 
 TEMPLATES = ("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5")  # all that TRL ships
@@ -246,16 +248,10 @@ def test_line_breaks_around_a_thought_are_the_templates(encoder: Encoder) -> Non
     check_against_prompts(encoder, row)
 
 
-@pytest.fixture(scope="module")
-def large(encoder: Encoder, model: str, tmp_path_factory: pytest.TempPathFactory) -> Encoder:
-    """An encoder with the template of 12B and up: with thinking off, a prompt has an empty thought, a history none."""
-    prompt = "{{- '<|turn>model\\n' -}}"
-    empty = "{%- if not enable_thinking -%}{{- '<|channel>thought\\n<channel|>' -}}{%- endif -%}"
-    template = encoder.processor.chat_template
-    assert template.count(prompt) == 1
-    file = tmp_path_factory.mktemp("large") / "large.jinja"
-    file.write_text(template.replace(prompt, prompt + empty))
-    return load_encoder(model, EncodingConfig(chat_template=str(file)))
+@pytest.fixture(scope="module", params=["12b", "31b"])
+def large(tiny_model: Callable[..., Path], request: pytest.FixtureRequest) -> Encoder:
+    """An encoder of a large model: with thinking off, a prompt has an empty thought, a history none."""
+    return load_encoder(str(tiny_model(request.param)), EncodingConfig())
 
 
 def test_the_empty_thought_of_large_models_prompts_stands_in_front_of_answers(large: Encoder) -> None:
@@ -269,6 +265,50 @@ def test_the_empty_thought_of_large_models_prompts_stands_in_front_of_answers(la
     assert encoded.notes == {served.CLOSED_BY_PROMPT: 2, served.SHOWN_LATER: 1}
     check_against_prompts(large, parsed(user(), says("Ok.")))
     check_against_prompts(large, parsed(user(), says("Ok.", "Why.")))  # thinking is on: no empty thought
+
+
+def test_unroll_shows_an_empty_thought_to_the_answer_behind_it_alone(large: Encoder) -> None:
+    first = [user(), says("Let me see.", calls=("f",)), result("f"), says(calls=("g",)), result("g")]
+    row = parsed(*first, says("Ok."), user("Bye."), says("Bye."))
+    samples = unroll(row, large, RowConfig(unroll="reasoning"))
+    encoded = [large.encode(sample) for sample in samples]
+    assert [sample.id for sample in samples] == ["a#turn-3", "a"]
+    assert [[index for index, _ in one.answers] for one in encoded] == [[1], [4, 6, 8]]
+    assert [one.notes for one in encoded] == [{served.CLOSED_BY_PROMPT: 1}] * 2
+    for sample in samples:
+        check_against_prompts(large, sample)
+    row = parsed(user(), says("Ok."))
+    assert unroll(row, large, RowConfig(unroll="reasoning")) == [row]
+
+
+@pytest.mark.parametrize("style", ["12b", "26b", "31b"])
+def test_every_answer_of_large_models_can_be_trained_behind_its_servers_prompt(
+    tiny_model: Callable[..., Path], tmp_path: Path, style: str
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [*ROWS, *(corpus.row(number, num_calls=2) for number in range(4))])
+    model = str(tiny_model(style))
+    report = check_prompts(data, model, None, RowConfig(unroll="reasoning"), None)
+    assert (report.differences, report.refused) == ([], [])
+    as_it_is = check_prompts(data, model, None, RowConfig(), None)
+    assert as_it_is.num_answers <= report.num_answers
+    shown = "<|turn>model\\n▸<|channel>thought"  # by the trained history, to a later answer
+    assert as_it_is.differences
+    assert all(shown in found.trained and shown not in found.served for found in as_it_is.differences)
+
+
+def test_a_template_without_the_models_empty_thought_is_warned_of(
+    tiny_model: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "propagate", True)
+    rows = [{"messages": [user(), says("Ok.")]}]
+    for style, template, warned in (("12b", None, 0), ("e4b", "gemma4_v4", 0), ("12b", NEWEST, 1)):
+        caplog.clear()
+        folder = tmp_path / f"{style}-{template}"
+        folder.mkdir()
+        shard_rows(folder, str(tiny_model(style)), rows, chat_template=template)
+        assert caplog.text.count("opens an empty thought in front of each answer") == warned
+    encoder = load_encoder(str(tiny_model("12b")), EncodingConfig(chat_template=NEWEST))
+    assert encoder.encode(parsed(user(), says("Ok."))).notes == {}
 
 
 def test_an_earlier_answer_whose_thought_is_dropped_is_not_trained_either(encoder: Encoder) -> None:

@@ -15,6 +15,7 @@ What the model emits in one assistant message, and so what is trained:
 Never trained: system and user turns, tool responses, images, the later <|tool_response> of parallel calls.
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -31,10 +32,11 @@ from gemma_dist.config import EncodingConfig
 from gemma_dist.data.content import count_images
 from gemma_dist.data.emitted import NEWER_TEMPLATE, Emitted, find_emitted
 from gemma_dist.data.images import decode_image, image_size
-from gemma_dist.data.served import as_served, is_target, opening_of
+from gemma_dist.data.served import NO_THOUGHT, as_served, is_target, opening_of
+from gemma_dist.data.templates import LOST_OPENING, read_template
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Json, Message, Processor, Tokenizer, Tool, ToolCall
-from gemma_dist.errors import CheckpointError, ConfigError, DataError, setting
+from gemma_dist.errors import CheckpointError, DataError, setting
 from gemma_dist.gemma_format import IMAGE
 from gemma_dist.model.folder import embedding_rows, refuse_custom_code, require_embeddings
 
@@ -95,8 +97,16 @@ class _Rendered:
 class Encoder:
     """A processor, its chat template and what was settled about rendering: trajectories in, tokens and pixels out."""
 
-    def __init__(self, processor: Processor, *, enable_thinking: Literal["auto", True, False] = "auto") -> None:
+    def __init__(
+        self,
+        processor: Processor,
+        *,
+        enable_thinking: Literal["auto", True, False] = "auto",
+        model_template: str | None = None,
+    ) -> None:
+        """`model_template` is the model's own, where the processor was given another one."""
         self.processor = processor
+        self.model_template = model_template
         self.tokenizer: Tokenizer = processor.tokenizer
         self.enable_thinking = enable_thinking
         self.image_token_id = processor.image_token_id
@@ -208,6 +218,15 @@ class Encoder:
                     openings[history[-1]["role"]] = opening_of(prompt)
         return found
 
+    def lost_opening(self) -> str | None:
+        """What to say where the model's own template opens an empty thought in its prompts, and the one taken does
+        not; None where there is nothing to say."""
+        if self.model_template is None or NO_THOUGHT in self.openings[False].values():
+            return None
+        processor = copy.copy(self.processor)
+        processor.chat_template = self.model_template
+        return LOST_OPENING if NO_THOUGHT in Encoder(processor).openings[False].values() else None
+
     def count_soft_tokens(self, images: list[bytes]) -> list[int]:
         """Soft tokens of each image: the processor's own arithmetic, from the sizes alone."""
         if not images:
@@ -219,7 +238,7 @@ class Encoder:
             raise DataError(f"an image of (height, width) in {sizes} cannot be cut into patches: {error}") from error
 
     def pixels(self, images: list[bytes]) -> "dict[str, torch.Tensor]":
-        """Images as the vision tower takes them: `pixel_values` (N, P, 768) and `image_position_ids` (N, P, 2),
+        """Images as the model takes them: `pixel_values` (N, P, values of a patch) and `image_position_ids` (N, P, 2),
         P the patches of the largest budget (position -1 where there is none). At least one image is needed."""
         decoded = [decode_image(data) for data in images]
         batch = self.processor.image_processor(images=decoded, return_tensors="pt")
@@ -338,7 +357,7 @@ def load_encoder(model: str, settings: EncodingConfig, *, adapter: Path | None =
             than the model's embeddings have rows.
         ConfigError: the template is neither a shipped name nor a file.
     """
-    from transformers import AutoProcessor, Gemma4Processor
+    from transformers import AutoProcessor, Gemma4Processor, Gemma4UnifiedProcessor
 
     folder = str(adapter) if adapter and (adapter / "processor_config.json").is_file() else model
     refuse_custom_code(folder)
@@ -349,28 +368,20 @@ def load_encoder(model: str, settings: EncodingConfig, *, adapter: Path | None =
         if not Path(folder).exists():
             raise CheckpointError(f"{folder!r} is neither a folder nor a model that the hub gives: {error}") from error
         raise CheckpointError(f"no processor can be loaded from {folder!r}: {error}") from error
-    if not isinstance(processor, Gemma4Processor):
+    if not isinstance(processor, Gemma4Processor | Gemma4UnifiedProcessor):
         raise CheckpointError(f"{folder!r} holds a {type(processor).__name__}, not a Gemma 4 processor")
     require_embeddings(processor.tokenizer, rows, tokenizer_of=folder, model=model)
+    model_template = None
     if settings.chat_template is not None:
+        model_template = processor.chat_template
         processor.chat_template = read_template(settings.chat_template)
     if processor.chat_template is None:
-        raise CheckpointError(f"{folder!r} has no chat template; use {setting('chat_template', 'gemma4_v5')}")
-    return Encoder(processor, enable_thinking=settings.enable_thinking)
-
-
-def read_template(name: str) -> str:
-    """A revision that TRL ships, by its name (`gemma4_v5`), or a Jinja file."""
-    import trl
-
-    shipped = {path.stem: path for path in (Path(trl.__file__).parent / "chat_templates").glob("gemma4*.jinja")}
-    path = shipped.get(name, Path(name))
-    if not path.is_file():
-        raise ConfigError(
-            f"the chat_template {name!r} is neither a file nor one of {', '.join(sorted(shipped))}; check the path, or "
-            "name one of these"
+        raise CheckpointError(
+            f"{folder!r} has no chat template, as a base checkpoint that was never tuned to chat: use "
+            f"{setting('chat_template', 'FILE')} with the chat_template.jinja of its -it sister, or "
+            f"{setting('chat_template', 'gemma4_v5')}, which is that of E2B and E4B"
         )
-    return path.read_text(encoding="utf-8")
+    return Encoder(processor, enable_thinking=settings.enable_thinking, model_template=model_template)
 
 
 def _holds_none(value: Json) -> bool:

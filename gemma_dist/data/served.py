@@ -31,7 +31,10 @@ UNTRAINED = (
 )
 CLOSED_BY_MODEL = "answers to a tool's result without a thought learn to close the one that the prompt has opened"
 CLOSED_BY_PROMPT = "answers stand behind the empty thought of this template's prompts with thinking off"
-SHOWN_LATER = "of these empty thoughts stand in front of later answers too, to which a server does not show them"
+SHOWN_LATER = (
+    "of these empty thoughts stand in front of later answers too, to which a server does not show them: use "
+    f"{setting('unroll', 'reasoning')}, which makes a sample of each"
+)
 THINKS_WHILE_OFF = (
     "messages train a thought while thinking is off, which no server asks for: use "
     f"{setting('enable_thinking', 'auto')}, or remove the row's chat_template_kwargs"

@@ -10,8 +10,9 @@ makes three samples, each with all that comes before it:
     row#turn-6    trains messages 4 and 6
     row           trains message 8; the last sample keeps the row's id
 
-Where the template's prompt opens a thought behind a tool's result (gemma4_v5) and the answer has none, a sample ends
-there as well: see served.py.
+Where the template's prompt opens a thought that a server does not show to later answers, a sample ends behind the
+answer as well: behind a tool's result and without a thought of its own (gemma4_v5), or with the empty thought of the
+large models' prompts. See served.py.
 """
 
 from collections import Counter
@@ -20,7 +21,7 @@ from dataclasses import replace
 from gemma_dist.config import RowConfig
 from gemma_dist.data.content import count_images
 from gemma_dist.data.encode import Encoder
-from gemma_dist.data.served import is_target, trained_answers
+from gemma_dist.data.served import NO_THOUGHT, SHOWN_LATER, is_target, trained_answers
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message
 from gemma_dist.gemma_format import THOUGHT
@@ -39,8 +40,7 @@ def unroll(trajectory: Trajectory, encoder: Encoder, settings: RowConfig) -> lis
     samples: list[Trajectory] = []
     for sample in _split(trajectory, _ends_of_thoughts(trajectory.messages)):
         thinking = encoder.thinks(sample)
-        opens_thought = encoder.openings[thinking].get("tool") == THOUGHT
-        parts = _split(sample, _ends_without_thought(sample.messages) if opens_thought else [])
+        parts = _split(sample, _ends_behind_openings(sample, encoder, thinking))
         if len(parts) > 1:  # one alone may hold no thought that says how it is rendered
             parts = [replace(part, enable_thinking=thinking) for part in parts]
         samples += parts
@@ -94,10 +94,20 @@ def _ends_of_thoughts(messages: list[Message]) -> list[int]:
     return ends
 
 
-def _ends_without_thought(messages: list[Message]) -> list[int]:
-    """Where answers to a tool's result end that have no thought and have another answer behind them."""
+def _ends_behind_openings(trajectory: Trajectory, encoder: Encoder, thinking: bool) -> list[int]:
+    """Where answers end that stand behind an opened thought which later answers are not shown."""
+    openings = encoder.openings[thinking]
+    if openings.get("tool") == THOUGHT:
+        return _ends_without_thought(trajectory.messages, "tool")
+    if openings.get("user") == NO_THOUGHT and encoder.encode(trajectory).notes[SHOWN_LATER]:
+        return _ends_without_thought(trajectory.messages, "user")
+    return []
+
+
+def _ends_without_thought(messages: list[Message], role: str) -> list[int]:
+    """Where answers to a message of `role` end that have no thought and have another answer behind them."""
     ends = []
     for first, *others in trained_answers(messages)[:-1]:
-        if messages[first - 1]["role"] == "tool" and "reasoning_content" not in messages[first]:
+        if messages[first - 1]["role"] == role and "reasoning_content" not in messages[first]:
             ends.append(first + len(others) + 1)
     return ends

@@ -68,7 +68,7 @@ def evaluate(
     decisions, num_trajectories = _my_decisions(data, limit, encoder, settings)
     if num_trajectories == 0:
         raise DataError(f"{data} holds no trajectories, so there is nothing to evaluate")
-    loaded = load_for_evaluation(model, adapter)
+    loaded = load_for_evaluation(model, adapter, ple_on_host=settings.ple != "gpu")
     if is_partitioned(loaded) and world.rank() == 0:
         log.info("model partitioned over %d ranks (ZeRO-3)", world.world_size())
 

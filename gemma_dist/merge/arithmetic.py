@@ -16,18 +16,20 @@ def four_bit_round_trip(weight: torch.Tensor, quantization: Quantization) -> tor
 
     Bit-equal to `dequantize_4bit(layer.weight.data, layer.weight.quant_state)` of the loaded layer: same block size
     (64, its default), same double quantization, from and to the dtype that the weight was loaded in. Takes the whole
-    tensor, since double quantization subtracts the mean of all its block scales.
+    tensor, since double quantization subtracts the mean of all its block scales; a stack of experts goes one by one.
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
+    from gemma_dist.model.experts import BLOCK_SIZE, quantize_stack
+
     if dtype := quantization.get("weights_dtype"):
         weight = weight.to(getattr(torch, dtype))
-    packed, state = quantize_4bit(
-        weight,
-        blocksize=64,
-        compress_statistics=quantization.get("bnb_4bit_use_double_quant", False),
-        quant_type=quantization["bnb_4bit_quant_type"],
-    )
+    quant_type = quantization["bnb_4bit_quant_type"]
+    double = quantization.get("bnb_4bit_use_double_quant", False)
+    if weight.dim() == 3:
+        packed, state = quantize_stack(weight, quant_type=quant_type, compress_statistics=double)
+    else:
+        packed, state = quantize_4bit(weight, blocksize=BLOCK_SIZE, compress_statistics=double, quant_type=quant_type)
     return dequantize_4bit(packed, state)
 
 

@@ -162,8 +162,9 @@ def read_quantization(adapter: Adapter, base_weights: BaseWeights) -> Quantizati
         return None
     in_4_bits = quantization.get("load_in_4bit") and quantization.get("bnb_4bit_quant_type") in ("nf4", "fp4")
     if not in_4_bits or not quantization.get("modules"):
+        shown = json.dumps({**quantization, "modules": "…", "parameters": "…"})
         raise CheckpointError(
-            f"{adapter.folder / ADAPTER_RECORD}: quantization {json.dumps({**quantization, 'modules': '…'})} is not a "
+            f"{adapter.folder / ADAPTER_RECORD}: quantization {shown} is not a "
             "list of modules in 4-bit nf4 or fp4, the only ones whose weights can be made again; use "
             f"{setting('base_weights', 'original')}"
         )

@@ -89,6 +89,7 @@ def plan_merge(
     *,
     tied_embeddings: bool,
     quantized_modules: Collection[str],
+    quantized_parameters: Collection[str] = (),
 ) -> list[TensorOp]:
     """One `TensorOp` for each tensor of the base, in the order of `base`.
 
@@ -96,6 +97,7 @@ def plan_merge(
         settings: the adapter's `adapter_config.json`.
         tied_embeddings: whether the LM head is the token embedding.
         quantized_modules: paths of the modules whose weight goes to 4 bit and back; empty for none.
+        quantized_parameters: the experts' stacks that do.
 
     Raises:
         CheckpointError: an adapter of a kind that has no sum here, a tensor without its place or of the wrong shape.
@@ -123,7 +125,7 @@ def plan_merge(
             )
     for name in loras.keys() & replaced_by.keys():
         raise CheckpointError(f"{name} is both adapted and replaced (by {replaced_by[name]}); train it one way only")
-    quantized = {f"{module}.weight" for module in quantized_modules}
+    quantized = {f"{module}.weight" for module in quantized_modules} | set(quantized_parameters)
     _check_quantized(quantized, base)
 
     ops = []
@@ -194,8 +196,8 @@ def _check_quantized(names: Collection[str], base: Headers) -> None:
     for name in sorted(names):
         if name not in base:
             raise CheckpointError(
-                f"the base has no tensor {name}{_similar(name, base)}, but the adapter's gemma_dist.json lists its "
-                "module as quantized; give the base that the adapter was trained on"
+                f"the base has no tensor {name}{_similar(name, base)}, but the adapter's gemma_dist.json lists it, or "
+                "its module, as quantized; give the base that the adapter was trained on"
             )
         _check_dtype(name, base)
 

@@ -9,7 +9,7 @@ only when it is whole and, if asked, verified.
 import contextlib
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from gemma_dist.merge.plan import TensorOp, plan_merge
 from gemma_dist.merge.verify import check_memory
 from gemma_dist.merge.verify import verify as compare
 from gemma_dist.model.record import Quantization, write_merge_record
+from gemma_dist.model.vision import name_in_model
 from gemma_dist.tensorfile import TensorFile, write_header, write_tensor
 
 
@@ -136,13 +137,17 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
 
 def _plan(base: BaseModel, adapter: Adapter, quantization: Quantization | None) -> list[TensorOp]:
     """What becomes of each tensor of the base; `quantization` as `read_quantization` returns it."""
-    return plan_merge(
-        base.headers,
+    headers, model_type = base.headers, base.config.get("model_type", "")
+    in_file = {name_in_model(name, model_type): name for name in headers}
+    ops = plan_merge(
+        {name: headers[stored] for name, stored in in_file.items()},
         adapter.headers,
         adapter.settings,
         tied_embeddings=base.tied_embeddings,
         quantized_modules=quantization["modules"] if quantization else (),
+        quantized_parameters=quantization.get("parameters", ()) if quantization else (),
     )
+    return [replace(op, name=in_file[op.name]) for op in ops]
 
 
 def _notes(

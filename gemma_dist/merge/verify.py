@@ -23,8 +23,9 @@ import torch
 
 from gemma_dist.errors import CheckpointError
 from gemma_dist.merge.plan import Headers
-from gemma_dist.model.load import keep_four_bit_exact
-from gemma_dist.model.record import Quantization, four_bit_config
+from gemma_dist.model.load import keep_four_bit_exact, with_adapter
+from gemma_dist.model.record import Quantization, four_bit_config, four_bit_stacks
+from gemma_dist.model.vision import patches_of_config
 
 FLOAT32_MAX_LOGIT_DIFFERENCE = 1e-3
 NOISE_FACTOR = 4.0
@@ -56,8 +57,9 @@ def verify(base: Path, adapter: Path, merged: Path, *, quantization: Quantizatio
     Raises:
         CheckpointError: the merged model lacks weights, or its logits are further off than rounding explains.
     """
-    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
-    prompts = make_prompts(config)
+    from transformers import AutoConfig
+
+    prompts = make_prompts(AutoConfig.from_pretrained(merged, trust_remote_code=False).to_dict())
 
     trained = _load_trained(base, adapter, quantization)
     reference = _logits(trained, prompts)
@@ -99,7 +101,11 @@ def verify(base: Path, adapter: Path, merged: Path, *, quantization: Quantizatio
 
 
 def make_prompts(config: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
-    """Model inputs of one row each: pseudo-random ids, always the same; one with a small image if the model sees."""
+    """Model inputs of one row each: pseudo-random ids, always the same; one with a small image if the model sees.
+
+    Args:
+        config: of the model, with all defaults in it.
+    """
     generator = torch.Generator().manual_seed(0)
     text_config = config.get("text_config") or config
     token_settings = [value for key, value in config.items() if key.endswith(("token_id", "token_index"))]
@@ -111,20 +117,17 @@ def make_prompts(config: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
         return ids[torch.randint(len(ids), (1, length), generator=generator)]
 
     prompts = [{"input_ids": row, "mm_token_type_ids": torch.zeros_like(row)} for row in map(draw, PROMPT_LENGTHS)]
-    vision = config.get("vision_config")
-    if vision:
-        side = vision["pooling_kernel_size"]  # this many patches, squared, become one soft token
-        columns, rows = 2 * side, side
+    if config.get("vision_config"):
+        patches = patches_of_config(config)
+        colors = torch.rand(patches.num_patches(2), patches.num_values, generator=generator)
         image = torch.tensor([[config["boi_token_id"], *[config["image_token_id"]] * 2, config["eoi_token_id"]]])
         before, after = draw(6), draw(12)
-        grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1)  # (x, y), row by row
         input_ids = torch.cat([before, image, after], dim=1)
         prompts.append(
             {
                 "input_ids": input_ids,
                 "mm_token_type_ids": (input_ids == config["image_token_id"]).long(),
-                "pixel_values": torch.rand(1, rows * columns, 3 * vision["patch_size"] ** 2, generator=generator),
-                "image_position_ids": grid[None],
+                **patches.image(2, 1, colors),
             }
         )
     return prompts
@@ -132,13 +135,11 @@ def make_prompts(config: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
 
 def _load_trained(base: Path, adapter: Path, quantization: Quantization | None) -> Any:
     """Base + adapter as training held them, computing in float32."""
-    from peft import PeftModel
-
     if quantization is None:
         model = _model_class(base).from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     else:
         model = _load_quantized(base, quantization)
-    return PeftModel.from_pretrained(model, adapter).eval()
+    return with_adapter(model, adapter).eval()
 
 
 def _load_quantized(base: Path, quantization: Quantization) -> Any:
@@ -146,24 +147,29 @@ def _load_quantized(base: Path, quantization: Quantization) -> Any:
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers import AutoConfig
 
+    from gemma_dist.model.experts import loading_experts
+
     modules = set(quantization["modules"])
     with torch.device("meta"):
         skeleton = _model_class(base)(AutoConfig.from_pretrained(base, trust_remote_code=False))
     linears = {name for name, module in skeleton.named_modules() if type(module) is torch.nn.Linear}
-    model = _model_class(base).from_pretrained(
-        base,
-        dtype=quantization.get("weights_dtype", "auto"),
-        device_map="cpu",
-        trust_remote_code=False,
-        quantization_config=four_bit_config(
-            {**quantization, "bnb_4bit_compute_dtype": "float32"}, skip_modules=sorted(linears - modules)
-        ),
-    )
+    stacks = set(quantization.get("parameters", ()))
+    with loading_experts("gpu" if stacks else None):
+        model = _model_class(base).from_pretrained(
+            base,
+            dtype=quantization.get("weights_dtype", "auto"),
+            device_map="cpu",
+            trust_remote_code=False,
+            quantization_config=four_bit_config(
+                {**quantization, "bnb_4bit_compute_dtype": "float32"}, skip_modules=sorted(linears - modules)
+            ),
+        )
     odd = modules ^ {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-    if odd:
+    if odd := odd | stacks ^ set(four_bit_stacks(model)):
         raise CheckpointError(
-            f"{len(odd)} modules, such as {min(odd)}, are 4-bit in only one of gemma_dist.json and the model as it "
-            "loads now; merge with the versions of transformers and bitsandbytes that trained it, or without --verify"
+            f"{len(odd)} modules or stacks of experts, such as {min(odd)}, are 4-bit in only one of gemma_dist.json "
+            "and the model as it loads now; merge with the versions of transformers and bitsandbytes that trained it, "
+            "or without --verify"
         )
     keep_four_bit_exact(model)
     for tensor in (*model.parameters(), *model.buffers()):

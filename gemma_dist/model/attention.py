@@ -9,7 +9,7 @@ document.
 
 What may see what is Gemma 4's own rule (transformers, `create_masks_for_vision_model`): full layers are causal, and
 sliding layers see `q - k < sliding_window`, k before q or, where `use_bidirectional_attention` is "vision", in the same
-image.
+image. Rows that are no packs follow it by `use_image_rule` of vision.py, which says why.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ Documents = dict[str, list[list[QueryBlock]]]
 
 
 def use_packed_attention(model: Any) -> None:
-    """Make a `Gemma4ForConditionalGeneration` take packs: `position_ids` that restart, and no `attention_mask`.
+    """Make a Gemma 4 take packs: `position_ids` that restart, and no `attention_mask`.
 
     The documents are found once in a forward pass, with one wait for the device, and reach every layer as a keyword
     argument that Gemma 4 passes down.
@@ -131,7 +131,7 @@ def _windows(images: torch.Tensor, numbers: list[int], window: int) -> list[Quer
 
 
 def _add_documents(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before each forward pass of `Gemma4Model`."""
+    """Before each forward pass of `Gemma4Model` or `Gemma4UnifiedModel`."""
     assert kwargs.get("attention_mask") is None, "a pack has no attention_mask"
     config = model.config.text_config
     types = kwargs["mm_token_type_ids"]

@@ -140,3 +140,14 @@ def _auto_maps(value: Any) -> Iterator[Any]:
             yield value["auto_map"]
         for inner in value.values():
             yield from _auto_maps(inner)
+
+
+def has_experts(model: str) -> bool:
+    """Whether a model folder, or a model of the hub, which is fetched, has experts: of the family, 26B-A4B alone.
+
+    Raises:
+        CheckpointError: there is no model at that place.
+    """
+    named = f"model.model_name_or_path = {model!r}"
+    config = read_json_object(local_folder(model, named) / "config.json", named)
+    return bool(config.get("text_config", {}).get("enable_moe_block"))

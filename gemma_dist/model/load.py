@@ -4,8 +4,11 @@ transformers, bitsandbytes and PEFT do the loading. Added here: what is no whole
 computed with it, what could get no gradient is frozen, and 4-bit layers compute the same on every CPU.
 """
 
+import contextlib
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 
@@ -13,7 +16,10 @@ from gemma_dist import world
 from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.model.folder import read_json_object, refuse_custom_code
+from gemma_dist.model.per_layer import TABLE, PerLayerTable, open_table, table_left_out, take_rows_of_batch
 from gemma_dist.model.record import four_bit_config, quantization_of, read_record
+from gemma_dist.model.towers import Tower, config_without, linear_layers, modules_of, whole_modules
+from gemma_dist.model.vision import use_image_rule
 from gemma_dist.model.zero3 import loading_partitions, partition_model, partitioning, settings_for_evaluation
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -29,68 +35,113 @@ def device() -> torch.device:
     return torch.device("cpu") if use_cpu() else torch.device("cuda", world.local_rank())
 
 
-def load_model(settings: ModelConfig, quantization: QuantizationConfig | None, *, packing: bool) -> Any:
+def load_model(
+    settings: ModelConfig,
+    quantization: QuantizationConfig | None,
+    *,
+    packing: bool,
+    table: PerLayerTable | None = None,
+    without: Collection[Tower] = (),
+) -> Any:
     """The model of a recipe, in its dtype, or in 4 bits with the rest in that dtype.
 
     Args:
         packing: whether its text layers are to attend within the documents of packs, and so take nothing else.
+        table: of its per-layer embeddings, if they stay on the host.
+        without: towers that are not loaded.
 
     Raises:
         CheckpointError: there is no Gemma 4 at that place.
+        ConfigError: its experts are to be in host memory, and it has none.
     """
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, settings.dtype),
         "attn_implementation": attention_of_parts(settings),
+        "experts": place_of_experts(read_config(settings.model_name_or_path), settings, quantization),
     }
     if quantization is not None:
         from transformers.integrations import is_deepspeed_zero3_enabled
 
-        arguments["quantization_config"] = four_bit_config(quantization_of(quantization))
+        whole = whole_modules(read_config(settings.model_name_or_path))
+        arguments["quantization_config"] = four_bit_config(quantization_of(quantization), skip_modules=whole)
         if not is_deepspeed_zero3_enabled():  # which places the weights itself
             arguments["device_map"] = {"": device()}
-    model = _from_pretrained(settings.model_name_or_path, **arguments)
+    model = _from_pretrained(settings.model_name_or_path, table, without, **arguments)
     keep_four_bit_exact(model)
     freeze_audio(model)
     if packing:
         from gemma_dist.model.attention import use_packed_attention
 
         use_packed_attention(model)
+    else:
+        use_image_rule(model)
     return model
 
 
-def load_for_evaluation(model: str, adapter: Path | None) -> Any:
+def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool = True) -> Any:
     """A model ready to generate, with an adapter on the base as training saw it (in 4 bits after QLoRA).
 
-    On ranks launched at ZeRO-3 it is partitioned over them, and the adapter has the dtype of the base.
+    Its audio tower is left out. On ranks launched at ZeRO-3 it is partitioned over them, and the adapter has the dtype
+    of the base.
 
     Raises:
         CheckpointError: the model or the adapter is missing or does not fit.
     """
     arguments: dict[str, Any] = {"dtype": "auto"}
-    dtype = read_config(model).dtype
+    config = read_config(model)
+    dtype = config.dtype
     if adapter is not None:
         _require_adapter(adapter)
         record = read_record(adapter)
         if record is not None and (quantization := record.get("quantization")):
-            arguments["quantization_config"] = four_bit_config(quantization)
+            whole = sorted(linear_layers(config) - set(quantization["modules"]))
+            arguments["quantization_config"] = four_bit_config(quantization, skip_modules=whole)
             arguments["dtype"] = dtype = getattr(torch, quantization["weights_dtype"])
+            arguments["experts"] = "gpu" if quantization.get("parameters") else None
     zero3 = settings_for_evaluation(dtype)
     if zero3 is None:
         arguments["device_map"] = {"": device()}
+    table = open_table(model, config, dtype) if ple_on_host else None
     with partitioning(zero3):
-        loaded = _from_pretrained(model, **arguments)
+        loaded = _from_pretrained(model, table, ("audio",), **arguments)
     keep_four_bit_exact(loaded)
+    use_image_rule(loaded)
     if adapter is not None:
-        from peft import PeftModel
-
         try:
-            loaded = PeftModel.from_pretrained(loaded, str(adapter), autocast_adapter_dtype=zero3 is None)
+            loaded = with_adapter(loaded, adapter, autocast_adapter_dtype=zero3 is None)
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"adapter {adapter} does not fit {model!r}: {error}") from error
     if zero3 is not None:
         _gather_with_experts(loaded)
         partition_model(loaded, zero3)
     return loaded.eval()
+
+
+def with_adapter(model: Any, adapter: Path, **arguments: Any) -> Any:
+    """`model` with an adapter from a folder, as PEFT loads it."""
+    from peft import PeftConfig, PeftModel
+
+    from gemma_dist.model.experts import adapt_four_bit_experts
+
+    settings = adapt_four_bit_experts(PeftConfig.from_pretrained(str(adapter)))
+    return PeftModel.from_pretrained(model, str(adapter), config=settings, **arguments)
+
+
+def place_of_experts(
+    config: Any, settings: ModelConfig, quantization: QuantizationConfig | None
+) -> Literal["gpu", "host"] | None:
+    """Where a model of `config` (`read_config`) has experts in 4 bits; None: it has none, or they stay whole.
+
+    Raises:
+        ConfigError: they are to be in host memory, and it has none.
+    """
+    has_experts = getattr(config.get_text_config(), "enable_moe_block", False)
+    if settings.experts == "host" and not has_experts:
+        raise ConfigError(
+            f"model.experts: host, but {settings.model_name_or_path!r} has no experts, as 26B-A4B alone does: remove it"
+        )
+    in_4_bits = has_experts and quantization is not None and quantization.quantize_moe_experts
+    return settings.experts if in_4_bits else None
 
 
 def keep_four_bit_exact(model: torch.nn.Module) -> None:
@@ -115,18 +166,21 @@ def add_adapter(model: Any, settings: LoraConfig, *, zero3: bool) -> Any:
     """
     from peft import get_peft_model
 
-    names = [name for name, _ in model.named_parameters()]
-    for wanted in settings.target_parameters:
-        if not any(name.endswith(f".{wanted}") for name in names):
-            raise ConfigError(
-                f"lora.target_parameters: {wanted!r} is the end of no weight of this model; 26B-A4B has "
-                "experts.gate_up_proj and experts.down_proj, the other models have no experts: remove it"
-            )
-    try:
-        # At ZeRO-3 DeepSpeed gathers parameters of one dtype at a time: the adapter keeps that of the base.
-        adapted = get_peft_model(model, _peft_config(settings), autocast_adapter_dtype=not zero3)
-    except ValueError as error:
-        raise ConfigError(f"lora.target_modules = {settings.target_modules!r}: {error}") from error
+    from gemma_dist.model.experts import naming_stacks
+
+    with naming_stacks(model):
+        names = [name for name, _ in model.named_parameters()]
+        for wanted in settings.target_parameters:
+            if not any(name.endswith(f".{wanted}") for name in names):
+                raise ConfigError(
+                    f"lora.target_parameters: {wanted!r} is the end of no weight of this model; 26B-A4B has "
+                    "experts.gate_up_proj and experts.down_proj, the other models have no experts: remove it"
+                )
+        try:
+            # At ZeRO-3 DeepSpeed gathers parameters of one dtype at a time: the adapter keeps that of the base.
+            adapted = get_peft_model(model, _peft_config(settings), autocast_adapter_dtype=not zero3)
+        except ValueError as error:
+            raise ConfigError(f"lora.target_modules = {settings.target_modules!r}: {error}") from error
     if zero3:
         _gather_with_experts(adapted)
     return adapted
@@ -154,19 +208,39 @@ def _gather_with_experts(model: torch.nn.Module) -> None:
         set_z3_leaf_modules(model, [ParamWrapper])
 
 
-def _from_pretrained(name: str, **arguments: Any) -> Any:
-    """A Gemma 4 with all its weights, by transformers' own classes; at ZeRO-3 each rank reads its part alone.
+def _from_pretrained(
+    name: str,
+    table: PerLayerTable | None,
+    without: Collection[Tower],
+    *,
+    experts: Literal["gpu", "host"] | None = None,
+    **arguments: Any,
+) -> Any:
+    """A Gemma 4 with all its weights but those of the `table` and of the towers `without`, by transformers' own
+    classes; at ZeRO-3 each rank reads its part alone.
+
+    Args:
+        experts: where 4-bit experts are to be; None: they stay whole.
 
     Raises:
         CheckpointError: there is none, or weights of it are missing, which transformers would leave random.
     """
-    from transformers import AutoModelForImageTextToText
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
 
-    read_config(name)
+    from gemma_dist.model.experts import loading_experts
+
+    config = config_without(read_config(name), without)
+    model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    left_out = [*modules_of(without), *([TABLE] if table is not None else [])]
     try:
-        with loading_partitions():
+        with (
+            loading_partitions(),
+            loading_experts(experts),
+            table_left_out(table) if table is not None else contextlib.nullcontext(),
+            patch.object(model_class, "_keys_to_ignore_on_load_unexpected", left_out),
+        ):
             model, report = AutoModelForImageTextToText.from_pretrained(
-                name, output_loading_info=True, trust_remote_code=False, **arguments
+                name, config=config, output_loading_info=True, trust_remote_code=False, **arguments
             )
     except (OSError, ValueError) as error:
         raise CheckpointError(_no_model(name, error)) from error
@@ -175,6 +249,8 @@ def _from_pretrained(name: str, **arguments: Any) -> Any:
             f"{name!r} lacks {len(report['missing_keys'])} weights, such as {sorted(report['missing_keys'])[0]!r}, "
             "which would stay random; get a complete copy of the model"
         )
+    if table is not None:
+        take_rows_of_batch(model)
     return model
 
 
@@ -216,4 +292,6 @@ def _peft_config(settings: LoraConfig) -> Any:
     """PEFT's settings: a recipe's `lora` has its names, and says nothing of the rest."""
     from peft import LoraConfig as PeftLoraConfig
 
-    return PeftLoraConfig(task_type="CAUSAL_LM", **settings.model_dump())
+    from gemma_dist.model.experts import adapt_four_bit_experts
+
+    return adapt_four_bit_experts(PeftLoraConfig(task_type="CAUSAL_LM", **settings.model_dump()))

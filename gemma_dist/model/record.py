@@ -9,7 +9,7 @@ from typing import Any, TypedDict, cast
 
 import torch
 
-from gemma_dist.config import QuantizationConfig, RunConfig
+from gemma_dist.config import EXPERT_WEIGHTS, QuantizationConfig, RunConfig
 from gemma_dist.logs import write_json
 from gemma_dist.model.folder import read_json_object
 
@@ -25,6 +25,7 @@ class Quantization(TypedDict, total=False):
     bnb_4bit_compute_dtype: str
     weights_dtype: str  # what the weights were loaded in, which decides their codes; absent: the dtype of their file
     modules: list[str]  # paths in the checkpoint of exactly the layers in 4 bits
+    parameters: list[str]  # and of the experts' stacks; absent: they stayed whole
 
 
 class AdapterRecord(TypedDict, total=False):
@@ -47,6 +48,7 @@ def write_record(folder: Path, config: RunConfig, model: Any, **more: Any) -> No
         quantization = quantization_of(config.quantization)
         quantization["weights_dtype"] = config.model.dtype
         quantization["modules"] = four_bit_modules(model)
+        quantization["parameters"] = four_bit_stacks(model)
     record = {"base_model": config.model.model_name_or_path, "quantization": quantization}
     write_json(folder / ADAPTER_RECORD, record | more)
 
@@ -94,6 +96,15 @@ def four_bit_modules(model: Any) -> list[str]:
 
     paths = [path for path, module in model.named_modules() if isinstance(module, Linear4bit)]
     return sorted(path.removeprefix("base_model.model.").removesuffix(".base_layer") for path in paths)
+
+
+def four_bit_stacks(model: Any) -> list[str]:
+    """Paths (as in the checkpoint) of the experts' stacks that are held in 4 bits."""
+    from gemma_dist.model.experts import FourBitExperts
+
+    paths = [path for path, module in model.named_modules() if isinstance(module, FourBitExperts)]
+    modules = [path.removeprefix("base_model.model.").replace(".base_layer", "") for path in paths]
+    return sorted(f"{module}.{name}" for module in modules for name in EXPERT_WEIGHTS)
 
 
 def quantization_of(settings: QuantizationConfig) -> Quantization:

@@ -1,8 +1,10 @@
 """A tiny but real Gemma 4: transformers' own classes with random weights, a tokenizer and processor made on the spot.
 
 It has everything that makes the large ones hard: sliding and full attention with two head sizes, KV sharing, per-layer
-embeddings and an audio tower (`e4b`), bidirectional attention over images and K = V (`31b`), experts (`26b`), clipped
-vision linears, soft-capped logits, the newest chat template. So whatever holds on it holds for a reason.
+embeddings and an audio tower (`e4b`, and `e2b` with a single KV head and wider MLPs where K/V are shared),
+bidirectional attention over images and K = V (`31b`), experts (`26b`), images without a vision tower (`12b`), clipped
+vision linears, soft-capped logits, the newest chat template as each model has it. So whatever holds on it holds for a
+reason.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +18,8 @@ from gemma_dist.files import require_free, whole_folder
 if TYPE_CHECKING:
     import torch
 
-STYLES = ("e4b", "31b", "26b")
+STYLES = ("e2b", "e4b", "12b", "26b", "31b")
+WITH_AUDIO_TOWER = ("e2b", "e4b")  # also per-layer embeddings, shared K/V, causal images, and the smaller chat template
 
 # Gemma's control tokens in the roles that its processor and template give them.
 NAMED_TOKENS = {
@@ -65,30 +68,31 @@ def write_tiny_model(
     """Write a model folder (config, safetensors, tokenizer, processor, template) to `out`, complete or not at all.
 
     Args:
-        style: `e4b` (KV sharing, per-layer embeddings), `31b` (bidirectional images, K = V) or `26b` (and experts).
+        style: `e4b` (KV sharing, per-layer embeddings), `e2b` (more of it), `31b` (bidirectional images, K = V), `26b`
+            (and experts) or `12b` (like 31b, without a vision tower).
         corpus: lines that the byte-level BPE tokenizer learns its merges from.
         vocab_size: the largest vocabulary; a small corpus gives fewer merges and so a smaller one.
         hidden_size: width of the language model; heads and MLP follow it.
         num_hidden_layers: its depth, an even number: sliding and full attention alternate.
-        chat_template: Jinja text; the newest template that TRL ships when absent.
+        chat_template: Jinja text; the newest template of the style's model when absent (`newest_template`).
 
     Raises:
         ConfigError: an unknown style; `out` exists and is not empty, or there is no room for it.
     """
     import torch
-    from transformers import Gemma4ForConditionalGeneration, GenerationConfig
+    from transformers import AutoModelForImageTextToText, GenerationConfig
 
     if style not in STYLES:
         raise ConfigError(f"style {style!r} is not known; use one of {', '.join(STYLES)}")
     require_free(out)
 
-    processor = tiny_processor(corpus, vocab_size=vocab_size, chat_template=chat_template)
+    processor = tiny_processor(corpus, style=style, vocab_size=vocab_size, chat_template=chat_template)
     tokenizer = processor.tokenizer
     torch.manual_seed(seed)
     config = tiny_config(tokenizer, style=style, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers)
-    model = Gemma4ForConditionalGeneration(config)
+    model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     _soften_attention(model)
-    if style == "e4b":
+    if style in WITH_AUDIO_TOWER:
         model = _with_audio_tower(model)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -129,14 +133,58 @@ def _with_audio_tower(model: Any) -> Any:
     return heard
 
 
-def tiny_processor(corpus: Iterable[str], *, vocab_size: int, chat_template: str | None) -> Any:
-    """A real `Gemma4Processor` (at most 70 soft tokens an image) around a BPE tokenizer trained on `corpus`."""
+def newest_template(style: str) -> str:
+    """The newest chat template of a style's model, as Jinja text. The newest that TRL ships is that of E2B and E4B.
+
+    Google's templates of 12B, 26B and 31B differ from it in the generation prompt: with thinking off, a new turn of the
+    model opens with an empty thought, which no history shows.
+    """
+    from trl.chat_template_utils import gemma4_v5_chat_template as shipped
+
+    if style in WITH_AUDIO_TOWER:
+        return shipped
+    head, add_generation_prompt, prompt = shipped.rpartition("{%- if add_generation_prompt -%}")
+    turn = "{{- '<|turn>model\\n' -}}"
+    assert prompt.count(turn) == 1, "TRL's template has another generation prompt"
+    empty = repr(gemma_format.THOUGHT + gemma_format.CHANNEL_END)
+    return (
+        head
+        + add_generation_prompt
+        + prompt.replace(turn, f"{turn}{{%- if not enable_thinking -%}}{{{{- {empty} -}}}}{{%- endif -%}}")
+    )
+
+
+def tiny_processor(corpus: Iterable[str], *, style: str, vocab_size: int, chat_template: str | None) -> Any:
+    """The real processor of a style (at most 70 soft tokens an image) around a BPE tokenizer trained on `corpus`."""
+    tokenizer = _tokenizer(corpus, vocab_size)
+    common = {
+        "tokenizer": tokenizer,
+        "chat_template": chat_template or newest_template(style),
+        "image_seq_length": 70,
+    }
+    if style == "12b":
+        from transformers.models import gemma4_unified as unified
+
+        return unified.Gemma4UnifiedProcessor(
+            feature_extractor=unified.Gemma4UnifiedAudioFeatureExtractor(),
+            image_processor=unified.Gemma4UnifiedImageProcessor(max_soft_tokens=70),
+            video_processor=unified.Gemma4UnifiedVideoProcessor(),
+            **common,
+        )
+    from transformers.models import gemma4
+
+    return gemma4.Gemma4Processor(
+        feature_extractor=gemma4.Gemma4AudioFeatureExtractor(),
+        image_processor=gemma4.Gemma4ImageProcessor(max_soft_tokens=70),
+        video_processor=gemma4.Gemma4VideoProcessor(),
+        **common,
+    )
+
+
+def _tokenizer(corpus: Iterable[str], vocab_size: int) -> Any:
+    """A fast tokenizer with Gemma's control tokens, and merges learned from `corpus`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import Gemma4Processor, PreTrainedTokenizerFast
-    from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
-    from transformers.models.gemma4.image_processing_gemma4 import Gemma4ImageProcessor
-    from transformers.models.gemma4.video_processing_gemma4 import Gemma4VideoProcessor
-    from trl.chat_template_utils import gemma4_v5_chat_template
+    from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     # Digits one by one, as in Gemma: numbers are copied digit by digit.
@@ -160,7 +208,7 @@ def tiny_processor(corpus: Iterable[str], *, vocab_size: int, chat_template: str
         show_progress=False,
     )
     bpe.train_from_iterator(_without_control_tokens(corpus, specials), trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token=gemma_format.PAD,
         eos_token=gemma_format.EOS,
@@ -170,14 +218,6 @@ def tiny_processor(corpus: Iterable[str], *, vocab_size: int, chat_template: str
         extra_special_tokens=NAMED_TOKENS,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-    )
-    return Gemma4Processor(
-        feature_extractor=Gemma4AudioFeatureExtractor(),
-        image_processor=Gemma4ImageProcessor(max_soft_tokens=70),
-        video_processor=Gemma4VideoProcessor(),
-        tokenizer=tokenizer,
-        chat_template=chat_template or gemma4_v5_chat_template,
-        image_seq_length=70,
     )
 
 
@@ -190,20 +230,19 @@ def _without_control_tokens(corpus: Iterable[str], specials: list[str]) -> Itera
 
 
 def tiny_config(tokenizer: Any, *, style: str, hidden_size: int, num_hidden_layers: int) -> Any:
-    """The `Gemma4Config` of a style, for the vocabulary of `tokenizer`."""
-    from transformers import Gemma4Config
+    """The config of a style, for the vocabulary of `tokenizer`."""
+    from transformers import Gemma4Config, Gemma4UnifiedConfig
 
     ids = {}
     for name in ("boi_token", "image_token", "eoi_token", "boa_token", "audio_token"):
         ids[f"{name}_id"] = tokenizer.convert_tokens_to_ids(NAMED_TOKENS[name])
-    return Gemma4Config(
-        text_config=_text_config(tokenizer, style, hidden_size, num_hidden_layers),
-        vision_config=_vision_config(style),
-        audio_config=None,
-        video_token_id=tokenizer.convert_tokens_to_ids(gemma_format.VIDEO),
-        eoa_token_index=tokenizer.convert_tokens_to_ids(gemma_format.AUDIO_END),
-        **ids,
-    )
+    text_config = _text_config(tokenizer, style, hidden_size, num_hidden_layers)
+    ids["video_token_id"] = tokenizer.convert_tokens_to_ids(gemma_format.VIDEO)
+    ids["eoa_token_index"] = tokenizer.convert_tokens_to_ids(gemma_format.AUDIO_END)
+    if style == "12b":
+        vision = {"mm_embed_dim": hidden_size, "mm_posemb_size": 128, "output_proj_dims": hidden_size}
+        return Gemma4UnifiedConfig(text_config=text_config, vision_config=vision, audio_config={}, **ids)
+    return Gemma4Config(text_config=text_config, vision_config=_vision_config(style), audio_config=None, **ids)
 
 
 def _text_config(tokenizer: Any, style: str, hidden_size: int, num_hidden_layers: int) -> dict[str, Any]:
@@ -217,7 +256,7 @@ def _text_config(tokenizer: Any, style: str, hidden_size: int, num_hidden_layers
         "layer_types": ["sliding_attention", "full_attention"] * (num_hidden_layers // 2),
         "sliding_window": 512,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": 1 if style == "e2b" else 2,
         "head_dim": hidden_size // 4,
         "global_head_dim": hidden_size // 2,  # full layers have the larger heads, as in the real ones
         "max_position_embeddings": 8192,
@@ -228,19 +267,20 @@ def _text_config(tokenizer: Any, style: str, hidden_size: int, num_hidden_layers
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
     }
-    if style == "e4b":
+    if style in WITH_AUDIO_TOWER:
         return text | {
-            "num_kv_shared_layers": 2,
-            "use_double_wide_mlp": True,
+            "num_kv_shared_layers": num_hidden_layers - 2 if style == "e2b" else 2,
+            "use_double_wide_mlp": style == "e2b",
             "hidden_size_per_layer_input": 16,
             "vocab_size_per_layer_input": vocab_size,
         }
     text |= {
         "use_bidirectional_attention": "vision",
-        "hidden_size_per_layer_input": 0,
         "attention_k_eq_v": True,
         "num_global_key_value_heads": 1,
     }
+    if style != "12b":
+        text["hidden_size_per_layer_input"] = 0
     if style == "26b":
         text |= {
             "enable_moe_block": True,
@@ -252,7 +292,7 @@ def _text_config(tokenizer: Any, style: str, hidden_size: int, num_hidden_layers
 
 
 def _vision_config(style: str) -> dict[str, Any]:
-    """The vision tower, of one size for all styles."""
+    """The vision tower, of one size for all styles that have one."""
     return {
         "hidden_size": 96,
         "intermediate_size": 192,
@@ -262,6 +302,6 @@ def _vision_config(style: str) -> dict[str, Any]:
         "head_dim": 48,
         "position_embedding_size": 1024,
         "initializer_range": 0.1,
-        "use_clipped_linears": style == "e4b",
-        "standardize": style != "e4b",
+        "use_clipped_linears": style in WITH_AUDIO_TOWER,
+        "standardize": style not in WITH_AUDIO_TOWER,
     }

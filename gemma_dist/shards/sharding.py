@@ -30,7 +30,7 @@ from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import Encoder, load_encoder
 from gemma_dist.data.rows import InputRange, ReadRow, read_ranges, split_input
 from gemma_dist.errors import DataError
-from gemma_dist.logs import progress
+from gemma_dist.logs import log, progress
 from gemma_dist.shards.assemble import find_repeated, finish
 from gemma_dist.shards.folder import Plan, claim_folder, open_to_append
 from gemma_dist.shards.manifest import CorpusHeader
@@ -70,6 +70,8 @@ def run_shard(
         if path.resolve() in [earlier.resolve() for earlier in inputs[:number]]:
             raise DataError(f"{path} is named twice; name each input once")
     encoder = load_encoder(model, settings)
+    if note := encoder.lost_opening():
+        log.warning(note)
     corpus: CorpusHeader = {
         "fingerprint": encoder.fingerprint,
         "settings": settings.model_dump(mode="json", exclude={"media_root"}),

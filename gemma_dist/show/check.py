@@ -22,7 +22,7 @@ def describe_run(run: Run) -> str:
     """
     require_output_dir(run.config)
     settings = yaml.safe_dump(run.config.to_json(), sort_keys=False, allow_unicode=True, width=120)
-    training = describe_training(run.config)
+    training = describe_training(run.config, run.unneeded_towers)
     return "\n".join([settings, str(run.plan), *_data_lines(run), *_encoding_lines(run), *training])
 
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from gemma_dist.config import RowConfig
-from gemma_dist.data.encode import Encoder, load_encoder, read_template
+from gemma_dist.data.encode import Encoder, load_encoder
 from gemma_dist.data.fit import encode_trained, parse
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.strict import error_context
+from gemma_dist.data.templates import read_template
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import DataError

@@ -1,8 +1,8 @@
-"""Encoded trajectories -> the tensors of one micro-batch, as `Gemma4ForConditionalGeneration.forward` takes them.
+"""Encoded trajectories -> the tensors of one micro-batch, as a Gemma 4's `forward` takes them.
 
 A row is a sample, or a pack of several, and is padded on the right. A micro-batch without an image gets a filler, so
 that every rank runs the vision tower in every forward pass: at ZeRO-3 the ranks' collectives would not match otherwise,
-and DDP would wait for gradients that never come. The filler is trained on nothing and nothing can see it: it stands
+and DDP would wait for gradients that never come. (Where the tower was left out, there is none to run.) The filler is trained on nothing and nothing can see it: it stands
 behind the last token of a row, where causal attention never looks, and bidirectional image attention joins only tokens
 of one image.
 """
@@ -14,9 +14,9 @@ from torch.nn.functional import pad
 
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded
 from gemma_dist.data.types import Processor
+from gemma_dist.model.vision import Patches, patches_of_processor
 
-POOLING = 3  # Gemma 4 pools 3 x 3 patches into one soft token, so 9 patches are the smallest image
-PATCH_VALUES = 3 * 16 * 16  # colors x pixels of one patch
+SHORTEST = 2  # tokens: a loss is scored on the token before
 
 
 @dataclass(frozen=True)
@@ -30,35 +30,41 @@ class Sample:
 
 @dataclass(frozen=True)
 class ControlIds:
-    """The token ids that the collator itself writes."""
+    """The token ids that the collator itself writes, and the patches of the image that it fills in."""
 
     pad: int
     begin_image: int
     image: int
     end_image: int
+    patches: Patches
 
 
 def control_ids(processor: Processor) -> ControlIds:
-    """The ids of a `Gemma4Processor`'s padding and image tokens."""
+    """The ids of a processor's padding and image tokens, and its patches."""
     tokenizer = processor.tokenizer
     begin_image, end_image = tokenizer.convert_tokens_to_ids([processor.boi_token, processor.eoi_token])
-    return ControlIds(tokenizer.pad_token_id, begin_image, processor.image_token_id, end_image)
+    patches = patches_of_processor(processor)
+    return ControlIds(tokenizer.pad_token_id, begin_image, processor.image_token_id, end_image, patches)
 
 
-def collate(samples: list[Sample], ids: ControlIds) -> dict[str, torch.Tensor]:
+def collate(samples: list[Sample], ids: ControlIds, *, filler: bool = True) -> dict[str, torch.Tensor]:
     """One micro-batch of B samples with N images; an empty one becomes a single row that holds the filler alone.
+
+    Args:
+        filler: False for a model without a vision tower; an empty micro-batch is then a row of padding.
 
     Returns:
         `input_ids`, `labels`, `attention_mask`, `mm_token_type_ids` (B, T) int64, T the longest row; `pixel_values`
-        (N, P, 768) float32 and `image_position_ids` (N, P, 2) int64, P the most patches of an image, where missing
-        patches are 0 with position -1, as Gemma 4's image processor pads. The images stand in the order of the rows.
+        (N, P, values of a patch) float32 and `image_position_ids` (N, P, 2) int64, P the most patches of an image,
+        where missing patches are 0 with position -1, as Gemma 4's image processors pad. The images stand in the order
+        of the rows.
     """
-    batch = _collate([[sample] for sample in samples], ids)
+    batch = _collate([[sample] for sample in samples], ids, filler)
     del batch["position_ids"]  # counted from the left: what the model does by itself
     return batch
 
 
-def collate_packs(packs: list[list[Sample]], ids: ControlIds) -> dict[str, torch.Tensor]:
+def collate_packs(packs: list[list[Sample]], ids: ControlIds, *, filler: bool = True) -> dict[str, torch.Tensor]:
     """One micro-batch of B packs, each a row of documents, for a model that attends within documents.
 
     The filler and a row's padding are documents too, trained on nothing; an empty pack is a row of just those.
@@ -67,12 +73,12 @@ def collate_packs(packs: list[list[Sample]], ids: ControlIds) -> dict[str, torch
         As `collate`, the images in the order of rows and documents, with `position_ids` (B, T) int64, which start at 0
         in each document, in the place of `attention_mask`.
     """
-    batch = _collate(packs, ids)
+    batch = _collate(packs, ids, filler)
     del batch["attention_mask"]
     return batch
 
 
-def _collate(packs: list[list[Sample]], ids: ControlIds) -> dict[str, torch.Tensor]:
+def _collate(packs: list[list[Sample]], ids: ControlIds, filler: bool) -> dict[str, torch.Tensor]:
     """All tensors that `collate` and `collate_packs` return, a row for each pack (one empty row if there are none)."""
     rows = []
     for pack in packs or [[]]:
@@ -83,15 +89,19 @@ def _collate(packs: list[list[Sample]], ids: ControlIds) -> dict[str, torch.Tens
             _append(row, sample.encoded.input_ids, sample.encoded.labels, sample.encoded.mm_token_type_ids)
         rows.append(row)
     images = [sample.pixels for pack in packs for sample in pack if sample.encoded.num_images]
-    if not images:
+    if not images and filler:
         shortest = min(rows, key=lambda row: len(row["input_ids"]))
         _append(shortest, [ids.begin_image, ids.image, ids.end_image], [IGNORE_INDEX] * 3, [0, 1, 0])
-        images = [_filler_pixels()]
+        images = [ids.patches.image(1, 1)]
+    elif not any(row["input_ids"] for row in rows):
+        _append(rows[0], [ids.pad] * SHORTEST, [IGNORE_INDEX] * SHORTEST, [0] * SHORTEST)
     length = max(len(row["input_ids"]) for row in rows)
     for row in rows:
         missing = length - len(row["input_ids"])
         _append(row, [ids.pad] * missing, [IGNORE_INDEX] * missing, [0] * missing, attended=0)
     batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    if not images:
+        return batch
     most_patches = max(part["pixel_values"].shape[1] for part in images)
     for name, value in (("pixel_values", 0), ("image_position_ids", -1)):
         padded = []
@@ -117,9 +127,3 @@ def _append(
     row["attention_mask"] += [attended] * len(input_ids)
     row["position_ids"] += range(len(input_ids))
     row["mm_token_type_ids"] += mm_token_type_ids
-
-
-def _filler_pixels() -> dict[str, torch.Tensor]:
-    """One black image of 3 x 3 patches, which the vision tower pools into one soft token; positions are (x, y)."""
-    positions = torch.cartesian_prod(torch.arange(POOLING), torch.arange(POOLING)).flip(-1)
-    return {"pixel_values": torch.zeros(1, POOLING**2, PATCH_VALUES), "image_position_ids": positions[None]}

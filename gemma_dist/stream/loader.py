@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from gemma_dist.data.encode import Encoder
 from gemma_dist.errors import DataError
+from gemma_dist.model.per_layer import PerLayerTable
 from gemma_dist.stream.collate import Sample, collate, collate_packs, control_ids
 from gemma_dist.stream.schedule import BlockId, Schedule
 
@@ -45,16 +46,21 @@ class TrajectoryLoader(IterableDataset):
         num_steps: int,
         *,
         num_workers: int,
+        table: PerLayerTable | None = None,
+        filler: bool = True,
     ) -> None:
         """Args:
             num_workers: threads that prepare micro-batches; 0: the one that asks for them.
+            table: of per-layer embeddings, whose rows travel with the micro-batches.
+            filler: whether the model has a vision tower, which every rank has to run every time.
 
         Raises:
             DataError: the shards were measured with another tokenizer, template or image processor.
         """
         self.schedule, self.encoder, self.rank = schedule, encoder, rank
         self.start_step, self.num_steps = start_step, num_steps
-        self.num_workers = num_workers
+        self.num_workers, self.filler = num_workers, filler
+        self.table = table
         self.shards = shards = schedule.shards
         shards.require_encoding(encoder)
         self._ids = control_ids(encoder.processor)
@@ -97,8 +103,10 @@ class TrajectoryLoader(IterableDataset):
         """One micro-batch, from the numbers of its samples and the row groups that they lie in. Runs in a worker."""
         samples = [[self._sample(index, tables) for index in pack] for pack in packs]
         if self.schedule.packing:
-            return collate_packs(samples, self._ids)
-        return collate([sample for pack in samples for sample in pack], self._ids)
+            batch = collate_packs(samples, self._ids, filler=self.filler)
+        else:
+            batch = collate([sample for pack in samples for sample in pack], self._ids, filler=self.filler)
+        return batch if self.table is None else self.table.add_rows(batch)
 
     def _sample(self, index: int, tables: Tables) -> Sample:
         """Sample `index`, once its row group has come. Any error says which sample it is."""

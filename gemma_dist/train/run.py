@@ -11,12 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gemma_dist import world
 from gemma_dist.config import RunConfig
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.files import writing
 from gemma_dist.logs import RunLog, log
-from gemma_dist.model.load import add_adapter, load_model
+from gemma_dist.model.load import add_adapter, load_model, read_config, use_cpu
+from gemma_dist.model.per_layer import PerLayerTable, open_table
 from gemma_dist.model.record import ADAPTER_RECORD
 from gemma_dist.resolve import Run, require_output_dir, resolve
 from gemma_dist.stream.loader import TrajectoryLoader
@@ -27,6 +30,7 @@ from gemma_dist.train.checkpoint import (
     lock_output_dir,
     require_same_start,
 )
+from gemma_dist.train.memory import MemoryReport, MemoryWatch, gpu_at_hand
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 
 # What a checkpoint holds to resume from, and a result does not need.
@@ -37,8 +41,16 @@ STATE_FILES = (
 )
 
 
-def train(config: RunConfig, *, trainer_class: Callable[..., ToolCallTrainer] = ToolCallTrainer) -> None:
+def train(
+    config: RunConfig,
+    *,
+    trainer_class: Callable[..., ToolCallTrainer] = ToolCallTrainer,
+    watch: MemoryWatch | None = None,
+) -> None:
     """Train as `config` says, alone or as one rank of many, from the newest complete checkpoint if there is one.
+
+    Args:
+        watch: is told of the run before it begins, and of what it took of the GPU.
 
     Raises:
         ConfigError, DataError, CheckpointError: before any weight is read, where the run could not work.
@@ -50,9 +62,13 @@ def train(config: RunConfig, *, trainer_class: Callable[..., ToolCallTrainer] = 
     require_output_dir(config)
     run = resolve(config, topology)
     encoder = load_encoder(config.model.model_name_or_path, config.data)
+    if world.rank() == 0 and (note := encoder.lost_opening()):
+        log.warning(note)
     checkpoint, start_step = find_checkpoint(output_dir, config.train.resume_from_checkpoint, run.identity)
     if checkpoint and (changed := changed_settings(checkpoint, config)):
         log.info("resuming from %s with other settings: %s", checkpoint, "; ".join(changed))
+    if watch is not None:
+        watch.begin(run, gpu_at_hand())
     loader = TrajectoryLoader(
         run.schedule,
         encoder,
@@ -60,6 +76,8 @@ def train(config: RunConfig, *, trainer_class: Callable[..., ToolCallTrainer] = 
         start_step,
         max(0, run.num_steps - start_step),
         num_workers=config.train.dataloader_num_workers,
+        table=_table(config),
+        filler="vision" not in run.unneeded_towers,
     )
     log.info(
         "%d trajectories, %s, %d of %d steps done",
@@ -70,7 +88,7 @@ def train(config: RunConfig, *, trainer_class: Callable[..., ToolCallTrainer] = 
     )
     with lock_output_dir(output_dir):
         if start_step < run.num_steps:
-            _train_from(run, loader, checkpoint, trainer_class)
+            _train_from(run, loader, checkpoint, trainer_class, watch)
             checkpoint = output_dir / f"checkpoint-{run.num_steps}"
         else:
             log.info(
@@ -82,27 +100,47 @@ def train(config: RunConfig, *, trainer_class: Callable[..., ToolCallTrainer] = 
 
 
 def _train_from(
-    run: Run, loader: TrajectoryLoader, checkpoint: Path | None, trainer_class: Callable[..., ToolCallTrainer]
+    run: Run,
+    loader: TrajectoryLoader,
+    checkpoint: Path | None,
+    trainer_class: Callable[..., ToolCallTrainer],
+    watch: MemoryWatch | None,
 ) -> None:
     """The remaining steps of a run: the loader starts with the first of them."""
     arguments = training_arguments(run)  # at ZeRO-3 it has to be there before the model: it partitions the weights
     world.note_processes()
     require_same_start(loader.start_step)
-    model = _load_model(run)
+    model = _load_model(run, loader.table)
     metrics = run.config.train.output_dir / "metrics.jsonl"
     run_log = RunLog(metrics, start_step=loader.start_step, num_steps=run.num_steps)
     trainer = trainer_class(run, arguments, model, loader, run_log)
+    if watch is not None and not use_cpu():
+        trainer.add_callback(MemoryReport(watch))
     trainer.train(resume_from_checkpoint=checkpoint)
     run_log.close()
 
 
-def _load_model(run: Run) -> Any:
+def _table(config: RunConfig) -> PerLayerTable | None:
+    """The per-layer embeddings of the base, where they stay in its file. Nothing is read of them yet."""
+    if not config.ple_on_host:
+        return None
+    name = config.model.model_name_or_path
+    return open_table(name, read_config(name), getattr(torch, config.model.dtype))
+
+
+def _load_model(run: Run, table: PerLayerTable | None) -> Any:
     """The model with everything frozen that does not train."""
     from transformers import set_seed
 
     config = run.config
     set_seed(config.train.seed)
-    model = load_model(config.model, config.quantization, packing=config.train.packing)
+    model = load_model(
+        config.model,
+        config.quantization,
+        packing=config.train.packing,
+        table=table,
+        without=run.unneeded_towers,
+    )
     if config.lora is not None:
         model = add_adapter(model, config.lora, zero3=run.topology.zero_stage == 3)
     return model

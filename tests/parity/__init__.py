@@ -1,6 +1,6 @@
 """The proof that every launch trains the same model: each way of training learns what one plain process learns.
 
-    make parity                              all cells: about two hours on 2 cores
+    make parity                              all cells: some three hours on 2 cores
     python -m tests.parity --pruned          every launch, tuning, style, kind of data and option at least once
     python -m tests.parity --only zero3      cells whose name has these words
 

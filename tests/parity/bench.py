@@ -30,6 +30,7 @@ class Task(TypedDict):
     overrides: list[str]
     packs_as_rows: list[str]  # overrides with which a reference's trajectories are packed, and then unpacked; or none
     peer: str
+    whole: bool  # load all of the model, also towers that the run does not need
     probe: str  # file of the batch to write logits of
 
 
@@ -39,6 +40,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model, self.shards, self.probe = cache(self._model), cache(self._shards), cache(self._probe)
+        self.model_of_full_experts = cache(self._model_of_full_experts)
 
     def of(self, cell: Cell) -> Path:
         """The folder of a cell's run."""
@@ -50,6 +52,24 @@ class Bench:
         out = self.folder / f"model-{style}-{dtype}"
         if not out.exists():
             write_tiny_model(out, style=style, dtype=dtype, hidden_size=64, num_hidden_layers=4)
+        return out
+
+    def _model_of_full_experts(self, style: str, dtype: str) -> Path:
+        """The model with its experts taken to 4 bits and back, for transformers to compute with as they are. The linear
+        layers stay, since they are in 4 bits for reference and cell."""
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+        from safetensors.torch import load_file, save_file
+
+        model, out = self.model(style, dtype), self.folder / f"model-{style}-{dtype}-full-experts"
+        if style != "26b":
+            return model
+        if not out.exists():
+            shutil.copytree(model, out)
+            tensors = load_file(model / "model.safetensors")
+            for name in [name for name in tensors if ".experts." in name]:
+                codes = quantize_4bit(tensors[name], blocksize=64, compress_statistics=True, quant_type="nf4")
+                tensors[name] = dequantize_4bit(*codes)
+            save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
         return out
 
     def _shards(self, style: str, data: str) -> Path:
@@ -65,8 +85,12 @@ class Bench:
         shard_rows(folder, str(self.model(style, "float32")), [row(number) for number in numbers[:NUM_ROWS]])
         return folder / "shards"
 
-    def _probe(self, style: str) -> Path:
-        """A row with an image as tensors, to compare logits on."""
+    def probe_of(self, cell: Cell) -> Path:
+        """What to compare the logits of a cell on: beside an adapter on text there is no vision tower."""
+        return self.probe(cell.style, "text" if cell.data == "text" and cell.tuning != "full" else "images")
+
+    def _probe(self, style: str, data: str) -> Path:
+        """A row as tensors, with an image if those of `data` have some."""
         from safetensors.torch import save_file
 
         from gemma_dist.config import EncodingConfig
@@ -75,11 +99,12 @@ class Bench:
         from gemma_dist.stream.collate import Sample, collate_packs, control_ids
 
         encoder = load_encoder(str(self.model(style, "float32")), EncodingConfig())
-        trajectory = open_shards(self.shards(style, "images")).read(0)
-        sample = Sample("", encoder.encode(trajectory), encoder.pixels(trajectory.images))
-        batch = collate_packs([[sample]], control_ids(encoder.processor))
+        trajectory = open_shards(self.shards(style, data)).read(0)
+        pixels = encoder.pixels(trajectory.images) if trajectory.images else {}
+        sample = Sample("", encoder.encode(trajectory), pixels)
+        batch = collate_packs([[sample]], control_ids(encoder.processor), filler=False)
         del batch["labels"]
-        path = self.folder / f"probe-{style}"
+        path = self.folder / f"probe-{style}-{data}"
         save_file({name: value.contiguous() for name, value in batch.items()}, path)
         return path
 
@@ -94,6 +119,7 @@ class Bench:
         settings = {
             "model_name_or_path": self.model(cell.style, cell.dtype),
             "model.dtype": dtype,
+            "model.ple": "gpu" if cell.is_reference else cell.ple,
             "data.train": self.shards(cell.style, cell.data),
             "max_steps": NUM_STEPS,
             "save_steps": 2,
@@ -107,8 +133,11 @@ class Bench:
             "gradient_checkpointing": str(cell.checkpointing).lower(),
             "dataloader_num_workers": 0,
         }
-        if cell.tuning == "qlora":
+        if cell.in_4_bits:
             settings["bnb_4bit_compute_dtype"] = dtype
+        if cell.in_4_bits and cell.is_reference:
+            settings["model_name_or_path"] = self.model_of_full_experts(cell.style, cell.dtype)
+            settings["quantize_moe_experts"] = "false"
         if cell.data == "empty":
             settings["data.quarantine"] = self._quarantine(cell)
         if cell.resumed_from:
@@ -120,7 +149,8 @@ class Bench:
             "overrides": overrides if cell.is_reference else overrides + packing,
             "packs_as_rows": packing if cell.is_reference else [],
             "peer": cell.peer,
-            "probe": str(self.probe(cell.style)),
+            "whole": cell.is_reference,
+            "probe": str(self.probe_of(cell)),
         }
 
     def _quarantine(self, cell: Cell) -> Path:
@@ -159,9 +189,9 @@ class Bench:
             for launch in LAUNCHES:
                 due = [cell for cell in runs if cell.launch == launch and waits(cell) == waiting]
                 if due:
-                    self._launch(launch, sorted(due, key=lambda cell: bool(cell.resumed_from)))
+                    self.train(launch, sorted(due, key=lambda cell: bool(cell.resumed_from)))
 
-    def _launch(self, launch: str, cells: list[Cell]) -> None:
+    def train(self, launch: str, cells: list[Cell]) -> None:
         """Train all `cells` of a launch in one set of processes; after a failure, the rest in a new one. Those that an
         earlier command finished in the same folder stay."""
         tasks = {cell.name: self.task(cell) for cell in cells if not (self.of(cell) / RESULT).exists()}
@@ -204,7 +234,7 @@ class Bench:
         return done.stdout + done.stderr
 
 
-def four_bits(compute_dtype: "torch.dtype") -> "BitsAndBytesConfig":
+def four_bits(compute_dtype: "torch.dtype", style: str = "e4b") -> "BitsAndBytesConfig":
     """NF4 as the recipe of QLoRA has it, written out as a user of plain transformers would."""
     from transformers import BitsAndBytesConfig
 
@@ -213,4 +243,6 @@ def four_bits(compute_dtype: "torch.dtype") -> "BitsAndBytesConfig":
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
+        # What it would not leave whole by itself: the projection of 12B's pixels.
+        llm_int8_skip_modules=["lm_head", "model.embed_vision", "model.embed_audio"] if style == "12b" else None,
     )

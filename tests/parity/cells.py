@@ -23,9 +23,11 @@ TUNINGS = {  # recipe in launch/, and overrides
     "dora": ("cpu_lora", ["lora.use_rslora=true", "lora.use_dora=true"]),
     "qlora": ("cpu_qlora", []),
     "experts": ("cpu_lora", ["lora.target_parameters=[experts.gate_up_proj, experts.down_proj]"]),  # 26b alone has some
+    "qlora-experts": ("cpu_qlora", ["lora.target_parameters=[experts.gate_up_proj, experts.down_proj]"]),
+    "qlora-host": ("cpu_qlora", ["model.experts=host"]),
 }
 FOR_ALL_STYLES = ("full", "lora", "dora", "qlora")
-STYLES = ("e4b", "31b", "26b")
+STYLES = ("e4b", "31b", "26b", "12b", "e2b")
 DATA = ("text", "images", "some", "empty")  # images in none, all, some rows; "empty": a rank's batch is all quarantined
 OPTIMIZERS = ("adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "adafactor", "sgd")
 # Plain SFTTrainer; and the same with `model.accepts_loss_kwargs = True`: transformers' Gemma 4 has it False, and
@@ -62,6 +64,7 @@ class Cell:
     accumulation: int = 1
     dtype: str = "float32"
     optim: str = "adamw_torch"
+    ple: str = "auto"  # where per-layer embeddings are: beside an adapter on the host, in references on the GPU
     resumed_from: str = ""  # the launch whose checkpoint of step 2 it resumes from
     is_reference: bool = False
     peer: str = ""  # one of PEERS: trained by plain TRL instead
@@ -80,6 +83,8 @@ class Cell:
             words.append("bfloat16")
         if self.optim != "adamw_torch":
             words.append(self.optim)
+        if self.ple != "auto":
+            words.append(f"ple-{self.ple}")
         if self.resumed_from:
             words.append(f"resumed-{self.resumed_from}")
         if self.peer:
@@ -93,7 +98,7 @@ class Cell:
         """One process, float32, all trajectories of a step as rows of one batch; packs only say which these are."""
         return Cell(
             "single",
-            self.tuning,
+            self.tuning.removesuffix("-host"),
             self.style,
             self.data,
             packing=self.packing,
@@ -102,6 +107,11 @@ class Cell:
             is_reference=True,
             peer=self.peer,
         )
+
+    @property
+    def in_4_bits(self) -> bool:
+        """Whether the base is, its experts included."""
+        return self.tuning.startswith("qlora")
 
     @property
     def whole(self) -> "Cell":
@@ -122,18 +132,22 @@ def file_name(launch: str) -> str:
 
 
 def all_cells() -> list[Cell]:
-    """Every launch x tuning x style x data (with four processes: only data with images in some rows), the options
-    dealt so that each meets each of the others; bfloat16; the other optimizers; and every launch resumed in itself
-    and in another."""
+    """Every launch x tuning x style x data (with four processes, and for e2b, which is much like e4b: only data with
+    images in some rows), the options dealt so that each meets each of the others; bfloat16; the other optimizers; and
+    every launch resumed in itself and in another."""
     cells = []
-    kinds = [*product(LAUNCHES, FOR_ALL_STYLES, STYLES, DATA), *product(LAUNCHES, ["experts"], ["26b"], DATA)]
+    kinds = [*product(LAUNCHES, FOR_ALL_STYLES, STYLES[:-1], DATA), *product(LAUNCHES, ["experts"], ["26b"], DATA)]
+    kinds += product(UP_TO_TWO, FOR_ALL_STYLES, ["e2b"], ["some"])
     for i, (launch, tuning, style, data) in enumerate(kinds):
         packing, checkpointing, accumulation = OPTIONS[(i + i // len(OPTIONS)) % len(OPTIONS)]
         if data == "some" or launch in UP_TO_TWO:
             cells.append(_dealt(Cell(launch, tuning, style, data, packing, checkpointing, accumulation)))
+    for launch, tuning in product(UP_TO_TWO, ("qlora-experts", "qlora-host")):
+        cells.append(Cell(launch, tuning, "26b", "some", checkpointing=launch != "cpu_zero1"))
     for launch, tuning in product(UP_TO_TWO, FOR_ALL_STYLES):
         if tuning != "full" or "zero" in launch:  # the others are refused
             cells.append(Cell(launch, tuning, "e4b", "some", dtype="bfloat16"))
+    cells += [Cell(launch, "qlora", "12b", "some", dtype="bfloat16") for launch in UP_TO_TWO]
     for launch, optim in product(UP_TO_TWO, OPTIMIZERS):
         if optim in FOLLOWING_ELEMENTS or "zero" not in launch:  # others see flat slices there
             cells.append(Cell(launch, "full", "31b", "some", optim=optim))
@@ -147,7 +161,7 @@ def all_cells() -> list[Cell]:
 def pruned_cells() -> list[Cell]:
     """Every launch with two of the tunings; style and data (four pairs, so that cells share references) and options
     rotate. Four processes once for each launch of them."""
-    kinds = (("e4b", "some", True), ("31b", "images", False), ("26b", "empty", False), ("e4b", "text", False))
+    kinds = (("e4b", "some", True), ("31b", "images", False), ("26b", "empty", False), ("e2b", "text", False))
     cells = []
     for i, (launch, tuning) in enumerate(product(UP_TO_TWO, FOR_ALL_STYLES)):
         if (i + i // 4) % 2:
@@ -163,6 +177,10 @@ def pruned_cells() -> list[Cell]:
     resumed.append(four)
     cells += [four, Cell("cpu_zero3 x4", "lora", "31b", "images")]
     cells.append(Cell("cpu_zero3", "experts", "26b", "empty", checkpointing=True))
+    cells.append(Cell("cpu_ddp", "qlora-experts", "26b", "empty", checkpointing=True))
+    cells.append(Cell("cpu_zero2", "qlora-host", "26b", "empty"))
+    cells.append(Cell("single", "lora", "12b", "some", packing=True))
+    cells.append(Cell("cpu_zero3", "full", "12b", "images"))
     for launch in ("cpu_ddp", "cpu_zero2", "cpu_zero3"):
         cells.append(Cell(launch, "lora", "e4b", "some", dtype="bfloat16"))
     staying = ("cpu_zero1", "cpu_zero3", "cpu_zero3_offload", "cpu_ddp x4")

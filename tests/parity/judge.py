@@ -98,23 +98,27 @@ def _reloaded(bench: Bench, cell: Cell) -> float:
     from transformers import AutoModelForImageTextToText
 
     from gemma_dist.model.load import keep_four_bit_exact
+    from gemma_dist.model.vision import use_image_rule
 
     out, dtype = bench.of(cell) / "out", getattr(torch, cell.dtype)
     base = out if cell.tuning == "full" else bench.model(cell.style, cell.dtype)
+    if cell.in_4_bits:
+        base = bench.model_of_full_experts(cell.style, cell.dtype)
     model, report = AutoModelForImageTextToText.from_pretrained(
         base,
         dtype=dtype,
-        quantization_config=four_bits(dtype) if cell.tuning == "qlora" else None,
+        quantization_config=four_bits(dtype, cell.style) if cell.in_4_bits else None,
         output_loading_info=True,
         trust_remote_code=False,
     )
     if report["missing_keys"] or report["unexpected_keys"]:
         return math.inf
     keep_four_bit_exact(model)
+    use_image_rule(model)
     if cell.tuning != "full":
         model = PeftModel.from_pretrained(model, str(out))
     with torch.no_grad():
-        logits = model.eval()(**load_file(bench.probe(cell.style))).logits.float()
+        logits = model.eval()(**load_file(bench.probe_of(cell))).logits.float()
     return _relative(logits, load_file(bench.of(cell) / "logits.safetensors")["logits"])
 
 

@@ -8,6 +8,7 @@ step 1 (averaged over the ranks, before clipping) and `logits` of the trained mo
 `saved-<rank>.jsonl`, how many tensors and bytes of the model this rank held ready for each checkpoint.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -141,7 +142,7 @@ def packs_as_rows(schedule: Schedule, loader: TrajectoryLoader) -> Iterator[dict
                 trajectory = schedule.shards.read(index)
                 pixels = loader.encoder.pixels(trajectory.images) if trajectory.images else {}
                 samples.append(Sample(schedule.shards.id(index), loader.encoder.encode(trajectory), pixels))
-            yield collate(samples, ids)
+            yield collate(samples, ids, filler=loader.filler)
 
 
 def train_with_trl(folder: Path, task: Task) -> None:
@@ -221,7 +222,10 @@ def train_cell(folder: Path, task: Task) -> None:
         return
     config = load_config(task["recipe"], [*task["overrides"], f"output_dir={folder / 'out'}"])
     make_trainer: Callable[..., ToolCallTrainer] = partial(ObservedTrainer, task=task)
-    with patch.object(world, "disconnect"):  # the next cell needs the process group
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(patch.object(world, "disconnect"))  # the next cell needs the process group
+        if task["whole"]:
+            patches.enter_context(patch.object(Run, "unneeded_towers", ()))
         train(config, trainer_class=make_trainer)
 
 

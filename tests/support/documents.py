@@ -1,8 +1,10 @@
 """Documents made by hand, with random words and images where a test wants them."""
 
 import torch
+from torch.nn.functional import pad
 
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded
+from gemma_dist.model.vision import Patches
 from gemma_dist.stream.collate import ControlIds, Sample
 
 FIRST_WORD, NUM_WORDS = 40, 200  # ids of a tiny tokenizer that are no control tokens
@@ -27,16 +29,16 @@ def document(ids: ControlIds, *parts: int | Size | str) -> Sample:
     labels = [token if i and token >= FIRST_WORD else IGNORE_INDEX for i, token in enumerate(input_ids)]
     types = [int(token == ids.image) for token in input_ids]
     encoded = Encoded(input_ids, labels, types, num_images=len(images), num_dropped_reasoning=0)
-    return Sample(repr(parts), encoded, pixels(images, generator) if images else {})
+    return Sample(repr(parts), encoded, pixels(ids.patches, images, generator) if images else {})
 
 
-def pixels(images: list[Size], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Random patches, 3 x 3 for each soft token, padded to the largest image as the image processor pads."""
-    num_patches = max(9 * width * height for width, height in images)
-    values = torch.zeros(len(images), num_patches, 768)
-    positions = torch.full((len(images), num_patches, 2), -1)
-    for i, (width, height) in enumerate(images):
-        grid = torch.cartesian_prod(torch.arange(3 * height), torch.arange(3 * width)).flip(-1)
-        positions[i, : len(grid)] = grid
-        values[i, : len(grid)] = torch.rand(len(grid), 768, generator=generator)
-    return {"pixel_values": values, "image_position_ids": positions}
+def pixels(patches: Patches, images: list[Size], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Random colors, padded to the largest image as the image processor pads."""
+    most = max(patches.num_patches(width * height) for width, height in images)
+    padded: dict[str, list[torch.Tensor]] = {"pixel_values": [], "image_position_ids": []}
+    for width, height in images:
+        colors = torch.rand(patches.num_patches(width * height), patches.num_values, generator=generator)
+        for name, tensor in patches.image(width, height, colors).items():
+            missing = most - tensor.shape[1]
+            padded[name].append(pad(tensor, (0, 0, 0, missing), value=0 if name == "pixel_values" else -1))
+    return {name: torch.cat(tensors) for name, tensors in padded.items()}

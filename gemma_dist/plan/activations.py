@@ -1,0 +1,219 @@
+"""Bytes of a micro-batch's activations at each moment that may be the peak of a step: arithmetic on the model's shape.
+
+What autograd keeps is read from transformers' `modeling_gemma4.py` (5.23) and PEFT's layers, operation by operation;
+tests hold the sums against the simulator, which runs the real modules (`simulate.py`).
+
+With checkpointing each layer keeps its input, and the peak is in the backward pass of a layer of the most: all inputs
+up to its own, what it keeps while it is computed again, and what its gradients take. Without it every layer keeps all.
+"""
+
+from dataclasses import dataclass
+
+from gemma_dist.config import RunConfig
+from gemma_dist.plan.geometry import PATCHES_A_TOKEN, Geometry, Layer
+from gemma_dist.plan.weights import BYTES, Placement, adapted_by_layer
+
+NORM = 4  # bytes of a value inside an RMSNorm, which computes in float32
+# Bytes for each of T x H that the backward pass of a norm takes at most: the gradient that arrives, its copies in
+# float32, and the sums and products of them, beside the layer's own output.
+NORM_BACKWARD = 26
+EXPERTS_BACKWARD = 7  # values (in the compute dtype) of tokens x experts x H, mostly float32, while their sum is undone
+EMBEDDING_COPIES = 3  # of the hidden states, beside the first layer's input: as the simulator finds them
+LOSS_TOKENS, LOSS_VOCABULARY = 4096, 32_768  # a tile of logits in TRL's fused head (`chunked_logprob.py`)
+WIDEST_WITHOUT_REPEAT = 256  # head_dim above which transformers repeats keys and values for all heads
+FULL_LOGITS_COPIES = (1, 3)  # of the model's own loss at its worst moment: in bfloat16, and in float32
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What goes through the model at once."""
+
+    num_tokens: int  # of all sequences, images included
+    num_images: int = 0
+    tokens_per_image: int = 280
+    num_sequences: int = 1
+    num_documents: int = 1  # trajectories in them
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of a step that may be the one of most memory."""
+
+    name: str
+    activations: int  # bytes
+    loss_head: int = 0
+
+
+class Activations:
+    """The arithmetic for one recipe and one micro-batch."""
+
+    def __init__(self, geometry: Geometry, config: RunConfig, place: Placement, batch: MicroBatch) -> None:
+        self.geometry, self.config, self.place, self.batch = geometry, config, place, batch
+        self.stream = BYTES[config.model.dtype]  # bytes of a value between layers
+        self.compute = 2 if config.train.bf16 else 4  # bytes of a value inside them
+        self.trains_all = config.tuning == "full"
+        self.adapted = adapted_by_layer(geometry, config)  # weights of each layer's adapter
+        self.hidden_values = batch.num_tokens * geometry.hidden
+
+    def moments(self) -> list[Moment]:
+        """Every moment that may be the peak, in the order of a step."""
+        batch = self._batch_and_embeddings()
+        before_text = Moment("images", self._pixels() + self._vision_forward())
+        if self.config.train.gradient_checkpointing:
+            inputs = [self.hidden_values * self.stream for _ in self.geometry.layers]
+            kept = [0 for _ in self.geometry.layers]
+        else:
+            inputs = [0 for _ in self.geometry.layers]
+            kept = [self._kept_by(number) for number in range(len(self.geometry.layers))]
+        held = sum(inputs) + sum(kept) + batch
+        loss = Moment("loss", held + self.hidden_values * (NORM + 2 * self.compute), self._loss_head())
+        moments = [before_text, loss]
+        for number in range(len(self.geometry.layers)):
+            below = sum(inputs[: number + 1]) + sum(kept[:number])
+            here = self._kept_by(number) + self._backward_of(number)
+            moments.append(Moment(f"backward pass of layer {number + 1}", batch + below + here))
+        if self.trains_all and self.geometry.vision:
+            moments.append(Moment("backward pass of the vision tower", self._pixels() + self._vision_backward()))
+        return moments
+
+    # ---- what lasts through the language model ----
+
+    def _batch_and_embeddings(self) -> int:
+        """The batch, its embeddings, per-layer inputs, rotary tables, shared keys and values, masks."""
+        geometry, tokens = self.geometry, self.batch.num_tokens
+        embeddings = EMBEDDING_COPIES * self.hidden_values * self.stream
+        per_layer = tokens * len(geometry.layers) * geometry.per_layer
+        inputs = per_layer * (self.stream + NORM * (2 if self.trains_all else 1))
+        head_dims = {layer.is_full: layer.head_dim for layer in geometry.layers}
+        rotary = sum(2 * tokens * head_dim * self.stream for head_dim in head_dims.values())
+        shared = 0
+        if any(layer.shares_kv for layer in geometry.layers):
+            last = {layer.is_full: layer for layer in geometry.layers if not layer.shares_kv}
+            shared = sum(2 * tokens * layer.kv_heads * layer.head_dim * self.compute for layer in last.values())
+        vision = self._vision_inputs() if self.trains_all else 0
+        pixels = self._pixels() if self.trains_all else 0  # else they are gone when the backward pass begins
+        return embeddings + inputs + rotary + shared + self._masks() + pixels + vision
+
+    def _masks(self) -> int:
+        """One of booleans for each kind of layer, where sequences are not packed."""
+        if self.config.train.packing:
+            return 0
+        length = self.batch.num_tokens // self.batch.num_sequences
+        return 2 * self.batch.num_sequences * length * length
+
+    # ---- a layer of the language model ----
+
+    def _kept_by(self, number: int) -> int:
+        """Bytes that autograd keeps of a layer that is computed with gradients."""
+        geometry, layer, tokens = self.geometry, self.geometry.layers[number], self.batch.num_tokens
+        twice = 2 if self.trains_all else 1  # a trained norm keeps what it scales as well
+        norms = (4 + bool(geometry.per_layer) + 4 * bool(geometry.experts)) * self.hidden_values * NORM * twice
+        inputs = 2 * self.hidden_values * self.compute  # of attention and of the MLP
+        if self.trains_all and geometry.per_layer:
+            inputs += self.hidden_values * self.stream
+        mlp = 4 * tokens * layer.mlp * self.compute
+        per_layer = 3 * tokens * geometry.per_layer * self.compute
+        casts = self.compute * self.adapted[number] if self.compute < 4 else 0
+        return norms + inputs + self._kept_by_attention(layer) + mlp + per_layer + self._kept_by_experts() + casts
+
+    def _kept_by_attention(self, layer: Layer) -> int:
+        """Queries, keys, values and the output: before and after their norms and rotations."""
+        tokens, twice = self.batch.num_tokens, 2 if self.trains_all else 1
+        queries = tokens * self.geometry.heads * layer.head_dim
+        keys = tokens * layer.kv_heads * layer.head_dim
+        kept = queries * (NORM * twice + 2 * self.compute)
+        if self.config.train.packing:
+            kept += queries * self.compute  # the documents' outputs, and all of them in one tensor
+        # transformers repeats keys and values for all heads where the head is wide, or where there is a mask
+        repeats = self.geometry.heads > layer.kv_heads and (
+            layer.head_dim > WIDEST_WITHOUT_REPEAT or not self.config.train.packing
+        )
+        if repeats:
+            kept += 2 * queries * self.compute
+        elif not layer.is_full:
+            # A window of a document behind its first one has a mask, and keys of two windows.
+            behind = max(0, tokens - self.batch.num_documents * self.geometry.window)
+            kept += 2 * 2 * behind * self.geometry.heads * layer.head_dim * self.compute
+        if not layer.shares_kv:
+            kept += keys * NORM * (twice + 1) + (0 if repeats else 2 * keys * self.compute)
+        if self.config.model.attn_implementation == "eager":
+            length = tokens // (self.batch.num_documents if self.config.train.packing else self.batch.num_sequences)
+            kept += tokens * length * self.geometry.heads * (NORM + 2 * self.compute)
+        return kept
+
+    def _kept_by_experts(self) -> int:
+        """What the experts keep of their tokens (`grouped_mm`), and their weights while they are dequantized."""
+        geometry, chosen = self.geometry, self.batch.num_tokens * self.geometry.experts_a_token
+        if not geometry.experts:
+            return 0
+        kept = chosen * (geometry.hidden + 3 * geometry.expert_mlp) * self.compute
+        if self.place.experts_in_4_bits:
+            kept += 3 * geometry.experts * geometry.expert_mlp * geometry.hidden * self.compute
+        return kept
+
+    def _backward_of(self, number: int) -> int:
+        """The most that the gradients of a layer take beside what it keeps."""
+        geometry, layer = self.geometry, self.geometry.layers[number]
+        widest = self.batch.num_tokens * layer.mlp * self.compute
+        stream = 2 * self.hidden_values * self.stream  # the gradient that arrives, and the layer's output
+        dequantized = geometry.hidden * layer.mlp * self.compute if self.config.quantization else 0
+        gradients = [self.hidden_values * NORM_BACKWARD, stream + widest + dequantized, 2 * widest]
+        if geometry.experts:
+            chosen = self.batch.num_tokens * geometry.experts_a_token
+            gradients.append(EXPERTS_BACKWARD * chosen * geometry.hidden * self.compute)
+        return max(gradients)
+
+    # ---- loss and images ----
+
+    def _loss_head(self) -> int:
+        """TRL's fused head: one tile of logits, the gradient of the hidden states in float32 and, where it trains, that
+        of its weights."""
+        tokens = self.batch.num_tokens
+        tile = min(tokens, LOSS_TOKENS) * min(self.geometry.vocabulary, LOSS_VOCABULARY) * self.compute
+        head = self.geometry.vocabulary * self.geometry.hidden
+        of_weights = head * (NORM + self.stream) if self.trains_all else 0
+        return tile + self.hidden_values * (NORM + self.compute) + of_weights
+
+    @property
+    def _patches(self) -> int:
+        """Patches of all images of the micro-batch; of 12B they are merged."""
+        tokens = self.batch.num_images * self.batch.tokens_per_image
+        return tokens if self.geometry.is_unified else tokens * PATCHES_A_TOKEN
+
+    def _pixels(self) -> int:
+        """The images' values in float32, as they come with the batch, and their features."""
+        if self.geometry.vision is None:
+            return 0
+        return self._patches * self.geometry.vision.input * NORM
+
+    def _vision_inputs(self) -> int:
+        """What the layers of a vision tower that trains keep as their inputs, or whole without checkpointing."""
+        vision = self.geometry.vision
+        if vision is None:
+            return 0
+        each = self._patches * vision.hidden * self.stream
+        if self.config.train.gradient_checkpointing:
+            return vision.layers * each
+        return vision.layers * self._kept_by_vision_layer()
+
+    def _kept_by_vision_layer(self) -> int:
+        """As `_kept_by`: four norms, two inputs, four times the MLP, queries, keys and values."""
+        vision, patches = self.geometry.vision, self._patches
+        assert vision is not None
+        norms = (4 * 2 + 3 * 2) * patches * vision.hidden * NORM
+        return norms + patches * (2 * vision.hidden + 4 * vision.mlp + 6 * vision.hidden) * self.compute
+
+    def _vision_backward(self) -> int:
+        """The last layer of a vision tower that trains."""
+        vision = self.geometry.vision
+        assert vision is not None
+        if not vision.layers:
+            return self._patches * vision.hidden * NORM_BACKWARD
+        return self._vision_inputs() + self._kept_by_vision_layer() + self._patches * vision.hidden * NORM_BACKWARD
+
+    def _vision_forward(self) -> int:
+        """The widest moment of a layer that is frozen: nothing is kept."""
+        vision = self.geometry.vision
+        if vision is None:
+            return 0
+        return self._patches * (vision.hidden * (2 * self.stream + 3 * NORM) + 3 * vision.mlp * self.compute)

@@ -1,0 +1,134 @@
+"""What this package replaces, overrides or calls of other packages beyond what they document, and as it was when read.
+
+A new version of one of them may change it without a word, so each is listed with a hash: of its source where we stand
+in for it or restate what it does, of its parameters where we only call it. Where a test here fails: read what changed
+(`git diff` of the two versions), mend the module that it names, run that module's tests, then write the new hash.
+"""
+
+import ast
+import hashlib
+import importlib
+import inspect
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "gemma_dist"
+UNIFIED = "transformers.models.gemma4_unified.modeling_gemma4_unified"
+GEMMA4 = "transformers.models.gemma4.modeling_gemma4"
+ZERO3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
+ZERO2 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
+
+# module:name -> (the module of ours, what it does with it, hash of the source)
+SOURCES = {
+    "transformers.modeling_utils:PreTrainedModel._load_pretrained_model": (
+        "model/zero3.py",
+        "replaces",
+        "971d54fd9ded",
+    ),
+    "deepspeed.runtime.zero:Init._zero_init_param": ("model/zero3.py", "replaces", "2930fbd6b94e"),
+    "transformers.core_model_loading:WeightTransform.was_used": ("model/zero3.py", "asks", "bfc3930e5c9e"),
+    "transformers.core_model_loading:revert_weight_conversion": ("model/zero3.py", "prepares", "fc94e3462e01"),
+    f"{UNIFIED}:Gemma4UnifiedModel.forward": ("model/vision.py", "gives other masks", "8041ad68023d"),
+    f"{UNIFIED}:create_masks_for_vision_model": ("model/vision.py", "calls", "9eaf2b7dbfe4"),
+    f"{UNIFIED}:get_block_sequence_ids_for_mask": ("model/vision.py", "calls", "d1d890e748d4"),
+    f"{GEMMA4}:create_masks_for_vision_model": ("model/attention.py", "restates", "9eaf2b7dbfe4"),
+    f"{GEMMA4}:Gemma4TextAttention.forward": ("model/attention.py", "is called by", "4c979630136f"),
+    f"{UNIFIED}:Gemma4UnifiedTextAttention.forward": ("model/attention.py", "is called by", "4c979630136f"),
+    "bitsandbytes.nn:Linear4bit.forward": ("model/load.py", "keeps from repacking", "d52cf6345771"),
+    "transformers:Trainer._init_training_state": ("train/trainer.py", "extends", "8fbd17ebb7d3"),
+    "transformers:Trainer._prepare_for_training": ("train/trainer.py", "extends", "f55950593d7e"),
+    "transformers:Trainer._get_grad_norm": ("train/trainer.py", "extends", "913ba6f52f07"),
+    "transformers:Trainer._maybe_log_save_evaluate": ("train/trainer.py", "extends", "af101534f0f7"),
+    "transformers:Trainer._save_checkpoint": ("train/trainer.py", "replaces", "a9111e30faa9"),
+    "transformers:Trainer.save_model": ("train/trainer.py", "replaces", "705727ee10c8"),
+    "transformers:TrainingArguments.n_gpu": ("train/trainer.py", "overrides", "5dd70896e4a3"),
+    "trl:SFTTrainer.__init__": ("train/trainer.py", "undoes a part of", "90b61e42b690"),
+    "trl:SFTTrainer.compute_loss": ("train/trainer.py", "extends", "ca448211ff65"),
+    "transformers.modeling_layers:GradientCheckpointingLayer.__call__": (
+        "train/trainer.py",
+        "looks into",
+        "b11681464e3e",
+    ),
+    "deepspeed.runtime.engine:DeepSpeedEngine.step": ("train/trainer.py", "wraps", "02d6a4373435"),
+    "deepspeed.runtime.engine:DeepSpeedEngine._zero3_consolidated_16bit_state_dict": (
+        "train/weights.py",
+        "calls",
+        "4d7c0d9c1571",
+    ),
+    f"{ZERO3}._reassign_or_swap_out_partitioned_parameters": ("train/optimizer.py", "calls", "89aab0f80f1a"),
+    f"{ZERO3}.checkpoint_event_prologue": ("train/weights.py", "calls", "01713a52e24b"),
+    f"{ZERO3}.checkpoint_event_epilogue": ("train/weights.py", "calls", "9b05d627407c"),
+    f"{ZERO2}.update_lp_params": ("train/optimizer.py", "calls", "3cdce069e3c6"),
+    "deepspeed.utils.tensor_fragment:get_hp_fragment_mapping": (
+        "train/optimizer.py",
+        "reads what it makes",
+        "46260f9494e6",
+    ),
+    "peft.utils.other:get_pattern_key": ("merge/plan.py", "restates", "be585ac2daa2"),
+}
+# The same, with a hash of the parameters: their names, their kinds, and which may be left out.
+SIGNATURES = {
+    "deepspeed.runtime.zero:Init._convert_to_deepspeed_param": ("model/zero3.py", "calls", "78864d891a75"),
+    "transformers.core_model_loading:rename_source_key": ("model/zero3.py", "calls", "d5f4780cd8dc"),
+    "transformers.modeling_utils:LoadStateDictInfo": ("model/zero3.py", "makes", "d2613f373c08"),
+    "transformers.integrations.sdpa_attention:sdpa_attention_forward": ("model/attention.py", "calls", "a7c7d3b4dd64"),
+    "transformers:Gemma4Processor._get_num_multimodal_tokens": ("data/encode.py", "calls", "c4fd5f755797"),
+    "transformers:Gemma4UnifiedProcessor._get_num_multimodal_tokens": ("data/encode.py", "calls", "c4fd5f755797"),
+    f"{ZERO3}.has_overflow": ("train/trainer.py", "calls", "42e8122937a2"),
+    f"{ZERO2}.has_overflow": ("train/trainer.py", "calls", "2f133dcf6730"),
+    f"{ZERO3}.get_param_id": ("train/optimizer.py", "calls", "78864d891a75"),
+    "peft.tuners.lora.layer:ParamWrapper": ("model/load.py", "names to DeepSpeed", "5c6bc7e99056"),
+}
+KINDS = [("source", name) for name in SOURCES] + [("parameters", name) for name in SIGNATURES]
+# Private names of our own, of Python and of torch that look like those of others.
+OURS = {"_asdict", "_current_frames", "_exit", "_fields"}
+
+
+def find(name: str) -> Any:
+    module, _, path = name.partition(":")
+    found = importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found.fget if isinstance(found, property) else found
+
+
+def digest(kind: str, found: Any) -> str:
+    if kind == "source":
+        text = inspect.getsource(found)
+    else:
+        parameters = inspect.signature(found).parameters.values()
+        text = " ".join(f"{one.name} {one.kind.name} {one.default is one.empty}" for one in parameters)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@pytest.mark.parametrize(("kind", "name"), KINDS, ids=[name for _, name in KINDS])
+def test_what_we_patch_is_what_was_read(kind: str, name: str) -> None:
+    module, what, expected = (SOURCES if kind == "source" else SIGNATURES)[name]
+    package = name.partition(":")[0].partition(".")[0]
+    where = f"{package} {version(package)}"
+    try:
+        found = digest(kind, find(name))
+    except (ImportError, AttributeError):
+        pytest.fail(f"{where} has no {name} any more, which gemma_dist/{module} {what}")
+    assert found == expected, (
+        f"{where} has another {kind} of {name}, which gemma_dist/{module} {what}: read the change, mend the module, "
+        f"and write {found} here"
+    )
+
+
+def test_each_private_name_that_is_used_of_others_is_listed() -> None:
+    listed = {name.rpartition(":")[2].rpartition(".")[2] for name in (*SOURCES, *SIGNATURES)}
+    # Attributes of objects: what makes or reads them is listed instead.
+    listed |= {"_gradient_checkpointing_func", "_hp_mapping", "_weight_conversions", "_is_hf_initialized"}
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
+                continue
+            is_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            if not is_own and node.attr not in defined | OURS | listed:
+                raise AssertionError(f"{path.name}: {node.attr} of another package; list it here")
