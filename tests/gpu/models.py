@@ -34,7 +34,7 @@ def write_random_e4b(folder: Path, *, true_size: bool, device: torch.device) -> 
     """
     from transformers import Gemma4Config, Gemma4ForConditionalGeneration
 
-    processor = tiny_processor(DEFAULT_CORPUS, vocab_size=1024, chat_template=None)
+    processor = tiny_processor(DEFAULT_CORPUS, style="e4b", vocab_size=1024, chat_template=None)
     ids = tiny_config(processor.tokenizer, style="e4b", hidden_size=128, num_hidden_layers=2).to_dict()
     settings: dict[str, Any] = json.loads((SHAPES / "e4b.json").read_text())
     settings |= {name: value for name, value in ids.items() if name.endswith(("token_id", "token_index"))}
