@@ -19,7 +19,12 @@ from tests.support.corpus import row, write_rows
 from tests.support.ranks import ENVIRONMENT, REPOSITORY, gemma_dist, needs_compiler
 
 # Style, dtype of the files, dtype in memory.
-STYLES = [("e4b", "float32", "float32"), ("31b", "float32", "bfloat16"), ("26b", "bfloat16", "bfloat16")]
+STYLES = [
+    ("e4b", "float32", "float32"),
+    ("31b", "float32", "bfloat16"),
+    ("26b", "bfloat16", "bfloat16"),
+    ("12b", "float32", "float32"),
+]
 
 
 @needs_compiler
@@ -34,11 +39,11 @@ def test_ranks_load_what_one_process_loads(tiny_model: Callable[..., Path], tmp_
         words, cwd=REPOSITORY, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-8000:]
-    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text() == "3 models are equal"
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text() == f"{len(STYLES)} models are equal"
 
 
 @needs_compiler
-@pytest.mark.parametrize(("style", "adapted"), [("e4b", True), ("31b", False), ("26b", True)])
+@pytest.mark.parametrize(("style", "adapted"), [("e4b", True), ("31b", False), ("12b", False), ("26b", True)])
 def test_ranks_answer_what_one_process_answers(
     tiny_model: Callable[..., Path], tmp_path: Path, style: str, adapted: bool
 ) -> None:
