@@ -52,7 +52,7 @@ class ModelConfig(Section):
         "gpu", description="Where 4-bit experts (26B-A4B) lie; host: there, each layer copied ahead of its use."
     )
     ple: Literal["auto", "host", "gpu"] = Field(
-        "auto", description="Where per-layer embeddings (E2B, E4B) are; host, auto if frozen: mapped in the base's file."
+        "auto", description="Where per-layer embeddings (E2B, E4B) are; host, auto if frozen: in the base's file."
     )
 
 
