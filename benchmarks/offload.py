@@ -2,9 +2,9 @@
 
     python benchmarks/offload.py [experts] [ple] [--steps N]
 
-experts: trains a random Gemma 4 of the 26B-A4B style in NF4, forward and backward with checkpointing, in turns with its 4-bit
-experts on the device and on the host, and prints the median time of a step and the ratio. The losses must be equal to
-the last bit. On a GPU copies run beside what is computed; on a CPU a copy is from memory to memory and nothing
+experts: trains a random Gemma 4 of the 26B-A4B style in NF4, forward and backward with checkpointing, in turns with its
+4-bit experts on the device and on the host, and prints the median time of a step and the ratio. The losses must be
+equal to the last bit. On a GPU copies run beside what is computed; on a CPU a copy is from memory to memory and nothing
 overlaps, so the ratio says what the copies themselves cost there, and nothing of PCI Express.
 
 ple: steps with per-layer embeddings in the base's file and on the device (`per_layer.py`), in CPU time, as other jobs

@@ -209,7 +209,9 @@ def check(config: Path, overrides: tuple[str, ...], world_size: int | None, acce
 @click.option("--tokens-per-image", type=click.IntRange(min=1), help="Default: as the shards say, or 280.")
 @click.option("--calibration", type=EXISTING, help="Figures of a machine; default: those that train --calibrate kept.")
 @click.option(
-    "--simulate", is_flag=True, help="Run one step of the model's true size without a GPU: exact, about 10 s."
+    "--simulate",
+    is_flag=True,
+    help="Run one step of the model's true size without a GPU: slower, operator by operator.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON; sizes in bytes.")
 def plan(

@@ -52,9 +52,7 @@ class ModelConfig(Section):
         "gpu", description="Where 4-bit experts (26B-A4B) lie; host: there, each layer copied ahead of its use."
     )
     ple: Literal["auto", "host", "gpu"] = Field(
-        "auto",
-        description="Where the per-layer embeddings of E2B and E4B are: in the base's file on the host, or on the GPU; "
-        "auto: on the host where they are frozen.",
+        "auto", description="Where per-layer embeddings (E2B, E4B) are; host, auto if frozen: in the base's file."
     )
 
 
@@ -163,8 +161,7 @@ class LoraConfig(Section):
     )
     target_parameters: list[str] = Field(
         [],
-        description="Expert weights to adapt as well, by the end of their names: experts.gate_up_proj and "
-        "experts.down_proj of 26B-A4B.",
+        description="Weights of experts (26B-A4B) to adapt as well: experts.gate_up_proj, experts.down_proj.",
     )
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead (rank-stabilized LoRA).")
     use_dora: bool = Field(False, description="Also train a magnitude for each output feature (DoRA).")
@@ -358,20 +355,14 @@ def _contradictions_of_tuning(config: RunConfig) -> Iterator[str]:
     if tuning == "qlora" and quantization is not None and not quantization.load_in_4bit:
         yield "quantization.load_in_4bit: false contradicts tuning: qlora; remove it, or set tuning: lora"
     if config.model.experts == "host" and not (quantization and quantization.quantize_moe_experts):
-        yield (
-            "model.experts: host, which is for experts in 4 bits; set tuning: qlora and "
-            "quantization.quantize_moe_experts: true, or remove it"
-        )
+        yield "model.experts: host, which is for experts in 4 bits (quantize_moe_experts of tuning: qlora); remove it"
 
 
 def _contradictions_of_training(train: TrainConfig, model: ModelConfig) -> Iterator[str]:
     if train.packing_length is not None and not train.packing:
         yield f"train.packing_length: {train.packing_length}, but packing is off; set train.packing: true, or remove it"
     if train.activation_offloading and not train.gradient_checkpointing:
-        yield (
-            "train.activation_offloading: true, but gradient_checkpointing is false: all that a layer computes would "
-            "be copied to host memory; set gradient_checkpointing: true, or remove it"
-        )
+        yield "train.activation_offloading: true, but gradient_checkpointing is false; set it to true, or remove this"
     if model.dtype == "bfloat16" and not train.bf16:
         yield "train.bf16: false contradicts model.dtype: bfloat16; set train.bf16: true or model.dtype: float32"
     if train.lr_scheduler_type == "constant" and train.warmup_steps:
@@ -391,9 +382,7 @@ class EvaluateConfig(RowConfig):
     )
     per_device_eval_batch_size: int = Field(8, gt=0, description="Prompts that one rank generates for at once.")
     ple: Literal["auto", "host", "gpu"] = Field(
-        "auto",
-        description="Where the per-layer embeddings of E2B and E4B are: in the model's file on the host (auto), or on "
-        "the GPU.",
+        "auto", description="Where per-layer embeddings (E2B, E4B) are; host and auto: mapped in the model's file."
     )
     images: Literal["as_is", "blank"] = Field(
         "as_is", description="blank: replace all images by white ones, to see which answers depend on them."

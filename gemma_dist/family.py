@@ -102,6 +102,9 @@ def known_config(model: str) -> dict[str, Any] | None:
     text = {"vocab_size": VOCABULARY, "head_dim": 256, "global_head_dim": 512, **_TEXT[size]}
     text["layer_types"] = _layer_types(text["num_hidden_layers"], sliding_for_each_full=4 if size == "E2B" else 5)
     text["vocab_size_per_layer_input"] = VOCABULARY
+    text["final_logit_softcapping"] = 30.0
+    if "hidden_size_per_layer_input" not in text:  # the larger three
+        text |= {"hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision"}
     return {
         "model_type": "gemma4_unified" if size == "12B" else "gemma4",
         "text_config": text,

@@ -17,10 +17,10 @@ from gemma_dist.model.shapes import size_by_part
 from gemma_dist.model.towers import unneeded_towers
 from gemma_dist.plan import table
 from gemma_dist.plan.activations import MicroBatch
-from gemma_dist.plan.estimate import ACTIVATIONS, GRADIENTS, LOADING, OPTIMIZER, Estimate, estimate_memory
+from gemma_dist.plan.estimate import ACTIVATIONS, GRADIENTS, LOADING, OPTIMIZER, SIMULATED, Estimate, estimate_memory
 from gemma_dist.plan.geometry import geometry_of, read_geometry
 from gemma_dist.plan.margin import GIB, Margin, parse_memory, read_margin, write_calibration
-from gemma_dist.plan.run import make_plan
+from gemma_dist.plan.run import Request, make_plan
 from gemma_dist.plan.watch import PlanWatch
 from gemma_dist.plan.weights import loaded_weights, num_parameters, num_trained, placement
 from gemma_dist.recipe import load_config
@@ -174,6 +174,43 @@ def test_at_zero3_a_4_bit_model_lies_on_each_gpu_first():
     one = estimated("31b_qlora_80gb", batch=MicroBatch(1024), topology=topology)
     assert one.moment == LOADING
     assert one.peak_bytes > 16 * GIB
+
+
+@pytest.fixture(scope="module")
+def short_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The true models with four layers: of each kind one, and where keys and values are shared one more."""
+    folder = tmp_path_factory.mktemp("short")
+    for path in SHAPES.glob("*.json"):
+        config = json.loads(path.read_text())
+        text = config["text_config"]
+        text["layer_types"] = ["sliding_attention", "full_attention"] * 2
+        text["num_hidden_layers"], text["num_kv_shared_layers"] = 4, 2 if text["num_kv_shared_layers"] else 0
+        for tower in ("vision_config", "audio_config"):
+            if (config.get(tower) or {}).get("num_hidden_layers"):
+                config[tower]["num_hidden_layers"] = 2
+        (folder / path.stem).mkdir()
+        (folder / path.stem / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("recipe", "num_images", "overrides"),
+    [
+        ("e4b_qlora_16gb", 0, ["model.ple=gpu"]),
+        ("e4b_qlora_16gb", 0, ["gradient_checkpointing=false"]),
+        ("12b_qlora_16gb", 2, []),
+        ("26b_qlora", 0, []),
+    ],
+)
+def test_the_arithmetic_agrees_with_the_simulated_step(short_models, recipe, num_images, overrides):
+    """Within 2 %: the simulator runs the real modules, operator by operator."""
+    words = [f"model_name_or_path={short_models / recipe.partition('_')[0]}", table.NO_SHARDS, *overrides]
+    config = load_config(RECIPES[recipe], words)
+    request = Request(num_tokens=2048, num_images=num_images)
+    closed_form = make_plan(config, Topology(""), request=request).estimate
+    simulated = make_plan(config, Topology(""), request=dataclasses.replace(request, simulate=True)).estimate
+    assert closed_form.peak_bytes == pytest.approx(simulated.peak_bytes, rel=0.02)
+    assert simulated.peak_bytes == pytest.approx(simulated.moments[SIMULATED], rel=0.002)  # all parts of both agree
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """A GPU's memory without the GPU: every tensor of a simulated step is counted while it lives, by what it is for.
 
-Tensors are torch's fakes: they have shapes, dtypes and lifetimes, and no bytes. `Allocator` sees each operation and sums
-the storages that are alive, each rounded up as CUDA's allocator rounds. Beside the fakes of integers and booleans (token
-ids, positions, masks) it computes their values for real, so that what depends on data, such as where the documents of a
-pack begin, is in the simulation what it is in a run.
+Tensors are torch's fakes: they have shapes, dtypes and lifetimes, and no bytes. `Allocator` sees each operation and
+sums the storages that are alive, each rounded up as CUDA's allocator rounds. Of integers and booleans (token ids,
+positions, masks) it computes the values as well, so that what depends on data, such as where the documents of a pack
+begin and which tokens are images, is in the simulation what it is in a run.
 """
 
 import weakref
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -25,8 +25,15 @@ MAX_CONSTANT = 2**10  # of floating-point numbers that depend on no other tensor
 ACTIVATIONS = "activations"
 
 
+class Peak(NamedTuple):
+    """The most bytes that were held at once, and what they were for."""
+
+    total: int
+    parts: dict[str, int]
+
+
 class Allocator(TorchDispatchMode):
-    """Counts the bytes of all storages alive, and what they were for at the moment of the peak."""
+    """Counts the bytes of all storages alive, and what they were for at the peak of each moment of a step."""
 
     def __init__(self, granularity: int, scratch: Callable[[Any, tuple[Any, ...]], int]) -> None:
         """
@@ -36,10 +43,10 @@ class Allocator(TorchDispatchMode):
         """
         super().__init__()
         self.granularity, self.scratch = granularity, scratch
-        self.part = ACTIVATIONS
+        self.part, self.moment = ACTIVATIONS, ""
         self.live: Counter[str] = Counter()
-        self.total = self.peak = 0
-        self.parts_at_peak: dict[str, int] = {}
+        self.total = 0
+        self.peaks: dict[str, Peak] = {}  # by moment
         self._held: dict[int, list[Any]] = {}  # storage -> [bytes, part]
 
     @classmethod
@@ -58,13 +65,14 @@ class Allocator(TorchDispatchMode):
         super().__exit__(*error)
 
     @contextmanager
-    def counting_as(self, part: str) -> Iterator[None]:
-        """Within, new tensors are for `part`."""
-        before, self.part = self.part, part
+    def counting_as(self, part: str, *, moment: str | None = None) -> Iterator[None]:
+        """Within, new tensors are for `part`, and peaks are those of a `moment` of their own, if it has a name."""
+        before = self.part, self.moment
+        self.part, self.moment = part, self.moment if moment is None else moment
         try:
             yield
         finally:
-            self.part = before
+            self.part, self.moment = before
 
     def label(self, tensor: torch.Tensor, part: str) -> None:
         """From now on, the storage of a tensor is for `part`; one that is not known yet is counted."""
@@ -73,11 +81,6 @@ class Allocator(TorchDispatchMode):
         self.live[held[1]] -= held[0]
         self.live[part] += held[0]
         held[1] = part
-
-    def reset_peak(self) -> None:
-        """Forget what was: the peak of what follows counts."""
-        self.peak = 0
-        self._note_peak(0)
 
     def add(self, tensor: torch.Tensor) -> None:
         """Count the storage of a tensor, if it is a new one, until it dies."""
@@ -97,10 +100,11 @@ class Allocator(TorchDispatchMode):
         self.total -= num_bytes
 
     def _note_peak(self, scratch: int) -> None:
-        if self.total + scratch > self.peak:
-            self.peak = self.total + scratch
-            self.parts_at_peak = dict(self.live)
-            self.parts_at_peak[self.part] = self.parts_at_peak.get(self.part, 0) + scratch
+        total = self.total + scratch
+        if self.moment not in self.peaks or total > self.peaks[self.moment].total:
+            parts = dict(self.live)
+            parts[self.part] = parts.get(self.part, 0) + scratch
+            self.peaks[self.moment] = Peak(total, parts)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator on fakes."""

@@ -20,6 +20,7 @@ from gemma_dist.topology import Topology
 ADAPTER, GRADIENTS, OPTIMIZER = "adapter", "gradients", "optimizer"
 ACTIVATIONS, LOSS_HEAD, BUCKETS, GATHERED = "activations", "loss head", "buckets", "gathered weights"
 PER_LAYER = "per-layer embeddings"
+SIMULATED = "simulated step"
 LOADING = "loading, the whole 4-bit model on each GPU"
 # Bytes of optimizer states for each trained weight; 8 bits have a scale of 4 bytes for 256 of them, for both moments.
 STATES = {
@@ -67,7 +68,7 @@ class Estimate:
         simulated = {name: parts.get(name, 0) for name in (ACTIVATIONS, LOSS_HEAD)}
         known = self.parts.keys() | {BUCKETS, GATHERED}
         simulated[ACTIVATIONS] += sum(size for name, size in parts.items() if name not in known)
-        return replace(self, parts=self.parts | simulated, moment=f"simulated; one rank alone {peak_bytes:,} bytes")
+        return replace(self, parts=self.parts | simulated, moment=SIMULATED, moments={SIMULATED: peak_bytes})
 
 
 def estimate_memory(
@@ -107,6 +108,14 @@ def estimate_memory(
         place=place,
         moments=sizes,
     )
+
+
+def optimizer_states(geometry: Geometry, config: RunConfig, trained: int) -> int:
+    """Bytes of the states of train.optim, of all ranks together: transformers keeps those of embeddings in 32 bits."""
+    in_32_bits = 0
+    if config.tuning == "full" and "8bit" in config.train.optim:
+        in_32_bits = sum(embeddings(geometry).values())
+    return int((trained - in_32_bits) * STATES[config.train.optim]) + in_32_bits * 8
 
 
 def _is_elsewhere(part: str, place: Placement) -> bool:
@@ -154,7 +163,7 @@ class _Ranks:
         if self.config.lora is not None:
             parts[ADAPTER] = self.trained * each
         parts[GRADIENTS] = self.trained * each
-        parts[OPTIMIZER] = int(self.trained * STATES[self.config.train.optim])
+        parts[OPTIMIZER] = optimizer_states(self.geometry, self.config, self.trained)
         if self.num > 1:
             parts[BUCKETS] = self.trained * each  # DDP's own copy of the gradients
         return parts
@@ -162,7 +171,7 @@ class _Ranks:
     @property
     def states(self) -> int:
         """Of DeepSpeed's optimizer, all ranks together: float32 weights and the states."""
-        return int(self.trained * (4 + STATES[self.config.train.optim]))
+        return 4 * self.trained + optimizer_states(self.geometry, self.config, self.trained)
 
     @property
     def offloads_weights(self) -> bool:
@@ -217,7 +226,7 @@ def _disk(geometry: Geometry, config: RunConfig, topology: Topology, trained: in
     each = BYTES[config.model.dtype]
     is_zero = topology.deepspeed is not None
     saved = each if config.tuning == "full" or is_zero else 4
-    checkpoint = int(trained * (saved + (4 if is_zero else saved) + STATES[config.train.optim]))
+    checkpoint = trained * (saved + (4 if is_zero else saved)) + optimizer_states(geometry, config, trained)
     whole = num_parameters(geometry) * each
     if config.tuning == "full":
         checkpoint += (num_parameters(geometry) - trained) * each

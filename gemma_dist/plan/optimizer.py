@@ -1,7 +1,5 @@
 """The states that the optimizer of a recipe keeps, and what a step of it takes."""
 
-from typing import Any
-
 import torch
 
 from gemma_dist.config import TrainConfig

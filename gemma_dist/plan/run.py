@@ -4,13 +4,17 @@ plan = make_plan(load_config("launch/e4b_qlora_16gb.yaml"), Topology(""), gpu_me
 plan.fits, plan.figure
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_dist.config import RunConfig
 from gemma_dist.errors import ConfigError
+from gemma_dist.family import known_config
+from gemma_dist.logs import write_json
 from gemma_dist.plan.estimate import Estimate, estimate_memory
 from gemma_dist.plan.geometry import read_geometry
 from gemma_dist.plan.levers import Lever, changes
@@ -140,8 +144,27 @@ def _simulated(config: RunConfig, work: Workload, estimate: Estimate) -> Estimat
     """The estimate with the activations of a simulated step."""
     from gemma_dist.plan.simulate import simulate
 
-    batch = work.batch
-    result = simulate(
-        config, num_tokens=batch.num_tokens, num_images=batch.num_images, tokens_per_image=batch.tokens_per_image
-    )
+    batch, num = work.batch, work.batch.num_sequences
+    with _config_at_hand(config) as config:
+        result = simulate(
+            config,
+            num_tokens=batch.num_tokens // num,  # of each sequence
+            num_images=-(-batch.num_images // num),
+            tokens_per_image=batch.tokens_per_image,
+        )
     return estimate.with_activations(result.parts, result.peak_bytes)
+
+
+@contextlib.contextmanager
+def _config_at_hand(config: RunConfig) -> Iterator[RunConfig]:
+    """`config` with a folder that holds a config.json in the place of the name of one of Google's models, of which the
+    simulator needs nothing else: so it works before a download."""
+    name = config.model.model_name_or_path
+    known = None if Path(name).is_dir() else known_config(name)
+    if known is None:
+        yield config
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "config.json", known)
+        model = config.model.model_copy(update={"model_name_or_path": folder})
+        yield config.model_copy(update={"model": model})

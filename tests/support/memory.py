@@ -16,7 +16,9 @@ from gemma_dist.train.trainer import ToolCallTrainer
 from tests.support.corpus import row, shard_rows
 
 MEASURED_STEP = 1  # from 0: the first one makes the optimizer's states
-TILE = 128  # columns of the vocabulary that TRL's head takes at once; its own 32,768 would hide all else of a tiny model
+TILE = (
+    128  # columns of the vocabulary that TRL's head takes at once; its own 32,768 would hide all else of a tiny model
+)
 Batch = dict[str, torch.Tensor]
 
 

@@ -19,13 +19,18 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",  # the CPU, even where there is a GPU
     "DS_ACCELERATOR": "cpu",
 }
+HIDES_GPUS = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="DeepSpeed compiles an operator for CPU processes with g++, which is absent"
 )
 
 
-def start(*words: object, launch: str | Path | None = None) -> subprocess.Popen[str]:
-    """Start `gemma-dist WORDS…`, plain or under a file of accelerate_configs/, or another one."""
+def start(*words: object, launch: str | Path | None = None, gpu: bool = False) -> subprocess.Popen[str]:
+    """Start `gemma-dist WORDS…`, plain or under a file of accelerate_configs/, or another one.
+
+    Args:
+        gpu: let it see the GPUs of this machine.
+    """
     command = [sys.executable, "-m"]
     if launch is not None:
         config = str(launch if isinstance(launch, Path) else REPOSITORY / "accelerate_configs" / f"{launch}.yaml")
@@ -33,12 +38,17 @@ def start(*words: object, launch: str | Path | None = None) -> subprocess.Popen[
     return subprocess.Popen(
         [*command, "gemma_dist", *map(str, words)],
         cwd=REPOSITORY,
-        env=os.environ | ENVIRONMENT,
+        env=_with_gpu() if gpu else os.environ | ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
+
+
+def _with_gpu() -> dict[str, str]:
+    """The environment of a process that sees the GPUs, or those of them that this one sees."""
+    return {**os.environ, **{name: value for name, value in ENVIRONMENT.items() if name not in HIDES_GPUS}}
 
 
 def kill(process: subprocess.Popen[str]) -> str:
@@ -59,7 +69,13 @@ def wait_for(path: Path, process: subprocess.Popen[str], timeout: float = 300) -
         time.sleep(0.05)
 
 
-def gemma_dist(*words: object, launch: str | Path | None = None, fails: bool = False, timeout: float = 300) -> str:
+def gemma_dist(
+    *words: object,
+    launch: str | Path | None = None,
+    fails: bool = False,
+    timeout: float = 300,
+    gpu: bool = False,
+) -> str:
     """Run `gemma-dist WORDS…`; its output, errors included.
 
     Args:
@@ -67,8 +83,9 @@ def gemma_dist(*words: object, launch: str | Path | None = None, fails: bool = F
             plain process.
         fails: expect a user error (exit code 2 of the process, 1 of the launcher) instead of success.
         timeout: seconds after which all ranks are killed and the test fails.
+        gpu: let it see the GPUs of this machine.
     """
-    process = start(*words, launch=launch)
+    process = start(*words, launch=launch, gpu=gpu)
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -1,0 +1,170 @@
+"""One training step on fakes, from the forward pass to the optimizer, and the peaks of its moments."""
+
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gemma_dist.config import RunConfig
+from gemma_dist.model.towers import Tower
+from gemma_dist.plan import kernels
+from gemma_dist.plan.allocator import ACTIVATIONS, Allocator, Peak, make_known
+from gemma_dist.plan.fake import fake_model
+from gemma_dist.plan.optimizer import FakeOptimizer
+
+Device = Literal["cpu", "cuda"]
+Batch = dict[str, torch.Tensor]
+GRANULARITY: dict[Device, int] = {"cpu": 1, "cuda": 512}  # of the allocator, in bytes
+# Moments of a step, between two of which nothing is allocated.
+RESTING, IMAGES, FORWARD, LOSS_HEAD, BACKWARD, OPTIMIZER = (
+    "resting", "images", "forward", "loss head", "backward", "optimizer",
+)  # fmt: skip
+GRADIENTS, BATCH = "gradients", "batch"
+
+
+class FakeStep:
+    """A model with its optimizer, and the allocator that counts both."""
+
+    def __init__(
+        self, config: RunConfig, device: Device, *, unneeded: Collection[Tower], table: bool, accumulates: bool
+    ) -> None:
+        """
+        Args:
+            device: whose kernels and allocator.
+            unneeded: towers that are not loaded.
+            table: whether the model has its per-layer embeddings.
+            accumulates: whether the step has earlier micro-batches, whose gradients are there.
+        """
+        self.config, self.device = config, device
+        self.mode, self.allocator = FakeTensorMode(), Allocator(GRANULARITY[device], partial(kernels.scratch, device))
+        self.model = fake_model(config, self.mode, self.allocator, unneeded=unneeded, table=table)
+        _prepare(self.model, config)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with self._running():
+            with self.allocator.counting_as(OPTIMIZER):
+                self.optimizer = FakeOptimizer(config.train, self.model, device=device)
+            if accumulates:
+                with self.allocator.counting_as(GRADIENTS):
+                    for parameter in self.trained:
+                        parameter.grad = torch.empty_like(parameter)
+        self.allocator.peaks.clear()
+
+    def run(self, batches: list[Batch]) -> None:
+        """Forward and backward passes of micro-batches."""
+        with self._running():
+            early = self.device == "cpu"  # where batches are copied to a GPU, each comes when it is its turn
+            inputs = [self._fakes_of(batch) for batch in batches] if early else []
+            self._note_rest()
+            for number, batch in enumerate(batches):
+                fakes = inputs[number] if early else self._fakes_of(batch)
+                with self.allocator.counting_as(ACTIVATIONS, moment=FORWARD):
+                    loss = _loss(self.model, fakes, self.config)
+                del fakes
+                with self.allocator.counting_as(ACTIVATIONS, moment=BACKWARD):
+                    loss.backward()
+                del loss
+
+    def update(self) -> None:
+        """Clip the gradients, and the optimizer's step."""
+        with self._running(), self.allocator.counting_as(OPTIMIZER, moment=OPTIMIZER):
+            self._note_rest()
+            if self.config.train.max_grad_norm > 0:
+                foreach = self.device == "cuda"
+                torch.nn.utils.clip_grad_norm_(self.trained, self.config.train.max_grad_norm, foreach=foreach)
+            self.optimizer.step()
+
+    def _note_rest(self) -> None:
+        if RESTING not in self.allocator.peaks:
+            live = self.allocator.live
+            self.allocator.peaks[RESTING] = Peak(self.allocator.total, dict(live))
+
+    def _fakes_of(self, batch: Batch) -> Batch:
+        """A micro-batch of fakes; those of integers know their values."""
+        fakes = {}
+        for name, tensor in batch.items():
+            fakes[name] = self.mode.from_tensor(tensor) if tensor.is_floating_point() else make_known(self.mode, tensor)
+            self.allocator.label(fakes[name], BATCH)
+        return fakes
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Within, tensors are fakes, and counted."""
+        with ExitStack() as contexts:
+            contexts.enter_context(_loss_head_apart(self.allocator, self.device))
+            hooks = [p.register_post_accumulate_grad_hook(self._label_gradient) for p in self.trained]
+            hooks += _images_apart(self.model, self.allocator)
+            for hook in hooks:
+                contexts.callback(hook.remove)
+            contexts.enter_context(self.mode)
+            contexts.enter_context(self.allocator)
+            yield
+
+    def _label_gradient(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        self.allocator.label(parameter.grad, GRADIENTS)
+
+
+def _prepare(model: Any, config: RunConfig) -> None:
+    """What TRL's and transformers' trainers do to a model before its first step."""
+    from peft import PeftModel
+    from trl.trainer.utils import add_fused_lm_head
+
+    is_adapter = isinstance(model, PeftModel)
+    add_fused_lm_head(model.get_base_model() if is_adapter else model, outputs=("log_probs", "entropy", "is_top1"))
+    if config.train.gradient_checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+
+
+def _loss(model: Any, batch: Batch, config: RunConfig) -> torch.Tensor:
+    """As `SFTTrainer.compute_loss`, around a model that accelerate wrapped."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    forward = model.forward
+    with torch.autocast("cpu", torch.bfloat16) if config.train.bf16 else nullcontext():
+        outputs = forward(**batch, use_cache=False, fused_lm_head=True)
+    if config.train.bf16:
+        outputs = convert_outputs_to_fp32(lambda: outputs)()
+    return -outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1)
+
+
+@contextmanager
+def _loss_head_apart(allocator: Allocator, device: Device) -> Iterator[None]:
+    """Within, what TRL's fused head allocates is counted as its own, by the kernels of `device`."""
+    from trl.kernels import chunked_logprob
+
+    function = chunked_logprob.ChunkedLogProbFunction
+
+    def apart(original: Any) -> Any:
+        def run(*args: Any) -> Any:
+            with allocator.counting_as(LOSS_HEAD, moment=LOSS_HEAD):
+                return original(*args)
+
+        return staticmethod(run)
+
+    with ExitStack() as patches:
+        for name in ("forward", "backward"):
+            patches.enter_context(patch.object(function, name, apart(getattr(function, name))))
+        if device == "cuda":
+            patches.enter_context(kernels.cuda_kernels(chunked_logprob))
+        yield
+
+
+def _images_apart(model: Any, allocator: Allocator) -> list[Any]:
+    """Hooks that let the forward pass of what reads images be a moment of its own."""
+    hooks = []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in ("vision_tower", "embed_vision"):
+
+            def begin(module: Any, args: Any) -> None:
+                allocator.moment = IMAGES
+
+            def end(module: Any, args: Any, output: Any) -> None:
+                allocator.moment = FORWARD
+
+            hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+    return hooks
