@@ -47,12 +47,13 @@ def simulate(
     """A step on a GPU, on micro-batches of full sequences whose text is trained from end to end.
 
     Args:
-        num_tokens: of each sequence, those of its images included.
-        num_images: of each sequence.
+        num_tokens: of a micro-batch, those of its images included; its sequences are of one length.
+        num_images: of a micro-batch.
         every_layer: run all layers of deep models as well, which takes several times as long.
 
     Raises:
         CheckpointError, ConfigError: as `model.shapes.size_by_part`.
+        ConfigError: the images do not fit into the sequences.
     """
     # What global_batch_size comes to is not known here.
     accumulates = config.train.gradient_accumulation_steps != 1
@@ -106,4 +107,3 @@ def _highest(peaks: Mapping[str, Peak]) -> Simulated:
     moment, peak = max(peaks.items(), key=lambda item: item[1].total)
     largest_first = sorted(peak.parts.items(), key=lambda item: -item[1])
     return Simulated(peak.total, {part: size for part, size in largest_first if size}, moment)
-

@@ -181,7 +181,11 @@ def _layers_apart(model: Any, allocator: Allocator) -> list[Any]:
     for name, module in model.named_modules():
         if found := re.search(r"language_model\.layers\.(\d+)\.input_layernorm$", name):  # where a layer begins
             number = int(found[1])
-            moment = f"{BACKWARD} of layer {number - owns}" if number < owns else f"{BACKWARD} of layer {number - owns - shares}"
+            moment = (
+                f"{BACKWARD} of layer {number - owns}"
+                if number < owns
+                else f"{BACKWARD} of layer {number - owns - shares}"
+            )
             moment += " that shares keys and values" if number >= owns else ""
 
             def begin(module: Any, args: Any, moment: str = moment) -> None:
