@@ -1,5 +1,6 @@
 """One training step on fakes, from the forward pass to the optimizer, and the peaks of its moments."""
 
+import re
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -96,7 +97,7 @@ class FakeStep:
         with ExitStack() as contexts:
             contexts.enter_context(_loss_head_apart(self.allocator, self.device))
             hooks = [p.register_post_accumulate_grad_hook(self._label_gradient) for p in self.trained]
-            hooks += _images_apart(self.model, self.allocator)
+            hooks += _images_apart(self.model, self.allocator) + _layers_apart(self.model, self.allocator)
             for hook in hooks:
                 contexts.callback(hook.remove)
             contexts.enter_context(self.mode)
@@ -167,4 +168,29 @@ def _images_apart(model: Any, allocator: Allocator) -> list[Any]:
                 allocator.moment = FORWARD
 
             hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+    return hooks
+
+
+def _layers_apart(model: Any, allocator: Allocator) -> list[Any]:
+    """Hooks that let the backward pass of each checkpointed layer, which begins when it is computed again, be a moment
+    of its own, named from the end: -1 is the last layer, or the last one before those that share keys and values."""
+    text = model.config.get_text_config()
+    shares = getattr(text, "num_kv_shared_layers", 0) or 0
+    owns = text.num_hidden_layers - shares
+    hooks = []
+    for name, module in model.named_modules():
+        if found := re.search(r"language_model\.layers\.(\d+)\.input_layernorm$", name):  # where a layer begins
+            number = int(found[1])
+            moment = (
+                f"{BACKWARD} of layer {number - owns}"
+                if number < owns
+                else f"{BACKWARD} of layer {number - owns - shares}"
+            )
+            moment += " that shares keys and values" if number >= owns else ""
+
+            def begin(module: Any, args: Any, moment: str = moment) -> None:
+                if allocator.moment.startswith(BACKWARD):
+                    allocator.moment = moment
+
+            hooks.append(module.register_forward_pre_hook(begin))
     return hooks
