@@ -32,6 +32,7 @@ from tests.support.corpus import row, shard_rows
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "tests" / "shapes"
 RECIPES = {path.stem: path for path in sorted((ROOT / "launch").glob("*.yaml"))}
+ODD = (("-1", "0.1"), ("1", "-0.1"), ("1", "NaN"), ("1e999", "0.1"))  # context_bytes and fragmentation
 GPU_RECIPES = [name for name in RECIPES if not name.startswith("cpu_")]
 
 
@@ -200,6 +201,9 @@ def short_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("e4b_qlora_16gb", 0, ["gradient_checkpointing=false"]),
         ("12b_qlora_16gb", 2, []),
         ("26b_qlora", 0, []),
+        ("26b_qlora", 0, ["quantize_moe_experts=false", "lora.target_parameters=[experts.gate_up_proj]"]),
+        ("e4b_qlora_16gb", 0, ["activation_offloading=true", "optim=adamw_torch", "per_device_train_batch_size=2"]),
+        ("31b_qlora_80gb", 0, ["activation_offloading=true"]),
     ],
 )
 def test_the_arithmetic_agrees_with_the_simulated_step(short_models, recipe, num_images, overrides):
@@ -226,6 +230,7 @@ def test_exit_code_3_where_it_does_not_fit(capsys):
     ("words", "message"),
     [
         (["--gpu-memory", "lots"], "--gpu-memory lots: no size of a GPU"),
+        (["--gpu-memory", ""], "no size of a GPU"),
         (["--num-tokens", "100", "--num-images", "1"], "1 images of 280 tokens are 280 tokens"),
         (["--num-gpus", "3"], "not a multiple of 3 ranks"),
         (["lerning_rate=1"], "did you mean train.learning_rate"),
@@ -306,9 +311,10 @@ def test_a_calibrated_machine_has_its_own_margin(tmp_path):
     assert margin.parts(10 * GIB, 1)["CUDA context"] == GIB
     assert margin.parts(10 * GIB, 1)["fragmentation"] == GIB
     assert margin.total(10 * GIB, 1, 0) == margin.total(10 * GIB, 1, 2)
-    path.write_text("{}")
-    with pytest.raises(ConfigError, match="no calibration"):
-        read_margin()
+    for broken in ("{}", "[]", *('{"gpu": "a", "context_bytes": %s, "fragmentation": %s}' % values for values in ODD)):
+        path.write_text(broken)
+        with pytest.raises(ConfigError, match="no calibration"):
+            read_margin()
 
 
 # ---- train -----------------------------------------------------------------------------------------------------------
