@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 
 from gemma_dist.config import RunConfig
 from gemma_dist.model.towers import Tower
@@ -17,6 +18,7 @@ from gemma_dist.plan import kernels
 from gemma_dist.plan.allocator import ACTIVATIONS, Allocator, Peak, make_known
 from gemma_dist.plan.fake import fake_model
 from gemma_dist.plan.optimizer import FakeOptimizer
+from gemma_dist.train.offload import SMALLEST
 
 Device = Literal["cpu", "cuda"]
 Batch = dict[str, torch.Tensor]
@@ -63,7 +65,8 @@ class FakeStep:
             self._note_rest()
             for number, batch in enumerate(batches):
                 fakes = inputs[number] if early else self._fakes_of(batch)
-                with self.allocator.counting_as(ACTIVATIONS, moment=FORWARD):
+                on_host = _OnHost() if self.config.train.activation_offloading else nullcontext()
+                with self.allocator.counting_as(ACTIVATIONS, moment=FORWARD), on_host:
                     loss = _loss(self.model, fakes, self.config)
                 del fakes
                 with self.allocator.counting_as(ACTIVATIONS, moment=BACKWARD):
@@ -108,6 +111,20 @@ class FakeStep:
     def _label_gradient(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         self.allocator.label(parameter.grad, GRADIENTS)
+
+
+class _OnHost(saved_tensors_hooks):
+    """Within, what `train.offload.activations_on_host` moves is gone until it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(self._pack, self._unpack)
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        stays = isinstance(tensor, torch.nn.Parameter) or not tensor.is_floating_point() or tensor.nbytes < SMALLEST
+        return tensor if stays else (tensor.shape, tensor.dtype)
+
+    def _unpack(self, packed: Any) -> torch.Tensor:
+        return packed if isinstance(packed, torch.Tensor) else torch.empty(packed[0], dtype=packed[1])
 
 
 def _prepare(model: Any, config: RunConfig) -> None:
