@@ -30,7 +30,7 @@ def main() -> None:
     from tests.support.memory import CELLS, compare, write_shards
 
     print(f"{'run':{WIDTH}} {'measured MiB':>13} {'simulated MiB':>13} {'error':>8}   most of it")
-    errors = []
+    errors: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in options.only or CELLS:
             cell = CELLS[name]

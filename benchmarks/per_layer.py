@@ -65,7 +65,7 @@ def make_model(folder: Path) -> None:
     """A random Gemma 4 in the style of E4B whose table is large beside it."""
     from transformers import Gemma4ForConditionalGeneration
 
-    processor = tiny_processor(DEFAULT_CORPUS, vocab_size=1024, chat_template=None)
+    processor = tiny_processor(DEFAULT_CORPUS, style="e4b", vocab_size=1024, chat_template=None)
     config = tiny_config(processor.tokenizer, style="e4b", hidden_size=256, num_hidden_layers=LAYERS)
     config.text_config.update(
         {"vocab_size_per_layer_input": VOCABULARY, "vocab_size": VOCABULARY, "hidden_size_per_layer_input": WIDTH}
@@ -101,7 +101,7 @@ def gathers(path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     config = tiny_config(
-        tiny_processor(DEFAULT_CORPUS, vocab_size=1024, chat_template=None).tokenizer,
+        tiny_processor(DEFAULT_CORPUS, style="e4b", vocab_size=1024, chat_template=None).tokenizer,
         style="e4b",
         hidden_size=128,
         num_hidden_layers=42,

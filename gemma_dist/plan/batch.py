@@ -6,6 +6,7 @@ import torch
 
 from gemma_dist.config import RunConfig
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded
+from gemma_dist.errors import ConfigError
 from gemma_dist.model.load import read_config
 from gemma_dist.model.per_layer import INDEX, ROWS
 from gemma_dist.model.towers import unneeded_towers
@@ -19,17 +20,31 @@ def full_batch(
     """One micro-batch as the loader makes it: each sequence one document, its images at the end, no token twice.
 
     Args:
-        num_tokens, num_images: of each sequence, as for `simulate`.
+        num_tokens, num_images: of all its sequences, as for `simulate`.
 
     Raises:
         CheckpointError: there is no Gemma 4 at model.model_name_or_path.
-        ValueError: the images do not fit into the sequence.
+        ConfigError: the images do not fit into the sequences.
     """
     model = read_config(config.model.model_name_or_path)
-    ids = _control_ids(model)
+    ids, num_rows = _control_ids(model), config.train.per_device_train_batch_size
+    samples = []
+    for row in range(num_rows):
+        images = num_images // num_rows + (row < num_images % num_rows)
+        samples.append(_sample(ids, num_tokens // num_rows, images, tokens_per_image))
+    filler = "vision" not in unneeded_towers(frozen=config.tuning != "full", has_images=num_images > 0)
+    if config.train.packing:
+        batch = collate_packs([[one] for one in samples], ids, filler=filler)
+    else:
+        batch = collate(samples, ids, filler=filler)
+    return batch | (_rows(config, model.get_text_config(), batch["input_ids"]) if config.ple_on_host else {})
+
+
+def _sample(ids: ControlIds, num_tokens: int, num_images: int, tokens_per_image: int) -> Sample:
+    """A document of words and, behind them, black images in one row of soft tokens."""
     num_text = num_tokens - num_images * (tokens_per_image + 2)
-    if num_text < 1:
-        raise ValueError(f"{num_images} images of {tokens_per_image} tokens do not fit into {num_tokens} tokens")
+    if num_text < 2:
+        raise ConfigError(f"{num_images} images of {tokens_per_image} tokens do not fit into {num_tokens} tokens")
     word = next(number for number in range(1, 10) if number not in (ids.pad, ids.begin_image, ids.image, ids.end_image))
     image = [ids.begin_image, *[ids.image] * tokens_per_image, ids.end_image]
     input_ids = [word] * num_text + image * num_images
@@ -37,14 +52,7 @@ def full_batch(
     types = [int(token == ids.image) for token in input_ids]
     encoded = Encoded(input_ids, labels, types, num_images=num_images, num_dropped_reasoning=0)
     pixels = ids.patches.image(tokens_per_image, 1)
-    sample = Sample("", encoded, {name: tensor.expand(num_images, -1, -1) for name, tensor in pixels.items()})
-    samples = [sample] * config.train.per_device_train_batch_size
-    filler = "vision" not in unneeded_towers(frozen=config.tuning != "full", has_images=num_images > 0)
-    if config.train.packing:
-        batch = collate_packs([[one] for one in samples], ids, filler=filler)
-    else:
-        batch = collate(samples, ids, filler=filler)
-    return batch | (_rows(config, model.get_text_config(), batch["input_ids"]) if config.ple_on_host else {})
+    return Sample("", encoded, {name: tensor.expand(num_images, -1, -1) for name, tensor in pixels.items()})
 
 
 def _control_ids(model: Any) -> ControlIds:

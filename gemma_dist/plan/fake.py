@@ -79,7 +79,7 @@ def _give_storage(model: Any, config: RunConfig, mode: FakeTensorMode, allocator
                 with mode, allocator, allocator.counting_as(part):
                     given[key] = _four_bit(tensor, config) if four_bit else _fake(tensor)
             place = module._parameters if name in module._parameters else module._buffers
-            place[name] = given[key]  # type: ignore[assignment]
+            place[name] = given[key]
 
 
 def _experts_in_turn(model: Any) -> dict[object, tuple[int, str]]:

@@ -147,7 +147,7 @@ class _Flash(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         query, key, value, *_ = ctx.saved_tensors
         batch, heads, tokens, head_dim = query.shape
         grads = [_like(query), _like(key), _like(value)]
@@ -179,7 +179,7 @@ class _Efficient(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         query, key, value, *_ = ctx.saved_tensors
         batch, heads, tokens, head_dim = query.shape
         grads = [_like(query), _like(key), _like(value)]

@@ -7,23 +7,24 @@ tensors fakes that have a size and no bytes. The step (`step.py`) is that of `tr
 recomputation of checkpointed layers, backward, clipping, optimizer. `allocator.py` counts, `kernels.py` has what CUDA
 does otherwise than the fake CPU. Not seen: CUDA's context, cuBLAS' workspaces, fragmentation, buckets of DDP and ZeRO.
 
-Deep models are simulated at two small depths, and the line through both is followed to their own (`depth.py`).
+Deep models are simulated at small depths, whose line is followed to their own (`depth.py`).
 """
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from gemma_dist.config import RunConfig
+from gemma_dist.model.load import read_config
 from gemma_dist.model.per_layer import ROWS
 from gemma_dist.model.towers import unneeded_towers
 from gemma_dist.plan.allocator import Peak
 from gemma_dist.plan.batch import full_batch
-from gemma_dist.plan.depth import Depths, depths_of
+from gemma_dist.plan.depth import continued, depths_of
 from gemma_dist.plan.step import OPTIMIZER, RESTING, Batch, Device, FakeStep
 
 
@@ -47,12 +48,13 @@ def simulate(
     """A step on a GPU, on micro-batches of full sequences whose text is trained from end to end.
 
     Args:
-        num_tokens: of each sequence, those of its images included.
-        num_images: of each sequence.
+        num_tokens: of a micro-batch, those of its images included; its sequences are of one length.
+        num_images: of a micro-batch.
         every_layer: run all layers of deep models as well, which takes several times as long.
 
     Raises:
         CheckpointError, ConfigError: as `model.shapes.size_by_part`.
+        ConfigError: the images do not fit into the sequences.
     """
     # What global_batch_size comes to is not known here.
     accumulates = config.train.gradient_accumulation_steps != 1
@@ -60,21 +62,25 @@ def simulate(
     def batch(of: RunConfig) -> Batch:
         return full_batch(of, num_tokens=num_tokens, num_images=num_images, tokens_per_image=tokens_per_image)
 
-    depths = None if every_layer or not accumulates else depths_of(config)
+    text = read_config(config.model.model_name_or_path).get_text_config()
+    depths = None if every_layer or not accumulates else depths_of(config, text)
     if depths is None:
         return simulate_step(config, [batch(config)], device="cuda", accumulates=accumulates)
     whole = _step(config, [batch(config)], "cuda", accumulates)
     whole.update()
-    resting, update = whole.allocator.peaks[RESTING], whole.allocator.peaks[OPTIMIZER]
+    resting, peaks = whole.allocator.peaks[RESTING], {OPTIMIZER: whole.allocator.peaks[OPTIMIZER]}
     del whole
+    found = []
     with tempfile.TemporaryDirectory() as folder:
-        shallow = []
-        for shallower in depths.shallower(config, Path(folder)):
-            inputs = [batch(shallower)]
-            step = _step(shallower, inputs, "cuda", accumulates)
-            step.run(inputs)
-            shallow.append(step.allocator.peaks)
-    return _highest({OPTIMIZER: update, **dict(_continued(resting, shallow[0], shallow[1], depths))})
+        for depth in depths:
+            shallow = depth.config_of(config, Path(folder))
+            step = _step(shallow, [batch(shallow)], "cuda", accumulates)
+            step.run([batch(shallow)])
+            found.append(step.allocator.peaks)
+    input_bytes = num_tokens * text.hidden_size * getattr(torch, config.model.dtype).itemsize
+    for moment, on_top in continued(text, depths, found, RESTING, input_bytes):
+        peaks[moment] = Peak(resting.total + on_top.total(), dict(Counter(resting.parts) + on_top))
+    return _highest(peaks)
 
 
 def simulate_step(config: RunConfig, batches: list[Batch], *, device: Device, accumulates: bool = False) -> Simulated:
@@ -103,18 +109,3 @@ def _highest(peaks: Mapping[str, Peak]) -> Simulated:
     moment, peak = max(peaks.items(), key=lambda item: item[1].total)
     largest_first = sorted(peak.parts.items(), key=lambda item: -item[1])
     return Simulated(peak.total, {part: size for part, size in largest_first if size}, moment)
-
-
-def _continued(
-    resting: Peak, few: Mapping[str, Peak], more: Mapping[str, Peak], depths: Depths
-) -> Iterator[tuple[str, Peak]]:
-    """The peaks of a model's moments: what it holds at rest, and on top of it the line through those of two depths."""
-    for moment in few.keys() - {RESTING}:
-        on_top: Counter[str] = Counter()
-        parts = few[moment].parts.keys() | more[moment].parts.keys()
-        for part in parts:
-            first, second = (
-                peaks[moment].parts.get(part, 0) - peaks[RESTING].parts.get(part, 0) for peaks in (few, more)
-            )
-            on_top[part] = first + (second - first) * (depths.own - depths.few) // (depths.more - depths.few)
-        yield moment, Peak(resting.total + on_top.total(), dict(Counter(resting.parts) + on_top))

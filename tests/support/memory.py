@@ -87,10 +87,11 @@ def compare(cell: Cell, model: Path, shards: Path, out: Path) -> Compared:
 
 def measure(config: RunConfig) -> tuple[int, list[Batch]]:
     """The peak of a run's second step in bytes, by the events of torch's allocator, and the micro-batches of it."""
-    trainers = []
+    trainers: list[Any] = []
 
     class MeasuredTrainer(ToolCallTrainer):
-        measured, batches = 0, ()
+        measured = 0
+        batches: list[Batch]
 
         def get_batch_samples(self, *args: Any) -> Any:
             batches, num_items = super().get_batch_samples(*args)
@@ -112,7 +113,7 @@ def measure(config: RunConfig) -> tuple[int, list[Batch]]:
             return super().train(*args, **kwargs)
 
     train(config, trainer_class=MeasuredTrainer)
-    return trainers[0].measured, list(trainers[0].batches)
+    return trainers[0].measured, trainers[0].batches
 
 
 def resting_tensors(model: Any, optimizer: Any, batches: list[Batch]) -> Iterator[torch.Tensor]:
