@@ -26,7 +26,7 @@ from gemma_dist.model.folder import (
     refuse_custom_code,
     require_embeddings,
 )
-from gemma_dist.model.record import ADAPTER_RECORD, AdapterRecord, Quantization, read_record
+from gemma_dist.model.record import ADAPTER_RECORD, AdapterRecord, Quantization, names_its_layers, read_record
 from gemma_dist.tensorfile import TensorFile, open_tensors
 
 BaseWeights = Literal["as_trained", "original"]
@@ -166,7 +166,7 @@ def read_quantization(adapter: Adapter, base_weights: BaseWeights) -> Quantizati
     if not quantization or base_weights == "original":
         return None
     in_4_bits = quantization.get("load_in_4bit") and quantization.get("bnb_4bit_quant_type") in ("nf4", "fp4")
-    if not in_4_bits or not quantization.get("modules"):
+    if not in_4_bits or not quantization.get("modules") or not names_its_layers(quantization):
         shown = json.dumps({**quantization, "modules": "…", "parameters": "…"})
         raise CheckpointError(
             f"{adapter.folder / ADAPTER_RECORD}: quantization {shown} is not a "

@@ -17,7 +17,7 @@ from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.model.folder import read_json_object, refuse_custom_code
 from gemma_dist.model.per_layer import TABLE, PerLayerTable, open_table, table_left_out, take_rows_of_batch
-from gemma_dist.model.record import four_bit_config, quantization_of, read_record
+from gemma_dist.model.record import ADAPTER_RECORD, four_bit_config, names_its_layers, quantization_of, read_record
 from gemma_dist.model.towers import Tower, config_without, linear_layers, modules_of, whole_modules
 from gemma_dist.model.vision import use_image_rule
 from gemma_dist.model.zero3 import loading_partitions, partition_model, partitioning, settings_for_evaluation
@@ -94,6 +94,11 @@ def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool =
         _require_adapter(adapter)
         record = read_record(adapter)
         if record is not None and (quantization := record.get("quantization")):
+            if not names_its_layers(quantization):
+                raise CheckpointError(
+                    f"{adapter / ADAPTER_RECORD}: quantization lists no modules or parameters by name; take the file "
+                    "from the training's result once more"
+                )
             whole = sorted(linear_layers(config) - set(quantization["modules"]))
             arguments["quantization_config"] = four_bit_config(quantization, skip_modules=whole)
             arguments["dtype"] = dtype = getattr(torch, quantization["weights_dtype"])
