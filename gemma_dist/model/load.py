@@ -228,7 +228,8 @@ def _from_pretrained(
         experts: where 4-bit experts are to be; None: they stay whole.
 
     Raises:
-        CheckpointError: there is none, or weights of it are missing, which transformers would leave random.
+        CheckpointError: there is none, or weights of it are missing or of another shape, which transformers would
+            leave random.
     """
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
 
@@ -245,10 +246,21 @@ def _from_pretrained(
             patch.object(model_class, "_keys_to_ignore_on_load_unexpected", left_out),
         ):
             model, report = AutoModelForImageTextToText.from_pretrained(
-                name, config=config, output_loading_info=True, trust_remote_code=False, **arguments
+                name,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # said below: transformers' own error names none of them
+                trust_remote_code=False,
+                **arguments,
             )
     except (OSError, ValueError) as error:
         raise CheckpointError(_no_model(name, error)) from error
+    if report["mismatched_keys"]:
+        weight, stored, described = min(report["mismatched_keys"])
+        raise CheckpointError(
+            f"{name!r}: {len(report['mismatched_keys'])} weights have other shapes than config.json describes, such as "
+            f"{weight} with {tuple(stored)} instead of {tuple(described)}; get a complete copy of the model"
+        )
     if report["missing_keys"]:
         raise CheckpointError(
             f"{name!r} lacks {len(report['missing_keys'])} weights, such as {sorted(report['missing_keys'])[0]!r}, "

@@ -1,6 +1,7 @@
 """One training step on fakes, from the forward pass to the optimizer, and the peaks of its moments."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -190,24 +191,27 @@ def _images_apart(model: Any, allocator: Allocator) -> list[Any]:
 
 def _layers_apart(model: Any, allocator: Allocator) -> list[Any]:
     """Hooks that let the backward pass of each checkpointed layer, which begins when it is computed again, be a moment
-    of its own, named from the end: -1 is the last layer, or the last one before those that share keys and values."""
-    text = model.config.get_text_config()
-    shares = getattr(text, "num_kv_shared_layers", 0) or 0
-    owns = text.num_hidden_layers - shares
+    of its own."""
+    moments = backward_moments(model.config.get_text_config())
     hooks = []
     for name, module in model.named_modules():
         if found := re.search(r"language_model\.layers\.(\d+)\.input_layernorm$", name):  # where a layer begins
-            number = int(found[1])
-            moment = (
-                f"{BACKWARD} of layer {number - owns}"
-                if number < owns
-                else f"{BACKWARD} of layer {number - owns - shares}"
-            )
-            moment += " that shares keys and values" if number >= owns else ""
 
-            def begin(module: Any, args: Any, moment: str = moment) -> None:
+            def begin(module: Any, args: Any, moment: str = moments[int(found[1])]) -> None:
                 if allocator.moment.startswith(BACKWARD):
                     allocator.moment = moment
 
             hooks.append(module.register_forward_pre_hook(begin))
     return hooks
+
+
+def backward_moments(text: Any) -> list[str]:
+    """The name of the backward pass of each layer of a text config: by its kind, and counted from the end of those with
+    keys and values of their own, or of those that share them."""
+    owns = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", 0) or 0)
+    moments, behind = [], Counter[str]()
+    for number, layer_type in reversed(list(enumerate(text.layer_types))):
+        kind = layer_type.removesuffix("_attention") + (" layer that shares" if number >= owns else " layer")
+        behind[kind] += 1
+        moments.append(f"{BACKWARD} of {kind}, {behind[kind]} from the end")
+    return moments[::-1]
