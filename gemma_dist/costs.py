@@ -74,6 +74,7 @@ def _tokens(train: object) -> tuple[int, bool]:
     """Tokens of a micro-batch, and whether the section of an unchecked recipe says how long a sequence is."""
     values = train if isinstance(train, Mapping) else {}
     length, batch = values.get("packing_length"), values.get("per_device_train_batch_size")
-    is_said = type(length) is int and length > 0  # true is an int, too
-    tokens = length if is_said else ASSUMED_TOKENS
-    return tokens * (batch if type(batch) is int and batch > 0 else 1), is_said
+    sequences = batch if type(batch) is int and batch > 0 else 1  # true is an int, too
+    if type(length) is int and length > 0:
+        return length * sequences, True
+    return ASSUMED_TOKENS * sequences, False
