@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gemma_dist.model.attention import LAYOUT, Layout
-from gemma_dist.train.feed import Feed, NoTransfer
+from gemma_dist.train.feed import Feed, NoTransfer, transfer_to
 
 NUM_BATCHES = 4
 
@@ -95,3 +95,48 @@ def test_packs_come_with_their_layout_and_rows_do_not() -> None:
     assert batch[LAYOUT] == Layout([(0, 3), (3, 5)], [0, 2, 2, 0, 3])
     (rows,) = Feed([packs | {"attention_mask": torch.ones(1, 5)}], NoTransfer())
     assert LAYOUT not in rows
+
+
+def test_a_micro_batch_is_pinned_and_copied_by_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of the calls, with everything of CUDA replaced: `tests/gpu` runs the real ones."""
+    said: list[str] = []
+
+    def note(text: str, result: Any = None) -> Any:
+        said.append(text)
+        return result
+
+    class Stream:
+        device = torch.device("cuda", 1)
+
+        def __init__(self, name: Any) -> None:
+            self.name = name if isinstance(name, str) else "own"
+
+        def record_event(self) -> str:
+            return note(f"record on {self.name}", "event")
+
+        def wait_event(self, event: str) -> None:
+            note(f"{self.name} waits for {event}")
+
+        def __enter__(self) -> None:
+            note(f"on {self.name}")
+
+        def __exit__(self, *error: object) -> None:
+            note(f"off {self.name}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: note("pin", tensor))
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *to, **how: note(f"copy to {to[0]} {how}", tensor))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: note(f"keep for {stream.name}"))
+    transfer = transfer_to(torch.device("cuda", 1))
+    sent = transfer.send({"input_ids": torch.ones(1), LAYOUT: Layout([], [])})
+    copied = ["on own", "pin", "copy to cuda:1 {'non_blocking': True}", "record on own", "off own"]
+    assert said == copied
+    batch = transfer.receive(sent)
+    assert said == [*copied, "main waits for event", "keep for main"]
+    assert batch == {"input_ids": torch.ones(1), LAYOUT: Layout([], [])}
+
+
+def test_on_the_cpu_nothing_is_copied() -> None:
+    assert isinstance(transfer_to(torch.device("cpu")), NoTransfer)

@@ -1,10 +1,16 @@
-"""Micro-batches on their way to a step, one ahead of it, taken from the loader by a thread."""
+"""Micro-batches on their way to the device, one ahead of the step that works on them.
+
+A thread takes them from the loader, pins them and sends them by a stream of its own, so that the copy of images runs
+beside the computation and nothing waits for it but the kernels that read them. On the CPU the same thread takes them,
+and there is nothing to send.
+"""
 
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch.utils.data import IterableDataset
 
 from gemma_dist.model.attention import LAYOUT, lay_out
@@ -24,13 +30,38 @@ class Transfer(Protocol[Sent]):
 
 
 class NoTransfer:
-    """Leaves them where they are."""
+    """For a run on the CPU."""
 
     def send(self, batch: Batch) -> Batch:
         return batch
 
     def receive(self, sent: Batch) -> Batch:
         return sent
+
+
+class CudaTransfer:
+    """From pinned memory, by a stream of its own. Never run: there was no GPU at hand."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: Any = torch.cuda.Stream(device)
+
+    def send(self, batch: Batch) -> tuple[Batch, Any]:
+        device = self._stream.device
+        with torch.cuda.stream(self._stream):  # and its device: a new thread begins with the first one
+            sent = {
+                name: value.pin_memory().to(device, non_blocking=True) if torch.is_tensor(value) else value
+                for name, value in batch.items()
+            }
+            return sent, self._stream.record_event()
+
+    def receive(self, sent: tuple[Batch, Any]) -> Batch:
+        batch, copied = sent
+        stream = torch.cuda.current_stream(self._stream.device)
+        stream.wait_event(copied)
+        for value in batch.values():
+            if torch.is_tensor(value):
+                value.record_stream(stream)  # its memory is taken again once that stream has read it
+        return batch
 
 
 class Feed(IterableDataset):
@@ -67,3 +98,8 @@ def with_layout(batch: Batch) -> Batch:
     if "attention_mask" in batch:
         return batch
     return batch | {LAYOUT: lay_out(batch["position_ids"], batch["mm_token_type_ids"])}
+
+
+def transfer_to(device: torch.device) -> Transfer[Any]:
+    """How micro-batches come to `device`."""
+    return CudaTransfer(device) if device.type == "cuda" else NoTransfer()

@@ -41,7 +41,7 @@ from gemma_dist.resolve import Run
 from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.topology import write_recipe_into
 from gemma_dist.train import checkpoint
-from gemma_dist.train.feed import Feed, NoTransfer
+from gemma_dist.train.feed import Feed, transfer_to
 from gemma_dist.train.guard import Watchdog, sample_ids, stop_unless_finite
 from gemma_dist.train.offload import activations_on_host
 from gemma_dist.train.optimizer import load_optimizer, save_optimizer
@@ -149,8 +149,8 @@ class ToolCallTrainer(SFTTrainer):
             self._watchdog.close()
 
     def get_train_dataloader(self) -> DataLoader:
-        """Our batches as they are: Trainer's own would pass them through `accelerate.prepare`."""
-        return DataLoader(Feed(self.loader, NoTransfer()), batch_size=None)
+        """Our batches as they are, on the device: Trainer's own would pass them through `accelerate.prepare`."""
+        return DataLoader(Feed(self.loader, transfer_to(self.args.device)), batch_size=None)
 
     def _init_training_state(self, *args: object, **kwargs: object) -> Any:
         """Count steps from the one that the loader starts at."""
