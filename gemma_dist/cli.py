@@ -237,7 +237,7 @@ def plan(
     from gemma_dist.plan.show import DOES_NOT_FIT, render, to_json
     from gemma_dist.topology import planned_topology
 
-    memory = parse_memory(gpu_memory) if gpu_memory else None
+    memory = None if gpu_memory is None else parse_memory(gpu_memory)
     request = Request(memory, num_tokens, num_images, tokens_per_image, simulate)
     topology = planned_topology(accelerate_config, num_gpus)
     planned = plan_recipe(config, overrides, topology, read_margin(calibration), request)

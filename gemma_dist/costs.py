@@ -56,9 +56,10 @@ def cost_of(name: str, values: Mapping[str, Any]) -> str:
         values: the sections of the recipe, unchecked.
     """
     if name in WITH_FULL_LOGITS:
-        tokens = _tokens(values.get("train"))
+        tokens, is_said = _tokens(values.get("train"))
+        of = "this recipe's " if is_said else ""
         return (
-            f"; at this recipe's {tokens:,} tokens that is {full_logits_bytes(tokens) / 2**30:.1f} GiB "
+            f"; at {of}{tokens:,} tokens that is {full_logits_bytes(tokens) / 2**30:.1f} GiB "
             f"({tokens:,} x {VOCABULARY:,} x 14 bytes)"
         )
     if name in WITH_FLOAT32_BASE:
@@ -69,9 +70,11 @@ def cost_of(name: str, values: Mapping[str, Any]) -> str:
     return ""
 
 
-def _tokens(train: object) -> int:
-    """Tokens of a micro-batch, as far as the section of an unchecked recipe says."""
+def _tokens(train: object) -> tuple[int, bool]:
+    """Tokens of a micro-batch, and whether the section of an unchecked recipe says how long a sequence is."""
     values = train if isinstance(train, Mapping) else {}
     length, batch = values.get("packing_length"), values.get("per_device_train_batch_size")
-    tokens = length if isinstance(length, int) and length > 0 else ASSUMED_TOKENS
-    return tokens * (batch if isinstance(batch, int) and batch > 0 else 1)
+    sequences = batch if type(batch) is int and batch > 0 else 1  # true is an int, too
+    if type(length) is int and length > 0:
+        return length * sequences, True
+    return ASSUMED_TOKENS * sequences, False

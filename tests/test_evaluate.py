@@ -147,6 +147,16 @@ def test_limit_and_an_existing_report(evaluated: Any, model: str, data: Path) ->
     assert "exists already" in output
 
 
+def test_a_launch_from_elsewhere_than_the_root_is_a_user_error(
+    model: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The configs of accelerate_configs/ name that of DeepSpeed by a path from the root."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "deepspeed_cpu_zero3.json"))
+    assert main(["evaluate", "--model", model, "--data", str(data), "--out", str(tmp_path / "out")]) == 2
+    assert "start from the repository's root or write it in full" in capsys.readouterr().err
+
+
 def test_only_what_ranks_wrote_is_joined_and_removed(model: str, data: Path, tmp_path: Path) -> None:
     (tmp_path / ".samples-mine.jsonl").write_text("mine")
     (tmp_path / ".samples-7.jsonl").write_text("{cut")  # of a run on more ranks that was killed

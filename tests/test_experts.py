@@ -17,7 +17,7 @@ from transformers.integrations.moe import _grouped_linear
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 
 from gemma_dist.config import EXPERT_WEIGHTS, LoraConfig, ModelConfig, QuantizationConfig
-from gemma_dist.errors import ConfigError
+from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.merge.run import merge
 from gemma_dist.model import load
 from gemma_dist.model.experts import FourBitExperts, quantize_stack
@@ -247,6 +247,22 @@ def test_saved_evaluated_and_merged_as_trained(
             module, _, name = path.rpartition(".")
             saw = model.get_base_model().get_submodule(module).full(name)
             assert torch.equal(stored[path], saw), path
+
+
+def test_a_record_without_names_is_refused_by_evaluation_and_merge(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, adapter = tiny_model("26b", "float32"), tmp_path / "adapter"
+    model = load_26b(base, "gpu", "float32", LoraConfig(r=4))
+    model.save_pretrained(adapter)
+    quantization = QuantizationConfig(bnb_4bit_compute_dtype="float32").model_dump()
+    quantization |= {"weights_dtype": "float32", "modules": four_bit_modules(model)}
+    for wrong in ({"parameters": None}, {"parameters": [1]}, {"parameters": "experts"}, {"modules": None}):
+        (adapter / "gemma_dist.json").write_text(json.dumps({"quantization": quantization | wrong}))
+        with pytest.raises(CheckpointError, match=r"gemma_dist\.json"):
+            load.load_for_evaluation(str(base), adapter)
+        with pytest.raises(CheckpointError, match=r"gemma_dist\.json"):
+            merge(base, adapter, tmp_path / "merged", verify=False, base_weights="as_trained")
 
 
 def test_experts_on_the_host_are_for_models_that_have_some(model: str) -> None:

@@ -369,6 +369,10 @@ def test_a_sharded_base_gives_the_same_shards_and_an_index(bases: Any, tmp_path:
     assert after.keys() == whole.keys()
     assert all(torch.equal(after[name], whole[name]) for name in after)
 
+    shutil.copy(bases("31b") / "model.safetensors", base)  # what transformers then loads, whatever the index says
+    merge(base, tmp_path / "adapter", tmp_path / "both", verify=False, base_weights="as_trained")
+    assert [path.name for path in (tmp_path / "both").glob("*.safetensors*")] == ["model.safetensors"]
+
 
 # --- QLoRA -------------------------------------------------------------------------------------------------------
 

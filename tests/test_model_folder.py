@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from gemma_dist.__main__ import main
 from gemma_dist.errors import CheckpointError
 from gemma_dist.model.folder import local_folder, refuse_custom_code
+from gemma_dist.model.load import load_for_evaluation
 from tests.support.corpus import row, shard_rows
 
 # What a model folder could bring along; whoever imports it leaves a mark.
@@ -258,3 +260,14 @@ def test_a_base_checkpoint_without_a_template_is_told_which_one_to_take(
     assert "has no chat template, as a base checkpoint that was never tuned to chat" in said
     assert f"{option}FILE with the chat_template.jinja of its -it sister" in said
     assert f"{option}gemma4_v5" in said
+
+
+@pytest.mark.parametrize("ple_on_host", [True, False])
+def test_weights_of_another_shape_than_the_config_says_are_named(model: str, tmp_path: Path, ple_on_host: bool) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.language_model.norm.weight"
+    save_file(weights | {name: weights[name][:-8].clone()}, folder / "model.safetensors", metadata={"format": "pt"})
+    shapes = rf"1 weights have other shapes .* {name} with \(120,\) instead of \(128,\); get a complete copy"
+    with pytest.raises(CheckpointError, match=shapes):
+        load_for_evaluation(str(folder), None, ple_on_host=ple_on_host)

@@ -105,7 +105,7 @@ KINDS = [("source", name) for name in SOURCES] + [("parameters", name) for name 
 OF_PYTHON_AND_TORCH = {
     *("_asdict", "_current_frames", "_exit", "_fields"),
     *("_parameters", "_buffers", "_cdata", "_known_values", "_disable_current_modes"),
-    *("_local_scalar_dense", "_scaled_dot_product_attention_math"),
+    *("_local_scalar_dense", "_scaled_dot_product_attention_math", "_schema"),
 }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gemma_dist.__main__ import main
@@ -23,6 +24,7 @@ from gemma_dist.plan.margin import GIB, Margin, parse_memory, read_margin, write
 from gemma_dist.plan.run import Request, make_plan
 from gemma_dist.plan.watch import PlanWatch
 from gemma_dist.plan.weights import loaded_weights, num_parameters, num_trained, placement
+from gemma_dist.plan.workload import workload_of
 from gemma_dist.recipe import load_config
 from gemma_dist.resolve import Run, resolve
 from gemma_dist.topology import Topology, planned_topology
@@ -32,6 +34,7 @@ from tests.support.corpus import row, shard_rows
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "tests" / "shapes"
 RECIPES = {path.stem: path for path in sorted((ROOT / "launch").glob("*.yaml"))}
+ODD = (("-1", "0.1"), ("1", "-0.1"), ("1", "NaN"), ("1e999", "0.1"))  # context_bytes and fragmentation
 GPU_RECIPES = [name for name in RECIPES if not name.startswith("cpu_")]
 
 
@@ -200,6 +203,9 @@ def short_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("e4b_qlora_16gb", 0, ["gradient_checkpointing=false"]),
         ("12b_qlora_16gb", 2, []),
         ("26b_qlora", 0, []),
+        ("26b_qlora", 0, ["quantize_moe_experts=false", "lora.target_parameters=[experts.gate_up_proj]"]),
+        ("e4b_qlora_16gb", 0, ["activation_offloading=true", "optim=adamw_torch", "per_device_train_batch_size=2"]),
+        ("31b_qlora_80gb", 0, ["activation_offloading=true"]),
     ],
 )
 def test_the_arithmetic_agrees_with_the_simulated_step(short_models, recipe, num_images, overrides):
@@ -226,6 +232,7 @@ def test_exit_code_3_where_it_does_not_fit(capsys):
     ("words", "message"),
     [
         (["--gpu-memory", "lots"], "--gpu-memory lots: no size of a GPU"),
+        (["--gpu-memory", ""], "no size of a GPU"),
         (["--num-tokens", "100", "--num-images", "1"], "1 images of 280 tokens are 280 tokens"),
         (["--num-gpus", "3"], "not a multiple of 3 ranks"),
         (["lerning_rate=1"], "did you mean train.learning_rate"),
@@ -291,6 +298,19 @@ def test_shards_say_how_long_and_with_how_many_images(tmp_path, model):
     assert work.steps_per_epoch == 1
 
 
+def test_images_of_many_sizes_are_planned_by_their_tokens(tmp_path, model):
+    """Not as the most images of any micro-batch, each of the largest size: together they might not fit into one."""
+    shard_rows(tmp_path, model, [row(number, num_calls=1 + number) for number in range(4)])
+    words = [f"model_name_or_path={model}", f"data.train={tmp_path}/shards", "per_device_train_batch_size=1"]
+    config = load_config(RECIPES["cpu_lora"], words)
+    run = resolve(config, Topology(""))
+    shards = run.schedule.shards
+    assert sorted(shards.num_images) == [0, 0, 1, 4]
+    shards.num_image_tokens = np.where(shards.num_images == 1, 200, shards.num_images * 10)
+    batch = workload_of(config, run).batch
+    assert (batch.num_images, batch.tokens_per_image) == (1, 200)
+
+
 def test_a_card_is_named_as_it_is_sold():
     assert parse_memory("16GB") == parse_memory("16") == parse_memory(" 16 gib") == 16
     with pytest.raises(ConfigError, match="no size of a GPU"):
@@ -306,9 +326,11 @@ def test_a_calibrated_machine_has_its_own_margin(tmp_path):
     assert margin.parts(10 * GIB, 1)["CUDA context"] == GIB
     assert margin.parts(10 * GIB, 1)["fragmentation"] == GIB
     assert margin.total(10 * GIB, 1, 0) == margin.total(10 * GIB, 1, 2)
-    path.write_text("{}")
-    with pytest.raises(ConfigError, match="no calibration"):
-        read_margin()
+    odd = (f'{{"gpu": "a", "context_bytes": {context}, "fragmentation": {part}}}' for context, part in ODD)
+    for broken in ("{}", "[]", *odd):
+        path.write_text(broken)
+        with pytest.raises(ConfigError, match="no calibration"):
+            read_margin()
 
 
 # ---- train -----------------------------------------------------------------------------------------------------------
@@ -361,6 +383,14 @@ def test_what_a_gpu_really_took_is_said_and_kept(run, spoken):
     assert margin.fragmentation[1] == pytest.approx(0.1)
 
 
+def test_a_calibration_that_cannot_be_kept_stops_no_run(run, spoken, tmp_path):
+    watch = PlanWatch(calibrate=True)
+    watch.begin(run, Gpu("Some GPU", 80 * GIB))
+    (tmp_path / "caches").write_text("a file in the place of the folder")
+    watch.measured(MemorySeen(Gpu("Some GPU", 80 * GIB), 10 * GIB, 11 * GIB, int(11.5 * GIB)))
+    assert "could not be kept" in spoken.text
+
+
 # ---- what is printed elsewhere ---------------------------------------------------------------------------------------
 
 
@@ -382,6 +412,7 @@ def test_the_page_has_the_tables_as_they_are():
     ("words", "cost"),
     [
         (["label_smoothing_factor=0.1"], "14.0 GiB (4,096 x 262,144 x 14 bytes)"),
+        (["label_smoothing_factor=0.1", "packing=false", "packing_length=null"], "; at 4,096 tokens that is 14.0 GiB"),
         (["use_liger_kernel=true", "packing_length=2048"], "7.0 GiB (2,048 x 262,144 x 14 bytes)"),
         (["prepare_model_for_kbit_training=true"], "6.5 GiB more"),
         (["neftune_noise_alpha=5"], "not offered"),

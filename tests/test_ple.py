@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gemma_dist.config import ModelConfig, QuantizationConfig
 from gemma_dist.data.encode import IGNORE_INDEX
@@ -160,6 +160,23 @@ def test_a_base_without_the_table_is_refused(
         file.write(bytes(sum(entry.num_bytes for entry in entries.values())))
     with pytest.raises(CheckpointError, match=message):
         open_table(str(tmp_path), config, torch.float32)
+
+
+def test_weights_that_an_earlier_save_left_beside_the_model_are_not_read(model: str, tmp_path: Path) -> None:
+    """transformers loads model.safetensors, or else what the index lists, and nothing else."""
+    weights = load_file(Path(model) / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {NAME: "model-2-of-2.safetensors"}})
+    )
+    for number, name in enumerate(["extra", "model-1-of-2", "model-2-of-2", "model"]):
+        save_file({NAME: weights[NAME] + number}, tmp_path / f"{name}.safetensors")
+    for expected, read in ((3, "model"), (2, "model-2-of-2")):
+        table = open_table(str(tmp_path), read_config(model), torch.float32)
+        assert table is not None
+        assert torch.equal(table.gather(torch.tensor([[5]]))[0][0], weights[NAME][5] + expected)
+        (tmp_path / f"{read}.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-2-of-2.safetensors cannot be read"):
+        open_table(str(tmp_path), read_config(model), torch.float32)
 
 
 @pytest.mark.parametrize("damage", ["cut", "overwritten"])

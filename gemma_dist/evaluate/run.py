@@ -36,6 +36,7 @@ from gemma_dist.logs import JsonlWriter, log, progress, read_jsonl, write_json
 from gemma_dist.model.load import load_for_evaluation
 from gemma_dist.model.zero3 import is_partitioned
 from gemma_dist.shards.reader import load_trajectories
+from gemma_dist.topology import current_topology
 
 SAMPLES = "samples.jsonl"
 REPORT = "report.json"
@@ -58,10 +59,11 @@ def evaluate(
 
     Raises:
         DataError, CheckpointError: the data or the model cannot be used.
-        ConfigError: `out` holds a report already.
+        ConfigError: `out` holds a report already, or the launch is none that accelerate could carry out.
     """
     if (out / REPORT).exists():
         raise ConfigError(f"{out / REPORT} exists already; name another folder or remove it")
+    current_topology()  # a DeepSpeed config that cannot be read is said before anything is loaded
     world.connect()
     world.note_processes()
     encoder = load_encoder(model, settings, adapter=adapter)

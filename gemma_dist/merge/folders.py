@@ -18,14 +18,19 @@ from gemma_dist.errors import CheckpointError, ConfigError, setting
 from gemma_dist.files import require_free, size
 from gemma_dist.merge.plan import Headers, TensorOp
 from gemma_dist.model.fingerprint import fingerprint_base
-from gemma_dist.model.folder import local_folder, read_json_object, refuse_custom_code, require_embeddings
-from gemma_dist.model.record import ADAPTER_RECORD, AdapterRecord, Quantization, read_record
+from gemma_dist.model.folder import (
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    local_folder,
+    read_json_object,
+    refuse_custom_code,
+    require_embeddings,
+)
+from gemma_dist.model.record import ADAPTER_RECORD, AdapterRecord, Quantization, names_its_layers, read_record
 from gemma_dist.tensorfile import TensorFile, open_tensors
 
 BaseWeights = Literal["as_trained", "original"]
 
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 EMBEDDING = re.compile(r"\bembed_tokens(_per_layer)?\.weight$")  # the tables that a token's id looks up
@@ -54,7 +59,7 @@ class BaseModel:
     folder: Path
     config: dict[str, Any]
     shards: list[TensorFile]  # no tensor is in two of them
-    index: dict[str, Any] | None  # model.safetensors.index.json, where the base has one
+    index: dict[str, Any] | None  # model.safetensors.index.json, where the base is loaded by one
 
     @property
     def headers(self) -> Headers:
@@ -118,7 +123,7 @@ def open_base(base: Path | str) -> BaseModel:
             "give the 16-bit model that they were made from"
         )
     index = folder / WEIGHTS_INDEX
-    if not index.exists():
+    if (folder / WEIGHTS).exists() or not index.exists():  # the whole file first, as transformers loads it
         return BaseModel(folder, config, [open_tensors(folder / WEIGHTS)], index=None)
     content = read_json_object(index, "the base's index is broken")
     weight_map = content.get("weight_map", {})
@@ -161,7 +166,7 @@ def read_quantization(adapter: Adapter, base_weights: BaseWeights) -> Quantizati
     if not quantization or base_weights == "original":
         return None
     in_4_bits = quantization.get("load_in_4bit") and quantization.get("bnb_4bit_quant_type") in ("nf4", "fp4")
-    if not in_4_bits or not quantization.get("modules"):
+    if not in_4_bits or not quantization.get("modules") or not names_its_layers(quantization):
         shown = json.dumps({**quantization, "modules": "…", "parameters": "…"})
         raise CheckpointError(
             f"{adapter.folder / ADAPTER_RECORD}: quantization {shown} is not a "

@@ -20,6 +20,9 @@ CLASS_FILES = (
     "tokenizer_config.json",
 )
 
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
 # What is fetched of a model of the hub: weights, settings, tokenizer and templates, and no code.
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
 
@@ -41,6 +44,21 @@ def local_folder(model: str | Path, named: str) -> Path:
         raise CheckpointError(
             f"{named} is neither a folder nor a model that could be fetched ({reason}); check the name"
         ) from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers loads a model of `folder` from, by name: the whole one, or else those that the index
+    lists. Others may lie beside them, left by an earlier save. None where it has neither.
+
+    Raises:
+        CheckpointError: the index is broken.
+    """
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if not (folder / WEIGHTS_INDEX).exists():
+        return []
+    index = read_json_object(folder / WEIGHTS_INDEX, f"the index of the model in {folder} is broken")
+    return [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
 
 
 def read_json_object(path: Path, problem: str) -> dict[str, Any]:

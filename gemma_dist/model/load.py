@@ -17,7 +17,7 @@ from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.model.folder import read_json_object, refuse_custom_code
 from gemma_dist.model.per_layer import TABLE, PerLayerTable, open_table, table_left_out, take_rows_of_batch
-from gemma_dist.model.record import four_bit_config, quantization_of, read_record
+from gemma_dist.model.record import ADAPTER_RECORD, four_bit_config, names_its_layers, quantization_of, read_record
 from gemma_dist.model.towers import Tower, config_without, linear_layers, modules_of, whole_modules
 from gemma_dist.model.vision import use_image_rule
 from gemma_dist.model.zero3 import loading_partitions, partition_model, partitioning, settings_for_evaluation
@@ -94,6 +94,11 @@ def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool =
         _require_adapter(adapter)
         record = read_record(adapter)
         if record is not None and (quantization := record.get("quantization")):
+            if not names_its_layers(quantization):
+                raise CheckpointError(
+                    f"{adapter / ADAPTER_RECORD}: quantization lists no modules or parameters by name; take the file "
+                    "from the training's result once more"
+                )
             whole = sorted(linear_layers(config) - set(quantization["modules"]))
             arguments["quantization_config"] = four_bit_config(quantization, skip_modules=whole)
             arguments["dtype"] = dtype = getattr(torch, quantization["weights_dtype"])
@@ -223,7 +228,8 @@ def _from_pretrained(
         experts: where 4-bit experts are to be; None: they stay whole.
 
     Raises:
-        CheckpointError: there is none, or weights of it are missing, which transformers would leave random.
+        CheckpointError: there is none, or weights of it are missing or of another shape, which transformers would
+            leave random.
     """
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
 
@@ -240,10 +246,21 @@ def _from_pretrained(
             patch.object(model_class, "_keys_to_ignore_on_load_unexpected", left_out),
         ):
             model, report = AutoModelForImageTextToText.from_pretrained(
-                name, config=config, output_loading_info=True, trust_remote_code=False, **arguments
+                name,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # said below: transformers' own error names none of them
+                trust_remote_code=False,
+                **arguments,
             )
     except (OSError, ValueError) as error:
         raise CheckpointError(_no_model(name, error)) from error
+    if report["mismatched_keys"]:
+        weight, stored, described = min(report["mismatched_keys"])
+        raise CheckpointError(
+            f"{name!r}: {len(report['mismatched_keys'])} weights have other shapes than config.json describes, such as "
+            f"{weight} with {tuple(stored)} instead of {tuple(described)}; get a complete copy of the model"
+        )
     if report["missing_keys"]:
         raise CheckpointError(
             f"{name!r} lacks {len(report['missing_keys'])} weights, such as {sorted(report['missing_keys'])[0]!r}, "

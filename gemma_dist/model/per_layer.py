@@ -21,7 +21,7 @@ import torch
 
 from gemma_dist.errors import CheckpointError, setting
 from gemma_dist.files import naming
-from gemma_dist.model.folder import local_folder
+from gemma_dist.model.folder import local_folder, weight_files
 from gemma_dist.tensorfile import TORCH_DTYPES, Entry, TensorFile, open_tensors
 
 TABLE = "embed_tokens_per_layer"
@@ -126,7 +126,7 @@ def open_table(model: str, config: Any, dtype: torch.dtype) -> PerLayerTable | N
     if not getattr(config.get_text_config(), "hidden_size_per_layer_input", 0):
         return None
     folder = local_folder(model, f"the model {model!r}")
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         file = open_tensors(path)
         for name in file.entries:
             if name.endswith(f"{TABLE}.weight"):

@@ -90,6 +90,12 @@ def read_record(adapter: Path) -> AdapterRecord | None:
     return cast(AdapterRecord, read_json_object(path, "the record of the training is broken"))
 
 
+def names_its_layers(quantization: Quantization) -> bool:
+    """Whether a record that was read says which layers and stacks are in 4 bits, as lists of names."""
+    lists = (quantization.get("modules"), quantization.get("parameters", []))
+    return all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
+
+
 def four_bit_modules(model: Any) -> list[str]:
     """Paths (as in the checkpoint) of the linear layers that bitsandbytes holds in 4 bits."""
     from bitsandbytes.nn import Linear4bit

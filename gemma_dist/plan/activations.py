@@ -4,13 +4,15 @@ What autograd keeps is read from transformers' `modeling_gemma4.py` (5.23) and P
 tests hold the sums against the simulator, which runs the real modules (`simulate.py`).
 
 With checkpointing each layer keeps its input, and the peak is in the backward pass of a layer of the most: all inputs
-up to its own, what it keeps while it is computed again, and what its gradients take. Without it every layer keeps all.
+up to its own (with activation_offloading that one alone), what it keeps while it is computed again, and what its
+gradients take. Without it every layer keeps all.
 """
 
 from dataclasses import dataclass
+from itertools import islice
 
 from gemma_dist.config import RunConfig
-from gemma_dist.plan.geometry import PATCHES_A_TOKEN, Geometry, Layer
+from gemma_dist.plan.geometry import PATCHES_A_TOKEN, Geometry, Layer, stacks
 from gemma_dist.plan.weights import BYTES, Placement, adapted_by_layer
 
 NORM = 4  # bytes of a value inside an RMSNorm, which computes in float32
@@ -65,11 +67,12 @@ class Activations:
         else:
             inputs = [0 for _ in self.geometry.layers]
             kept = [self._kept_by(number) for number in range(len(self.geometry.layers))]
-        held = sum(inputs) + sum(kept) + batch
+        on_host = self.config.train.activation_offloading
+        held = (0 if on_host else sum(inputs)) + sum(kept) + batch
         loss = Moment("loss", held + self.hidden_values * (NORM + 2 * self.compute), self._loss_head())
         moments = [before_text, loss]
         for number in range(len(self.geometry.layers)):
-            below = sum(inputs[: number + 1]) + sum(kept[:number])
+            below = (inputs[number] if on_host else sum(inputs[: number + 1])) + sum(kept[:number])
             here = self._kept_by(number) + self._backward_of(number)
             moments.append(Moment(f"backward pass of layer {number + 1}", batch + below + here))
         if self.trains_all and self.geometry.vision:
@@ -146,7 +149,18 @@ class Activations:
         geometry, chosen = self.geometry, self.batch.num_tokens * self.geometry.experts_a_token
         if not geometry.experts:
             return 0
-        return chosen * (geometry.hidden + 3 * geometry.expert_mlp) * self.compute
+        rows = chosen * (geometry.hidden + 3 * geometry.expert_mlp) * self.compute
+        return rows + sum(self._stacks_made_anew())
+
+    def _stacks_made_anew(self) -> list[int]:
+        """Bytes of the stacks of a layer's experts that PEFT makes anew, with their adapter added: those that are whole
+        (`experts.py` has another way for those in 4 bits)."""
+        lora = self.config.lora
+        if lora is None or self.place.experts_in_4_bits:
+            return []
+        of_layer = islice(stacks(self.geometry), 2)
+        names = tuple(f".{name}" for name in lora.target_parameters)
+        return [stack.numel * self.stream for stack in of_layer if stack.path.endswith(names)]
 
     def _backward_of(self, number: int) -> int:
         """The most that the gradients of a layer take beside what it keeps."""
@@ -162,6 +176,7 @@ class Activations:
                 # The larger stack, of two matrices, is made full again when most of what the experts kept is gone.
                 stack = 2 * geometry.experts * geometry.expert_mlp * geometry.hidden
                 gradients.append(stream + (stack - chosen * geometry.expert_mlp) * self.compute)
+            gradients += [stream + made for made in self._stacks_made_anew()[-1:]]  # the gradient of a whole stack
         return max(gradients)
 
     # ---- loss and images ----

@@ -199,22 +199,23 @@ def _fakes(values: Any) -> Iterator[Any]:
 
 
 def _compute_values(func: Any, args: Any, kwargs: Any, result: Any, outputs: list[Any]) -> None:
-    """Give the results of an operator their values, where those of all its arguments are known."""
-    num_arguments = 0
-    for fake in chain(_fakes(args), _fakes(tuple(kwargs.values())) if kwargs else ()):
-        if known(fake) is None:
-            for one in outputs:
-                if known(one) is not None:  # written to, with what is not known
-                    _know(one, None)
-            return
-        num_arguments += 1
-    size = max((output.numel() for output in outputs), default=0)
-    if not outputs or size > MAX_KNOWN:
+    """Give the results of an operator their values, where those of all its arguments are known; those of tensors that
+    it writes to change with them."""
+    arguments = list(chain(_fakes(args), _fakes(tuple(kwargs.values()))))
+    in_place = not outputs and func._schema.is_mutable
+    if any(known(fake) is None for fake in arguments):
+        for one in arguments if in_place else outputs:
+            if known(one) is not None:  # written to, with what is not known
+                _know(one, None)
         return
-    if not num_arguments and size > MAX_CONSTANT and outputs[0].is_floating_point():
+    size = max((output.numel() for output in outputs), default=0)
+    if not (outputs or in_place) or size > MAX_KNOWN:
+        return
+    if not arguments and size > MAX_CONSTANT and outputs[0].is_floating_point():
         return
     with _disable_current_modes():
         real_args, real_kwargs = tree_map_only(FakeTensor, known, (args, kwargs))
         real = func(*real_args, **real_kwargs)
-    for output, value in zip(outputs, tree_iter(real), strict=True):
-        _know(output, value)
+    if outputs:
+        for output, value in zip(outputs, tree_iter(real), strict=True):
+            _know(output, value)

@@ -5,6 +5,7 @@ shown wherever they count. `gemma-dist train --calibrate` measures those of a ma
 """
 
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -72,7 +73,9 @@ def read_margin(path: Path | None = None) -> Margin:
         found = json.loads(file.read_text(encoding="utf-8"))
         context, fragmentation = int(found["context_bytes"]), float(found["fragmentation"])
         name = str(found["gpu"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if context < 0 or not 0 <= fragmentation < math.inf:
+            raise ValueError("less than nothing, or no number")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise ConfigError(
             f"{file}: no calibration ({error!r}); write one with `gemma-dist train RECIPE --calibrate` on a GPU, or "
             "remove the file"

@@ -33,6 +33,9 @@ class FakeOptimizer:
             self.optimizer = torch.optim.AdamW(
                 parameters, lr=1e-3, fused=fused or None, foreach=device == "cuda" and not fused
             )
+            for parameter in parameters:  # a fake counter stays at its first value, and at 0 is divided by
+                moments = {name: torch.empty_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
         if self.optimizer is not None:
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)

@@ -144,12 +144,12 @@ def _simulated(config: RunConfig, work: Workload, estimate: Estimate) -> Estimat
     """The estimate with the activations of a simulated step."""
     from gemma_dist.plan.simulate import simulate
 
-    batch, num = work.batch, work.batch.num_sequences
+    batch = work.batch
     with _config_at_hand(config) as config:
         result = simulate(
             config,
-            num_tokens=batch.num_tokens // num,  # of each sequence
-            num_images=-(-batch.num_images // num),
+            num_tokens=batch.num_tokens,
+            num_images=batch.num_images,
             tokens_per_image=batch.tokens_per_image,
         )
     return estimate.with_activations(result.parts, result.peak_bytes)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from gemma_dist.config import RunConfig
+from gemma_dist.model.load import read_config
 from gemma_dist.model.per_layer import ROWS
 from gemma_dist.model.towers import unneeded_towers
 from gemma_dist.plan.allocator import Peak
@@ -61,22 +62,23 @@ def simulate(
     def batch(of: RunConfig) -> Batch:
         return full_batch(of, num_tokens=num_tokens, num_images=num_images, tokens_per_image=tokens_per_image)
 
-    depths = None if every_layer or not accumulates else depths_of(config)
+    text = read_config(config.model.model_name_or_path).get_text_config()
+    depths = None if every_layer or not accumulates else depths_of(config, text)
     if depths is None:
         return simulate_step(config, [batch(config)], device="cuda", accumulates=accumulates)
-    own, shallower = depths
     whole = _step(config, [batch(config)], "cuda", accumulates)
     whole.update()
     resting, peaks = whole.allocator.peaks[RESTING], {OPTIMIZER: whole.allocator.peaks[OPTIMIZER]}
     del whole
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for depth in shallower:
+        for depth in depths:
             shallow = depth.config_of(config, Path(folder))
             step = _step(shallow, [batch(shallow)], "cuda", accumulates)
             step.run([batch(shallow)])
             found.append(step.allocator.peaks)
-    for moment, on_top in continued(own, shallower, found, RESTING):
+    input_bytes = num_tokens * text.hidden_size * getattr(torch, config.model.dtype).itemsize
+    for moment, on_top in continued(text, depths, found, RESTING, input_bytes):
         peaks[moment] = Peak(resting.total + on_top.total(), dict(Counter(resting.parts) + on_top))
     return _highest(peaks)
 

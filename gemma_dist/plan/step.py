@@ -1,6 +1,7 @@
 """One training step on fakes, from the forward pass to the optimizer, and the peaks of its moments."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -9,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 
 from gemma_dist.config import RunConfig
 from gemma_dist.model.towers import Tower
@@ -16,6 +18,7 @@ from gemma_dist.plan import kernels
 from gemma_dist.plan.allocator import ACTIVATIONS, Allocator, Peak, make_known
 from gemma_dist.plan.fake import fake_model
 from gemma_dist.plan.optimizer import FakeOptimizer
+from gemma_dist.train.offload import SMALLEST
 
 Device = Literal["cpu", "cuda"]
 Batch = dict[str, torch.Tensor]
@@ -62,7 +65,8 @@ class FakeStep:
             self._note_rest()
             for number, batch in enumerate(batches):
                 fakes = inputs[number] if early else self._fakes_of(batch)
-                with self.allocator.counting_as(ACTIVATIONS, moment=FORWARD):
+                on_host = _OnHost() if self.config.train.activation_offloading else nullcontext()
+                with self.allocator.counting_as(ACTIVATIONS, moment=FORWARD), on_host:
                     loss = _loss(self.model, fakes, self.config)
                 del fakes
                 with self.allocator.counting_as(ACTIVATIONS, moment=BACKWARD):
@@ -107,6 +111,20 @@ class FakeStep:
     def _label_gradient(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         self.allocator.label(parameter.grad, GRADIENTS)
+
+
+class _OnHost(saved_tensors_hooks):
+    """Within, what `train.offload.activations_on_host` moves is gone until it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(self._pack, self._unpack)
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        stays = isinstance(tensor, torch.nn.Parameter) or not tensor.is_floating_point() or tensor.nbytes < SMALLEST
+        return tensor if stays else (tensor.shape, tensor.dtype)
+
+    def _unpack(self, packed: Any) -> torch.Tensor:
+        return packed if isinstance(packed, torch.Tensor) else torch.empty(packed[0], dtype=packed[1])
 
 
 def _prepare(model: Any, config: RunConfig) -> None:
@@ -173,24 +191,27 @@ def _images_apart(model: Any, allocator: Allocator) -> list[Any]:
 
 def _layers_apart(model: Any, allocator: Allocator) -> list[Any]:
     """Hooks that let the backward pass of each checkpointed layer, which begins when it is computed again, be a moment
-    of its own, named from the end: -1 is the last layer, or the last one before those that share keys and values."""
-    text = model.config.get_text_config()
-    shares = getattr(text, "num_kv_shared_layers", 0) or 0
-    owns = text.num_hidden_layers - shares
+    of its own."""
+    moments = backward_moments(model.config.get_text_config())
     hooks = []
     for name, module in model.named_modules():
         if found := re.search(r"language_model\.layers\.(\d+)\.input_layernorm$", name):  # where a layer begins
-            number = int(found[1])
-            moment = (
-                f"{BACKWARD} of layer {number - owns}"
-                if number < owns
-                else f"{BACKWARD} of layer {number - owns - shares}"
-            )
-            moment += " that shares keys and values" if number >= owns else ""
 
-            def begin(module: Any, args: Any, moment: str = moment) -> None:
+            def begin(module: Any, args: Any, moment: str = moments[int(found[1])]) -> None:
                 if allocator.moment.startswith(BACKWARD):
                     allocator.moment = moment
 
             hooks.append(module.register_forward_pre_hook(begin))
     return hooks
+
+
+def backward_moments(text: Any) -> list[str]:
+    """The name of the backward pass of each layer of a text config: by its kind, and counted from the end of those with
+    keys and values of their own, or of those that share them."""
+    owns = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", 0) or 0)
+    moments, behind = [], Counter[str]()
+    for number, layer_type in reversed(list(enumerate(text.layer_types))):
+        kind = layer_type.removesuffix("_attention") + (" layer that shares" if number >= owns else " layer")
+        behind[kind] += 1
+        moments.append(f"{BACKWARD} of {kind}, {behind[kind]} from the end")
+    return moments[::-1]

@@ -70,11 +70,15 @@ class PlanWatch:
                 seen.used / GIB,
             )
         if self._calibrate and world.rank() == 0:
-            path = write_calibration(
-                seen.gpu.name,
-                context_bytes=max(0, seen.used - seen.reserved),
-                fragmentation=max(0.0, (seen.reserved - seen.allocated) / seen.allocated),
-            )
+            try:
+                path = write_calibration(
+                    seen.gpu.name,
+                    context_bytes=max(0, seen.used - seen.reserved),
+                    fragmentation=max(0.0, (seen.reserved - seen.allocated) / seen.allocated),
+                )
+            except OSError as error:  # no reason to end a run
+                log.warning("the calibration could not be kept (%s)", error)
+                return
             log.info("kept in %s: plans on this machine use it", path)
 
 

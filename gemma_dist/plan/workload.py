@@ -106,17 +106,16 @@ def _length(config: RunConfig, run: "Run | None") -> tuple[int, str]:
 
 
 def _images(run: "Run") -> tuple[int, int, bool]:
-    """The most images of a micro-batch, the most tokens of one, and whether there are any at all."""
+    """Images of the micro-batch with the most image tokens, the tokens of each, and whether there are any at all."""
     shards, plan = run.schedule.shards, run.plan
-    images = np.asarray(shards.num_images)
+    images, tokens = np.asarray(shards.num_images), np.asarray(shards.num_image_tokens)
     if not images.any():
         return 0, 0, False
-    some = images > 0
-    tokens = math.ceil((np.asarray(shards.num_image_tokens)[some] / images[some]).max())
     num_steps = min(run.schedule.steps_per_epoch, -(-MOST_PACKS // plan.global_batch_size))
-    most = 0
+    most, number = 0, 0
     for step in range(num_steps):
         for rank in range(plan.world_size):
             for packs in run.schedule.micro_batches(step, rank):
-                most = max(most, sum(int(images[sample]) for pack in packs for sample in pack))
-    return most, tokens, True
+                samples = [sample for pack in packs for sample in pack]
+                most, number = max((most, number), (int(tokens[samples].sum()), int(images[samples].sum())))
+    return number, math.ceil(most / max(1, number)), True

@@ -110,6 +110,33 @@ def test_a_step_in_4_bits_has_the_loss_of_the_cpu(
         assert on_gpu["grad_norm"] == pytest.approx(on_cpu["grad_norm"], rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("style", "on_gpu", "on_host"),
+    [
+        ("26b", "model.experts=gpu", "model.experts=host"),
+        ("e4b", "model.ple=gpu", "model.ple=host"),
+        ("e4b", "train.activation_offloading=false", "train.activation_offloading=true"),
+    ],
+)
+def test_what_waits_on_the_host_arrives_whole_and_in_time(
+    style: str,
+    on_gpu: str,
+    on_host: str,
+    tiny_model: Callable[..., Path],
+    shards: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """Pinned memory, streams and events: a copy that is late gives another loss."""
+    settings = ["max_steps=4", "global_batch_size=4", "gradient_checkpointing=true"]
+    there, here = (
+        run("cpu_qlora", tiny_model(style), shards(style), tmp_path / str(number), *settings, setting)
+        for number, setting in enumerate((on_gpu, on_host))
+    )
+    for gpu, host in zip(there, here, strict=True):
+        print(f"{on_host} step {gpu['step']}: loss {host['loss']:.6f}, {gpu['loss']:.6f} with {on_gpu}")
+        assert host["loss"] == pytest.approx(gpu["loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("style", STYLES)
 def test_packed_documents_have_the_logits_of_a_padded_batch(
