@@ -299,10 +299,12 @@ def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None, cal
     changes a setting of the recipe: learning_rate=1e-4, or lora.r=8 with its section.
     """
     from gemma_dist.recipe import load_config
+    from gemma_dist.topology import current_topology, require_fit
 
     if quarantine:
         overrides = (*overrides, f"data.quarantine={quarantine}")
-    settings = load_config(config, overrides)  # before torch is loaded: a typo should cost a second
+    settings = load_config(config, overrides)  # before torch is loaded: a typo should cost a second,
+    require_fit(settings, current_topology())  # and so should a batch that the ranks cannot share
     from gemma_dist.logs import say_idle_gpus
     from gemma_dist.plan.watch import PlanWatch
     from gemma_dist.train import run

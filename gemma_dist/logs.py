@@ -124,11 +124,12 @@ class RunLog:
         if self._file is not None:
             self._file.write(row | {"seconds": round(seconds, 3)})
             log.info(
-                "step %*d/%d  loss %7.4f  grad %7.3f  lr %.2e  %7d tokens  %8.0f tokens/s  %6.2f s",
+                "step %*d/%d  loss %7.4f  accuracy %.3f  grad %7.3f  lr %.2e  %7d tokens  %8.0f tokens/s  %6.2f s",
                 len(str(self._num_steps)),
                 step,
                 self._num_steps,
                 values["loss"],
+                values["token_accuracy"],
                 values["grad_norm"],
                 values["learning_rate"],
                 num_tokens,

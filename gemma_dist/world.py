@@ -1,4 +1,4 @@
-"""The processes of a run: rank, world size and the three exchanges that the rest of the package needs.
+"""The processes of a run: rank, world size and the few exchanges that the rest of the package needs.
 
 One process is rank 0 of 1, so every command also runs without a launcher. `accelerate launch`, `torchrun` and
 Slurm all leave RANK and WORLD_SIZE in the environment; these are the only places that are read.
@@ -9,7 +9,10 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 # Longer than any one rank may lead another: building a 31B model from a slow disk, or saving it.
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
@@ -118,6 +121,16 @@ def any_rank(flags: Sequence[bool]) -> list[bool]:
     highest = torch.tensor(flags, dtype=torch.int32, device=device)  # 0 or 1, on this rank and then on any
     torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
     return [bool(flag) for flag in highest.tolist()]
+
+
+def add_up(numbers: "torch.Tensor") -> list[float]:
+    """The sums of `numbers` (as many on every rank, on the device that it computes on) over all ranks: one all-reduce,
+    and one wait for the device."""
+    if world_size() > 1:
+        import torch
+
+        torch.distributed.all_reduce(numbers)
+    return numbers.tolist()
 
 
 def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:

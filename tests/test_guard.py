@@ -78,9 +78,9 @@ def test_a_gradient_that_is_not_finite_stops_too(shards: Path) -> None:
     from gemma_dist.train.guard import stop_unless_finite
 
     schedule = Schedule(open_shards(shards), BatchPlan(1, 2, 2, 4), 1, packing=False, packing_length=None)
-    stop_unless_finite(schedule, 2, loss=True, gradients=True)
+    stop_unless_finite(schedule, 2, everywhere=True, loss=True)
     with pytest.raises(TrainingError, match=r"step 3: the loss is finite, but a gradient is not finite") as caught:
-        stop_unless_finite(schedule, 2, loss=True, gradients=False)
+        stop_unless_finite(schedule, 2, everywhere=False, loss=True)
     for sample in schedule.global_batch(2):
         assert schedule.shards.id(sample) in str(caught.value)
 
@@ -101,7 +101,7 @@ def test_samples_in_quarantine_are_never_blamed(shards: Path, tmp_path: Path) ->
     quarantine.write_text("\n".join(named[:3]))
     schedule = open_schedule(config, plan)
     with pytest.raises(TrainingError, match=r"step 2: .*\n    rank 0: " + named[3] + r"\n"):
-        stop_unless_finite(schedule, 1, loss=False, gradients=True)
+        stop_unless_finite(schedule, 1, everywhere=False, loss=False)
     quarantine.write_text("\n".join(named))
     assert sample_ids(open_schedule(config, plan), 1, 0) == "none, only fillers"
 

@@ -46,13 +46,15 @@ SOURCES = {
     "bitsandbytes.nn:Linear4bit.forward": ("model/load.py", "keeps from repacking", "d52cf6345771"),
     "transformers:Trainer._init_training_state": ("train/trainer.py", "extends", "8fbd17ebb7d3"),
     "transformers:Trainer._prepare_for_training": ("train/trainer.py", "extends", "f55950593d7e"),
+    "transformers:Trainer.get_batch_samples": ("train/trainer.py", "replaces", "0b3727386f73"),
+    "transformers:Trainer._run_epoch": ("train/trainer.py", "gives micro-batches one by one", "31aff00f34c3"),
     "transformers:Trainer._get_grad_norm": ("train/trainer.py", "extends", "913ba6f52f07"),
-    "transformers:Trainer._maybe_log_save_evaluate": ("train/trainer.py", "extends", "af101534f0f7"),
+    "transformers:Trainer._maybe_log_save_evaluate": ("train/trainer.py", "does a part of", "af101534f0f7"),
     "transformers:Trainer._save_checkpoint": ("train/trainer.py", "replaces", "a9111e30faa9"),
     "transformers:Trainer.save_model": ("train/trainer.py", "replaces", "705727ee10c8"),
     "transformers:TrainingArguments.n_gpu": ("train/trainer.py", "overrides", "5dd70896e4a3"),
     "trl:SFTTrainer.__init__": ("train/trainer.py", "undoes a part of", "90b61e42b690"),
-    "trl:SFTTrainer.compute_loss": ("train/trainer.py", "extends", "ca448211ff65"),
+    "trl:SFTTrainer.compute_loss": ("train/trainer.py", "replaces", "ca448211ff65"),
     "transformers.modeling_layers:GradientCheckpointingLayer.__call__": (
         "train/trainer.py",
         "looks into",
@@ -103,7 +105,7 @@ KINDS = [("source", name) for name in SOURCES] + [("parameters", name) for name 
 OF_PYTHON_AND_TORCH = {
     *("_asdict", "_current_frames", "_exit", "_fields"),
     *("_parameters", "_buffers", "_cdata", "_known_values", "_disable_current_modes"),
-    *("_local_scalar_dense", "_scaled_dot_product_attention_math"),
+    *("_local_scalar_dense", "_scaled_dot_product_attention_math", "_schema"),
 }
 
 

@@ -12,7 +12,7 @@ sliding layers see `q - k < sliding_window`, k before q or, where `use_bidirecti
 image. Rows that are no packs follow it by `use_image_rule` of vision.py, which says why.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # No mask function is registered under this name, so transformers builds none.
 PACKED_ATTENTION = "gemma_dist_packed"
+LAYOUT = "layout"  # of a batch, beside its position_ids
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,14 @@ class QueryBlock:
     mask: torch.Tensor | None  # (1, 1, queries, keys), True where a query sees a key; None: causal, keys = queries
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where the documents and the images of a batch of packs lie, as numbers of the host."""
+
+    spans: list[tuple[int, int]]  # of each document, in the order of rows and documents: its tokens of B * T
+    images: list[int]  # which image each of the B * T tokens is of, 0 for none
+
+
 # The blocks of each document, in the order of rows and documents, by layer type.
 Documents = dict[str, list[list[QueryBlock]]]
 
@@ -40,8 +49,8 @@ Documents = dict[str, list[list[QueryBlock]]]
 def use_packed_attention(model: Any) -> None:
     """Make a Gemma 4 take packs: `position_ids` that restart, and no `attention_mask`.
 
-    The documents are found once in a forward pass, with one wait for the device, and reach every layer as a keyword
-    argument that Gemma 4 passes down.
+    The documents are found once in a forward pass and reach every layer as a keyword argument that Gemma 4 passes down.
+    Where the batch has its `LAYOUT`, nothing waits for the device.
     """
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)
     model.set_attn_implementation({"text_config": PACKED_ATTENTION})
@@ -88,27 +97,45 @@ def packed_attention(
     return torch.cat(outputs, dim=1).unflatten(1, (batch_size, length))[0], None
 
 
-def find_documents(position_ids: torch.Tensor, mm_token_type_ids: torch.Tensor, sliding_window: int) -> Documents:
+def lay_out(position_ids: torch.Tensor, mm_token_type_ids: torch.Tensor) -> Layout:
+    """The layout of a batch of packs. With tensors on a GPU it waits for it: to be made before they are sent there.
+
+    Args:
+        position_ids, mm_token_type_ids: as for `find_documents`.
+    """
+    positions, images = torch.stack([position_ids.flatten(), _number_images(mm_token_type_ids)]).tolist()
+    starts = [token for token, position in enumerate(positions) if position == 0]
+    assert not any(positions[:: position_ids.shape[1]]), "a row begins with a document"
+    return Layout(list(pairwise([*starts, len(positions)])), images)
+
+
+def find_documents(
+    position_ids: torch.Tensor, mm_token_type_ids: torch.Tensor, sliding_window: int, layout: Layout | None = None
+) -> Documents:
     """Where the documents of a batch of packs lie, and what their tokens see of one another.
 
     Args:
         position_ids: (B, T), 0 at the first token of each document, and of each row.
         mm_token_type_ids: (B, T), not 0 on the soft tokens of images that see themselves in both directions. A run of
             them inside a document is one image.
+        layout: theirs, if it is known.
     """
-    is_image = mm_token_type_ids.flatten() != 0
-    # (B * T,): which image a token is of, 0 for none. Between two images of a document there are other tokens, so the
-    # number of those tells them apart.
-    images = torch.where(is_image, 1 + (~is_image).cumsum(0), 0)
-    positions, numbers = torch.stack([position_ids.flatten(), images]).tolist()
-    starts = [token for token, position in enumerate(positions) if position == 0]
-    assert not any(positions[:: position_ids.shape[1]]), "a row begins with a document"
-    spans = list(pairwise([*starts, len(positions)]))
-    whole = [slice(0, end - start) for start, end in spans]
+    layout = layout or lay_out(position_ids, mm_token_type_ids)
+    images = _number_images(mm_token_type_ids)
+    whole = [slice(0, end - start) for start, end in layout.spans]
     return {
         "full_attention": [[QueryBlock(document, document, None)] for document in whole],
-        "sliding_attention": [_windows(images[start:end], numbers[start:end], sliding_window) for start, end in spans],
+        "sliding_attention": [
+            _windows(images[start:end], layout.images[start:end], sliding_window) for start, end in layout.spans
+        ],
     }
+
+
+def _number_images(mm_token_type_ids: torch.Tensor) -> torch.Tensor:
+    """(B, T) -> (B * T,): which image a token is of, 0 for none. Between two images of a document there are other
+    tokens, so the number of those tells them apart."""
+    is_image = mm_token_type_ids.flatten() != 0
+    return torch.where(is_image, 1 + (~is_image).cumsum(0), 0)
 
 
 def _windows(images: torch.Tensor, numbers: list[int], window: int) -> list[QueryBlock]:
@@ -123,7 +150,7 @@ def _windows(images: torch.Tensor, numbers: list[int], window: int) -> list[Quer
         if seen < first or any(numbers[first:end]):
             queries = torch.arange(first, end, device=images.device)[:, None]
             keys = torch.arange(seen, seen_end, device=images.device)
-            same_image = (images[queries] == images[keys]) & (images[keys] != 0)
+            same_image = (images[first:end, None] == images[seen:seen_end]) & (images[seen:seen_end] != 0)
             mask = (queries - keys < window) & ((keys <= queries) | same_image)
             mask = mask[None, None]
         blocks.append(QueryBlock(slice(first, end), slice(seen, seen_end), mask))
@@ -133,8 +160,10 @@ def _windows(images: torch.Tensor, numbers: list[int], window: int) -> list[Quer
 def _add_documents(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before each forward pass of `Gemma4Model` or `Gemma4UnifiedModel`."""
     assert kwargs.get("attention_mask") is None, "a pack has no attention_mask"
-    config = model.config.text_config
+    config, layout = model.config.text_config, kwargs.pop(LAYOUT, None)
     types = kwargs["mm_token_type_ids"]
     if config.use_bidirectional_attention != "vision":
         types = torch.zeros_like(types)
-    return args, kwargs | {"documents": find_documents(kwargs["position_ids"], types, config.sliding_window)}
+        layout = layout and replace(layout, images=[0] * len(layout.images))
+    documents = find_documents(kwargs["position_ids"], types, config.sliding_window, layout)
+    return args, kwargs | {"documents": documents}

@@ -6,8 +6,10 @@ what the weights take.
 
 import yaml
 
+from gemma_dist.config import RunConfig
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.errors import CheckpointError
+from gemma_dist.model.cards import card_at_hand, impossible, slow
 from gemma_dist.model.shapes import describe_training
 from gemma_dist.resolve import Run, require_output_dir
 
@@ -23,7 +25,9 @@ def describe_run(run: Run) -> str:
     require_output_dir(run.config)
     settings = yaml.safe_dump(run.config.to_json(), sort_keys=False, allow_unicode=True, width=120)
     training = describe_training(run.config, run.unneeded_towers)
-    return "\n".join([settings, str(run.plan), *_data_lines(run), *_encoding_lines(run), *training])
+    return "\n".join(
+        [settings, str(run.plan), *_data_lines(run), *_encoding_lines(run), *training, *_card_lines(run.config)]
+    )
 
 
 def _data_lines(run: Run) -> list[str]:
@@ -50,3 +54,11 @@ def _encoding_lines(run: Run) -> list[str]:
         return [f"the shards were not compared with the model's processor: {error}"]
     run.schedule.shards.require_encoding(encoder)
     return []
+
+
+def _card_lines(config: RunConfig) -> list[str]:
+    """What the GPU of this machine, if it has one, cannot do for the recipe. The run may be meant for another."""
+    card = card_at_hand()
+    if card is None:
+        return []
+    return [f"this machine's GPU: {card}", *impossible(config, card), *slow(card)]

@@ -1,6 +1,6 @@
 """What watches over a run's steps: nothing that is not finite reaches the weights, and a hang names its culprit.
 
-The first costs an exchange of two numbers a step, the second a thread that sleeps.
+The first rides on the one exchange of a step (`sums.py`), the second is a thread that sleeps.
 """
 
 import faulthandler
@@ -18,17 +18,18 @@ from gemma_dist.stream.schedule import Schedule
 NUM_IDS_SHOWN = 50  # of a rank, in a message
 
 
-def stop_unless_finite(schedule: Schedule, step: int, *, loss: bool, gradients: bool) -> None:
+def stop_unless_finite(schedule: Schedule, step: int, *, everywhere: bool, loss: bool) -> None:
     """Let all ranks stop together, before the optimizer, when the loss or a gradient of step `step` (from 0) is not
-    finite on any of them. To be called by every rank: one exchange of two numbers a step.
+    finite on any of them. To be called by every rank; only where they stop, they tell each other more.
 
     Args:
-        loss, gradients: whether this rank's are finite.
+        everywhere: whether all ranks' losses and gradients are finite, as all of them know by now.
+        loss: whether this rank's loss is.
 
     Raises:
         TrainingError: on every rank, with the samples of the step.
     """
-    if not any(world.any_rank([not loss, not gradients])):
+    if everywhere:
         return
     finite_of_rank = world.gather_objects(loss)
     what = "the loss is finite, but a gradient is"

@@ -18,6 +18,7 @@ from gemma_dist.config import RunConfig
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.files import writing
 from gemma_dist.logs import RunLog, log
+from gemma_dist.model.cards import card_at_hand, require_card, slow
 from gemma_dist.model.load import add_adapter, load_model, read_config, use_cpu
 from gemma_dist.model.per_layer import PerLayerTable, open_table
 from gemma_dist.model.record import ADAPTER_RECORD
@@ -53,13 +54,15 @@ def train(
         watch: is told of the run before it begins, and of what it took of the GPU.
 
     Raises:
-        ConfigError, DataError, CheckpointError: before any weight is read, where the run could not work.
+        ConfigError, DataError, CheckpointError: before any weight is read, where the run could not work, or not on this
+            GPU.
         CheckpointError: the ranks did not find the same checkpoint.
         TrainingError: a loss or a gradient is not finite.
     """
     topology, output_dir = current_topology(), config.train.output_dir
     require_fit(config, topology)
     require_output_dir(config)
+    _require_card(config)
     run = resolve(config, topology)
     encoder = load_encoder(config.model.model_name_or_path, config.data)
     if world.rank() == 0 and (note := encoder.lost_opening()):
@@ -97,6 +100,15 @@ def train(
         if world.rank() == 0:
             _publish(checkpoint, output_dir)
     world.disconnect()
+
+
+def _require_card(config: RunConfig) -> None:
+    """Raises ConfigError where this rank's GPU cannot carry out the recipe, and says what it does slowly."""
+    card = card_at_hand()
+    if card is not None:
+        require_card(config, card)
+        for cost in slow(card):
+            log.warning("%s", cost)
 
 
 def _train_from(

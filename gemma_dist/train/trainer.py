@@ -7,14 +7,17 @@ the places where it would train something else on Gemma 4:
   tensors by the number of rows;
 - the loss is a sum over the target tokens of the global batch, divided by their number, whatever the ranks and the
   accumulation: loss = sum(nll) / num_target_tokens. `Gemma4ForConditionalGeneration` says that it does not take that
-  number, so Trainer would average averages;
+  number, so Trainer would average averages. Their number is known without asking: no micro-batch waits for the device
+  or for another rank, and a step has one exchange (`sums.py`);
 - checkpointing is non-reentrant: reentrant recomputation loses the gradients of keys and values that layers share.
 """
 
 import contextlib
 import math
 import warnings
+from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,9 +41,11 @@ from gemma_dist.resolve import Run
 from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.topology import write_recipe_into
 from gemma_dist.train import checkpoint
+from gemma_dist.train.feed import Feed, transfer_to
 from gemma_dist.train.guard import Watchdog, sample_ids, stop_unless_finite
 from gemma_dist.train.offload import activations_on_host
 from gemma_dist.train.optimizer import load_optimizer, save_optimizer
+from gemma_dist.train.sums import StepSums, Totals, require_counted, summarize
 from gemma_dist.train.weights import weights_to_save
 
 # Settings of a recipe that are ours to carry out.
@@ -83,9 +88,9 @@ def training_arguments(run: Run) -> SFTConfig:
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         ignore_data_skip=True,  # the loader starts at the right step by itself
+        ddp_broadcast_buffers=False,  # no buffer changes, and DDP would send them at every step
         ddp_find_unused_parameters=False,  # every rank runs every part in every micro-batch
         disable_tqdm=True,
-        dataloader_pin_memory=not use_cpu(),
         ddp_timeout=int(world.COLLECTIVE_TIMEOUT.total_seconds()),
     )
     if arguments.deepspeed_plugin is not None:
@@ -119,7 +124,8 @@ class ToolCallTrainer(SFTTrainer):
         self.add_callback(SeedSteps())
         self.run, self.loader, self.run_log = run, loader, run_log
         self.model_accepts_loss_kwargs = True
-        self._loss_is_finite = torch.tensor(True, device=self.args.device)  # of this rank's micro-batches of the step
+        self._sums = StepSums(self.args.device)
+        self._unlogged: list[Totals] = []  # steps since the last line of the log
         # TRL flips this to reentrant for PEFT at ZeRO-3, from the days when DeepSpeed could not do otherwise.
         if self.args.activation_checkpointing:
             self.args.activation_checkpointing_kwargs = {"use_reentrant": False}
@@ -143,8 +149,8 @@ class ToolCallTrainer(SFTTrainer):
             self._watchdog.close()
 
     def get_train_dataloader(self) -> DataLoader:
-        """Our batches as they are: Trainer's own would pass them through `accelerate.prepare`."""
-        return DataLoader(self.loader, batch_size=None)
+        """Our batches as they are, on the device: Trainer's own would pass them through `accelerate.prepare`."""
+        return DataLoader(Feed(self.loader, transfer_to(self.args.device)), batch_size=None)
 
     def _init_training_state(self, *args: object, **kwargs: object) -> Any:
         """Count steps from the one that the loader starts at."""
@@ -169,36 +175,68 @@ class ToolCallTrainer(SFTTrainer):
 
             def step_if_finite() -> None:
                 """The engine's own step, unless all ranks have to stop."""
-                self._stop_unless_finite(not engine.optimizer.has_overflow())
+                self._end_backward(not engine.optimizer.has_overflow())
                 step()
 
             engine.step = step_if_finite
         return prepared
 
-    def compute_loss(self, *args: object, **kwargs: object) -> Any:
-        """TRL's, noting whether it is finite."""
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: object) -> Any:
+        """A step's micro-batches, each taken when its turn comes, and the target tokens of all ranks' micro-batches.
+        Trainer would first fetch the whole step, and count on every rank, in an exchange."""
+        self._targets = self._num_targets(self.state.global_step)
+        return MicroBatches(epoch_iterator, num_batches), max(1, self._targets)
+
+    def _num_targets(self, step: int) -> int:
+        """Target tokens of the global batch of `step`: arithmetic, the same on every rank."""
+        return self.loader.counts_at(step)[0]
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: int | None = None
+    ) -> torch.Tensor:
+        """sum(nll) / num_items_in_batch, as TRL's, times the number of ranks, over which gradients are averaged.
+        Unlike TRL's it waits for neither the device nor another rank."""
+        assert num_items_in_batch is not None, "the loss of a training step"
+        assert not return_outputs, "the fused head makes no logits"
         with activations_on_host() if self.run.config.train.activation_offloading else contextlib.nullcontext():
-            loss = super().compute_loss(*args, **kwargs)
-        self._loss_is_finite &= loss.detach().isfinite()  # looked at once a step: no wait for the device here
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+            nll = -outputs.log_probs  # 0 where there is no target
+            loss: torch.Tensor = nll.sum() / num_items_in_batch * world.world_size()
+        self._sums.add(loss, outputs)
         return loss
 
-    def _get_grad_norm(self, *args: object, **kwargs: object) -> float:
+    def _get_grad_norm(self, *args: object, **kwargs: object) -> Any:
         """Trainer asks for it between the backward pass and the optimizer: the moment to look at the gradients."""
         norm = super()._get_grad_norm(*args, **kwargs)
         if not self.is_deepspeed_enabled:
-            self._stop_unless_finite(math.isfinite(norm))
+            self._end_backward(norm.isfinite() if torch.is_tensor(norm) else math.isfinite(norm))
         return norm
 
-    def _stop_unless_finite(self, gradients: bool) -> None:
-        """Between the last backward pass of a step and the optimizer, on every rank."""
+    def _end_backward(self, gradients_are_finite: torch.Tensor | bool) -> None:
+        """Between the last backward pass of a step and the optimizer, on every rank: the one exchange of the step."""
         step = self.state.global_step
-        stop_unless_finite(self.loader.schedule, step, loss=bool(self._loss_is_finite), gradients=gradients)
+        totals = self._sums.exchange(gradients_are_finite)
+        stop_unless_finite(self.loader.schedule, step, everywhere=totals.is_finite, loss=self._sums.loss_is_finite)
+        require_counted(step, totals, self._targets)
+        self._unlogged.append(totals)
 
-    def _maybe_log_save_evaluate(self, *args: object, **kwargs: object) -> None:
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """At the end of each step."""
         self._watchdog.feed()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.control.should_log and self._unlogged:
+            self._log_steps(tr_loss, grad_norm, kwargs["learning_rate"])
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
         self._watchdog.feed()  # to save takes its own time
+
+    def _log_steps(self, tr_loss: torch.Tensor, grad_norm: Any, learning_rate: float) -> None:
+        """What Trainer does at a logged step, with what the exchanges of the steps have told already: it would gather
+        the losses of the ranks once more."""
+        values = summarize(self._unlogged)
+        self._total_loss_scalar += values["loss"] * len(self._unlogged)
+        self._unlogged.clear()
+        tr_loss.zero_()  # Trainer's own sum
+        self._globalstep_last_logged = self.state.global_step
+        self.log({**values, "grad_norm": float(grad_norm), "learning_rate": learning_rate})
 
     def _position(self) -> str:
         """What this rank is working on, for the watchdog."""
@@ -219,7 +257,7 @@ class ToolCallTrainer(SFTTrainer):
             self.run_log.write(
                 step,
                 {
-                    "loss": logs["loss"],
+                    **{name: logs[name] for name in ("loss", "entropy", "token_accuracy")},
                     "grad_norm": logs["grad_norm"],
                     "learning_rate": logs["learning_rate"],
                     "epoch": round(step / self.loader.schedule.steps_per_epoch, 4),
@@ -247,6 +285,20 @@ class ToolCallTrainer(SFTTrainer):
         self.processing_class.save_pretrained(folder)
         write_record(folder, self.run.config, self.model, **self.run.identity.to_json())
         _check_saved(folder)
+
+
+class MicroBatches:
+    """The next `count` of `batches`, to be gone through once. Each is taken when its turn comes, so that a device
+    holds no more of a step than is worked on."""
+
+    def __init__(self, batches: Iterator[Any], count: int) -> None:
+        self._batches, self._count = batches, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self._batches, self._count)
 
 
 class SeedSteps(TrainerCallback):

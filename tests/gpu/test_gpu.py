@@ -17,6 +17,7 @@ from gemma_dist.config import ModelConfig
 from gemma_dist.model.load import load_model
 from gemma_dist.model.tiny import STYLES
 from gemma_dist.stream.collate import collate, collate_packs, control_ids
+from gemma_dist.train.feed import Feed, transfer_to
 from tests.gpu.models import write_random_e4b
 from tests.support.corpus import row, write_rows
 from tests.support.documents import document
@@ -66,6 +67,27 @@ def run(recipe: str, model: Path, shards: Path, out: Path, *more: str, gpu: bool
     said = gemma_dist("train", f"launch/{recipe}.yaml", *settings, *more, gpu=gpu, timeout=1500)
     (out / "said.txt").write_text(said)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_micro_batches_come_to_the_device_as_they_were_and_one_ahead() -> None:
+    """Read while the next ones are copied over the memory of those that went before."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {
+            "input_ids": torch.full((1, 4096), number),
+            "attention_mask": torch.ones(1, 4096, dtype=torch.int64),
+            "pixel_values": torch.rand(1 if ON_CPU else 8, 2520, 768, generator=generator),
+        }
+        for number in range(12)
+    ]
+    weight = torch.rand(768, 768, device=DEVICE)
+    for number, batch in enumerate(Feed(batches, transfer_to(DEVICE))):
+        for _ in range(1 if ON_CPU else 20):  # the device is still busy when the host asks for the next one
+            batch["pixel_values"] @ weight
+        assert {tensor.device.type for tensor in batch.values()} == {DEVICE.type}
+        for name, tensor in batch.items():
+            assert torch.equal(tensor.cpu(), batches[number][name]), name
+    assert number == len(batches) - 1
 
 
 @pytest.mark.parametrize("style", STYLES)

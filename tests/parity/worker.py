@@ -106,9 +106,16 @@ class ObservedTrainer(Observer, ToolCallTrainer):
         if not self.task["packs_as_rows"]:
             return super().get_train_dataloader()
         config = load_config(self.task["recipe"], [*self.task["overrides"], *self.task["packs_as_rows"]])
-        packed = resolve(config, current_topology()).schedule
-        batches: Any = list(packs_as_rows(packed, self.loader))  # a list is a dataset, says DataLoader, not its types
+        self.packed = resolve(config, current_topology()).schedule
+        batches: Any = list(
+            packs_as_rows(self.packed, self.loader)
+        )  # a list is a dataset, says DataLoader, not its types
         return DataLoader(batches, batch_size=None)
+
+    def _num_targets(self, step: int) -> int:
+        if not self.task["packs_as_rows"]:
+            return super()._num_targets(step)
+        return int(self.packed.shards.num_target_tokens[self.packed.global_batch(step)].sum())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         result = super().train(*args, **kwargs)

@@ -1,0 +1,50 @@
+"""What a step waits for, counted: in a micro-batch neither for the device nor for another rank, at its end once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_dist.errors import DataError
+from gemma_dist.train.sums import Totals, require_counted, summarize
+from tests.support.steps import measure, prepare
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and rows, of which some have images."""
+    folder = tmp_path_factory.mktemp("waits")
+    prepare(folder, "e4b")
+    return folder
+
+
+@pytest.mark.parametrize(("launch", "packing"), [("single", False), ("cpu_ddp", True)])
+def test_a_micro_batch_waits_for_nothing_and_a_step_exchanges_once(folder: Path, launch: str, packing: bool) -> None:
+    """Left are the waits of transformers' own code where it reads images and masks (accelerate calls its backward)."""
+    found = measure(folder, launch, packing=packing, bare=False)
+    micro_batch, end = found["micro_batch"], found["end"]
+    assert micro_batch["waits"].keys() <= {"transformers", "accelerate"}
+    assert micro_batch["collectives"] == {}
+    assert end["collectives"] == ({} if launch == "single" else {"gemma_dist": 1})
+    assert end["bytes"].get("gemma_dist", 0) <= 64
+    assert end["waits"]["gemma_dist"] <= 2  # the exchange is read, and the norm of the gradients
+
+
+def test_trl_is_seen_to_wait(folder: Path) -> None:
+    """So the counts above can fail."""
+    micro_batch: dict[str, Any] = measure(folder, "cpu_ddp", packing=True, bare=True)["micro_batch"]
+    assert micro_batch["waits"]["trl"] >= 5
+    assert micro_batch["collectives"]["accelerate"] == 4  # and DDP's of buffers, in the first one of a step
+
+
+def test_several_steps_are_shown_by_their_tokens() -> None:
+    steps = [Totals(2.0, 10, 5.0, 1.0, True), Totals(4.0, 30, 5.0, 9.0, True)]
+    assert summarize(steps) == {"loss": 3.0, "entropy": 0.25, "token_accuracy": 0.25}
+    assert summarize([Totals(0.0, 0, 0.0, 0.0, True)]) == {"loss": 0.0, "entropy": 0.0, "token_accuracy": 0.0}
+
+
+def test_labels_that_the_shards_did_not_count_stop_the_run() -> None:
+    totals = Totals(2.0, 10, 5.0, 1.0, True)
+    require_counted(0, totals, 10)
+    with pytest.raises(DataError, match=r"step 3 has 10 target tokens, and data.train counts 12"):
+        require_counted(2, totals, 12)
