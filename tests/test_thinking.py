@@ -3,6 +3,7 @@
 import base64
 import functools
 import json
+import logging
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -300,6 +301,8 @@ def test_a_template_without_the_models_empty_thought_is_warned_of(
     tiny_model: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.WARNING, log.name)  # whatever tests before it in this process have left
+    monkeypatch.setattr(log, "disabled", False)
     rows = [{"messages": [user(), says("Ok.")]}]
     for style, template, warned in (("12b", None, 0), ("e4b", "gemma4_v4", 0), ("12b", NEWEST, 1)):
         caplog.clear()
