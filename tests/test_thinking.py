@@ -3,7 +3,6 @@
 import base64
 import functools
 import json
-import logging
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -301,15 +300,14 @@ def test_a_template_without_the_models_empty_thought_is_warned_of(
     tiny_model: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log, "propagate", True)
-    caplog.set_level(logging.WARNING, log.name)  # whatever tests before it in this process have left
-    monkeypatch.setattr(log, "disabled", False)
     rows = [{"messages": [user(), says("Ok.")]}]
-    for style, template, warned in (("12b", None, 0), ("e4b", "gemma4_v4", 0), ("12b", NEWEST, 1)):
+    for style, template, warned in (("12b", None, False), ("e4b", "gemma4_v4", False), ("12b", NEWEST, True)):
         caplog.clear()
         folder = tmp_path / f"{style}-{template}"
         folder.mkdir()
         shard_rows(folder, str(tiny_model(style)), rows, chat_template=template)
-        assert caplog.text.count("opens an empty thought in front of each answer") == warned
+        # Not counted: where a test before called `main`, pytest has a second handler.
+        assert ("opens an empty thought in front of each answer" in caplog.text) == warned
     encoder = load_encoder(str(tiny_model("12b")), EncodingConfig(chat_template=NEWEST))
     assert encoder.encode(parsed(user(), says("Ok."))).notes == {}
 
