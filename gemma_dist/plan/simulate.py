@@ -99,7 +99,7 @@ def simulate_step(config: RunConfig, batches: list[Batch], *, device: Device, ac
     return _highest(step.allocator.peaks)
 
 
-def _step(config: RunConfig, batches: list[dict[str, torch.Tensor]], device: Device, accumulates: bool) -> FakeStep:
+def _step(config: RunConfig, batches: list[Batch], device: Device, accumulates: bool) -> FakeStep:
     has_images = any("pixel_values" in batch for batch in batches)
     unneeded = unneeded_towers(frozen=config.tuning != "full", has_images=has_images)
     table = not any(ROWS in batch for batch in batches)
