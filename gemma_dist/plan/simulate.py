@@ -5,7 +5,8 @@
 The modules are the real ones (transformers, PEFT, bitsandbytes, TRL's fused LM head, our packed attention), their
 tensors fakes that have a size and no bytes. The step (`step.py`) is that of `train`: forward with autocast,
 recomputation of checkpointed layers, backward, clipping, optimizer. `allocator.py` counts, `kernels.py` has what CUDA
-does otherwise than the fake CPU. Not seen: CUDA's context, cuBLAS' workspaces, fragmentation, buckets of DDP and ZeRO.
+does otherwise than the fake CPU. Not seen: CUDA's context, cuBLAS' workspaces, fragmentation, buckets of DDP and ZeRO,
+`train.activation_offloading`.
 
 Deep models are simulated at small depths, whose line is followed to their own (`depth.py`).
 """
@@ -98,7 +99,7 @@ def simulate_step(config: RunConfig, batches: list[Batch], *, device: Device, ac
     return _highest(step.allocator.peaks)
 
 
-def _step(config: RunConfig, batches: list[dict[str, torch.Tensor]], device: Device, accumulates: bool) -> FakeStep:
+def _step(config: RunConfig, batches: list[Batch], device: Device, accumulates: bool) -> FakeStep:
     has_images = any("pixel_values" in batch for batch in batches)
     unneeded = unneeded_towers(frozen=config.tuning != "full", has_images=has_images)
     table = not any(ROWS in batch for batch in batches)

@@ -21,7 +21,7 @@ from gemma_dist.plan.optimizer import FakeOptimizer
 from gemma_dist.train.offload import SMALLEST
 
 Device = Literal["cpu", "cuda"]
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]  # tensors, and the layout of packs
 GRANULARITY: dict[Device, int] = {"cpu": 1, "cuda": 512}  # of the allocator, in bytes
 # Moments of a step, between two of which nothing is allocated.
 RESTING, IMAGES, FORWARD, LOSS_HEAD, BACKWARD, OPTIMIZER = (
@@ -60,18 +60,18 @@ class FakeStep:
     def run(self, batches: list[Batch]) -> None:
         """Forward and backward passes of micro-batches."""
         with self._running():
-            early = self.device == "cpu"  # where batches are copied to a GPU, each comes when it is its turn
-            inputs = [self._fakes_of(batch) for batch in batches] if early else []
             self._note_rest()
-            for number, batch in enumerate(batches):
-                fakes = inputs[number] if early else self._fakes_of(batch)
-                on_host = _OnHost() if self.config.train.activation_offloading else nullcontext()
-                with self.allocator.counting_as(ACTIVATIONS, moment=FORWARD), on_host:
-                    loss = _loss(self.model, fakes, self.config)
-                del fakes
+            # On a GPU the next micro-batch arrives while one is worked on (`train/feed.py`).
+            coming = [self._fakes_of(batch) for batch in (batches if self.device == "cpu" else batches[:1])]
+            for number in range(len(batches)):
+                if self.device == "cuda":
+                    coming.append(self._fakes_of(batches[min(number + 1, len(batches) - 1)]))
+                with self.allocator.counting_as(ACTIVATIONS, moment=FORWARD):
+                    loss = _loss(self.model, coming[0], self.config)
                 with self.allocator.counting_as(ACTIVATIONS, moment=BACKWARD):
                     loss.backward()
                 del loss
+                coming = coming[1:] if self.device == "cuda" else coming[1:] + coming[:1]
 
     def update(self) -> None:
         """Clip the gradients, and the optimizer's step."""
@@ -91,6 +91,9 @@ class FakeStep:
         """A micro-batch of fakes; those of integers know their values."""
         fakes = {}
         for name, tensor in batch.items():
+            if not torch.is_tensor(tensor):  # the layout of packs
+                fakes[name] = tensor
+                continue
             fakes[name] = self.mode.from_tensor(tensor) if tensor.is_floating_point() else make_known(self.mode, tensor)
             self.allocator.label(fakes[name], BATCH)
         return fakes

@@ -19,7 +19,7 @@ MEASURED_STEP = 1  # from 0: the first one makes the optimizer's states
 TILE = (
     128  # columns of the vocabulary that TRL's head takes at once; its own 32,768 would hide all else of a tiny model
 )
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]  # tensors, and the layout of packs
 
 
 class Cell(NamedTuple):
@@ -96,6 +96,8 @@ def measure(config: RunConfig) -> tuple[int, list[Batch]]:
         def get_batch_samples(self, *args: Any) -> Any:
             batches, num_items = super().get_batch_samples(*args)
             if self.state.global_step == MEASURED_STEP:
+                # All of the step are there before it begins, so that none comes at a moment of its own choice.
+                batches = list(batches)
                 self.batches = [dict(batch) for batch in batches]
                 self.resting = sum(_storages(resting_tensors(self.model, self.optimizer, self.batches)).values())
                 self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
@@ -128,7 +130,7 @@ def resting_tensors(model: Any, optimizer: Any, batches: list[Batch]) -> Iterato
     for states in optimizer.state.values():
         yield from (tensor for tensor in states.values() if isinstance(tensor, torch.Tensor))
     for batch in batches:
-        yield from batch.values()
+        yield from (value for value in batch.values() if torch.is_tensor(value))
 
 
 def _storages(tensors: Iterator[torch.Tensor]) -> dict[int, int]:
