@@ -8,8 +8,7 @@ publishes the whole model and so holds all of it.
 from collections.abc import Collection
 from typing import Any, Literal
 
-from gemma_dist.model.vision import UNIFIED
-
+UNIFIED = "gemma4_unified"  # `model_type` of 12B
 Tower = Literal["audio", "vision"]
 
 

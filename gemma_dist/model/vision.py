@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-UNIFIED = "gemma4_unified"  # `model_type` of 12B
+from gemma_dist.model.towers import UNIFIED
 
 
 @dataclass(frozen=True)

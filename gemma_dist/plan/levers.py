@@ -87,7 +87,7 @@ def _of_training(config: RunConfig, given_tokens: bool) -> Iterator[Change]:
         yield Change(" ".join(overrides), tuple(overrides))
     length = train.packing_length
     if length and length // 2 >= SHORTEST and not given_tokens:
-        note = f"after `gemma-dist shard … --max-length {length // 2} --too-long cut_turns`"
+        note = f"after `gemma-dist shard … --max-length {length // 2}`"
         yield _setting(f"train.packing_length={length // 2}", note=note)
     if config.lora is not None and config.lora.r > 8:
         yield _setting(f"lora.r={config.lora.r // 2}")
