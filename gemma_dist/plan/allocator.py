@@ -182,10 +182,11 @@ def _know(fake: Any, values: torch.Tensor | None) -> None:
     fake._known_values = values
 
 
-def make_known(mode: Any, real: torch.Tensor) -> torch.Tensor:
-    """A fake of a real tensor, which keeps its values."""
-    fake = mode.from_tensor(real)
-    _know(fake, real)
+def fake_of(real: torch.Tensor) -> torch.Tensor:
+    """A new fake like a real tensor, on whose values something may depend if they are no floating-point numbers."""
+    fake = torch.empty(real.shape, dtype=real.dtype)
+    if not real.is_floating_point():
+        _know(fake, real)
     return fake
 
 

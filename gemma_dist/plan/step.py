@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from gemma_dist.config import RunConfig
 from gemma_dist.model.towers import Tower
 from gemma_dist.plan import kernels
-from gemma_dist.plan.allocator import ACTIVATIONS, Allocator, Peak, make_known
+from gemma_dist.plan.allocator import ACTIVATIONS, Allocator, Peak, fake_of
 from gemma_dist.plan.fake import fake_model
 from gemma_dist.plan.optimizer import FakeOptimizer
 from gemma_dist.train.offload import SMALLEST
@@ -90,12 +90,9 @@ class FakeStep:
     def _fakes_of(self, batch: Batch) -> Batch:
         """A micro-batch of fakes; those of integers know their values."""
         fakes = {}
-        for name, tensor in batch.items():
-            if not torch.is_tensor(tensor):  # the layout of packs
-                fakes[name] = tensor
-                continue
-            fakes[name] = self.mode.from_tensor(tensor) if tensor.is_floating_point() else make_known(self.mode, tensor)
-            self.allocator.label(fakes[name], BATCH)
+        with self.allocator.counting_as(BATCH):
+            for name, value in batch.items():
+                fakes[name] = fake_of(value) if torch.is_tensor(value) else value  # the layout of packs is none
         return fakes
 
     @contextmanager
