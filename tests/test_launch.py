@@ -20,6 +20,7 @@ from gemma_dist.batch_plan import batch_plan
 from gemma_dist.config import LANGUAGE_MODEL_LINEARS, ModelConfig, RunConfig
 from gemma_dist.errors import ConfigError
 from gemma_dist.model.load import load_model
+from gemma_dist.plan.run import Request, make_plan
 from gemma_dist.recipe import load_config
 from gemma_dist.resolve import Run, resolve
 from gemma_dist.show.check import describe_run
@@ -121,16 +122,8 @@ def test_deepspeed_files_leave_to_the_recipe_what_is_its_own(path):
 # that the model cards give, vision and audio towers included; of 12B against what the hub counts in its files.
 SHAPES = ROOT / "tests" / "shapes"
 PUBLISHED = {"e2b": 5.1e9, "e4b": 8.0e9, "12b": 11_959_730_176, "26b": 25.2e9 + 0.55e9, "31b": 30.7e9 + 0.55e9}
-# Peaks of a step with text in GiB, simulated on the real modules with torch's FakeTensor (within 1 % of the peaks that
-# small models were measured at), without per-layer embeddings; those of the 31B above 4,096 tokens continue its line
-# from 2,048 to 4,096.
-SIMULATED = {
-    "e2b_qlora_16gb": [3.91],
-    "e4b_qlora_16gb": [6.04],
-    # With experts on the host: without 28 of the 30 layers of them.
-    "26b_qlora": [15.54, 16.58, 19.52, *(peak - 28 / 30 * 10.97 for peak in (16.58, 19.52))],
-    "31b_qlora_80gb": [21.01, 23.67, *(23.67 + (tokens - 4096) * (23.67 - 21.01) / 2048 for tokens in (8192, 16384))],
-}
+# Lengths whose peaks a recipe's comment may tell, in tokens, and changes that it tells them for.
+LENGTHS, CHANGES = (2048, 4096, 8192, 16_384), {"26b_qlora": ["model.experts=host"]}
 
 
 @pytest.fixture(scope="module")
@@ -214,13 +207,23 @@ def test_docs_table_agrees_with_the_true_shapes(true_config, path):
 
 
 def assert_known_sizes(text: str, path: Path, config: RunConfig) -> None:
-    """Every `N GiB` in `text` is a size of the recipe's model or a simulated peak, to as many digits."""
-    known = [number / 2**30 for number in memory(path, config).values()] + SIMULATED.get(path.stem, [])
+    """Every `N GiB` in `text` is a size of the recipe's model or a peak that `plan` computes, to as many digits."""
+    known = [number / 2**30 for number in (*memory(path, config).values(), *planned_peaks(path))]
     stated = re.findall(r"([\d.]+) GiB", text)
     assert stated
     for number in stated:
         digits = len(number.partition(".")[2])
         assert number in {f"{value:.{digits}f}" for value in known}, f"{number} GiB is none of {known}"
+
+
+def planned_peaks(path: Path) -> list[int]:
+    """What `gemma-dist plan RECIPE --num-tokens N` says of torch's allocator on one GPU, in bytes."""
+    peaks = []
+    for change in ([], CHANGES.get(path.stem, [])):
+        config = load_config(path, ["data.train=no/shards", *change])
+        plans = [make_plan(config, Topology(""), request=Request(num_tokens=length)) for length in LENGTHS]
+        peaks += [plan.estimate.peak_bytes for plan in plans]
+    return peaks
 
 
 def audio(model: Any) -> list[Any]:

@@ -60,7 +60,7 @@ class Activations:
     def moments(self) -> list[Moment]:
         """Every moment that may be the peak, in the order of a step."""
         batch = self._batch_and_embeddings()
-        before_text = Moment("images", self._pixels() + self._vision_forward())
+        before_text = Moment("images", self._micro_batches() + self._vision_forward())
         if self.config.train.gradient_checkpointing:
             inputs = [self.hidden_values * self.stream for _ in self.geometry.layers]
             kept = [0 for _ in self.geometry.layers]
@@ -76,13 +76,13 @@ class Activations:
             here = self._kept_by(number) + self._backward_of(number)
             moments.append(Moment(f"backward pass of layer {number + 1}", batch + below + here))
         if self.trains_all and self.geometry.vision:
-            moments.append(Moment("backward pass of the vision tower", self._pixels() + self._vision_backward()))
+            moments.append(Moment("backward pass of the vision tower", self._micro_batches() + self._vision_backward()))
         return moments
 
     # ---- what lasts through the language model ----
 
     def _batch_and_embeddings(self) -> int:
-        """The batch, its embeddings, per-layer inputs, rotary tables, shared keys and values, masks."""
+        """Two micro-batches, the embeddings, per-layer inputs, rotary tables, shared keys and values, masks."""
         geometry, tokens = self.geometry, self.batch.num_tokens
         embeddings = EMBEDDING_COPIES * self.hidden_values * self.stream
         per_layer = tokens * len(geometry.layers) * geometry.per_layer
@@ -94,8 +94,15 @@ class Activations:
             last = {layer.is_full: layer for layer in geometry.layers if not layer.shares_kv}
             shared = sum(2 * tokens * layer.kv_heads * layer.head_dim * self.compute for layer in last.values())
         vision = self._vision_inputs() if self.trains_all else 0
-        pixels = self._pixels() if self.trains_all else 0  # else they are gone when the backward pass begins
-        return embeddings + inputs + rotary + shared + self._masks() + pixels + vision
+        return embeddings + inputs + rotary + shared + self._masks() + self._micro_batches() + vision
+
+    def _micro_batches(self) -> int:
+        """Images, and rows of per-layer embeddings (at most one for each token), of a micro-batch, which stays to its
+        end, and of the next, which arrives meanwhile (`train/feed.py`)."""
+        rows = 0
+        if self.place.ple == "host":
+            rows = self.batch.num_tokens * len(self.geometry.layers) * self.geometry.per_layer * self.stream
+        return 2 * (self._pixels() + rows)
 
     def _masks(self) -> int:
         """One of booleans for each kind of layer, where sequences are not packed."""
@@ -197,7 +204,7 @@ class Activations:
         return tokens if self.geometry.is_unified else tokens * PATCHES_A_TOKEN
 
     def _pixels(self) -> int:
-        """The images' values in float32, as they come with the batch, and their features."""
+        """The images' values in float32, as they come with a micro-batch."""
         if self.geometry.vision is None:
             return 0
         return self._patches * self.geometry.vision.input * NORM
