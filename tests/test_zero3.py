@@ -1,6 +1,7 @@
 """ZeRO-3: what its ranks load together is what one process loads, none of them holds it whole, and it answers alike.
 
-This file is also what each rank runs: accelerate launch … -m tests.test_zero3 FOLDER MODEL DTYPE [MODEL DTYPE]…
+This file is also what each rank runs: accelerate launch … -m tests.test_zero3 FOLDER MODEL DTYPE [MODEL DTYPE]…, where
+a DTYPE of 4-bit is QLoRA in float32.
 """
 
 import json
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,6 +26,8 @@ STYLES = [
     ("31b", "float32", "bfloat16"),
     ("26b", "bfloat16", "bfloat16"),
     ("12b", "float32", "float32"),
+    ("e4b", "float32", "4-bit"),
+    ("26b", "float32", "4-bit"),
 ]
 
 
@@ -31,7 +35,7 @@ STYLES = [
 def test_ranks_load_what_one_process_loads(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     models: list[object] = []
     for style, stored, dtype in STYLES:
-        models += [_in_shards(tiny_model(style, stored), tmp_path / style), dtype]
+        models += [_in_shards(tiny_model(style, stored), tmp_path / f"{style}-{stored}-{dtype}"), dtype]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     launch += ["--config_file", "accelerate_configs/cpu_zero3.yaml"]
     words = [*launch, "-m", "tests.test_zero3", *map(str, [tmp_path, *models])]
@@ -113,11 +117,11 @@ def _in_shards(model: Path, folder: Path) -> Path:
 
 def compare(folder: Path, models: list[tuple[str, str]]) -> None:
     """Load each model alone and partitioned, and compare every weight and buffer, bit by bit and tied alike."""
-    from transformers import modeling_utils
+    from transformers import core_model_loading, modeling_utils
 
     from gemma_dist import world
     from gemma_dist.batch_plan import batch_plan
-    from gemma_dist.config import ModelConfig
+    from gemma_dist.config import ModelConfig, QuantizationConfig
     from gemma_dist.model.load import load_model
     from gemma_dist.recipe import load_config
     from gemma_dist.resolve import Run
@@ -125,7 +129,10 @@ def compare(folder: Path, models: list[tuple[str, str]]) -> None:
     from gemma_dist.train.trainer import training_arguments
 
     def load(name: str, dtype: str) -> Any:
-        return load_model(ModelConfig(model_name_or_path=name, dtype=dtype), None, packing=False)
+        quantization = None
+        if dtype == "4-bit":
+            dtype, quantization = "float32", QuantizationConfig(bnb_4bit_compute_dtype="float32")
+        return load_model(ModelConfig(model_name_or_path=name, dtype=dtype), quantization, packing=False)
 
     def whole_on_every_rank(*_: Any) -> None:
         raise AssertionError("rank 0 reads the file and sends it around")
@@ -133,14 +140,18 @@ def compare(folder: Path, models: list[tuple[str, str]]) -> None:
     modeling_utils._load_state_dict_into_zero3_model = whole_on_every_rank
     alone = [load(name, dtype) for name, dtype in models]
     for (name, dtype), expected in zip(models, alone, strict=True):
-        words = [f"model_name_or_path={name}", f"model.dtype={dtype}", "data.train=none", f"output_dir={folder}"]
-        config = load_config(REPOSITORY / "launch/cpu_lora.yaml", [*words, f"bf16={dtype == 'bfloat16'}"])
+        words = [f"model_name_or_path={name}", "data.train=none", f"output_dir={folder}"]
+        words += [f"bf16={dtype == 'bfloat16'}", f"model.dtype={dtype if dtype != '4-bit' else 'float32'}"]
+        config = load_config(REPOSITORY / "launch/cpu_lora.yaml", words)
         topology = current_topology()
         schedule: Any = None  # no data
         run = Run(config, topology, batch_plan(config, topology.num_processes), schedule, num_steps=1)
         arguments = training_arguments(run)  # turns ZeRO-3 on
-        loaded = load(name, dtype)
+        with patch.object(core_model_loading, "set_param_for_module", held := Held()):
+            loaded = load(name, dtype)
         assert all(0 <= 2 * p.ds_tensor.numel() - p.ds_numel < 4 for p in loaded.parameters()), "more than a half"
+        assert held.most <= sum(p.nbytes for p in expected.parameters()) / 2 + held.largest + 4096, vars(held)
+        assert (held.most > 0) == (dtype == "4-bit"), "the others read no weight whole"
         assert loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight
         compare_tensors(dict(loaded.named_parameters()), dict(expected.named_parameters()))
         compare_tensors(dict(loaded.named_buffers()), dict(expected.named_buffers()))
@@ -149,6 +160,24 @@ def compare(folder: Path, models: list[tuple[str, str]]) -> None:
     (folder / str(world.rank())).write_text(f"{len(models)} models are equal")
     world.barrier()
     world.disconnect()
+
+
+class Held:
+    """In the place of what hands a model its weights one by one, if they are quantized as they come: how many bytes of
+    its parameters this rank holds whenever it has one more, at most, and how many the largest of them has."""
+
+    def __init__(self) -> None:
+        from transformers import core_model_loading
+
+        self.hand, self.most, self.largest = core_model_loading.set_param_for_module, 0, 0
+
+    def __call__(self, model: Any, name: str, value: torch.Tensor, *arguments: Any) -> None:
+        self.hand(model, name, value, *arguments)
+        held = 0
+        for parameter in model.parameters():
+            held += 0 if parameter.is_meta else parameter.nbytes
+            held += parameter.ds_tensor.nbytes if hasattr(parameter, "ds_tensor") else 0
+        self.most, self.largest = max(self.most, held), max(self.largest, value.nbytes)
 
 
 def saved_names(model: Any) -> set[str]:
@@ -166,6 +195,8 @@ def compare_tensors(loaded: dict[str, Any], expected: dict[str, Any]) -> None:
         for name, tensor in loaded.items():
             assert tensor.dtype == expected[name].dtype, f"{name}: {tensor.dtype}, not {expected[name].dtype}"
             assert torch.equal(tensor, expected[name]), f"{name} differs: {tensor} {expected[name]}"
+            if (scales := getattr(expected[name], "quant_state", None)) is not None:
+                assert torch.equal(tensor.quant_state.absmax, scales.absmax), f"{name}: other scales"
 
 
 if __name__ == "__main__":

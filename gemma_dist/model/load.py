@@ -117,6 +117,8 @@ def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool =
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"adapter {adapter} does not fit {model!r}: {error}") from error
     if zero3 is not None:
+        if adapter is not None:
+            _adapter_as_base(loaded)
         _gather_with_experts(loaded)
         partition_model(loaded, zero3)
     return loaded.eval()
@@ -187,8 +189,21 @@ def add_adapter(model: Any, settings: LoraConfig, *, zero3: bool) -> Any:
         except ValueError as error:
             raise ConfigError(f"lora.target_modules = {settings.target_modules!r}: {error}") from error
     if zero3:
+        _adapter_as_base(adapted)
         _gather_with_experts(adapted)
     return adapted
+
+
+def _adapter_as_base(model: Any) -> None:
+    """At ZeRO-3, give the adapter the dtype of the base's weights, which beside 4-bit layers PEFT cannot see: DeepSpeed
+    gathers parameters of one dtype at a time, and trains a float32 copy."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    dtype = model.get_input_embeddings().weight.dtype  # never in 4 bits
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            for name in module.adapter_layer_names:
+                getattr(module, name).to(dtype)
 
 
 def attention_of_parts(settings: ModelConfig) -> dict[str, str]:

@@ -3,13 +3,15 @@
 transformers lets rank 0 read the checkpoint, gathers every weight whole on every rank, and broadcasts it: slow, and for
 E4B, whose per-layer embeddings are a third of the model in one weight, more memory than the model takes. But DeepSpeed
 partitions a weight into as many equal runs of its elements as there are ranks, and safetensors files are mapped: so
-each rank copies its partition from the file, and nothing is sent.
+each rank copies its partition from the file, and nothing is sent. What is quantized as it is read has to be whole for
+that moment: each rank then reads and quantizes one weight after the other, and keeps its part of each.
 """
 
 import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -24,8 +26,9 @@ def loading_partitions() -> Iterator[None]:
 
     Replaces two private functions, as read in transformers 5.23 and DeepSpeed 0.19.8, to which pyproject.toml holds
     both: `PreTrainedModel._load_pretrained_model`, which has rank 0 read and broadcast, and `Init._zero_init_param`,
-    which broadcasts each weight before it is filled. To be compared with theirs at each new version of the two, and
-    to go once transformers itself fills `ds_tensor` from mapped files; `tests/test_zero3.py` says whether it holds.
+    which broadcasts each weight before it is filled; for a quantized model also those that `_partition_as_set` names.
+    To be compared with theirs at each new version of the two, and to go once transformers itself fills `ds_tensor` from
+    mapped files; `tests/test_zero3.py` says whether it holds.
     """
     from transformers import PreTrainedModel
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -40,6 +43,9 @@ def loading_partitions() -> Iterator[None]:
 
     def load_partitions(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *rest: Any) -> Any:
         """In the place of `_load_pretrained_model`: what was found, and no tensors left for later."""
+        if load_config.is_quantized:
+            with _partition_as_set():
+                return load_whole(model, state_dict, checkpoint_files, load_config, *rest)
         if not _can_read_partitions(model, checkpoint_files, load_config):
             return load_whole(model, state_dict, checkpoint_files, load_config, *rest)
         return _read_partitions(model, checkpoint_files, load_config), None
@@ -54,16 +60,48 @@ def loading_partitions() -> Iterator[None]:
 
 
 def _partition_empty(self: Any, parameter: Any) -> None:
-    """As DeepSpeed does while a model is built, without broadcasting what is not yet filled."""
+    """As DeepSpeed does while a model is built, without broadcasting: what is not filled yet, or all ranks have."""
     self._convert_to_deepspeed_param(parameter)
     parameter.partition()
+
+
+@contextlib.contextmanager
+def _partition_as_set() -> Iterator[None]:
+    """Within, transformers hands each weight, quantized where it is to be, to `set_param_for_module`, and of it this
+    rank's part remains. So no rank holds more than its parts and the one weight at work.
+
+    Left to themselves they would hold the whole 4-bit model on each GPU until DeepSpeed partitions it, and before that
+    once more as room that `caching_allocator_warmup` takes beforehand.
+    """
+    from deepspeed.runtime.zero import Init
+    from transformers import core_model_loading, modeling_utils
+    from transformers.integrations import deepspeed_config
+
+    partitioner = Init(config_dict_or_path=deepspeed_config())
+    set_whole = core_model_loading.set_param_for_module
+
+    def set_part(model: Any, name: str, *arguments: Any) -> None:
+        """In the place of `set_param_for_module`."""
+        set_whole(model, name, *arguments)
+        parameter = model.get_parameter_or_buffer(name)
+        if not isinstance(parameter, torch.nn.Parameter) or not parameter.numel() or parameter.is_meta:
+            return
+        if partitioner.dtype == torch.bfloat16 and parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(torch.bfloat16)  # as its engine would
+        partitioner._zero_init_param(parameter)  # `_partition_empty`: nothing is sent
+
+    with (
+        patch.object(core_model_loading, "set_param_for_module", set_part),
+        patch.object(modeling_utils, "caching_allocator_warmup", lambda *_: None),
+    ):
+        yield
 
 
 def _can_read_partitions(model: Any, files: list[str] | None, load_config: Any) -> bool:
     """Whether all parameters are partitioned in the plain way, and the files hold all weights as the model has them.
 
-    Not so: 4-bit weights, which DeepSpeed partitions later; NVMe offload; copies within a node (hpZ) or quantized
-    communication (ZeRO++); a checkpoint of another layout, whose weights transformers joins or splits.
+    Not so: NVMe offload; copies within a node (hpZ) or quantized communication (ZeRO++); a checkpoint of another
+    layout, whose weights transformers joins or splits.
     """
     from transformers.core_model_loading import WeightRenaming
 

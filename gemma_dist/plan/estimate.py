@@ -14,14 +14,22 @@ from typing import Any
 from gemma_dist.config import RunConfig
 from gemma_dist.plan.activations import Activations, MicroBatch, Moment
 from gemma_dist.plan.geometry import Geometry, embeddings, stacks
-from gemma_dist.plan.weights import BYTES, EXPERTS, Placement, loaded_weights, num_parameters, num_trained
+from gemma_dist.plan.weights import (
+    BYTES,
+    EXPERTS,
+    Placement,
+    loaded_scales,
+    loaded_weights,
+    num_parameters,
+    num_trained,
+)
 from gemma_dist.topology import Topology
 
 ADAPTER, GRADIENTS, OPTIMIZER = "adapter", "gradients", "optimizer"
 ACTIVATIONS, LOSS_HEAD, BUCKETS, GATHERED = "activations", "loss head", "buckets", "gathered weights"
 PER_LAYER = "per-layer embeddings"
 SIMULATED = "simulated step"
-LOADING = "loading, the whole 4-bit model on each GPU"
+SCALES = "scales of 4-bit weights"
 # Bytes of optimizer states for each trained weight; 8 bits have a scale of 4 bytes for 256 of them, for both moments.
 STATES = {
     "adamw_torch": 8.0,
@@ -84,7 +92,7 @@ def estimate_memory(
     on_gpu = {part: size for part, size in weights.items() if not _is_elsewhere(part, place)}
     if place.experts == "host" and EXPERTS in weights:
         on_gpu[EXPERTS] = 2 * weights[EXPERTS] // len(geometry.layers)  # the layer at work, and the next one
-    ranks = _Ranks(geometry, config, topology, trained, on_gpu)
+    ranks = _Ranks(geometry, config, topology, trained, on_gpu, loaded_scales(geometry, config, place))
     fixed = ranks.parts()
     moments = Activations(geometry, config, place, batch).moments()
     if config.train.optim == "adamw_torch" and topology.deepspeed is None:
@@ -93,11 +101,6 @@ def estimate_memory(
     parts, name = {**fixed, ACTIVATIONS: peak.activations, LOSS_HEAD: peak.loss_head}, peak.name
     whole = sum(fixed.values())
     sizes = {moment.name: whole + moment.activations + moment.loss_head for moment in moments}
-    if topology.zero_stage == 3 and config.quantization is not None:
-        # transformers' quantizer places 4-bit weights by itself, before DeepSpeed partitions them
-        sizes[LOADING] = sum(on_gpu.values())
-        if sizes[LOADING] > sum(parts.values()):
-            parts, name = on_gpu, LOADING
     return Estimate(
         parts={part: size for part, size in parts.items() if size},
         moment=name,
@@ -127,10 +130,17 @@ class _Ranks:
     """Weights, gradients and states of one rank, as DDP or a stage of ZeRO divides them."""
 
     def __init__(
-        self, geometry: Geometry, config: RunConfig, topology: Topology, trained: int, weights: dict[str, int]
+        self,
+        geometry: Geometry,
+        config: RunConfig,
+        topology: Topology,
+        trained: int,
+        weights: dict[str, int],
+        scales: int,
     ) -> None:
-        """`weights` are those of the base that are on the GPU, whole."""
+        """`weights` are those of the base that are on the GPU, whole, `scales` what of them are scales."""
         self.geometry, self.config, self.topology, self.trained = geometry, config, topology, trained
+        self.scales = scales
         self.weights, self.num, self.stage = weights, topology.num_processes, topology.zero_stage
         self.each = BYTES[config.model.dtype]
         self.zero: Mapping[str, Any] = ZERO_DEFAULTS | dict((topology.deepspeed or {}).get("zero_optimization", {}))
@@ -142,9 +152,9 @@ class _Ranks:
         trained, num = self.trained, self.num
         shared = self.stage == 3
         weights = {part: self._share(size) if shared else size for part, size in self.weights.items()}
-        parts = dict(weights)
-        if self.offloads_weights:
-            parts = {}
+        parts = {} if self.offloads_weights else dict(weights)
+        if shared:  # they are no parameters, so that every rank keeps all of them
+            parts[SCALES] = self.scales if self.offloads_weights else self.scales - self._share(self.scales)
         if self.config.lora is not None:
             parts[ADAPTER] = self._share(trained * self.each) if shared else trained * self.each
         gradients = trained * self.each // (num if self.stage >= 2 else 1)

@@ -39,9 +39,13 @@ def placement(config: RunConfig, *, has_images: bool) -> Placement:
 def bytes_in_4_bits(numel: int, *, double_quant: bool) -> int:
     """What bitsandbytes holds of a weight: half a byte each, and a scale of 4 bytes for 64 of them; quantized too, a
     scale takes 1 byte and a share of another."""
+    return -(-numel // 2) + scales_in_4_bits(numel, double_quant=double_quant)
+
+
+def scales_in_4_bits(numel: int, *, double_quant: bool) -> int:
+    """The scales of `bytes_in_4_bits`."""
     blocks = -(-numel // FOUR_BIT_BLOCK)
-    scales = blocks + 4 * -(-blocks // SCALES_BLOCK) if double_quant else 4 * blocks
-    return -(-numel // 2) + scales
+    return blocks + 4 * -(-blocks // SCALES_BLOCK) if double_quant else 4 * blocks
 
 
 def loaded_weights(geometry: Geometry, config: RunConfig, place: Placement) -> dict[str, int]:
@@ -68,6 +72,19 @@ def loaded_weights(geometry: Geometry, config: RunConfig, place: Placement) -> d
     if not place.vision:
         del parts["vision tower"]
     return dict(parts)
+
+
+def loaded_scales(geometry: Geometry, config: RunConfig, place: Placement) -> int:
+    """Bytes of what `loaded_weights` has that are scales of 4-bit weights on the GPU."""
+    if config.quantization is None:
+        return 0
+    left_out = {"audio tower": not place.audio, "vision tower": not place.vision}
+    quantized = [linear for linear in linears(geometry) if not linear.spared and not left_out.get(linear.part)]
+    in_4_bits = [linear.inputs * linear.outputs for linear in quantized]
+    if place.experts_in_4_bits and place.experts == "gpu":
+        in_4_bits += [stack.numel for stack in stacks(geometry)]
+    double_quant = config.quantization.bnb_4bit_use_double_quant
+    return sum(scales_in_4_bits(numel, double_quant=double_quant) for numel in in_4_bits)
 
 
 def num_parameters(geometry: Geometry) -> int:
