@@ -60,6 +60,11 @@ class Topology:
         return self._zero.get("offload_optimizer", {}).get("device", "none") != "none"
 
     @property
+    def steps_with_cpu_adam(self) -> bool:
+        """Whether DeepSpeed puts its CPU Adam in the place of the recipe's AdamW."""
+        return self.offloads_optimizer and bool((self.deepspeed or {}).get("zero_force_ds_cpu_optimizer", True))
+
+    @property
     def _zero(self) -> Mapping[str, Any]:
         """DeepSpeed's settings of ZeRO; empty without DeepSpeed."""
         return (self.deepspeed or {}).get("zero_optimization", {})
@@ -205,8 +210,7 @@ def _wrong_together(config: RunConfig, topology: Topology) -> Iterator[str]:
         )
     elif optim not in TESTED_OPTIMIZERS and not topology.deepspeed.get("zero_allow_untested_optimizer"):
         yield f"train.optim: {optim} needs zero_allow_untested_optimizer: true in the DeepSpeed config"
-    forced = topology.deepspeed.get("zero_force_ds_cpu_optimizer", True)
-    if topology.offloads_optimizer and forced and optim not in TESTED_OPTIMIZERS:
+    if topology.steps_with_cpu_adam and optim not in TESTED_OPTIMIZERS:
         yield (
             f"train.optim: {optim} would be replaced by DeepSpeed's CPU Adam where the optimizer is offloaded; "
             "set train.optim: adamw_torch, or use accelerate_configs/zero3.yaml"

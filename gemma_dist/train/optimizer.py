@@ -22,6 +22,7 @@ from safetensors import safe_open
 from gemma_dist import world
 from gemma_dist.errors import CheckpointError
 from gemma_dist.tensorfile import write_tensors
+from gemma_dist.train.operators import recount_steps
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: Any) -> None
                 if state != "weight":
                     _load_state(base, held, state, tensors)
     if zero:
+        recount_steps(base)
         _hand_weights_to_model(zero)
 
 

@@ -32,6 +32,7 @@ from gemma_dist.train.checkpoint import (
     require_same_start,
 )
 from gemma_dist.train.memory import MemoryReport, MemoryWatch, gpu_at_hand
+from gemma_dist.train.operators import compile_operators
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 
 # What a checkpoint holds to resume from, and a result does not need.
@@ -63,6 +64,7 @@ def train(
     require_fit(config, topology)
     require_output_dir(config)
     _require_card(config)
+    compile_operators(topology)
     run = resolve(config, topology)
     encoder = load_encoder(config.model.model_name_or_path, config.data)
     if world.rank() == 0 and (note := encoder.lost_opening()):
