@@ -251,7 +251,7 @@ class TrainConfig(Section):
     )
     save_total_limit: int | None = Field(2, gt=0, description="Number of newest checkpoints to keep; null: all.")
     step_timeout_s: float = Field(
-        1800, gt=0, description="Seconds without a completed step before every rank dumps its stacks."
+        1800, gt=0, description="Seconds that a step may take before the run ends and says where every rank stands."
     )
     logging_steps: int = Field(1, gt=0, description="Optimizer steps between printed lines.")
     report_to: Literal["none", "tensorboard"] = Field("none", description="Where to log metrics besides metrics.jsonl.")

@@ -31,6 +31,7 @@ USER_ERRNOS = {
     errno.EIO: "the disk or its network fails: look at the system's log, or name a folder on another disk",
     errno.ESTALE: "the file changed under us on a network disk: run the command again",
 }
+HUNG = 4  # exit code of a run that the watchdog ended
 RUST_ERRNO = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers say it in words alone
 
 _telling = threading.Lock()
@@ -66,6 +67,12 @@ def explain_sigterm(say: Callable[[str], None]) -> None:
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=wait, name="sigterm", daemon=True).start()
+
+
+def say_no_more() -> None:
+    """From now on, say nothing of ranks that end: it is known why they do, and said."""
+    with _telling:
+        _told.append(True)
 
 
 def _of_the_disk(error: Exception) -> str:

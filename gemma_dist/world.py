@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 # Longer than any one rank may lead another: building a 31B model from a slow disk, or saving it.
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
 
+# What torch does with NCCL in a hang, unless the user says otherwise. Its thread that watches over NCCL would end a
+# process that it takes to be stuck after 480 s, for which a disk that stalls is enough, and say nothing to the user:
+# the watchdog of a step (`train/watchdog.py`) is to speak first. An exchange that outlasts COLLECTIVE_TIMEOUT ends its
+# process, and the last exchanges of each rank are in a file then.
+NCCL_DEFAULTS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+    "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(int(COLLECTIVE_TIMEOUT.total_seconds())),
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    "TORCH_FR_BUFFER_SIZE": "2000",
+}
+
 T = TypeVar("T")
 _processes: list[tuple[str, int]] = []  # host and process of each rank, once they have met
 
@@ -36,6 +47,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def set_nccl_defaults() -> None:
+    """Set NCCL_DEFAULTS in the environment, where they are not set. To be called before the process group is made."""
+    for name, value in NCCL_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
 def connect() -> None:
     """Join the process group (NCCL beside gloo with GPUs, gloo without). Nothing to do for one process, or twice.
 
@@ -45,6 +62,7 @@ def connect() -> None:
 
     if world_size() == 1 or torch.distributed.is_initialized():
         return
+    set_nccl_defaults()
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

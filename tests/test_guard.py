@@ -1,16 +1,16 @@
-"""Guards of a run: nothing that is not finite reaches the weights, and a hang names where each rank stands."""
+"""Guards of a run: nothing that is not finite reaches the weights, and a hang ends the run and names its culprit."""
 
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from gemma_dist.shards.reader import open_shards
 from tests.support.corpus import row, shard_rows
-from tests.support.ranks import gemma_dist, needs_compiler
-from tests.support.store import serve
+from tests.support.ranks import gemma_dist, kill, needs_compiler, start, wait_for
 
 POISONED = 5
 SETTINGS = ["per_device_train_batch_size=2", "global_batch_size=4", "max_steps=4", "save_steps=1"]
@@ -106,18 +106,37 @@ def test_samples_in_quarantine_are_never_blamed(shards: Path, tmp_path: Path) ->
     assert sample_ids(open_schedule(config, plan), 1, 0) == "none, only fillers"
 
 
-def test_a_rank_that_hangs_is_named_with_its_samples(model: str, shards: Path, tmp_path: Path) -> None:
-    """Every request takes longer than a step may: the ranks say where they stand, and the run still ends well."""
-    with serve({path.name: path.read_bytes() for path in shards.iterdir()}) as server:
-        server.pause_s = 4.0
-        out = tmp_path / "out"
-        paths = [f"model_name_or_path={model}", f"data.train={server.url}", f"output_dir={out}"]
-        more = ["step_timeout_s=2", "max_steps=1", "dataloader_num_workers=0"]
-        output = gemma_dist("train", "launch/cpu_full.yaml", *paths, *SETTINGS[:2], *more, launch="cpu_ddp")
-    for rank in range(2):
-        assert f"[rank {rank}] no step has ended for 2 s (train.step_timeout_s): this rank is at step 1" in output
-        stacks = (out / f"stacks-rank-{rank}.txt").read_text()
-        assert "samples row-" in stacks
-        assert "gemma_dist/shards/fetch.py" in stacks, "what it waits for"
-        assert 'loader.py", line' in stacks
-    assert (out / "model.safetensors").exists()
+@pytest.mark.parametrize(("recipe", "launch"), [("cpu_lora", "cpu_ddp")])
+def test_a_rank_that_hangs_is_named_and_the_run_ends(
+    model: str, shards: Path, tmp_path: Path, recipe: str, launch: str
+) -> None:
+    """Rank 1 is stopped, as a machine that hangs: rank 0 ends the run, the launcher both, and a new one goes on."""
+    out = tmp_path / "out"
+    words = [f"launch/{recipe}.yaml", f"model_name_or_path={model}", f"data.train={shards}", f"output_dir={out}"]
+    words += [*SETTINGS[:2], "save_steps=1", "max_steps=500", "save_total_limit=null", "step_timeout_s=4"]
+    process = start("train", *words, launch=launch)
+    wait_for(out / "checkpoint-2" / "complete.json", process)
+    heartbeats = [json.loads((out / "heartbeats" / f"{rank}.json").read_text()) for rank in range(2)]
+    stopped = psutil.Process(heartbeats[1]["process"])
+    stopped.suspend()
+    try:
+        output, _ = process.communicate(timeout=200)
+    finally:
+        kill(process)
+    assert process.returncode == 1, "the launcher's, of any error"
+    assert not stopped.is_running(), "the launcher kills what does not end"
+    assert not psutil.pid_exists(heartbeats[0]["process"])
+    assert "[rank 0] error: no step has ended for" in output
+    assert "rank 1: DOES NOT ANSWER since" in output
+    assert f"process {stopped.pid} on {heartbeats[1]['host']} is stopped, or its machine or disk hangs; at" in output
+    assert output.count("samples row-") >= 2, "of both ranks"
+    assert "exitcode  : 4 " in output
+    assert "out of memory" not in output
+    assert "Current thread" in (out / "stacks-rank-0.txt").read_text()
+    assert not (out / "stacks-rank-1.txt").exists()
+
+    saved = max(int(path.name.removeprefix("checkpoint-")) for path in out.glob("checkpoint-*"))
+    resumed = gemma_dist("train", *words, f"max_steps={saved + 1}", launch=launch)
+    assert f"step {saved + 1}/{saved + 1} " in resumed
+    assert f"step {saved}/{saved + 1} " not in resumed
+    assert not (out / "heartbeats").exists()

@@ -34,6 +34,7 @@ from gemma_dist.train.checkpoint import (
 from gemma_dist.train.memory import MemoryReport, MemoryWatch, gpu_at_hand
 from gemma_dist.train.operators import compile_operators
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
+from gemma_dist.train.watchdog import clear
 
 # What a checkpoint holds to resume from, and a result does not need.
 STATE_FILES = (
@@ -121,6 +122,9 @@ def _train_from(
     watch: MemoryWatch | None,
 ) -> None:
     """The remaining steps of a run: the loader starts with the first of them."""
+    world.set_nccl_defaults()
+    if world.rank() == 0:
+        clear(run.config.train.output_dir)
     arguments = training_arguments(run)  # at ZeRO-3 it has to be there before the model: it partitions the weights
     world.note_processes()
     require_same_start(loader.start_step)

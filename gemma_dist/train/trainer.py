@@ -42,10 +42,11 @@ from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.topology import write_recipe_into
 from gemma_dist.train import checkpoint
 from gemma_dist.train.feed import Feed, transfer_to
-from gemma_dist.train.guard import Watchdog, sample_ids, stop_unless_finite
+from gemma_dist.train.guard import sample_ids, stop_unless_finite
 from gemma_dist.train.offload import activations_on_host
 from gemma_dist.train.optimizer import load_optimizer, save_optimizer
 from gemma_dist.train.sums import StepSums, Totals, require_counted, summarize
+from gemma_dist.train.watchdog import Watchdog
 from gemma_dist.train.weights import weights_to_save
 
 # Settings of a recipe that are ours to carry out.
@@ -126,6 +127,7 @@ class ToolCallTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self._sums = StepSums(self.args.device)
         self._unlogged: list[Totals] = []  # steps since the last line of the log
+        self._at_end = False  # of a step, where it is logged and saved
         # TRL flips this to reentrant for PEFT at ZeRO-3, from the days when DeepSpeed could not do otherwise.
         if self.args.activation_checkpointing:
             self.args.activation_checkpointing_kwargs = {"use_reentrant": False}
@@ -142,7 +144,7 @@ class ToolCallTrainer(SFTTrainer):
         """
         self._checkpoint = resume_from_checkpoint
         settings = self.run.config.train
-        self._watchdog = Watchdog(settings.output_dir, settings.step_timeout_s, self._position)
+        self._watchdog = Watchdog(settings.output_dir, settings.step_timeout_s, self._position, self._samples)
         try:
             return super().train()
         finally:
@@ -222,11 +224,13 @@ class ToolCallTrainer(SFTTrainer):
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """At the end of each step."""
-        self._watchdog.feed()
+        self._watchdog.step_ended()
+        self._at_end = True
         if self.control.should_log and self._unlogged:
             self._log_steps(tr_loss, grad_norm, kwargs["learning_rate"])
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
-        self._watchdog.feed()  # to save takes its own time
+        self._at_end = False
+        self._watchdog.moved()  # to save takes its own time
 
     def _log_steps(self, tr_loss: torch.Tensor, grad_norm: Any, learning_rate: float) -> None:
         """What Trainer does at a logged step, with what the exchanges of the steps have told already: it would gather
@@ -239,9 +243,13 @@ class ToolCallTrainer(SFTTrainer):
         self.log({**values, "grad_norm": float(grad_norm), "learning_rate": learning_rate})
 
     def _position(self) -> str:
-        """What this rank is working on, for the watchdog."""
+        """What this rank is at, for the watchdog."""
         step = self.state.global_step
-        return f"step {step + 1}, samples {sample_ids(self.loader.schedule, step, world.rank())}"
+        return f"the end of step {step}" if self._at_end else f"step {step + 1}"
+
+    def _samples(self, rank: int) -> str:
+        """What a rank works on there."""
+        return f"samples {sample_ids(self.loader.schedule, self.state.global_step - self._at_end, rank)}"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One line a step, on the terminal and in metrics.jsonl, from what Trainer and TRL have measured."""
