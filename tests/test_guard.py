@@ -1,14 +1,19 @@
 """Guards of a run: nothing that is not finite reaches the weights, and a hang ends the run and names its culprit."""
 
 import json
+import sys
+import threading
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gemma_dist import logs
 from gemma_dist.shards.reader import open_shards
+from gemma_dist.train.watchdog import Watchdog
 from tests.support.corpus import row, shard_rows
 from tests.support.ranks import gemma_dist, kill, needs_compiler, start, wait_for
 
@@ -140,3 +145,38 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(
     assert f"step {saved + 1}/{saved + 1} " in resumed
     assert f"step {saved}/{saved + 1} " not in resumed
     assert not (out / "heartbeats").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the thread's SystemExit
+@pytest.mark.parametrize("disk", ["a checkpoint grows there", "nothing can be written there"])
+def test_a_step_may_take_as_long_as_a_checkpoint_grows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, disk: str
+) -> None:
+    """A watchdog that would end this process ends it here in the test's eyes alone."""
+    ended = threading.Event()
+    folder = tmp_path if "grows" in disk else tmp_path / "file" / "folder"
+    (tmp_path / "file").touch()
+    (tmp_path / ".unfinished").mkdir()
+    with (
+        caplog.at_level("WARNING", "gemma_dist"),
+        patch.object(logs.log, "propagate", True),
+        patch("gemma_dist.failures.say_no_more"),
+        patch("os._exit", lambda code: (ended.set(), sys.exit(code))),
+    ):
+        watchdog = Watchdog(folder, 1.0, lambda: "step 1", lambda rank: f"samples of {rank}")
+        if "grows" in disk:
+            with (tmp_path / ".unfinished" / "model.safetensors").open("wb") as file:
+                for _ in range(6 * 20):  # twice what a first step may take
+                    file.write(b"0")
+                    file.flush()
+                    assert not ended.wait(0.05)
+        assert ended.wait(60)
+        watchdog.close()
+    verdict = caplog.messages[-1]
+    assert "the run ends here (train.step_timeout_s: 1" in verdict
+    if "grows" in disk:
+        assert "rank 0: in " in verdict
+        assert "test_guard.py" in (tmp_path / "stacks-rank-0.txt").read_text(), "this thread waits here"
+        assert verdict.count("at step 1, samples of 0") == 1
+    else:
+        assert f"{folder}: heartbeats can neither be written nor read there" in verdict

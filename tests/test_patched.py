@@ -9,11 +9,14 @@ import ast
 import hashlib
 import importlib
 import inspect
+import mmap
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from gemma_dist import world
 
 PACKAGE = Path(__file__).parents[1] / "gemma_dist"
 UNIFIED = "transformers.models.gemma4_unified.modeling_gemma4_unified"
@@ -143,6 +146,17 @@ def test_what_we_patch_is_what_was_read(kind: str, name: str) -> None:
         f"{where} has another {kind} of {name}, which gemma_dist/{module} {what}: read the change, mend the module, "
         f"and write {found} here"
     )
+
+
+@pytest.mark.parametrize("name", sorted(world.NCCL_DEFAULTS))
+def test_torch_reads_the_variables_that_are_set_for_nccl(name: str) -> None:
+    import torch
+
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
+    if not library.exists():
+        pytest.skip("this torch was built without CUDA")
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        assert content.find(name.encode()) >= 0
 
 
 def test_each_private_name_that_is_used_of_others_is_listed() -> None:

@@ -165,14 +165,15 @@ class Watchdog:
 
         def exchange() -> None:
             """What never ends on a disk that hangs."""
-            self._beat()
-            (self._folder / HEARTBEATS / HANGS).touch()
-            with (self._folder / f"stacks-rank-{world.rank()}.txt").open("a", encoding="utf-8") as file:
-                file.write(message)
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
-            time.sleep(GRACE * self._beat_s)
-            reports.update(self._reports())
+            with contextlib.suppress(OSError):
+                self._beat()
+                (self._folder / HEARTBEATS / HANGS).touch()
+                with (self._folder / f"stacks-rank-{world.rank()}.txt").open("a", encoding="utf-8") as file:
+                    file.write(message)
+                    file.flush()
+                    faulthandler.dump_traceback(file, all_threads=True)
+                time.sleep(GRACE * self._beat_s)
+                reports.update(self._reports())
 
         thread = threading.Thread(target=exchange, daemon=True)
         thread.start()
