@@ -9,9 +9,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from gemma_dist import logs
 from gemma_dist.errors import ConfigError
+from gemma_dist.model.operators import compile_operators
 from gemma_dist.topology import read_topology
-from gemma_dist.train.operators import compile_operators, recount_steps
+from gemma_dist.train.optimizer import recount_steps
 from tests.support.ranks import needs_compiler
 
 NUM_STEPS, NUM_WEIGHTS = 60, 1003  # no multiple of what a vector instruction takes
@@ -82,6 +84,34 @@ def test_resumed_it_steps_as_if_it_had_never_stopped() -> None:
     assert not torch.equal(resumed(lambda _: None), whole), "recount_steps is not needed any more: remove it"
 
 
+@needs_compiler
+def test_what_is_compiled_is_said_once_and_before_anything_is_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
+
+    topology = read_topology(Path("accelerate_configs/cpu_zero3_offload.yaml"))
+
+    def said(*, train: bool) -> list[str]:
+        caplog.clear()
+        with caplog.at_level("INFO", "gemma_dist"), patch.object(logs.log, "propagate", True):
+            compile_operators(topology, train=train)
+        ours = [record for record in caplog.records if record.name == "gemma_dist"]
+        return [record.getMessage().partition(", once")[0] for record in ours]
+
+    def compiled(builder: CPUOpBuilder) -> None:
+        (tmp_path / builder.name / f"{builder.name}.so").touch()
+
+    exchanges, adam = "DeepSpeed compiles exchanges between CPU processes", "DeepSpeed compiles its CPU Adam"
+    with (
+        patch.dict("os.environ", TORCH_EXTENSIONS_DIR=str(tmp_path), DS_ACCELERATOR="cpu"),
+        patch.object(CPUOpBuilder, "load", compiled),
+    ):
+        assert said(train=False) == [exchanges]
+        assert said(train=True) == [adam]
+        assert said(train=True) == []
+
+
 def test_without_a_compiler_a_launch_that_needs_one_is_refused(tmp_path: Path) -> None:
     topology = read_topology(Path("accelerate_configs/cpu_zero3_offload.yaml"))
     with (
@@ -89,5 +119,5 @@ def test_without_a_compiler_a_launch_that_needs_one_is_refused(tmp_path: Path) -
         patch.object(shutil, "which", lambda _: None),
         pytest.raises(ConfigError, match=r"exchanges between CPU processes with g\+\+, which is not there: install it"),
     ):
-        compile_operators(topology)
-    compile_operators(read_topology(Path("accelerate_configs/cpu_ddp.yaml")))  # needs none
+        compile_operators(topology, train=True)
+    compile_operators(read_topology(Path("accelerate_configs/cpu_ddp.yaml")), train=True)  # needs none

@@ -154,6 +154,11 @@ def test_a_step_may_take_as_long_as_a_checkpoint_grows(
 ) -> None:
     """A watchdog that would end this process ends it here in the test's eyes alone."""
     ended = threading.Event()
+
+    def end(code: int) -> None:
+        ended.set()
+        sys.exit(code)
+
     folder = tmp_path if "grows" in disk else tmp_path / "file" / "folder"
     (tmp_path / "file").touch()
     (tmp_path / ".unfinished").mkdir()
@@ -161,7 +166,7 @@ def test_a_step_may_take_as_long_as_a_checkpoint_grows(
         caplog.at_level("WARNING", "gemma_dist"),
         patch.object(logs.log, "propagate", True),
         patch("gemma_dist.failures.say_no_more"),
-        patch("os._exit", lambda code: (ended.set(), sys.exit(code))),
+        patch("os._exit", end),
     ):
         watchdog = Watchdog(folder, 1.0, lambda: "step 1", lambda rank: f"samples of {rank}")
         if "grows" in disk:

@@ -35,7 +35,7 @@ SOURCES = {
     "deepspeed.runtime.zero:Init._zero_init_param": ("model/zero3.py", "replaces", "2930fbd6b94e"),
     "transformers.core_model_loading:set_param_for_module": ("model/zero3.py", "extends", "0c474ce3b9ae"),
     "transformers.modeling_utils:caching_allocator_warmup": ("model/zero3.py", "leaves out", "e7043d6ebcb7"),
-    "deepspeed.ops.adam:DeepSpeedCPUAdam.step": ("train/operators.py", "restates a call of", "ffccd5749fc0"),
+    "deepspeed.ops.adam:DeepSpeedCPUAdam.step": ("train/optimizer.py", "restates a call of", "ffccd5749fc0"),
     "transformers:PreTrainedModel._adjust_missing_and_unexpected_keys": (
         "model/load.py",
         "gives other names",
@@ -95,7 +95,7 @@ SOURCES = {
 # The same, with a hash of the parameters: their names, their kinds, and which may be left out.
 SIGNATURES = {
     "deepspeed.runtime.zero:Init._convert_to_deepspeed_param": ("model/zero3.py", "calls", "78864d891a75"),
-    "torch.utils.cpp_extension:_get_build_directory": ("train/operators.py", "calls", "682e4809ec65"),
+    "torch.utils.cpp_extension:_get_build_directory": ("model/operators.py", "calls", "682e4809ec65"),
     "transformers.core_model_loading:rename_source_key": ("model/zero3.py", "calls", "d5f4780cd8dc"),
     "transformers.modeling_utils:LoadStateDictInfo": ("model/zero3.py", "makes", "d2613f373c08"),
     "transformers.integrations.sdpa_attention:sdpa_attention_forward": ("model/attention.py", "calls", "a7c7d3b4dd64"),

@@ -34,6 +34,7 @@ from gemma_dist.evaluate.score import score_decision
 from gemma_dist.files import writing
 from gemma_dist.logs import JsonlWriter, log, progress, read_jsonl, write_json
 from gemma_dist.model.load import load_for_evaluation
+from gemma_dist.model.operators import compile_operators
 from gemma_dist.model.zero3 import is_partitioned
 from gemma_dist.shards.reader import load_trajectories
 from gemma_dist.topology import current_topology
@@ -59,11 +60,14 @@ def evaluate(
 
     Raises:
         DataError, CheckpointError: the data or the model cannot be used.
-        ConfigError: `out` holds a report already, or the launch is none that accelerate could carry out.
+        ConfigError: `out` holds a report already, or the launch is none that accelerate could carry out,
+            or needs a compiler.
     """
     if (out / REPORT).exists():
         raise ConfigError(f"{out / REPORT} exists already; name another folder or remove it")
-    current_topology()  # a DeepSpeed config that cannot be read is said before anything is loaded
+    topology = current_topology()
+    if topology.zero_stage == 3:
+        compile_operators(topology, train=False)
     world.connect()
     world.note_processes()
     encoder = load_encoder(model, settings, adapter=adapter)

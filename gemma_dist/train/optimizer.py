@@ -22,7 +22,6 @@ from safetensors import safe_open
 from gemma_dist import world
 from gemma_dist.errors import CheckpointError
 from gemma_dist.tensorfile import write_tensors
-from gemma_dist.train.operators import recount_steps
 
 
 @dataclass(frozen=True)
@@ -193,3 +192,21 @@ def _hand_weights_to_model(zero: Any) -> None:
     # forward pass which of them are used outside of their own layer (DoRA), by their not being there.
     for group in range(len(zero.fp32_partitioned_groups_flat)):
         zero._reassign_or_swap_out_partitioned_parameters(group)
+
+
+def recount_steps(optimizer: Any) -> None:
+    """Let DeepSpeed's CPU Adam, once its states were loaded, correct its moments as if it had made their steps itself;
+    nothing to do for any other optimizer.
+
+    It keeps the powers of its betas as running products in float32, and after a jump takes the power itself, which
+    differs in the last bits: so a resumed run would part from the uninterrupted one.
+    """
+    operator = getattr(optimizer, "ds_opt_adam", None)
+    if operator is None or not optimizer.state:
+        return
+    group, num_steps = optimizer.param_groups[0], next(iter(optimizer.state.values()))["step"]
+    nothing = [torch.zeros(1) for _ in range(4)]  # weight, gradient, moments
+    for step in range(1, num_steps + 1):
+        operator.adam_update(
+            optimizer.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, group["bias_correction"], *nothing
+        )

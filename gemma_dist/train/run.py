@@ -20,6 +20,7 @@ from gemma_dist.files import writing
 from gemma_dist.logs import RunLog, log
 from gemma_dist.model.cards import card_at_hand, require_card, slow
 from gemma_dist.model.load import add_adapter, load_model, read_config, use_cpu
+from gemma_dist.model.operators import compile_operators
 from gemma_dist.model.per_layer import PerLayerTable, open_table
 from gemma_dist.model.record import ADAPTER_RECORD
 from gemma_dist.resolve import Run, require_output_dir, resolve
@@ -32,7 +33,6 @@ from gemma_dist.train.checkpoint import (
     require_same_start,
 )
 from gemma_dist.train.memory import MemoryReport, MemoryWatch, gpu_at_hand
-from gemma_dist.train.operators import compile_operators
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 from gemma_dist.train.watchdog import clear
 
@@ -65,7 +65,7 @@ def train(
     require_fit(config, topology)
     require_output_dir(config)
     _require_card(config)
-    compile_operators(topology)
+    compile_operators(topology, train=True)
     run = resolve(config, topology)
     encoder = load_encoder(config.model.model_name_or_path, config.data)
     if world.rank() == 0 and (note := encoder.lost_opening()):

@@ -221,10 +221,10 @@ class Watchdog:
 
 
 def _place(frame: FrameType) -> str:
-    """The innermost call of a stack, and the innermost of ours."""
-    calls = traceback.extract_stack(frame)
-    ours = [call for call in calls[:-1] if f"{os.sep}gemma_dist{os.sep}" in call.filename]
-    shown = [calls[-1], *ours[-1:]]
+    """The two innermost calls of a stack, and the innermost of ours."""
+    calls = traceback.extract_stack(frame)[::-1]
+    ours = [call for call in calls[2:] if f"{os.sep}gemma_dist{os.sep}" in call.filename]
+    shown = [*calls[:2], *ours[:1]]
     return ", called by ".join(
         f"{call.name} ({'/'.join(Path(call.filename).parts[-3:])}:{call.lineno})" for call in shown
     )

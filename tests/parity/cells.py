@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from gemma_dist.resolve import FOLLOWING_ELEMENTS
+from gemma_dist.topology import TESTED_OPTIMIZERS
 
 LAUNCHES = {  # number of processes; the rest is in accelerate_configs/
     "single": 1,
@@ -33,9 +34,9 @@ OPTIMIZERS = ("adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "adafactor
 # Plain SFTTrainer; and the same with `model.accepts_loss_kwargs = True`: transformers' Gemma 4 has it False, and
 # TRL's loss is then not weighted by target tokens.
 PEERS = ("trl", "trl-token-weighted")
-ELSEWHERE = {  # the launch, of another world size, that resumes from a checkpoint of this one
+ELSEWHERE = {  # the launch, of another world size or optimizer, that resumes from a checkpoint of this one
     "single": "cpu_zero3",
-    "cpu_ddp": "single",
+    "cpu_ddp": "cpu_zero3_offload",  # where DeepSpeed's CPU Adam steps
     "cpu_zero1": "cpu_zero3 x4",
     "cpu_zero2": "single",
     "cpu_zero3": "cpu_ddp x4",
@@ -149,6 +150,8 @@ def all_cells() -> list[Cell]:
             cells.append(Cell(launch, tuning, "e4b", "some", dtype="bfloat16"))
     cells += [Cell(launch, "qlora", "12b", "some", dtype="bfloat16") for launch in UP_TO_TWO]
     for launch, optim in product(UP_TO_TWO, OPTIMIZERS):
+        if launch == "cpu_zero3_offload" and optim not in TESTED_OPTIMIZERS:
+            continue  # refused: DeepSpeed's CPU Adam would step
         if optim in FOLLOWING_ELEMENTS or "zero" not in launch:  # others see flat slices there
             cells.append(Cell(launch, "full", "31b", "some", optim=optim))
 

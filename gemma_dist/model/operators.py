@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gemma_dist.errors import ConfigError
 from gemma_dist.logs import log
 from gemma_dist.topology import Topology
@@ -23,9 +21,12 @@ CPU_ADAM = (
 )
 
 
-def compile_operators(topology: Topology) -> None:
+def compile_operators(topology: Topology, *, train: bool) -> None:
     """Compile what DeepSpeed will need of a launch, or load what an earlier run compiled. Every rank calls it, and one
     of those that share a home folder does the work.
+
+    Args:
+        train: whether an optimizer will step.
 
     Raises:
         ConfigError: there is no compiler, or it failed.
@@ -34,7 +35,7 @@ def compile_operators(topology: Topology) -> None:
         return
     from deepspeed.accelerator import get_accelerator
 
-    for name, what, remedy in (EXCHANGES, *([CPU_ADAM] if topology.steps_with_cpu_adam else [])):
+    for name, what, remedy in (EXCHANGES, *([CPU_ADAM] if train and topology.steps_with_cpu_adam else [])):
         builder = get_accelerator().create_op_builder(name)
         if builder is not None:  # GPUs exchange by NCCL
             _compile(builder, what, remedy)
@@ -54,21 +55,3 @@ def _compile(builder: Any, what: str, remedy: str) -> None:
         builder.load()
     except (RuntimeError, ImportError, OSError) as error:
         raise ConfigError(f"DeepSpeed could not compile {what} in {folder}: {error}\nMend that, or {remedy}") from error
-
-
-def recount_steps(optimizer: Any) -> None:
-    """Let DeepSpeed's CPU Adam, once its states were loaded, correct its moments as if it had made their steps itself;
-    nothing to do for any other optimizer.
-
-    It keeps the powers of its betas as running products in float32, and after a jump takes the power itself, which
-    differs in the last bits: so a resumed run would part from the uninterrupted one.
-    """
-    operator = getattr(optimizer, "ds_opt_adam", None)
-    if operator is None or not optimizer.state:
-        return
-    group, num_steps = optimizer.param_groups[0], next(iter(optimizer.state.values()))["step"]
-    nothing = [torch.zeros(1) for _ in range(4)]  # weight, gradient, moments
-    for step in range(1, num_steps + 1):
-        operator.adam_update(
-            optimizer.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, group["bias_correction"], *nothing
-        )
