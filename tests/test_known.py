@@ -68,5 +68,8 @@ def test_images_that_do_not_fit_the_text_are_refused_by_the_host() -> None:
     grid = torch.cartesian_prod(torch.arange(6), torch.arange(6))[None]  # 36 patches: 4 soft tokens of 9
     types = torch.tensor([[0, 1, 1, 1, 1, 0]])
     assert places_of(types, grid)["soft_tokens"].tolist() == [0, 1, 2, 3]
+    half = places_of(torch.tensor([[1, 0]]), grid, pooling=3, used=slice(2, 3))  # of a pack that is cut
+    assert half["soft_tokens"].tolist() == [2]
+    assert len(places_of(torch.tensor([[0, 0]]), grid, pooling=3, used=slice(0, 0))["soft_tokens"]) == 0
     with pytest.raises(DataError, match=r"5 soft tokens in the text, for images of \[36\] patches"):
         places_of(torch.tensor([[0, 1, 1, 1, 1, 1]]), grid)

@@ -16,34 +16,43 @@ from gemma_dist.model.towers import UNIFIED
 
 # Of a micro-batch with S soft tokens: where each stands of the B * T tokens, and which it is of what the vision tower
 # gives: N images, each with as many rows as the most of any image.
-PLACES, SOFT_TOKENS = "image_places", "soft_tokens"
+IMAGE_PLACES, SOFT_TOKENS = "image_places", "soft_tokens"
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a module
 
 
-def places_of(mm_token_type_ids: torch.Tensor, image_position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """PLACES and SOFT_TOKENS (S,) int64. To be made on the host.
+def places_of(
+    mm_token_type_ids: torch.Tensor,
+    image_position_ids: torch.Tensor,
+    *,
+    pooling: int | None = None,
+    used: slice = slice(None),
+) -> dict[str, torch.Tensor]:
+    """IMAGE_PLACES and SOFT_TOKENS (S,) int64. To be made on the host.
 
     Args:
         mm_token_type_ids: (B, T), 1 on soft tokens.
         image_position_ids: (N, P, 2), -1 where an image has fewer than P patches.
+        pooling: so many patches, squared, are a soft token; None: as many as the text has places for.
+        used: those of the images' soft tokens that are in the text.
 
     Raises:
-        DataError: the text has no place for each soft token.
+        DataError: the text has no place for each soft token that is used.
     """
     places = (mm_token_type_ids.flatten() == 1).nonzero()[:, 0]
     patches = (image_position_ids != -1).all(dim=-1).sum(dim=1)  # (N,)
-    pooled, rest = divmod(int(patches.sum()), max(1, len(places)))  # patches of a soft token
-    if rest or not pooled or (patches % pooled).any():
-        raise DataError(f"{len(places)} soft tokens in the text, for images of {patches.tolist()} patches")
+    pooled = max(1, int(patches.sum()) // max(1, len(places)) if pooling is None else pooling**2)
     most = image_position_ids.shape[1] // pooled
     rows = torch.arange(most).expand(len(patches), -1)
     is_real = rows < (patches // pooled)[:, None]
-    return {PLACES: places, SOFT_TOKENS: (rows + most * torch.arange(len(patches))[:, None])[is_real]}
+    soft_tokens = (rows + most * torch.arange(len(patches))[:, None])[is_real][used]
+    if len(soft_tokens) != len(places) or (patches % pooled).any():
+        raise DataError(f"{len(places)} soft tokens in the text, for images of {patches.tolist()} patches")
+    return {IMAGE_PLACES: places, SOFT_TOKENS: soft_tokens}
 
 
 def use_known_places(model: Any) -> None:
-    """Let a `Gemma4ForConditionalGeneration` or `Gemma4UnifiedForConditionalGeneration` with a vision tower take PLACES
-    and SOFT_TOKENS beside its images."""
+    """Let a `Gemma4ForConditionalGeneration` or `Gemma4UnifiedForConditionalGeneration` take IMAGE_PLACES and SOFT_TOKENS
+    beside its images, if it has what reads them."""
     inner = model.model
     if inner.embed_vision is None:
         return
@@ -65,7 +74,7 @@ class _Images:
 
     def read(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Before `Gemma4Model` and `Gemma4UnifiedModel`: the images become features, and the model sees text alone."""
-        self.places, self.soft_tokens = kwargs.pop(PLACES, None), kwargs.pop(SOFT_TOKENS, None)
+        self.places, self.soft_tokens = kwargs.pop(IMAGE_PLACES, None), kwargs.pop(SOFT_TOKENS, None)
         if self.places is None or self.soft_tokens is None:
             return args, kwargs
         pixels, positions = kwargs.pop("pixel_values"), kwargs.pop("image_position_ids")

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from gemma_dist.data.encode import IGNORE_INDEX
 from gemma_dist.model.attention import LAYOUT, lay_out
 from gemma_dist.model.head import IDS, KINDS, POSITIONS
-from gemma_dist.model.images import places_of
+from gemma_dist.model.images import IMAGE_PLACES, places_of
 from gemma_dist.model.rows import PADDED_RIGHT
 
 Batch = dict[str, Any]  # tensors, and what of them the host knows
@@ -97,6 +97,13 @@ class Feed(IterableDataset):
         return None if batch is None else self._transfer.send(known_to_host(batch))
 
 
+def with_layout(batch: Batch) -> Batch:
+    """`batch` and, if it is of packs, their layout: on the host, where nobody has to wait for it."""
+    if "attention_mask" in batch:
+        return batch
+    return batch | {LAYOUT: lay_out(batch["position_ids"], batch["mm_token_type_ids"])}
+
+
 def known_to_host(batch: Batch) -> Batch:
     """A micro-batch of `collate` or `collate_packs` with all that would have to be looked for on the device: where its
     targets and its images are, and the layout of packs or that rows are padded on the right. Labels become targets.
@@ -104,14 +111,15 @@ def known_to_host(batch: Batch) -> Batch:
     Raises:
         DataError: there are other images than the text has places for.
     """
-    batch = dict(batch)
-    if "labels" in batch:
-        batch |= targets_of(batch.pop("labels"), batch.pop("kinds"))
-    if "pixel_values" in batch:
+    batch = with_layout(dict(batch))
+    for shifted, names in ((False, ("labels", "kinds")), (True, ("shift_labels", "shift_kinds"))):
+        if names[0] in batch:
+            batch |= targets_of(*(batch.pop(name) for name in names), shifted=shifted)
+    if "pixel_values" in batch and "image_position_ids" in batch and IMAGE_PLACES not in batch:
         batch |= places_of(batch["mm_token_type_ids"], batch["image_position_ids"])
     if batch.pop("attention_mask", None) is not None:
-        return batch | {PADDED_RIGHT: True}
-    return batch | {LAYOUT: lay_out(batch["position_ids"], batch["mm_token_type_ids"])}
+        batch[PADDED_RIGHT] = True
+    return batch
 
 
 def targets_of(labels: torch.Tensor, kinds: torch.Tensor, *, shifted: bool = False) -> dict[str, torch.Tensor]:
