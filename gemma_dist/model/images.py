@@ -51,8 +51,8 @@ def places_of(
 
 
 def use_known_places(model: Any) -> None:
-    """Let a `Gemma4ForConditionalGeneration` or `Gemma4UnifiedForConditionalGeneration` take IMAGE_PLACES and SOFT_TOKENS
-    beside its images, if it has what reads them."""
+    """Let a Gemma 4 for images and text take IMAGE_PLACES and SOFT_TOKENS beside its images, if it has what reads
+    them."""
     inner = model.model
     if inner.embed_vision is None:
         return
