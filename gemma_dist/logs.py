@@ -123,18 +123,22 @@ class RunLog:
         row = {"step": step, **values, "tokens": num_tokens, "tokens_per_s": round(num_tokens / seconds, 1)}
         if self._file is not None:
             self._file.write(row | {"seconds": round(seconds, 3)})
+            kinds = [(name.removeprefix("loss_"), value) for name, value in values.items() if name.startswith("loss_")]
             log.info(
-                "step %*d/%d  loss %7.4f  accuracy %.3f  grad %7.3f  lr %.2e  %7d tokens  %8.0f tokens/s  %6.2f s",
+                "step %*d/%d  loss %7.4f  entropy %6.4f  accuracy %.3f  grad %7.3f  lr %.2e  %7d tokens  %8.0f tokens/s"
+                "  %6.2f s  (%s)",
                 len(str(self._num_steps)),
                 step,
                 self._num_steps,
                 values["loss"],
+                values["entropy"],
                 values["token_accuracy"],
                 values["grad_norm"],
                 values["learning_rate"],
                 num_tokens,
                 num_tokens / seconds,
                 seconds,
+                ", ".join(f"{name} {value:.3f}" for name, value in kinds),
             )
 
     def close(self) -> None:

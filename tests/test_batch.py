@@ -33,7 +33,7 @@ def documents(batch: dict[str, torch.Tensor], row: int) -> list[list[int]]:
 
 def test_a_pack_is_a_row_of_documents_padded_by_one_more() -> None:
     batch = collate_packs([[TEXT, IMAGE, SHORT], [TWO_IMAGES, TEXT]], IDS)
-    names = ["input_ids", "labels", "position_ids", "mm_token_type_ids", "pixel_values", "image_position_ids"]
+    names = ["input_ids", "labels", "position_ids", "mm_token_type_ids", "kinds", "pixel_values", "image_position_ids"]
     assert sorted(batch) == sorted(names), "and no attention_mask"
     assert all(batch[name].shape == (2, 20) and batch[name].dtype == torch.int64 for name in names[:4])
     assert documents(batch, 0) == [tokens(TEXT), tokens(IMAGE), tokens(SHORT)]

@@ -46,7 +46,12 @@ SOURCES = {
     f"{UNIFIED}:Gemma4UnifiedModel.forward": ("model/vision.py", "gives other masks", "8041ad68023d"),
     f"{UNIFIED}:create_masks_for_vision_model": ("model/vision.py", "calls", "9eaf2b7dbfe4"),
     f"{UNIFIED}:get_block_sequence_ids_for_mask": ("model/vision.py", "calls", "d1d890e748d4"),
-    f"{GEMMA4}:create_masks_for_vision_model": ("model/attention.py", "restates", "9eaf2b7dbfe4"),
+    f"{GEMMA4}:create_masks_for_vision_model": ("model/attention.py and rows.py", "restates", "9eaf2b7dbfe4"),
+    f"{GEMMA4}:Gemma4Model.forward": ("model/images.py and rows.py", "gives texts and masks", "b0f75616224e"),
+    f"{GEMMA4}:Gemma4Model.get_image_features": ("model/images.py", "restates", "209b4c41ad0b"),
+    f"{GEMMA4}:Gemma4VisionModel.forward": ("model/images.py", "gives a mask and soft tokens", "9f5cdc4ae1af"),
+    f"{GEMMA4}:Gemma4VisionEncoder.forward": ("model/images.py", "gives a mask", "320096a3c1cd"),
+    f"{UNIFIED}:Gemma4UnifiedModel.get_image_features": ("model/images.py", "restates", "112e438c6c1d"),
     f"{GEMMA4}:Gemma4TextAttention.forward": ("model/attention.py", "is called by", "4c979630136f"),
     f"{UNIFIED}:Gemma4UnifiedTextAttention.forward": ("model/attention.py", "is called by", "4c979630136f"),
     "bitsandbytes.nn:Linear4bit.forward": ("model/load.py", "keeps from repacking", "d52cf6345771"),
@@ -88,12 +93,15 @@ SOURCES = {
     f"{BNB}.param_element_size": ("model/experts.py", "extends", "952ad805c54b"),
     "transformers.integrations.bitsandbytes:Bnb4bitQuantize.convert": ("model/experts.py", "extends", "f849fae99371"),
     "peft:LoraConfig._register_custom_module": ("model/experts.py", "calls", "970c0dbe044e"),
+    "trl.trainer.utils:add_fused_lm_head": ("model/head.py", "restates", "422d009f04b6"),
     "trl.kernels.chunked_logprob:_use_triton": ("plan/kernels.py", "replaces", "f0510984e05a"),
     "trl.kernels.chunked_logprob:_addmm_fp32": ("plan/kernels.py", "replaces", "136dc3d2a331"),
     "peft.utils.other:get_pattern_key": ("merge/plan.py", "restates", "be585ac2daa2"),
 }
 # The same, with a hash of the parameters: their names, their kinds, and which may be left out.
 SIGNATURES = {
+    "trl.kernels.chunked_logprob:ChunkedLogProbFunction.forward": ("model/head.py", "calls", "a6f0287ba652"),
+    "trl.trainer.utils:maybe_gather_lm_head_ctx": ("model/head.py", "calls", "48377c61adad"),
     "deepspeed.runtime.zero:Init._convert_to_deepspeed_param": ("model/zero3.py", "calls", "78864d891a75"),
     "torch.utils.cpp_extension:_get_build_directory": ("model/operators.py", "calls", "682e4809ec65"),
     "transformers.core_model_loading:rename_source_key": ("model/zero3.py", "calls", "d5f4780cd8dc"),
@@ -163,7 +171,8 @@ def test_each_private_name_that_is_used_of_others_is_listed() -> None:
     listed = {name.rpartition(":")[2].rpartition(".")[2] for name in (*SOURCES, *SIGNATURES)}
     # Attributes of objects: what makes or reads them is listed instead.
     listed |= {"_gradient_checkpointing_func", "_hp_mapping", "_weight_conversions", "_is_hf_initialized"}
-    listed |= {"_keys_to_ignore_on_load_unexpected"}
+    listed |= {"_keys_to_ignore_on_load_unexpected", "_attn_implementation"}
+    listed |= {"_ChunkedLogProbFunction", "_CHUNKED_LOGPROB_CHUNK_SIZE"}  # names of trl.trainer.utils
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text())
         defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}

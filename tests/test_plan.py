@@ -215,6 +215,7 @@ def short_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("26b_qlora", 0, ["quantize_moe_experts=false", "lora.target_parameters=[experts.gate_up_proj]"]),
         ("e4b_qlora_16gb", 0, ["activation_offloading=true", "optim=adamw_torch", "per_device_train_batch_size=2"]),
         ("31b_qlora_80gb", 0, ["activation_offloading=true"]),
+        ("e4b_full_zero3_offload", 0, ["model.dtype=float32", "activation_offloading=false"]),
     ],
 )
 def test_the_arithmetic_agrees_with_the_simulated_step(short_models, recipe, num_images, overrides):

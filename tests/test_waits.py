@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from gemma_dist.data.kinds import KINDS
 from gemma_dist.errors import DataError
 from gemma_dist.train.sums import Totals, require_counted, summarize
 from tests.support.steps import measure, prepare
@@ -20,14 +21,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("launch", "packing"), [("single", False), ("cpu_ddp", True)])
 def test_a_micro_batch_waits_for_nothing_and_a_step_exchanges_once(folder: Path, launch: str, packing: bool) -> None:
-    """Left are the waits of transformers' own code where it reads images and masks (accelerate calls its backward)."""
     found = measure(folder, launch, packing=packing, bare=False)
     micro_batch, end = found["micro_batch"], found["end"]
-    assert micro_batch["waits"].keys() <= {"transformers", "accelerate"}
+    assert micro_batch["waits"] == {}
     assert micro_batch["collectives"] == {}
     assert end["collectives"] == ({} if launch == "single" else {"gemma_dist": 1})
-    assert end["bytes"].get("gemma_dist", 0) <= 64
-    assert end["waits"]["gemma_dist"] <= 2  # the exchange is read, and the norm of the gradients
+    assert end["bytes"].get("gemma_dist", 0) <= 128
+    assert end["waits"] == {"gemma_dist": 1}  # the exchange is read
 
 
 def test_trl_is_seen_to_wait(folder: Path) -> None:
@@ -38,13 +38,18 @@ def test_trl_is_seen_to_wait(folder: Path) -> None:
 
 
 def test_several_steps_are_shown_by_their_tokens() -> None:
-    steps = [Totals(2.0, 10, 5.0, 1.0, True), Totals(4.0, 30, 5.0, 9.0, True)]
-    assert summarize(steps) == {"loss": 3.0, "entropy": 0.25, "token_accuracy": 0.25}
-    assert summarize([Totals(0.0, 0, 0.0, 0.0, True)]) == {"loss": 0.0, "entropy": 0.0, "token_accuracy": 0.0}
+    steps = [_totals(2.0, 10, 5.0, 1.0), _totals(4.0, 30, 5.0, 9.0)]
+    assert summarize(steps) == {"loss": 3.0, "loss_text": 0.0, "entropy": 0.25, "token_accuracy": 0.25}
+    assert summarize([_totals(0.0, 0, 0.0, 0.0)]) == {"loss": 0.0, "entropy": 0.0, "token_accuracy": 0.0}
 
 
 def test_labels_that_the_shards_did_not_count_stop_the_run() -> None:
-    totals = Totals(2.0, 10, 5.0, 1.0, True)
+    totals = _totals(2.0, 10, 5.0, 1.0)
     require_counted(0, totals, 10)
     with pytest.raises(DataError, match=r"step 3 has 10 target tokens, and data.train counts 12"):
         require_counted(2, totals, 12)
+
+
+def _totals(loss: float, tokens: int, entropy: float, num_correct: float) -> Totals:
+    """Of a step whose tokens are text."""
+    return Totals(loss, entropy, num_correct, [0.0] * len(KINDS), [tokens, 0, 0, 0], grad_norm=1.0, is_finite=True)

@@ -32,6 +32,7 @@ from gemma_dist.config import EncodingConfig
 from gemma_dist.data.content import count_images
 from gemma_dist.data.emitted import NEWER_TEMPLATE, Emitted, find_emitted
 from gemma_dist.data.images import decode_image, image_size
+from gemma_dist.data.kinds import kinds_of_characters
 from gemma_dist.data.served import NO_THOUGHT, as_served, is_target, opening_of
 from gemma_dist.data.templates import LOST_OPENING, read_template
 from gemma_dist.data.trajectory import Trajectory
@@ -64,6 +65,7 @@ class Encoded:
     # in front of what the model writes.
     answers: list[tuple[int, int]] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)  # what is trained otherwise than rendered, in words: how often
+    kinds: bytes = b""  # (T,): of `data/kinds.py`, 0 where a token is not trained; b"": all that is trained is text
 
     @property
     def num_image_tokens(self) -> int:
@@ -140,14 +142,15 @@ class Encoder:
             self.openings[rendered.thinking],
             thinking=rendered.thinking,
         )
-        is_trained = bytearray(len(served.text) + 1)  # a flag for each character
-        for start, end in served.spans:
-            is_trained[start:end] = b"\x01" * (end - start)
+        of_characters = kinds_of_characters(served.text, served.spans)
         encoding = self.tokenizer(served.text, add_special_tokens=False, return_offsets_mapping=True)
-        input_ids, places, labels = encoding["input_ids"], encoding["offset_mapping"], []
-        for token, (start, end) in zip(input_ids, places, strict=True):
-            characters = is_trained[start : max(end, start + 1)]
-            labels.append(token if all(characters) else IGNORE_INDEX)
+        input_ids, places = encoding["input_ids"], encoding["offset_mapping"]
+        labels, kinds = [], bytearray(len(input_ids))
+        for number, (token, (start, end)) in enumerate(zip(input_ids, places, strict=True)):
+            characters = of_characters[start : max(end, start + 1)]
+            is_trained = all(characters)
+            labels.append(token if is_trained else IGNORE_INDEX)
+            kinds[number] = characters[0] if is_trained else 0
         token_starts = [start for start, _ in places]
         return Encoded(
             input_ids=input_ids,
@@ -158,6 +161,7 @@ class Encoder:
             enable_thinking=rendered.thinking,
             answers=[(index, bisect_left(token_starts, start)) for index, start in served.starts],
             notes=served.notes,
+            kinds=bytes(kinds),
         )
 
     def prompts(self, trajectory: Trajectory) -> list[Prompt]:

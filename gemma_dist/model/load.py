@@ -16,8 +16,10 @@ from gemma_dist import world
 from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.model.folder import read_json_object, refuse_custom_code
+from gemma_dist.model.images import use_known_places
 from gemma_dist.model.per_layer import TABLE, PerLayerTable, open_table, table_left_out, take_rows_of_batch
 from gemma_dist.model.record import ADAPTER_RECORD, four_bit_config, names_its_layers, quantization_of, read_record
+from gemma_dist.model.rows import use_right_padding
 from gemma_dist.model.towers import Tower, config_without, linear_layers, modules_of, whole_modules
 from gemma_dist.model.vision import use_image_rule
 from gemma_dist.model.zero3 import loading_partitions, partition_model, partitioning, settings_for_evaluation
@@ -69,13 +71,20 @@ def load_model(
     model = _from_pretrained(settings.model_name_or_path, table, without, **arguments)
     keep_four_bit_exact(model)
     freeze_audio(model)
+    prepare_for_micro_batches(model, packing=packing)
+    return model
+
+
+def prepare_for_micro_batches(model: Any, *, packing: bool) -> None:
+    """Let a Gemma 4 take what `train/feed.py` says of packs or rows and of their images."""
     if packing:
         from gemma_dist.model.attention import use_packed_attention
 
         use_packed_attention(model)
     else:
+        use_right_padding(model)
         use_image_rule(model)
-    return model
+    use_known_places(model)
 
 
 def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool = True) -> Any:

@@ -74,9 +74,13 @@ class Activations:
         for number in range(len(self.geometry.layers)):
             below = (inputs[number] if on_host else sum(inputs[: number + 1])) + sum(kept[:number])
             here = self._kept_by(number) + self._backward_of(number)
-            moments.append(Moment(f"backward pass of layer {number + 1}", batch + below + here))
+            moments.append(Moment(f"backward pass of layer {number + 1}", batch + below + here, self._head_gradient()))
+        if self.trains_all:
+            of_embedding = 2 * self._head_gradient()  # its own, and the sum with that of the head
+            moments.append(Moment("gradient of the embedding", batch + of_embedding, self._head_gradient()))
         if self.trains_all and self.geometry.vision:
-            moments.append(Moment("backward pass of the vision tower", self._micro_batches() + self._vision_backward()))
+            seen = self._micro_batches() + self._vision_backward()
+            moments.append(Moment("backward pass of the vision tower", seen, self._head_gradient()))
         return moments
 
     # ---- what lasts through the language model ----
@@ -105,11 +109,11 @@ class Activations:
         return 2 * (self._pixels() + rows)
 
     def _masks(self) -> int:
-        """One of booleans for each kind of layer, where sequences are not packed."""
+        """One of booleans for the sliding layers, where sequences are not packed (`model/rows.py`)."""
         if self.config.train.packing:
             return 0
         length = self.batch.num_tokens // self.batch.num_sequences
-        return 2 * self.batch.num_sequences * length * length
+        return self.batch.num_sequences * length * length
 
     # ---- a layer of the language model ----
 
@@ -136,7 +140,7 @@ class Activations:
             kept += queries * self.compute  # the documents' outputs, and all of them in one tensor
         # transformers repeats keys and values for all heads where the head is wide, or where there is a mask
         repeats = self.geometry.heads > layer.kv_heads and (
-            layer.head_dim > WIDEST_WITHOUT_REPEAT or not self.config.train.packing
+            layer.head_dim > WIDEST_WITHOUT_REPEAT or not (self.config.train.packing or layer.is_full)
         )
         if repeats:
             kept += 2 * queries * self.compute
@@ -190,12 +194,19 @@ class Activations:
 
     def _loss_head(self) -> int:
         """TRL's fused head: one tile of logits, the gradient of the hidden states in float32 and, where it trains, that
-        of its weights."""
+        of its weights, in float32 and then in their own dtype."""
         tokens = self.batch.num_tokens
         tile = min(tokens, LOSS_TOKENS) * min(self.geometry.vocabulary, LOSS_VOCABULARY) * self.compute
-        head = self.geometry.vocabulary * self.geometry.hidden
-        of_weights = head * (NORM + self.stream) if self.trains_all else 0
+        of_weights = 0
+        if self.trains_all:
+            of_weights = self.geometry.vocabulary * self.geometry.hidden * NORM
+            of_weights += self._head_gradient() if self.stream < NORM else 0
         return tile + self.hidden_values * (NORM + self.compute) + of_weights
+
+    def _head_gradient(self) -> int:
+        """What stays of it until the end of the backward pass: the weights are those of the token embedding, whose own
+        gradient comes last."""
+        return self.geometry.vocabulary * self.geometry.hidden * self.stream if self.trains_all else 0
 
     @property
     def _patches(self) -> int:

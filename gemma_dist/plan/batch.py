@@ -12,12 +12,11 @@ from gemma_dist.model.per_layer import INDEX, ROWS
 from gemma_dist.model.towers import unneeded_towers
 from gemma_dist.model.vision import patches_of_config
 from gemma_dist.stream.collate import ControlIds, Sample, collate, collate_packs
+from gemma_dist.train.feed import Batch, known_to_host
 
 
-def full_batch(
-    config: RunConfig, *, num_tokens: int, num_images: int, tokens_per_image: int
-) -> dict[str, torch.Tensor]:
-    """One micro-batch as the loader makes it: each sequence one document, its images at the end, no token twice.
+def full_batch(config: RunConfig, *, num_tokens: int, num_images: int, tokens_per_image: int) -> Batch:
+    """One micro-batch as the feed gives it: each sequence one document, its images at the end, no token twice.
 
     Args:
         num_tokens, num_images: of all its sequences, as for `simulate`.
@@ -37,7 +36,8 @@ def full_batch(
         batch = collate_packs([[one] for one in samples], ids, filler=filler)
     else:
         batch = collate(samples, ids, filler=filler)
-    return batch | (_rows(config, model.get_text_config(), batch["input_ids"]) if config.ple_on_host else {})
+    rows = _rows(config, model.get_text_config(), batch["input_ids"]) if config.ple_on_host else {}
+    return known_to_host(batch | rows)
 
 
 def _sample(ids: ControlIds, num_tokens: int, num_images: int, tokens_per_image: int) -> Sample:

@@ -7,10 +7,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gemma_dist.config import RunConfig
-from gemma_dist.model.load import add_adapter
+from gemma_dist.model.load import add_adapter, prepare_for_micro_batches
 from gemma_dist.model.shapes import without_weights
 from gemma_dist.model.towers import Tower
-from gemma_dist.model.vision import use_image_rule
 from gemma_dist.plan.allocator import Allocator
 
 FOUR_BIT_BLOCK, SCALES_BLOCK = 64, 256  # elements that share a scale, and scales that share one
@@ -29,12 +28,7 @@ def fake_model(
         CheckpointError, ConfigError: as `model.shapes.size_by_part`.
     """
     model = without_weights(config, unneeded, table=table)
-    if config.train.packing:
-        from gemma_dist.model.attention import use_packed_attention
-
-        use_packed_attention(model)
-    else:
-        use_image_rule(model)
+    prepare_for_micro_batches(model, packing=config.train.packing)
     if config.lora is not None:
         with torch.device("meta"):
             model = add_adapter(model, config.lora, zero3=False)

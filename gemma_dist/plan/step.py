@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from gemma_dist.config import RunConfig
+from gemma_dist.model.head import KINDS, use_target_head
 from gemma_dist.model.towers import Tower
 from gemma_dist.plan import kernels
 from gemma_dist.plan.allocator import ACTIVATIONS, Allocator, Peak, fake_of
@@ -130,25 +131,24 @@ class _OnHost(saved_tensors_hooks):
 def _prepare(model: Any, config: RunConfig) -> None:
     """What TRL's and transformers' trainers do to a model before its first step."""
     from peft import PeftModel
-    from trl.trainer.utils import add_fused_lm_head
 
     is_adapter = isinstance(model, PeftModel)
-    add_fused_lm_head(model.get_base_model() if is_adapter else model, outputs=("log_probs", "entropy", "is_top1"))
+    use_target_head(model.get_base_model() if is_adapter else model)
     if config.train.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
 
 
 def _loss(model: Any, batch: Batch, config: RunConfig) -> torch.Tensor:
-    """As `SFTTrainer.compute_loss`, around a model that accelerate wrapped."""
+    """As `ToolCallTrainer.compute_loss`, around a model that accelerate wrapped."""
     from accelerate.utils import convert_outputs_to_fp32
 
-    forward = model.forward
+    forward, inputs = model.forward, {name: value for name, value in batch.items() if name != KINDS}
     with torch.autocast("cpu", torch.bfloat16) if config.train.bf16 else nullcontext():
-        outputs = forward(**batch, use_cache=False, fused_lm_head=True)
+        outputs = forward(**inputs)
     if config.train.bf16:
         outputs = convert_outputs_to_fp32(lambda: outputs)()
-    return -outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1)
+    return -outputs.log_probs.sum() / len(outputs.log_probs)
 
 
 @contextmanager

@@ -7,12 +7,14 @@ on nothing and nothing can see it: it stands behind the last token of a row, whe
 bidirectional image attention joins only tokens of one image.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import pad
 
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded
+from gemma_dist.data.kinds import TEXT
 from gemma_dist.data.types import Processor
 from gemma_dist.model.vision import Patches, patches_of_processor
 
@@ -54,7 +56,8 @@ def collate(samples: list[Sample], ids: ControlIds, *, filler: bool = True) -> d
         filler: False for a model without a vision tower; an empty micro-batch is then a row of padding.
 
     Returns:
-        `input_ids`, `labels`, `attention_mask`, `mm_token_type_ids` (B, T) int64, T the longest row; `pixel_values`
+        `input_ids`, `labels`, `attention_mask`, `mm_token_type_ids` (B, T) int64, T the longest row, and `kinds` (B, T)
+        uint8, those of the labels (`data/kinds.py`, 0 where there is none); `pixel_values`
         (N, P, values of a patch) float32 and `image_position_ids` (N, P, 2) int64, P the most patches of an image,
         where missing patches are 0 with position -1, as Gemma 4's image processors pad. The images stand in the order
         of the rows.
@@ -86,7 +89,9 @@ def _collate(packs: list[list[Sample]], ids: ControlIds, filler: bool) -> dict[s
         for sample in pack:
             # The label of a token is scored on the token before it, which here may be another document's.
             assert sample.encoded.labels[0] == IGNORE_INDEX, f"{sample.id} trains its first token"
-            _append(row, sample.encoded.input_ids, sample.encoded.labels, sample.encoded.mm_token_type_ids)
+            encoded = sample.encoded
+            kinds = encoded.kinds or [TEXT * (label != IGNORE_INDEX) for label in encoded.labels]
+            _append(row, encoded.input_ids, encoded.labels, encoded.mm_token_type_ids, kinds=kinds)
         rows.append(row)
     images = [sample.pixels for pack in packs for sample in pack if sample.encoded.num_images]
     if not images and filler:
@@ -100,6 +105,7 @@ def _collate(packs: list[list[Sample]], ids: ControlIds, filler: bool) -> dict[s
         missing = length - len(row["input_ids"])
         _append(row, [ids.pad] * missing, [IGNORE_INDEX] * missing, [0] * missing, attended=0)
     batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    batch["kinds"] = batch["kinds"].to(torch.uint8)
     if not images:
         return batch
     most_patches = max(part["pixel_values"].shape[1] for part in images)
@@ -114,16 +120,23 @@ def _collate(packs: list[list[Sample]], ids: ControlIds, filler: bool) -> dict[s
 
 def _empty_row() -> dict[str, list[int]]:
     """A row to `_append` to: for each tensor (B, T) the values of its row."""
-    names = ("input_ids", "labels", "attention_mask", "position_ids", "mm_token_type_ids")
+    names = ("input_ids", "labels", "kinds", "attention_mask", "position_ids", "mm_token_type_ids")
     return {name: [] for name in names}
 
 
 def _append(
-    row: dict[str, list[int]], input_ids: list[int], labels: list[int], mm_token_type_ids: list[int], attended: int = 1
+    row: dict[str, list[int]],
+    input_ids: list[int],
+    labels: list[int],
+    mm_token_type_ids: list[int],
+    *,
+    kinds: Sequence[int] = (),
+    attended: int = 1,
 ) -> None:
-    """Put a document behind the end of `row`."""
+    """Put a document behind the end of `row`; without `kinds` it is trained on nothing."""
     row["input_ids"] += input_ids
     row["labels"] += labels
+    row["kinds"] += kinds or [0] * len(labels)
     row["attention_mask"] += [attended] * len(input_ids)
     row["position_ids"] += range(len(input_ids))
     row["mm_token_type_ids"] += mm_token_type_ids

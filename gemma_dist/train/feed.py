@@ -11,11 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch.nn.functional import pad
 from torch.utils.data import IterableDataset
 
+from gemma_dist.data.encode import IGNORE_INDEX
 from gemma_dist.model.attention import LAYOUT, lay_out
+from gemma_dist.model.head import IDS, KINDS, POSITIONS
+from gemma_dist.model.images import IMAGE_PLACES, places_of
+from gemma_dist.model.rows import PADDED_RIGHT
 
-Batch = dict[str, Any]  # tensors, and the layout of packs
+Batch = dict[str, Any]  # tensors, and what of them the host knows
 Sent = TypeVar("Sent")
 
 
@@ -65,8 +70,7 @@ class CudaTransfer:
 
 
 class Feed(IterableDataset):
-    """The micro-batches of a loader, on the device, with the layout of packs. One is on its way while another is worked
-    on."""
+    """The micro-batches of a loader, on the device. One is on its way while another is worked on."""
 
     def __init__(self, batches: Any, transfer: Transfer[Any]) -> None:
         """`batches` can be gone through any number of times, and have a length."""
@@ -90,7 +94,7 @@ class Feed(IterableDataset):
     def _next(self, batches: Iterator[Batch]) -> Any:
         """Send the next micro-batch; None: there is none."""
         batch = next(batches, None)
-        return None if batch is None else self._transfer.send(with_layout(batch))
+        return None if batch is None else self._transfer.send(known_to_host(batch))
 
 
 def with_layout(batch: Batch) -> Batch:
@@ -98,6 +102,41 @@ def with_layout(batch: Batch) -> Batch:
     if "attention_mask" in batch:
         return batch
     return batch | {LAYOUT: lay_out(batch["position_ids"], batch["mm_token_type_ids"])}
+
+
+def known_to_host(batch: Batch) -> Batch:
+    """A micro-batch of `collate` or `collate_packs` with all that would have to be looked for on the device: where its
+    targets and its images are, and the layout of packs or that rows are padded on the right. Labels become targets.
+
+    Raises:
+        DataError: there are other images than the text has places for.
+    """
+    batch = with_layout(dict(batch))
+    for shifted, names in ((False, ("labels", "kinds")), (True, ("shift_labels", "shift_kinds"))):
+        if names[0] in batch:
+            batch |= targets_of(*(batch.pop(name) for name in names), shifted=shifted)
+    if "pixel_values" in batch and "image_position_ids" in batch and IMAGE_PLACES not in batch:
+        batch |= places_of(batch["mm_token_type_ids"], batch["image_position_ids"])
+    if batch.pop("attention_mask", None) is not None:
+        batch[PADDED_RIGHT] = True
+    return batch
+
+
+def targets_of(labels: torch.Tensor, kinds: torch.Tensor, *, shifted: bool = False) -> dict[str, torch.Tensor]:
+    """The targets of a micro-batch. To be made on the host: with tensors on a GPU it waits for it.
+
+    Args:
+        labels: (B, T) int64, `IGNORE_INDEX` where nothing is trained.
+        kinds: (B, T) uint8, of the labels.
+        shifted: whether they stand already where they are predicted, and not a token behind.
+
+    Returns:
+        POSITIONS (K,) int64, of B * T; IDS (K,) int64; KINDS (K,) uint8.
+    """
+    if not shifted:
+        labels, kinds = pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX), pad(kinds[:, 1:], (0, 1))
+    positions = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+    return {POSITIONS: positions, IDS: labels.flatten()[positions], KINDS: kinds.flatten()[positions]}
 
 
 def transfer_to(device: torch.device) -> Transfer[Any]:

@@ -25,6 +25,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from safetensors import safe_open
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -35,6 +36,7 @@ from trl import SFTConfig, SFTTrainer
 from gemma_dist import world
 from gemma_dist.errors import CheckpointError
 from gemma_dist.logs import RunLog
+from gemma_dist.model.head import KINDS, use_target_head
 from gemma_dist.model.load import use_cpu
 from gemma_dist.model.record import write_record
 from gemma_dist.resolve import Run
@@ -45,7 +47,7 @@ from gemma_dist.train.feed import Feed, transfer_to
 from gemma_dist.train.guard import sample_ids, stop_unless_finite
 from gemma_dist.train.offload import activations_on_host
 from gemma_dist.train.optimizer import load_optimizer, save_optimizer
-from gemma_dist.train.sums import StepSums, Totals, require_counted, summarize
+from gemma_dist.train.sums import SHOWN, StepSums, Totals, require_counted, summarize
 from gemma_dist.train.watchdog import Watchdog
 from gemma_dist.train.weights import weights_to_save
 
@@ -121,6 +123,7 @@ class ToolCallTrainer(SFTTrainer):
             data_collator=list,
             processing_class=loader.encoder.processor,
         )
+        use_target_head(model.get_base_model() if isinstance(model, PeftModel) else model)
         self.remove_callback(PrinterCallback)  # our own line says it
         self.add_callback(SeedSteps())
         self.run, self.loader, self.run_log = run, loader, run_log
@@ -177,7 +180,7 @@ class ToolCallTrainer(SFTTrainer):
 
             def step_if_finite() -> None:
                 """The engine's own step, unless all ranks have to stop."""
-                self._end_backward(not engine.optimizer.has_overflow())
+                self._end_backward(math.inf if engine.optimizer.has_overflow() else 0.0)
                 step()
 
             engine.step = step_if_finite
@@ -201,26 +204,26 @@ class ToolCallTrainer(SFTTrainer):
         assert num_items_in_batch is not None, "the loss of a training step"
         assert not return_outputs, "the fused head makes no logits"
         with activations_on_host() if self.run.config.train.activation_offloading else contextlib.nullcontext():
-            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-            nll = -outputs.log_probs  # 0 where there is no target
-            loss: torch.Tensor = nll.sum() / num_items_in_batch * world.world_size()
-        self._sums.add(loss, outputs)
+            kinds = inputs[KINDS]
+            outputs = model(**{name: value for name, value in inputs.items() if name != KINDS})
+            loss: torch.Tensor = -outputs.log_probs.sum() / num_items_in_batch * world.world_size()
+        self._sums.add(loss, outputs, kinds)
         return loss
 
     def _get_grad_norm(self, *args: object, **kwargs: object) -> Any:
         """Trainer asks for it between the backward pass and the optimizer: the moment to look at the gradients."""
         norm = super()._get_grad_norm(*args, **kwargs)
-        if not self.is_deepspeed_enabled:
-            self._end_backward(norm.isfinite() if torch.is_tensor(norm) else math.isfinite(norm))
-        return norm
+        return norm if self.is_deepspeed_enabled else self._end_backward(norm)
 
-    def _end_backward(self, gradients_are_finite: torch.Tensor | bool) -> None:
-        """Between the last backward pass of a step and the optimizer, on every rank: the one exchange of the step."""
+    def _end_backward(self, grad_norm: torch.Tensor | float) -> float:
+        """Between the last backward pass of a step and the optimizer, on every rank: the one exchange of the step.
+        Returns the norm of the gradients, which are those of all ranks (or inf for some that are not finite)."""
         step = self.state.global_step
-        totals = self._sums.exchange(gradients_are_finite)
+        totals = self._sums.exchange(grad_norm)
         stop_unless_finite(self.loader.schedule, step, everywhere=totals.is_finite, loss=self._sums.loss_is_finite)
         require_counted(step, totals, self._targets)
         self._unlogged.append(totals)
+        return totals.grad_norm
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """At the end of each step."""
@@ -265,7 +268,7 @@ class ToolCallTrainer(SFTTrainer):
             self.run_log.write(
                 step,
                 {
-                    **{name: logs[name] for name in ("loss", "entropy", "token_accuracy")},
+                    **{name: logs[name] for name in SHOWN if name in logs},
                     "grad_norm": logs["grad_norm"],
                     "learning_rate": logs["learning_rate"],
                     "epoch": round(step / self.loader.schedule.steps_per_epoch, 4),

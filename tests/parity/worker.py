@@ -38,6 +38,7 @@ from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.stream.schedule import Schedule
 from gemma_dist.topology import current_topology
 from gemma_dist.train import trainer as trainer_module
+from gemma_dist.train.feed import known_to_host
 from gemma_dist.train.run import train
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 from tests.parity.bench import NUM_STEPS, RESULT, Task, four_bits
@@ -139,7 +140,7 @@ class ObservedTrainer(Observer, ToolCallTrainer):
         return tensors
 
 
-def packs_as_rows(schedule: Schedule, loader: TrajectoryLoader) -> Iterator[dict[str, torch.Tensor]]:
+def packs_as_rows(schedule: Schedule, loader: TrajectoryLoader) -> Iterator[dict[str, Any]]:
     """The micro-batches of one process under a packed `schedule`, each trajectory in a row of its own."""
     ids = control_ids(loader.encoder.processor)
     for step in range(NUM_STEPS):
@@ -149,7 +150,7 @@ def packs_as_rows(schedule: Schedule, loader: TrajectoryLoader) -> Iterator[dict
                 trajectory = schedule.shards.read(index)
                 pixels = loader.encoder.pixels(trajectory.images) if trajectory.images else {}
                 samples.append(Sample(schedule.shards.id(index), loader.encoder.encode(trajectory), pixels))
-            yield collate(samples, ids, filler=loader.filler)
+            yield known_to_host(collate(samples, ids, filler=loader.filler))
 
 
 def train_with_trl(folder: Path, task: Task) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # That a call may belong to: the innermost one whose code is on the stack.
@@ -23,6 +24,7 @@ class Counted(TorchDispatchMode):
 
     `waits`: a number of the device is read by the host (`.tolist()`, or `_local_scalar_dense`, which .item(), bool()
     and float() come to), or decides on a shape (`nonzero`, a choice by a mask), for which a GPU is waited for as well.
+    Not those of `one_hot`, which looks at its numbers on a CPU alone (ATen/native/Onehot.cpp).
     `collectives`, `bytes`: of torch.distributed, by the tensors that a rank gives.
     """
 
@@ -33,17 +35,23 @@ class Counted(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
         self.operators = 0
         original = torch.Tensor.tolist
-        self._tolist = patch.object(torch.Tensor, "tolist", lambda tensor: self._count_list(tensor, original))
+        self._patches = (
+            patch.object(torch.Tensor, "tolist", lambda tensor: self._count_list(tensor, original)),
+            patch.object(F, "one_hot", self._one_hot),
+        )
+        self._counts = True
 
     def __enter__(self) -> "Counted":
         self._thread = threading.get_ident()
-        self._tolist.start()
+        for one in self._patches:
+            one.start()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._tolist.stop()
+        for one in self._patches:
+            one.stop()
 
     def reset(self) -> None:
         for counter in (self.waits, self.collectives, self.bytes):
@@ -55,6 +63,13 @@ class Counted(TorchDispatchMode):
             self.waits[_package()] += 1
         return original(tensor)
 
+    def _one_hot(self, *args: Any, original: Any = F.one_hot) -> Any:
+        self._counts = False
+        try:
+            return original(*args)
+        finally:
+            self._counts = True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if func.namespace == "c10d":
@@ -64,7 +79,8 @@ class Counted(TorchDispatchMode):
             self.bytes[package] += sum(tensor.nbytes for tensor in tensors)
         else:
             self.operators += 1
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2") or _by_mask(name, args):
+        waits = name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2") or _by_mask(name, args)
+        if waits and self._counts:
             self.waits[_package()] += 1
         return func(*args, **(kwargs or {}))
 
