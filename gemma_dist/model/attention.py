@@ -13,9 +13,10 @@ image. Rows that are no packs follow it by `use_image_rule` of vision.py, which 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,15 +57,23 @@ class Shape:
         return cls(text.sliding_window, heads, text.use_bidirectional_attention == "vision")
 
 
+class Slots(NamedTuple):
+    """Where the queries or keys of a pack stand in the calls of a layer type: `pieces.Calls`."""
+
+    numbers: torch.Tensor  # of the pack's, in each slot of the calls
+    places: torch.Tensor  # (states, N, places): the slots of each of the pack's N
+
+
 @dataclass(frozen=True)
 class DeviceCalls:
-    """The calls of a layer type with their places (`Calls.arrays`) and masks on the device."""
+    """The calls of a layer type, with their places and masks on the device."""
 
     groups: list[Group]
     heads: Heads
     is_padded: bool
-    places: dict[str, torch.Tensor]
-    masks: list[torch.Tensor | None]  # of each group: numbers to add, (1 or pieces, 1, queries, keys)
+    queries: Slots | None  # None: all stand as in the pack
+    keys: Slots | None
+    masks: list[torch.Tensor | None]  # of each group: numbers to add, (1 or rows, 1, queries, keys)
 
 
 Documents = dict[str, DeviceCalls]  # by layer type
@@ -104,80 +113,77 @@ def packed_attention(
     assert attention_mask is None, "a pack has no mask"
     assert key.shape[2] == length, "a pack is read at once: no cache, all logits"
     calls: DeviceCalls = documents[module.layer_type]  # type: ignore[index]
-    key_rows, key_places = calls.places.get("key_rows"), calls.places.get("key_places")
-    rows, places = calls.places.get("query_rows"), calls.places.get("query_places")
-    queries = _take(query.transpose(1, 2).reshape(-1, head_dim), rows, places)
-    keys, values = (_take(states.transpose(1, 2).flatten(0, 1), key_rows, key_places) for states in (key, value))
     outputs = []
-    for group, mask, q, k, v in zip(
-        calls.groups, calls.masks, *_split(calls, queries, keys, values), strict=True
-    ):
-        if mask is None:
+    for group, mask, (q, k, v) in zip(calls.groups, calls.masks, _spread(calls, query, key, value), strict=True):
+        if group.kind == "causal":
             output, _ = sdpa_attention_forward(module, q, k, v, None, **settings)
         else:
-            dropout, scale = settings["dropout"], settings["scaling"]
+            assert mask is not None
             output = functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask.to(q.dtype), dropout_p=dropout, scale=scale
+                q, k, v, attn_mask=mask.to(q.dtype), dropout_p=settings["dropout"], scale=settings["scaling"]
             ).transpose(1, 2)
         outputs.append(output.reshape(-1, head_dim))
     output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    output = _take(output, places, rows, is_padded=calls.is_padded)
+    if calls.queries is not None:
+        output = _Collect.apply(output, calls.queries, calls.is_padded)
     return output.view(batch_size, length, num_heads, head_dim), None
 
 
-def _split(calls: DeviceCalls, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Any:
-    """Of each group the queries, keys and values, (pieces, heads, tokens, head_dim)."""
-    heads, groups = calls.heads, calls.groups
-    num_queries = [group.pieces * group.queries * heads.queries for group in groups]
-    num_keys = [group.pieces * group.keys for group in groups]
-    if len(keys) > sum(num_keys):
-        num_keys.append(len(keys) - sum(num_keys))
-    parts = []
-    for states, sizes in ((queries, num_queries), (keys, num_keys), (values, num_keys)):
-        pieces = []
-        for group, part in zip(groups, states.split(sizes) if len(sizes) > 1 else [states], strict=False):
-            of_key_head = states is not queries or group.kind != "causal"
-            shape = (group.pieces, -1, heads.keys if of_key_head else heads.queries, queries.shape[-1])
-            pieces.append(part.view(shape).transpose(1, 2))
-        parts.append(pieces)
+def _spread(
+    calls: DeviceCalls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> Iterator[list[torch.Tensor]]:
+    """Of each group the queries, keys and values, (rows, heads, tokens, head_dim)."""
+    heads, head_dim = calls.heads, query.shape[-1]
+    num_queries = [group.rows * group.queries * heads.queries for group in calls.groups]
+    num_keys = [group.rows * group.keys for group in calls.groups]
+    queries = _parts(calls.queries, num_queries, query.transpose(1, 2).reshape(-1, head_dim))
+    keys = _parts(calls.keys, num_keys, *(states.transpose(1, 2).flatten(0, 1) for states in (key, value)))
+    count = len(calls.groups)
+    for group, q, k, v in zip(calls.groups, queries, keys[:count], keys[count:], strict=True):
+        num_heads = heads.queries if group.kind == "causal" else heads.keys
+        parts = ((q, num_heads), (k, heads.keys), (v, heads.keys))
+        yield [part.view(group.rows, -1, number, head_dim).transpose(1, 2) for part, number in parts]
+
+
+def _parts(slots: Slots | None, sizes: list[int], *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What groups of so many slots take of states (N, …), for one of these after the other."""
+    if slots is None:
+        return states if len(sizes) == 1 else tuple(part for one in states for part in one.split(sizes))
+    parts: tuple[torch.Tensor, ...] = _Spread.apply(slots, sizes, *states)
     return parts
 
 
-class _Take(torch.autograd.Function):
-    """Rows of a tensor, (N, …) -> (M, …). The gradient is gathered as well: torch's own adds each row to where it was
-    taken from, in an order that changes from run to run on a GPU."""
+class _Spread(torch.autograd.Function):
+    """`_parts`. The gradient is gathered as well: torch's own would add up what stands in several places in an order
+    that changes from run to run on a GPU, and for each state by itself."""
 
     @staticmethod
-    def forward(
-        ctx: Any, states: torch.Tensor, rows: torch.Tensor, places: torch.Tensor, is_padded: bool
-    ) -> torch.Tensor:
-        ctx.rows, ctx.places, ctx.is_padded = rows, places, is_padded
-        return states.index_select(0, rows)
+    def forward(ctx: Any, slots: Slots, sizes: list[int], *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.places = slots.places
+        return tuple(part for one in states for part in one.index_select(0, slots.numbers).split(sizes))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        picked = torch.cat(gradients).index_select(0, ctx.places.flatten()).unflatten(0, ctx.places.shape)
+        each = picked.sum(2) if picked.shape[2] > 1 else picked.squeeze(2)
+        return None, None, *each.unbind()
+
+
+class _Collect(torch.autograd.Function):
+    """The pack's queries out of the slots of the calls. Padded ones get a gradient of 0."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, slots: Slots, is_padded: bool) -> torch.Tensor:
+        ctx.slots, ctx.is_padded = slots, is_padded
+        return states.index_select(0, slots.places.flatten())
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        places = ctx.places
-        if ctx.is_padded:
-            padded = gradient.new_zeros(len(places), *gradient.shape[1:])
-            return padded.index_copy_(0, ctx.rows, gradient), None, None, None
-        taken = gradient.index_select(0, places.flatten())
-        return (taken if places.dim() == 1 else taken.unflatten(0, places.shape).sum(1)), None, None, None
-
-
-def _take(
-    states: torch.Tensor, rows: torch.Tensor | None, places: torch.Tensor | None, *, is_padded: bool = False
-) -> torch.Tensor:
-    """The `rows` of `states`; all as they stand if None.
-
-    Args:
-        places: (N,) where each row of `states` stands in the result, or (N, k), where it may stand in several places
-            and what fills them up is a row that gets no gradient.
-        is_padded: whether some rows of `states` are not taken, and `places` say nothing of them.
-    """
-    if rows is None or places is None:
-        return states
-    taken: torch.Tensor = _Take.apply(states, rows, places, is_padded)
-    return taken
+        slots: Slots = ctx.slots
+        if not ctx.is_padded:
+            return gradient.index_select(0, slots.numbers), None, None
+        padded = gradient.new_zeros(len(slots.numbers), *gradient.shape[1:])
+        return padded.index_copy_(0, slots.places.flatten(), gradient), None, None
 
 
 def lay_out(position_ids: torch.Tensor, mm_token_type_ids: torch.Tensor) -> Layout:
@@ -207,41 +213,45 @@ def find_documents(layout: Layout, places: torch.Tensor, shape: Shape, dtype: to
     assert layout.calls is not None
     documents, at = {}, 0
     for layer_type, calls in layout.calls.items():
-        parts = {}
+        arrays = {}
         for name, array in calls.arrays.items():
-            parts[name] = places[at : at + array.size].view(array.shape)
+            arrays[name] = places[at : at + array.size].view(array.shape)
             at += array.size
         heads = shape.heads[layer_type]
-        masks = _masks(calls.groups, parts.pop("images", None), shape.window, heads, places.device, dtype)
-        documents[layer_type] = DeviceCalls(calls.groups, heads, calls.is_padded, parts, masks)
+        slots = [
+            Slots(arrays[f"{name}_slots"], arrays[f"{name}_places"]) if f"{name}_slots" in arrays else None
+            for name in ("query", "key")
+        ]
+        masks = list(_masks(calls, arrays.get("masks"), heads, places.device, dtype))
+        documents[layer_type] = DeviceCalls(calls.groups, heads, calls.is_padded, *slots, masks)
     return documents
 
 
 def _masks(
-    groups: list[Group], images: torch.Tensor | None, window: int, heads: Heads, device: torch.device, dtype: torch.dtype
-) -> list[torch.Tensor | None]:
-    """Of each group, (1 or pieces, 1, queries, keys), each query once for every query head of its key head."""
-    masks: list[torch.Tensor | None] = []
-    for group in groups:
+    calls: Calls, codes: torch.Tensor | None, heads: Heads, device: torch.device, dtype: torch.dtype
+) -> Iterator[torch.Tensor | None]:
+    """Of each group, (1 or rows, 1, queries, keys), each query once for every query head of its key head."""
+    at = 0
+    for group in calls.groups:
         if group.kind == "causal":
-            masks.append(None)
+            yield None
             continue
         if group.kind == "band":
             ahead = torch.arange(group.keys, device=device) - torch.arange(group.queries, device=device)[:, None]
-            seen = ((ahead >= 0) & (ahead < window))[None]
+            seen = ((ahead >= 0) & (ahead < calls.window))[None]
         else:
-            assert images is not None
-            num_queries, num_keys = group.pieces * group.queries, group.pieces * group.keys
-            parts = images[: 2 * (num_queries + num_keys)].split([num_queries, num_queries, num_keys, num_keys])
-            images = images[2 * (num_queries + num_keys) :]
-            position, image = (part.view(group.pieces, -1, 1) for part in parts[:2])
-            key_position, key_image = (part.view(group.pieces, 1, -1) for part in parts[2:])
-            seen = (position - key_position < window) & (key_position <= position)
-            seen = (seen | ((image == key_image) & (image > 0) & (position - key_position < window)))
-            seen = (seen & (key_position >= 0)) | (position < 0)
+            assert codes is not None
+            parts = []
+            for width, shape in ((group.queries, (group.rows, -1, 1)), (group.keys, (group.rows, 1, -1))):
+                for _ in range(2):
+                    parts.append(codes[at : at + group.rows * width].view(shape))
+                    at += group.rows * width
+            query, image, key, image_of_key = parts
+            behind = query - key  # of keys in other documents, far off
+            before_or_image = (behind >= 0) | ((image == image_of_key) & (image >= 0))
+            seen = (before_or_image & (behind < calls.window) & (key >= 0)) | (query < 0)
         mask = torch.where(seen, 0.0, -math.inf).to(dtype)
-        masks.append(mask.repeat_interleave(heads.queries // heads.keys, dim=1)[:, None])
-    return masks
+        yield mask.repeat_interleave(heads.queries // heads.keys, dim=1)[:, None]
 
 
 def _number_images(mm_token_type_ids: torch.Tensor) -> torch.Tensor:

@@ -1,29 +1,36 @@
 """Which pieces of a pack's documents one call of attention takes together: arithmetic on the host.
 
-A full layer attends to whole documents, a sliding one to windows of them. Pieces of like length are padded to one length
-and make a batch, so that a layer needs a handful of calls however many documents there are. What is padded changes
-nothing: its keys are seen by padded queries alone, whose results are dropped and whose gradients are 0.
+A full layer attends to whole documents, a sliding one to windows of them. A call takes a batch of rows of one length,
+so that a layer needs a handful of calls however many documents there are:
 
-- A `causal` piece begins with its document: queries are the keys, nothing masks them.
-- A `band` piece is a later window, of `window` queries and the `window - 1` keys before the first of them; all such
-  pieces share one mask.
-- An `images` piece holds tokens that see later ones of their image, which may go on behind its last query; each has a
-  mask of its own.
+- `causal` rows: a document, or its first window. Queries are the keys, and there is no mask. Those of like length are
+  padded to one.
+- `band` rows: a later window, `window` queries and the `window - 1` keys before the first of them; all share one mask.
+- `short` rows: documents no longer than the window, as many in a row as fit; each row has a mask of its own.
+- `images` rows: a window of a longer document, with tokens that see later ones of their image, which may go on behind
+  the last query; each has a mask of its own.
+
+What is padded changes nothing: its keys are seen by padded queries alone, whose results are dropped and whose gradients
+are 0.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-SCORES_A_CALL = 2**20  # that padding may add, rather than make another call: a GPU's time for them is a launch's
-PADDING_A_CALL = 1 / 8  # of the pack's tokens
-# Calls of a kind, at most, and one more for each so many tokens: a long pack keeps a GPU busy for longer.
-CALLS, TOKENS_A_CALL = 3, 8192
+# What another call costs, in scores (queries x keys) that padding may add instead, and what a padded query costs beside
+# its scores. A fast GPU does as many in the time that the launches take.
+SCORES_A_CALL, SCORES_A_TOKEN = 2**20, 2**11
+MASKED = 2  # times as long take scores with a mask (an assumption: nothing here was timed)
+SHORT_ROW = 256  # tokens of a row of short documents, or those of the longest of them
+# Batches of causal and of band rows, at most, and one more for so many tokens: a long pack keeps a GPU busy for longer.
+BATCHES, TOKENS_A_BATCH = 2, 8192
 ALIGNMENT = 8  # elements of a row of a mask, as CUDA's kernels want it
+FAR = 2**40  # between documents: more than any two tokens of one are apart
 
-Kind = Literal["causal", "band", "images"]
+Kind = Literal["causal", "band", "short", "images"]
 Numbers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
@@ -36,7 +43,7 @@ class Heads:
 
 
 class Piece(NamedTuple):
-    """Queries, and the keys that they see, as tokens of the pack."""
+    """Queries of one document, and the keys that they see, as tokens of the pack."""
 
     first: int  # query
     num_queries: int
@@ -44,29 +51,39 @@ class Piece(NamedTuple):
     num_keys: int
 
 
+Row = list[Piece]
+
+
 @dataclass(frozen=True)
 class Group:
-    """The pieces of one call, each padded to so many queries and keys."""
+    """The rows of one call, each padded to so many queries and keys."""
 
     kind: Kind
-    pieces: int
+    rows: int
     queries: int
     keys: int
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether each row has a mask of its own."""
+        return self.kind in ("short", "images")
 
 
 @dataclass(frozen=True)
 class Calls:
-    """The calls of a layer type, and the places of tokens in them. Rows are what a gather takes at once.
+    """The calls of a layer type, one after the other, and where the pack's tokens stand in them.
 
-    `arrays`: int64, by name, absent where the tokens stand as they are:
-        query_rows: of each row of the calls (a token's head), the row of the pack that stands there.
-        query_places: of each row of the pack, where in the calls it stands.
-        key_rows: the same by token, for keys and values; one more at the end if tokens stand in several places.
-        key_places: (tokens, places): where each stands, filled up with the last row, which no call takes.
-        images: of the pieces with images, positions and images of the queries, then of the keys (-1: padding).
+    `arrays`: int64, by name; those of queries or keys are absent where all stand as in the pack.
+        query_slots: for each head of each query of the calls, which it is of the pack's (token x heads + head).
+        query_places: (1, tokens x heads, 1), the other way round.
+        key_slots: for each key of the calls, which token it is. Values are the same.
+        key_places: (2, tokens, places): where each key, and each value behind all keys, stands. What fills up is a
+            place of padding, which gets no gradient.
+        masks: for each group that has masks: `codes` of its queries, their images, and the same of its keys.
     """
 
     groups: list[Group]
+    window: int  # of its masks
     is_padded: bool  # whether some queries are
     arrays: dict[str, Numbers] = field(repr=False)
 
@@ -82,16 +99,22 @@ def calls_of(
         heads: by layer type.
         window: of the sliding layers.
     """
-    numbers = np.asarray(images)
+    numbers, num_tokens = np.asarray(images), spans[-1][1]
     # Whether a token is of the same image as the one before; documents are told apart by whoever asks.
     continues = np.append(False, (numbers[1:] == numbers[:-1]) & (numbers[1:] != 0))
-    whole = [Piece(start, end - start, start, end - start) for start, end in spans]
-    windows: dict[Kind, list[Piece]] = {"causal": [], "band": [], "images": []}
-    for start, end in spans:
-        for kind, piece in _windows(start, end, continues, window):
-            windows[kind].append(piece)
-    by_type: dict[str, dict[Kind, list[Piece]]] = {"full_attention": {"causal": whole}, "sliding_attention": windows}
-    return {name: _calls(pieces, numbers, spans, heads[name], window) for name, pieces in by_type.items()}
+    calls = {}
+    for layer_type, heads_of_type in heads.items():
+        is_full = layer_type == "full_attention"
+        pieces: dict[Kind, list[Piece]] = {"causal": [], "band": [], "short": [], "images": []}
+        for start, end in spans:
+            if is_full:
+                pieces["causal"].append(Piece(start, end - start, start, end - start))
+            else:
+                for kind, piece in _windows(start, end, continues, window):
+                    pieces[kind].append(piece)
+        seen = (num_tokens, np.zeros_like(numbers)) if is_full else (window, numbers)
+        calls[layer_type] = _calls(_rows(pieces, window, num_tokens), spans, heads_of_type, *seen)
+    return calls
 
 
 def _windows(start: int, end: int, continues: Numbers, window: int) -> Iterator[tuple[Kind, Piece]]:
@@ -101,109 +124,156 @@ def _windows(start: int, end: int, continues: Numbers, window: int) -> Iterator[
         seen, seen_end = max(start, first - window + 1), last
         while seen_end < end and continues[seen_end]:
             seen_end += 1  # the last query's image goes on
-        piece = Piece(first, last - first, seen, seen_end - seen)
+        kind: Kind = "causal" if first == start else "band"
         if continues[first + 1 : seen_end].any():
-            yield "images", piece
-        else:
-            yield "causal" if first == start else "band", piece
+            kind = "short" if end - start <= window else "images"
+        yield kind, Piece(first, last - first, seen, seen_end - seen)
+
+
+def _rows(pieces: dict[Kind, list[Piece]], window: int, num_tokens: int) -> list[tuple[Kind, list[Row]]]:
+    """The rows of each call."""
+    most = BATCHES + num_tokens // TOKENS_A_BATCH
+    causal, short = _batches(pieces["causal"], most, window)
+    rows: list[tuple[Kind, list[Row]]] = [("causal", batch) for batch in causal]
+    rows += [("band", batch) for batch in _batches(pieces["band"], most, 0)[0]]
+    if short := [*pieces["short"], *short]:
+        rows.append(("short", _filled(short, window)))
+    if pieces["images"]:
+        rows.append(("images", [[piece] for piece in pieces["images"]]))
+    return rows
+
+
+def _batches(pieces: list[Piece], most: int, window: int) -> tuple[list[list[Row]], list[Piece]]:
+    """Pieces of like length together, in `most` batches or less, and the shortest, no longer than `window`, that are
+    rather put into `short` rows: what costs the least.
+
+    What the first sizes (from the longest) cost in so many batches follows from what fewer of them cost in one less.
+    """
+    if not pieces:
+        return [], []
+    in_order = sorted(pieces, key=lambda piece: -piece.num_queries)
+    lengths, counts = np.unique([-piece.num_queries for piece in in_order], return_counts=True)
+    lengths, ends = -lengths, np.append(0, counts.cumsum())  # in `in_order`, of each length
+    extra = in_order[0].num_keys - in_order[0].num_queries  # keys of a band
+    costs = np.full((most + 1, len(lengths) + 1), np.inf)  # by number of batches, and of lengths
+    costs[0, 0] = 0
+    begins = np.zeros(costs.shape, dtype=int)  # of the last of these batches
+    for number in range(1, len(lengths) + 1):
+        longest = lengths[:number]
+        batch = (ends[number] - ends[:number]) * longest * (longest + extra + SCORES_A_TOKEN) + SCORES_A_CALL
+        sums = costs[:-1, :number] + batch
+        begins[1:, number], costs[1:, number] = sums.argmin(1), sums.min(1)
+    tokens = np.append((lengths * counts)[::-1].cumsum()[::-1], 0)  # of that length and shorter ones
+    width = np.append(np.clip(lengths, min(SHORT_ROW, window), window), 0)
+    in_short_rows = tokens * (MASKED * width + SCORES_A_TOKEN) + SCORES_A_CALL * (tokens > 0)
+    in_short_rows[:-1][lengths > window] = np.iinfo(np.int64).max // 2
+    left, number = np.unravel_index((costs + in_short_rows).argmin(), costs.shape)
+    batches: list[list[Row]] = []
+    short = in_order[ends[number] :]
+    while number:
+        begin = begins[left, number]
+        batches.insert(0, [[piece] for piece in in_order[ends[begin] : ends[number]]])
+        number, left = begin, left - 1
+    return batches, short
+
+
+def _filled(pieces: list[Piece], window: int) -> list[Row]:
+    """Rows of about as many tokens, at most `window`, in which documents stand one behind the other."""
+    in_order = sorted(pieces, key=lambda piece: -piece.num_queries)
+    longest = in_order[0].num_queries
+    widest = min(window, max(longest, SHORT_ROW))
+    rows = _first_fit(in_order, widest)
+    least = max(longest, sum(piece.num_queries for piece in pieces) // len(rows))
+    narrower = (_first_fit(in_order, width) for width in range(least, widest, max(1, widest // 32)))
+    return next((one for one in narrower if len(one) == len(rows)), rows)
+
+
+def _first_fit(pieces: list[Piece], width: int) -> list[Row]:
+    """Each piece in the first row that has room for it."""
+    rows: list[Row] = []
+    room: list[int] = []
+    for piece in pieces:
+        at = next((at for at, left in enumerate(room) if left >= piece.num_queries), len(rows))
+        if at == len(rows):
+            rows.append([])
+            room.append(width)
+        rows[at].append(piece)
+        room[at] -= piece.num_queries
+    return rows
 
 
 def _calls(
-    pieces: dict[Kind, list[Piece]], images: Numbers, spans: Sequence[tuple[int, int]], heads: Heads, window: int
+    rows: list[tuple[Kind, list[Row]]], spans: Sequence[tuple[int, int]], heads: Heads, window: int, images: Numbers
 ) -> Calls:
+    groups, queries, keys = [], [], []
+    for kind, of_group in rows:
+        num_queries = max(sum(piece.num_queries for piece in row) for row in of_group)
+        num_keys = max(sum(piece.num_keys for piece in row) for row in of_group)
+        if kind == "band":
+            num_keys = window - 1 + num_queries
+        if kind in ("band", "images"):
+            num_keys += 1  # of padding at least: some keys stand in several rows, and others in fewer
+        if kind != "causal":
+            num_keys += -num_keys % ALIGNMENT
+        groups.append(Group(kind, len(of_group), num_queries, num_keys))
+        queries.append(_tokens(of_group, num_queries, lambda piece: (piece.first, piece.num_queries)))
+        keys.append(_tokens(of_group, num_keys, lambda piece: (piece.first_key, piece.num_keys)))
     num_tokens = spans[-1][1]
-    grouped: list[tuple[Kind, list[Piece]]] = []
-    for kind, of_kind in pieces.items():
-        grouped += [(kind, group) for group in _batches(of_kind, num_tokens)]
-    groups = [_group(kind, group, window) for kind, group in grouped]
-    queries = [_tokens([(one.first, one.num_queries) for one in part], group.queries)
-               for group, (_, part) in zip(groups, grouped, strict=True)]  # fmt: skip
-    keys = [_tokens([(one.first_key, one.num_keys) for one in part], group.keys)
-            for group, (_, part) in zip(groups, grouped, strict=True)]  # fmt: skip
-    arrays = _query_arrays(groups, queries, heads, num_tokens) | _key_arrays(keys, num_tokens)
-    if masked := [number for number, group in enumerate(groups) if group.kind == "images"]:
-        position = np.concatenate([np.arange(end - start) for start, end in spans])
-        arrays["images"] = np.concatenate(
-            [_known(source, part[number]) for number in masked for part in (queries, keys) for source in (position, images)]
-        )
-    return Calls(groups, any((tokens < 0).any() for tokens in queries), arrays)
+    slots = [_slots_of_heads(*each, heads) for each in zip(groups, queries, strict=True)]
+    arrays = _unless_in_order(np.concatenate(slots), num_tokens * heads.queries, "query")
+    arrays |= _unless_in_order(np.concatenate([tokens.ravel() for tokens in keys]), num_tokens, "key")
+    if any(group.has_masks for group in groups):
+        document = np.repeat(np.arange(len(spans)), [end - start for start, end in spans]) * FAR
+        codes, images = document + np.arange(num_tokens), np.where(images > 0, document + images, -1)
+        parts = []
+        for group, *tokens in zip(groups, queries, keys, strict=True):
+            if group.has_masks:
+                parts += [_of_each(numbers, part) for part in tokens for numbers in (codes, images)]
+        arrays["masks"] = np.concatenate(parts)
+    return Calls(groups, window, any((tokens < 0).any() for tokens in queries), arrays)
 
 
-def _batches(pieces: list[Piece], num_tokens: int) -> list[list[Piece]]:
-    """Pieces of like length together: as few batches as the padding of one may pay for, and no more than `CALLS`."""
-    in_order = sorted(pieces, key=lambda piece: (-piece.num_queries, -piece.num_keys))
-    slack = 1
-    while True:
-        batches: list[list[Piece]] = []
-        for piece in in_order:
-            if batches:
-                longest = batches[-1][0]
-                most_keys = max(keys, piece.num_keys)
-                padding += longest.num_queries - piece.num_queries
-                scores += longest.num_queries * most_keys - piece.num_queries * piece.num_keys
-                if padding <= slack * PADDING_A_CALL * num_tokens and scores <= slack * SCORES_A_CALL:
-                    batches[-1].append(piece)
-                    keys = most_keys
-                    continue
-            batches.append([piece])
-            padding, scores, keys = 0, 0, piece.num_keys
-        if len(batches) <= CALLS + num_tokens // TOKENS_A_CALL:
-            return batches
-        slack *= 2
+def _tokens(rows: list[Row], width: int, run: Callable[[Piece], tuple[int, int]]) -> Numbers:
+    """(rows, width): the tokens of the runs (first, number) of each row; -1 behind them."""
+    tokens = np.full((len(rows), width), -1)
+    for number, row in enumerate(rows):
+        at = 0
+        for first, count in map(run, row):
+            tokens[number, at : at + count] = np.arange(first, first + count)
+            at += count
+    return tokens
 
 
-def _group(kind: Kind, pieces: list[Piece], window: int) -> Group:
-    queries = max(piece.num_queries for piece in pieces)
-    keys = window - 1 + queries if kind == "band" else max(piece.num_keys for piece in pieces)
-    if kind != "causal":
-        keys += -keys % ALIGNMENT
-    return Group(kind, len(pieces), queries, keys)
+def _of_each(numbers: Numbers, tokens: Numbers) -> Numbers:
+    """The number of each token, flat; -1 of padding."""
+    return np.where(tokens < 0, -1, numbers[tokens]).ravel()
 
 
-def _tokens(runs: list[tuple[int, int]], width: int) -> Numbers:
-    """(runs, width): the tokens of runs of (first token, number); -1 behind their ends."""
-    first, count = np.array(runs).T[:, :, None]
-    column = np.arange(width)
-    return np.where(column < count, first + column, -1)
+def _slots_of_heads(group: Group, tokens: Numbers, heads: Heads) -> Numbers:
+    """The heads of queries as they stand in a call; -1 of padding. Where there is a mask, query heads that share a key
+    head stand as further queries of it: so keys and values need no copy for each of them."""
+    order = np.arange(heads.queries)
+    if group.kind != "causal":
+        order = order.reshape(heads.keys, -1).T.ravel()
+    tokens = tokens.reshape(-1, 1)
+    return np.where(tokens < 0, -1, tokens * heads.queries + order).ravel()
 
 
-def _known(source: Numbers, tokens: Numbers) -> Numbers:
-    """A number of each token, flat; -1 of padding."""
-    return np.where(tokens < 0, -1, source[tokens]).ravel()
-
-
-def _query_arrays(groups: list[Group], queries: list[Numbers], heads: Heads, num_tokens: int) -> dict[str, Numbers]:
-    """Rows are heads of tokens. Where there is a mask, query heads that share a key head stand as further queries of it:
-    so keys and values need no copy for each of them."""
-    in_order = np.arange(heads.queries)
-    by_place_in_share = in_order.reshape(heads.keys, -1).T.ravel()
-    rows = []
-    for group, tokens in zip(groups, queries, strict=True):
-        order = in_order if group.kind == "causal" else by_place_in_share
-        flat = tokens.reshape(-1, 1)
-        rows.append(np.where(flat < 0, -1, flat * heads.queries + order).ravel())
-    all_rows = np.concatenate(rows)
-    return _unless_in_order(all_rows, num_tokens * heads.queries, "query")
-
-
-def _key_arrays(keys: list[Numbers], num_tokens: int) -> dict[str, Numbers]:
-    return _unless_in_order(np.concatenate([tokens.ravel() for tokens in keys]), num_tokens, "key")
-
-
-def _unless_in_order(rows: Numbers, number: int, name: str) -> dict[str, Numbers]:
-    """`rows` of the calls, each of `number` of the pack or -1, and the places of these, unless both are the same."""
-    if np.array_equal(rows, np.arange(number)):
+def _unless_in_order(slots: Numbers, number: int, name: Literal["query", "key"]) -> dict[str, Numbers]:
+    """The arrays of `number` queries or keys of a pack that stand in `slots` of the calls."""
+    if np.array_equal(slots, np.arange(number)):
         return {}
-    places = np.flatnonzero(rows >= 0)
-    held = rows[places]
+    places = np.flatnonzero(slots >= 0)
+    held = slots[places]
+    if name == "query":  # each stands in one place
+        of_each = np.empty((number, 1), dtype=np.int64)
+        of_each[held, 0] = places
+        return {"query_slots": slots.clip(0), "query_places": of_each[None]}
     counts = np.bincount(held, minlength=number)
-    if (most := counts.max()) == 1:
-        of_each = np.empty(number, dtype=np.int64)
-        of_each[held] = places
-    else:
-        by_row = np.argsort(held, kind="stable")
-        of_each = np.full((number, most), len(rows))
-        nth = np.arange(len(held)) - np.repeat(counts.cumsum() - counts, counts)
-        of_each[held[by_row], nth] = places[by_row]
-        rows = np.append(rows, -1)
-    return {f"{name}_rows": rows.clip(0), f"{name}_places": of_each}
+    by_number = np.argsort(held, kind="stable")
+    nth = np.arange(len(held)) - np.repeat(counts.cumsum() - counts, counts)
+    of_each = np.full((number, counts.max()), -1)
+    of_each[held[by_number], nth] = places[by_number]
+    if (of_each < 0).any():
+        of_each[of_each < 0] = np.flatnonzero(slots < 0)[0]
+    return {"key_slots": slots.clip(0), "key_places": np.stack([of_each, of_each + len(slots)])}

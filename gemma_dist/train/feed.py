@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.utils.data import IterableDataset
 
-from gemma_dist.model.attention import LAYOUT, lay_out
+from gemma_dist.model.attention import LAYOUT, PLACES, Shape, add_calls, lay_out
 
 Batch = dict[str, Any]  # tensors, and the layout of packs
 Sent = TypeVar("Sent")
@@ -68,9 +68,13 @@ class Feed(IterableDataset):
     """The micro-batches of a loader, on the device, with the layout of packs. One is on its way while another is worked
     on."""
 
-    def __init__(self, batches: Any, transfer: Transfer[Any]) -> None:
-        """`batches` can be gone through any number of times, and have a length."""
-        self._batches, self._transfer = batches, transfer
+    def __init__(self, batches: Any, transfer: Transfer[Any], shape: Shape | None = None) -> None:
+        """
+        Args:
+            batches: can be gone through any number of times, and have a length.
+            shape: of the model that takes packs; None: it finds its calls of attention itself.
+        """
+        self._batches, self._transfer, self._shape = batches, transfer, shape
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -90,14 +94,19 @@ class Feed(IterableDataset):
     def _next(self, batches: Iterator[Batch]) -> Any:
         """Send the next micro-batch; None: there is none."""
         batch = next(batches, None)
-        return None if batch is None else self._transfer.send(with_layout(batch))
+        return None if batch is None else self._transfer.send(with_layout(batch, self._shape))
 
 
-def with_layout(batch: Batch) -> Batch:
-    """`batch` and, if it is of packs, their layout: on the host, where nobody has to wait for it."""
+def with_layout(batch: Batch, shape: Shape | None = None) -> Batch:
+    """`batch` and, if it is of packs, their layout, with the calls of attention of a model of that shape: on the host,
+    where nobody has to wait for it."""
     if "attention_mask" in batch:
         return batch
-    return batch | {LAYOUT: lay_out(batch["position_ids"], batch["mm_token_type_ids"])}
+    layout = lay_out(batch["position_ids"], batch["mm_token_type_ids"])
+    if shape is None:
+        return batch | {LAYOUT: layout}
+    layout, places = add_calls(layout, shape)
+    return batch | {LAYOUT: layout, PLACES: places}
 
 
 def transfer_to(device: torch.device) -> Transfer[Any]:
