@@ -26,8 +26,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from gemma_dist.model.pieces import Calls, Group, Heads, calls_of
 
-# No mask function is registered under this name, so transformers builds none.
-PACKED_ATTENTION = "gemma_dist_packed"
+# No mask function is registered under these names, so transformers builds none.
+PACKED_ATTENTION, PACKED_FLEX = "gemma_dist_packed", "gemma_dist_packed_flex"
 LAYOUT, PLACES = "layout", "layout_places"  # of a batch, beside its position_ids
 
 
@@ -79,15 +79,23 @@ class DeviceCalls:
 Documents = dict[str, DeviceCalls]  # by layer type
 
 
-def use_packed_attention(model: Any) -> None:
+def use_packed_attention(model: Any, implementation: str = "sdpa") -> None:
     """Make a Gemma 4 take packs: `position_ids` that restart, and no `attention_mask`.
+
+    Args:
+        implementation: `flex_attention` (`flex.py`), or any other for what is described here.
 
     The calls are found once in a forward pass, or by whoever made the batch (`add_layout`), so that nothing waits for
     the device, and reach every layer as a keyword argument that Gemma 4 passes down.
     """
-    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-    model.set_attn_implementation({"text_config": PACKED_ATTENTION})
-    model.model.register_forward_pre_hook(_add_documents, with_kwargs=True)
+    if is_flex := implementation == "flex_attention":
+        from gemma_dist.model.flex import flex_attention_of_packs
+
+        AttentionInterface.register(PACKED_FLEX, flex_attention_of_packs)
+    else:
+        AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    model.set_attn_implementation({"text_config": PACKED_FLEX if is_flex else PACKED_ATTENTION})
+    model.model.register_forward_pre_hook(_add_block_masks if is_flex else _add_documents, with_kwargs=True)
 
 
 def packed_attention(
@@ -218,12 +226,12 @@ def find_documents(layout: Layout, places: torch.Tensor, shape: Shape, dtype: to
             arrays[name] = places[at : at + array.size].view(array.shape)
             at += array.size
         heads = shape.heads[layer_type]
-        slots = [
+        query_slots, key_slots = (
             Slots(arrays[f"{name}_slots"], arrays[f"{name}_places"]) if f"{name}_slots" in arrays else None
             for name in ("query", "key")
-        ]
+        )
         masks = list(_masks(calls, arrays.get("masks"), heads, places.device, dtype))
-        documents[layer_type] = DeviceCalls(calls.groups, heads, calls.is_padded, *slots, masks)
+        documents[layer_type] = DeviceCalls(calls.groups, heads, calls.is_padded, query_slots, key_slots, masks)
     return documents
 
 
@@ -273,3 +281,17 @@ def _add_documents(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     kind = positions.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
     return args, kwargs | {"documents": find_documents(layout, places, shape, dtype)}
+
+
+def _add_block_masks(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """As `_add_documents`, for FlexAttention."""
+    from gemma_dist.model.flex import block_masks
+
+    assert kwargs.get("attention_mask") is None, "a pack has no attention_mask"
+    shape = Shape.of(model.config.text_config)
+    kwargs = {name: value for name, value in kwargs.items() if name not in (LAYOUT, PLACES)}
+    positions, types = kwargs["position_ids"], kwargs["mm_token_type_ids"]
+    masks = block_masks(positions, types, shape.window, sees_images=shape.sees_images)
+    return args, kwargs | {"documents": masks}

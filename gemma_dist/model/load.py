@@ -72,7 +72,7 @@ def load_model(
     if packing:
         from gemma_dist.model.attention import use_packed_attention
 
-        use_packed_attention(model)
+        use_packed_attention(model, settings.attn_implementation)
     else:
         use_image_rule(model)
     return model
@@ -194,6 +194,8 @@ def add_adapter(model: Any, settings: LoraConfig, *, zero3: bool) -> Any:
 def attention_of_parts(settings: ModelConfig) -> dict[str, str]:
     """Attention code of each part. transformers has eager attention alone for the audio tower of E2B and E4B."""
     chosen = settings.attn_implementation
+    if chosen == "flex_attention":  # of packs alone: the text layers get it later
+        chosen = "sdpa"
     return {"text_config": chosen, "vision_config": chosen, "audio_config": "eager"}
 
 

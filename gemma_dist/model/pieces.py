@@ -167,13 +167,13 @@ def _batches(pieces: list[Piece], most: int, window: int) -> tuple[list[list[Row
     width = np.append(np.clip(lengths, min(SHORT_ROW, window), window), 0)
     in_short_rows = tokens * (MASKED * width + SCORES_A_TOKEN) + SCORES_A_CALL * (tokens > 0)
     in_short_rows[:-1][lengths > window] = np.iinfo(np.int64).max // 2
-    left, number = np.unravel_index((costs + in_short_rows).argmin(), costs.shape)
+    left, end = divmod(int((costs + in_short_rows).argmin()), costs.shape[1])
     batches: list[list[Row]] = []
-    short = in_order[ends[number] :]
-    while number:
-        begin = begins[left, number]
-        batches.insert(0, [[piece] for piece in in_order[ends[begin] : ends[number]]])
-        number, left = begin, left - 1
+    short = in_order[ends[end] :]
+    while end:
+        begin = int(begins[left, end])
+        batches.insert(0, [[piece] for piece in in_order[ends[begin] : ends[end]]])
+        end, left = begin, left - 1
     return batches, short
 
 

@@ -68,7 +68,8 @@ class Launches(TorchDispatchMode):
 
 def pack(sizes: Sizes) -> dict[str, torch.Tensor]:
     """`position_ids` and `mm_token_type_ids` (1, T) of documents; each image is one run of tokens."""
-    positions, types = [], []
+    positions: list[int] = []
+    types: list[int] = []
     for text, image in sizes:
         positions += range(text + image)
         types += [0] * text + [1] * image
@@ -88,7 +89,7 @@ def of_attention(text: Any, sizes: Sizes, *, checkpointing: bool) -> dict[str, i
     """
     batch = pack(sizes)
     length = batch["position_ids"].shape[1]
-    batch |= {attention.LAYOUT: attention.lay_out(**batch)}
+    inputs = batch | {attention.LAYOUT: attention.lay_out(**batch)}
     found = {"once": 0, "layers": 0, "calls": 0}
     settings = {"dropout": 0.0, "scaling": 1.0, "sliding_window": text.sliding_window}
 
@@ -98,7 +99,7 @@ def of_attention(text: Any, sizes: Sizes, *, checkpointing: bool) -> dict[str, i
 
     once = Launches()
     with once:
-        _, kwargs = attention._add_documents(Model(), (), dict(batch))
+        _, kwargs = attention._add_documents(Model(), (), inputs)
     found["once"] = once.total
     for layer_type in set(text.layer_types):
         number = text.layer_types.index(layer_type)
@@ -116,7 +117,10 @@ def of_attention(text: Any, sizes: Sizes, *, checkpointing: bool) -> dict[str, i
             forward, backward = Launches(), Launches()
             with forward, forward.counting_attention():
                 turned = [one.transpose(1, 2) for one in states]
-                output, _ = attention.packed_attention(module, *turned, None, documents=kwargs["documents"], **settings)
+                query, key, value = turned
+                output, _ = attention.packed_attention(
+                    module, query, key, value, None, documents=kwargs["documents"], **settings
+                )
             calls = forward.counts["attention"]
             with backward, backward.counting_attention():
                 output.backward(torch.empty_like(output))
