@@ -1,4 +1,4 @@
-"""What a GPU cannot do for a recipe, by its compute capability, or a CPU. Nothing here was run on such a GPU: it is what
+"""What a GPU cannot do for a recipe, by its compute capability, or a CPU. Nothing here was run on such GPUs: it is what
 torch 2.14 and NVIDIA say of them.
 
 Before 8.0 (Ampere: A100, A10, RTX 30) a GPU has no bfloat16: torch emulates some of it, many times slower, and
