@@ -44,9 +44,10 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Dtype in which the weights are loaded; in float16, Gemma overflows."
     )
-    attn_implementation: Literal["sdpa", "eager"] = Field(
+    attn_implementation: Literal["sdpa", "flex_attention", "eager"] = Field(
         "sdpa",
-        description="Attention kernel; FlashAttention-2 ends at head dimension 256, Gemma 4's global layers have 512.",
+        description="Attention kernel; flex_attention: one call a layer, for packs on GPUs, never run there. "
+        "FlashAttention-2 ends at head dimension 256, Gemma 4's global layers have 512.",
     )
     experts: Literal["gpu", "host"] = Field(
         "gpu", description="Where 4-bit experts (26B-A4B) lie; host: there, each layer copied ahead of its use."
@@ -361,6 +362,11 @@ def _contradictions_of_tuning(config: RunConfig) -> Iterator[str]:
 def _contradictions_of_training(train: TrainConfig, model: ModelConfig) -> Iterator[str]:
     if train.packing_length is not None and not train.packing:
         yield f"train.packing_length: {train.packing_length}, but packing is off; set train.packing: true, or remove it"
+    if model.attn_implementation == "flex_attention" and not train.packing:
+        yield (
+            "model.attn_implementation: flex_attention, which is for packs, but packing is off; set train.packing: "
+            "true, or sdpa"
+        )
     if train.activation_offloading and not train.gradient_checkpointing:
         yield "train.activation_offloading: true, but gradient_checkpointing is false; set it to true, or remove this"
     if model.dtype == "bfloat16" and not train.bf16:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from gemma_dist.errors import ConfigError
-from gemma_dist.model.cards import Card, impossible, require_card, slow
+from gemma_dist.model.cards import Card, impossible, require_card, require_cpu, slow
 from gemma_dist.recipe import load_config
 from gemma_dist.show import check
 from tests.support.ranks import ENVIRONMENT, REPOSITORY
@@ -72,3 +72,13 @@ def test_a_wrong_global_batch_is_refused_before_torch_is_imported() -> None:
         done.stderr
     )
     assert done.stdout.split() == [], "imported, which takes seconds"
+
+
+def test_flex_attention_is_refused_on_a_cpu_and_without_packing() -> None:
+    recipe = REPOSITORY / "launch/cpu_lora.yaml"
+    require_cpu(load_config(recipe, PATHS))
+    flex = [*PATHS, "attn_implementation=flex_attention"]
+    with pytest.raises(ConfigError, match="flex_attention has no backward pass on a CPU"):
+        require_cpu(load_config(recipe, [*flex, "packing=true"]))
+    with pytest.raises(ConfigError, match="flex_attention, which is for packs, but packing is off"):
+        load_config(recipe, flex)

@@ -3,21 +3,24 @@
 import functools
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor
 
 from gemma_dist.config import ModelConfig
-from gemma_dist.model.attention import find_documents
+from gemma_dist.model.attention import Layout, Shape, add_calls, find_documents, lay_out, packed_attention
 from gemma_dist.model.load import load_model
+from gemma_dist.model.pieces import Heads, calls_of
 from gemma_dist.stream.collate import ControlIds, Sample, collate, collate_packs, control_ids
 from tests.support.documents import document
 
@@ -49,14 +52,15 @@ SMALL_WINDOW = 16
 def models(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Loads a model of a style and a sliding window, with packing or as transformers has it; each call a fresh one."""
 
-    def load(style: str, window: int, *, packing: bool, dtype: Any = "float32") -> Any:
+    def load(style: str, window: int, *, packing: bool, dtype: Any = "float32", **settings: Any) -> Any:
         folder = tmp_path_factory.getbasetemp() / f"packed-{style}-{window}"
         if not folder.exists():
             shutil.copytree(tiny_model(style), folder)
             config = json.loads((folder / "config.json").read_text())
             config["text_config"]["sliding_window"] = window
             (folder / "config.json").write_text(json.dumps(config))
-        return load_model(ModelConfig(model_name_or_path=str(folder), dtype=dtype), None, packing=packing)
+        config = ModelConfig(model_name_or_path=str(folder), dtype=dtype, **settings)
+        return load_model(config, None, packing=packing)
 
     return load
 
@@ -243,22 +247,152 @@ def test_nothing_of_the_size_of_a_squared_pack_is_made(pair: tuple[Any, Any], id
     assert largest.numel >= length**2, "transformers' own way makes one, so the measurement can fail"
 
 
-def test_a_document_longer_than_the_window_needs_no_mask_of_its_square() -> None:
+HEADS = {"full_attention": Heads(4, 1), "sliding_attention": Heads(4, 2)}
+
+
+def random_pack(seed: int, length: int = 4096) -> Layout:
+    """Documents of any length, with images of any length."""
+    random = np.random.default_rng(seed)
+    positions: list[int] = []
+    while len(positions) < length:
+        longest = np.log(random.choice([30, 300, length]))
+        positions += range(1 + int(np.exp(random.uniform(0, longest))))
+    types = np.repeat(random.random(1000) < 0.5, random.integers(1, 100, 1000))[:length]
+    return lay_out(torch.tensor([positions[:length]]), torch.from_numpy(types.astype(int))[None])
+
+
+def test_a_document_longer_than_the_window_needs_one_mask_of_two_windows() -> None:
     length, window = 4096, 64
-    positions = torch.arange(length)[None]
-    (document,) = find_documents(positions, torch.zeros_like(positions), window)["sliding_attention"]
-    assert [piece.queries for piece in document] == [slice(i, i + window) for i in range(0, length, window)]
-    assert document[0].mask is None
-    assert all(piece.mask.shape == (1, 1, window, 2 * window - 1) for piece in document[1:] if piece.mask is not None)
-    seen = torch.zeros(length, length, dtype=torch.bool)
-    for piece in document:
-        mask = torch.ones(window, window).tril().bool() if piece.mask is None else piece.mask
-        seen[piece.queries, piece.keys] = mask
-    distance = positions.T - positions
-    assert torch.equal(seen, (distance >= 0) & (distance < window))
+    shape = Shape(window, HEADS, sees_images=True)
+    documents = find_documents(*add_calls(Layout([(0, length)], [0] * length), shape), shape, torch.float32)
+    first, later = documents["sliding_attention"].groups
+    assert (first.kind, first.rows, first.queries, first.keys) == ("causal", 1, window, window)
+    assert (later.kind, later.rows, later.queries, later.keys) == ("band", length // window - 1, window, 2 * window)
+    mask = documents["sliding_attention"].masks[1]
+    assert mask is not None
+    assert mask.shape == (1, 1, 2 * window, 2 * window), "for each of two query heads that share a key head"
+    key = torch.arange(2 * window)
+    for query in range(window):
+        seen = (key >= query) & (key < query + window)  # the first key is `window - 1` tokens before the first query
+        for row in mask[0, 0, 2 * query : 2 * query + 2]:
+            assert torch.equal(row == 0, seen)
+            assert (row[~seen] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_is_packed_takes_a_few_calls_and_little_padding(seed: int) -> None:
+    layout = random_pack(seed)
+    for layer_type, calls in calls_of(layout.spans, layout.images, HEADS, 512).items():
+        kinds = Counter(group.kind for group in calls.groups)
+        assert max(kinds["causal"], kinds["band"]) <= 2
+        assert max(kinds["short"], kinds["images"]) <= 1
+        assert layer_type == "sliding_attention" or kinds["band"] + kinds["images"] == 0
+        assert sum(group.rows * group.queries for group in calls.groups) <= 1.5 * 4096
+
+
+def rule_of(layout: Layout, window: int) -> Tensors:
+    """What each token of a pack sees, (T, T), by layer type."""
+    length, image = len(layout.images), torch.tensor(layout.images)
+    document = torch.cat([torch.full((end - start,), at) for at, (start, end) in enumerate(layout.spans)])
+    behind = torch.arange(length)[:, None] - torch.arange(length)
+    same_image = (image[:, None] == image) & (image > 0)
+    inside = document[:, None] == document
+    return {
+        "full_attention": inside & (behind >= 0),
+        "sliding_attention": inside & (behind < window) & ((behind >= 0) | same_image),
+    }
+
+
+@pytest.mark.parametrize("seed", [0, 8, 11])
+def test_the_calls_of_any_pack_see_what_the_rule_says(seed: int) -> None:
+    """The rule as one mask of the whole pack, beside what the calls let each head of it see."""
+    window, layout = 512, random_pack(seed)
+    shape = Shape(window, HEADS, sees_images=True)
+    documents = find_documents(*add_calls(layout, shape), shape, torch.float32)
+    length = 4096
+    for layer_type, rule in rule_of(layout, window).items():
+        calls, heads = documents[layer_type], HEADS[layer_type]
+        queries = real_slots(calls.queries, length * heads.queries).split(
+            [group.rows * group.queries * heads.queries for group in calls.groups]
+        )
+        keys = real_slots(calls.keys, length).split([group.rows * group.keys for group in calls.groups])
+        seen = torch.zeros(length, length, dtype=torch.uint8)  # by the last query head
+        for group, mask, query, key in zip(calls.groups, calls.masks, queries, keys, strict=True):
+            share = heads.queries // heads.keys
+            query = query.view(group.rows, group.queries, heads.queries)
+            if mask is None:
+                allowed = torch.ones(1, group.queries, group.keys, dtype=torch.bool).tril()
+            else:  # query heads that share a key head stand one behind the other, key heads within
+                allowed = mask[:, 0, share - 1 :: share] == 0
+                assert torch.equal(allowed, mask[:, 0, ::share] == 0)
+                grouped = query.unflatten(2, (share, heads.keys)) % heads.queries // share
+                assert (grouped == torch.arange(heads.keys))[query.unflatten(2, (share, heads.keys)) >= 0].all()
+            last = query[:, :, -1]
+            assert (last[last >= 0] % heads.queries == heads.queries - 1).all()
+            real = allowed & (last >= 0)[:, :, None] & (key.view(group.rows, 1, -1) >= 0)
+            row, q, k = real.nonzero().T
+            places = last[row, q] // heads.queries * length + key.view(group.rows, -1)[row, k]
+            assert len(places) == len(places.unique()), "nothing is seen twice"
+            seen.view(-1)[places] += 1
+        assert torch.equal(seen, rule.to(torch.uint8)), layer_type
+
+
+@pytest.mark.parametrize("seed", [0, 8, 11])
+def test_attention_and_its_gradients_are_those_of_one_mask_over_the_pack(seed: int) -> None:
+    layout, window = random_pack(seed, length=700), 64
+    shape = Shape(window, HEADS, sees_images=True)
+    documents = find_documents(*add_calls(layout, shape), shape, torch.float64)
+    for layer_type, heads in HEADS.items():
+        torch.manual_seed(seed)
+        states = [
+            torch.randn(1, count, 700, 8, dtype=torch.float64) for count in (heads.queries, heads.keys, heads.keys)
+        ]
+        ours, theirs = ([one.clone().requires_grad_() for one in states] for _ in range(2))
+        module: Any = torch.nn.Module()
+        module.layer_type, module.num_key_value_groups = layer_type, heads.queries // heads.keys
+        output, _ = packed_attention(
+            module, ours[0], ours[1], ours[2], None, documents=documents, dropout=0.0, scaling=1.0
+        )
+        query, key, value = theirs
+        rule = rule_of(layout, window)[layer_type]
+        expected = scaled_dot_product_attention(query, key, value, rule, scale=1.0, enable_gqa=True)
+        torch.testing.assert_close(output, expected.transpose(1, 2))
+        weights = torch.randn_like(output)
+        (output * weights).sum().backward()
+        (expected.transpose(1, 2) * weights).sum().backward()
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one.grad, other.grad)
+
+
+def real_slots(slots: Any, number: int) -> torch.Tensor:
+    """Which of `number` stands in each slot, -1 where it is padding: nothing looks for it there."""
+    if slots is None:
+        return torch.arange(number)
+    fills = slots.numbers.clone()
+    looked_for = torch.arange(number)[:, None] == fills[slots.places[0]]
+    real = torch.zeros(len(fills), dtype=torch.bool)
+    real[slots.places[0][looked_for]] = True
+    return torch.where(real, fills, -1)
 
 
 def test_a_mask_is_refused(pair: tuple[Any, Any], ids: ControlIds) -> None:
     batch = collate([document(ids, *TEXT)], ids)
     with pytest.raises(AssertionError, match="a pack has no attention_mask"):
         forward(pair[0], batch)
+
+
+@pytest.mark.parametrize(("style", "case"), [("e4b", "two rows"), ("31b", "images at the boundaries")])
+def test_flex_attention_gives_the_same_logits(
+    models: Callable[..., Any], ids: ControlIds, monkeypatch: pytest.MonkeyPatch, style: str, case: str
+) -> None:
+    """Forward: torch has no backward pass of it on a CPU. Not compiled, which takes half a minute."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    packs = [[document(ids, *parts) for parts in pack] for pack in PACKS[case]]
+    batch = collate_packs(packs, ids)
+    ours = models(style, SMALL_WINDOW, packing=True)
+    flex = models(style, SMALL_WINDOW, packing=True, attn_implementation="flex_attention")
+    with torch.no_grad(), counting_attention() as calls:
+        expected = forward(ours, batch)
+        counted = len(calls)
+        torch.testing.assert_close(forward(flex, batch), expected, atol=2e-5, rtol=0)
+    assert len(calls) - counted < counted, "the text layers take none of the other"

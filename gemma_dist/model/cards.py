@@ -1,5 +1,5 @@
-"""What a GPU cannot do for a recipe, by its compute capability. Nothing here was run on such a card: it is what torch
-2.14 and NVIDIA say of them.
+"""What a GPU cannot do for a recipe, by its compute capability, or a CPU. Nothing here was run on such GPUs: it is what
+torch 2.14 and NVIDIA say of them.
 
 Before 8.0 (Ampere: A100, A10, RTX 30) a GPU has no bfloat16: torch emulates some of it, many times slower, and
 Triton's kernels do not. There, too, attention of the full layers (head dimension 512) has no kernel but the plain one,
@@ -67,3 +67,11 @@ def require_card(config: RunConfig, card: Card) -> None:
     """Raises ConfigError, with every reason, where `config` cannot run on `card`."""
     if problems := list(impossible(config, card)):
         raise ConfigError("\n".join(problems))
+
+
+def require_cpu(config: RunConfig) -> None:
+    """Raises ConfigError where `config` cannot train on a CPU."""
+    if config.model.attn_implementation == "flex_attention":
+        raise ConfigError(
+            "model.attn_implementation: flex_attention has no backward pass on a CPU; set sdpa, or train on a GPU"
+        )

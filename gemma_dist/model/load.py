@@ -80,7 +80,7 @@ def prepare_for_micro_batches(model: Any, *, packing: bool) -> None:
     if packing:
         from gemma_dist.model.attention import use_packed_attention
 
-        use_packed_attention(model)
+        use_packed_attention(model, settings.attn_implementation)
     else:
         use_right_padding(model)
         use_image_rule(model)
@@ -218,6 +218,8 @@ def _adapter_as_base(model: Any) -> None:
 def attention_of_parts(settings: ModelConfig) -> dict[str, str]:
     """Attention code of each part. transformers has eager attention alone for the audio tower of E2B and E4B."""
     chosen = settings.attn_implementation
+    if chosen == "flex_attention":  # of packs alone: the text layers get it later
+        chosen = "sdpa"
     return {"text_config": chosen, "vision_config": chosen, "audio_config": "eager"}
 
 

@@ -145,9 +145,9 @@ class Activations:
         if repeats:
             kept += 2 * queries * self.compute
         elif not layer.is_full:
-            # A window of a document behind its first one has a mask, and keys of two windows.
+            # A window of a document behind its first one has keys of two windows.
             behind = max(0, tokens - self.batch.num_documents * self.geometry.window)
-            kept += 2 * 2 * behind * self.geometry.heads * layer.head_dim * self.compute
+            kept += 2 * behind * layer.kv_heads * layer.head_dim * self.compute
         if not layer.shares_kv:
             kept += keys * NORM * (twice + 1) + (0 if repeats else 2 * keys * self.compute)
         if self.config.model.attn_implementation == "eager":

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from torch.utils.data import IterableDataset
 
 from gemma_dist.data.encode import IGNORE_INDEX
-from gemma_dist.model.attention import LAYOUT, lay_out
+from gemma_dist.model.attention import LAYOUT, PLACES, Shape, add_calls, lay_out
 from gemma_dist.model.head import IDS, KINDS, POSITIONS
 from gemma_dist.model.images import IMAGE_PLACES, places_of
 from gemma_dist.model.rows import PADDED_RIGHT
@@ -72,9 +72,13 @@ class CudaTransfer:
 class Feed(IterableDataset):
     """The micro-batches of a loader, on the device. One is on its way while another is worked on."""
 
-    def __init__(self, batches: Any, transfer: Transfer[Any]) -> None:
-        """`batches` can be gone through any number of times, and have a length."""
-        self._batches, self._transfer = batches, transfer
+    def __init__(self, batches: Any, transfer: Transfer[Any], shape: Shape | None = None) -> None:
+        """
+        Args:
+            batches: can be gone through any number of times, and have a length.
+            shape: of the model that takes packs; None: it finds its calls of attention itself.
+        """
+        self._batches, self._transfer, self._shape = batches, transfer, shape
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -94,24 +98,32 @@ class Feed(IterableDataset):
     def _next(self, batches: Iterator[Batch]) -> Any:
         """Send the next micro-batch; None: there is none."""
         batch = next(batches, None)
-        return None if batch is None else self._transfer.send(known_to_host(batch))
+        return None if batch is None else self._transfer.send(known_to_host(batch, self._shape))
 
 
-def with_layout(batch: Batch) -> Batch:
-    """`batch` and, if it is of packs, their layout: on the host, where nobody has to wait for it."""
+def with_layout(batch: Batch, shape: Shape | None = None) -> Batch:
+    """`batch` and, if it is of packs, their layout, with the calls of attention of a model of that shape: on the host,
+    where nobody has to wait for it."""
     if "attention_mask" in batch:
         return batch
-    return batch | {LAYOUT: lay_out(batch["position_ids"], batch["mm_token_type_ids"])}
+    layout = lay_out(batch["position_ids"], batch["mm_token_type_ids"])
+    if shape is None:
+        return batch | {LAYOUT: layout}
+    layout, places = add_calls(layout, shape)
+    return batch | {LAYOUT: layout, PLACES: places}
 
 
-def known_to_host(batch: Batch) -> Batch:
+def known_to_host(batch: Batch, shape: Shape | None = None) -> Batch:
     """A micro-batch of `collate` or `collate_packs` with all that would have to be looked for on the device: where its
     targets and its images are, and the layout of packs or that rows are padded on the right. Labels become targets.
+
+    Args:
+        shape: as for `with_layout`.
 
     Raises:
         DataError: there are other images than the text has places for.
     """
-    batch = with_layout(dict(batch))
+    batch = with_layout(dict(batch), shape)
     for shifted, names in ((False, ("labels", "kinds")), (True, ("shift_labels", "shift_kinds"))):
         if names[0] in batch:
             batch |= targets_of(*(batch.pop(name) for name in names), shifted=shifted)

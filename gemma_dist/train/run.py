@@ -18,7 +18,7 @@ from gemma_dist.config import RunConfig
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.files import writing
 from gemma_dist.logs import RunLog, log
-from gemma_dist.model.cards import card_at_hand, require_card, slow
+from gemma_dist.model.cards import card_at_hand, require_card, require_cpu, slow
 from gemma_dist.model.load import add_adapter, load_model, read_config, use_cpu
 from gemma_dist.model.operators import compile_operators
 from gemma_dist.model.per_layer import PerLayerTable, open_table
@@ -106,12 +106,14 @@ def train(
 
 
 def _require_card(config: RunConfig) -> None:
-    """Raises ConfigError where this rank's GPU cannot carry out the recipe, and says what it does slowly."""
+    """Raises ConfigError where this rank's GPU or CPU cannot carry out the recipe, and says what it does slowly."""
     card = card_at_hand()
-    if card is not None:
-        require_card(config, card)
-        for cost in slow(card):
-            log.warning("%s", cost)
+    if card is None:
+        require_cpu(config)
+        return
+    require_card(config, card)
+    for cost in slow(card):
+        log.warning("%s", cost)
 
 
 def _train_from(

@@ -36,6 +36,7 @@ from trl import SFTConfig, SFTTrainer
 from gemma_dist import world
 from gemma_dist.errors import CheckpointError
 from gemma_dist.logs import RunLog
+from gemma_dist.model.attention import Shape
 from gemma_dist.model.head import KINDS, use_target_head
 from gemma_dist.model.load import use_cpu
 from gemma_dist.model.record import write_record
@@ -155,7 +156,8 @@ class ToolCallTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Our batches as they are, on the device: Trainer's own would pass them through `accelerate.prepare`."""
-        return DataLoader(Feed(self.loader, transfer_to(self.args.device)), batch_size=None)
+        shape = Shape.of(self.model.config.get_text_config())
+        return DataLoader(Feed(self.loader, transfer_to(self.args.device), shape), batch_size=None)
 
     def _init_training_state(self, *args: object, **kwargs: object) -> Any:
         """Count steps from the one that the loader starts at."""
