@@ -12,11 +12,6 @@ from torch.distributed.tensor import DTensor
 
 from gemma_dist import world
 
-# What a 4-bit weight is stored as: FSDP2 cannot partition bitsandbytes' bytes, and the same bytes as bfloat16 it can.
-# No other format would do: it is what weights are sent in, so that nothing is converted on the way.
-STORAGE_OF_4_BITS = torch.bfloat16
-
-
 def is_launched() -> bool:
     """Whether this process is one of several that were launched with FSDP."""
     return world.world_size() > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
@@ -58,19 +53,38 @@ def _layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
+def let_4_bits_be_sharded(model: torch.nn.Module, *, sent_in: torch.dtype | None) -> None:
+    """Call the bytes of 4-bit weights numbers, which FSDP2 partitions; accelerate would leave bytes whole on every rank.
+
+    As numbers they mean nothing, and nothing computes with them. Nor are they converted: they get the dtype that weights
+    are sent in, if there is one; else the one that is computed in, as a patch embedder makes its pixels of that dtype.
+    """
+    from bitsandbytes.nn import Params4bit
+
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if isinstance(parameter, Params4bit):
+                dtype = sent_in or module.compute_dtype
+                parameter.data = parameter.data.view(1, -1).view(dtype).view(-1, 1)
+                parameter.quant_storage = dtype
+
+
 def require_sharded(model: torch.nn.Module) -> None:
     """Assert that every parameter of `model` is partitioned: what accelerate leaves whole is summed by nobody."""
     whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     assert not whole, f"not sharded by FSDP2: {len(whole)} parameters, such as {whole[0]}"
 
 
-def shard_for_evaluation(model: Any) -> None:
-    """Partition a loaded `model` over the ranks, and let it gather each layer while it generates."""
+def shard_for_evaluation(model: Any, device: torch.device) -> None:
+    """Partition a loaded `model` over the ranks, and let it gather each layer on `device` while it generates."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    let_4_bits_be_sharded(inner, sent_in=None)
+    mesh = init_device_mesh(device.type, (world.world_size(),))
     for layer in _layers(inner):
-        fully_shard(layer)
-    fully_shard(inner, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(inner, mesh=mesh, reshard_after_forward=False)
     require_sharded(inner)
     register_fsdp_forward_method(inner, "generate")

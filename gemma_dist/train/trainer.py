@@ -131,6 +131,7 @@ class ToolCallTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         if self.is_fsdp_enabled:
             fsdp.gather_layer_by_layer(self.accelerator.state.fsdp_plugin, model)
+            fsdp.let_4_bits_be_sharded(model, sent_in=torch.bfloat16 if self.args.bf16 else None)
         self._sums = StepSums(self.args.device)
         self._unlogged: list[Totals] = []  # steps since the last line of the log
         # TRL flips this to reentrant for PEFT at ZeRO-3, from the days when DeepSpeed could not do otherwise.
