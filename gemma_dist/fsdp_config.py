@@ -1,7 +1,7 @@
 """FSDP's part of an accelerate config, or of what `accelerate launch` made of it in the environment.
 
-Settings have accelerate's names without `fsdp_`, and values in lower case. Where one is absent accelerate has a default:
-for most of them one that would fail, or keep the whole model on each GPU.
+Settings have accelerate's names without `fsdp_`, and values in lower case. Where one is absent accelerate has a
+default: for most of them one that would fail, or keep the whole model on each GPU.
 """
 
 from collections.abc import Iterator, Mapping

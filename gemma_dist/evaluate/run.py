@@ -33,8 +33,8 @@ from gemma_dist.evaluate.report import Report, ScoredDecision, add_up, make_repo
 from gemma_dist.evaluate.score import score_decision
 from gemma_dist.files import writing
 from gemma_dist.logs import JsonlWriter, log, progress, read_jsonl, write_json
-from gemma_dist.model.load import load_for_evaluation
 from gemma_dist.model import fsdp
+from gemma_dist.model.load import load_for_evaluation
 from gemma_dist.model.zero3 import is_partitioned
 from gemma_dist.shards.reader import load_trajectories
 from gemma_dist.topology import current_topology

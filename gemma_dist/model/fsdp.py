@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from gemma_dist import world
 
+
 def is_launched() -> bool:
     """Whether this process is one of several that were launched with FSDP."""
     return world.world_size() > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
@@ -21,8 +22,8 @@ def prepare_arguments(arguments: Any, *, reduce_each_micro_batch: bool) -> None:
     """Let `arguments` (a `TrainingArguments`) make an accelerator that shards as we want it to. Called before that.
 
     Left to itself, accelerate would sum gradients in bfloat16 where that is computed with, round the loss of each token
-    to it as well, and take an FSDP launch on CPU processes for DDP, without a word: it looks for FSDP where it has found
-    several GPUs alone (`AcceleratorState.__init__`, accelerate 1.15), so it is told that it has.
+    to it as well, and take an FSDP launch on CPU processes for DDP, without a word: it looks for FSDP only where it has
+    found several GPUs (`AcceleratorState.__init__`, accelerate 1.15), so it is told that it has.
 
     Args:
         reduce_each_micro_batch: so that no rank holds more than its share of the gradients; else once a step.
@@ -54,10 +55,11 @@ def _layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def let_4_bits_be_sharded(model: torch.nn.Module, *, sent_in: torch.dtype | None) -> None:
-    """Call the bytes of 4-bit weights numbers, which FSDP2 partitions; accelerate would leave bytes whole on every rank.
+    """Call the bytes of 4-bit weights numbers, which FSDP2 partitions: accelerate leaves bytes whole on every rank.
 
-    As numbers they mean nothing, and nothing computes with them. Nor are they converted: they get the dtype that weights
-    are sent in, if there is one; else the one that is computed in, as a patch embedder makes its pixels of that dtype.
+    As numbers they mean nothing, and nothing computes with them. Nor are they converted: they get the dtype that
+    weights are sent in, if there is one; else the one that is computed in, as a patch embedder turns its pixels into
+    the dtype of its weight.
     """
     from bitsandbytes.nn import Params4bit
 

@@ -3,7 +3,8 @@
 Each rank writes what its optimizer holds, without an exchange: a slice of the elements of each trained parameter, as
 the optimizer updates them (`weight`: float32 at ZeRO), and the same slice of each of their states (AdamW: `exp_avg`,
 `exp_avg_sq`). One process, or DDP's rank 0, holds every parameter whole; at ZeRO a rank holds some of them, or slices
-that begin and end anywhere; at FSDP2 some rows of each. To resume, a rank copies from the mapped files what overlaps with its own slices.
+that begin and end anywhere; at FSDP2 some rows of each. To resume, a rank copies from the mapped files what overlaps
+with its own slices.
 
 `optimizer-<rank>-of-<world size>.safetensors` names tensors `<parameter>/<state>@<first element>`. States that do not
 follow the elements have `#` there: the number of steps, and the scales of an 8-bit optimizer, which at ZeRO can be
@@ -141,9 +142,7 @@ def _slices(model: torch.nn.Module, optimizer: Any) -> Iterator[Slice]:
 
 def _rows(name: str, parameter: DTensor) -> Slice | None:
     """The rows of a parameter that this rank holds at FSDP2; None where there are fewer rows than ranks."""
-    shape, start = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    shape, start = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     row = math.prod(parameter.shape[1:])
     return Slice(name, start[0] * row, shape[0] * row, parameter, 0) if math.prod(shape) else None
 

@@ -64,8 +64,8 @@ def _gather(adapter: dict[str, torch.Tensor], engine: Any) -> dict[str, torch.Te
 
 
 def _gather_rows(tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """The whole of `tensors` in host memory, on rank 0: parameters, of which FSDP2 gives each rank some rows, in `dtype`
-    (None: their own), and buffers, which every rank has. One is gathered at a time; tied ones stay tied."""
+    """The whole of `tensors` in host memory, on rank 0: parameters, of which FSDP2 gives each rank some rows, in
+    `dtype` (None: their own), and buffers, which every rank has. One is gathered at a time; tied ones stay tied."""
     whole: dict[int, torch.Tensor] = {}
     for tensor in {id(tensor): tensor for tensor in tensors.values()}.values():
         gathered = tensor.detach()
