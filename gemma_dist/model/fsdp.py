@@ -83,6 +83,7 @@ def shard_for_evaluation(model: Any, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.requires_grad_(False)  # weights of one unit that train would have to be of one dtype
     let_4_bits_be_sharded(inner, sent_in=None)
     mesh = init_device_mesh(device.type, (world.world_size(),))
     for layer in _layers(inner):
