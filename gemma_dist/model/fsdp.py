@@ -71,6 +71,12 @@ def let_4_bits_be_sharded(model: torch.nn.Module, *, sent_in: torch.dtype | None
                 parameter.quant_storage = dtype
 
 
+def compute_in_bfloat16(model: Any, device: torch.device) -> None:
+    """Let a sharded `model` run under autocast, as accelerate lets it in every other launch: weights come in bfloat16,
+    but rows of embeddings from the host, pixels and buffers may be float32."""
+    model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
+
+
 def require_sharded(model: torch.nn.Module) -> None:
     """Assert that every parameter of `model` is partitioned: what accelerate leaves whole is summed by nobody."""
     whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]

@@ -172,6 +172,8 @@ class ToolCallTrainer(SFTTrainer):
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.run.topology.fsdp is not None:
             fsdp.require_sharded(self.model)
+            if self.args.bf16:
+                fsdp.compute_in_bfloat16(self.model, self.args.device)
         if self._checkpoint is not None:
             load_optimizer(self._checkpoint, self.model, self.optimizer.optimizer)
             _set_step(self.lr_scheduler, self.loader.start_step)
