@@ -1,7 +1,7 @@
 """What a training step waits for, counted beside bare TRL: waits for the device, collectives and their bytes, in a
 micro-batch and at the end of a step (`tests/support/steps.py` says what counts as which).
 
-    python benchmarks/step.py [--launch single|cpu_ddp|cpu_zero2|cpu_zero3]… [--style e4b] [--json]
+    python benchmarks/step.py [--launch single|cpu_ddp|cpu_zero2|cpu_zero3|cpu_fsdp2]… [--style e4b] [--json]
 
 Full tuning of a tiny model in micro-batches of one row; a third of our rows have images. TRL takes the others.
 """
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from tests.support.ranks import ENVIRONMENT  # noqa: E402 (found by the line above)
 
-LAUNCHES = ("single", "cpu_ddp", "cpu_zero2", "cpu_zero3")
+LAUNCHES = ("single", "cpu_ddp", "cpu_zero2", "cpu_zero3", "cpu_fsdp2")
 
 
 def show(rows: list[dict[str, Any]]) -> None:

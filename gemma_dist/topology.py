@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from gemma_dist import fsdp_config
 from gemma_dist.batch_plan import BatchPlan, batch_plan
 from gemma_dist.config import RunConfig
 from gemma_dist.errors import ConfigError
@@ -48,6 +49,7 @@ class Topology:
     distributed_type: str = "NO"  # accelerate's names
     mixed_precision: str = "no"
     deepspeed: Mapping[str, Any] | None = None  # DeepSpeed's own settings
+    fsdp: Mapping[str, str] | None = None  # accelerate's settings of FSDP: see fsdp_config.py
 
     @property
     def zero_stage(self) -> int | None:
@@ -86,7 +88,8 @@ def read_topology(path: Path) -> Topology:
         deepspeed = _read_json(Path(file)) if file else _deepspeed(section)
     precision = str(values.get("mixed_precision", "no")).lower()
     precision = "no" if precision == "false" else precision  # YAML 1.1 reads a bare `no` as false
-    return Topology(str(path), int(values.get("num_processes", 1)), kind, precision, deepspeed)
+    fsdp = fsdp_config.of_config(values) if kind == "FSDP" else None
+    return Topology(str(path), int(values.get("num_processes", 1)), kind, precision, deepspeed, fsdp)
 
 
 def planned_topology(path: Path | None, num_processes: int | None) -> Topology:
@@ -109,8 +112,9 @@ def current_topology() -> Topology:
     by_ranks = "MULTI_GPU" if num_processes > 1 else "NO"
     kind = next((kind for variable, kind in LAUNCHES.items() if env.get(variable) == "true"), by_ranks)
     deepspeed = _deepspeed_of_environment(env) if kind == "DEEPSPEED" else None
+    fsdp = fsdp_config.of_environment(env) if kind == "FSDP" else None
     precision = env.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    return Topology("this launch", num_processes, kind, precision, deepspeed)
+    return Topology("this launch", num_processes, kind, precision, deepspeed, fsdp)
 
 
 def _deepspeed_of_environment(env: Mapping[str, str]) -> dict[str, Any]:
@@ -141,6 +145,7 @@ def require_fit(config: RunConfig, topology: Topology) -> None:
         *_wrong_type(topology),
         *_wrong_precision(config, topology),
         *_wrong_deepspeed(topology),
+        *([] if topology.fsdp is None else fsdp_config.wrong_fsdp(topology.fsdp, topology.num_processes)),
         *_wrong_together(config, topology),
         *_contradictions(config, topology),
     ]
@@ -151,10 +156,10 @@ def require_fit(config: RunConfig, topology: Topology) -> None:
 
 def _wrong_type(topology: Topology) -> Iterator[str]:
     """Ways to share memory that are not supported."""
-    if topology.distributed_type in ("FSDP", "MEGATRON_LM", "TP", "XLA"):
+    if topology.distributed_type in ("MEGATRON_LM", "TP", "XLA"):
         yield (
-            f"distributed_type: {topology.distributed_type} is not supported; accelerate_configs/zero3.yaml "
-            "partitions weights, gradients and optimizer states as well"
+            f"distributed_type: {topology.distributed_type} is not supported; accelerate_configs/zero3.yaml and "
+            "fsdp2.yaml partition weights, gradients and optimizer states as well"
         )
 
 
@@ -195,11 +200,17 @@ def _wrong_deepspeed(topology: Topology) -> Iterator[str]:
 def _wrong_together(config: RunConfig, topology: Topology) -> Iterator[str]:
     """Settings that this recipe is not compatible with."""
     optim = config.train.optim
-    if config.tuning == "full" and config.model.dtype == "bfloat16" and topology.deepspeed is None:
+    shares_optimizer = topology.deepspeed is not None or topology.fsdp is not None
+    if config.tuning == "full" and config.model.dtype == "bfloat16" and not shares_optimizer:
         yield (
-            "tuning: full with model.dtype: bfloat16 needs DeepSpeed, which trains a float32 copy of the weights; "
-            "without it, updates below the rounding of bfloat16 are lost. Use accelerate_configs/zero1.yaml (or 2, 3) "
-            "also for a single process, or set model.dtype: float32 with train.bf16: true"
+            "tuning: full with model.dtype: bfloat16 needs DeepSpeed or FSDP2, which train a float32 copy of the "
+            "weights; without it, updates below the rounding of bfloat16 are lost. Use accelerate_configs/zero1.yaml "
+            "(or 2, 3) also for a single process, or set model.dtype: float32 with train.bf16: true"
+        )
+    if topology.fsdp is not None and optim not in fsdp_config.OPTIMIZERS:
+        yield (
+            f"train.optim: {optim} cannot step on slices of weights as FSDP2 makes them; use one of "
+            f"{', '.join(fsdp_config.OPTIMIZERS)}, or accelerate_configs/zero3.yaml"
         )
     if topology.deepspeed is None:
         return

@@ -16,7 +16,7 @@ from tests.support.ranks import gemma_dist
 ROOT = Path(__file__).parents[1]
 FULL_BF16 = ("cpu_full", "model.dtype=bfloat16")
 # Stages of the package's own configs; None: not by DeepSpeed.
-STAGES = {"single": None, "ddp": None, "zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
+STAGES = {"single": None, "ddp": None, "fsdp2": None, "zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
 
 def recipe(name: str, *overrides: str) -> Any:
@@ -36,11 +36,11 @@ def launch(stage: int | None = None, **changed: Any) -> Topology:
 @pytest.mark.parametrize(
     ("config", "launched", "reason"),
     [
-        (FULL_BF16, launch(), r"tuning: full with model.dtype: bfloat16 needs DeepSpeed.*zero1.yaml"),
+        (FULL_BF16, launch(), r"tuning: full with model.dtype: bfloat16 needs DeepSpeed or FSDP2.*zero1.yaml"),
         (("cpu_lora",), launch(mixed_precision="fp16"), r"fp16: float16 overflows on Gemma.*train.bf16"),
         (("cpu_lora",), launch(2, fp16={"enabled": True}), r"fp16: float16 overflows on Gemma"),
         (("cpu_lora",), launch(mixed_precision="bf16"), r"bf16: the recipe computes in float32"),
-        (("cpu_lora",), launch(distributed_type="FSDP"), r"FSDP is not supported; accelerate_configs/zero3.yaml"),
+        (("cpu_lora",), launch(distributed_type="TP"), r"TP is not supported; accelerate_configs/zero3.yaml and fsdp2"),
         (("cpu_lora",), launch(2, zero={"stage": 0}), r"stage: 0 partitions nothing; use accelerate_configs/ddp.yaml"),
         (
             ("cpu_lora",),
@@ -147,6 +147,7 @@ def test_our_own_configs_are_read_as_accelerate_reads_them(path: Path, monkeypat
     found = read_topology(path)
     assert found.zero_stage == STAGES[path.stem.removeprefix("cpu_")]
     assert found.offloads_optimizer == ("offload" in path.stem)
+    assert (found.fsdp is not None) == ("fsdp2" in path.stem)
     assert found.num_processes == yaml.safe_load(path.read_text())["num_processes"]
     require_fit(recipe("cpu_lora", "global_batch_size=32"), found)
 

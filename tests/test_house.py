@@ -19,7 +19,7 @@ FLOORS = [
     {"errors"},
     {"aliases", "family", "files", "gemma_format"},
     {"config", "costs", "world"},
-    {"batch_plan", "logs"},
+    {"batch_plan", "fsdp_config", "logs"},
     {"topology"},
     {"recipe", "tensorfile", "failures"},
     {"options"},

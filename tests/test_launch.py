@@ -84,9 +84,8 @@ def test_accelerate_accepts_every_process_config(path):
     expected = 1 if path.stem == "single" else 2 if path.stem.startswith("cpu_") else 8
     assert loaded.num_processes == expected
     assert loaded.use_cpu == path.stem.startswith("cpu_")
-    assert loaded.distributed_type.value == (
-        "DEEPSPEED" if "zero" in path.stem else "NO" if path.stem == "single" else "MULTI_GPU"
-    )
+    kinds = {"zero": "DEEPSPEED", "fsdp": "FSDP", "sing": "NO", "ddp": "MULTI_GPU"}
+    assert loaded.distributed_type.value == kinds[path.stem.removeprefix("cpu_")[:4]]
 
 
 def test_every_gpu_config_that_ranks_share_has_a_cpu_twin():

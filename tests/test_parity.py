@@ -1,6 +1,6 @@
 """Every launch config trains the same model: the pruned parity matrix, cell by cell.
 
-Slow, 8 minutes, or 14 beside another test: `python -m tests.parity --pruned` starts nine sets of processes and trains
+Slow, 8 minutes, or 14 beside another test: `python -m tests.parity --pruned` starts ten sets of processes and trains
 some forty tiny runs.
 """
 

@@ -92,6 +92,12 @@ SOURCES = {
     f"{BNB}.param_needs_quantization": ("model/experts.py", "extends", "c746638bcc31"),
     f"{BNB}.param_element_size": ("model/experts.py", "extends", "952ad805c54b"),
     "transformers.integrations.bitsandbytes:Bnb4bitQuantize.convert": ("model/experts.py", "extends", "f849fae99371"),
+    "accelerate.state:AcceleratorState.__init__": ("model/fsdp.py", "is told of GPUs", "e5c18cb49fc9"),
+    "accelerate.utils.fsdp_utils:fsdp2_prepare_model": ("model/fsdp.py", "relies on", "8a4cb9db8310"),
+    "accelerate.utils.fsdp_utils:fsdp2_prepare_auto_wrap_policy": ("model/fsdp.py", "names classes to", "f5f5c49ceebd"),
+    "accelerate:Accelerator._prepare_fsdp2": ("model/fsdp.py", "relies on", "123905d6d7c2"),
+    "bitsandbytes.nn.modules:fix_4bit_weight_quant_state_from_module": ("model/fsdp.py", "relies on", "9a95968c6c18"),
+    "bitsandbytes.nn:Params4bit.__torch_function__": ("model/fsdp.py", "relies on", "05a2cd178d51"),
     "peft:LoraConfig._register_custom_module": ("model/experts.py", "calls", "970c0dbe044e"),
     "trl.trainer.utils:add_fused_lm_head": ("model/head.py", "restates", "422d009f04b6"),
     "trl.kernels.chunked_logprob:_use_triton": ("plan/kernels.py", "replaces", "f0510984e05a"),
@@ -109,6 +115,11 @@ SIGNATURES = {
     "transformers.integrations.sdpa_attention:sdpa_attention_forward": ("model/attention.py", "calls", "a7c7d3b4dd64"),
     "transformers:Gemma4Processor._get_num_multimodal_tokens": ("data/encode.py", "calls", "c4fd5f755797"),
     "transformers:Gemma4UnifiedProcessor._get_num_multimodal_tokens": ("data/encode.py", "calls", "c4fd5f755797"),
+    "torch.distributed.tensor._utils:compute_local_shape_and_global_offset": (
+        "train/optimizer.py",
+        "calls",
+        "203f1f8d555b",
+    ),
     f"{ZERO3}.has_overflow": ("train/trainer.py", "calls", "42e8122937a2"),
     f"{ZERO2}.has_overflow": ("train/trainer.py", "calls", "2f133dcf6730"),
     f"{ZERO3}.get_param_id": ("train/optimizer.py", "calls", "78864d891a75"),
@@ -171,7 +182,7 @@ def test_each_private_name_that_is_used_of_others_is_listed() -> None:
     listed = {name.rpartition(":")[2].rpartition(".")[2] for name in (*SOURCES, *SIGNATURES)}
     # Attributes of objects: what makes or reads them is listed instead.
     listed |= {"_gradient_checkpointing_func", "_hp_mapping", "_weight_conversions", "_is_hf_initialized"}
-    listed |= {"_keys_to_ignore_on_load_unexpected", "_attn_implementation"}
+    listed |= {"_keys_to_ignore_on_load_unexpected", "_attn_implementation", "_no_split_modules"}
     listed |= {"_ChunkedLogProbFunction", "_CHUNKED_LOGPROB_CHUNK_SIZE"}  # names of trl.trainer.utils
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text())

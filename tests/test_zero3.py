@@ -1,4 +1,5 @@
-"""ZeRO-3: what its ranks load together is what one process loads, none of them holds it whole, and it answers alike.
+"""ZeRO-3 and FSDP2: what ranks load together is what one process loads, none of them holds it whole, and it answers
+alike.
 
 This file is also what each rank runs: accelerate launch … -m tests.test_zero3 FOLDER MODEL DTYPE [MODEL DTYPE]…, where
 a DTYPE of 4-bit is QLoRA in float32.
@@ -47,9 +48,18 @@ def test_ranks_load_what_one_process_loads(tiny_model: Callable[..., Path], tmp_
 
 
 @needs_compiler
-@pytest.mark.parametrize(("style", "adapted"), [("e4b", True), ("31b", False), ("12b", False), ("26b", True)])
+@pytest.mark.parametrize(
+    ("launch", "name", "style", "adapted"),
+    [
+        ("cpu_zero3", "ZeRO-3", "e4b", True),
+        ("cpu_zero3", "ZeRO-3", "31b", False),
+        ("cpu_zero3", "ZeRO-3", "12b", False),
+        ("cpu_zero3", "ZeRO-3", "26b", True),
+        ("cpu_fsdp2", "FSDP2", "e4b", True),
+    ],
+)
 def test_ranks_answer_what_one_process_answers(
-    tiny_model: Callable[..., Path], tmp_path: Path, style: str, adapted: bool
+    tiny_model: Callable[..., Path], tmp_path: Path, launch: str, name: str, style: str, adapted: bool
 ) -> None:
     # Rank 0 takes every other row: all images, and more batches than rank 1.
     numbers = [0, 1, 3, 2, 6]
@@ -61,8 +71,8 @@ def test_ranks_answer_what_one_process_answers(
         words += ["--adapter", _adapter(model, tmp_path / "adapter")]
     alone, together = tmp_path / "alone", tmp_path / "together"
     gemma_dist(*words, "--out", alone)
-    output = gemma_dist(*words, "--out", together, launch="cpu_zero3")
-    assert "partitioned over 2 ranks" in output
+    output = gemma_dist(*words, "--out", together, launch=launch)
+    assert f"partitioned over 2 ranks ({name})" in output
 
     assert (together / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
     one, two = (json.loads((out / "report.json").read_text()) for out in (alone, together))

@@ -33,6 +33,7 @@ from gemma_dist.evaluate.report import Report, ScoredDecision, add_up, make_repo
 from gemma_dist.evaluate.score import score_decision
 from gemma_dist.files import writing
 from gemma_dist.logs import JsonlWriter, log, progress, read_jsonl, write_json
+from gemma_dist.model import fsdp
 from gemma_dist.model.load import load_for_evaluation
 from gemma_dist.model.operators import compile_operators
 from gemma_dist.model.zero3 import is_partitioned
@@ -76,7 +77,8 @@ def evaluate(
         raise DataError(f"{data} holds no trajectories, so there is nothing to evaluate")
     loaded = load_for_evaluation(model, adapter, ple_on_host=settings.ple != "gpu")
     if is_partitioned(loaded) and world.rank() == 0:
-        log.info("model partitioned over %d ranks (ZeRO-3)", world.world_size())
+        how = "FSDP2" if fsdp.is_launched() else "ZeRO-3"
+        log.info("model partitioned over %d ranks (%s)", world.world_size(), how)
 
     if world.rank() == 0:
         _clear(out)

@@ -80,6 +80,7 @@ class FourBitExperts(Gemma4TextExperts):
         """
         super().__init__(config)
         self.compute_dtype = compute_dtype
+        self.states: dict[str, QuantState] = {}  # of the stacks that are parameters: FSDP2 makes new ones, without it
         self.host: HostExperts | None = None
         self.adapters: dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]] = {}
         for name in EXPERT_WEIGHTS:
@@ -91,7 +92,7 @@ class FourBitExperts(Gemma4TextExperts):
         if self.host is not None:
             return self.host.stack(self, name)
         parameter = getattr(self, name)
-        return parameter, parameter.quant_state
+        return parameter, getattr(parameter, "quant_state", None) or self.states.get(name)
 
     def full(self, name: str) -> torch.Tensor:
         """A stack made full again, (experts, out, in) in `compute_dtype`: from the dtype that it was loaded in."""
@@ -255,6 +256,8 @@ class _Quantize(Bnb4bitQuantize):
         if host is not None:
             host.add(module, name, codes, state)
             codes = codes.new_empty(0)  # in the place of the parameter for as long as transformers looks for one
+        else:
+            module.states[name] = state
         return {path: Params4bit(codes, quant_state=state, bnb_quantized=True, blocksize=BLOCK_SIZE, **settings)}
 
 

@@ -15,6 +15,7 @@ import torch
 from gemma_dist import world
 from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig
 from gemma_dist.errors import CheckpointError, ConfigError
+from gemma_dist.model import fsdp
 from gemma_dist.model.folder import read_json_object, refuse_custom_code
 from gemma_dist.model.images import use_known_places
 from gemma_dist.model.per_layer import TABLE, PerLayerTable, open_table, table_left_out, take_rows_of_batch
@@ -90,8 +91,8 @@ def prepare_for_micro_batches(model: Any, *, packing: bool) -> None:
 def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool = True) -> Any:
     """A model ready to generate, with an adapter on the base as training saw it (in 4 bits after QLoRA).
 
-    Its audio tower is left out. On ranks launched at ZeRO-3 it is partitioned over them, and the adapter has the dtype
-    of the base.
+    Its audio tower is left out. On ranks launched at ZeRO-3 or FSDP2 it is partitioned over them; at ZeRO-3 the adapter
+    has the dtype of the base.
 
     Raises:
         CheckpointError: the model or the adapter is missing or does not fit.
@@ -113,8 +114,8 @@ def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool =
             arguments["dtype"] = dtype = getattr(torch, quantization["weights_dtype"])
             arguments["experts"] = "gpu" if quantization.get("parameters") else None
     zero3 = settings_for_evaluation(dtype)
-    if zero3 is None:
-        arguments["device_map"] = {"": device()}
+    if zero3 is None and not (fsdp.is_launched() and "quantization_config" not in arguments):
+        arguments["device_map"] = {"": device()}  # else each rank maps the files, until it gets its part
     table = open_table(model, config, dtype) if ple_on_host else None
     with partitioning(zero3):
         loaded = _from_pretrained(model, table, ["audio"], **arguments)
@@ -130,6 +131,8 @@ def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool =
             _adapter_as_base(loaded)
         _gather_with_experts(loaded)
         partition_model(loaded, zero3)
+    elif fsdp.is_launched():
+        fsdp.shard_for_evaluation(loaded, device())
     return loaded.eval()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from gemma_dist import world
 from gemma_dist.errors import CheckpointError
@@ -229,5 +230,5 @@ def partition_model(model: Any, settings: dict[str, Any]) -> None:
 
 
 def is_partitioned(model: torch.nn.Module) -> bool:
-    """Whether `model` is partitioned over the ranks (ZeRO-3): each of its passes is then one of all ranks."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    """Whether `model` is partitioned over the ranks (ZeRO-3, FSDP2): each of its passes is then one of all ranks."""
+    return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -14,6 +14,7 @@ from typing import Any
 from gemma_dist.config import RunConfig
 from gemma_dist.plan.activations import Activations, MicroBatch, Moment
 from gemma_dist.plan.geometry import Geometry, embeddings, stacks
+from gemma_dist.plan.sharded import Shards
 from gemma_dist.plan.weights import (
     BYTES,
     EXPERTS,
@@ -96,11 +97,19 @@ def estimate_memory(
     fixed = ranks.parts()
     moments = Activations(geometry, config, place, batch).moments()
     if config.train.optim == "adamw_torch" and topology.deepspeed is None:
-        moments.append(Moment("optimizer step", 4 * trained))  # its moments' roots, all weights at once
+        mine = trained if topology.fsdp is None else trained // topology.num_processes
+        moments.append(Moment("optimizer step", 4 * mine))  # its moments' roots, all weights at once
+    if ranks.shards is not None and ranks.shards.last_gradients:
+        moments.append(Moment("end of the backward pass", ranks.shards.last_gradients))
     peak = max(moments, key=lambda moment: moment.activations + moment.loss_head)
     parts, name = {**fixed, ACTIVATIONS: peak.activations, LOSS_HEAD: peak.loss_head}, peak.name
     whole = sum(fixed.values())
     sizes = {moment.name: whole + moment.activations + moment.loss_head for moment in moments}
+    if topology.fsdp is not None and config.quantization is not None:
+        # transformers' quantizer places 4-bit weights by itself, before accelerate partitions them
+        sizes[LOADING] = sum(on_gpu.values())
+        if sizes[LOADING] > sum(parts.values()):
+            parts, name = on_gpu, LOADING
     return Estimate(
         parts={part: size for part, size in parts.items() if size},
         moment=name,
@@ -144,9 +153,15 @@ class _Ranks:
         self.weights, self.num, self.stage = weights, topology.num_processes, topology.zero_stage
         self.each = BYTES[config.model.dtype]
         self.zero: Mapping[str, Any] = ZERO_DEFAULTS | dict((topology.deepspeed or {}).get("zero_optimization", {}))
+        self.shards: Shards | None = None
+        if topology.fsdp is not None:
+            reshard = topology.fsdp["reshard_after_forward"] == "true"
+            self.shards = Shards(geometry, config, weights, trained, self.num, reshard=reshard)
 
     def parts(self) -> dict[str, int]:
         """Bytes of a GPU that last through the step."""
+        if self.shards is not None:
+            return self._sharded(self.shards)
         if self.stage is None:
             return self._whole()
         trained, num = self.trained, self.num
@@ -164,6 +179,16 @@ class _Ranks:
         parts[BUCKETS] = self._buckets()
         if shared:
             parts[GATHERED] = self._gathered()
+        return parts
+
+    def _sharded(self, shards: Shards) -> dict[str, int]:
+        """FSDP2."""
+        parts = {part: shards.of(part) for part in self.weights}
+        if self.config.lora is not None:
+            parts[ADAPTER] = self._share(4 * self.trained)
+        parts[GRADIENTS] = shards.gradients
+        parts[OPTIMIZER] = self._share(optimizer_states(self.geometry, self.config, self.trained))
+        parts[GATHERED] = shards.gathered
         return parts
 
     def _whole(self) -> dict[str, int]:
@@ -220,10 +245,13 @@ class _Ranks:
 
 def _host(weights: dict[str, int], place: Placement, topology: Topology, ranks: _Ranks) -> dict[str, int]:
     """Memory of one node."""
+    config = ranks.config
     on_node = min(topology.num_processes, GPUS_A_NODE)
     host = {f"{on_node} process{'es' if on_node > 1 else ''}": on_node * PROCESS}
     if offloaded := ranks.on_host() * on_node // topology.num_processes:
         host["offloaded by ZeRO"] = offloaded
+    if topology.fsdp is not None and config.tuning == "full" and config.model.dtype != "float32":
+        host["loading, all in float32 for each process"] = on_node * 4 * ranks.trained
     if place.experts == "host" and EXPERTS in weights:
         host["experts, pinned"] = on_node * weights[EXPERTS]
     if place.ple == "host" and PER_LAYER in weights:
@@ -234,7 +262,7 @@ def _host(weights: dict[str, int], place: Placement, topology: Topology, ranks: 
 def _disk(geometry: Geometry, config: RunConfig, topology: Topology, trained: int) -> dict[str, int]:
     """Files of a run and of what comes after it."""
     each = BYTES[config.model.dtype]
-    is_zero = topology.deepspeed is not None
+    is_zero = topology.deepspeed is not None or (topology.fsdp is not None and config.tuning == "full")
     saved = each if config.tuning == "full" or is_zero else 4
     checkpoint = trained * (saved + (4 if is_zero else saved)) + optimizer_states(geometry, config, trained)
     whole = num_parameters(geometry) * each

@@ -1,7 +1,7 @@
 """What could make a run smaller: changes of a recipe or its launch, as they are typed. `run.py` plans each anew."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma_dist.config import RunConfig
@@ -110,7 +110,7 @@ def _of_launch(topology: Topology) -> Iterator[Change]:
             other = read_topology(Path(name))
         except ConfigError:
             continue
-        shared = Topology(name, topology.num_processes, other.distributed_type, other.mixed_precision, other.deepspeed)
+        shared = replace(other, num_processes=topology.num_processes)
         yield Change(f"--accelerate-config {name}", topology=shared)
 
 

@@ -19,7 +19,7 @@ def render(plan: Plan) -> str:
 def _head(plan: Plan) -> Iterator[str]:
     """What was planned."""
     work, estimate, topology = plan.work, plan.estimate, plan.topology
-    stage = f"ZeRO-{topology.zero_stage}" if topology.zero_stage else "DDP"
+    stage = f"ZeRO-{topology.zero_stage}" if topology.zero_stage else "DDP" if topology.fsdp is None else "FSDP2"
     ranks = "one GPU" if topology.num_processes == 1 else f"{topology.num_processes} GPUs, {stage}"
     yield (
         f"{plan.config.model.model_name_or_path}, tuning {plan.config.tuning}, on {ranks}: trains "
@@ -109,6 +109,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "tuning": plan.config.tuning,
         "num_gpus": num_gpus,
         "zero_stage": plan.topology.zero_stage,
+        "fsdp": plan.topology.fsdp is not None,
         "num_parameters": plan.estimate.num_parameters,
         "num_trained": plan.estimate.num_trained,
         "batch": {

@@ -9,7 +9,7 @@ from gemma_dist.plan.geometry import TEXT, Geometry, Linear, embeddings, linears
 
 BYTES = {"float32": 4, "bfloat16": 2}
 QUANTIZED, OTHER, EXPERTS = "quantized weights", "other weights", "experts"
-_LAYER = re.compile(r"model\.language_model\.layers\.(\d+)\.")
+LAYER = re.compile(r"model\.language_model\.layers\.(\d+)\.")
 FOUR_BIT_BLOCK, SCALES_BLOCK = 64, 256  # weights that share a scale, and scales that share one
 
 
@@ -106,7 +106,7 @@ def adapted_by_layer(geometry: Geometry, config: RunConfig) -> list[int]:
     """Weights of the adapter on the linear layers of each layer of the language model."""
     adapted = [0] * len(geometry.layers)
     for linear in linears(geometry):
-        if found := _LAYER.match(linear.path):
+        if found := LAYER.match(linear.path):
             adapted[int(found[1])] += _adapter(linear, config)
     return adapted
 

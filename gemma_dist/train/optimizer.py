@@ -3,13 +3,15 @@
 Each rank writes what its optimizer holds, without an exchange: a slice of the elements of each trained parameter, as
 the optimizer updates them (`weight`: float32 at ZeRO), and the same slice of each of their states (AdamW: `exp_avg`,
 `exp_avg_sq`). One process, or DDP's rank 0, holds every parameter whole; at ZeRO a rank holds some of them, or slices
-that begin and end anywhere. To resume, a rank copies from the mapped files what overlaps with its own slices.
+that begin and end anywhere; at FSDP2 some rows of each. To resume, a rank copies from the mapped files what overlaps
+with its own slices.
 
 `optimizer-<rank>-of-<world size>.safetensors` names tensors `<parameter>/<state>@<first element>`. States that do not
 follow the elements have `#` there: the number of steps, and the scales of an 8-bit optimizer, which at ZeRO can be
 read back only where the same elements lie together (`resolve.state_layout`).
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,9 +20,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from gemma_dist import world
 from gemma_dist.errors import CheckpointError
+from gemma_dist.model.zero3 import is_partitioned
 from gemma_dist.tensorfile import write_tensors
 
 
@@ -37,7 +42,9 @@ class Slice:
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """(num_elements,): this slice of `tensor`, which is laid out like `flat`; written to, `tensor` changes."""
-        return tensor.detach().view(-1).narrow(0, self.offset, self.num_elements)
+        held = tensor.detach()
+        held = held.to_local() if isinstance(held, DTensor) else held
+        return held.view(-1).narrow(0, self.offset, self.num_elements)
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ def save_optimizer(folder: Path, model: torch.nn.Module, optimizer: Any) -> None
             elif value is not None and (held.offset == 0 or state == "step"):
                 # What belongs to `flat` as a whole goes with the first slice in it, but every slice counts its steps.
                 tensors[f"{held.name}/{state}#{held.start}"] = torch.as_tensor(value)
-    if zero or world.rank() == 0:
+    if zero or is_partitioned(model) or world.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)  # no rank waits for another here
         write_tensors(folder / f"optimizer-{world.rank():05d}-of-{world.world_size():05d}.safetensors", tensors)
 
@@ -117,7 +124,10 @@ def _slices(model: torch.nn.Module, optimizer: Any) -> Iterator[Slice]:
     for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
-        if zero is None:
+        if isinstance(parameter, DTensor):
+            if held := _rows(name, parameter):
+                yield held
+        elif zero is None:
             yield Slice(name, 0, parameter.numel(), parameter, 0)
         elif hasattr(parameter, "ds_id"):  # ZeRO-3: equal slices of each parameter, the last one filled up
             group, offset, num_elements = zero.grad_position[zero.get_param_id(parameter)]
@@ -129,6 +139,13 @@ def _slices(model: torch.nn.Module, optimizer: Any) -> Iterator[Slice]:
             (flat,) = zero.optimizer.param_groups[piece.param_group_index]["params"]
             place, held = piece.lp_fragment_address, piece.hp_fragment_address
             yield Slice(name, place.start, held.numel, flat, held.start)
+
+
+def _rows(name: str, parameter: DTensor) -> Slice | None:
+    """The rows of a parameter that this rank holds at FSDP2; None where there are fewer rows than ranks."""
+    shape, start = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    row = math.prod(parameter.shape[1:])
+    return Slice(name, start[0] * row, shape[0] * row, parameter, 0) if math.prod(shape) else None
 
 
 def _index(folder: Path, files: ExitStack) -> dict[str, dict[str, list[SavedTensor]]]:

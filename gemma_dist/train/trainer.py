@@ -27,6 +27,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from safetensors import safe_open
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, set_seed
@@ -36,10 +37,12 @@ from trl import SFTConfig, SFTTrainer
 from gemma_dist import world
 from gemma_dist.errors import CheckpointError
 from gemma_dist.logs import RunLog
+from gemma_dist.model import fsdp
 from gemma_dist.model.attention import Shape
 from gemma_dist.model.head import KINDS, use_target_head
 from gemma_dist.model.load import use_cpu
 from gemma_dist.model.record import write_record
+from gemma_dist.model.zero3 import is_partitioned
 from gemma_dist.resolve import Run
 from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.topology import write_recipe_into
@@ -97,6 +100,8 @@ def training_arguments(run: Run) -> SFTConfig:
         disable_tqdm=True,
         ddp_timeout=int(world.COLLECTIVE_TIMEOUT.total_seconds()),
     )
+    if run.topology.fsdp is not None:
+        fsdp.prepare_arguments(arguments, reduce_each_micro_batch=config.tuning == "full")
     if arguments.deepspeed_plugin is not None:
         write_recipe_into(arguments.deepspeed_plugin.deepspeed_config, config, run.plan)
     return arguments
@@ -129,6 +134,9 @@ class ToolCallTrainer(SFTTrainer):
         self.add_callback(SeedSteps())
         self.run, self.loader, self.run_log = run, loader, run_log
         self.model_accepts_loss_kwargs = True
+        if self.is_fsdp_enabled:
+            fsdp.gather_layer_by_layer(self.accelerator.state.fsdp_plugin, model)
+            fsdp.let_4_bits_be_sharded(model, sent_in=torch.bfloat16 if self.args.bf16 else None)
         self._sums = StepSums(self.args.device)
         self._unlogged: list[Totals] = []  # steps since the last line of the log
         self._at_end = False  # of a step, where it is logged and saved
@@ -169,6 +177,10 @@ class ToolCallTrainer(SFTTrainer):
         """What waits until Trainer has made the optimizer and wrapped the model (DDP, DeepSpeed): the state of the
         checkpoint, the check of its checkpointing, and the look at each step's gradients before the optimizer."""
         prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.run.topology.fsdp is not None:
+            fsdp.require_sharded(self.model)
+            if self.args.bf16:
+                fsdp.compute_in_bfloat16(self.model, self.args.device)
         if self._checkpoint is not None:
             load_optimizer(self._checkpoint, self.model, self.optimizer.optimizer)
             _set_step(self.lr_scheduler, self.loader.start_step)
@@ -215,6 +227,7 @@ class ToolCallTrainer(SFTTrainer):
     def _get_grad_norm(self, *args: object, **kwargs: object) -> Any:
         """Trainer asks for it between the backward pass and the optimizer: the moment to look at the gradients."""
         norm = super()._get_grad_norm(*args, **kwargs)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return norm if self.is_deepspeed_enabled else self._end_backward(norm)
 
     def _end_backward(self, grad_norm: torch.Tensor | float) -> float:
@@ -289,12 +302,16 @@ class ToolCallTrainer(SFTTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what trained, an adapter or the whole model, with all that is needed to use it. Every rank calls it."""
         engine = self.model_wrapped if self.is_deepspeed_enabled else None
-        partitioned = engine is not None and engine.zero_optimization_partition_weights()
-        weights = weights_to_save(self.model, engine) if partitioned or self.args.should_save else {}
+        dtype = getattr(torch, self.run.config.model.dtype)
+        saves = self.args.should_save or is_partitioned(self.model)
+        weights = weights_to_save(self.model, engine, dtype) if saves else {}
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         self.model.save_pretrained(folder, state_dict=weights)
+        if self.is_fsdp_enabled and self.run.config.tuning == "full":
+            self.model.config.dtype = dtype  # it was given that of the copy that trains
+            self.model.config.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
         write_record(folder, self.run.config, self.model, **self.run.identity.to_json())
         _check_saved(folder)

@@ -7,19 +7,28 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
+
+from gemma_dist import world
+from gemma_dist.model.zero3 import is_partitioned
 
 GATHERED_AT_ONCE = 64  # parameters of an adapter
 
 
-def weights_to_save(model: torch.nn.Module, engine: Any | None) -> dict[str, torch.Tensor]:
+def weights_to_save(model: torch.nn.Module, engine: Any | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The tensors for `model.save_pretrained`, by the names in `model`: of a PEFT model its adapter, else all.
 
-    At ZeRO-3 every rank is to call it, and all but rank 0 get nothing; elsewhere only the one that saves.
+    At ZeRO-3 and FSDP2 every rank is to call it, and all but rank 0 get nothing; elsewhere only the one that saves.
 
     Args:
         engine: DeepSpeed's, around `model`; None without DeepSpeed.
+        dtype: of the model as it was loaded: FSDP2 trains a float32 copy of it.
     """
     is_adapter = isinstance(model, PeftModel)
+    if engine is None and is_partitioned(model):
+        if is_adapter:
+            return _gather_rows(_trained(model), None)
+        return _gather_rows(model.state_dict(keep_vars=True), dtype)
     if engine is not None and engine.zero_optimization_partition_weights():
         if is_adapter:
             return _gather(_trained(model), engine)
@@ -52,6 +61,19 @@ def _gather(adapter: dict[str, torch.Tensor], engine: Any) -> dict[str, torch.Te
                 whole[name] = adapter[name].detach().to("cpu", copy=True)
     engine.optimizer.checkpoint_event_epilogue()
     return whole
+
+
+def _gather_rows(tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The whole of `tensors` in host memory, on rank 0: parameters, of which FSDP2 gives each rank some rows, in
+    `dtype` (None: their own), and buffers, which every rank has. One is gathered at a time; tied ones stay tied."""
+    whole: dict[int, torch.Tensor] = {}
+    for tensor in {id(tensor): tensor for tensor in tensors.values()}.values():
+        gathered = tensor.detach()
+        if isinstance(gathered, DTensor):
+            gathered = gathered.full_tensor().to(dtype or tensor.dtype)
+        if world.rank() == 0:
+            whole[id(tensor)] = gathered.to("cpu", copy=True)
+    return {name: whole[id(tensor)] for name, tensor in tensors.items() if id(tensor) in whole}
 
 
 def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
+from gemma_dist.fsdp_config import OPTIMIZERS as FSDP_OPTIMIZERS
 from gemma_dist.resolve import FOLLOWING_ELEMENTS
 from gemma_dist.topology import TESTED_OPTIMIZERS
 
@@ -14,6 +15,7 @@ LAUNCHES = {  # number of processes; the rest is in accelerate_configs/
     "cpu_zero2": 2,
     "cpu_zero3": 2,
     "cpu_zero3_offload": 2,
+    "cpu_fsdp2": 2,
     "cpu_ddp x4": 4,
     "cpu_zero3 x4": 4,
 }
@@ -40,7 +42,8 @@ ELSEWHERE = {  # the launch, of another world size or optimizer, that resumes fr
     "cpu_zero1": "cpu_zero3 x4",
     "cpu_zero2": "single",
     "cpu_zero3": "cpu_ddp x4",
-    "cpu_zero3_offload": "single",
+    "cpu_zero3_offload": "cpu_fsdp2",
+    "cpu_fsdp2": "single",
     "cpu_ddp x4": "cpu_zero2",
     "cpu_zero3 x4": "cpu_zero1",
 }
@@ -146,13 +149,14 @@ def all_cells() -> list[Cell]:
     for launch, tuning in product(UP_TO_TWO, ("qlora-experts", "qlora-host")):
         cells.append(Cell(launch, tuning, "26b", "some", checkpointing=launch != "cpu_zero1"))
     for launch, tuning in product(UP_TO_TWO, FOR_ALL_STYLES):
-        if tuning != "full" or "zero" in launch:  # the others are refused
+        if tuning != "full" or "zero" in launch or "fsdp2" in launch:  # the others are refused
             cells.append(Cell(launch, tuning, "e4b", "some", dtype="bfloat16"))
     cells += [Cell(launch, "qlora", "12b", "some", dtype="bfloat16") for launch in UP_TO_TWO]
     for launch, optim in product(UP_TO_TWO, OPTIMIZERS):
         if launch == "cpu_zero3_offload" and optim not in TESTED_OPTIMIZERS:
             continue  # refused: DeepSpeed's CPU Adam would step
-        if optim in FOLLOWING_ELEMENTS or "zero" not in launch:  # others see flat slices there
+        taken = {"zero": FOLLOWING_ELEMENTS, "fsdp": FSDP_OPTIMIZERS}.get(launch[4:8], OPTIMIZERS)
+        if optim in taken:  # the others are refused, or see flat slices
             cells.append(Cell(launch, "full", "31b", "some", optim=optim))
 
     resumed = [cell for cell in cells if cell.style == "e4b" and cell.data == "some" and cell.dtype == "float32"]

@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset, Features, Image, Json, List
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -75,6 +76,7 @@ class Observer:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 gradient = safe_get_full_grad(parameter) if self.is_deepspeed_enabled else parameter.grad
+                gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
                 if gradient is not None:  # of TRL's text-only steps the vision tower has none
                     gradients[name] = gradient.detach().float().clone().contiguous()
         if world.rank() == 0:
@@ -121,6 +123,8 @@ class ObservedTrainer(Observer, ToolCallTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         result = super().train(*args, **kwargs)
         model = self.model_wrapped
+        if self.run.topology.fsdp is not None:
+            assert all(isinstance(parameter, DTensor) for parameter in model.parameters()), "not sharded"
         model.eval()  # of DeepSpeed it returns nothing
         with torch.no_grad():
             logits = model(**load_file(self.task["probe"])).logits

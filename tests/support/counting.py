@@ -72,7 +72,7 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if func.namespace == "c10d":
+        if func.namespace in ("c10d", "_c10d_functional") and name != "wait_tensor":
             tensors = [one for one in torch.utils._pytree.tree_leaves(args[:1]) if torch.is_tensor(one)]
             package = _package()
             self.collectives[package] += 1
