@@ -40,6 +40,7 @@ def load_model(
     quantization: QuantizationConfig | None,
     *,
     packing: bool,
+    sequence_parallel_size: int = 1,
     table: PerLayerTable | None = None,
     without: Collection[Tower] = (),
 ) -> Any:
@@ -47,6 +48,7 @@ def load_model(
 
     Args:
         packing: whether its text layers are to attend within the documents of packs, and so take nothing else.
+        sequence_parallel_size: ranks that share a pack, and so have to be connected.
         table: of its per-layer embeddings, if they stay on the host.
         without: towers that are not loaded.
 
@@ -69,7 +71,11 @@ def load_model(
     model = _from_pretrained(settings.model_name_or_path, table, without, **arguments)
     keep_four_bit_exact(model)
     freeze_audio(model)
-    if packing:
+    if sequence_parallel_size > 1:
+        from gemma_dist.model.sequence import use_sequence_attention
+
+        use_sequence_attention(model, world.sequence_group(sequence_parallel_size))
+    elif packing:
         from gemma_dist.model.attention import use_packed_attention
 
         use_packed_attention(model)

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from gemma_dist.model.attention import LAYOUT, lay_out
+from gemma_dist.model.sequence import SHARE
 
 Batch = dict[str, Any]  # tensors, and the layout of packs
 Sent = TypeVar("Sent")
@@ -94,8 +95,8 @@ class Feed(IterableDataset):
 
 
 def with_layout(batch: Batch) -> Batch:
-    """`batch` and, if it is of packs, their layout: on the host, where nobody has to wait for it."""
-    if "attention_mask" in batch:
+    """`batch` and, if it is of whole packs, their layout: on the host, where nobody has to wait for it."""
+    if "attention_mask" in batch or SHARE in batch:
         return batch
     return batch | {LAYOUT: lay_out(batch["position_ids"], batch["mm_token_type_ids"])}
 
