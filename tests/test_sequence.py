@@ -18,12 +18,26 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoProcessor
 
 from gemma_dist import world
+from gemma_dist.batch_plan import BatchPlan, batch_plan
 from gemma_dist.config import ModelConfig
+from gemma_dist.data.encode import IGNORE_INDEX
+from gemma_dist.errors import ConfigError
 from gemma_dist.model.load import load_model
-from gemma_dist.stream.collate import Sample, collate_packs, control_ids
+from gemma_dist.model.sequence import SHARE, Exchange, Share
+from gemma_dist.plan.activations import Activations
+from gemma_dist.plan.estimate import ACTIVATIONS
+from gemma_dist.plan.geometry import read_geometry
+from gemma_dist.plan.margin import GIB
+from gemma_dist.plan.run import make_plan
+from gemma_dist.plan.weights import placement
+from gemma_dist.plan.workload import workload
+from gemma_dist.recipe import load_config
+from gemma_dist.stream.collate import ControlIds, Sample, collate_packs, control_ids
 from gemma_dist.stream.cut import cut
+from gemma_dist.topology import Topology, write_recipe_into
 from tests.support.documents import document
 from tests.support.ranks import ENVIRONMENT, REPOSITORY
+from tests.support.steps import measure, prepare
 
 # Documents as `document` takes them, for windows of 16 tokens. Two ranks cut in the middle of all rows.
 TEXT, LONG = (23,), (70,)
@@ -108,6 +122,112 @@ def test_four_ranks_find_them_as_well(of_four: dict[str, dict[str, float]], case
     """Also with an image on three of them, and windows that reach over a whole rank."""
     figures = of_four[f"31b-16: {case}, kept"]
     assert max(figures.values()) <= LIMITS[torch.float64], figures
+
+
+@pytest.fixture(scope="module")
+def ids(tiny_model: Callable[..., Path]) -> ControlIds:
+    return control_ids(AutoProcessor.from_pretrained(tiny_model("31b")))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 8])
+@pytest.mark.parametrize("case", PACKS)
+def test_the_shares_are_the_pack(ids: ControlIds, case: str, num_ranks: int) -> None:
+    packs = [[document(ids, *parts) for parts in pack] for pack in PACKS[case]]
+    whole = collate_packs(packs, ids, filler=False)
+    shares = [cut(whole, ids, rank, num_ranks) for rank in range(num_ranks)]
+    assert len({share["input_ids"].shape for share in shares}) == 1, "equal work"
+    length = whole["input_ids"].numel()
+    for name in ("input_ids", "position_ids", "mm_token_type_ids"):
+        assert torch.equal(torch.cat([share[name][0] for share in shares])[:length], whole[name].flatten())
+    targets = torch.cat([share["shift_labels"][0] for share in shares])
+    assert torch.equal(targets[: length - 1], whole["labels"].flatten()[1:])
+    assert (targets[length - 1 :] == IGNORE_INDEX).all()
+    for share in shares:
+        part, is_image = share[SHARE].soft_tokens, share["mm_token_type_ids"] != 0
+        assert part.stop - part.start == is_image.sum()
+        num_patches = (share["image_position_ids"] != -1).all(-1).sum(-1)
+        assert part.stop <= num_patches.sum() // ids.patches.pooling**2, "of the images that came with it"
+
+
+def test_a_slice_gets_the_keys_that_it_sees_and_no_others() -> None:
+    """A pack of 32 tokens over four ranks: documents of 12 and 20, an image over the third cut."""
+    images = [0] * 20 + [7] * 6 + [0] * 6
+    share = Share(0, 8, [(0, 12), (12, 32)], images, slice(0, 0))
+    of_global = [range(0, 8), range(0, 16), range(12, 24), range(12, 32)]
+    assert share.seen(None, whole_images=True) == of_global
+    of_sliding = [range(0, 8), range(5, 16), range(13, 26), range(21, 32)]
+    assert share.seen(4, whole_images=True) == of_sliding
+    assert share.seen(4, whole_images=False)[2] == range(13, 24)
+    sent = [Exchange(rank, 8, of_sliding, None).num_sent for rank in range(4)]
+    received = [Exchange(rank, 8, of_sliding, None).num_received for rank in range(4)]
+    assert torch.tensor(sent).T.tolist() == received
+    assert [sum(row) for row in received] == [len(needed) for needed in of_sliding]
+
+
+def test_a_rank_trains_on_the_batches_of_its_group() -> None:
+    """As many groups as data-parallel ranks of another run see the same batches."""
+    shared, plain = BatchPlan(8, 1, 2, 4, sequence_parallel_size=4), BatchPlan(2, 1, 2, 4)
+    assert shared.data_world_size == plain.world_size
+    assert [shared.data_rank(rank) for rank in range(8)] == [0] * 4 + [1] * 4
+    assert str(shared).startswith("global batch 4 = 2 groups of 4 ranks (train.sequence_parallel_size) x 1 micro-batch")
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_ranks", "message"),
+    [
+        (["train.packing=false"], 2, r"sequence_parallel_size: 2, but packing is off.* set\s+train.packing: true"),
+        (["model.attn_implementation=eager"], 2, r"attn_implementation: eager, but .* set it to sdpa, or remove it"),
+        ([], 3, r"2 does not divide the 3 ranks of this launch; use 1 or 3, or start a multiple of 2 processes"),
+        ([], 1, r"2 does not divide the 1 rank of this launch; use 1, or start a multiple of 2 processes"),
+        (["global_batch_size=3"], 4, r"global batch 3 is not a multiple of 2 groups of 2 ranks .*= 2; use 2 or 4"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(settings: list[str], num_ranks: int, message: str) -> None:
+    recipe = REPOSITORY / "launch" / "cpu_full.yaml"
+    words = ["train.packing=true", "per_device_train_batch_size=1", "train.sequence_parallel_size=2"]
+    words += ["global_batch_size=null", "gradient_accumulation_steps=null", *settings]
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        batch_plan(load_config(recipe, words), num_ranks)
+
+
+def test_deepspeed_is_told_the_batch_as_it_counts_ranks() -> None:
+    words = ["train.packing=true", "per_device_train_batch_size=2", "train.sequence_parallel_size=2"]
+    words += ["global_batch_size=8", "gradient_accumulation_steps=null"]
+    config = load_config(REPOSITORY / "launch" / "cpu_full.yaml", words)
+    plan, deepspeed = batch_plan(config, 4), dict[str, Any]()
+    write_recipe_into(deepspeed, config, plan)
+    per_rank = deepspeed["train_micro_batch_size_per_gpu"] * deepspeed["gradient_accumulation_steps"]
+    assert deepspeed["train_batch_size"] == per_rank * 4
+
+
+def test_a_layer_has_one_exchange_each_way(tmp_path: Path) -> None:
+    """And a micro-batch no other, nor a wait for the device in our code."""
+    prepare(tmp_path, "31b")
+    found = measure(tmp_path, "cpu_ddp", packing=True, bare=False, sequence=2)
+    layers = json.loads((tmp_path / "model" / "config.json").read_text())["text_config"]["num_hidden_layers"]
+    assert found["micro_batch"]["collectives"] == {"gemma_dist": 2 * layers}
+    assert found["micro_batch"]["waits"].keys() <= {"transformers", "accelerate"}
+    assert found["end"]["collectives"] == {"gemma_dist": 1}
+
+
+@pytest.mark.parametrize(("model", "hidden_states", "others"), [("31B", 9.84, 1.0), ("E4B", 3.28, 0.5)])
+def test_the_plan_of_128k_tokens_over_eight_ranks(model: str, hidden_states: float, others: float) -> None:
+    """GiB of each rank: checkpointed hidden states an eighth, keys and values of a global layer whole."""
+    words = [f"model_name_or_path=google/gemma-4-{model}-it", "packing=true", "data.train=none"]
+    words += ["packing_length=131072", "per_device_train_batch_size=1", "global_batch_size=null"]
+    words += ["gradient_accumulation_steps=null", "sequence_parallel_size=8"]
+    config, topology = load_config(REPOSITORY / "launch" / "31b_lora_zero3.yaml", words), Topology("", 8, "MULTI_GPU")
+    batch = workload(config, topology).batch
+    assert (batch.num_tokens, batch.whole_tokens) == (16_384, 131_072)
+    geometry = read_geometry(config.model.model_name_or_path)
+    activations = Activations(geometry, config, placement(config, has_images=False), batch)
+    held = len(geometry.layers) * activations.hidden_values * activations.stream / GIB
+    assert held == pytest.approx(hidden_states, rel=0.01)
+    layer = next(layer for layer in geometry.layers if layer.is_full)
+    assert activations._kept_of_others(layer) / GIB == pytest.approx(others)
+    alone = config.model_copy(update={"train": config.train.model_copy(update={"sequence_parallel_size": 1})})
+    peaks = [make_plan(of, topology).estimate.parts[ACTIVATIONS] for of in (config, alone)]
+    assert peaks[0] < peaks[1] / 5
 
 
 # ---- what each rank runs ----

@@ -159,6 +159,7 @@ class Documents:
     exchange: Exchange
     num_queries: list[int]  # of each document in the slice
     num_keys: list[int]  # those before them included
+    masks: list[torch.Tensor | None]  # causal at the lower right corner; None: a document that begins in the slice
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def _add_parts(group: Any) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], A
         text, numbers = model.config.text_config, kwargs.pop(NUMBERS)
         whole_images = text.use_bidirectional_attention == "vision"
         kwargs["parts"] = {
-            "full_attention": _documents(share, group),
+            "full_attention": _documents(share, numbers.device, group),
             "sliding_attention": _bands(share, numbers, text.sliding_window, group, whole_images=whole_images),
         }
         if (pixels := kwargs.pop("pixel_values", None)) is not None:
@@ -244,17 +245,13 @@ def _attend_documents(
     groups = module.num_key_value_groups
     queries = query[0].unflatten(0, (-1, groups)).split(part.num_queries, dim=2)
     outputs = []
-    for of_document, seen in zip(queries, states.split(part.num_keys), strict=True):
-        causal = causal_lower_right(of_document.shape[2], len(seen))
+    for of_document, seen, mask in zip(queries, states.split(part.num_keys), part.masks, strict=True):
+        how = {"attn_mask": mask, "is_causal": mask is None, "dropout_p": settings["dropout"]}
         keys, values = seen.unbind(1)
         heads = []
         for q, k, v in zip(of_document, keys.unbind(1), values.unbind(1), strict=True):
             k, v = k.expand(1, groups, -1, -1), v.expand(1, groups, -1, -1)
-            heads.append(
-                scaled_dot_product_attention(
-                    q[None], k, v, causal, dropout_p=settings["dropout"], scale=settings["scaling"]
-                )
-            )
+            heads.append(scaled_dot_product_attention(q[None], k, v, **how, scale=settings["scaling"]))
         outputs.append(torch.cat(heads, dim=1).transpose(1, 2))
     return torch.cat(outputs, dim=1)
 
@@ -278,16 +275,24 @@ def _attend_bands(
     return torch.cat(outputs)[None]
 
 
-def _documents(share: Share, group: Any) -> Documents:
+def _documents(share: Share, device: torch.device, group: Any) -> Documents:
     """What `share` attends to on global layers."""
     needs, own = share.seen(None, whole_images=False), share.own
-    num_queries, num_keys = [], []
+    num_queries, num_keys, masks = [], [], []
     for start, end in share.spans:
         if start < own.stop and end > own.start:
             end = min(end, own.stop)
             num_queries.append(end - max(start, own.start))
             num_keys.append(end - start)
-    return Documents(Exchange(share.rank, share.num_tokens, needs, group), num_queries, num_keys)
+            masks.append(None if start >= own.start else _lower_right(num_queries[-1], num_keys[-1], device))
+    return Documents(Exchange(share.rank, share.num_tokens, needs, group), num_queries, num_keys, masks)
+
+
+def _lower_right(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
+    """The last queries of a document against all its keys: on a GPU, a word to the kernel and no mask."""
+    if device.type == "cuda":
+        return causal_lower_right(num_queries, num_keys)
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
 
 
 def _bands(share: Share, numbers: torch.Tensor, window: int, group: Any, *, whole_images: bool) -> Bands:

@@ -126,6 +126,11 @@ class Cell:
         )
 
     @property
+    def stays(self) -> bool:
+        """Whether it resumes in the launch that it began in."""
+        return (self.launch, self.sequence) == (self.resumed_from, self.resumed_sequence)
+
+    @property
     def data_world_size(self) -> int:
         """Ranks, or groups of them, that have sequences of their own."""
         return LAUNCHES[self.launch] // self.sequence
