@@ -43,6 +43,8 @@ SOURCES = {
     f"{GEMMA4}:create_masks_for_vision_model": ("model/attention.py", "restates", "9eaf2b7dbfe4"),
     f"{GEMMA4}:Gemma4TextAttention.forward": ("model/attention.py", "is called by", "4c979630136f"),
     f"{UNIFIED}:Gemma4UnifiedTextAttention.forward": ("model/attention.py", "is called by", "4c979630136f"),
+    f"{GEMMA4}:Gemma4Model.get_image_features": ("model/sequence.py", "cuts what it gives", "209b4c41ad0b"),
+    f"{UNIFIED}:Gemma4UnifiedModel.get_image_features": ("model/sequence.py", "cuts what it gives", "112e438c6c1d"),
     "bitsandbytes.nn:Linear4bit.forward": ("model/load.py", "keeps from repacking", "d52cf6345771"),
     "transformers:Trainer._init_training_state": ("train/trainer.py", "extends", "8fbd17ebb7d3"),
     "transformers:Trainer._prepare_for_training": ("train/trainer.py", "extends", "f55950593d7e"),

@@ -54,7 +54,7 @@ def use_packed_attention(model: Any) -> None:
     """
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)
     model.set_attn_implementation({"text_config": PACKED_ATTENTION})
-    model.model.register_forward_pre_hook(_add_documents, with_kwargs=True)
+    model.model.register_forward_pre_hook(add_documents, with_kwargs=True)
 
 
 def packed_attention(
@@ -157,8 +157,8 @@ def _windows(images: torch.Tensor, numbers: list[int], window: int) -> list[Quer
     return blocks
 
 
-def _add_documents(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before each forward pass of `Gemma4Model` or `Gemma4UnifiedModel`."""
+def add_documents(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What is to be done before each forward pass of `Gemma4Model` or `Gemma4UnifiedModel` on packs."""
     assert kwargs.get("attention_mask") is None, "a pack has no attention_mask"
     config, layout = model.config.text_config, kwargs.pop(LAYOUT, None)
     types = kwargs["mm_token_type_ids"]

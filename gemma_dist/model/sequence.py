@@ -28,7 +28,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from gemma_dist.model.attention import _add_documents, packed_attention
+from gemma_dist.model.attention import add_documents, packed_attention
 
 # No mask function is registered under this name, so transformers builds none.
 SEQUENCE_ATTENTION = "gemma_dist_sequence"
@@ -148,7 +148,7 @@ class _Exchanged(torch.autograd.Function):
         return exchange.gather(states)
 
     @staticmethod
-    def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.exchange.add_up(gradients), None
 
 
@@ -191,7 +191,7 @@ def _add_parts(group: Any) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], A
     def add_parts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         share = kwargs.pop(SHARE, None)
         if share is None:
-            return _add_documents(model, args, kwargs)
+            return add_documents(model, args, kwargs)
         assert kwargs.get("attention_mask") is None, "a pack has no attention_mask"
         text, numbers = model.config.text_config, kwargs.pop(NUMBERS)
         whole_images = text.use_bidirectional_attention == "vision"
@@ -234,8 +234,9 @@ def sequence_attention(
     part = parts[module.layer_type]  # type: ignore[index]
     states = torch.stack([key[0].transpose(0, 1), value[0].transpose(0, 1)], dim=1)  # (T / N, 2, key heads, head_dim)
     states = _Exchanged.apply(states, part.exchange)
-    attend = _attend_bands if isinstance(part, Bands) else _attend_documents
-    return attend(module, query, states, part, settings), None
+    if isinstance(part, Bands):
+        return _attend_bands(module, query, states, part, settings), None
+    return _attend_documents(module, query, states, part, settings), None
 
 
 def _attend_documents(
