@@ -3,6 +3,7 @@
 This file is also what each rank runs: torch.distributed.run … -m tests.test_sequence FOLDER STYLE:WINDOW=MODEL …
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -28,13 +29,14 @@ from gemma_dist.plan.activations import Activations
 from gemma_dist.plan.estimate import ACTIVATIONS
 from gemma_dist.plan.geometry import read_geometry
 from gemma_dist.plan.margin import GIB
-from gemma_dist.plan.run import make_plan
+from gemma_dist.plan.run import Request, make_plan
 from gemma_dist.plan.weights import placement
 from gemma_dist.plan.workload import workload
 from gemma_dist.recipe import load_config
 from gemma_dist.stream.collate import ControlIds, Sample, collate_packs, control_ids
 from gemma_dist.stream.cut import cut
 from gemma_dist.topology import Topology, write_recipe_into
+from gemma_dist.train.offload import activations_on_host
 from tests.support.documents import document
 from tests.support.ranks import ENVIRONMENT, REPOSITORY
 from tests.support.steps import measure, prepare
@@ -57,6 +59,7 @@ PACKS: dict[str, list[list[tuple[Any, ...]]]] = {
 SOME = ("an image over the cut", "two rows")
 CASES = {("e4b", 16): tuple(PACKS), ("31b", 16): tuple(PACKS), ("26b", 16): SOME, ("12b", 16): SOME, ("e2b", 512): SOME}
 FOUR = ("31b", 16)
+HOW = ("kept", "recomputed", "offloaded")  # activations
 LIMITS = {torch.float64: 1e-6, torch.float32: 1e-5}  # norms and rotations have the digits of float32 in both
 
 
@@ -111,7 +114,7 @@ def of_four(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
 def test_two_ranks_find_the_loss_and_the_gradients_of_one(
     of_two: dict[str, dict[str, float]], style: str, window: int, case: str
 ) -> None:
-    for how in ("kept", "recomputed") if case in SOME else ("kept",):
+    for how in HOW if case in SOME else ("kept",):
         figures = of_two[f"{style}-{window}: {case}, {how}"]
         assert max(figures.values()) <= LIMITS[dtype_of(style)], (how, figures)
 
@@ -228,12 +231,14 @@ def test_the_plan_of_128k_tokens_over_eight_ranks(model: str, hidden_states: flo
     alone = config.model_copy(update={"train": config.train.model_copy(update={"sequence_parallel_size": 1})})
     peaks = [make_plan(of, topology).estimate.parts[ACTIVATIONS] for of in (config, alone)]
     assert peaks[0] < peaks[1] / 5
+    with pytest.raises(ConfigError, match=r"--simulate runs a step of one process, .* is 8; leave one of the two out"):
+        make_plan(config, topology, request=Request(simulate=True))
 
 
 # ---- what each rank runs ----
 
 
-def compared(whole: Any, shared: Any, packs: list[list[Sample]], ids: Any) -> dict[str, float]:
+def compared(whole: Any, shared: Any, packs: list[list[Sample]], ids: Any, *, offloaded: bool) -> dict[str, float]:
     """How far the summed loss and gradients of all ranks are from those of the whole pack."""
     size, rank = world.world_size(), world.rank()
     batch = with_images_as(whole.dtype, collate_packs(packs, ids))
@@ -242,7 +247,9 @@ def compared(whole: Any, shared: Any, packs: list[list[Sample]], ids: Any) -> di
     expected = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     share = with_images_as(whole.dtype, cut(collate_packs(packs, ids, filler=False), ids, rank, size))
     targets = share.pop("shift_labels")
-    loss = cross_entropy(shared(**share, use_cache=False).logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    with activations_on_host() if offloaded else contextlib.nullcontext():
+        logits = shared(**share, use_cache=False).logits
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     for model, its_loss in ((whole, expected), (shared, loss)):
         model.zero_grad()
         its_loss.backward()
@@ -277,12 +284,14 @@ def main(folder: Path, models: list[Path]) -> None:
         ids = control_ids(AutoProcessor.from_pretrained(path))
         whole = load_model(settings, None, packing=True).train().to(dtype_of(style))
         shared = load_model(settings, None, packing=True, sequence_parallel_size=size).train().to(dtype_of(style))
-        for how, packs in (("kept", cases), ("recomputed", SOME if size == 2 else ())):
+        for how in HOW[: 3 if size == 2 else 1]:
             if how == "recomputed":
                 shared.gradient_checkpointing_enable({"use_reentrant": False})
-            for case in packs:
+            for case in cases if how == "kept" else SOME:
                 samples = [[document(ids, *parts) for parts in pack] for pack in PACKS[case]]
-                figures[f"{path.name}: {case}, {how}"] = compared(whole, shared, samples, ids)
+                figures[f"{path.name}: {case}, {how}"] = compared(
+                    whole, shared, samples, ids, offloaded=how == "offloaded"
+                )
     if world.rank() == 0:
         (folder / "found.json").write_text(json.dumps(figures, indent=1))
     world.disconnect()

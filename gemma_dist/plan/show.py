@@ -113,7 +113,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "num_parameters": plan.estimate.num_parameters,
         "num_trained": plan.estimate.num_trained,
         "batch": {
-            "num_tokens": plan.work.batch.num_tokens,
+            "num_tokens": plan.work.batch.whole_tokens,
             "num_ranks": plan.work.batch.num_ranks,
             "num_images": plan.work.batch.num_images,
             "tokens_per_image": plan.work.batch.tokens_per_image,
