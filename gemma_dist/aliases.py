@@ -40,6 +40,7 @@ _KEYS = {
     "grad_accum gradient_accumulation grad_accumulation_steps": "train.gradient_accumulation_steps",
     "sample_packing neat_packing padding_free": "train.packing",
     "pack_length packing_max_length": "train.packing_length",
+    "context_parallel_size sequence_parallel_degree cp_size sp_size": "train.sequence_parallel_size",
     "num_workers dataloader_workers preprocessing_num_workers": "train.dataloader_num_workers",
     "enable_activation_offloading offload_activations": "train.activation_offloading",
     "activation_checkpointing use_gradient_checkpointing": "train.gradient_checkpointing",

@@ -234,6 +234,7 @@ class TrainConfig(Section):
     packing_length: int | None = Field(
         None, gt=0, description="Maximum length of a packed sequence, in tokens; default: the longest trajectory."
     )
+    sequence_parallel_size: int = Field(1, gt=0, description="Ranks that share each packed sequence, in slices.")
     dataloader_num_workers: int = Field(
         4, ge=0, description="Threads per rank that prepare micro-batches; 0: prepare them in the main thread."
     )

@@ -264,9 +264,11 @@ def settings_of_both(config: RunConfig, plan: BatchPlan) -> dict[tuple[str, ...]
 
     The keys of a setting are its path, ("bf16", "enabled") for `{"bf16": {"enabled": …}}`.
     """
+    sequence = plan.sequence_parallel_size  # DeepSpeed counts each of the ranks that share a sequence
+    batch = "train.global_batch_size" + (f" x {sequence} ranks to a sequence" if sequence > 1 else "")
     return {
         ("gradient_clipping",): ("train.max_grad_norm", config.train.max_grad_norm),
-        ("train_batch_size",): ("train.global_batch_size", plan.global_batch_size),
+        ("train_batch_size",): (batch, plan.global_batch_size * sequence),
         ("train_micro_batch_size_per_gpu",): ("train.per_device_train_batch_size", plan.per_device_train_batch_size),
         ("gradient_accumulation_steps",): ("train.gradient_accumulation_steps", plan.gradient_accumulation_steps),
         ("bf16", "enabled"): ("train.bf16", config.train.bf16),

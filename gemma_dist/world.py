@@ -30,6 +30,7 @@ NCCL_DEFAULTS = {
 
 T = TypeVar("T")
 _processes: list[tuple[str, int]] = []  # host and process of each rank, once they have met
+_sequence_groups: dict[int, Any] = {}  # by their size
 
 
 def rank() -> int:
@@ -69,10 +70,21 @@ def connect() -> None:
     torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
 
 
+def sequence_group(size: int) -> Any:
+    """The process group of the `size` neighboring ranks that share this one's sequences (`BatchPlan.data_rank`). Every
+    rank calls it, once all are connected."""
+    import torch
+
+    if size not in _sequence_groups:
+        _sequence_groups[size], _ = torch.distributed.new_subgroups(size, timeout=COLLECTIVE_TIMEOUT)
+    return _sequence_groups[size]
+
+
 def disconnect() -> None:
     """Leave the process group, if there is one."""
     import torch
 
+    _sequence_groups.clear()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -263,6 +263,7 @@ def test_the_json_adds_up(capsys):
     assert found["fits"] is True
     assert found["batch"] | {"origin": ""} == {
         "num_tokens": 4096,
+        "num_ranks": 1,
         "num_images": 2,
         "tokens_per_image": 280,
         "origin": "",

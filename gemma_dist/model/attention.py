@@ -95,7 +95,7 @@ def use_packed_attention(model: Any, implementation: str = "sdpa") -> None:
     else:
         AttentionInterface.register(PACKED_ATTENTION, packed_attention)
     model.set_attn_implementation({"text_config": PACKED_FLEX if is_flex else PACKED_ATTENTION})
-    model.model.register_forward_pre_hook(_add_block_masks if is_flex else _add_documents, with_kwargs=True)
+    model.model.register_forward_pre_hook(_add_block_masks if is_flex else add_documents, with_kwargs=True)
 
 
 def packed_attention(
@@ -269,8 +269,8 @@ def _number_images(mm_token_type_ids: torch.Tensor) -> torch.Tensor:
     return torch.where(is_image, 1 + (~is_image).cumsum(0), 0)
 
 
-def _add_documents(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before each forward pass of `Gemma4Model` or `Gemma4UnifiedModel`."""
+def add_documents(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What is to be done before each forward pass of `Gemma4Model` or `Gemma4UnifiedModel` on packs."""
     assert kwargs.get("attention_mask") is None, "a pack has no attention_mask"
     shape = Shape.of(model.config.text_config)
     positions = kwargs["position_ids"]
@@ -286,7 +286,7 @@ def _add_documents(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _add_block_masks(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """As `_add_documents`, for FlexAttention."""
+    """As `add_documents`, for FlexAttention."""
     from gemma_dist.model.flex import block_masks
 
     assert kwargs.get("attention_mask") is None, "a pack has no attention_mask"

@@ -43,6 +43,7 @@ def load_model(
     quantization: QuantizationConfig | None,
     *,
     packing: bool,
+    sequence_parallel_size: int = 1,
     table: PerLayerTable | None = None,
     without: Collection[Tower] = (),
 ) -> Any:
@@ -50,6 +51,7 @@ def load_model(
 
     Args:
         packing: whether its text layers are to attend within the documents of packs, and so take nothing else.
+        sequence_parallel_size: ranks that share a pack, and so have to be connected.
         table: of its per-layer embeddings, if they stay on the host.
         without: towers that are not loaded.
 
@@ -72,16 +74,27 @@ def load_model(
     model = _from_pretrained(settings.model_name_or_path, table, without, **arguments)
     keep_four_bit_exact(model)
     freeze_audio(model)
-    prepare_for_micro_batches(model, packing=packing)
+    prepare_for_micro_batches(
+        model,
+        packing=packing,
+        attn_implementation=settings.attn_implementation,
+        sequence_parallel_size=sequence_parallel_size,
+    )
     return model
 
 
-def prepare_for_micro_batches(model: Any, *, packing: bool) -> None:
-    """Let a Gemma 4 take what `train/feed.py` says of packs or rows and of their images."""
-    if packing:
+def prepare_for_micro_batches(
+    model: Any, *, packing: bool, attn_implementation: str = "sdpa", sequence_parallel_size: int = 1
+) -> None:
+    """Let a Gemma 4 take what `train/feed.py` says of packs, shares of packs or rows, and of their images."""
+    if sequence_parallel_size > 1:
+        from gemma_dist.model.sequence import use_sequence_attention
+
+        use_sequence_attention(model, world.sequence_group(sequence_parallel_size))
+    elif packing:
         from gemma_dist.model.attention import use_packed_attention
 
-        use_packed_attention(model, settings.attn_implementation)
+        use_packed_attention(model, attn_implementation)
     else:
         use_right_padding(model)
         use_image_rule(model)

@@ -28,13 +28,19 @@ FULL_LOGITS_COPIES = (1, 3)  # of the model's own loss at its worst moment: in b
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What goes through the model at once."""
+    """What goes through the model of one rank at once."""
 
-    num_tokens: int  # of all sequences, images included
+    num_tokens: int  # of all sequences, images included; of the rank's slice of them, where ranks share them
     num_images: int = 0
     tokens_per_image: int = 280
     num_sequences: int = 1
     num_documents: int = 1  # trajectories in them
+    num_ranks: int = 1  # that share them (`train.sequence_parallel_size`)
+
+    @property
+    def whole_tokens(self) -> int:
+        """Of the sequences, all ranks that share them together."""
+        return self.num_tokens * self.num_ranks
 
 
 @dataclass(frozen=True)
@@ -109,11 +115,17 @@ class Activations:
         return 2 * (self._pixels() + rows)
 
     def _masks(self) -> int:
-        """One of booleans for the sliding layers, where sequences are not packed (`model/rows.py`)."""
+        """One of booleans for the sliding layers, where sequences are not packed or ranks share them."""
+        if self.batch.num_ranks > 1:
+            return self._band()
         if self.config.train.packing:
             return 0
         length = self.batch.num_tokens // self.batch.num_sequences
         return self.batch.num_sequences * length * length
+
+    def _band(self) -> int:
+        """Queries of a slice times the keys of two windows, on sliding layers: values of a mask."""
+        return self.batch.num_tokens * 2 * self.geometry.window
 
     # ---- a layer of the language model ----
 
@@ -138,6 +150,9 @@ class Activations:
         kept = queries * (NORM * twice + 2 * self.compute)
         if self.config.train.packing:
             kept += queries * self.compute  # the documents' outputs, and all of them in one tensor
+        if self.batch.num_ranks > 1:
+            own = 0 if layer.shares_kv else keys * NORM * (twice + 1)
+            return kept + own + self._kept_of_others(layer)
         # transformers repeats keys and values for all heads where the head is wide, or where there is a mask
         repeats = self.geometry.heads > layer.kv_heads and (
             layer.head_dim > WIDEST_WITHOUT_REPEAT or not (self.config.train.packing or layer.is_full)
@@ -154,6 +169,23 @@ class Activations:
             length = tokens // (self.batch.num_documents if self.config.train.packing else self.batch.num_sequences)
             kept += tokens * length * self.geometry.heads * (NORM + 2 * self.compute)
         return kept
+
+    def _kept_of_others(self, layer: Layer) -> int:
+        """Keys and values that a slice's queries see (`model/sequence.py`). On a global layer those of the last slice,
+        of all tokens, once for each head of keys; on a sliding one those of two windows for each window of queries,
+        repeated for all heads, and the mask as the kernel adds it."""
+        if layer.is_full:
+            return 2 * self.batch.whole_tokens * layer.kv_heads * layer.head_dim * self.compute
+        seen = 2 * 2 * self.batch.num_tokens * self.geometry.heads * layer.head_dim
+        return (seen + self._band()) * self.compute
+
+    def _gradients_of_others(self, layer: Layer) -> int:
+        """Those of keys and values: of one head of keys repeated for its queries, and of all heads, apart and as one
+        tensor, which is sent back. Of a sliding layer they are as many as the keys and values that it keeps."""
+        if not layer.is_full:
+            return self._kept_of_others(layer)
+        heads = self.geometry.heads // layer.kv_heads + 2 * layer.kv_heads
+        return 2 * self.batch.whole_tokens * heads * layer.head_dim * self.compute
 
     def _kept_by_experts(self) -> int:
         """What the experts keep of their tokens (`grouped_mm`); weights in 4 bits are not among it."""
@@ -180,6 +212,8 @@ class Activations:
         stream = 2 * self.hidden_values * self.stream  # the gradient that arrives, and the layer's output
         dequantized = geometry.hidden * layer.mlp * self.compute if self.config.quantization else 0
         gradients = [self.hidden_values * NORM_BACKWARD, stream + widest + dequantized, 2 * widest]
+        if self.batch.num_ranks > 1:
+            gradients.append(stream + self._gradients_of_others(layer))
         if geometry.experts:
             chosen = self.batch.num_tokens * geometry.experts_a_token
             gradients.append(EXPERTS_BACKWARD * chosen * geometry.hidden * self.compute)

@@ -31,6 +31,7 @@ ACTIVATIONS, LOSS_HEAD, BUCKETS, GATHERED = "activations", "loss head", "buckets
 PER_LAYER = "per-layer embeddings"
 SIMULATED = "simulated step"
 SCALES = "scales of 4-bit weights"
+LOADING = "loading, the whole 4-bit model on each GPU"
 # Bytes of optimizer states for each trained weight; 8 bits have a scale of 4 bytes for 256 of them, for both moments.
 STATES = {
     "adamw_torch": 8.0,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gemma_dist.config import RunConfig
 from gemma_dist.errors import ConfigError
+from gemma_dist.plan.estimate import GPUS_A_NODE
 from gemma_dist.plan.weights import Placement
 from gemma_dist.topology import Topology, read_topology
 
@@ -46,6 +47,7 @@ def changes(config: RunConfig, topology: Topology, place: Placement, *, given_to
     yield from _of_model(config, place)
     yield from _of_training(config, given_tokens)
     if topology.num_processes > 1:
+        yield from _of_sharing(config, topology)
         yield from _of_launch(topology)
 
 
@@ -99,6 +101,13 @@ def accumulation(config: RunConfig) -> int:
     """Accumulation steps that keep the global batch where the micro-batch becomes 1."""
     train = config.train
     return (train.gradient_accumulation_steps or 1) * train.per_device_train_batch_size
+
+
+def _of_sharing(config: RunConfig, topology: Topology) -> Iterator[Change]:
+    """All ranks of a node on each sequence."""
+    size = min(topology.num_processes, GPUS_A_NODE)
+    if config.train.packing and config.train.sequence_parallel_size < size:
+        yield _setting(f"train.sequence_parallel_size={size}", note="each sequence over so many GPUs")
 
 
 def _of_launch(topology: Topology) -> Iterator[Change]:

@@ -145,6 +145,11 @@ def _simulated(config: RunConfig, work: Workload, estimate: Estimate) -> Estimat
     from gemma_dist.plan.simulate import simulate
 
     batch = work.batch
+    if batch.num_ranks > 1:
+        raise ConfigError(
+            f"--simulate runs a step of one process, and train.sequence_parallel_size is {batch.num_ranks}; leave one "
+            "of the two out"
+        )
     with _config_at_hand(config) as config:
         result = simulate(
             config,

@@ -27,7 +27,8 @@ def _head(plan: Plan) -> Iterator[str]:
     )
     batch = work.batch
     images = f", {batch.num_images} images of {batch.tokens_per_image} among them" if batch.num_images else ""
-    yield f"micro-batch of {batch.num_tokens:,} tokens{images} ({work.origin})"
+    shared = f", shared by {batch.num_ranks} ranks: {batch.num_tokens:,} tokens on each" if batch.num_ranks > 1 else ""
+    yield f"micro-batch of {batch.whole_tokens:,} tokens{shared}{images} ({work.origin})"
     if work.num_steps is not None:
         yield (
             f"{work.num_steps:,} optimizer steps, {work.steps_per_epoch:,} to an epoch of "
@@ -113,7 +114,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "num_parameters": plan.estimate.num_parameters,
         "num_trained": plan.estimate.num_trained,
         "batch": {
-            "num_tokens": plan.work.batch.num_tokens,
+            "num_tokens": plan.work.batch.whole_tokens,
+            "num_ranks": plan.work.batch.num_ranks,
             "num_images": plan.work.batch.num_images,
             "tokens_per_image": plan.work.batch.tokens_per_image,
             "origin": plan.work.origin,

@@ -75,18 +75,21 @@ def workload_of(
         origin = "as given" if num_tokens else f"{origin}; images as given"
     elif run is None:
         origin += "; text alone: there are no shards that say more"
-    batch = MicroBatch(
-        num_tokens=tokens,
-        num_images=images,
-        tokens_per_image=tokens_per_image or found[1] or TOKENS_PER_IMAGE,
-        num_sequences=sequences,
-        num_documents=sequences,
-    )
-    if images * batch.tokens_per_image > tokens:
+    of_image, num_ranks = tokens_per_image or found[1] or TOKENS_PER_IMAGE, config.train.sequence_parallel_size
+    if images * of_image > tokens:
         raise ConfigError(
-            f"{images} images of {batch.tokens_per_image} tokens are {images * batch.tokens_per_image} tokens, and the "
+            f"{images} images of {of_image} tokens are {images * of_image} tokens, and the "
             f"micro-batch has {tokens}; give fewer --num-images, or more --num-tokens"
         )
+    slice_tokens = -(-tokens // num_ranks)
+    batch = MicroBatch(
+        num_tokens=slice_tokens,
+        num_images=min(images, 2 + slice_tokens // of_image) if num_ranks > 1 else images,  # two are cut
+        tokens_per_image=of_image,
+        num_sequences=sequences,
+        num_documents=sequences,
+        num_ranks=num_ranks,
+    )
     has_images = bool(images) or found[2]
     if run is None:
         return Workload(batch, has_images, origin)

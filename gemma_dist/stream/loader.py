@@ -19,6 +19,7 @@ from gemma_dist.data.encode import Encoder
 from gemma_dist.errors import DataError
 from gemma_dist.model.per_layer import PerLayerTable
 from gemma_dist.stream.collate import Sample, collate, collate_packs, control_ids
+from gemma_dist.stream.cut import cut
 from gemma_dist.stream.schedule import BlockId, Schedule
 
 NUM_FETCHERS = 32  # requests at a time: with 30 ms each, a store gives some 1,000 row groups a second
@@ -30,7 +31,7 @@ Tables: TypeAlias = dict[int, Future[pa.Table]]
 
 class TrajectoryLoader(IterableDataset):
     """This rank's micro-batches of `num_steps` optimizer steps from `start_step` on, as `collate` makes them, or, with
-    packing, `collate_packs`.
+    packing, `collate_packs`, or, where ranks share sequences, `cut`.
 
     Each iteration starts at `start_step` again. For `torch.utils.data.DataLoader(loader, batch_size=None)` without
     workers: the threads are its own. Decoding images and tokenizing release the interpreter's lock, so threads help
@@ -102,7 +103,10 @@ class TrajectoryLoader(IterableDataset):
     def _prepare(self, packs: list[list[int]], tables: Tables) -> dict[str, torch.Tensor]:
         """One micro-batch, from the numbers of its samples and the row groups that they lie in. Runs in a worker."""
         samples = [[self._sample(index, tables) for index in pack] for pack in packs]
-        if self.schedule.packing:
+        if (num_ranks := self.schedule.plan.sequence_parallel_size) > 1:
+            whole = collate_packs(samples, self._ids, filler=False)
+            batch = cut(whole, self._ids, self.rank % num_ranks, num_ranks, filler=self.filler)
+        elif self.schedule.packing:
             batch = collate_packs(samples, self._ids, filler=self.filler)
         else:
             batch = collate([sample for pack in samples for sample in pack], self._ids, filler=self.filler)

@@ -119,8 +119,9 @@ class Schedule:
         return [PackedSequence(self._kept(packs[block][unit]), block) for block, unit in places]
 
     def rank_sequences(self, step: int, rank: int) -> list[PackedSequence]:
-        """The sequences of a rank's lanes at `step`."""
-        return self.sequences(step, lanes_of(rank, self.plan.world_size, self.plan.global_batch_size))
+        """The sequences of a rank's lanes at `step`; ranks that share them have the same."""
+        plan = self.plan
+        return self.sequences(step, lanes_of(plan.data_rank(rank), plan.data_world_size, plan.global_batch_size))
 
     def micro_batches(self, step: int, rank: int) -> list[list[list[int]]]:
         """The micro-batches of `rank` at `step`: lists of packs, which are lists of sample numbers. Without packing a

@@ -19,6 +19,7 @@ from gemma_dist.model.attention import LAYOUT, PLACES, Shape, add_calls, lay_out
 from gemma_dist.model.head import IDS, KINDS, POSITIONS
 from gemma_dist.model.images import IMAGE_PLACES, places_of
 from gemma_dist.model.rows import PADDED_RIGHT
+from gemma_dist.model.sequence import SHARE
 
 Batch = dict[str, Any]  # tensors, and what of them the host knows
 Sent = TypeVar("Sent")
@@ -102,9 +103,9 @@ class Feed(IterableDataset):
 
 
 def with_layout(batch: Batch, shape: Shape | None = None) -> Batch:
-    """`batch` and, if it is of packs, their layout, with the calls of attention of a model of that shape: on the host,
-    where nobody has to wait for it."""
-    if "attention_mask" in batch:
+    """`batch` and, if it is of whole packs, their layout, with the calls of attention of a model of that shape: on the
+    host, where nobody has to wait for it."""
+    if "attention_mask" in batch or SHARE in batch:
         return batch
     layout = lay_out(batch["position_ids"], batch["mm_token_type_ids"])
     if shape is None:
@@ -114,8 +115,9 @@ def with_layout(batch: Batch, shape: Shape | None = None) -> Batch:
 
 
 def known_to_host(batch: Batch, shape: Shape | None = None) -> Batch:
-    """A micro-batch of `collate` or `collate_packs` with all that would have to be looked for on the device: where its
-    targets and its images are, and the layout of packs or that rows are padded on the right. Labels become targets.
+    """A micro-batch of `collate`, `collate_packs` or `cut` with all that would have to be looked for on the device:
+    where its targets and its images are, and the layout of packs or that rows are padded on the right. Labels become
+    targets.
 
     Args:
         shape: as for `with_layout`.

@@ -158,6 +158,7 @@ def _load_model(run: Run, table: PerLayerTable | None) -> Any:
         config.model,
         config.quantization,
         packing=config.train.packing,
+        sequence_parallel_size=config.train.sequence_parallel_size,
         table=table,
         without=run.unneeded_towers,
     )

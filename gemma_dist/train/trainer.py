@@ -62,6 +62,7 @@ OURS = (
     "resume_from_checkpoint",
     "packing",
     "packing_length",
+    "sequence_parallel_size",
     "dataloader_num_workers",
     "activation_offloading",
     "step_timeout_s",

@@ -112,7 +112,7 @@ class Bench:
         """What a worker needs to train `cell`."""
         recipe, tuning_overrides = TUNINGS[cell.tuning]
         # A cell resumed on more processes has fewer sequences of a step on each than it was accumulating.
-        num_ranks = LAUNCHES[cell.launch]
+        num_ranks = cell.data_world_size
         micro_batch = max(1, GLOBAL_BATCH // num_ranks // cell.accumulation)
         assert num_ranks * micro_batch * cell.accumulation == GLOBAL_BATCH or cell.resumed_from
         dtype = "float32" if cell.is_reference else cell.dtype
@@ -130,6 +130,7 @@ class Bench:
             "optim": cell.optim,
             "global_batch_size": GLOBAL_BATCH,
             "per_device_train_batch_size": micro_batch,
+            "sequence_parallel_size": cell.sequence,
             "gradient_checkpointing": str(cell.checkpointing).lower(),
             "dataloader_num_workers": 0,
         }

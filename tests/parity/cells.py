@@ -69,7 +69,9 @@ class Cell:
     dtype: str = "float32"
     optim: str = "adamw_torch"
     ple: str = "auto"  # where per-layer embeddings are: beside an adapter on the host, in references on the GPU
+    sequence: int = 1  # train.sequence_parallel_size
     resumed_from: str = ""  # the launch whose checkpoint of step 2 it resumes from
+    resumed_sequence: int = 1  # and its train.sequence_parallel_size
     is_reference: bool = False
     peer: str = ""  # one of PEERS: trained by plain TRL instead
 
@@ -89,8 +91,11 @@ class Cell:
             words.append(self.optim)
         if self.ple != "auto":
             words.append(f"ple-{self.ple}")
+        if self.sequence > 1:
+            words.append(f"sequence{self.sequence}")
         if self.resumed_from:
             words.append(f"resumed-{self.resumed_from}")
+            words += [f"sequence{self.resumed_sequence}"] if self.resumed_sequence > 1 else []
         if self.peer:
             words.append(self.peer)
         if self.is_reference:
@@ -120,7 +125,19 @@ class Cell:
     @property
     def whole(self) -> "Cell":
         """The uninterrupted run of a resumed one."""
-        return replace(self, launch=self.resumed_from, resumed_from="")
+        return replace(
+            self, launch=self.resumed_from, sequence=self.resumed_sequence, resumed_from="", resumed_sequence=1
+        )
+
+    @property
+    def stays(self) -> bool:
+        """Whether it resumes in the launch that it began in."""
+        return (self.launch, self.sequence) == (self.resumed_from, self.resumed_sequence)
+
+    @property
+    def data_world_size(self) -> int:
+        """Ranks, or groups of them, that have sequences of their own."""
+        return LAUNCHES[self.launch] // self.sequence
 
     @property
     def later_limit(self) -> float:
@@ -162,7 +179,21 @@ def all_cells() -> list[Cell]:
     resumed = [cell for cell in cells if cell.style == "e4b" and cell.data == "some" and cell.dtype == "float32"]
     resumed += [cell for cell in cells if cell.optim != "adamw_torch" and cell.launch in ("cpu_ddp", "cpu_zero2")]
     resumed += [cell for cell in cells if cell.tuning == "experts" and cell.data == "some"]
-    return [*cells, *_resumed(resumed, ELSEWHERE)]
+    return [*cells, *_resumed(resumed, ELSEWHERE), *_sharing_sequences()]
+
+
+def _sharing_sequences() -> Iterator[Cell]:
+    """Launches whose ranks share sequences, two to each; resumed as they are, and from and in runs that share none."""
+    launches = ("cpu_ddp", "cpu_zero2", "cpu_zero3", "cpu_ddp x4")
+    for i, (launch, tuning, style) in enumerate(product(launches, ("full", "lora", "qlora"), STYLES[:-1])):
+        _, checkpointing, accumulation = OPTIONS[(i + i // len(OPTIONS)) % len(OPTIONS)]
+        data = ("some", "images", "empty")[(i + i // 3) % 3]
+        yield _dealt(Cell(launch, tuning, style, data, True, checkpointing, accumulation, sequence=2))
+    for launch in launches:
+        shared = Cell(launch, "full", "31b", "some", packing=True, checkpointing=True, sequence=2)
+        yield replace(shared, resumed_from=launch, resumed_sequence=2)
+        yield replace(shared, resumed_from=launch)
+        yield replace(shared, sequence=1, resumed_from=launch, resumed_sequence=2)
 
 
 def pruned_cells() -> list[Cell]:
@@ -190,6 +221,8 @@ def pruned_cells() -> list[Cell]:
     cells.append(Cell("cpu_zero3", "full", "12b", "images"))
     for launch in ("cpu_ddp", "cpu_zero2", "cpu_zero3"):
         cells.append(Cell(launch, "lora", "e4b", "some", dtype="bfloat16"))
+    cells.append(Cell("cpu_ddp x4", "full", "e4b", "some", packing=True, accumulation=4, sequence=2))
+    cells.append(Cell("cpu_zero3", "lora", "12b", "some", packing=True, checkpointing=True, sequence=2))
     staying = ("cpu_zero1", "cpu_zero3", "cpu_zero3_offload", "cpu_ddp x4")
     return [*cells, *_resumed(resumed, ELSEWHERE | dict.fromkeys(staying))]
 
@@ -206,12 +239,12 @@ def peer_cells(peer: str) -> list[Cell]:
 
 def _dealt(cell: Cell) -> Cell:
     """With no more accumulation than a rank has sequences of a step."""
-    return replace(cell, accumulation=min(cell.accumulation, GLOBAL_BATCH // LAUNCHES[cell.launch]))
+    return replace(cell, accumulation=min(cell.accumulation, GLOBAL_BATCH // cell.data_world_size))
 
 
 def _resumed(cells: Iterable[Cell], elsewhere: Mapping[str, str | None]) -> Iterator[Cell]:
     """Each of `cells` resumed in its own launch, and in the one that `elsewhere` names for it."""
     for cell in cells:
-        yield replace(cell, resumed_from=cell.launch)
+        yield replace(cell, resumed_from=cell.launch, resumed_sequence=cell.sequence)
         if other := elsewhere[cell.launch]:
             yield replace(cell, launch=other, resumed_from=cell.launch)

@@ -61,7 +61,7 @@ def _judge_resumed(bench: Bench, cell: Cell) -> Figures:
     for found, expected in zip(resumed, whole, strict=True):
         differences += [abs(x - y) / abs(y) for x, y in zip(found, expected, strict=True)]
     worst = max(differences)
-    limit = 0 if cell.launch == cell.resumed_from else cell.later_limit
+    limit = 0 if cell.stays else cell.later_limit
     return {"resume": worst, "ok": worst <= limit}
 
 

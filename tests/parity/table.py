@@ -11,6 +11,7 @@ from tests.parity.judge import Figures, curve
 
 Results = Mapping[Cell, Figures]
 WHAT_A_CELL_IS = ("launch", "tuning", "style", "data", "packing", "checkpointing", "accumulation", "dtype", "optim")
+NAMES = (*WHAT_A_CELL_IS, "sequence", "resumed_from", "resumed_sequence", "peer")
 FIGURES = ("loss", "gradient", "logits", "resume", "names", "copies", "ok", "error")
 
 
@@ -34,8 +35,8 @@ def show(results: Results) -> None:
 
 def _worst_of_launch(results: Results) -> list[str]:
     plain = [figures for cell, figures in results.items() if not cell.resumed_from]
-    resumed = [figures for cell, figures in results.items() if cell.resumed_from == cell.launch]
-    moved = [figures for cell, figures in results.items() if cell.resumed_from not in ("", cell.launch)]
+    resumed = [figures for cell, figures in results.items() if cell.stays]
+    moved = [figures for cell, figures in results.items() if cell.resumed_from and not cell.stays]
     return [
         str(len(results)),
         _worst(figures.get("loss") for figures in plain),
@@ -95,8 +96,7 @@ def _loss_and_gradient(figures: Figures | None) -> str:
 def write_csv(path: Path, results: Results) -> None:
     """Every cell and its figures, a line each, with names in the first line."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        lines = csv.DictWriter(file, [*WHAT_A_CELL_IS, "resumed_from", "peer", *FIGURES])
+        lines = csv.DictWriter(file, [*NAMES, *FIGURES])
         lines.writeheader()
         for cell, figures in results.items():
-            names = [*WHAT_A_CELL_IS, "resumed_from", "peer"]
-            lines.writerow({name: getattr(cell, name) for name in names} | figures)
+            lines.writerow({name: getattr(cell, name) for name in NAMES} | figures)

@@ -99,7 +99,7 @@ def of_attention(text: Any, sizes: Sizes, *, checkpointing: bool) -> dict[str, i
 
     once = Launches()
     with once:
-        _, kwargs = attention._add_documents(Model(), (), inputs)
+        _, kwargs = attention.add_documents(Model(), (), inputs)
     found["once"] = once.total
     for layer_type in set(text.layer_types):
         number = text.layer_types.index(layer_type)

@@ -1,6 +1,6 @@
 """One training run whose steps are counted: collectives, their bytes, and waits for the device.
 
-    accelerate launch … -m tests.support.steps FOLDER OUT [--packing] [--bare]
+    accelerate launch … -m tests.support.steps FOLDER OUT [--packing] [--bare] [--sequence N]
 
 A micro-batch is a call of `training_step` (forward, loss and backward); the last one of a step, in which DDP or
 DeepSpeed sum the gradients, is left out. The end of a step is the norm of the gradients, the optimizer, and the log, at
@@ -62,12 +62,12 @@ def _said(counts: Any) -> dict[str, Any]:
     return {name: dict(getattr(counts, name)) for name in names} | {"operators": counts.operators}
 
 
-def worker(folder: Path, out: Path, packing: bool, bare: bool) -> None:
+def worker(folder: Path, out: Path, packing: bool, bare: bool, sequence: int) -> None:
     """One rank: train with one of the two trainers, and write its counts to `out`."""
     from gemma_dist import world
 
     name = "bare" if bare else "ours"
-    trainer = (_bare if bare else _ours)(folder, packing)
+    trainer = _bare(folder, packing) if bare else _ours(folder, packing, sequence)
     trainer.save = trainer._save_checkpoint = lambda *args, **kwargs: None
     trainer.train()
     if world.rank() == 0:
@@ -76,7 +76,7 @@ def worker(folder: Path, out: Path, packing: bool, bare: bool) -> None:
         )
 
 
-def _run(folder: Path, packing: bool) -> Any:
+def _run(folder: Path, packing: bool, sequence: int = 1) -> Any:
     from gemma_dist import world
     from gemma_dist.recipe import load_config
     from gemma_dist.resolve import resolve
@@ -91,14 +91,15 @@ def _run(folder: Path, packing: bool) -> Any:
         "logging_steps=1",
         "optim=adamw_torch_fused",
         "per_device_train_batch_size=1",
-        f"global_batch_size={ACCUMULATION * world.world_size()}",
+        f"global_batch_size={ACCUMULATION * world.world_size() // sequence}",
+        f"sequence_parallel_size={sequence}",
         *(["train.packing=true", "packing_length=2048"] if packing else []),
     ]
     config = load_config(REPOSITORY / "launch/cpu_full.yaml", settings)
     return resolve(config, current_topology())
 
 
-def _ours(folder: Path, packing: bool) -> Any:
+def _ours(folder: Path, packing: bool, sequence: int) -> Any:
     from gemma_dist import world
     from gemma_dist.data.encode import load_encoder
     from gemma_dist.logs import RunLog
@@ -106,10 +107,10 @@ def _ours(folder: Path, packing: bool) -> Any:
     from gemma_dist.stream.loader import TrajectoryLoader
     from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 
-    run = _run(folder, packing)
+    run = _run(folder, packing, sequence)
     arguments = training_arguments(run)
     encoder = load_encoder(run.config.model.model_name_or_path, run.config.data)
-    model = load_model(run.config.model, None, packing=packing)
+    model = load_model(run.config.model, None, packing=packing, sequence_parallel_size=sequence)
     loader = TrajectoryLoader(run.schedule, encoder, world.rank(), 0, NUM_STEPS, num_workers=1)
     run_log = RunLog(folder / "out" / "metrics.jsonl", start_step=0, num_steps=NUM_STEPS)
     return counted(ToolCallTrainer)(run, arguments, model, loader, run_log)
@@ -154,15 +155,15 @@ def _bare(folder: Path, packing: bool) -> Any:
     )
 
 
-def measure(folder: Path, launch: str, *, packing: bool, bare: bool) -> dict[str, Any]:
+def measure(folder: Path, launch: str, *, packing: bool, bare: bool, sequence: int = 1) -> dict[str, Any]:
     """The counts of one launch: the most of any micro-batch, and of any end of a step, per package."""
-    out = folder / f"{launch}-{packing}-{bare}.json"
+    out = folder / f"{launch}-{packing}-{bare}-{sequence}.json"
     command = [sys.executable]
     if launch != "single":
         config = REPOSITORY / "accelerate_configs" / f"{launch}.yaml"
         command += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
     words = ["-m", "tests.support.steps", str(folder), str(out)]
-    words += ["--packing"] * packing + ["--bare"] * bare
+    words += ["--packing"] * packing + ["--bare"] * bare + ["--sequence", str(sequence)]
     done = subprocess.run(
         [*command, *words],
         cwd=REPOSITORY,
@@ -195,8 +196,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--packing", action="store_true")
     parser.add_argument("--bare", action="store_true")
+    parser.add_argument("--sequence", type=int, default=1)
     options = parser.parse_args()
-    worker(options.folder, options.out, options.packing, options.bare)
+    worker(options.folder, options.out, options.packing, options.bare, options.sequence)
 
 
 if __name__ == "__main__":
