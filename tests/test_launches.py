@@ -3,8 +3,7 @@
 import pytest
 from transformers import AutoConfig
 
-from benchmarks.launches import PACKS
-from tests.support.launches import of_attention
+from tests.support.launches import PACKS, of_attention
 from tests.support.ranks import REPOSITORY
 
 MOST = 1500  # launches of attention in a micro-batch of 4,096 tokens, layers recomputed

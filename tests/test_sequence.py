@@ -25,7 +25,7 @@ from gemma_dist.data.encode import IGNORE_INDEX
 from gemma_dist.errors import ConfigError
 from gemma_dist.model.images import IMAGE_PLACES, SOFT_TOKENS
 from gemma_dist.model.load import load_model
-from gemma_dist.model.sequence import SHARE, Exchange, Share
+from gemma_dist.model.sequence import Exchange, Share
 from gemma_dist.plan.activations import Activations
 from gemma_dist.plan.estimate import ACTIVATIONS
 from gemma_dist.plan.geometry import read_geometry
