@@ -8,13 +8,14 @@ Relative paths in a recipe are relative to the current directory, not to the rec
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from gemma_dist.aliases import as_bool, current_value
+from gemma_dist.contradictions import contradictions
 
 # Linear layers of the language model alone. Bare names ("q_proj") also match the vision tower, whose wrapped linears
 # PEFT refuses; "all-linear" adapts the tower and the gates of the per-layer embeddings as well.
@@ -306,7 +307,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> "RunConfig":
-        if problems := list(_contradictions(self)):
+        if problems := list(contradictions(self)):
             raise ValueError("\n".join(problems))
         return self
 
@@ -318,67 +319,6 @@ class RunConfig(Section):
     def to_json(self) -> dict[str, Any]:
         """The resolved run as plain JSON values, for `check`, checkpoints and logs."""
         return self.model_dump(mode="json", exclude_none=True)
-
-
-def _contradictions(config: RunConfig) -> Iterator[str]:
-    """What no single section can see, one message each."""
-    yield from _contradictions_of_data(config.data)
-    yield from _contradictions_of_tuning(config)
-    yield from _contradictions_of_training(config.train, config.model)
-
-
-def _contradictions_of_data(data: TrainDataConfig) -> Iterator[str]:
-    if not data.train:
-        yield "data.train: nothing to train on; name a folder that `gemma-dist shard` wrote"
-    num_weighted = sum(isinstance(source, SourceConfig) for source in data.train)
-    if num_weighted not in (0, len(data.train)):
-        yield "data.train: some sources have a weight and some have none; give each one {path: …, weight: …}, or none"
-
-
-def _contradictions_of_tuning(config: RunConfig) -> Iterator[str]:
-    tuning, lora, quantization = config.tuning, config.lora, config.quantization
-    if tuning == "full" and lora is not None:
-        yield "lora: an adapter needs tuning: lora or qlora, but tuning is full; remove the section or change tuning"
-    if tuning == "full" and config.model.ple == "host":
-        yield (
-            "model.ple: host, but tuning is full, which trains the per-layer embeddings, and what trains is on the "
-            "GPU; remove it, or set tuning: lora"
-        )
-    if lora is not None and lora.target_parameters:
-        # PEFT adds the adapter to the weight itself, so it never sees the inputs that dropout acts on.
-        for name, value in (("lora_dropout", lora.lora_dropout), ("use_dora", lora.use_dora)):
-            if value:
-                yield (
-                    f"lora.{name}: {str(value).lower()}, which PEFT has for linear layers alone, but "
-                    "lora.target_parameters names experts; remove one of the two"
-                )
-    if tuning != "qlora" and quantization is not None:
-        yield f"quantization: a 4-bit base needs tuning: qlora, but tuning is {tuning}; remove it or change tuning"
-    if tuning == "qlora" and quantization is not None and not quantization.load_in_4bit:
-        yield "quantization.load_in_4bit: false contradicts tuning: qlora; remove it, or set tuning: lora"
-    if config.model.experts == "host" and not (quantization and quantization.quantize_moe_experts):
-        yield "model.experts: host, which is for experts in 4 bits (quantize_moe_experts of tuning: qlora); remove it"
-
-
-def _contradictions_of_training(train: TrainConfig, model: ModelConfig) -> Iterator[str]:
-    if train.packing_length is not None and not train.packing:
-        yield f"train.packing_length: {train.packing_length}, but packing is off; set train.packing: true, or remove it"
-    if model.attn_implementation == "flex_attention" and not train.packing:
-        yield (
-            "model.attn_implementation: flex_attention, which is for packs, but packing is off; set train.packing: "
-            "true, or sdpa"
-        )
-    if train.activation_offloading and not train.gradient_checkpointing:
-        yield "train.activation_offloading: true, but gradient_checkpointing is false; set it to true, or remove this"
-    if model.dtype == "bfloat16" and not train.bf16:
-        yield "train.bf16: false contradicts model.dtype: bfloat16; set train.bf16: true or model.dtype: float32"
-    if train.lr_scheduler_type == "constant" and train.warmup_steps:
-        yield (
-            f"train.warmup_steps: {train.warmup_steps:g}, but lr_scheduler_type constant has no warm-up; "
-            "set lr_scheduler_type: constant_with_warmup"
-        )
-    if train.max_steps == 0:
-        yield "train.max_steps: 0 would train nothing; give a number of steps, or -1 to let num_train_epochs decide"
 
 
 class EvaluateConfig(RowConfig):

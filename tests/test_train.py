@@ -92,10 +92,10 @@ def test_the_command_learns_the_same_under_every_kind_of_launch(run: Any, recipe
     """From the command line; `test_parity.py` has the matrix."""
     for alone, together in zip(_curve(run(recipe)), _curve(run(recipe, launch)), strict=True):
         assert together == pytest.approx(alone, rel=1e-5)
-    for alone, together in zip(_rows(run(recipe)), _rows(run(recipe, launch)), strict=True):
-        of_kinds = {name: value for name, value in alone.items() if name.startswith("loss_")}
+    for row_alone, row_together in zip(_rows(run(recipe)), _rows(run(recipe, launch)), strict=True):
+        of_kinds = {name: value for name, value in row_alone.items() if name.startswith("loss_")}
         assert of_kinds.keys() == {"loss_text", "loss_call", "loss_argument"}
-        assert {name: together[name] for name in of_kinds} == pytest.approx(of_kinds, rel=1e-5)
+        assert {name: row_together[name] for name in of_kinds} == pytest.approx(of_kinds, rel=1e-5)
     parts = list((run(recipe, launch) / f"checkpoint-{NUM_STEPS}").glob("optimizer-*-of-00002.safetensors"))
     assert len(parts) == (2 if "zero" in launch else 1)
 

@@ -1,0 +1,68 @@
+"""Settings of a run that contradict each other, each allowed by itself.
+
+The sections are those of `config.py`, which asks this module about every run: it cannot name their types.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def contradictions(config: Any) -> Iterator[str]:
+    """What of a run no single section can see, one message each: value, rule and remedy."""
+    yield from _of_data(config.data)
+    yield from _of_tuning(config)
+    yield from _of_training(config.train, config.model)
+
+
+def _of_data(data: Any) -> Iterator[str]:
+    if not data.train:
+        yield "data.train: nothing to train on; name a folder that `gemma-dist shard` wrote"
+    num_weighted = sum(not isinstance(source, str) for source in data.train)
+    if num_weighted not in (0, len(data.train)):
+        yield "data.train: some sources have a weight and some have none; give each one {path: …, weight: …}, or none"
+
+
+def _of_tuning(config: Any) -> Iterator[str]:
+    tuning, lora, quantization = config.tuning, config.lora, config.quantization
+    if tuning == "full" and lora is not None:
+        yield "lora: an adapter needs tuning: lora or qlora, but tuning is full; remove the section or change tuning"
+    if tuning == "full" and config.model.ple == "host":
+        yield (
+            "model.ple: host, but tuning is full, which trains the per-layer embeddings, and what trains is on the "
+            "GPU; remove it, or set tuning: lora"
+        )
+    if lora is not None and lora.target_parameters:
+        # PEFT adds the adapter to the weight itself, so it never sees the inputs that dropout acts on.
+        for name, value in (("lora_dropout", lora.lora_dropout), ("use_dora", lora.use_dora)):
+            if value:
+                yield (
+                    f"lora.{name}: {str(value).lower()}, which PEFT has for linear layers alone, but "
+                    "lora.target_parameters names experts; remove one of the two"
+                )
+    if tuning != "qlora" and quantization is not None:
+        yield f"quantization: a 4-bit base needs tuning: qlora, but tuning is {tuning}; remove it or change tuning"
+    if tuning == "qlora" and quantization is not None and not quantization.load_in_4bit:
+        yield "quantization.load_in_4bit: false contradicts tuning: qlora; remove it, or set tuning: lora"
+    if config.model.experts == "host" and not (quantization and quantization.quantize_moe_experts):
+        yield "model.experts: host, which is for experts in 4 bits (quantize_moe_experts of tuning: qlora); remove it"
+
+
+def _of_training(train: Any, model: Any) -> Iterator[str]:
+    if train.packing_length is not None and not train.packing:
+        yield f"train.packing_length: {train.packing_length}, but packing is off; set train.packing: true, or remove it"
+    if model.attn_implementation == "flex_attention" and not train.packing:
+        yield (
+            "model.attn_implementation: flex_attention, which is for packs, but packing is off; set train.packing: "
+            "true, or sdpa"
+        )
+    if train.activation_offloading and not train.gradient_checkpointing:
+        yield "train.activation_offloading: true, but gradient_checkpointing is false; set it to true, or remove this"
+    if model.dtype == "bfloat16" and not train.bf16:
+        yield "train.bf16: false contradicts model.dtype: bfloat16; set train.bf16: true or model.dtype: float32"
+    if train.lr_scheduler_type == "constant" and train.warmup_steps:
+        yield (
+            f"train.warmup_steps: {train.warmup_steps:g}, but lr_scheduler_type constant has no warm-up; "
+            "set lr_scheduler_type: constant_with_warmup"
+        )
+    if train.max_steps == 0:
+        yield "train.max_steps: 0 would train nothing; give a number of steps, or -1 to let num_train_epochs decide"
