@@ -118,8 +118,8 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(
     """Rank 1 is stopped, as a machine that hangs: rank 0 ends the run, the launcher both, and a new one goes on."""
     out = tmp_path / "out"
     words = [f"launch/{recipe}.yaml", f"model_name_or_path={model}", f"data.train={shards}", f"output_dir={out}"]
-    words += [*SETTINGS[:2], "save_steps=1", "max_steps=500", "save_total_limit=null", "step_timeout_s=4"]
-    process = start("train", *words, launch=launch)
+    words += [*SETTINGS[:2], "save_steps=1", "max_steps=500", "save_total_limit=null"]
+    process = start("train", *words, "step_timeout_s=8", launch=launch)
     wait_for(out / "checkpoint-2" / "complete.json", process)
     heartbeats = [json.loads((out / "heartbeats" / f"{rank}.json").read_text()) for rank in range(2)]
     stopped = psutil.Process(heartbeats[1]["process"])
