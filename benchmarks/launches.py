@@ -11,20 +11,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-PACKS = {
-    "one document": [(4096, 0)],
-    "8 documents": [(512, 0)] * 8,
-    "8, of any length": [(n, 0) for n in (1500, 900, 640, 420, 300, 200, 96, 40)],
-    "60 short ones": [(30 + 76 * (n % 7) // 6, 0) for n in range(60)],
-    "9 with images": [(175, 280)] * 9,
-    "images, long": [(700, 280), (1, 280), (300, 280), (1000, 280), (900, 75)],
-}
 
 
 def main() -> None:
     from transformers import AutoConfig
 
-    from tests.support.launches import of_attention
+    from tests.support.launches import PACKS, of_attention
 
     print(f"{'model':8} {'pack':20} {'calls of SDPA':>14} {'launches':>9} {'with checkpointing':>19} {'once':>5}")
     for model in sys.argv[1:] or ("e2b", "e4b", "12b", "26b", "31b"):

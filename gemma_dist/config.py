@@ -46,8 +46,7 @@ class ModelConfig(Section):
     )
     attn_implementation: Literal["sdpa", "flex_attention", "eager"] = Field(
         "sdpa",
-        description="Attention kernel; flex_attention: one call a layer, for packs on GPUs, never run there. "
-        "FlashAttention-2 ends at head dimension 256, Gemma 4's global layers have 512.",
+        description="Attention kernel; flex_attention: packs on GPUs. FlashAttention-2 ends at head dimension 256.",
     )
     experts: Literal["gpu", "host"] = Field(
         "gpu", description="Where 4-bit experts (26B-A4B) lie; host: there, each layer copied ahead of its use."
@@ -245,6 +244,7 @@ class TrainConfig(Section):
         description="Keep the inputs of recomputed layers in host memory until the backward pass: saves GPU memory, "
         "costs the copies.",
     )
+    torch_compile: bool = Field(False, description="Compile the text model's layers; not for qlora or DeepSpeed.")
     bf16: bool = Field(description="Compute in bfloat16; default: whether model.dtype is bfloat16.")
     seed: int = Field(42, ge=0, description="Random seed of initial weights, dropout and data order.")
     save_steps: int = Field(
@@ -362,11 +362,6 @@ def _contradictions_of_tuning(config: RunConfig) -> Iterator[str]:
 def _contradictions_of_training(train: TrainConfig, model: ModelConfig) -> Iterator[str]:
     if train.packing_length is not None and not train.packing:
         yield f"train.packing_length: {train.packing_length}, but packing is off; set train.packing: true, or remove it"
-    if model.attn_implementation == "flex_attention" and not train.packing:
-        yield (
-            "model.attn_implementation: flex_attention, which is for packs, but packing is off; set train.packing: "
-            "true, or sdpa"
-        )
     if train.activation_offloading and not train.gradient_checkpointing:
         yield "train.activation_offloading: true, but gradient_checkpointing is false; set it to true, or remove this"
     if model.dtype == "bfloat16" and not train.bf16:

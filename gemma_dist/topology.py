@@ -136,6 +136,7 @@ def require_fit(config: RunConfig, topology: Topology) -> None:
         *_wrong_type(topology),
         *_wrong_precision(config, topology),
         *_wrong_deepspeed(topology),
+        *_wrong_kernels(config, topology),
         *_wrong_together(config, topology),
         *_contradictions(config, topology),
     ]
@@ -185,6 +186,25 @@ def _wrong_deepspeed(topology: Topology) -> Iterator[str]:
     for name, ours in (("optimizer", "train.optim"), ("scheduler", "train.lr_scheduler_type")):
         if name in topology.deepspeed:
             yield f"{name}: would silently override the recipe's {ours}; remove it from the DeepSpeed config"
+
+
+def _wrong_kernels(config: RunConfig, topology: Topology) -> Iterator[str]:
+    """Attention or compiled layers where they cannot be, or were never tried."""
+    if config.model.attn_implementation == "flex_attention" and not config.train.packing:
+        yield (
+            "model.attn_implementation: flex_attention, which is for packs, but packing is off; set train.packing: "
+            "true, or model.attn_implementation: sdpa"
+        )
+    if config.train.torch_compile and config.train.gradient_checkpointing:
+        yield (
+            "train.torch_compile: true, but train.gradient_checkpointing is true: torch compiles nothing of a layer "
+            "that is recomputed and breaks its graph, as attention does; set one of the two to false"
+        )
+    if config.train.torch_compile and (config.tuning == "qlora" or topology.deepspeed is not None):
+        yield (
+            "train.torch_compile: true was never tried with weights in 4 bits or with DeepSpeed; remove it, or set "
+            "tuning: lora and use accelerate_configs/ddp.yaml"
+        )
 
 
 def _wrong_together(config: RunConfig, topology: Topology) -> Iterator[str]:

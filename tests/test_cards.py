@@ -10,9 +10,11 @@ from gemma_dist.errors import ConfigError
 from gemma_dist.model.cards import Card, impossible, require_card, require_cpu, slow
 from gemma_dist.recipe import load_config
 from gemma_dist.show import check
+from gemma_dist.topology import Topology, read_topology, require_fit
 from tests.support.ranks import ENVIRONMENT, REPOSITORY
 
 T4, A100, H100 = Card("Tesla T4", (7, 5)), Card("A100", (8, 0)), Card("H100", (9, 0))
+ZERO3 = REPOSITORY / "accelerate_configs/cpu_zero3.yaml"
 PATHS = ["model_name_or_path=model", "data.train=shards", "output_dir=out"]
 
 
@@ -81,4 +83,17 @@ def test_flex_attention_is_refused_on_a_cpu_and_without_packing() -> None:
     with pytest.raises(ConfigError, match="flex_attention has no backward pass on a CPU"):
         require_cpu(load_config(recipe, [*flex, "packing=true"]))
     with pytest.raises(ConfigError, match="flex_attention, which is for packs, but packing is off"):
-        load_config(recipe, flex)
+        require_fit(load_config(recipe, flex), Topology(""))
+
+
+def test_compiled_layers_are_refused_where_they_were_never_tried() -> None:
+    def require(recipe: str, topology: Topology, checkpointing: str = "false") -> None:
+        settings = ["torch_compile=true", f"gradient_checkpointing={checkpointing}"]
+        require_fit(load_config(REPOSITORY / f"launch/{recipe}.yaml", [*PATHS, *settings]), topology)
+
+    require("cpu_lora", Topology(""))
+    with pytest.raises(ConfigError, match="torch compiles nothing of a layer that is recomputed"):
+        require("cpu_lora", Topology(""), "true")
+    for recipe, topology in (("cpu_qlora", Topology("")), ("cpu_lora", read_topology(ZERO3))):
+        with pytest.raises(ConfigError, match="true was never tried with weights in 4 bits"):
+            require(recipe, topology)

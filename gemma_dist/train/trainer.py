@@ -58,6 +58,7 @@ OURS = (
     "packing_length",
     "dataloader_num_workers",
     "activation_offloading",
+    "torch_compile",
     "step_timeout_s",
 )
 

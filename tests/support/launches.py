@@ -31,6 +31,14 @@ QUIET = (
     "device",
 )
 Sizes = list[tuple[int, int]]  # of documents: tokens of text, and of the image behind it
+PACKS: dict[str, Sizes] = {  # 4,096 tokens or about as many
+    "one document": [(4096, 0)],
+    "8 documents": [(512, 0)] * 8,
+    "8, of any length": [(n, 0) for n in (1500, 900, 640, 420, 300, 200, 96, 40)],
+    "60 short ones": [(30 + 76 * (n % 7) // 6, 0) for n in range(60)],
+    "9 with images": [(175, 280)] * 9,
+    "images, long": [(700, 280), (1, 280), (300, 280), (1000, 280), (900, 75)],
+}
 
 
 class Launches(TorchDispatchMode):
