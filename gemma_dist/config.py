@@ -47,8 +47,7 @@ class ModelConfig(Section):
     )
     attn_implementation: Literal["sdpa", "flex_attention", "eager"] = Field(
         "sdpa",
-        description="Attention kernel; flex_attention: one call a layer, for packs on GPUs, never run there. "
-        "FlashAttention-2 ends at head dimension 256, Gemma 4's global layers have 512.",
+        description="Attention kernel; flex_attention: packs on GPUs. FlashAttention-2 ends at head dimension 256.",
     )
     experts: Literal["gpu", "host"] = Field(
         "gpu", description="Where 4-bit experts (26B-A4B) lie; host: there, each layer copied ahead of its use."
@@ -247,6 +246,7 @@ class TrainConfig(Section):
         description="Keep the inputs of recomputed layers in host memory until the backward pass: saves GPU memory, "
         "costs the copies.",
     )
+    torch_compile: bool = Field(False, description="Compile the text model's layers; not for qlora or DeepSpeed.")
     bf16: bool = Field(description="Compute in bfloat16; default: whether model.dtype is bfloat16.")
     seed: int = Field(42, ge=0, description="Random seed of initial weights, dropout and data order.")
     save_steps: int = Field(

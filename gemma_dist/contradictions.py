@@ -43,6 +43,8 @@ def _of_tuning(config: Any) -> Iterator[str]:
         yield f"quantization: a 4-bit base needs tuning: qlora, but tuning is {tuning}; remove it or change tuning"
     if tuning == "qlora" and quantization is not None and not quantization.load_in_4bit:
         yield "quantization.load_in_4bit: false contradicts tuning: qlora; remove it, or set tuning: lora"
+    if tuning == "qlora" and config.train.torch_compile:
+        yield "train.torch_compile: true was never tried with weights in 4 bits; remove it, or set tuning: lora"
     if config.model.experts == "host" and not (quantization and quantization.quantize_moe_experts):
         yield "model.experts: host, which is for experts in 4 bits (quantize_moe_experts of tuning: qlora); remove it"
 
@@ -53,8 +55,15 @@ def _of_training(train: Any, model: Any) -> Iterator[str]:
     if model.attn_implementation == "flex_attention" and not train.packing:
         yield (
             "model.attn_implementation: flex_attention, which is for packs, but packing is off; set train.packing: "
-            "true, or sdpa"
+            "true, or model.attn_implementation: sdpa"
         )
+    if train.torch_compile and train.gradient_checkpointing:
+        yield (
+            "train.torch_compile: true, but gradient_checkpointing is true: torch compiles nothing of a layer that is "
+            "recomputed and breaks its graph, as attention does; set one of the two to false"
+        )
+    if train.torch_compile and train.sequence_parallel_size > 1:
+        yield "train.torch_compile: true was never tried with sequence_parallel_size; remove one of the two"
     if train.activation_offloading and not train.gradient_checkpointing:
         yield "train.activation_offloading: true, but gradient_checkpointing is false; set it to true, or remove this"
     if model.dtype == "bfloat16" and not train.bf16:

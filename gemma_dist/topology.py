@@ -207,6 +207,11 @@ def _wrong_together(config: RunConfig, topology: Topology) -> Iterator[str]:
             "weights; without it, updates below the rounding of bfloat16 are lost. Use accelerate_configs/zero1.yaml "
             "(or 2, 3) also for a single process, or set model.dtype: float32 with train.bf16: true"
         )
+    if config.train.torch_compile and shares_optimizer:
+        yield (
+            "train.torch_compile: true was never tried where ranks share the model (DeepSpeed, FSDP2); remove it, or "
+            "use accelerate_configs/ddp.yaml"
+        )
     if topology.fsdp is not None and optim not in fsdp_config.OPTIMIZERS:
         yield (
             f"train.optim: {optim} cannot step on slices of weights as FSDP2 makes them; use one of "

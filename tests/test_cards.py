@@ -10,6 +10,7 @@ from gemma_dist.errors import ConfigError
 from gemma_dist.model.cards import Card, impossible, require_card, require_cpu, slow
 from gemma_dist.recipe import load_config
 from gemma_dist.show import check
+from gemma_dist.topology import Topology, read_topology, require_fit
 from tests.support.ranks import ENVIRONMENT, REPOSITORY
 
 T4, A100, H100 = Card("Tesla T4", (7, 5)), Card("A100", (8, 0)), Card("H100", (9, 0))
@@ -82,3 +83,18 @@ def test_flex_attention_is_refused_on_a_cpu_and_without_packing() -> None:
         require_cpu(load_config(recipe, [*flex, "packing=true"]))
     with pytest.raises(ConfigError, match="flex_attention, which is for packs, but packing is off"):
         load_config(recipe, flex)
+
+
+def test_compiled_layers_are_refused_where_they_were_never_tried() -> None:
+    def require(recipe: str, topology: Topology, checkpointing: str = "false") -> None:
+        settings = ["torch_compile=true", f"gradient_checkpointing={checkpointing}"]
+        require_fit(load_config(REPOSITORY / f"launch/{recipe}.yaml", [*PATHS, *settings]), topology)
+
+    require("cpu_lora", Topology(""))
+    with pytest.raises(ConfigError, match="torch compiles nothing of a layer that is recomputed"):
+        require("cpu_lora", Topology(""), "true")
+    with pytest.raises(ConfigError, match="true was never tried with weights in 4 bits"):
+        require("cpu_qlora", Topology(""))
+    for launch in ("cpu_zero3", "cpu_fsdp2"):
+        with pytest.raises(ConfigError, match="true was never tried where ranks share the model"):
+            require("cpu_lora", read_topology(REPOSITORY / f"accelerate_configs/{launch}.yaml"))

@@ -7,7 +7,7 @@ from tests.support.launches import PACKS, of_attention
 from tests.support.ranks import REPOSITORY
 
 MOST = 1500  # launches of attention in a micro-batch of 4,096 tokens, layers recomputed
-# 31B has 60 layers, whose own work on a GPU takes several times as long as that of E4B's.
+# Has 60 layers, each of which keeps a GPU busy for several times as long as one of E4B's.
 MOST_OF_31B = 1750
 
 

@@ -19,6 +19,7 @@ from gemma_dist.data.encode import load_encoder
 from gemma_dist.files import writing
 from gemma_dist.logs import RunLog, log
 from gemma_dist.model.cards import card_at_hand, require_card, require_cpu, slow
+from gemma_dist.model.compiled import compile_layers
 from gemma_dist.model.load import add_adapter, load_model, read_config, use_cpu
 from gemma_dist.model.operators import compile_operators
 from gemma_dist.model.per_layer import PerLayerTable, open_table
@@ -164,6 +165,8 @@ def _load_model(run: Run, table: PerLayerTable | None) -> Any:
     )
     if config.lora is not None:
         model = add_adapter(model, config.lora, zero3=run.topology.zero_stage == 3)
+    if config.train.torch_compile:
+        compile_layers(model)
     return model
 
 

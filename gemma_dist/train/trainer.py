@@ -65,6 +65,7 @@ OURS = (
     "sequence_parallel_size",
     "dataloader_num_workers",
     "activation_offloading",
+    "torch_compile",
     "step_timeout_s",
 )
 

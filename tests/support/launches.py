@@ -31,7 +31,7 @@ QUIET = (
     "device",
 )
 Sizes = list[tuple[int, int]]  # of documents: tokens of text, and of the image behind it
-PACKS: dict[str, Sizes] = {  # of 4,096 tokens
+PACKS: dict[str, Sizes] = {  # 4,096 tokens or about as many
     "one document": [(4096, 0)],
     "8 documents": [(512, 0)] * 8,
     "8, of any length": [(n, 0) for n in (1500, 900, 640, 420, 300, 200, 96, 40)],
