@@ -101,6 +101,19 @@ def read_jsonl(path: Path) -> Iterator[Any]:
             yield json.loads(line)
 
 
+def _steps_of(path: Path) -> Iterator[Any]:
+    """The rows of a `metrics.jsonl`. A line that is none, as a power failure leaves it, is told and left out."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            row = json.loads(line) if line else None
+        except ValueError:
+            row = {}
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield row
+        elif row is not None:
+            log.warning("%s line %d is damaged and was left out", path, number)
+
+
 class RunLog:
     """The progress of a training run: one line a step on rank 0's terminal, the same numbers in `metrics.jsonl`."""
 
@@ -109,11 +122,11 @@ class RunLog:
         self._num_steps = num_steps
         self._file = None
         if world.rank() == 0:
-            rows = read_jsonl(path) if start_step and path.is_file() else ()
-            kept = [row for row in rows if row["step"] <= start_step]
-            self._file = JsonlWriter(path, append=False)
-            for row in kept:
-                self._file.write(row)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = _steps_of(path) if start_step and path.is_file() else ()
+            with writing(path) as temporary:
+                temporary.write_text("".join(to_json(row) + "\n" for row in rows if row["step"] <= start_step), "utf-8")
+            self._file = JsonlWriter(path, append=True)
         self._before = time.perf_counter()
 
     def write(self, step: int, values: Mapping[str, Any], *, num_tokens: int) -> None:

@@ -1,10 +1,13 @@
 """Checkpoints: complete or absent.
 
 A checkpoint is written under `.unfinished/` and moved to `checkpoint-<step>` when every rank is done, its marker
-`complete.json` in place. So a folder of that name is whole, and a killed run finds the newest one by itself.
+`complete.json` in place. So a folder of that name is whole, and a killed run finds the newest one by itself. What a
+disk damages afterwards is found by the checksums in the marker: such a checkpoint is put aside, and the one before it
+taken.
 """
 
 import contextlib
+import errno
 import json
 import re
 import shutil
@@ -15,9 +18,10 @@ from typing import Any
 from gemma_dist import world
 from gemma_dist.config import RunConfig
 from gemma_dist.errors import CheckpointError, PeerError
-from gemma_dist.files import exclusive, seal, sync
+from gemma_dist.files import exclusive, seal, size, sync
 from gemma_dist.logs import log, write_json
 from gemma_dist.resolve import Run, RunIdentity
+from gemma_dist.train.digests import FileDigest, damage, digest_files, require_digests, visible_damage
 
 MARKER = "complete.json"
 UNFINISHED = ".unfinished"
@@ -27,18 +31,19 @@ _NAME = re.compile(r"checkpoint-\d+")
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, identity: RunIdentity) -> tuple[Path | None, int]:
     """The checkpoint to resume from and its step, or (None, 0) for a fresh run.
 
+    In `output_dir` damaged ones, as far as it can be seen without reading them, are put aside.
+
     Args:
         resume_from_checkpoint: `auto` (the newest in `output_dir`), `never`, or a folder.
         identity: what a checkpoint must have been made with.
 
     Raises:
-        CheckpointError: the named folder is no complete checkpoint, or belongs to another identity; or `output_dir`
-            has later ones, complete or not, which would be taken for those of this run, or be in its way.
+        CheckpointError: the named folder is no complete checkpoint, or damaged, or belongs to another identity; or
+            `output_dir` has later ones, complete or not, which would be taken for those of this run, or be in its way.
     """
     folder = None
     if resume_from_checkpoint == "auto":
-        complete = _complete(output_dir)
-        folder = complete[-1] if complete else None
+        folder = _newest_sound(output_dir)
     elif resume_from_checkpoint != "never":
         folder = Path(resume_from_checkpoint)
         if not (folder / MARKER).is_file():
@@ -46,6 +51,8 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, identity: Run
                 f"train.resume_from_checkpoint = {str(folder)!r}: no complete checkpoint is there ({MARKER} is "
                 "missing); name a folder checkpoint-<step>, or leave it at auto"
             )
+        if problems := _damage_at_sight(folder):
+            raise CheckpointError(_damaged_and_named(folder, problems))
     step = _step_of(folder, identity) if folder else 0
     if later := [path.name for path in _checkpoints(output_dir) if _step(path) > step and any(path.iterdir())]:
         raise CheckpointError(
@@ -53,6 +60,69 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, identity: Run
             "starts from; a restart would resume from there. Move them away, or name another folder"
         )
     return folder, step
+
+
+def whole_checkpoint(
+    folder: Path | None, output_dir: Path, resume_from_checkpoint: str, identity: RunIdentity
+) -> tuple[Path | None, int]:
+    """The checkpoint `folder`, which `find_checkpoint` found, and its step, once its files are read and found whole;
+    else those of the newest that is whole. Damaged ones are put aside. Every rank reads a share, and calls it.
+
+    Raises:
+        CheckpointError: the damaged one was named by the user; or what `find_checkpoint` raises.
+    """
+    while folder is not None:
+        files = sorted(read_marker(folder)["files"].items())
+        problems = damage(folder, dict(files[world.rank() :: world.world_size()]))
+        problems = [problem for of_rank in world.gather_objects(problems) for problem in of_rank]
+        if not problems:
+            return folder, read_marker(folder)["step"]
+        if resume_from_checkpoint != "auto":
+            raise CheckpointError(_damaged_and_named(folder, problems))
+        put_aside(folder, problems)
+        world.barrier()
+        folder, _ = find_checkpoint(output_dir, resume_from_checkpoint, identity)
+    return None, 0
+
+
+def put_aside(folder: Path, problems: list[str]) -> None:
+    """Give a damaged checkpoint a name under which no run takes it, and say what is damaged. Rank 0 does it."""
+    if world.rank() != 0:
+        return
+    aside = _free_name(folder.with_name(f"damaged-{folder.name}"))
+    folder.rename(aside)
+    log.warning("%s is damaged: %s. It is put aside as %s", folder, "; ".join(problems), aside.name)
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or the first of `path`-2, `path`-3, … that nothing has."""
+    names = [path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 1000))]
+    return next(name for name in names if not name.exists())
+
+
+def _newest_sound(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint with no damage in sight; newer ones are put aside."""
+    for folder in reversed(_complete(output_dir)):
+        problems = _damage_at_sight(folder)
+        if not problems:
+            return folder
+        put_aside(folder, problems)
+    return None
+
+
+def _damage_at_sight(folder: Path) -> list[str]:
+    """What is damaged of a checkpoint, as far as its marker and the sizes of its files show it."""
+    try:
+        return visible_damage(folder, read_marker(folder)["files"])
+    except (CheckpointError, OSError) as error:
+        return [str(error)]
+
+
+def _damaged_and_named(folder: Path, problems: list[str]) -> str:
+    return (
+        f"train.resume_from_checkpoint = {str(folder)!r} is damaged: {'; '.join(problems)}. Restore it from a copy, or "
+        "name another one; auto takes the newest that is whole"
+    )
 
 
 def changed_settings(folder: Path, config: RunConfig) -> list[str]:
@@ -99,10 +169,22 @@ def _step_of(folder: Path, identity: RunIdentity) -> int:
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
-    """What `complete.json` of a checkpoint says: step, epoch, identity and settings of the run that saved it."""
-    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    # Earlier versions called the identity state, and had less in it.
-    return {"identity": marker.get("state", {}), "settings": {}} | marker
+    """What `complete.json` of a checkpoint says: step, epoch, identity and settings of the run that saved it, and the
+    sizes and checksums of its files.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path = folder / MARKER
+    try:
+        marker = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise CheckpointError(f"{path.name} is damaged: it is no JSON") from None
+    if not isinstance(marker, dict) or not isinstance(marker.get("step"), int):
+        raise CheckpointError(f"{path.name} is damaged: it names no step")
+    # Earlier versions called the identity state, had less in it, and no checksums.
+    marker = {"identity": marker.get("state", {}), "settings": {}, "files": {}} | marker
+    return marker | {"files": require_digests(marker["files"], path)}
 
 
 @contextlib.contextmanager
@@ -126,9 +208,12 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def saving(run: Run, step: int) -> Iterator[Path]:
+def saving(run: Run, step: int, num_bytes: int = 0) -> Iterator[Path]:
     """Gives the folder that all ranks write checkpoint `step` into. At the end it is marked and moved to its name, and
     the oldest checkpoints beyond `train.save_total_limit` are removed.
+
+    Args:
+        num_bytes: what it is going to take; where there is no room for it, it is not begun.
 
     Raises:
         CheckpointError: on the rank that could not write.
@@ -137,24 +222,45 @@ def saving(run: Run, step: int) -> Iterator[Path]:
     output_dir = run.config.train.output_dir
     unfinished = output_dir / UNFINISHED
     folder = unfinished / f"checkpoint-{step}"
+    own: dict[str, FileDigest] = {}
     with _together(output_dir, step):
         if world.rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
+            _require_room(output_dir, num_bytes)
     with _together(output_dir, step):
         yield folder
+        own = digest_files(_own_files(folder))
+    digests = world.gather_objects(own)
     with _together(output_dir, step):
         if world.rank() == 0:
-            _finish(folder, run, step)
+            _finish(folder, run, step, {name: digest for of_rank in digests for name, digest in of_rank.items()})
 
 
-def _finish(written: Path, run: Run, step: int) -> None:
+def _require_room(output_dir: Path, num_bytes: int) -> None:
+    """Raises OSError (no space left) where a checkpoint of `num_bytes` has no room."""
+    if shutil.disk_usage(output_dir).free < num_bytes:
+        raise OSError(errno.ENOSPC, f"it takes {size(num_bytes)}, so it was not begun", str(output_dir))
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """What this rank has written of a checkpoint: its part of the optimizer; rank 0 all else, too."""
+    own = f"optimizer-{world.rank():05d}-"
+    return [
+        path
+        for path in sorted(folder.glob("*"))
+        if path.name.startswith(own) or (world.rank() == 0 and not path.name.startswith("optimizer-"))
+    ]
+
+
+def _finish(written: Path, run: Run, step: int, files: Mapping[str, FileDigest]) -> None:
     """Mark the checkpoint that all ranks have `written`, and give it its name."""
     marker = {
         "step": step,
         "epoch": step // run.schedule.steps_per_epoch,
         "identity": run.identity.to_json(),
         "settings": run.config.to_json(),
+        "files": files,
     }
     write_json(written / MARKER, marker)
     seal(written)

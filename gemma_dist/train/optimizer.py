@@ -27,6 +27,7 @@ from gemma_dist import world
 from gemma_dist.errors import CheckpointError
 from gemma_dist.model.zero3 import is_partitioned
 from gemma_dist.tensorfile import write_tensors
+from gemma_dist.train.weights import num_elements
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,18 @@ def save_optimizer(folder: Path, model: torch.nn.Module, optimizer: Any) -> None
     if zero or is_partitioned(model) or world.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)  # no rank waits for another here
         write_tensors(folder / f"optimizer-{world.rank():05d}-of-{world.world_size():05d}.safetensors", tensors)
+
+
+def optimizer_bytes(model: torch.nn.Module, optimizer: Any) -> int:
+    """What all ranks together write with `save_optimizer`, after the first step: that many bytes an element."""
+    zero = _zero(optimizer)
+    base = optimizer.optimizer if zero else optimizer
+    held = next(_slices(model, optimizer), None)
+    if held is None:
+        return 0
+    states = [value for value in base.state[held.flat].values() if torch.is_tensor(value)]
+    an_element = sum(one.element_size() for one in (held.flat, *states) if one.shape == held.flat.shape)
+    return an_element * sum(num_elements(one) for one in model.parameters() if one.requires_grad)
 
 
 def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: Any) -> None:

@@ -15,7 +15,8 @@ import torch
 
 from gemma_dist import world
 from gemma_dist.config import RunConfig
-from gemma_dist.data.encode import load_encoder
+from gemma_dist.data.encode import Encoder, load_encoder
+from gemma_dist.errors import CheckpointError
 from gemma_dist.files import writing
 from gemma_dist.logs import RunLog, log
 from gemma_dist.model.cards import card_at_hand, require_card, require_cpu, slow
@@ -31,8 +32,12 @@ from gemma_dist.train.checkpoint import (
     changed_settings,
     find_checkpoint,
     lock_output_dir,
+    put_aside,
+    read_marker,
     require_same_start,
+    whole_checkpoint,
 )
+from gemma_dist.train.digests import damage
 from gemma_dist.train.memory import MemoryReport, MemoryWatch, gpu_at_hand
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 from gemma_dist.train.watchdog import clear
@@ -76,28 +81,12 @@ def train(
         log.info("resuming from %s with other settings: %s", checkpoint, "; ".join(changed))
     if watch is not None:
         watch.begin(run, gpu_at_hand())
-    loader = TrajectoryLoader(
-        run.schedule,
-        encoder,
-        world.rank(),
-        start_step,
-        max(0, run.num_steps - start_step),
-        num_workers=config.train.dataloader_num_workers,
-        table=_table(config),
-        filler="vision" not in run.unneeded_towers,
-    )
-    log.info(
-        "%d trajectories, %s, %d of %d steps done",
-        len(run.schedule.shards),
-        run.plan,
-        min(start_step, run.num_steps),
-        run.num_steps,
-    )
     with lock_output_dir(output_dir):
         if start_step < run.num_steps:
-            _train_from(run, loader, checkpoint, trainer_class, watch)
+            _train_from(run, encoder, (checkpoint, start_step), trainer_class, watch)
             checkpoint = output_dir / f"checkpoint-{run.num_steps}"
-        else:
+        elif world.rank() == 0:
+            _require_whole(checkpoint)
             log.info(
                 "%s is the end of this run: nothing is left to train. For another run set train.output_dir", checkpoint
             )
@@ -119,26 +108,60 @@ def _require_card(config: RunConfig) -> None:
 
 def _train_from(
     run: Run,
-    loader: TrajectoryLoader,
-    checkpoint: Path | None,
+    encoder: Encoder,
+    found: tuple[Path | None, int],
     trainer_class: Callable[..., ToolCallTrainer],
     watch: MemoryWatch | None,
 ) -> None:
-    """The remaining steps of a run: the loader starts with the first of them."""
+    """The remaining steps of a run, from the checkpoint and step that this rank `found`, or from the newest before it
+    that is whole."""
+    settings, (checkpoint, start_step) = run.config.train, found
     world.set_nccl_defaults()
     if world.rank() == 0:
-        clear(run.config.train.output_dir)
+        clear(settings.output_dir)
     arguments = training_arguments(run)  # at ZeRO-3 it has to be there before the model: it partitions the weights
     world.note_processes()
-    require_same_start(loader.start_step)
+    require_same_start(start_step)
+    checkpoint, start_step = whole_checkpoint(
+        checkpoint, settings.output_dir, settings.resume_from_checkpoint, run.identity
+    )
+    loader = _loader(run, encoder, start_step)
     model = _load_model(run, loader.table)
-    metrics = run.config.train.output_dir / "metrics.jsonl"
+    metrics = settings.output_dir / "metrics.jsonl"
     run_log = RunLog(metrics, start_step=loader.start_step, num_steps=run.num_steps)
     trainer = trainer_class(run, arguments, model, loader, run_log)
     if watch is not None and not use_cpu():
         trainer.add_callback(MemoryReport(watch))
+    if world.rank() == 0:
+        (settings.output_dir / ADAPTER_RECORD).unlink(missing_ok=True)  # from now on the run is not finished
     trainer.train(resume_from_checkpoint=checkpoint)
     run_log.close()
+
+
+def _loader(run: Run, encoder: Encoder, start_step: int) -> TrajectoryLoader:
+    """This rank's micro-batches of the steps from `start_step` on."""
+    log.info("%d trajectories, %s, %d of %d steps done", len(run.schedule.shards), run.plan, start_step, run.num_steps)
+    return TrajectoryLoader(
+        run.schedule,
+        encoder,
+        world.rank(),
+        start_step,
+        run.num_steps - start_step,
+        num_workers=run.config.train.dataloader_num_workers,
+        table=_table(run.config),
+        filler="vision" not in run.unneeded_towers,
+    )
+
+
+def _require_whole(checkpoint: Path | None) -> None:
+    """Raises CheckpointError where the last checkpoint of a run, whose result is to be published, is damaged."""
+    assert checkpoint is not None, "a run of no steps"
+    if problems := damage(checkpoint, read_marker(checkpoint)["files"]):
+        put_aside(checkpoint, problems)
+        raise CheckpointError(
+            f"{checkpoint}, the end of this run, is damaged and was put aside: the same command goes on from the "
+            "newest that is whole"
+        )
 
 
 def _table(config: RunConfig) -> PerLayerTable | None:
@@ -178,6 +201,11 @@ def _publish(checkpoint: Path | None, output_dir: Path) -> None:
         is_state = any(path.match(pattern) for pattern in STATE_FILES)
         if path.is_file() and not is_state:
             result.append(path)
+    (output_dir / ADAPTER_RECORD).unlink(missing_ok=True)  # of an earlier end: what lies there is not whole meanwhile
+    names = {path.name for path in result}
+    for old in (*output_dir.glob("*.safetensors"), *output_dir.glob("*.safetensors.index.json")):
+        if old.name not in names:
+            old.unlink()  # of an earlier end, in other pieces
     for path in sorted(result, key=lambda path: path.name == ADAPTER_RECORD):
         with writing(output_dir / path.name) as temporary:
             shutil.copyfile(path, temporary)

@@ -50,10 +50,10 @@ from gemma_dist.train import checkpoint
 from gemma_dist.train.feed import Feed, transfer_to
 from gemma_dist.train.guard import sample_ids, stop_unless_finite
 from gemma_dist.train.offload import activations_on_host
-from gemma_dist.train.optimizer import load_optimizer, save_optimizer
+from gemma_dist.train.optimizer import load_optimizer, optimizer_bytes, save_optimizer
 from gemma_dist.train.sums import SHOWN, StepSums, Totals, require_counted, summarize
 from gemma_dist.train.watchdog import Watchdog
-from gemma_dist.train.weights import weights_to_save
+from gemma_dist.train.weights import bytes_to_save, weights_to_save
 
 # Settings of a recipe that are ours to carry out.
 OURS = (
@@ -297,7 +297,8 @@ class ToolCallTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: object, trial: object) -> None:
         """All that a run needs to resume, complete or absent. What is random follows from the step: see `SeedSteps`."""
-        with checkpoint.saving(self.run, self.state.global_step) as folder:
+        num_bytes = bytes_to_save(self.model) + optimizer_bytes(self.model, self.optimizer.optimizer)
+        with checkpoint.saving(self.run, self.state.global_step, num_bytes) as folder:
             self.save_model(str(folder))
             save_optimizer(folder, self.model, self.optimizer.optimizer)
 

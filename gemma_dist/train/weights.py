@@ -37,6 +37,17 @@ def weights_to_save(model: torch.nn.Module, engine: Any | None, dtype: torch.dty
     return tensors if engine is None else _copies(tensors)
 
 
+def bytes_to_save(model: torch.nn.Module) -> int:
+    """What the tensors of `weights_to_save` take on the disk, all ranks' together. Nothing is gathered for it."""
+    saved = _trained(model).values() if isinstance(model, PeftModel) else model.parameters()
+    return sum(num_elements(parameter) * parameter.element_size() for parameter in saved)
+
+
+def num_elements(parameter: Any) -> int:
+    """Of the whole parameter, also where a rank holds a part of it (ZeRO-3)."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def _trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The parameters that train: of a PEFT model those of its adapter, as the base is frozen."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
