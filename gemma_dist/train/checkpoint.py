@@ -240,7 +240,7 @@ def saving(run: Run, step: int, num_bytes: int = 0) -> Iterator[Path]:
 def _require_room(output_dir: Path, num_bytes: int) -> None:
     """Raises OSError (no space left) where a checkpoint of `num_bytes` has no room."""
     if shutil.disk_usage(output_dir).free < num_bytes:
-        raise OSError(errno.ENOSPC, f"it takes {size(num_bytes)}, so it was not begun", str(output_dir))
+        raise OSError(errno.ENOSPC, f"no room: it takes {size(num_bytes)}, so it was not begun", str(output_dir))
 
 
 def _own_files(folder: Path) -> list[Path]:
