@@ -18,7 +18,7 @@ from gemma_dist.plan.run import Request, make_plan
 from gemma_dist.recipe import load_config
 from gemma_dist.topology import Topology, current_topology, planned_topology, read_topology, require_fit
 from tests.support.ranks import gemma_dist
-from tests.support.steps import measure, prepare
+from tests.support.steps import Counting, measure, prepare
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "accelerate_configs/fsdp2.yaml"
@@ -157,7 +157,7 @@ def test_a_micro_batch_gathers_layers_twice_and_sums_each_unit_once(folder: Path
     """Full tuning, of whose gradients no rank may hold all. None of the exchanges is ours: those of the forward pass
     come from the call of the model (the root, which is ours) and from transformers, those of the backward pass from
     accelerate. The root and the embeddings stay gathered in between."""
-    found = measure(folder, "cpu_fsdp2", packing=True, bare=False)
+    found = measure(folder, Counting("cpu_fsdp2", packing=True))
     micro_batch, end = found["micro_batch"]["collectives"], found["end"]["collectives"]
     num_units = micro_batch["gemma_dist"] + micro_batch["transformers"]
     assert micro_batch["gemma_dist"] == 1

@@ -40,7 +40,7 @@ from gemma_dist.topology import Topology, write_recipe_into
 from gemma_dist.train.offload import activations_on_host
 from tests.support.documents import document
 from tests.support.ranks import ENVIRONMENT, REPOSITORY
-from tests.support.steps import measure, prepare
+from tests.support.steps import Counting, measure, prepare
 
 # Documents as `document` takes them, for windows of 16 tokens. Two ranks cut in the middle of all rows.
 TEXT, LONG = (23,), (70,)
@@ -208,7 +208,7 @@ def test_deepspeed_is_told_the_batch_as_it_counts_ranks() -> None:
 def test_a_layer_has_one_exchange_each_way(tmp_path: Path) -> None:
     """And a micro-batch no other, nor a wait for the device in our code."""
     prepare(tmp_path, "31b")
-    found = measure(tmp_path, "cpu_ddp", packing=True, bare=False, sequence=2)
+    found = measure(tmp_path, Counting("cpu_ddp", packing=True, sequence=2))
     layers = json.loads((tmp_path / "model" / "config.json").read_text())["text_config"]["num_hidden_layers"]
     assert found["micro_batch"]["collectives"] == {"gemma_dist": 2 * layers}
     assert found["micro_batch"]["waits"] == {}

@@ -8,7 +8,7 @@ import pytest
 from gemma_dist.data.kinds import KINDS
 from gemma_dist.errors import DataError
 from gemma_dist.train.sums import Totals, require_counted, summarize
-from tests.support.steps import measure, prepare
+from tests.support.steps import Counting, measure, prepare
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("launch", "packing"), [("single", False), ("cpu_ddp", True)])
 def test_a_micro_batch_waits_for_nothing_and_a_step_exchanges_once(folder: Path, launch: str, packing: bool) -> None:
-    found = measure(folder, launch, packing=packing, bare=False)
+    found = measure(folder, Counting(launch, packing=packing))
     micro_batch, end = found["micro_batch"], found["end"]
     assert micro_batch["waits"] == {}
     assert micro_batch["collectives"] == {}
@@ -32,7 +32,7 @@ def test_a_micro_batch_waits_for_nothing_and_a_step_exchanges_once(folder: Path,
 
 def test_trl_is_seen_to_wait(folder: Path) -> None:
     """So the counts above can fail."""
-    micro_batch: dict[str, Any] = measure(folder, "cpu_ddp", packing=True, bare=True)["micro_batch"]
+    micro_batch: dict[str, Any] = measure(folder, Counting("cpu_ddp", packing=True, bare=True))["micro_batch"]
     assert micro_batch["waits"]["trl"] >= 5
     assert micro_batch["collectives"]["accelerate"] == 4  # and DDP's of buffers, in the first one of a step
 

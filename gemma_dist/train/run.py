@@ -126,7 +126,7 @@ def _train_from(
         checkpoint, settings.output_dir, settings.resume_from_checkpoint, run.identity
     )
     loader = _loader(run, encoder, start_step)
-    model = _load_model(run, loader.table)
+    model = load_run_model(run, loader.table)
     metrics = settings.output_dir / "metrics.jsonl"
     run_log = RunLog(metrics, start_step=loader.start_step, num_steps=run.num_steps)
     trainer = trainer_class(run, arguments, model, loader, run_log)
@@ -148,7 +148,7 @@ def _loader(run: Run, encoder: Encoder, start_step: int) -> TrajectoryLoader:
         start_step,
         run.num_steps - start_step,
         num_workers=run.config.train.dataloader_num_workers,
-        table=_table(run.config),
+        table=table_of(run.config),
         filler="vision" not in run.unneeded_towers,
     )
 
@@ -164,7 +164,7 @@ def _require_whole(checkpoint: Path | None) -> None:
         )
 
 
-def _table(config: RunConfig) -> PerLayerTable | None:
+def table_of(config: RunConfig) -> PerLayerTable | None:
     """The per-layer embeddings of the base, where they stay in its file. Nothing is read of them yet."""
     if not config.ple_on_host:
         return None
@@ -172,7 +172,7 @@ def _table(config: RunConfig) -> PerLayerTable | None:
     return open_table(name, read_config(name), getattr(torch, config.model.dtype))
 
 
-def _load_model(run: Run, table: PerLayerTable | None) -> Any:
+def load_run_model(run: Run, table: PerLayerTable | None) -> Any:
     """The model with everything frozen that does not train."""
     from transformers import set_seed
 

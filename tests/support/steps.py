@@ -1,6 +1,6 @@
 """One training run whose steps are counted: collectives, their bytes, and waits for the device.
 
-    accelerate launch … -m tests.support.steps FOLDER OUT [--packing] [--bare] [--sequence N]
+    accelerate launch … -m tests.support.steps FOLDER OUT [--tuning full] [--packing] [--bare] [--sequence N]
 
 A micro-batch is a call of `training_step` (forward, loss and backward); the last one of a step, in which DDP or
 DeepSpeed sum the gradients, is left out. The end of a step is the norm of the gradients, the optimizer, and the log, at
@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +63,33 @@ def _said(counts: Any) -> dict[str, Any]:
     return {name: dict(getattr(counts, name)) for name in names} | {"operators": counts.operators}
 
 
-def worker(folder: Path, out: Path, packing: bool, bare: bool, sequence: int) -> None:
+@dataclass(frozen=True)
+class Counting:
+    """What is trained, and how."""
+
+    launch: str
+    tuning: str = "full"
+    packing: bool = False
+    bare: bool = False  # by TRL's own trainer
+    sequence: int = 1  # ranks that share a pack
+
+    @property
+    def trainer(self) -> str:
+        return "bare" if self.bare else "ours"
+
+
+def worker(folder: Path, out: Path, counting: Counting) -> None:
     """One rank: train with one of the two trainers, and write its counts to `out`."""
     from gemma_dist import world
 
-    name = "bare" if bare else "ours"
-    trainer = _bare(folder, packing) if bare else _ours(folder, packing, sequence)
+    trainer = _bare(folder, counting) if counting.bare else _ours(folder, counting)
     trainer.save = trainer._save_checkpoint = lambda *args, **kwargs: None
     trainer.train()
     if world.rank() == 0:
-        out.write_text(
-            json.dumps({"trainer": name, "micro_batch": trainer.micro_batches[1:], "end": trainer.ends[1:-1]})
-        )
+        out.write_text(json.dumps({"micro_batch": trainer.micro_batches[1:], "end": trainer.ends[1:-1]}))
 
 
-def _run(folder: Path, packing: bool, sequence: int = 1) -> Any:
+def _run(folder: Path, counting: Counting) -> Any:
     from gemma_dist import world
     from gemma_dist.recipe import load_config
     from gemma_dist.resolve import resolve
@@ -91,41 +104,44 @@ def _run(folder: Path, packing: bool, sequence: int = 1) -> Any:
         "logging_steps=1",
         "optim=adamw_torch_fused",
         "per_device_train_batch_size=1",
-        f"global_batch_size={ACCUMULATION * world.world_size() // sequence}",
-        f"sequence_parallel_size={sequence}",
-        *(["train.packing=true", "packing_length=2048"] if packing else []),
+        f"global_batch_size={ACCUMULATION * world.world_size() // counting.sequence}",
+        f"sequence_parallel_size={counting.sequence}",
+        *(["train.packing=true", "packing_length=2048"] if counting.packing else []),
     ]
-    config = load_config(REPOSITORY / "launch/cpu_full.yaml", settings)
+    config = load_config(REPOSITORY / f"launch/cpu_{counting.tuning}.yaml", settings)
     return resolve(config, current_topology())
 
 
-def _ours(folder: Path, packing: bool, sequence: int) -> Any:
+def _ours(folder: Path, counting: Counting) -> Any:
     from gemma_dist import world
     from gemma_dist.data.encode import load_encoder
     from gemma_dist.logs import RunLog
-    from gemma_dist.model.load import load_model
     from gemma_dist.stream.loader import TrajectoryLoader
+    from gemma_dist.train.run import load_run_model, table_of
     from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 
-    run = _run(folder, packing, sequence)
+    run = _run(folder, counting)
     arguments = training_arguments(run)
     encoder = load_encoder(run.config.model.model_name_or_path, run.config.data)
-    model = load_model(run.config.model, None, packing=packing, sequence_parallel_size=sequence)
-    loader = TrajectoryLoader(run.schedule, encoder, world.rank(), 0, NUM_STEPS, num_workers=1)
+    table = table_of(run.config)
+    model = load_run_model(run, table)
+    loader = TrajectoryLoader(run.schedule, encoder, world.rank(), 0, NUM_STEPS, num_workers=1, table=table)
     run_log = RunLog(folder / "out" / "metrics.jsonl", start_step=0, num_steps=NUM_STEPS)
     return counted(ToolCallTrainer)(run, arguments, model, loader, run_log)
 
 
-def _bare(folder: Path, packing: bool) -> Any:
+def _bare(folder: Path, counting: Counting) -> Any:
     """TRL's own way, on the text rows: with images it takes no `packing`."""
     from datasets import Dataset
+    from peft import LoraConfig
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from trl import SFTConfig, SFTTrainer
 
     from gemma_dist.data.encode import load_encoder
     from gemma_dist.train.trainer import training_arguments
 
-    run = _run(folder, packing)
+    assert counting.tuning in ("full", "lora")
+    run = _run(folder, counting)
     ours = training_arguments(run)
     encoder = load_encoder(run.config.model.model_name_or_path, run.config.data)
     shards = run.schedule.shards
@@ -137,8 +153,8 @@ def _bare(folder: Path, packing: bool) -> Any:
         gradient_accumulation_steps=ACCUMULATION,
         max_steps=NUM_STEPS,
         learning_rate=ours.learning_rate,
-        packing=packing,
-        max_length=2048 if packing else None,
+        packing=counting.packing,
+        max_length=2048 if counting.packing else None,
         activation_checkpointing=False,
         bf16=False,
         use_cpu=True,
@@ -150,20 +166,25 @@ def _bare(folder: Path, packing: bool) -> Any:
     )
     model = AutoModelForImageTextToText.from_pretrained(folder / "model", trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(folder / "model", trust_remote_code=False)
+    lora = run.config.lora
     return counted(SFTTrainer)(
-        model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=processor.tokenizer
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor.tokenizer,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **lora.model_dump()) if lora else None,
     )
 
 
-def measure(folder: Path, launch: str, *, packing: bool, bare: bool, sequence: int = 1) -> dict[str, Any]:
+def measure(folder: Path, counting: Counting) -> dict[str, Any]:
     """The counts of one launch: the most of any micro-batch, and of any end of a step, per package."""
-    out = folder / f"{launch}-{packing}-{bare}-{sequence}.json"
+    out, launch = folder / f"{'-'.join(map(str, astuple(counting)))}.json", counting.launch
     command = [sys.executable]
     if launch != "single":
         config = REPOSITORY / "accelerate_configs" / f"{launch}.yaml"
         command += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
-    words = ["-m", "tests.support.steps", str(folder), str(out)]
-    words += ["--packing"] * packing + ["--bare"] * bare + ["--sequence", str(sequence)]
+    words = ["-m", "tests.support.steps", str(folder), str(out), "--tuning", counting.tuning]
+    words += ["--packing"] * counting.packing + ["--bare"] * counting.bare + ["--sequence", str(counting.sequence)]
     done = subprocess.run(
         [*command, *words],
         cwd=REPOSITORY,
@@ -176,9 +197,8 @@ def measure(folder: Path, launch: str, *, packing: bool, bare: bool, sequence: i
     if not out.exists():
         raise RuntimeError(done.stdout[-8000:])
     found = json.loads(out.read_text())
-    return {"launch": launch, "packing": packing, "trainer": found["trainer"]} | {
-        part: _most(found[part]) for part in ("micro_batch", "end")
-    }
+    said = {**asdict(counting), "trainer": counting.trainer}
+    return said | {part: _most(found[part]) for part in ("micro_batch", "end")}
 
 
 def _most(counts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -194,11 +214,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--tuning", default="full")
     parser.add_argument("--packing", action="store_true")
     parser.add_argument("--bare", action="store_true")
     parser.add_argument("--sequence", type=int, default=1)
     options = parser.parse_args()
-    worker(options.folder, options.out, options.packing, options.bare, options.sequence)
+    counting = Counting("", options.tuning, options.packing, options.bare, options.sequence)
+    worker(options.folder, options.out, counting)
 
 
 if __name__ == "__main__":
