@@ -270,7 +270,7 @@ def test_the_json_adds_up(capsys):
     }
     # fmt: off
     assert list(found) == [
-        "model", "tuning", "num_gpus", "zero_stage", "num_parameters", "num_trained", "batch", "num_steps",
+        "model", "tuning", "num_gpus", "zero_stage", "fsdp", "num_parameters", "num_trained", "batch", "num_steps",
         "steps_per_epoch", "tokens_per_epoch", "parts", "moment", "peak_bytes", "margin", "margin_origin",
         "needed_bytes", "needed_bytes_range", "available_bytes", "fits", "levers", "host", "disk",
     ]
