@@ -147,8 +147,8 @@ def _simulated(config: RunConfig, work: Workload, estimate: Estimate) -> Estimat
     batch = work.batch
     if batch.num_ranks > 1:
         raise ConfigError(
-            f"--simulate runs a step of one process, and train.sequence_parallel_size is {batch.num_ranks}; leave one "
-            "of the two out"
+            f"gemma-dist plan --simulate runs a step of one process, and train.sequence_parallel_size is "
+            f"{batch.num_ranks}; leave one of the two out"
         )
     with _config_at_hand(config) as config:
         result = simulate(
