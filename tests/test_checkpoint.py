@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from bitsandbytes.optim import AdamW8bit
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from gemma_dist import logs
 from gemma_dist.config import RunConfig
@@ -22,7 +26,9 @@ from gemma_dist.recipe import load_config
 from gemma_dist.resolve import RunIdentity, resolve
 from gemma_dist.topology import Topology
 from gemma_dist.train.checkpoint import MARKER, find_checkpoint, read_marker, saving, whole_checkpoint
+from gemma_dist.train.optimizer import optimizer_bytes, save_optimizer
 from gemma_dist.train.run import train
+from gemma_dist.train.weights import bytes_to_save, weights_to_save
 from tests.support.corpus import row, shard_rows
 from tests.support.faults import inject
 from tests.support.ranks import ENVIRONMENT, needs_compiler
@@ -279,6 +285,31 @@ def test_a_checkpoint_without_room_is_not_begun(model: str, shards: Path, small_
     with pytest.raises(CheckpointError, match=problem), saving(run, 2, num_bytes=2**30):
         raise AssertionError("it was begun")
     assert [path.name for path in small_disk.iterdir()] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(("optim", "sharded"), [("adamw_torch", False), ("adamw_torch", True), ("adamw_8bit", False)])
+def test_the_room_of_a_checkpoint_is_known_before_it_is_written(tmp_path: Path, optim: str, sharded: bool) -> None:
+    """Not more either: a run without that room would end."""
+    model = torch.nn.Sequential(torch.nn.LayerNorm(256), torch.nn.Linear(256, 512))
+    if sharded:
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        if sharded:
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        kind = torch.optim.AdamW if optim == "adamw_torch" else AdamW8bit
+        optimizer = kind(model.parameters())
+        model(torch.randn(4, 256)).sum().backward()
+        optimizer.step()
+        save_optimizer(tmp_path, model, optimizer)
+        written = sum(path.stat().st_size for path in tmp_path.glob("optimizer-*"))
+        assert optimizer_bytes(model, optimizer) == pytest.approx(written, rel=0.02)
+        saved = weights_to_save(model, None, torch.bfloat16)
+        assert bytes_to_save(model, torch.bfloat16) == sum(tensor.nbytes for tensor in saved.values())
+        assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16 if sharded else torch.float32}
+    finally:
+        if sharded:
+            torch.distributed.destroy_process_group()
 
 
 def test_a_torn_line_of_the_metrics_is_told_and_left_out(tmp_path: Path, warnings: Any) -> None:

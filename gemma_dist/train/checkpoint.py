@@ -84,7 +84,7 @@ def whole_checkpoint(
             `find_checkpoint` raises.
     """
     while True:
-        marker = read_marker(folder) if folder else {"step": 0, "files": {}}
+        marker: dict[str, Any] = read_marker(folder) if folder else {"step": 0, "files": {}}
         step, files = marker["step"], sorted(marker["files"].items())
         require_same_start(step)
         if world.rank() == 0 and resume_from_checkpoint == "auto":
