@@ -65,10 +65,13 @@ def damage(folder: Path, files: Mapping[str, FileDigest]) -> list[str]:
 
 def require_digests(value: object, path: Path) -> dict[str, FileDigest]:
     """The files of a marker, as read from JSON. CheckpointError where they are something else."""
-    entries = value.values() if isinstance(value, dict) else [None]
-    if not all(isinstance(one, dict) and type(one.get("bytes")) is type(one.get("crc32")) is int for one in entries):
+    if not isinstance(value, dict) or not all(map(_is_digest, value.values())):
         raise CheckpointError(f"{path.name} is damaged: its list of files is none")
     return {name: FileDigest(bytes=one["bytes"], crc32=one["crc32"]) for name, one in value.items()}
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, dict) and all(type(value.get(name)) is int for name in ("bytes", "crc32"))
 
 
 def json_crc32(value: object) -> int:
