@@ -113,6 +113,12 @@ def note_processes() -> None:
     _processes[:] = gather_objects((socket.gethostname(), os.getpid()))
 
 
+def name_of_run() -> str:
+    """What no other run is called at this time: host and process of rank 0, as all ranks know once they have met."""
+    host, process = _processes[0] if _processes else (socket.gethostname(), os.getpid())
+    return f"{host}-{process}"
+
+
 def ended_ranks(patience_s: float = 1.0) -> dict[int, int]:
     """The other ranks on this machine whose process has ended, and that process. Empty before `note_processes`.
 

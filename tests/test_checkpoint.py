@@ -1,12 +1,21 @@
 """Checkpoints on disks that fail: damage is named and gone around, and no fault of a save costs an earlier one."""
 
+import errno
+import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from bitsandbytes.optim import AdamW8bit
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from gemma_dist import logs
 from gemma_dist.config import RunConfig
@@ -16,11 +25,13 @@ from gemma_dist.model.record import ADAPTER_RECORD
 from gemma_dist.recipe import load_config
 from gemma_dist.resolve import RunIdentity, resolve
 from gemma_dist.topology import Topology
-from gemma_dist.train.checkpoint import MARKER, find_checkpoint, saving, whole_checkpoint
+from gemma_dist.train.checkpoint import MARKER, find_checkpoint, read_marker, saving, whole_checkpoint
+from gemma_dist.train.optimizer import optimizer_bytes, save_optimizer
 from gemma_dist.train.run import train
+from gemma_dist.train.weights import bytes_to_save, weights_to_save
 from tests.support.corpus import row, shard_rows
 from tests.support.faults import inject
-from tests.support.ranks import needs_compiler
+from tests.support.ranks import ENVIRONMENT, needs_compiler
 
 NUM_STEPS = 3
 
@@ -32,7 +43,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
     return folder / "shards"
 
 
-def _config(model: str, shards: Path, out: Path, num_steps: int = NUM_STEPS) -> RunConfig:
+def _config(model: str, shards: Path, out: Path, num_steps: int = NUM_STEPS, **more: object) -> RunConfig:
     settings = [
         f"max_steps={num_steps}",
         "save_steps=1",
@@ -42,6 +53,7 @@ def _config(model: str, shards: Path, out: Path, num_steps: int = NUM_STEPS) -> 
     ]
     settings += ["lr_scheduler_type=constant_with_warmup", "warmup_steps=1"]  # the same whatever the number of steps
     words = [f"model_name_or_path={model}", f"data.train={shards}", f"output_dir={out}"]
+    settings += [f"{name}={value}" for name, value in more.items()]
     return load_config("launch/cpu_lora.yaml", [*words, *settings])
 
 
@@ -98,14 +110,125 @@ def test_whatever_file_is_damaged_the_run_goes_on_from_the_checkpoint_before(
         assert {path.name for path in here.iterdir()} == {"checkpoint-2", "damaged-checkpoint-3"}
 
 
-def test_a_damaged_checkpoint_that_the_user_named_is_refused(
+def test_no_rank_alone_puts_a_checkpoint_aside(
+    finished: tuple[Path, RunIdentity], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before they are connected they look one by one: each is to find the same, whoever comes first."""
+    out, identity = finished
+    for step in (2, 3):
+        shutil.copytree(out / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    _truncate(tmp_path / "checkpoint-3" / MARKER)
+    for rank in ("1", "0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert find_checkpoint(tmp_path, "auto", identity) == (tmp_path / "checkpoint-2", 2)
+
+
+MARKERS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "another step": lambda marker: marker | {"step": 2},
+    "another seed": lambda marker: marker | {"identity": marker["identity"] | {"seed": 7}},
+    "no step": lambda marker: {"files": {}},
+    "a step that is none": lambda marker: {"step": True},
+    "no identity": lambda marker: {"step": 3, "identity": None},
+    "no settings": lambda marker: {"step": 3, "settings": [1]},
+    "no files": lambda marker: {"step": 3, "files": None},
+    "files that are none": lambda marker: {"step": 3, "files": {"a": {"bytes": None, "crc32": "x"}}},
+    "a list": lambda marker: [marker],
+}
+
+
+@pytest.mark.parametrize("kind", MARKERS)
+def test_a_marker_that_says_something_else_is_damage(
+    finished: tuple[Path, RunIdentity], tmp_path: Path, kind: str
+) -> None:
+    out, identity = finished
+    for step in (2, 3):
+        shutil.copytree(out / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    path = tmp_path / "checkpoint-3" / MARKER
+    path.write_text(json.dumps(MARKERS[kind](json.loads(path.read_text()))))
+    assert find_checkpoint(tmp_path, "auto", identity) == (tmp_path / "checkpoint-2", 2)
+    with pytest.raises(CheckpointError, match=f"is damaged: {MARKER} is damaged"):
+        find_checkpoint(tmp_path, str(path.parent), identity)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksums(
     finished: tuple[Path, RunIdentity], tmp_path: Path
 ) -> None:
+    folder = shutil.copytree(finished[0] / "checkpoint-3", tmp_path / "checkpoint-3")
+    (folder / MARKER).write_text(json.dumps({"step": 3, "state": finished[1].to_json()}))
+    _zero(folder / "adapter_model.safetensors")
+    found, _ = find_checkpoint(tmp_path, "auto", finished[1])
+    assert whole_checkpoint(found, tmp_path, "auto", finished[1]) == (folder, 3)
+
+
+def test_what_cannot_be_read_for_another_reason_is_not_taken_for_damage(
+    finished: tuple[Path, RunIdentity], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished[0] / "checkpoint-3", tmp_path / "checkpoint-3")
+    for number, error in ((errno.EACCES, PermissionError), (errno.EIO, None)):
+
+        def refuse(path: Path, number: int = number, **_: object) -> str:
+            raise OSError(number, "refused", str(path))
+
+        monkeypatch.setattr(Path, "read_text", refuse)
+        if error is None:
+            assert find_checkpoint(tmp_path, "auto", finished[1]) == (None, 0)
+        else:
+            with pytest.raises(error):
+                find_checkpoint(tmp_path, "auto", finished[1])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_ranks_that_share_no_folder_stop_before_anything_is_loaded(tmp_path: Path, shared: bool) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from gemma_dist import world\n"
+        "from gemma_dist.train.checkpoint import require_shared\n"
+        "world.connect()\n"
+        "out = Path(sys.argv[1]) / ('out' if sys.argv[2] == 'True' else f'out{world.rank()}')\n"
+        "out.mkdir(exist_ok=True)\n"
+        "require_shared(out)\n"
+        "assert not list(out.iterdir())\n"
+        "print('agreed')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, script, tmp_path, str(shared)],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if shared:
+        assert done.stdout.count("agreed") == 2, done.stderr
+    else:
+        assert done.stderr.count("what rank 0 writes there is not seen by rank 1") >= 2, done.stderr
+        assert not list(tmp_path.glob("out*/*"))
+
+
+def test_a_checkpoint_may_hold_folders(model: str, shards: Path, tmp_path: Path) -> None:
+    """Such as the further chat templates of a base."""
+    run = resolve(_config(model, shards, tmp_path / "out"), Topology(""))
+    with saving(run, 1) as folder:
+        (folder / "additional_chat_templates").mkdir(parents=True)
+        (folder / "weights").write_text("some")
+    assert set(read_marker(tmp_path / "out" / "checkpoint-1")["files"]) == {"weights"}
+
+
+def test_a_damaged_checkpoint_that_the_user_named_is_refused(
+    finished: tuple[Path, RunIdentity], model: str, shards: Path, tmp_path: Path
+) -> None:
+    """And left where it is, as the end of a run, too."""
     out, identity = finished
     named = shutil.copytree(out / "checkpoint-3", tmp_path / "checkpoint-3")
     _zero(named / "optimizer-00000-of-00001.safetensors")
     with pytest.raises(CheckpointError, match=r"is damaged: optimizer-00000-of-00001.safetensors holds other bytes"):
         whole_checkpoint(find_checkpoint(tmp_path, str(named), identity)[0], tmp_path, str(named), identity)
+    config = _config(model, shards, tmp_path / "out", resume_from_checkpoint=named)
+    with pytest.raises(CheckpointError, match=r"is damaged: optimizer-00000-of-00001.safetensors holds other bytes"):
+        train(config)
     _truncate(named / "optimizer-00000-of-00001.safetensors")
     with pytest.raises(CheckpointError, match=r"optimizer-00000-of-00001.safetensors has [\d,]+ of its [\d,]+ bytes"):
         find_checkpoint(tmp_path, str(named), identity)
@@ -136,6 +259,7 @@ def test_a_finished_run_that_goes_on_is_not_finished_until_its_new_end(
     out = shutil.copytree(finished[0], tmp_path / "out")
     result = (out / "adapter_model.safetensors").read_bytes()
     (out / "model-00001-of-00002.safetensors").write_bytes(b"")  # of an earlier end, in other pieces
+    (out / "merged.safetensors").write_bytes(b"")  # a user's
     marked = []
 
     class Looking(logs.RunLog):
@@ -150,6 +274,7 @@ def test_a_finished_run_that_goes_on_is_not_finished_until_its_new_end(
     assert (out / ADAPTER_RECORD).exists()
     assert (out / "adapter_model.safetensors").read_bytes() != result
     assert not list(out.glob("model-*"))
+    assert (out / "merged.safetensors").exists()
 
 
 def test_a_checkpoint_without_room_is_not_begun(model: str, shards: Path, small_disk: Path) -> None:
@@ -160,6 +285,31 @@ def test_a_checkpoint_without_room_is_not_begun(model: str, shards: Path, small_
     with pytest.raises(CheckpointError, match=problem), saving(run, 2, num_bytes=2**30):
         raise AssertionError("it was begun")
     assert [path.name for path in small_disk.iterdir()] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(("optim", "sharded"), [("adamw_torch", False), ("adamw_torch", True), ("adamw_8bit", False)])
+def test_the_room_of_a_checkpoint_is_known_before_it_is_written(tmp_path: Path, optim: str, sharded: bool) -> None:
+    """Not more either: a run without that room would end."""
+    model = torch.nn.Sequential(torch.nn.LayerNorm(256), torch.nn.Linear(256, 512))
+    if sharded:
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        if sharded:
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        kind = torch.optim.AdamW if optim == "adamw_torch" else AdamW8bit
+        optimizer = kind(model.parameters())
+        model(torch.randn(4, 256)).sum().backward()
+        optimizer.step()
+        save_optimizer(tmp_path, model, optimizer)
+        written = sum(path.stat().st_size for path in tmp_path.glob("optimizer-*"))
+        assert optimizer_bytes(model, optimizer) == pytest.approx(written, rel=0.02)
+        saved = weights_to_save(model, None, torch.bfloat16)
+        assert bytes_to_save(model, torch.bfloat16) == sum(tensor.nbytes for tensor in saved.values())
+        assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16 if sharded else torch.float32}
+    finally:
+        if sharded:
+            torch.distributed.destroy_process_group()
 
 
 def test_a_torn_line_of_the_metrics_is_told_and_left_out(tmp_path: Path, warnings: Any) -> None:

@@ -148,6 +148,30 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the thread's SystemExit
+def test_a_large_checkpoint_has_time_to_reach_the_disk(tmp_path: Path) -> None:
+    """It no longer grows then. Nor does what a rank of a killed run says of its own hang end this one."""
+    ended = threading.Event()
+
+    def end(code: int) -> None:
+        ended.set()
+        sys.exit(code)
+
+    weights = tmp_path / ".unfinished" / "checkpoint-1" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    with weights.open("wb") as file:
+        file.truncate(10**11)  # without a block of it
+    (tmp_path / "heartbeats").mkdir()
+    for name in ("hangs", "hangs-elsewhere-1"):
+        (tmp_path / "heartbeats" / name).touch()
+    with patch("gemma_dist.failures.say_no_more"), patch("os._exit", end):
+        watchdog = Watchdog(tmp_path, 0.4, lambda: "step 1", lambda rank: f"samples of {rank}")
+        assert not ended.wait(3), "more than twice what a first step may take"
+        weights.unlink()
+        assert ended.wait(60)
+        watchdog.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the thread's SystemExit
 @pytest.mark.parametrize("disk", ["a checkpoint grows there", "nothing can be written there"])
 def test_a_step_may_take_as_long_as_a_checkpoint_grows(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, disk: str

@@ -16,8 +16,7 @@ EXCHANGES = ("ShareMemCommBuilder", "exchanges between CPU processes", "use acce
 CPU_ADAM = (
     "CPUAdamBuilder",
     "its CPU Adam",
-    "set zero_force_ds_cpu_optimizer: false in the DeepSpeed config, which steps with torch's slower AdamW (where "
-    "DeepSpeed asks for nvcc or another CUDA, DS_SKIP_CUDA_CHECK=1 in the environment keeps it from that)",
+    "set zero_force_ds_cpu_optimizer: false in the DeepSpeed config, which steps with torch's slower AdamW",
 )
 
 

@@ -11,6 +11,7 @@ import errno
 import json
 import re
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,15 @@ from gemma_dist.errors import CheckpointError, PeerError
 from gemma_dist.files import exclusive, seal, size, sync
 from gemma_dist.logs import log, write_json
 from gemma_dist.resolve import Run, RunIdentity
-from gemma_dist.train.digests import FileDigest, damage, digest_files, require_digests, visible_damage
+from gemma_dist.train.digests import (
+    UNREADABLE,
+    FileDigest,
+    damage,
+    digest_files,
+    json_crc32,
+    require_digests,
+    visible_damage,
+)
 
 MARKER = "complete.json"
 UNFINISHED = ".unfinished"
@@ -29,21 +38,20 @@ _NAME = re.compile(r"checkpoint-\d+")
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, identity: RunIdentity) -> tuple[Path | None, int]:
-    """The checkpoint to resume from and its step, or (None, 0) for a fresh run.
-
-    In `output_dir` damaged ones, as far as it can be seen without reading them, are put aside.
+    """The checkpoint to resume from and its step, or (None, 0) for a fresh run. Nothing is changed on the disk: the
+    ranks look one by one, before they are connected.
 
     Args:
-        resume_from_checkpoint: `auto` (the newest in `output_dir`), `never`, or a folder.
+        resume_from_checkpoint: `auto` (the newest in `output_dir` without damage in sight), `never`, or a folder.
         identity: what a checkpoint must have been made with.
 
     Raises:
         CheckpointError: the named folder is no complete checkpoint, or damaged, or belongs to another identity; or
             `output_dir` has later ones, complete or not, which would be taken for those of this run, or be in its way.
     """
-    folder = None
-    if resume_from_checkpoint == "auto":
-        folder = _newest_sound(output_dir)
+    folder, auto = None, resume_from_checkpoint == "auto"
+    if auto:
+        folder = next((one for one in reversed(_complete(output_dir)) if not _damage_at_sight(one)), None)
     elif resume_from_checkpoint != "never":
         folder = Path(resume_from_checkpoint)
         if not (folder / MARKER).is_file():
@@ -52,11 +60,14 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, identity: Run
                 "missing); name a folder checkpoint-<step>, or leave it at auto"
             )
         if problems := _damage_at_sight(folder):
-            raise CheckpointError(_damaged_and_named(folder, problems))
+            raise CheckpointError(damaged_and_named(folder, problems))
     step = _step_of(folder, identity) if folder else 0
-    if later := [path.name for path in _checkpoints(output_dir) if _step(path) > step and any(path.iterdir())]:
+    later = [path for path in _checkpoints(output_dir) if _step(path) > step and any(path.iterdir())]
+    if auto:
+        later = [path for path in later if not (path / MARKER).is_file()]  # damaged: they are going to be put aside
+    if names := [path.name for path in later]:
         raise CheckpointError(
-            f"train.output_dir = {str(output_dir)!r} holds {', '.join(later)}, later than step {step}, which this run "
+            f"train.output_dir = {str(output_dir)!r} holds {', '.join(names)}, later than step {step}, which this run "
             "starts from; a restart would resume from there. Move them away, or name another folder"
         )
     return folder, step
@@ -69,26 +80,32 @@ def whole_checkpoint(
     else those of the newest that is whole. Damaged ones are put aside. Every rank reads a share, and calls it.
 
     Raises:
-        CheckpointError: the damaged one was named by the user; or what `find_checkpoint` raises.
+        CheckpointError: the damaged one was named by the user; the ranks found checkpoints of different steps; or what
+            `find_checkpoint` raises.
     """
-    while folder is not None:
-        files = sorted(read_marker(folder)["files"].items())
-        problems = damage(folder, dict(files[world.rank() :: world.world_size()]))
+    while True:
+        marker: dict[str, Any] = read_marker(folder) if folder else {"step": 0, "files": {}}
+        step, files = marker["step"], sorted(marker["files"].items())
+        require_same_start(step)
+        if world.rank() == 0 and resume_from_checkpoint == "auto":
+            for later in [path for path in _complete(output_dir) if _step(path) > step]:
+                if problems := _damage_at_sight(later):
+                    put_aside(later, problems)
+        problems = damage(folder, dict(files[world.rank() :: world.world_size()])) if folder else []
         problems = [problem for of_rank in world.gather_objects(problems) for problem in of_rank]
         if not problems:
-            return folder, read_marker(folder)["step"]
+            return folder, step
+        assert folder is not None, "nothing is damaged"
         if resume_from_checkpoint != "auto":
-            raise CheckpointError(_damaged_and_named(folder, problems))
-        put_aside(folder, problems)
+            raise CheckpointError(damaged_and_named(folder, problems))
+        if world.rank() == 0:
+            put_aside(folder, problems)
         world.barrier()
         folder, _ = find_checkpoint(output_dir, resume_from_checkpoint, identity)
-    return None, 0
 
 
 def put_aside(folder: Path, problems: list[str]) -> None:
-    """Give a damaged checkpoint a name under which no run takes it, and say what is damaged. Rank 0 does it."""
-    if world.rank() != 0:
-        return
+    """Give a damaged checkpoint a name under which no run takes it, and say what is damaged. For rank 0 alone."""
     aside = _free_name(folder.with_name(f"damaged-{folder.name}"))
     folder.rename(aside)
     log.warning("%s is damaged: %s. It is put aside as %s", folder, "; ".join(problems), aside.name)
@@ -100,25 +117,20 @@ def _free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _newest_sound(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint with no damage in sight; newer ones are put aside."""
-    for folder in reversed(_complete(output_dir)):
-        problems = _damage_at_sight(folder)
-        if not problems:
-            return folder
-        put_aside(folder, problems)
-    return None
-
-
 def _damage_at_sight(folder: Path) -> list[str]:
     """What is damaged of a checkpoint, as far as its marker and the sizes of its files show it."""
     try:
         return visible_damage(folder, read_marker(folder)["files"])
-    except (CheckpointError, OSError) as error:
+    except CheckpointError as error:
         return [str(error)]
+    except OSError as error:
+        if error.errno not in UNREADABLE:  # such as a folder of another user
+            raise
+        return [f"{MARKER} cannot be read ({error.strerror})"]
 
 
-def _damaged_and_named(folder: Path, problems: list[str]) -> str:
+def damaged_and_named(folder: Path, problems: list[str]) -> str:
+    """What to say of a damaged checkpoint that the user named."""
     return (
         f"train.resume_from_checkpoint = {str(folder)!r} is damaged: {'; '.join(problems)}. Restore it from a copy, or "
         "name another one; auto takes the newest that is whole"
@@ -157,6 +169,25 @@ def require_same_start(start_step: int) -> None:
         )
 
 
+def require_shared(output_dir: Path) -> None:
+    """Raises CheckpointError on every rank, of which all call it, unless all of them see the same files in
+    `output_dir`: else no checkpoint of theirs would ever be whole."""
+    mark = output_dir / f".{world.gather_objects(uuid.uuid4().hex)[0]}"  # of rank 0
+    try:
+        if world.rank() == 0:
+            mark.touch()
+        world.barrier()
+        seen = world.gather_objects(mark.exists())
+    finally:
+        if world.rank() == 0:
+            mark.unlink(missing_ok=True)
+    if blind := [rank for rank, sees in enumerate(seen) if not sees]:
+        raise CheckpointError(
+            f"train.output_dir = {str(output_dir)!r}: what rank 0 writes there is not seen by rank "
+            f"{', '.join(map(str, blind))}; it must be one folder that all nodes share"
+        )
+
+
 def _step_of(folder: Path, identity: RunIdentity) -> int:
     """The step of a complete checkpoint. CheckpointError where it belongs to a run of another identity."""
     marker = read_marker(folder)
@@ -180,10 +211,15 @@ def read_marker(folder: Path) -> dict[str, Any]:
         marker = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise CheckpointError(f"{path.name} is damaged: it is no JSON") from None
-    if not isinstance(marker, dict) or not isinstance(marker.get("step"), int):
+    if not isinstance(marker, dict) or type(marker.get("step")) is not int:
         raise CheckpointError(f"{path.name} is damaged: it names no step")
+    if "crc32" in marker and marker["crc32"] != json_crc32(marker | {"crc32": 0}):
+        raise CheckpointError(f"{path.name} is damaged: it says something else than was written (its CRC-32 differs)")
     # Earlier versions called the identity state, had less in it, and no checksums.
     marker = {"identity": marker.get("state", {}), "settings": {}, "files": {}} | marker
+    for name in ("identity", "settings"):
+        if not isinstance(marker[name], dict):
+            raise CheckpointError(f"{path.name} is damaged: its {name} is no object")
     return marker | {"files": require_digests(marker["files"], path)}
 
 
@@ -244,12 +280,14 @@ def _require_room(output_dir: Path, num_bytes: int) -> None:
 
 
 def _own_files(folder: Path) -> list[Path]:
-    """What this rank has written of a checkpoint: its part of the optimizer; rank 0 all else, too."""
+    """What this rank has written of a checkpoint: its part of the optimizer; rank 0 all else, too. Not what lies in
+    folders within, such as further chat templates of the base."""
     own = f"optimizer-{world.rank():05d}-"
     return [
         path
         for path in sorted(folder.glob("*"))
-        if path.name.startswith(own) or (world.rank() == 0 and not path.name.startswith("optimizer-"))
+        if (path.name.startswith(own) or (world.rank() == 0 and not path.name.startswith("optimizer-")))
+        and path.is_file()
     ]
 
 
@@ -261,8 +299,9 @@ def _finish(written: Path, run: Run, step: int, files: Mapping[str, FileDigest])
         "identity": run.identity.to_json(),
         "settings": run.config.to_json(),
         "files": files,
+        "crc32": 0,  # of the marker itself, with 0 in this place
     }
-    write_json(written / MARKER, marker)
+    write_json(written / MARKER, marker | {"crc32": json_crc32(marker)})
     seal(written)
     folder = run.config.train.output_dir / written.name
     written.rename(folder)  # at most an empty folder lies there: see `find_checkpoint`

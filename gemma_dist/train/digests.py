@@ -3,6 +3,7 @@
 CRC-32 (zlib), as in the manifests of shards: it finds what disks and copies damage, not what somebody forges.
 """
 
+import errno
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,8 +11,12 @@ from typing import TypedDict
 
 from gemma_dist.errors import CheckpointError
 from gemma_dist.files import naming
+from gemma_dist.logs import to_json
 
 READ_BYTES = 4 << 20
+# What the system says of blocks that do not hold what was written. Other errors are no damage: a folder of another
+# user, a network that is down.
+UNREADABLE = {errno.EIO, errno.EBADMSG, errno.EUCLEAN}
 
 
 class FileDigest(TypedDict):
@@ -39,7 +44,11 @@ def visible_damage(folder: Path, files: Mapping[str, FileDigest]) -> list[str]:
 
 
 def damage(folder: Path, files: Mapping[str, FileDigest]) -> list[str]:
-    """What of `files` is missing, of another size, unreadable or other bytes than were written, in words."""
+    """What of `files` is missing, of another size, unreadable or other bytes than were written, in words.
+
+    Raises:
+        OSError: one cannot be read for another reason than damage.
+    """
     problems = visible_damage(folder, files)
     if problems:
         return problems
@@ -48,17 +57,26 @@ def damage(folder: Path, files: Mapping[str, FileDigest]) -> list[str]:
             if _crc32(folder / name) != digest["crc32"]:
                 problems.append(f"{name} holds other bytes than were written (its CRC-32 differs)")
         except OSError as error:
+            if error.errno not in UNREADABLE:
+                raise
             problems.append(f"{name} cannot be read ({error.strerror})")
     return problems
 
 
 def require_digests(value: object, path: Path) -> dict[str, FileDigest]:
     """The files of a marker, as read from JSON. CheckpointError where they are something else."""
-    if not isinstance(value, dict) or any(
-        not isinstance(one, dict) or not {"bytes", "crc32"} <= one.keys() for one in value.values()
-    ):
-        raise CheckpointError(f"{path}: its list of files is damaged")
-    return {name: FileDigest(bytes=int(one["bytes"]), crc32=int(one["crc32"])) for name, one in value.items()}
+    if not isinstance(value, dict) or not all(map(_is_digest, value.values())):
+        raise CheckpointError(f"{path.name} is damaged: its list of files is none")
+    return {name: FileDigest(bytes=one["bytes"], crc32=one["crc32"]) for name, one in value.items()}
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, dict) and all(type(value.get(name)) is int for name in ("bytes", "crc32"))
+
+
+def json_crc32(value: object) -> int:
+    """Of a value of JSON, as `to_json` writes it."""
+    return zlib.crc32(to_json(value).encode())
 
 
 def _crc32(path: Path) -> int:

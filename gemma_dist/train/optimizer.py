@@ -78,15 +78,18 @@ def save_optimizer(folder: Path, model: torch.nn.Module, optimizer: Any) -> None
 
 
 def optimizer_bytes(model: torch.nn.Module, optimizer: Any) -> int:
-    """What all ranks together write with `save_optimizer`, after the first step: that many bytes an element."""
+    """What all ranks together write with `save_optimizer`, after the first step, if the other ranks' elements take as
+    many bytes as this one's: 8-bit states are for large parameters alone."""
     zero = _zero(optimizer)
     base = optimizer.optimizer if zero else optimizer
-    held = next(_slices(model, optimizer), None)
-    if held is None:
-        return 0
-    states = [value for value in base.state[held.flat].values() if torch.is_tensor(value)]
-    an_element = sum(one.element_size() for one in (held.flat, *states) if one.shape == held.flat.shape)
-    return an_element * sum(num_elements(one) for one in model.parameters() if one.requires_grad)
+    num_bytes = num_held = 0
+    for held in _slices(model, optimizer):
+        states = [value for value in base.state[held.flat].values() if torch.is_tensor(value)]
+        an_element = sum(one.element_size() for one in (held.flat, *states) if one.shape == held.flat.shape)
+        num_bytes += an_element * held.num_elements
+        num_held += held.num_elements
+    trained = sum(num_elements(one) for one in model.parameters() if one.requires_grad)
+    return math.ceil(trained * num_bytes / num_held) if num_held else 0
 
 
 def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: Any) -> None:

@@ -6,6 +6,7 @@ OUT/adapter_model.safetensors or model.safetensors …, with config, processor a
 OUT/gemma_dist.json          base, quantization, data: written last, so it marks a finished run
 """
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,11 +31,12 @@ from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.topology import current_topology, require_fit
 from gemma_dist.train.checkpoint import (
     changed_settings,
+    damaged_and_named,
     find_checkpoint,
     lock_output_dir,
     put_aside,
     read_marker,
-    require_same_start,
+    require_shared,
     whole_checkpoint,
 )
 from gemma_dist.train.digests import damage
@@ -48,6 +50,9 @@ STATE_FILES = (
     "optimizer*",
     "README.md",
 )
+
+# Files of weights that a result may consist of.
+WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 def train(
@@ -83,10 +88,10 @@ def train(
         watch.begin(run, gpu_at_hand())
     with lock_output_dir(output_dir):
         if start_step < run.num_steps:
-            _train_from(run, encoder, (checkpoint, start_step), trainer_class, watch)
+            _train_from(run, encoder, checkpoint, trainer_class, watch)
             checkpoint = output_dir / f"checkpoint-{run.num_steps}"
         elif world.rank() == 0:
-            _require_whole(checkpoint)
+            _require_whole(checkpoint, config.train.resume_from_checkpoint)
             log.info(
                 "%s is the end of this run: nothing is left to train. For another run set train.output_dir", checkpoint
             )
@@ -109,19 +114,19 @@ def _require_card(config: RunConfig) -> None:
 def _train_from(
     run: Run,
     encoder: Encoder,
-    found: tuple[Path | None, int],
+    checkpoint: Path | None,
     trainer_class: Callable[..., ToolCallTrainer],
     watch: MemoryWatch | None,
 ) -> None:
-    """The remaining steps of a run, from the checkpoint and step that this rank `found`, or from the newest before it
-    that is whole."""
-    settings, (checkpoint, start_step) = run.config.train, found
+    """The remaining steps of a run, from the `checkpoint` that this rank found, or from the newest before it that is
+    whole."""
+    settings = run.config.train
     world.set_nccl_defaults()
     if world.rank() == 0:
         clear(settings.output_dir)
     arguments = training_arguments(run)  # at ZeRO-3 it has to be there before the model: it partitions the weights
     world.note_processes()
-    require_same_start(start_step)
+    require_shared(settings.output_dir)
     checkpoint, start_step = whole_checkpoint(
         checkpoint, settings.output_dir, settings.resume_from_checkpoint, run.identity
     )
@@ -153,10 +158,13 @@ def _loader(run: Run, encoder: Encoder, start_step: int) -> TrajectoryLoader:
     )
 
 
-def _require_whole(checkpoint: Path | None) -> None:
+def _require_whole(checkpoint: Path | None, resume_from_checkpoint: str) -> None:
     """Raises CheckpointError where the last checkpoint of a run, whose result is to be published, is damaged."""
     assert checkpoint is not None, "a run of no steps"
-    if problems := damage(checkpoint, read_marker(checkpoint)["files"]):
+    problems = damage(checkpoint, read_marker(checkpoint)["files"])
+    if problems and resume_from_checkpoint != "auto":
+        raise CheckpointError(damaged_and_named(checkpoint, problems))
+    if problems:
         put_aside(checkpoint, problems)
         raise CheckpointError(
             f"{checkpoint}, the end of this run, is damaged and was put aside: the same command goes on from the "
@@ -203,8 +211,8 @@ def _publish(checkpoint: Path | None, output_dir: Path) -> None:
             result.append(path)
     (output_dir / ADAPTER_RECORD).unlink(missing_ok=True)  # of an earlier end: what lies there is not whole meanwhile
     names = {path.name for path in result}
-    for old in (*output_dir.glob("*.safetensors"), *output_dir.glob("*.safetensors.index.json")):
-        if old.name not in names:
+    for old in output_dir.iterdir():
+        if WEIGHTS.fullmatch(old.name) and old.name not in names:
             old.unlink()  # of an earlier end, in other pieces
     for path in sorted(result, key=lambda path: path.name == ADAPTER_RECORD):
         with writing(output_dir / path.name) as temporary:

@@ -297,7 +297,8 @@ class ToolCallTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: object, trial: object) -> None:
         """All that a run needs to resume, complete or absent. What is random follows from the step: see `SeedSteps`."""
-        num_bytes = bytes_to_save(self.model) + optimizer_bytes(self.model, self.optimizer.optimizer)
+        dtype = getattr(torch, self.run.config.model.dtype)
+        num_bytes = bytes_to_save(self.model, dtype) + optimizer_bytes(self.model, self.optimizer.optimizer)
         with checkpoint.saving(self.run, self.state.global_step, num_bytes) as folder:
             self.save_model(str(folder))
             save_optimizer(folder, self.model, self.optimizer.optimizer)

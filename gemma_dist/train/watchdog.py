@@ -4,7 +4,7 @@ No exception reaches a thread that waits in an exchange, so a thread of each ran
 that each rank reports where it stands; the one that does not answer, or that stands elsewhere, holds the others up.
 
 OUT/heartbeats/<rank>.json    what a rank is at, rewritten every few seconds for as long as its process is alive
-OUT/heartbeats/hangs          there once the time of one rank was up, so that the others report as well
+OUT/heartbeats/hangs-<run>    there once the time of one rank was up, so that the others report as well
 OUT/stacks-rank-<rank>.txt    where all threads of a rank stood
 """
 
@@ -31,6 +31,7 @@ HEARTBEATS, HANGS = "heartbeats", "hangs"
 BEAT_S = 10.0  # between heartbeats, or a quarter of the timeout where that is less
 PATIENCE = 3  # a step may take so many times as long as the longest; the first, which compiles, as the timeout
 GRACE = 4  # beats that the others have to report
+SLOWEST_DISK = 50e6  # bytes a second: a checkpoint may take as long, once it is written and no longer grows
 
 
 def clear(folder: Path) -> None:
@@ -40,7 +41,8 @@ def clear(folder: Path) -> None:
 
 class Watchdog:
     """Ends this process, and lets the other ranks end theirs, once a step takes too long: more than `timeout_s` seconds
-    and more than three times the longest step so far. As long as a checkpoint grows, that time starts anew.
+    and more than three times the longest step so far. As long as a checkpoint grows, that time starts anew; before it
+    has its name, it is read, and waited for until it is on the disk, which takes a while by its size.
 
     Two threads: one has to do with files, which may hang themselves; the other counts, and waits for nothing.
     """
@@ -59,6 +61,7 @@ class Watchdog:
         self._main = threading.get_ident()
         self._moved, self._others_hang, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._num_steps, self._longest_s, self._begun = 0, 0.0, time.monotonic()
+        self._saving_s = 0.0  # what the checkpoint at work may take
         self._hang: dict[str, object] = {}  # once this rank reports one
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat_on, self._watch)]
         for thread in self._threads:
@@ -89,8 +92,8 @@ class Watchdog:
     def _limit_s(self) -> float:
         """What the step at work may take."""
         if not self._num_steps:
-            return PATIENCE * self._timeout_s
-        return max(self._timeout_s, PATIENCE * self._longest_s)
+            return max(PATIENCE * self._timeout_s, self._saving_s)
+        return max(self._timeout_s, PATIENCE * self._longest_s, self._saving_s)
 
     def _watch(self) -> None:
         """The thread that counts."""
@@ -107,21 +110,28 @@ class Watchdog:
 
     def _beat_on(self) -> None:
         """The thread that has to do with files."""
-        folder, size = self._folder / HEARTBEATS, 0
+        size = 0
         while True:
             with contextlib.suppress(OSError):  # nothing of it is worth a run
-                folder.mkdir(parents=True, exist_ok=True)
+                (self._folder / HEARTBEATS).mkdir(parents=True, exist_ok=True)
                 self._beat()
+            with contextlib.suppress(OSError):  # a full disk can be read
                 before, size = size, _size(self._folder / UNFINISHED)
+                self._saving_s = size / SLOWEST_DISK
                 if size != before:
                     self._moved.set()
-                if (folder / HANGS).exists():
+            with contextlib.suppress(OSError):
+                if self._hangs().exists():
                     self._others_hang.set()
             if self._closed.wait(self._beat_s):
                 return
 
     def _path(self, rank: int) -> Path:
         return self._folder / HEARTBEATS / f"{rank}.json"
+
+    def _hangs(self) -> Path:
+        """Of this run: ranks of a killed one, which wait for it on another machine, may have their time up later."""
+        return self._folder / HEARTBEATS / f"{HANGS}-{world.name_of_run()}"
 
     def _beat(self) -> None:
         """Rewrite this rank's heartbeat; a reader sees the old one or the new one."""
@@ -167,7 +177,7 @@ class Watchdog:
             """What never ends on a disk that hangs."""
             with contextlib.suppress(OSError):
                 self._beat()
-                (self._folder / HEARTBEATS / HANGS).touch()
+                self._hangs().touch()
                 with (self._folder / f"stacks-rank-{world.rank()}.txt").open("a", encoding="utf-8") as file:
                     file.write(message)
                     file.flush()

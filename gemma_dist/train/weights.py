@@ -37,10 +37,12 @@ def weights_to_save(model: torch.nn.Module, engine: Any | None, dtype: torch.dty
     return tensors if engine is None else _copies(tensors)
 
 
-def bytes_to_save(model: torch.nn.Module) -> int:
-    """What the tensors of `weights_to_save` take on the disk, all ranks' together. Nothing is gathered for it."""
-    saved = _trained(model).values() if isinstance(model, PeftModel) else model.parameters()
-    return sum(num_elements(parameter) * parameter.element_size() for parameter in saved)
+def bytes_to_save(model: torch.nn.Module, dtype: torch.dtype) -> int:
+    """What the parameters of `weights_to_save` take on the disk, all ranks' together. Nothing is gathered for it."""
+    if isinstance(model, PeftModel):
+        return sum(num_elements(parameter) * parameter.element_size() for parameter in _trained(model).values())
+    saved_in = [dtype if isinstance(parameter, DTensor) else parameter.dtype for parameter in model.parameters()]
+    return sum(num_elements(one) * saved.itemsize for one, saved in zip(model.parameters(), saved_in, strict=True))
 
 
 def num_elements(parameter: Any) -> int:
