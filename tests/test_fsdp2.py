@@ -137,7 +137,7 @@ def test_plan_counts_an_adapter_in_float32_and_4_bit_weights_before_they_are_sha
     assert lora.parts[ADAPTER] == pytest.approx(4 * lora.num_trained / 8, abs=8)
     qlora = planned("31b_qlora_80gb", 8, "optim=adamw_torch")
     assert qlora.moment == LOADING
-    assert qlora.parts.keys() == planned("31b_qlora_80gb", 8, "optim=adamw_torch", config="zero3").parts.keys()
+    assert LOADING not in planned("31b_qlora_80gb", 8, "optim=adamw_torch", config="zero3").moments
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
