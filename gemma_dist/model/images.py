@@ -107,7 +107,8 @@ class _Images:
 
     def put(self, embedding: Any, args: Any, embeddings: torch.Tensor) -> torch.Tensor:
         """Behind the token embedding (B, T, width): the features in their places."""
-        assert self.places is not None and self.features is not None
+        assert self.places is not None
+        assert self.features is not None
         places, features, self.places, self.features = self.places, self.features, None, None
         self.hook.remove()
         self.hook = None
