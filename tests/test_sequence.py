@@ -174,7 +174,7 @@ def test_a_slice_gets_the_keys_that_it_sees_and_no_others() -> None:
 def test_under_autocast_no_kernel_and_no_exchange_takes_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside float32 weights rotated queries and keys are float32, and torch's `causal_lower_right`, on GPUs, goes to
     its kernel without autocast."""
-    seen = []
+    seen: list[torch.dtype] = []
 
     def take(*states: torch.Tensor, **_: object) -> torch.Tensor:
         seen.extend(each.dtype for each in states)
