@@ -27,7 +27,8 @@ OURS = "accelerate_configs/fsdp2.yaml has it so"
 
 def of_config(values: Mapping[str, Any]) -> dict[str, str]:
     """The settings in an accelerate config."""
-    section = values.get("fsdp_config") or {}
+    section = values.get("fsdp_config")
+    section = section if isinstance(section, Mapping) else {}  # then all is as accelerate has it, and refused
     found = {str(name).removeprefix("fsdp_"): _word(value) for name, value in section.items()}
     found["parallelism_config"] = "set" if values.get("parallelism_config") else ""
     return DEFAULTS | found

@@ -53,3 +53,20 @@ def test_compiled_layers_give_the_same_gradients_without_new_graphs_for_other_pa
     assert graphs[0] == graphs[-1] > 0
     assert counters["graph_break"]
     assert all("disable" in reason for reason in counters["graph_break"])
+
+
+@torch.no_grad()  # FlexAttention has no backward pass on a CPU
+def test_beside_flex_attention_compiled_layers_have_no_break(tiny_model: Callable[..., Path]) -> None:
+    folder = tiny_model("e4b")
+    ids = control_ids(AutoProcessor.from_pretrained(folder))
+    settings = ModelConfig(model_name_or_path=str(folder), dtype="float32", attn_implementation="flex_attention")
+    model = load_model(settings, None, packing=True)
+    batches = [collate_packs([[document(ids, *parts) for parts in pack]], ids) for pack in PACKS]
+    for batch in batches:
+        del batch["labels"], batch["kinds"]
+    expected = [model(**batch, use_cache=False).logits for batch in batches]
+    compile_layers(model, backend="eager")
+    counters.clear()
+    for batch, logits in zip(batches, expected, strict=True):
+        torch.testing.assert_close(model(**batch, use_cache=False).logits, logits)
+    assert not counters["graph_break"]

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoProcessor
 from trl.trainer.utils import add_fused_lm_head
 
-from gemma_dist.config import ModelConfig
+from gemma_dist.config import LoraConfig, ModelConfig
 from gemma_dist.errors import DataError
 from gemma_dist.model.head import KINDS, use_target_head
 from gemma_dist.model.images import places_of
-from gemma_dist.model.load import load_model
+from gemma_dist.model.load import add_adapter, load_model
 from gemma_dist.stream.collate import collate, collate_packs, control_ids
 from gemma_dist.train.feed import known_to_host
 from tests.support.counting import Counted
@@ -62,6 +62,21 @@ def test_a_micro_batch_whose_places_are_known_trains_the_same_and_waits_for_noth
     assert any("embed_vision" in name for name in gradients)
     for name, gradient in expected.items():
         assert (gradients[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("style", ["e4b", "12b"])
+def test_an_adapter_of_the_token_embedding_leaves_images_alone(tiny_model: Callable[..., Path], style: str) -> None:
+    ids = control_ids(AutoProcessor.from_pretrained(tiny_model(style)))
+    settings = ModelConfig(model_name_or_path=str(tiny_model(style)), dtype="float32")
+    of_embedding = LoraConfig(target_modules=r"model\.language_model\.embed_tokens")
+    model: Any = add_adapter(load_model(settings, None, packing=True), of_embedding, zero3=False)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    batch = collate_packs([[document(ids, *parts) for parts in DOCUMENTS]], ids)
+    del batch["labels"], batch["kinds"]
+    logits = [model(**inputs, use_cache=False).logits for inputs in (batch, known_to_host(batch))]
+    torch.testing.assert_close(logits[1], logits[0])
 
 
 def test_images_that_do_not_fit_the_text_are_refused_by_the_host() -> None:

@@ -23,7 +23,7 @@ from gemma_dist.plan.geometry import geometry_of, read_geometry
 from gemma_dist.plan.margin import GIB, Margin, parse_memory, read_margin, write_calibration
 from gemma_dist.plan.run import Request, make_plan
 from gemma_dist.plan.watch import PlanWatch
-from gemma_dist.plan.weights import QUANTIZED, loaded_weights, num_parameters, num_trained, placement
+from gemma_dist.plan.weights import EXPERTS, QUANTIZED, loaded_weights, num_parameters, num_trained, placement
 from gemma_dist.plan.workload import workload_of
 from gemma_dist.recipe import load_config
 from gemma_dist.resolve import Run, resolve
@@ -186,6 +186,15 @@ def test_zero3_divides_4_bit_weights_but_not_their_scales():
     assert whole / 33 < offloaded[SCALES] < whole / 31, "8 bits for 64 weights of 4 bits, and a little"
     assert divided[SCALES] == pytest.approx(offloaded[SCALES] * 7 / 8, rel=1e-6)
     assert QUANTIZED not in offloaded
+
+
+@pytest.mark.parametrize("launch", ["ddp", "zero3", "zero3_offload", "fsdp2"])
+def test_experts_that_come_from_the_host_take_the_room_of_two_layers_on_every_rank(launch):
+    """They are no parameters, so that no launch shares them."""
+    one = estimated("26b_qlora", "model.experts=host", batch=MicroBatch(1024))
+    topology = planned_topology(Path(f"accelerate_configs/{launch}.yaml"), 8)
+    shared = estimated("26b_qlora", "model.experts=host", batch=MicroBatch(1024), topology=topology)
+    assert shared.parts[EXPERTS] == one.parts[EXPERTS]
 
 
 @pytest.fixture(scope="module")

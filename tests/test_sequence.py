@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from gemma_dist.batch_plan import BatchPlan, batch_plan
 from gemma_dist.config import ModelConfig
 from gemma_dist.data.encode import IGNORE_INDEX
 from gemma_dist.errors import ConfigError
+from gemma_dist.model import sequence
 from gemma_dist.model.images import IMAGE_PLACES, SOFT_TOKENS
 from gemma_dist.model.load import load_model
 from gemma_dist.model.sequence import Exchange, Share
@@ -167,6 +169,26 @@ def test_a_slice_gets_the_keys_that_it_sees_and_no_others() -> None:
     received = [Exchange(rank, 8, of_sliding, None).num_received for rank in range(4)]
     assert torch.tensor(sent).T.tolist() == received
     assert [sum(row) for row in received] == [len(needed) for needed in of_sliding]
+
+
+def test_under_autocast_no_kernel_and_no_exchange_takes_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside float32 weights rotated queries and keys are float32, and torch's `causal_lower_right`, on GPUs, goes to
+    its kernel without autocast."""
+    seen: list[torch.dtype] = []
+
+    def take(*states: torch.Tensor, **_: object) -> torch.Tensor:
+        seen.extend(each.dtype for each in states)
+        return states[0]
+
+    monkeypatch.setattr(sequence._Exchanged, "apply", lambda states, _: take(states))
+    monkeypatch.setattr(sequence, "scaled_dot_product_attention", take)
+    layer: Any = SimpleNamespace(layer_type="full_attention", num_key_value_groups=2)
+    exchange = Exchange(0, 4, [range(4)], None)
+    parts: sequence.Parts = {"full_attention": sequence.Documents(exchange, [4], [4], [None])}
+    query, key, value = torch.ones(1, 2, 4, 8), torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        sequence.sequence_attention(layer, query, key, value, None, parts=parts, dropout=0.0, scaling=1.0)
+    assert seen == [torch.bfloat16] * 4  # what is exchanged; queries, keys, values
 
 
 def test_a_rank_trains_on_the_batches_of_its_group() -> None:

@@ -3,9 +3,9 @@
 Each layer's forward pass is compiled by itself, for any length: layers of one kind (sliding or full; with keys and
 values of their own, that others share, or of others) share their graphs, so that their number does not grow with the
 model's depth. Attention over packs stays as it is, since its calls differ from pack to pack: the one graph break of a
-layer. In a layer that is recomputed (checkpointing) torch gives up at that break and compiles nothing of it, without a
-word, so `require_fit` refuses both together. Counted, and held against layers that are not compiled, on a CPU by
-torch's `eager` backend; never run on a GPU.
+layer; FlexAttention makes none. In a layer that is recomputed (checkpointing) torch gives up at that break and compiles
+nothing of it, without a word, so `contradictions.py` refuses both together. Counted, and held against layers that are
+not compiled, on a CPU by torch's `eager` backend; never run on a GPU.
 """
 
 from typing import Any

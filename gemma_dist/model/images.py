@@ -58,7 +58,6 @@ def use_known_places(model: Any) -> None:
         return
     images = _Images()
     inner.register_forward_pre_hook(images.read, with_kwargs=True)
-    inner.get_input_embeddings().register_forward_hook(images.put)
     if model.config.model_type != UNIFIED:
         inner.vision_tower.encoder.register_forward_pre_hook(images.mask, with_kwargs=True)
         inner.vision_tower.pooler.register_forward_hook(images.choose)
@@ -71,6 +70,7 @@ class _Images:
     places: torch.Tensor | None = None
     soft_tokens: torch.Tensor | None = None
     features: torch.Tensor | None = None  # (S, width)
+    hook: Any = None  # behind the token embedding, until it was called
 
     def read(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Before `Gemma4Model` and `Gemma4UnifiedModel`: the images become features, and the model sees text alone."""
@@ -85,6 +85,8 @@ class _Images:
             tower = model.vision_tower(pixel_values=pixels, pixel_position_ids=positions)
             self.features = model.embed_vision(inputs_embeds=tower.last_hidden_state)
         self.soft_tokens = None
+        if self.hook is None:  # on the outermost module: an adapter of the embedding came later than these hooks
+            self.hook = model.get_input_embeddings().register_forward_hook(self.put)
         return args, kwargs
 
     def mask(self, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -105,7 +107,9 @@ class _Images:
 
     def put(self, embedding: Any, args: Any, embeddings: torch.Tensor) -> torch.Tensor:
         """Behind the token embedding (B, T, width): the features in their places."""
-        if self.places is None or self.features is None:
-            return embeddings
+        assert self.places is not None
+        assert self.features is not None
         places, features, self.places, self.features = self.places, self.features, None, None
+        self.hook.remove()
+        self.hook = None
         return embeddings.flatten(0, 1).index_copy(0, places, features.to(embeddings.dtype)).view_as(embeddings)

@@ -227,6 +227,11 @@ def sequence_attention(
     assert attention_mask is None, "a pack has no mask"
     assert query.shape[0] == 1, "a slice is one row"
     part = parts[module.layer_type]  # type: ignore[index]
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotations are float32 beside float32 weights. What is exchanged would be, too, and autocast does not see
+        # torch's `causal_lower_right`, which calls its kernel with what it is given.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (states.to(dtype) for states in (query, key, value))
     states = torch.stack([key[0].transpose(0, 1), value[0].transpose(0, 1)], dim=1)  # (T / N, 2, key heads, head_dim)
     states = _Exchanged.apply(states, part.exchange)
     if isinstance(part, Bands):

@@ -92,10 +92,11 @@ def estimate_memory(
     weights = loaded_weights(geometry, config, place)
     trained = num_trained(geometry, config)
     on_gpu = {part: size for part, size in weights.items() if not _is_elsewhere(part, place)}
-    if place.experts == "host" and EXPERTS in weights:
-        on_gpu[EXPERTS] = 2 * weights[EXPERTS] // len(geometry.layers)  # the layer at work, and the next one
+    in_turn: dict[str, int] = {}  # not shared by any launch
+    if place.experts == "host" and EXPERTS in on_gpu:
+        in_turn[EXPERTS] = 2 * on_gpu.pop(EXPERTS) // len(geometry.layers)  # the layer at work, and the next one
     ranks = _Ranks(geometry, config, topology, trained, on_gpu, loaded_scales(geometry, config, place))
-    fixed = ranks.parts()
+    fixed = {**in_turn, **ranks.parts()}
     moments = Activations(geometry, config, place, batch).moments()
     if config.train.optim == "adamw_torch" and topology.deepspeed is None:
         mine = trained if topology.fsdp is None else trained // topology.num_processes
@@ -108,9 +109,10 @@ def estimate_memory(
     sizes = {moment.name: whole + moment.activations + moment.loss_head for moment in moments}
     if topology.fsdp is not None and config.quantization is not None:
         # transformers' quantizer places 4-bit weights by itself, before accelerate partitions them
-        sizes[LOADING] = sum(on_gpu.values())
+        loaded = {**in_turn, **on_gpu}
+        sizes[LOADING] = sum(loaded.values())
         if sizes[LOADING] > sum(parts.values()):
-            parts, name = on_gpu, LOADING
+            parts, name = loaded, LOADING
     return Estimate(
         parts={part: size for part, size in parts.items() if size},
         moment=name,

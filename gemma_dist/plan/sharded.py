@@ -73,7 +73,7 @@ class Shards:
                 numel = linear.inputs * linear.outputs
                 sizes[match[1]] += numel * self._sent if quantization is None else numel // 2
         largest = max(sizes.values())
-        if with_experts and self._config.model.experts != "host":
+        if with_experts:
             in_4_bits = quantization is not None and quantization.quantize_moe_experts
             numel = sum(stack.numel for stack in stacks(self._geometry)) // len(self._geometry.layers)
             largest += numel // 2 if in_4_bits else numel * self._sent

@@ -194,6 +194,9 @@ def _sharing_sequences() -> Iterator[Cell]:
         yield replace(shared, resumed_from=launch, resumed_sequence=2)
         yield replace(shared, resumed_from=launch)
         yield replace(shared, sequence=1, resumed_from=launch, resumed_sequence=2)
+    yield Cell("cpu_fsdp2", "lora", "e4b", "some", packing=True, checkpointing=True, accumulation=2, sequence=2)
+    yield Cell("cpu_fsdp2", "full", "31b", "some", packing=True, accumulation=2, sequence=2)
+    yield Cell("cpu_ddp", "qlora-host", "26b", "some", packing=True, checkpointing=True, sequence=2)
 
 
 def pruned_cells() -> list[Cell]:
