@@ -246,7 +246,7 @@ class TrainConfig(Section):
         description="Keep the inputs of recomputed layers in host memory until the backward pass: saves GPU memory, "
         "costs the copies.",
     )
-    torch_compile: bool = Field(False, description="Compile the text model's layers; for full and lora, one process or DDP.")
+    torch_compile: bool = Field(False, description="Compile the text layers; for full and lora, one process or DDP.")
     bf16: bool = Field(description="Compute in bfloat16; default: whether model.dtype is bfloat16.")
     seed: int = Field(42, ge=0, description="Random seed of initial weights, dropout and data order.")
     save_steps: int = Field(
