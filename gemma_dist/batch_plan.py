@@ -39,7 +39,8 @@ def _ranks(world_size: int, sequence: int) -> str:
     """So many ranks, in words."""
     if sequence == 1:
         return f"{world_size} ranks"
-    return f"{world_size // sequence} groups of {sequence} ranks (train.sequence_parallel_size)"
+    groups = world_size // sequence
+    return f"{groups} group{'s' * (groups > 1)} of {sequence} ranks (train.sequence_parallel_size)"
 
 
 def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
