@@ -41,6 +41,7 @@ def found(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernels_of_cuda_score_as_those_of_the_cpu(found: Any, case: Any) -> None:
     apart = found[str(case)]
+    print(*(f"{name} {value:.0e}" for name, value in apart.items()), sep=", ")
     assert apart["is_top1"] == 0
     for name in ("log_probs", "entropy"):
         assert apart[name] <= TOLERANCE["float32"], (name, apart)
