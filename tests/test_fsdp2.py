@@ -79,7 +79,7 @@ def test_a_recipe_that_is_not_compatible_is_refused(
         require_fit(recipe("cpu_lora", *overrides), with_settings(tmp_path, {}, **changed))
 
 
-def test_full_tuning_in_bfloat16_trains_a_float32_copy() -> None:
+def test_full_tuning_in_bfloat16_is_taken_as_it_trains_a_float32_copy() -> None:
     require_fit(recipe("cpu_full", "model.dtype=bfloat16", "bf16=true"), read_topology(CONFIG))
 
 
