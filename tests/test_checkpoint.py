@@ -189,6 +189,7 @@ def test_ranks_that_share_no_folder_stop_before_anything_is_loaded(tmp_path: Pat
         "out = Path(sys.argv[1]) / ('out' if sys.argv[2] == 'True' else f'out{world.rank()}')\n"
         "out.mkdir(exist_ok=True)\n"
         "require_shared(out)\n"
+        "world.barrier()\n"  # rank 0 takes its mark away once it knows that all have looked
         "assert not list(out.iterdir())\n"
         "print('agreed')\n"
     )
