@@ -292,7 +292,11 @@ def batches(
 @recipe_arguments
 @quarantine_option
 @click.option("--calibrate", is_flag=True, help="Keep what this GPU takes beside the tensors, for later plans.")
-def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None, calibrate: bool) -> None:
+@click.option("--dry-run", is_flag=True, help="Try all of it, change no weight and keep nothing: see docs/launch.md.")
+@click.option("--json", "as_json", is_flag=True, help="Print what a dry run measured as one line of JSON.")
+def train(
+    config: Path, overrides: tuple[str, ...], quarantine: Path | None, calibrate: bool, dry_run: bool, as_json: bool
+) -> None:
     """Train as the recipe CONFIG says.
 
     Alone, or on many processes under `accelerate launch --config_file ... -m gemma_dist train CONFIG`. KEY=VALUE
@@ -301,6 +305,8 @@ def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None, cal
     from gemma_dist.recipe import load_config
     from gemma_dist.topology import current_topology, require_fit
 
+    if as_json and not dry_run:
+        raise click.UsageError("--json is for --dry-run; a run writes its figures to OUT/metrics.jsonl")
     if quarantine:
         overrides = (*overrides, f"data.quarantine={quarantine}")
     settings = load_config(config, overrides)  # before torch is loaded: a typo should cost a second,
@@ -310,7 +316,13 @@ def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None, cal
     from gemma_dist.train import run
 
     say_idle_gpus(["train", config, *overrides])
-    run.train(settings, watch=PlanWatch(calibrate=calibrate))
+    watch = PlanWatch(calibrate=calibrate)
+    if dry_run:
+        from gemma_dist.train.dry import say
+
+        say(settings, watch, as_json=as_json)
+    else:
+        run.train(settings, watch=watch)
 
 
 @cli.command(cls=SettingsCommand, section=lambda config: config.EvaluateConfig)
