@@ -1,4 +1,5 @@
-"""The command line, in the order of use: make a model, shard, look, check, plan, train, evaluate, merge.
+"""The command line, in the order of use: make a model, shard, look, check, plan, look at the nodes, train,
+evaluate, merge.
 
 A command reads its options and calls one function of another module. Nothing heavy is imported before a command runs,
 not even the settings, which need pydantic: so `--help` answers at once.
@@ -19,7 +20,7 @@ from gemma_dist.errors import spell
 from gemma_dist.options import OrderedGroup, SettingsCommand, spellings
 
 if TYPE_CHECKING:
-    from gemma_dist.config import EvaluateConfig, MergeConfig, RowConfig, ShardConfig
+    from gemma_dist.config import EvaluateConfig, HealthConfig, MergeConfig, RowConfig, ShardConfig
 
 EXISTING = click.Path(exists=True, path_type=Path)
 NEW = click.Path(path_type=Path)
@@ -286,6 +287,21 @@ def batches(
     run = resolve(settings, Topology("", world_size or world.world_size()))
     for described in batches(run.schedule, step, num_steps):
         click.echo(to_json(described.to_json()) if as_json else described.render())
+
+
+@cli.command(cls=SettingsCommand, section=lambda config: config.HealthConfig)
+def health(settings: "HealthConfig") -> None:
+    """Check the nodes of a job before it begins.
+
+    One process on each node: GPUs, disk, versions, clocks, an exchange of all. RANK, WORLD_SIZE, MASTER_ADDR and
+    MASTER_PORT say where the others are; without them, this machine alone. Exit code 5: a node, which is named, is
+    unfit.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch tells of each wait that comes to its end
+    from gemma_dist.health.run import check_health, end_now
+
+    if code := check_health(settings):
+        end_now(code)
 
 
 @cli.command(context_settings=UNKNOWN_TO_OVERRIDES)

@@ -19,7 +19,7 @@ FLOORS = [
     {"errors"},
     {"aliases", "contradictions", "family", "files", "gemma_format"},
     {"config", "costs", "world"},
-    {"batch_plan", "fsdp_config", "logs"},
+    {"batch_plan", "fsdp_config", "health", "logs"},
     {"topology"},
     {"recipe", "tensorfile", "failures"},
     {"options"},
