@@ -298,10 +298,11 @@ def health(settings: "HealthConfig") -> None:
     unfit.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch tells of each wait that comes to its end
-    from gemma_dist.health.run import check_health, end_now
+    from gemma_dist import exits
+    from gemma_dist.health.run import check_health
 
     if code := check_health(settings):
-        end_now(code)
+        exits.leave(code)  # a thread may hang in a GPU or a disk
 
 
 @cli.command(context_settings=UNKNOWN_TO_OVERRIDES)
@@ -318,6 +319,10 @@ def train(
     Alone, or on many processes under `accelerate launch --config_file ... -m gemma_dist train CONFIG`. KEY=VALUE
     changes a setting of the recipe: learning_rate=1e-4, or lora.r=8 with its section.
     """
+    from gemma_dist.train.stop import StopRequests
+
+    requests = StopRequests()
+    requests.listen()
     from gemma_dist.recipe import load_config
     from gemma_dist.topology import current_topology, require_fit
 
@@ -336,9 +341,9 @@ def train(
     if dry_run:
         from gemma_dist.train.dry import say
 
-        say(settings, watch, as_json=as_json)
+        say(settings, watch, requests, as_json=as_json)
     else:
-        run.train(settings, watch=watch)
+        run.train(settings, watch=watch, requests=requests)
 
 
 @cli.command(cls=SettingsCommand, section=lambda config: config.EvaluateConfig)

@@ -17,15 +17,16 @@ from safetensors.torch import load_file, save_file
 
 from gemma_dist.config import RunConfig
 from gemma_dist.errors import CheckpointError, ConfigError, DataError
+from gemma_dist.exits import STOPPED
 from gemma_dist.recipe import load_config
 from gemma_dist.resolve import resolve
 from gemma_dist.shards.reader import open_shards
 from gemma_dist.topology import Topology
 from gemma_dist.train import trainer as trainer_module
-from gemma_dist.train.checkpoint import lock_output_dir
 from gemma_dist.train.dry import SCRATCH, DryTrainer, dry_run, require_room
 from gemma_dist.train.dry_report import DiskTaken, DryRun, MemoryTaken, StepSeen
 from gemma_dist.train.optimizer import state_crc32
+from gemma_dist.train.owner import lock_output_dir
 from gemma_dist.train.run import train
 from tests.support.corpus import row, shard_rows
 from tests.support.ranks import ENVIRONMENT, REPOSITORY, gemma_dist, kill, needs_compiler, start
@@ -277,17 +278,18 @@ def _until_empty(folder: Path) -> None:
         time.sleep(0.02)
 
 
-def test_ranks_that_are_told_to_end_leave_nothing(model: str, shards: Path, tmp_path: Path) -> None:
+def test_one_that_is_interrupted_ends_at_once_and_leaves_nothing(model: str, shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = _words(model, shards, out)
-    process = start("train", "--dry-run", "launch/cpu_lora.yaml", *words, launch="cpu_ddp")
+    process = start("train", "--dry-run", "launch/cpu_lora.yaml", *_words(model, shards, out))
     end = time.monotonic() + 200
     while not list(out.glob(f"{SCRATCH}*")):
         assert process.poll() is None, kill(process)
         assert time.monotonic() < end, kill(process)
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGTERM)  # the launcher, as `scancel` and Ctrl-C do
-    process.communicate(timeout=60)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == STOPPED, output
+    assert "as SIGINT asked" in output
     _until_empty(tmp_path)
 
 
@@ -304,6 +306,7 @@ def _dry_run(**changes: Any) -> DryRun:
             num_steps=1000,
             save_steps=300,
             save_total_limit=2,
+            stop_grace_s=None,
             phases={"model": 3.0},
             steps=steps,
             longest=steps[2],
@@ -334,6 +337,13 @@ def test_the_run_is_reckoned_from_what_was_measured(
     found = _dry_run(**changes)
     assert (found.num_saves, found.seconds_left, found.bytes_needed) == (num_saves, seconds, num_bytes)
     assert "(from 2; the first left out, as it compiles)" in found.render()
+
+
+@pytest.mark.parametrize(("grace", "outlasts"), [(None, False), (30.0, False), (9.0, True)])
+def test_a_save_that_outlasts_the_grace_is_told(grace: float | None, outlasts: bool) -> None:
+    found = _dry_run(stop_grace_s=grace)
+    assert found.outlasts_grace == outlasts
+    assert ("MORE than train.stop_grace_s = 9" in found.render()) == outlasts
 
 
 def test_a_disk_that_is_too_small_for_the_checkpoints_is_an_error() -> None:

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from gemma_dist.config import HealthConfig
+from gemma_dist.exits import NODE_UNFIT
 from gemma_dist.health.facts import Facts, look, versions
 from gemma_dist.health.gpus import GpuMemory, busy, look_at_gpus
 from gemma_dist.health.judge import Node, judge
-from gemma_dist.health.run import NODE_UNFIT, check_health
+from gemma_dist.health.run import check_health
 from tests.support.ranks import ENVIRONMENT, REPOSITORY
 
 HOST = socket.gethostname()

@@ -16,9 +16,9 @@ import datetime
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -29,13 +29,12 @@ from typing import Any
 
 from torch.distributed import DistError, TCPStore
 
-from gemma_dist import world
+from gemma_dist import exits, signals, world
 from gemma_dist.config import HealthConfig
 from gemma_dist.files import writing
 from gemma_dist.health.facts import Facts, existing, look, read_facts
 from gemma_dist.health.judge import Node, Verdict, judge
 
-NODE_UNFIT = 5  # the exit code of all nodes where one is unfit
 BAD_NODES = "bad-nodes"  # file in the folder of exit codes: their hosts, one a line
 MOMENT_S = 30.0  # for what takes no time
 SEEN_WITHIN_S = 10.0  # network disks show a new file late
@@ -83,18 +82,16 @@ def check_health(
         clock, look: what a node reads its time from, and how it looks at itself.
 
     Returns:
-        The exit code, the same on all nodes: 0, or NODE_UNFIT.
+        The exit code, the same on all nodes: 0, or exits.NODE_UNFIT.
     """
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = int(os.environ.get("MASTER_PORT", "0"))
     try:
         store = _store(address, port, settings.timeout_s, is_master=world.rank() == 0)
-        code, lines = _check(Meeting(store, world.rank(), world.world_size()), settings, clock, look)
+        return _check(Meeting(store, world.rank(), world.world_size()), settings, clock, look)
     except (_UnreachableError, DistError) as error:
-        code, lines = NODE_UNFIT, [_first_node_is_missing(address, port, settings, error)]
-    if lines:
-        print("\n".join(lines), flush=True)
-    return code
+        print(_first_node_is_missing(address, port, settings, error), flush=True)
+        return exits.NODE_UNFIT
 
 
 def _store(address: str, port: int, timeout_s: float, *, is_master: bool) -> Any:
@@ -111,8 +108,8 @@ def _store(address: str, port: int, timeout_s: float, *, is_master: bool) -> Any
 
 def _check(
     meeting: Meeting, settings: HealthConfig, clock: Callable[[], float], look: Callable[[HealthConfig], Facts]
-) -> tuple[int, list[str]]:
-    """One node's part: the exit code, and what it is to print."""
+) -> int:
+    """One node's part. Returns the exit code."""
     meeting.say("hello", socket.gethostname())
     end = time.monotonic() + settings.timeout_s
     own = within(OWN_CHECKS * settings.timeout_s, lambda: look(settings))
@@ -126,12 +123,13 @@ def _check(
     _moment(meeting, clock, json.loads(tick))
     if (said := meeting.hear("verdict", 2 * settings.timeout_s + MOMENT_S)) is None:
         raise _UnreachableError("it says nothing any more")
+    _decided()
     meeting.say("bye", "")
-    verdict: dict[str, Any] = json.loads(said)
-    return verdict["code"], []  # the first node prints them
+    code: int = json.loads(said)["code"]
+    return code
 
 
-def _judge(meeting: Meeting, settings: HealthConfig, clock: Callable[[], float], end: float) -> tuple[int, list[str]]:
+def _judge(meeting: Meeting, settings: HealthConfig, clock: Callable[[], float], end: float) -> int:
     """The first node's part, once it has looked at itself."""
     everyone = range(meeting.world_size)
     facts = {}
@@ -160,13 +158,22 @@ def _judge(meeting: Meeting, settings: HealthConfig, clock: Callable[[], float],
     failed, words = _of_exchange(verdicts, reduced)
     lines = [*(verdict.line for verdict in verdicts), *words]
     bad = [verdict for verdict in verdicts if verdict.problems]
-    code = NODE_UNFIT if bad or failed else 0
+    code = exits.NODE_UNFIT if bad or failed else 0
     if code:
-        _note_bad([verdict.node.host for verdict in bad])  # before anyone ends: Slurm then ends all
+        _note_bad([verdict.node.host for verdict in bad])
+    print("\n".join(lines), flush=True)  # before the others end, see `_decided`
+    _decided()
     meeting.store.set("verdict", json.dumps({"code": code}))
     answering = [rank for rank, moment in moments.items() if moment and rank > 0]
     meeting.hear_all("bye", answering, MOMENT_S)  # the store goes with this process
-    return code, lines
+    return code
+
+
+def _decided() -> None:
+    """It is known how this process ends: with Slurm's --kill-on-bad-exit, the first one that ends has all others told
+    to end as well, which would hide their exit codes."""
+    if world.world_size() > 1:
+        signals.take([signal.SIGTERM], lambda *_: None)
 
 
 def _moment(meeting: Meeting, clock: Callable[[], float], todo: dict[str, Any]) -> None:
@@ -288,7 +295,7 @@ def _first_node_is_missing(address: str, port: int, settings: HealthConfig, erro
     named = slurm_hosts()
     host = named[0] if named else address
     time.sleep(min(MOMENT_S, settings.timeout_s) / 3)  # it may be this node that the others do not reach
-    folder = os.environ.get("GEMMA_DIST_EXIT_CODES")
+    folder = os.environ.get(exits.FOLDER)
     if folder and not (Path(folder) / BAD_NODES).exists():
         _note_bad([host])
     return (
@@ -299,17 +306,10 @@ def _first_node_is_missing(address: str, port: int, settings: HealthConfig, erro
 
 def _note_bad(hosts: list[str | None]) -> None:
     """Leave the hosts of unfit nodes to whoever launched this."""
-    folder = os.environ.get("GEMMA_DIST_EXIT_CODES")
+    folder = os.environ.get(exits.FOLDER)
     names = dict.fromkeys(host for host in hosts if host)
     if not folder or not names:
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
     with writing(Path(folder) / BAD_NODES) as temporary:
         temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-
-
-def end_now(code: int) -> None:
-    """End this process although a thread of it may hang in a GPU or a disk."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -11,7 +11,7 @@ import resource
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +19,34 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
-from gemma_dist import world
+from gemma_dist import exits, world
 from gemma_dist.config import RunConfig
 from gemma_dist.errors import CheckpointError, ConfigError, DataError
 from gemma_dist.files import size
 from gemma_dist.logs import RunLog, log, to_json
 from gemma_dist.model.load import device, use_cpu
 from gemma_dist.resolve import Run
-from gemma_dist.stream.schedule import PackedSequence, Schedule
+from gemma_dist.stream.schedule import Schedule
 from gemma_dist.topology import Topology
 from gemma_dist.train.checkpoint import (
     MARKER,
     damaged_and_named,
-    lock_output_dir,
     read_marker,
     require_same_start,
     require_shared,
 )
 from gemma_dist.train.digests import damage
 from gemma_dist.train.dry_report import DiskTaken, DryRun, MemoryTaken, StepSeen
+from gemma_dist.train.dry_steps import FIRST_STEPS, ChosenSteps, choose_steps, tokens_of
 from gemma_dist.train.memory import MemoryWatch, gpu_at_hand
 from gemma_dist.train.optimizer import forget_state, load_optimizer, state_crc32
+from gemma_dist.train.owner import HEARTBEATS, lock_output_dir
 from gemma_dist.train.run import STATE_FILES, load_run_model, prepare, run_loader
 from gemma_dist.train.scratch import scratch_folder
+from gemma_dist.train.stop import StopRequests
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 
 SCRATCH = ".dry-run-"  # and the name of the run
-FIRST_STEPS = 3  # of the run; those after the first are timed
-MOST_SEQUENCES = 200_000  # of a rank, that are searched for the longest micro-batch
 NUM_SHOWN = 5  # problems in a message
 
 
@@ -64,18 +64,6 @@ class Clock:
         now = time.perf_counter()
         self.seconds[name], self._begun = now - self._begun, now
         return self.seconds[name]
-
-
-class ChosenSteps(Schedule):
-    """A schedule whose steps from `first` on are `steps` of another one."""
-
-    def __init__(self, schedule: Schedule, first: int, steps: Sequence[int]) -> None:
-        self.__dict__.update(schedule.__dict__)  # it reads the same corpus
-        self._first, self._chosen = first, list(steps)
-
-    def sequences(self, step: int, lanes: range) -> list[PackedSequence]:
-        """Those of the chosen step; none for steps behind the last, for which a loader asks ahead."""
-        return super().sequences(self._chosen[step - self._first], lanes)
 
 
 class StepsHeld(RunLog):
@@ -109,6 +97,7 @@ class DryTrainer(ToolCallTrainer):
         self.clock.ended("before it is saved")
         super()._save_checkpoint(model, trial)
         self.clock.ended("save")
+        exits.note("step", self.loader.start_step)  # as it was: this one is not the run's
         folder = self.run.config.train.output_dir / f"checkpoint-{self.state.global_step}"
         files = sorted(read_marker(folder)["files"].items())
         problems = damage(folder, dict(files[world.rank() :: world.world_size()]))
@@ -148,11 +137,18 @@ class StepClock(TrainerCallback):
 
 
 def dry_run(
-    config: RunConfig, *, watch: MemoryWatch | None = None, trainer_class: Callable[..., DryTrainer] = DryTrainer
+    config: RunConfig,
+    *,
+    watch: MemoryWatch | None = None,
+    requests: StopRequests | None = None,
+    trainer_class: Callable[..., DryTrainer] = DryTrainer,
 ) -> DryRun | None:
     """Try the run that `config` says, alone or as one rank of many, from the checkpoint that it would go on from.
 
     Nothing is left behind, in `train.output_dir` or elsewhere, and what lies there is not touched. Every rank calls it.
+
+    Args:
+        requests: to stop. They end a dry run at once, since there is nothing to save: its steps are none to them.
 
     Returns:
         What was measured, all ranks together; None where the run has ended already.
@@ -174,6 +170,8 @@ def dry_run(
     chosen, num_searched = choose_steps(run, start_step)
     clock.ended("search for the longest")
     with _scratch(config.train.output_dir) as folder:
+        if world.world_size() > 1:
+            exits.use_folder(folder / HEARTBEATS)
         require_shared(folder)
         _require_whole(checkpoint, start_step)
         _require_files(run.schedule)
@@ -192,18 +190,21 @@ def dry_run(
         trainer.train(resume_from_checkpoint=checkpoint)
         seen = _steps_seen(run.schedule, chosen, steps.seconds, held)
         found = _report(run, start_step, seen, num_searched, clock, _disk(folder, config.train.output_dir), watch)
+        if requests is not None:
+            requests.ends()
+        exits.use_folder(None)
         world.barrier()  # nobody writes there any more
     world.disconnect()
     return found
 
 
-def say(config: RunConfig, watch: MemoryWatch, *, as_json: bool) -> None:
+def say(config: RunConfig, watch: MemoryWatch, requests: StopRequests, *, as_json: bool) -> None:
     """`dry_run`, and on rank 0 the table, or one line of JSON, of what it measured.
 
     Raises:
         What `dry_run` and `require_room` raise.
     """
-    found = dry_run(config, watch=watch)
+    found = dry_run(config, watch=watch, requests=requests)
     if found is None or world.rank() != 0:
         return
     print(to_json(found.to_json()) if as_json else found.render(), flush=True)
@@ -218,32 +219,6 @@ def require_room(found: DryRun, output_dir: Path) -> None:
             f"{size(found.disk.free)} are free; make room, lower train.save_total_limit, or name a folder on "
             "another disk"
         )
-
-
-def choose_steps(run: Run, start_step: int) -> tuple[list[int], int]:
-    """The steps (from 0) of a dry run: the first ones, and behind them the one with the longest micro-batch of the next
-    epoch, unless it is among them; and how many were searched for it. All ranks call it and get the same.
-
-    Lengths stand in the manifest: no row is read.
-    """
-    schedule, rank = run.schedule, world.rank()
-    per_rank = run.plan.per_device_train_batch_size * run.plan.gradient_accumulation_steps
-    num_searched = min(run.num_steps - start_step, schedule.steps_per_epoch, max(1, MOST_SEQUENCES // per_rank))
-    steps = range(start_step, start_step + num_searched)
-    longest = max(((tokens_of(schedule, step, rank), -step) for step in steps), default=(0, -start_step))
-    _, earliest = max(world.gather_objects(longest))
-    first = list(range(start_step, min(start_step + FIRST_STEPS, run.num_steps)))
-    return (first if -earliest in first else [*first, -earliest]), num_searched
-
-
-def tokens_of(schedule: Schedule, step: int, rank: int) -> int:
-    """Tokens, padding included, of the largest micro-batch of a rank at a step (from 0)."""
-    shards = schedule.shards
-    most = 0
-    for packs in schedule.micro_batches(step, rank):
-        lengths = [int(shards.num_text_tokens[pack].sum() + shards.num_image_tokens[pack].sum()) for pack in packs]
-        most = max(most, len(lengths) * max(lengths, default=0))
-    return most
 
 
 @contextlib.contextmanager
@@ -383,6 +358,7 @@ def _report(
         num_steps=run.num_steps,
         save_steps=settings.save_steps,
         save_total_limit=settings.save_total_limit,
+        stop_grace_s=settings.stop_grace_s,
         phases=phases,
         steps=first,
         longest=max(seen, key=lambda step: (step.micro_batch_tokens, -step.step)),

@@ -52,6 +52,7 @@ class DryRun:
     num_steps: int  # of the whole run
     save_steps: int
     save_total_limit: int | None
+    stop_grace_s: float | None  # seconds from a signal to stop until the run is killed
     phases: dict[str, float]  # seconds of each, on rank 0
     steps: list[StepSeen]  # the first ones of the run; those after the first are timed
     longest: StepSeen  # the step with the longest micro-batch of the next epoch
@@ -91,9 +92,14 @@ class DryRun:
     def lacks_room(self) -> bool:
         return self.bytes_needed > self.disk.free
 
+    @property
+    def outlasts_grace(self) -> bool:
+        """Whether a run that is asked to stop has no time to save."""
+        return self.stop_grace_s is not None and self.seconds_to_save > self.stop_grace_s
+
     def to_json(self) -> dict[str, Any]:
         """All figures: bytes and seconds."""
-        reckoned = ("seconds_a_step", "num_saves", "seconds_left", "bytes_needed", "lacks_room")
+        reckoned = ("seconds_a_step", "num_saves", "seconds_left", "bytes_needed", "lacks_room", "outlasts_grace")
         return asdict(self) | {"num_timed": len(self.timed)} | {name: getattr(self, name) for name in reckoned}
 
     def render(self) -> str:
@@ -105,6 +111,9 @@ class DryRun:
         lines += self._step_lines()
         num_bytes = size(self.disk.checkpoint)
         lines.append(("checkpoint", f"{self.seconds_to_save:8.1f} s  {num_bytes}, all ranks together"))
+        if self.outlasts_grace:
+            lines.append(("", f"MORE than train.stop_grace_s = {self.stop_grace_s:g}: asked to stop, the run has to"))
+            lines.append(("", "leave without saving, and loses its steps since the last checkpoint"))
         lines.append(("  read back", f"{self.seconds_to_read:8.1f} s  the same bytes"))
         lines += self._memory_lines()
         left = self.num_steps - self.start_step

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 DONE = b"done"  # what the process says where no other rank is at work in the folder any more
+PROMPT_S = 5.0  # for it to let go of its locks
 LINGER_S = 40.0  # else: how long others may go on to write there, until their launcher has ended them
 PATIENCE_S = 60.0  # of the process that made the folder, for it to be gone
 
@@ -65,14 +66,16 @@ def remove(folder: Path, made: list[Path]) -> None:
 
 
 def main(folder: Path, made: list[Path]) -> None:
-    """Wait for the end of the standard input, and remove."""
-    said = sys.stdin.buffer.read()
-    remove(folder, made)
-    end = time.monotonic() + (0 if said == DONE else LINGER_S)
+    """Wait for the end of the standard input, and remove: again where that process had not let go of its locks yet, or
+    where another rank has made the folder anew."""
+    is_done = sys.stdin.buffer.read() == DONE
+    end = time.monotonic() + (PROMPT_S if is_done else LINGER_S)
     while time.monotonic() < end:
-        time.sleep(0.5)
-        if folder.exists():
+        if any(path.exists() for path in (folder, *made)):
             remove(folder, made)
+        elif is_done:
+            return
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":
