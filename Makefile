@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 # accelerate and ninja (for the one operator that DeepSpeed compiles) are looked up in PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help .venv demo test test-gpu bench parity check format clean
+.PHONY: help .venv demo test test-all test-gpu bench parity check format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -25,6 +25,9 @@ demo: .venv ## the whole job on a tiny Gemma 4: shard, train, evaluate, merge (a
 
 test: .venv ## the tests; one of them: make test ARGS="-k config"
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+test-all: export LONG_TESTS := 1
+test-all: test ## the tests, with those that take long
 
 test-gpu: .venv ## a self test of this machine's GPU (GPU_TESTS_ON_CPU=1: of these tests, on the CPU)
 	HF_HUB_OFFLINE=1 python -m pytest tests/gpu -s $(ARGS)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import click
 
-from gemma_dist import world
+from gemma_dist import meeting, world
 from gemma_dist.cli import cli
 from gemma_dist.errors import GemmaDistError, PeerError
 from gemma_dist.failures import explain, explain_sigterm
@@ -27,19 +27,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return result if isinstance(result, int) else 0  # click returns the code of --help and --version
     except click.ClickException as error:
         error.show()
+        meeting.tell(error.format_message(), 2)
     except click.Abort:
         return 130
     except PeerError:
         pass  # said by the rank that it happened to
     except GemmaDistError as error:
         _say_error(str(error))
+        meeting.tell(str(error), 2)
     except Exception as error:
         message = explain(error)
         if message is None:
             _say(traceback.format_exc() + "This is a bug in gemma_dist: please report it with the lines above.")
+            meeting.tell("a bug in gemma_dist, see there", 1)
             return 1
         if message:  # else another rank says it
             _say_error(message)
+            meeting.tell(message, 2)
     return 2
 
 

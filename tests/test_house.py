@@ -22,6 +22,7 @@ FLOORS = [
     {"batch_plan", "fsdp_config", "logs"},
     {"topology"},
     {"recipe", "tensorfile", "failures"},
+    {"meeting"},
     {"options"},
     {"model"},
     {"data"},

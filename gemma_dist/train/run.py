@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gemma_dist import world
+from gemma_dist import meeting, world
 from gemma_dist.config import RunConfig
 from gemma_dist.data.encode import Encoder, load_encoder
 from gemma_dist.errors import CheckpointError
@@ -29,6 +29,7 @@ from gemma_dist.model.record import ADAPTER_RECORD
 from gemma_dist.resolve import Run, require_output_dir, resolve
 from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.topology import current_topology, require_fit
+from gemma_dist.train.agree import require_same_run
 from gemma_dist.train.checkpoint import (
     changed_settings,
     damaged_and_named,
@@ -124,8 +125,10 @@ def _train_from(
     world.set_nccl_defaults()
     if world.rank() == 0:
         clear(settings.output_dir)
-    arguments = training_arguments(run)  # at ZeRO-3 it has to be there before the model: it partitions the weights
-    world.note_processes()
+    with meeting.waiting():
+        arguments = training_arguments(run)  # at ZeRO-3 it has to be there before the model: it partitions the weights
+        world.note_processes()
+    require_same_run(run)
     require_shared(settings.output_dir)
     checkpoint, start_step = whole_checkpoint(
         checkpoint, settings.output_dir, settings.resume_from_checkpoint, run.identity
