@@ -14,9 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
-from gemma_dist import failures, world
+from gemma_dist import exits, world
 from gemma_dist.logs import log
 
 TIMEOUT_S = 900.0  # as the launchers wait for one another
@@ -82,11 +82,11 @@ def _look(met: threading.Event, timeout_s: float) -> None:
         gone = now - answered > GONE_S and _by_launcher()
         if met.is_set():
             return
-        if gone or now - begin > timeout_s:
-            _end(f"{_missing(store)} after {now - begin:.0f} s. {_remedy()}", failures.HUNG)
         if now - said > SAY_S and world.local_rank() == 0:
             said = now
             log.warning("waiting since %.0f s: %s", now - begin, _missing(store))
+        if gone or now - begin > timeout_s:
+            _end(f"{_missing(store)} after {now - begin:.0f} s. {_remedy()}", exits.HUNG)
 
 
 def _end_with_others(store: Any) -> None:
@@ -121,13 +121,11 @@ def _remedy() -> str:
     )
 
 
-def _end(problem: str, code: int) -> None:
+def _end(problem: str, code: int) -> NoReturn:
     """Say why on each machine, and end the process: no exception reaches a thread that waits in torch."""
     if world.local_rank() == 0:
         log.error("error: %s", problem)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    exits.leave(code)
 
 
 def _key(kind: str, rank: int) -> str:
