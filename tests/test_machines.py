@@ -151,7 +151,7 @@ def test_machines_with_different_recipes_are_refused(model: str, shards: Path, t
 
 
 CONNECT = """
-import sys
+import torch  # before the time counts
 from gemma_dist import meeting, world
 from gemma_dist.logs import start_logging
 start_logging()
