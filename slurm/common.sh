@@ -25,7 +25,8 @@ source slurm/outcome.sh
 
 # tasks COMMAND...: `gemma-dist COMMAND` under a launcher on each node, or as a rank in each task (LAUNCHER=none), until
 # all have ended. In the background: bash runs a trap while it waits, and one wait ends with each signal. A node that
-# fails ends the others instead of leaving them in an exchange; one that is done (--wait=0) does not.
+# fails ends the others instead of leaving them in an exchange; one that is done (--wait=0) does not. --overlap: Slurm may
+# take the GPUs of the health check for busy a moment longer, and refuses a step that wants them.
 tasks() {
   local per_node=1 cpus=${SLURM_CPUS_PER_TASK:-1} container=() step rc=0
   if [ "$LAUNCHER" = none ]; then per_node=$processes_per_node cpus=$((cpus / per_node > 0 ? cpus / per_node : 1)); fi
@@ -34,7 +35,7 @@ tasks() {
       --container-workdir="$PWD")
   fi
   srun --nodes="$SLURM_NNODES" --ntasks="$((SLURM_NNODES * per_node))" --ntasks-per-node="$per_node" \
-    --cpus-per-task="$cpus" --export=ALL --kill-on-bad-exit=1 --wait=0 --open-mode=append \
+    --cpus-per-task="$cpus" --export=ALL --overlap --kill-on-bad-exit=1 --wait=0 --open-mode=append \
     --output="$job_folder/%N.log" "${container[@]}" bash slurm/leader.sh "$@" &
   step=$!
   wait "$step" || rc=$?
@@ -46,6 +47,6 @@ tasks() {
 check_health() {
   if [ "${HEALTH:-1}" = 0 ]; then return; fi
   LAUNCHER=none processes_per_node=1 tasks health || NUM_PROCESSES=$SLURM_NNODES finish
-  if [ -e "$GEMMA_DIST_EXIT_CODES/asked" ]; then again 'stopped before it began, as Slurm asked'; fi
+  if [ -e "$GEMMA_DIST_EXIT_CODES/told" ]; then again 'stopped before it began, as Slurm asked'; fi
   rm -f "$GEMMA_DIST_EXIT_CODES"/rank-*
 }

@@ -36,7 +36,7 @@ tell_ranks() {
 # A stop that comes after a rank has ended is no wish of Slurm's: srun ends the others then.
 asked() {
   [ -n "${teller:-}" ] && return
-  [ -n "$(find "$GEMMA_DIST_EXIT_CODES" -name 'rank-*')" ] || : >"$GEMMA_DIST_EXIT_CODES/asked"
+  [ -n "$(find "$GEMMA_DIST_EXIT_CODES" -name 'rank-*')" ] || : >"$GEMMA_DIST_EXIT_CODES/told"
   tell_ranks & teller=$!
 }
 trap asked USR1 TERM

@@ -1,11 +1,11 @@
 # Sourced by common.sh: what becomes of a job whose ranks have ended. Exit codes do not survive launchers, so each rank
-# leaves its own in a file (docs/slurm.md lists them), and leader.sh leaves `asked` where Slurm asked for the end.
+# leaves its own in a file (docs/slurm.md lists them), and leader.sh leaves `told` where Slurm asked for the end.
 # shellcheck shell=bash disable=SC2154
 
 say() { echo "$(date +%FT%T) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"; }
 end() { say "${*:2}; logs: $job_folder"; exit "$1"; }
 state() { squeue -h -j "$SLURM_JOB_ID" -o '%T %r'; }
-code() { cat "$GEMMA_DIST_EXIT_CODES"/rank-* 2>/dev/null | grep -qx "$1"; } # whether a rank ended with it
+code() { grep -qsx "$1" "$GEMMA_DIST_EXIT_CODES"/rank-*; } # whether a rank ended with it
 
 finish() {
   local ended
@@ -13,10 +13,10 @@ finish() {
   if code 2; then end 2 'a user error, which another try would not mend'; fi
   if code 5; then again 'a node is not fit'; fi
   if code 4; then again 'a step hung'; fi
-  if code 1; then again 'a rank failed'; fi
   if [ "$ended" -lt "$NUM_PROCESSES" ]; then again "$((NUM_PROCESSES - ended)) of $NUM_PROCESSES ranks were killed"; fi
+  if grep -qvx -e 0 -e 75 "$GEMMA_DIST_EXIT_CODES"/rank-*; then again 'a rank failed'; fi
   if ! code 75; then end 0 'done'; fi
-  if [ -e "$GEMMA_DIST_EXIT_CODES/asked" ]; then again 'stopped as Slurm asked'; fi
+  if [ -e "$GEMMA_DIST_EXIT_CODES/told" ]; then again 'stopped as Slurm asked'; fi
   end 75 'stopped, but not by Slurm; the same command goes on from there'
 }
 

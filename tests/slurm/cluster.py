@@ -1,4 +1,4 @@
-"""A Slurm of its own for tests: munge, controller and nodes in namespaces (`cluster.sh`), ended by the end of a pipe."""
+"""A Slurm of its own for tests: munge, controller and nodes in namespaces (`cluster.sh`), ended with this process."""
 
 import os
 import re
@@ -35,9 +35,10 @@ def missing() -> str:
 class Cluster:
     """A running cluster: `n1`, `n2`, … of 8 fake GPUs and 128 CPUs each."""
 
-    def __init__(self, work: Path, submit: Path) -> None:
+    def __init__(self, work: Path, submit: Path, num_nodes: int) -> None:
         """`submit` becomes the folder that jobs are submitted from, as a clone of the repository would be."""
         self.work, self.submit_folder = work, submit
+        self.nodes = [f"n{number}" for number in range(1, num_nodes + 1)]
         submit.mkdir(parents=True)
         for name in ("slurm", "launch", "accelerate_configs", "gemma_dist"):
             (submit / name).symlink_to(ROOT / name)
@@ -62,7 +63,7 @@ class Cluster:
 
     def on_node(self, node: str, *words: str) -> str:
         """The output of a command on a node, whether it works or not."""
-        command = [SCRIPT, "node", self.work, node, *words]
+        command = [str(SCRIPT), "node", str(self.work), node, *words]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     def power(self, node: str, on: bool) -> None:
@@ -78,9 +79,14 @@ class Cluster:
         shown = self.run("scontrol", "--oneliner", "show", "job", number)
         return dict(re.findall(r"(\S+?)=(\S*)", shown))
 
+    def hosts(self, number: str) -> list[str]:
+        """The nodes of a job that runs or has run."""
+        return self.run("scontrol", "show", "hostnames", self.job(number)["NodeList"]).split()
+
     def wait_for_end(self, number: str, timeout_s: float = 300) -> dict[str, str]:
         """Until a job has ended for good."""
-        return wait_until(lambda: (job := self.job(number))["JobState"] in ENDED and job, timeout_s)
+        wait_until(lambda: self.job(number)["JobState"] in ENDED, timeout_s)
+        return self.job(number)
 
 
 def wait_until(condition: Callable[[], T], timeout_s: float = 60) -> T:
@@ -93,29 +99,27 @@ def wait_until(condition: Callable[[], T], timeout_s: float = 60) -> T:
     while not (result := condition()):
         if time.monotonic() > end:
             raise TimeoutError(f"not within {timeout_s:g} s")
-        time.sleep(0.1)
+        time.sleep(0.3)
     return result
 
 
 @contextmanager
-def running(work: Path, submit: Path, *, nodes: int = 2, settings: Sequence[str] = ()) -> Iterator[Cluster]:
+def running(work: Path, submit: Path, *, num_nodes: int = 2, settings: Sequence[str] = ()) -> Iterator[Cluster]:
     """A cluster as long as the block runs, and no longer than this process: the pipe that it waits on ends with either.
 
     Args:
         work: an empty folder without blanks in its name, at most 90 characters long.
         settings: KEY=VALUE for cluster.sh.
     """
-    env = os.environ | {"NODES": str(nodes), "GPUS": "8", "CPUS": "128", "MEM": "1000000"}
+    env = os.environ | {"NODES": str(num_nodes), "GPUS": "8", "CPUS": "128", "MEM": "1000000"}
     env |= dict(setting.split("=", 1) for setting in settings)
-    process = subprocess.Popen(
-        [SCRIPT, "run", work], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([SCRIPT, "run", work], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stdout is not None
     try:
         if process.stdout.readline() != "ready\n":
             raise RuntimeError(f"Slurm did not start: see {work}/log")
-        yield Cluster(work, submit)
+        yield Cluster(work, submit, num_nodes)
     finally:
         process.stdin.close()
         process.wait(30)

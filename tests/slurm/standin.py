@@ -5,8 +5,8 @@ The launcher dies of USR1, hands TERM down, and ends the other ranks once one ha
 seconds, writes a checkpoint every `save_steps`, and one more when any rank was asked to stop. Each rank leaves its exit
 code. A rank that no longer sees another one's sign of life fails, as an exchange with it would.
 
-Settings beside those: `fail_at=N` ends rank 1 with `fail_code` at step N of each start; `unfit=n2` in the environment
-variable UNFIT makes that node fail its health check.
+Settings beside those: `fail_at=N` ends rank 1 with `fail_code` at step N, in the first `fail_starts` starts. The
+node with the number UNFIT, an environment variable, fails the health check of the first start.
 """
 
 import os
@@ -63,9 +63,11 @@ class Run:
     def __init__(self, rank: int, settings: dict[str, str]) -> None:
         self.rank, self.world_size = rank, int(os.environ["WORLD_SIZE"])
         self.out = Path(settings.get("output_dir", "out"))
-        self.num_steps, self.save_steps = int(settings.get("max_steps", 40)), int(settings.get("save_steps", 1000))
+        self.num_steps, self.save_steps = int(settings.get("max_steps", 0)), int(settings.get("save_steps", 0))
         self.step_s = float(settings.get("step_s", 0.1))
         self.fail_at, self.fail_code = int(settings.get("fail_at", -1)), int(settings.get("fail_code", 1))
+        if int(START) >= int(settings.get("fail_starts", 1)):
+            self.fail_at = -1
         self.signs = self.out / f"start-{os.environ['SLURM_JOB_ID']}-{START}"
         self.signs.mkdir(parents=True, exist_ok=True)
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
@@ -77,17 +79,17 @@ class Run:
         if self.rank == 0:
             write(CODES / "step", f"{step}\n")
             print(f"{step} of {self.num_steps} steps done", flush=True)
-        begun = time.monotonic()
         while True:
+            begun = time.time()
             write(self.signs / f"alive-{self.rank}", "")
             time.sleep(self.step_s)
-            if time.monotonic() > begun + SILENCE_S and (silent := self.silent()):
-                print(f"rank {silent} is gone", flush=True)
-                return 1
             if self.rank == 1 and 0 <= self.fail_at <= self.read_step():
                 return self.fail_code
             if self.rank != 0 and (ended := self.signs / "ended").exists():
                 return int(ended.read_text())
+            if silent := self.silent(begun):
+                print(f"rank {silent} is gone", flush=True)
+                return 143
             if self.rank != 0:
                 continue
             if step < self.num_steps:
@@ -104,15 +106,17 @@ class Run:
                 write(self.signs / "ended", str(code))
                 return code
 
-    def silent(self) -> str:
-        """Ranks without a sign of life."""
-        def age(rank: int) -> float:
-            path = self.signs / f"alive-{rank}"
-            return time.time() - path.stat().st_mtime if path.exists() else SILENCE_S + 1
-
-        left = [path.name for path in CODES.glob("rank-*") if path.read_text().strip() in ("0", "75")]
-        ranks = [rank for rank in range(self.world_size) if f"rank-{rank}" not in left]
-        return ", ".join(str(rank) for rank in ranks if age(rank) > SILENCE_S + self.step_s)
+    def silent(self, begun: float) -> str:
+        """The first other rank that gives no sign of life from `begun` on, waited for."""
+        for rank in range(self.world_size):
+            path, end = self.signs / f"alive-{rank}", time.time() + SILENCE_S
+            while rank != self.rank and not (path.exists() and path.stat().st_mtime >= begun - self.step_s):
+                if (self.signs / "ended").exists():
+                    break
+                if time.time() > end:
+                    return str(rank)
+                time.sleep(0.02)
+        return ""
 
     def read_step(self) -> int:
         path = self.signs / "step"
@@ -130,7 +134,7 @@ def main(words: list[str]) -> int:
     """`python -m gemma_dist COMMAND …`."""
     command, rank, code = words[0], int(os.environ["RANK"]), 0
     settings = dict(word.split("=", 1) for word in words if "=" in word)
-    if command == "health" and socket.gethostname() in os.environ.get("UNFIT", "").split(","):
+    if command == "health" and START == "0" and os.environ.get("UNFIT") == str(rank):
         write(CODES / "bad-nodes", f"{socket.gethostname()}.cluster\n")
     if command == "health":
         time.sleep(0.5)
