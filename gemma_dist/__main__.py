@@ -1,7 +1,9 @@
 """`gemma-dist` and `python -m gemma_dist`: run a command, and turn what goes wrong into an exit code.
 
 0: done. 2: a user error, in plain words. 1: an internal error, with its traceback. 3, of `plan`: it does not fit.
-4, of `train`: a step hung, and the watchdog ended the run.
+4, of `train`: a step hung, and the watchdog ended the run. 5, of `health`: a node is not fit. 75, of `train`: stopped
+as it was asked to, and the same command goes on. 130: interrupted. 143: another rank ended, or this one was told to.
+`exits.py` says how whoever launched the ranks learns of them.
 """
 
 import sys
@@ -10,11 +12,12 @@ from collections.abc import Sequence
 
 import click
 
-from gemma_dist import world
+from gemma_dist import exits, ranklog, world
 from gemma_dist.cli import cli
-from gemma_dist.errors import GemmaDistError, PeerError
-from gemma_dist.failures import explain, explain_sigterm
+from gemma_dist.errors import GemmaDistError, PeerError, Stopped
+from gemma_dist.failures import explain
 from gemma_dist.logs import start_logging
+from gemma_dist.signals import explain_sigterm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,25 +25,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start_logging()
     if world.world_size() > 1:
         explain_sigterm(_say_error)
+    code = _run(arguments)
+    exits.record(code)
+    ranklog.drain()
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """The command, and what it comes to."""
     try:
         result = cli.main(arguments, prog_name="gemma-dist", standalone_mode=False)
-        return result if isinstance(result, int) else 0  # click returns the code of --help and --version
+        return result if isinstance(result, int) else exits.DONE  # click returns the code of --help and --version
     except click.ClickException as error:
         error.show()
     except click.Abort:
-        return 130
+        return exits.INTERRUPTED
+    except Stopped:
+        return exits.STOPPED  # and said so
     except PeerError:
         pass  # said by the rank that it happened to
     except GemmaDistError as error:
         _say_error(str(error))
     except Exception as error:
-        message = explain(error)
-        if message is None:
+        explanation = explain(error)
+        if explanation is None:
             _say(traceback.format_exc() + "This is a bug in gemma_dist: please report it with the lines above.")
-            return 1
-        if message:  # else another rank says it
-            _say_error(message)
-    return 2
+            return exits.BUG
+        if explanation.message:  # else another rank says it
+            _say_error(explanation.message)
+        return explanation.code
+    return exits.USER_ERROR
 
 
 def _say_error(message: str) -> None:
@@ -52,6 +66,7 @@ def _say(message: str) -> None:
     """Print to stderr; one of several ranks puts its number before each line."""
     prefix = f"[rank {world.rank()}] " if world.world_size() > 1 else ""
     print("\n".join(prefix + line for line in message.splitlines()), file=sys.stderr, flush=True)
+    ranklog.say(message)
 
 
 if __name__ == "__main__":

@@ -298,6 +298,10 @@ def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None, cal
     Alone, or on many processes under `accelerate launch --config_file ... -m gemma_dist train CONFIG`. KEY=VALUE
     changes a setting of the recipe: learning_rate=1e-4, or lora.r=8 with its section.
     """
+    from gemma_dist.train.stop import StopRequests
+
+    requests = StopRequests()
+    requests.listen()
     from gemma_dist.recipe import load_config
     from gemma_dist.topology import current_topology, require_fit
 
@@ -310,7 +314,7 @@ def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None, cal
     from gemma_dist.train import run
 
     say_idle_gpus(["train", config, *overrides])
-    run.train(settings, watch=PlanWatch(calibrate=calibrate))
+    run.train(settings, watch=PlanWatch(calibrate=calibrate), requests=requests)
 
 
 @cli.command(cls=SettingsCommand, section=lambda config: config.EvaluateConfig)

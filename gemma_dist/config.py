@@ -256,6 +256,9 @@ class TrainConfig(Section):
     step_timeout_s: float = Field(
         1800, gt=0, description="Seconds that a step may take before the run ends and says where every rank stands."
     )
+    stop_grace_s: float | None = Field(
+        None, gt=0, description="Seconds from a signal to stop until the run is killed; null: no limit is known."
+    )
     logging_steps: int = Field(1, gt=0, description="Optimizer steps between printed lines.")
     report_to: Literal["none", "tensorboard"] = Field("none", description="Where to log metrics besides metrics.jsonl.")
     resume_from_checkpoint: str = Field(

@@ -54,3 +54,7 @@ class TrainingError(GemmaDistError):
 
 class PeerError(GemmaDistError):
     """Another rank of this run stopped and says why itself: this one ends without a message."""
+
+
+class Stopped(Exception):
+    """No error: a run stopped as it was asked to, and said so. The same command goes on from there."""

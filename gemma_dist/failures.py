@@ -1,17 +1,19 @@
 """What ends a run although nothing is wrong with its code: disks, memory, other ranks. Each in words, for the user.
 
 A rank that the system kills says nothing, and the others find out by an exchange that fails, or by the launcher, which
-then ends them too. So both ways lead to one message, said once, by the first rank that is left.
+then ends them too (`signals.py`). So both ways lead to one message, said once, by the first rank that is left on that
+machine.
 """
 
 import errno
-import os
 import re
 import signal
+import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import NamedTuple
 
-from gemma_dist import world
+from gemma_dist import exits, world
 
 # What the system says of a user's files and disks, and what to do where that does not go without saying.
 USER_ERRNOS = {
@@ -31,42 +33,34 @@ USER_ERRNOS = {
     errno.EIO: "the disk or its network fails: look at the system's log, or name a folder on another disk",
     errno.ESTALE: "the file changed under us on a network disk: run the command again",
 }
-HUNG = 4  # exit code of a run that the watchdog ended
+# What torch's exchanges say where the process at the other end is gone.
+BROKEN = re.compile(r"Connection (closed|reset) by peer|Broken pipe|gloo/transport|remote process exited|NCCL|Store")
+GOES_ON = "Finished checkpoints are whole: the same command resumes from the newest"
 RUST_ERRNO = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers say it in words alone
 
 _telling = threading.Lock()
 _told: list[bool] = []  # whether ended ranks were reported: two threads of a rank may find out
 
 
-def explain(error: Exception) -> str | None:
-    """What to tell the user of an error that no code of ours is to blame for; empty where another rank tells it, None
-    for any other error."""
+class Explanation(NamedTuple):
+    """What ended this process."""
+
+    message: str  # for the user; empty where another rank tells it
+    code: int  # of this process
+
+
+def explain(error: Exception) -> Explanation | None:
+    """What to tell the user of an error that no code of ours is to blame for; None for any other error."""
     if message := _of_the_disk(error):
-        return message
+        return Explanation(message, exits.USER_ERROR)
     if ended := world.ended_ranks():
-        return _of_ranks(ended)
-    return _of_memory(error)
-
-
-def explain_sigterm(say: Callable[[str], None]) -> None:
-    """Let a rank that is told to end look first whether another one was killed: that is why the launcher ends the rest.
-
-    In a thread, since the main one may be waiting for that rank, in code that no signal interrupts.
-    """
-    arrived, write = os.pipe()
-    os.set_blocking(write, False)
-    signal.set_wakeup_fd(write)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # it has to have a handler for its number to be written
-
-    def wait() -> None:
-        """Read the number of every signal that has a handler, as Python's runtime writes it; at SIGTERM, the end."""
-        while os.read(arrived, 1)[0] != signal.SIGTERM:
-            pass
-        if message := _of_ranks(world.ended_ranks(patience_s=0)):
-            say(message)
-        os._exit(128 + signal.SIGTERM)
-
-    threading.Thread(target=wait, name="sigterm", daemon=True).start()
+        return Explanation(of_ranks(ended), code_after(ended))
+    if (for_memory := _of_memory(error)) is not None:
+        return Explanation(for_memory, exits.USER_ERROR)
+    if _is_broken_connection(error):
+        elsewhere = {rank: code for rank, code in exits.codes().items() if rank != world.rank()}
+        return Explanation(of_ranks(elsewhere) if elsewhere else _of_connection(error), code_after(elsewhere))
+    return None
 
 
 def say_no_more() -> None:
@@ -96,18 +90,61 @@ def _errno(error: Exception) -> int | None:
     return int(found[1]) if found else None
 
 
-def _of_ranks(ended: dict[int, int]) -> str:
-    """Why the others stop with those that ended (rank -> process); empty where it is said elsewhere."""
+def of_ranks(ended: Mapping[int, int | None]) -> str:
+    """Why the others stop with those that ended (rank -> how, as `world.ended_ranks` says); empty where it is said
+    elsewhere."""
     with _telling:
-        left = set(range(world.world_size())) - ended.keys()
+        left = {world.rank(), *world.neighbors()} - ended.keys()
         if not ended or world.rank() != min(left) or _told:
             return ""
         _told.append(True)
-    names = ", ".join(f"rank {rank} (process {process})" for rank, process in ended.items())
+    codes = exits.codes()
+    ends = "; ".join(f"rank {rank} {_of_end(codes.get(rank), status)}" for rank, status in sorted(ended.items()))
+    return f"{ends}. So the other ranks stop. {GOES_ON}"
+
+
+def code_after(ended: Mapping[int, int | None]) -> int:
+    """The exit code of a rank that ends because others have: theirs, where all that ended were asked to stop."""
+    codes = exits.codes()
+    asked = bool(ended) and all(codes.get(rank) == exits.STOPPED for rank in ended)
+    return exits.STOPPED if asked else exits.ENDED
+
+
+def _of_end(code: int | None, status: int | None) -> str:
+    """How a rank ended: by the `code` that it left a word of, or as the system says."""
+    if code is not None:
+        return f"ended by itself (exit {code}): see what it says itself"
+    if status is None:
+        return (
+            "was killed (the launcher's lines have its exit code: -9 is most often the kernel's out-of-memory killer)"
+        )
+    if status >= 0:
+        return f"ended by itself (exit {status}): see what it says itself"
+    if status == -signal.SIGKILL:
+        return "was killed (exit -9; most often the kernel's out-of-memory killer)"
+    return f"was killed (exit {status}: {signal.Signals(-status).name})"
+
+
+def _is_broken_connection(error: Exception) -> bool:
+    """Whether an exchange failed since another rank is gone, on this machine or another."""
+    names = {one.__name__ for one in type(error).__mro__}
+    return world.world_size() > 1 and (
+        isinstance(error, ConnectionError)
+        or "DistError" in names  # torch's, which is not imported for its name
+        or ("RuntimeError" in names and BROKEN.search(str(error)) is not None)
+    )
+
+
+def _of_connection(error: Exception) -> str:
+    """Of a rank on another machine, of which nothing is known here. Said once on each machine."""
+    with _telling:
+        if world.rank() != min({world.rank(), *world.neighbors()}) or _told:
+            return ""
+        _told.append(True)
+    (first, *_) = str(error).splitlines() or [type(error).__name__]
     return (
-        f"{names} has ended, so the other ranks stop. Unless it says why itself, the system killed it (exitcode -9 "
-        "in the launcher's lines): most often the machine was out of memory. Finished checkpoints are whole: the same "
-        "command resumes from the newest"
+        f"{socket.gethostname()} lost its connection to a rank on another machine: that rank was killed, or its "
+        f"machine or the network is gone, and says more itself if it can ({first}). {GOES_ON}"
     )
 
 

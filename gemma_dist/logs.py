@@ -30,8 +30,9 @@ def start_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     prefix = f"[rank {world.rank()}] " if world.world_size() > 1 else ""
     handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    handler.setLevel(logging.INFO if world.rank() == 0 else logging.WARNING)
     log.handlers[:] = [handler]
-    log.setLevel(logging.INFO if world.rank() == 0 else logging.WARNING)
+    log.setLevel(logging.INFO)
     log.propagate = False
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about their own next release
 

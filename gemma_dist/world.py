@@ -8,6 +8,7 @@ import datetime
 import os
 import socket
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +31,7 @@ NCCL_DEFAULTS = {
 
 T = TypeVar("T")
 _processes: list[tuple[str, int]] = []  # host and process of each rank, once they have met
+_run: list[str] = []  # what this run is called, once they have
 _sequence_groups: dict[int, Any] = {}  # by their size
 
 
@@ -110,31 +112,59 @@ def gather_objects(item: T) -> list[T]:
 
 def note_processes() -> None:
     """Let every rank know the others' processes, for `ended_ranks`. All ranks call it, once they are connected."""
-    _processes[:] = gather_objects((socket.gethostname(), os.getpid()))
+    met = gather_objects((socket.gethostname(), os.getpid(), uuid.uuid4().hex[:8]))
+    _processes[:] = [(host, process) for host, process, _ in met]
+    _run[:] = ["-".join(map(str, met[0]))]
 
 
 def name_of_run() -> str:
-    """What no other run is called at this time: host and process of rank 0, as all ranks know once they have met."""
-    host, process = _processes[0] if _processes else (socket.gethostname(), os.getpid())
-    return f"{host}-{process}"
+    """What no other run is called: after host and process of rank 0, as all ranks know once they have met."""
+    return _run[0] if _run else f"{socket.gethostname()}-{os.getpid()}"
 
 
-def ended_ranks(patience_s: float = 1.0) -> dict[int, int]:
-    """The other ranks on this machine whose process has ended, and that process. Empty before `note_processes`.
+def hosts() -> list[str]:
+    """The machines of this run, each once, in the order of their ranks, as all ranks know once they have met."""
+    return list(dict.fromkeys(host for host, _ in _processes)) or [socket.gethostname()]
 
-    One that is just being killed is waited for, `patience_s` at most.
-    """
-    others: dict[int, int] = {}  # on this machine
+
+def neighbors() -> dict[int, int]:
+    """The other ranks on this machine, and their processes. Empty before `note_processes`."""
+    others = {}
     for other, (host, process) in enumerate(_processes):
         if host == socket.gethostname() and other != rank():
             others[other] = process
+    return others
+
+
+def is_restart() -> bool:
+    """Whether Slurm or torch's launcher has started this command before, in the same job."""
+    return any(int(os.environ.get(f"{name}_RESTART_COUNT") or 0) for name in ("SLURM", "TORCHELASTIC"))
+
+
+def ended_ranks(patience_s: float = 1.0) -> dict[int, int | None]:
+    """The other ranks on this machine whose process has ended, each with how: an exit code, minus a signal, or None
+    where the launcher has taken note of it already. Empty before `note_processes`.
+
+    One that is just being killed is waited for, `patience_s` at most.
+    """
+    others = neighbors()
     end = time.monotonic() + patience_s
     while others:
-        ended = {other: process for other, process in others.items() if not _runs(process)}
+        ended = {other: _end_of(process) for other, process in others.items() if not _runs(process)}
         if ended or time.monotonic() > end:
             return ended
         time.sleep(0.01)
     return {}
+
+
+def _end_of(process: int) -> int | None:
+    """How a process ended that its parent has not asked yet: its exit code, or minus the signal that killed it."""
+    try:
+        with open(f"/proc/{process}/stat", encoding="utf-8") as file:
+            state, *_, status = file.read().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+    return os.waitstatus_to_exitcode(int(status)) if state == "Z" else None
 
 
 def _runs(process: int) -> bool:

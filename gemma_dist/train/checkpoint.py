@@ -11,6 +11,7 @@ import errno
 import json
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 from gemma_dist import world
 from gemma_dist.config import RunConfig
 from gemma_dist.errors import CheckpointError, PeerError
-from gemma_dist.files import exclusive, seal, size, sync
+from gemma_dist.files import seal, size, sync
 from gemma_dist.logs import log, write_json
 from gemma_dist.resolve import Run, RunIdentity
 from gemma_dist.train.digests import (
@@ -224,26 +225,6 @@ def read_marker(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def lock_output_dir(output_dir: Path) -> Iterator[None]:
-    """Within, no other run writes to `output_dir`: the ranks of a killed launcher may still be at work there.
-
-    Rank 0 locks the folder (`files.exclusive`).
-
-    Raises:
-        ConfigError: another run has it.
-    """
-    if world.rank() != 0:
-        yield
-        return
-    problem = (
-        f"train.output_dir = {str(output_dir)!r}: another run is at work there; wait for it, or end all its ranks "
-        "(`kill -9` of a launcher leaves them), or name another folder"
-    )
-    with exclusive(output_dir, problem):
-        yield
-
-
-@contextlib.contextmanager
 def saving(run: Run, step: int, num_bytes: int = 0) -> Iterator[Path]:
     """Gives the folder that all ranks write checkpoint `step` into. At the end it is marked and moved to its name, and
     the oldest checkpoints beyond `train.save_total_limit` are removed.
@@ -259,6 +240,7 @@ def saving(run: Run, step: int, num_bytes: int = 0) -> Iterator[Path]:
     unfinished = output_dir / UNFINISHED
     folder = unfinished / f"checkpoint-{step}"
     own: dict[str, FileDigest] = {}
+    begun = time.monotonic()
     with _together(output_dir, step):
         if world.rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -270,7 +252,8 @@ def saving(run: Run, step: int, num_bytes: int = 0) -> Iterator[Path]:
     digests = world.gather_objects(own)
     with _together(output_dir, step):
         if world.rank() == 0:
-            _finish(folder, run, step, {name: digest for of_rank in digests for name, digest in of_rank.items()})
+            files = {name: digest for of_rank in digests for name, digest in of_rank.items()}
+            _finish(folder, run, step, files, begun)
 
 
 def _require_room(output_dir: Path, num_bytes: int) -> None:
@@ -291,18 +274,19 @@ def _own_files(folder: Path) -> list[Path]:
     ]
 
 
-def _finish(written: Path, run: Run, step: int, files: Mapping[str, FileDigest]) -> None:
-    """Mark the checkpoint that all ranks have `written`, and give it its name."""
+def _finish(written: Path, run: Run, step: int, files: Mapping[str, FileDigest], begun: float) -> None:
+    """Mark the checkpoint that all ranks have `written`, which they have `begun` then, and give it its name."""
+    seal(written)
     marker = {
         "step": step,
         "epoch": step // run.schedule.steps_per_epoch,
         "identity": run.identity.to_json(),
         "settings": run.config.to_json(),
         "files": files,
+        "seconds_to_save": round(time.monotonic() - begun, 3),  # until all but this file was on the disk
         "crc32": 0,  # of the marker itself, with 0 in this place
     }
     write_json(written / MARKER, marker | {"crc32": json_crc32(marker)})
-    seal(written)
     folder = run.config.train.output_dir / written.name
     written.rename(folder)  # at most an empty folder lies there: see `find_checkpoint`
     sync(folder.parent)

@@ -8,6 +8,7 @@ and there is nothing to send.
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -156,3 +157,17 @@ def targets_of(labels: torch.Tensor, kinds: torch.Tensor, *, shifted: bool = Fal
 def transfer_to(device: torch.device) -> Transfer[Any]:
     """How micro-batches come to `device`."""
     return CudaTransfer(device) if device.type == "cuda" else NoTransfer()
+
+
+class MicroBatches:
+    """The next `count` of `batches`, to be gone through once. Each is taken when its turn comes, so that a device
+    holds no more of a step than is worked on."""
+
+    def __init__(self, batches: Iterator[Any], count: int) -> None:
+        self._batches, self._count = batches, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self._batches, self._count)

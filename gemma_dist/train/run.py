@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from gemma_dist import world
+from gemma_dist import exits, ranklog, world
 from gemma_dist.config import RunConfig
 from gemma_dist.data.encode import Encoder, load_encoder
-from gemma_dist.errors import CheckpointError
+from gemma_dist.errors import CheckpointError, Stopped
 from gemma_dist.files import writing
 from gemma_dist.logs import RunLog, log
 from gemma_dist.model.cards import card_at_hand, require_card, require_cpu, slow
@@ -33,7 +33,6 @@ from gemma_dist.train.checkpoint import (
     changed_settings,
     damaged_and_named,
     find_checkpoint,
-    lock_output_dir,
     put_aside,
     read_marker,
     require_shared,
@@ -41,6 +40,8 @@ from gemma_dist.train.checkpoint import (
 )
 from gemma_dist.train.digests import damage
 from gemma_dist.train.memory import MemoryReport, MemoryWatch, gpu_at_hand
+from gemma_dist.train.owner import HEARTBEATS, lock_output_dir, own
+from gemma_dist.train.stop import StopRequests
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
 from gemma_dist.train.watchdog import clear
 
@@ -60,19 +61,24 @@ def train(
     *,
     trainer_class: Callable[..., ToolCallTrainer] = ToolCallTrainer,
     watch: MemoryWatch | None = None,
+    requests: StopRequests | None = None,
 ) -> None:
     """Train as `config` says, alone or as one rank of many, from the newest complete checkpoint if there is one.
 
     Args:
         watch: is told of the run before it begins, and of what it took of the GPU.
+        requests: what may ask the run to stop, besides the file OUT/stop.
 
     Raises:
+        Stopped: as it was asked to, resumable; there is no result yet.
         ConfigError, DataError, CheckpointError: before any weight is read, where the run could not work, or not on this
             GPU.
         CheckpointError: the ranks did not find the same checkpoint.
         TrainingError: a loss or a gradient is not finite.
     """
     topology, output_dir = current_topology(), config.train.output_dir
+    requests = requests or StopRequests()
+    ranklog.keep()
     require_fit(config, topology)
     require_output_dir(config)
     _require_card(config)
@@ -86,18 +92,22 @@ def train(
         log.info("resuming from %s with other settings: %s", checkpoint, "; ".join(changed))
     if watch is not None:
         watch.begin(run, gpu_at_hand())
-    with lock_output_dir(output_dir):
+    stopped = ""
+    with lock_output_dir(output_dir, wait_s=config.train.step_timeout_s), requests.looking_in(output_dir):
         if start_step < run.num_steps:
-            _train_from(run, encoder, checkpoint, trainer_class, watch)
+            stopped = _train_from(run, encoder, checkpoint, trainer_class, watch, requests)
             checkpoint = output_dir / f"checkpoint-{run.num_steps}"
         elif world.rank() == 0:
             _require_whole(checkpoint, config.train.resume_from_checkpoint)
             log.info(
                 "%s is the end of this run: nothing is left to train. For another run set train.output_dir", checkpoint
             )
-        if world.rank() == 0:
+        requests.ends("" if stopped else "the run is done, and publishes its result first")
+        if world.rank() == 0 and not stopped:
             _publish(checkpoint, output_dir)
     world.disconnect()
+    if stopped:
+        raise Stopped(stopped)
 
 
 def _require_card(config: RunConfig) -> None:
@@ -117,30 +127,51 @@ def _train_from(
     checkpoint: Path | None,
     trainer_class: Callable[..., ToolCallTrainer],
     watch: MemoryWatch | None,
-) -> None:
+    requests: StopRequests,
+) -> str:
     """The remaining steps of a run, from the `checkpoint` that this rank found, or from the newest before it that is
-    whole."""
+    whole. Returns what there is to say where it stopped before its last step, on all ranks at once."""
     settings = run.config.train
     world.set_nccl_defaults()
     if world.rank() == 0:
         clear(settings.output_dir)
     arguments = training_arguments(run)  # at ZeRO-3 it has to be there before the model: it partitions the weights
     world.note_processes()
+    exits.use_folder(settings.output_dir / HEARTBEATS)
+    own(settings.output_dir)
     require_shared(settings.output_dir)
     checkpoint, start_step = whole_checkpoint(
         checkpoint, settings.output_dir, settings.resume_from_checkpoint, run.identity
     )
+    ranklog.write_to(settings.output_dir, _attempt(run, start_step))
     loader = _loader(run, encoder, start_step)
     model = load_run_model(run, loader.table)
     metrics = settings.output_dir / "metrics.jsonl"
     run_log = RunLog(metrics, start_step=loader.start_step, num_steps=run.num_steps)
-    trainer = trainer_class(run, arguments, model, loader, run_log)
+    trainer = trainer_class(run, arguments, model, loader, run_log, requests)
     if watch is not None and not use_cpu():
         trainer.add_callback(MemoryReport(watch))
     if world.rank() == 0:
         (settings.output_dir / ADAPTER_RECORD).unlink(missing_ok=True)  # from now on the run is not finished
     trainer.train(resume_from_checkpoint=checkpoint)
     run_log.close()
+    if not trainer.boundary.stopped:
+        return ""
+    words = trainer.boundary.words(trainer.state.global_step)
+    log.info("%s", words)
+    requests.ends()
+    world.barrier()  # a launcher ends all ranks once the first one has ended
+    return words
+
+
+def _attempt(run: Run, start_step: int) -> dict[str, object]:
+    """What the head of a rank's log says of the run."""
+    zero = run.topology.zero_stage
+    return {
+        "world size": f"{world.world_size()}; {run.plan}",
+        "launch": run.topology.distributed_type + (f", ZeRO-{zero}" if zero is not None else ""),
+        "steps": f"from {start_step + 1} to {run.num_steps}",
+    }
 
 
 def _loader(run: Run, encoder: Encoder, start_step: int) -> TrajectoryLoader:

@@ -30,6 +30,7 @@ class Totals:
     tokens_of_kinds: list[int]
     grad_norm: float
     is_finite: bool  # the loss and the gradients of each rank
+    is_asked_to_stop: bool = False  # any rank
 
     @property
     def target_tokens(self) -> int:
@@ -52,16 +53,18 @@ class StepSums:
         sums = torch.stack([part.detach().double() for part in (loss, outputs.entropy.sum(), outputs.is_top1.sum())])
         self._sums += torch.cat([sums, nll.sum(1), is_of_kind.sum(1)])
 
-    def exchange(self, grad_norm: torch.Tensor | float) -> Totals:
+    def exchange(self, grad_norm: torch.Tensor | float, *, is_asked_to_stop: bool = False) -> Totals:
         """The sums of all ranks; they begin anew. Each rank calls it once a step, and waits for its device once.
 
         Args:
             grad_norm: of the gradients, which all ranks share; not finite where they are not.
+            is_asked_to_stop: this rank.
         """
         norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=self._sums.device).reshape(1)
         flags = ~torch.stack([self._sums[:1], norm]).isfinite()
-        found = world.add_up(torch.cat([self._sums, norm, flags.flatten().double()]))
-        loss, entropy, correct, *of_kinds, total_norm, loss_failed, norm_failed = found
+        asked = torch.full_like(norm, is_asked_to_stop)
+        found = world.add_up(torch.cat([self._sums, norm, flags.flatten().double(), asked]))
+        loss, entropy, correct, *of_kinds, total_norm, loss_failed, norm_failed, num_asked = found
         is_finite = not (loss_failed or norm_failed)
         self.loss_is_finite = is_finite or bool(self._sums[0].isfinite())
         self._sums.zero_()
@@ -74,6 +77,7 @@ class StepSums:
             [int(count) for count in of_kinds[num_kinds:]],
             total_norm / num_ranks,
             is_finite,
+            is_asked_to_stop=num_asked > 0,
         )
 
 

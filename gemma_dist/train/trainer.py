@@ -14,10 +14,10 @@ the places where it would train something else on Gemma 4:
 
 import contextlib
 import math
+import time
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -35,7 +34,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig, SFTTrainer
 
 from gemma_dist import world
-from gemma_dist.errors import CheckpointError
 from gemma_dist.logs import RunLog
 from gemma_dist.model import fsdp
 from gemma_dist.model.attention import Shape
@@ -47,13 +45,15 @@ from gemma_dist.resolve import Run
 from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.topology import write_recipe_into
 from gemma_dist.train import checkpoint
-from gemma_dist.train.feed import Feed, transfer_to
+from gemma_dist.train.boundary import Boundary
+from gemma_dist.train.feed import Feed, MicroBatches, transfer_to
 from gemma_dist.train.guard import sample_ids, stop_unless_finite
 from gemma_dist.train.offload import activations_on_host
 from gemma_dist.train.optimizer import load_optimizer, optimizer_bytes, save_optimizer
+from gemma_dist.train.stop import StopRequests
 from gemma_dist.train.sums import SHOWN, StepSums, Totals, require_counted, summarize
 from gemma_dist.train.watchdog import Watchdog
-from gemma_dist.train.weights import bytes_to_save, weights_to_save
+from gemma_dist.train.weights import bytes_to_save, require_gathered, weights_to_save
 
 # Settings of a recipe that are ours to carry out.
 OURS = (
@@ -67,6 +67,7 @@ OURS = (
     "activation_offloading",
     "torch_compile",
     "step_timeout_s",
+    "stop_grace_s",
 )
 
 
@@ -121,7 +122,15 @@ class OneGpuConfig(SFTConfig):
 class ToolCallTrainer(SFTTrainer):
     """One training run of a model (bare or PEFT-wrapped) over the micro-batches of `loader`."""
 
-    def __init__(self, run: Run, arguments: SFTConfig, model: Any, loader: TrajectoryLoader, run_log: RunLog) -> None:
+    def __init__(
+        self,
+        run: Run,
+        arguments: SFTConfig,
+        model: Any,
+        loader: TrajectoryLoader,
+        run_log: RunLog,
+        requests: StopRequests | None = None,
+    ) -> None:
         """`arguments` are those of `training_arguments(run)`. What TRL then changes against our will is undone."""
         adapter_dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(
@@ -135,6 +144,8 @@ class ToolCallTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)  # our own line says it
         self.add_callback(SeedSteps())
         self.run, self.loader, self.run_log = run, loader, run_log
+        self.boundary = Boundary(run.config.train, requests)
+        self.add_callback(self.boundary)
         self.model_accepts_loss_kwargs = True
         if self.is_fsdp_enabled:
             fsdp.gather_layer_by_layer(self.accelerator.state.fsdp_plugin, model)
@@ -157,6 +168,7 @@ class ToolCallTrainer(SFTTrainer):
         `logging_steps` of then.
         """
         self._checkpoint = resume_from_checkpoint
+        self.boundary.begin(resume_from_checkpoint, self.loader.start_step, self.run.num_steps)
         settings = self.run.config.train
         self._watchdog = Watchdog(settings.output_dir, settings.step_timeout_s, self._position, self._samples)
         try:
@@ -236,7 +248,8 @@ class ToolCallTrainer(SFTTrainer):
         """Between the last backward pass of a step and the optimizer, on every rank: the one exchange of the step.
         Returns the norm of the gradients, which are those of all ranks (or inf for some that are not finite)."""
         step = self.state.global_step
-        totals = self._sums.exchange(grad_norm)
+        totals = self._sums.exchange(grad_norm, is_asked_to_stop=bool(self.boundary.requests.by()))
+        self.boundary.asked_anywhere = totals.is_asked_to_stop
         stop_unless_finite(self.loader.schedule, step, everywhere=totals.is_finite, loss=self._sums.loss_is_finite)
         require_counted(step, totals, self._targets)
         self._unlogged.append(totals)
@@ -297,11 +310,12 @@ class ToolCallTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: object, trial: object) -> None:
         """All that a run needs to resume, complete or absent. What is random follows from the step: see `SeedSteps`."""
-        dtype = getattr(torch, self.run.config.model.dtype)
+        begun, dtype = time.monotonic(), getattr(torch, self.run.config.model.dtype)
         num_bytes = bytes_to_save(self.model, dtype) + optimizer_bytes(self.model, self.optimizer.optimizer)
         with checkpoint.saving(self.run, self.state.global_step, num_bytes) as folder:
             self.save_model(str(folder))
             save_optimizer(folder, self.model, self.optimizer.optimizer)
+        self.boundary.saved(self.state.global_step, time.monotonic() - begun)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what trained, an adapter or the whole model, with all that is needed to use it. Every rank calls it."""
@@ -318,21 +332,7 @@ class ToolCallTrainer(SFTTrainer):
             self.model.config.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
         write_record(folder, self.run.config, self.model, **self.run.identity.to_json())
-        _check_saved(folder)
-
-
-class MicroBatches:
-    """The next `count` of `batches`, to be gone through once. Each is taken when its turn comes, so that a device
-    holds no more of a step than is worked on."""
-
-    def __init__(self, batches: Iterator[Any], count: int) -> None:
-        self._batches, self._count = batches, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(self._batches, self._count)
+        require_gathered(folder)
 
 
 class SeedSteps(TrainerCallback):
@@ -352,18 +352,6 @@ def _set_step(scheduler: Any, step: int) -> None:
     with warnings.catch_warnings():  # torch takes it for the first step of all, which should follow the optimizer's
         warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)`")
         scheduler.step()
-
-
-def _check_saved(folder: Path) -> None:
-    """No tensor may be empty: at ZeRO-3 that is what a weight looks like that nobody gathered."""
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            empty = [name for name in file.keys() if 0 in file.get_slice(name).get_shape()]  # noqa: SIM118
-        if empty:
-            raise CheckpointError(
-                f"{path} holds {len(empty)} empty tensors, such as {empty[0]!r}: the weights were not gathered. Set "
-                "stage3_gather_16bit_weights_on_model_save: true in the DeepSpeed config"
-            )
 
 
 def warm_up_ddp_buckets(model: DistributedDataParallel) -> None:

@@ -23,11 +23,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from gemma_dist import failures, world
+from gemma_dist import exits, failures, world
 from gemma_dist.logs import log, to_json
 from gemma_dist.train.checkpoint import UNFINISHED
+from gemma_dist.train.owner import HEARTBEATS, disown, successor
 
-HEARTBEATS, HANGS = "heartbeats", "hangs"
+HANGS = "hangs"
 BEAT_S = 10.0  # between heartbeats, or a quarter of the timeout where that is less
 PATIENCE = 3  # a step may take so many times as long as the longest; the first, which compiles, as the timeout
 GRACE = 4  # beats that the others have to report
@@ -86,6 +87,7 @@ class Watchdog:
         for thread in self._threads:
             thread.join()
         with contextlib.suppress(OSError):
+            disown(self._folder)
             self._path(world.rank()).unlink(missing_ok=True)
             (self._folder / HEARTBEATS).rmdir()  # by the last rank
 
@@ -123,8 +125,20 @@ class Watchdog:
             with contextlib.suppress(OSError):
                 if self._hangs().exists():
                     self._others_hang.set()
+            with contextlib.suppress(OSError, ValueError):
+                self._leave_to(successor(self._folder))
             if self._closed.wait(self._beat_s):
                 return
+
+    def _leave_to(self, successor: str) -> None:
+        """End this process, which its launcher has lost, if another run has the folder by now."""
+        if successor:
+            log.error(
+                "error: %s has %s now, so this process ends: its launcher is gone, or lost sight of it",
+                successor,
+                self._folder,
+            )
+            exits.leave(exits.HUNG, silently=True)  # what launched the other run looks for codes in the same place
 
     def _path(self, rank: int) -> Path:
         return self._folder / HEARTBEATS / f"{rank}.json"
@@ -156,11 +170,9 @@ class Watchdog:
                 log.error("%s", self._verdict(waited_s, reports))
             else:
                 time.sleep(self._beat_s)  # let that rank speak before the launcher ends it
-            sys.stdout.flush()
         except Exception:  # whatever it is, it must not keep the process alive
             traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(failures.HUNG)
+        exits.leave(exits.HUNG)
 
     def _exchange_reports(self, waited_s: float) -> dict[int, dict[str, Any]]:
         """Say and write where this rank stands, and wait for the others to do so: the heartbeats of all ranks, or none

@@ -3,13 +3,16 @@
 Trainer copies the whole model to the host memory of every rank at ZeRO-1 and 2, for an adapter of a few MB too.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 
 from gemma_dist import world
+from gemma_dist.errors import CheckpointError
 from gemma_dist.model.zero3 import is_partitioned
 
 GATHERED_AT_ONCE = 64  # parameters of an adapter
@@ -48,6 +51,19 @@ def bytes_to_save(model: torch.nn.Module, dtype: torch.dtype) -> int:
 def num_elements(parameter: Any) -> int:
     """Of the whole parameter, also where a rank holds a part of it (ZeRO-3)."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def require_gathered(folder: Path) -> None:
+    """Raises CheckpointError where a saved tensor is empty: at ZeRO-3 that is what a weight looks like that nobody
+    gathered."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            empty = [name for name in file.keys() if 0 in file.get_slice(name).get_shape()]  # noqa: SIM118
+        if empty:
+            raise CheckpointError(
+                f"{path} holds {len(empty)} empty tensors, such as {empty[0]!r}: the weights were not gathered. Set "
+                "stage3_gather_16bit_weights_on_model_save: true in the DeepSpeed config"
+            )
 
 
 def _trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
