@@ -43,6 +43,14 @@ tasks() {
   return "$rc"
 }
 
+# How long Slurm lets ranks save, in seconds, where it lets them at all: SIGNAL_LEAD_S ahead of the time limit, as --signal
+# says, or the partition's GraceTime at preemption. The larger one: a checkpoint that is begun in vain costs nothing.
+grace_s() {
+  local partition
+  partition=$(scontrol show partition "${SLURM_JOB_PARTITION:-}" | sed -n 's/.*GraceTime=\([0-9]*\).*/\1/p' | head -n 1)
+  echo $((${partition:-0} > ${SIGNAL_LEAD_S:-300} ? partition : ${SIGNAL_LEAD_S:-300}))
+}
+
 # One process on each node looks at GPUs, disk, versions, clock and network. HEALTH=0: not.
 check_health() {
   if [ "${HEALTH:-1}" = 0 ]; then return; fi

@@ -16,6 +16,9 @@
 # folder of its own, removed by `stop`; /etc/hosts is bind-mounted inside the namespaces alone; no
 # port of the host is used; several clusters can run side by side.
 #
+# A task that needs longer than MessageTimeout to die makes the controller repeat the order a minute later, which would
+# hit the next start of a requeued job here (on clusters that begins after two minutes): keep KILLWAIT below it.
+#
 # Knobs (environment): NODES=2 CPUS=8 MEM=4000 GPUS=4 (fake)  KILLWAIT=5 GRACE=20 NODE_TIMEOUT=20
 #   CRED_EXPIRE=5 START_TIMEOUT=30 PROCTRACK=auto|cgroup|linuxproc EXTRA_CONF=file for slurm.conf
 set -euo pipefail
@@ -82,6 +85,7 @@ SwitchType=switch/none
 ReturnToService=2
 EnforcePartLimits=ALL
 KillWait=${KILLWAIT:-5}
+MessageTimeout=20
 SlurmdTimeout=${NODE_TIMEOUT:-20}
 MinJobAge=3600
 JobRequeue=1

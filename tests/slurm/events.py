@@ -128,6 +128,9 @@ def package(folder: Path, model: Path, shards: Path) -> Program:
     overrides = (
         f"model_name_or_path={model}",
         f"data.train={shards}",
+        "global_batch_size=2",
+        "per_device_train_batch_size=1",
+        "gradient_checkpointing=false",
         "logging_steps=1",
         "save_total_limit=100",
         "step_timeout_s=15",
