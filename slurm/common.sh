@@ -7,7 +7,7 @@ site=${SITE_ENV:-slurm/site.env}
 if [ -n "${SITE_ENV:-}" ] || [ -e "$site" ]; then source "$site"; fi
 PATH=$PWD/.venv/bin:$PATH
 
-job_folder=$PWD/${LOGS:-slurm-logs}/${SLURM_JOB_NAME:-job}-$SLURM_JOB_ID
+job_folder=$(realpath -m "${LOGS:-slurm-logs}")/${SLURM_JOB_NAME:-job}-$SLURM_JOB_ID
 export GEMMA_DIST_EXIT_CODES=$job_folder/attempt-${SLURM_RESTART_COUNT:-0} # anew: orphans write to the old one
 export LAUNCHER=${LAUNCHER:-accelerate}
 processes_per_node=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
@@ -16,8 +16,7 @@ export NUM_PROCESSES=$((SLURM_NNODES * processes_per_node))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus_per_process > 0 ? cpus_per_process : 1))}
 export PYTHONFAULTHANDLER=1
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-MASTER_PORT=$((15000 + SLURM_JOB_ID % 10000)) # two jobs may share a node
-export MASTER_ADDR MASTER_PORT
+export MASTER_ADDR MASTER_PORT=$((15000 + SLURM_JOB_ID % 10000)) # two jobs may share a node
 rm -rf "$GEMMA_DIST_EXIT_CODES"
 mkdir -p "$GEMMA_DIST_EXIT_CODES"
 

@@ -4,6 +4,7 @@
 # preemption, the limit and scancel. The launcher hears of neither: it would die of USR1, and end the ranks at TERM.
 # shellcheck disable=SC2317 # functions that traps call
 set -u
+trap 'early=1' USR1 TERM
 
 case $LAUNCHER in
   none)
@@ -40,6 +41,7 @@ asked() {
   tell_ranks & teller=$!
 }
 trap asked USR1 TERM
+[ -z "${early:-}" ] || asked
 
 rc=0
 wait "$top" || rc=$?

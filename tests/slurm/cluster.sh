@@ -41,6 +41,7 @@ do_install() {
   local want=(munge slurmctld slurmd slurm-client slurm-wlm-basic-plugins iproute2 util-linux) miss=() p
   for p in "${want[@]}"; do dpkg -s "$p" >/dev/null 2>&1 || miss+=("$p"); done
   [ ${#miss[@]} = 0 ] && return 0
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || die "install, as root: ${miss[*]} (names of Debian's packages)"
   apt-get update -qq
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${miss[@]}" >/dev/null
 }
