@@ -14,7 +14,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/support
@@ -22,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/support
 import psutil
 
 from gemma_dist.logs import read_jsonl
+from tests.slurm import cluster, events
 from tests.support.corpus import row, shard_rows
 from tests.support.damages import DAMAGES
 from tests.support.machines import accelerate, free_port, machines
@@ -92,6 +95,7 @@ EVENTS: dict[str, Callable[[Attempt], None]] = {
     "kill -9 of the launcher, then OUT/stop": _kill_launcher,
 }
 MACHINE_OFF = "one of two machines off"
+BY_THE_PACKAGE = ("preemption", "one rank killed", "node off")  # events in Slurm at which real ranks train
 
 
 @dataclass(frozen=True)
@@ -191,12 +195,11 @@ def interruptions(folder: Path, model: Path, shards: Path, chance: random.Random
     ]
     largest = max(abs(one[1] - two[1]) for one, two in zip(*curves, strict=True))
     same = (whole / "adapter_model.safetensors").read_bytes() == (out / "adapter_model.safetensors").read_bytes()
+    adapters = "are the same bytes" if same else "differ"
     print(
-        f"\n{len(events)} interruptions of {place.num_steps} steps: losses differ by {largest:g} at most, the last one is"
+        f"\n{len(events)} interruptions of {place.num_steps} steps: losses differ by {largest:g} at most; the last is"
     )
-    print(
-        f"{curves[1][-1][1]!r} instead of {curves[0][-1][1]!r}; adapters are {'the same bytes' if same else 'different'}."
-    )
+    print(f"{curves[1][-1][1]!r} instead of {curves[0][-1][1]!r}, and the adapters {adapters}.")
 
 
 def disks(folder: Path, model: Path, shards: Path) -> None:
@@ -240,6 +243,36 @@ def disks(folder: Path, model: Path, shards: Path) -> None:
         print(f"| {number} | {len(of_kind)} | {saved} | {told} | {lost} |")
 
 
+def _slurm_event(
+    started: cluster.Cluster, program: events.Program, nodes: dict[str, list[str]], name: str
+) -> events.Row:
+    """What one event on its `nodes` cost a job of `program`."""
+    return events.run_event(name, started, nodes[name], started.submit_folder / f"out-{nodes[name][0]}", program)
+
+
+def slurm(folder: Path, model: Path, shards: Path) -> None:
+    """Print what events cost a job of slurm/train.sbatch on a real Slurm: a stand-in that trains, at all events at
+    once, and the package itself at some, one by one."""
+    if reason := cluster.missing():
+        print(f"\nSlurm: skipped: {reason}")
+        return
+    settings, rows = ["NODE_TIMEOUT=10", "KILLWAIT=10"], []
+    standin, package = events.standin(folder / "bin"), events.package(folder / "package", model, shards)
+    for program, names, at_once in ((standin, list(events.EVENTS), len(events.EVENTS)), (package, BY_THE_PACKAGE, 1)):
+        work = folder / program.name
+        with (
+            cluster.running(work / "w", work / "clone", num_nodes=3 * len(names), settings=settings) as started,
+            ThreadPoolExecutor(at_once) as pool,
+        ):
+            nodes = {name: started.nodes[3 * number :][:3] for number, name in enumerate(names)}  # one may be lost
+            run = partial(_slurm_event, started, program, nodes)
+            rows += list(pool.map(run, names))
+    head("event in Slurm", "trains", "ends", "restarts", "steps lost", "seconds from the signal to the marker")
+    for one in rows:
+        seconds = "none made" if one.signal_to_marker_s is None else f"{one.signal_to_marker_s:.1f}"
+        print(f"| {one.event} | {one.program} | {one.state} | {one.restarts} | {one.steps_lost} | {seconds} |")
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -258,6 +291,8 @@ def main() -> None:
         if arguments.only in (None, "disks"):
             (folder / "disks").mkdir()
             disks(folder / "disks", *place)
+        if arguments.only in (None, "slurm"):
+            slurm(folder, *place)
 
 
 if __name__ == "__main__":
