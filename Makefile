@@ -6,11 +6,11 @@ INSTALLED := .venv/.installed
 # accelerate and ninja (for the one operator that DeepSpeed compiles) are looked up in PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help .venv demo test test-gpu bench parity check format clean
+.PHONY: help .venv demo test test-all test-gpu test-slurm bench parity check format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
 .venv: $(INSTALLED) ## make the virtual environment (2 to 4 minutes, 6 GB)
 
@@ -26,8 +26,15 @@ demo: .venv ## the whole job on a tiny Gemma 4: shard, train, evaluate, merge (a
 test: .venv ## the tests; one of them: make test ARGS="-k config"
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
+test-all: export LONG_TESTS := 1
+test-all: test ## the tests, with those that take long
+
 test-gpu: .venv ## a self test of this machine's GPU (GPU_TESTS_ON_CPU=1: of these tests, on the CPU)
 	HF_HUB_OFFLINE=1 python -m pytest tests/gpu -s $(ARGS)
+
+test-slurm: .venv ## the batch scripts on a real Slurm of Debian's packages, as root, which it installs (15 minutes)
+	tests/slurm/cluster.sh install
+	SLURM_TESTS=all OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest tests/slurm -s $(ARGS)
 
 bench: .venv ## streaming beside its peers, some 25 minutes on 2 cores; one table: make bench ARGS="--only store"
 	python benchmarks/streaming.py $(ARGS)

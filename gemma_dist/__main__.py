@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import click
 
-from gemma_dist import exits, ranklog, world
+from gemma_dist import exits, meeting, ranklog, world
 from gemma_dist.cli import cli
 from gemma_dist.errors import GemmaDistError, PeerError, Stopped
 from gemma_dist.failures import explain
@@ -38,6 +38,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return result if isinstance(result, int) else exits.DONE  # click returns the code of --help and --version
     except click.ClickException as error:
         error.show()
+        meeting.tell(error.format_message(), exits.USER_ERROR)
     except click.Abort:
         return exits.INTERRUPTED
     except Stopped:
@@ -46,14 +47,17 @@ def _run(arguments: Sequence[str] | None) -> int:
         pass  # said by the rank that it happened to
     except GemmaDistError as error:
         _say_error(str(error))
+        meeting.tell(str(error), exits.USER_ERROR)
     except Exception as error:
         explanation = explain(error)
         if explanation is None:
             _say(traceback.format_exc() + "This is a bug in gemma_dist: please report it with the lines above.")
+            meeting.tell("a bug in gemma_dist, see there", exits.BUG)
             return exits.BUG
         ranklog.say(traceback.format_exc())
         if explanation.message:  # else another rank says it
             _say_error(explanation.message)
+            meeting.tell(explanation.message, explanation.code)
         return explanation.code
     return exits.USER_ERROR
 

@@ -53,13 +53,18 @@ class RunIdentity:
         """What a checkpoint, whose identity was `saved` as JSON, was made with instead, in words."""
         different = []
         for one in fields(self):
-            meaning = one.metadata.get("meaning", one.name)
+            meaning = self.meaning(one.name)
             was, now = saved.get(one.name), getattr(self, one.name)
             if one.name not in saved:
                 different.append(f"{meaning} was not recorded, by an earlier version of gemma_dist")
             elif was != now:
                 different.append(f"{meaning} was {was!r} and is now {now!r}")
         return different
+
+    @classmethod
+    def meaning(cls, name: str) -> str:
+        """What messages call a field."""
+        return next((one.metadata.get("meaning", name) for one in fields(cls) if one.name == name), name)
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)

@@ -30,6 +30,7 @@ from gemma_dist.train.optimizer import optimizer_bytes, save_optimizer
 from gemma_dist.train.run import train
 from gemma_dist.train.weights import bytes_to_save, weights_to_save
 from tests.support.corpus import row, shard_rows
+from tests.support.damages import DAMAGES, truncate, zero
 from tests.support.faults import inject
 from tests.support.ranks import ENVIRONMENT, needs_compiler
 
@@ -74,21 +75,6 @@ def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) 
     return caplog
 
 
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def _zero(path: Path) -> None:
-    """As a file system leaves a block that was never written: the size is right."""
-    data = bytearray(path.read_bytes())
-    middle = len(data) // 2
-    data[middle : middle + 512] = bytes(len(data[middle : middle + 512]))
-    path.write_bytes(data)
-
-
-DAMAGES: dict[str, Callable[[Path], None]] = {"truncated": _truncate, "zeroed": _zero, "missing": Path.unlink}
-
-
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_whatever_file_is_damaged_the_run_goes_on_from_the_checkpoint_before(
     finished: tuple[Path, RunIdentity], tmp_path: Path, warnings: Any, kind: str
@@ -117,7 +103,7 @@ def test_no_rank_alone_puts_a_checkpoint_aside(
     out, identity = finished
     for step in (2, 3):
         shutil.copytree(out / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
-    _truncate(tmp_path / "checkpoint-3" / MARKER)
+    truncate(tmp_path / "checkpoint-3" / MARKER)
     for rank in ("1", "0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert find_checkpoint(tmp_path, "auto", identity) == (tmp_path / "checkpoint-2", 2)
@@ -155,7 +141,7 @@ def test_a_checkpoint_of_an_earlier_version_has_no_checksums(
 ) -> None:
     folder = shutil.copytree(finished[0] / "checkpoint-3", tmp_path / "checkpoint-3")
     (folder / MARKER).write_text(json.dumps({"step": 3, "state": finished[1].to_json()}))
-    _zero(folder / "adapter_model.safetensors")
+    zero(folder / "adapter_model.safetensors")
     found, _ = find_checkpoint(tmp_path, "auto", finished[1])
     assert whole_checkpoint(found, tmp_path, "auto", finished[1]) == (folder, 3)
 
@@ -224,13 +210,13 @@ def test_a_damaged_checkpoint_that_the_user_named_is_refused(
     """And left where it is, as the end of a run, too."""
     out, identity = finished
     named = shutil.copytree(out / "checkpoint-3", tmp_path / "checkpoint-3")
-    _zero(named / "optimizer-00000-of-00001.safetensors")
+    zero(named / "optimizer-00000-of-00001.safetensors")
     with pytest.raises(CheckpointError, match=r"is damaged: optimizer-00000-of-00001.safetensors holds other bytes"):
         whole_checkpoint(find_checkpoint(tmp_path, str(named), identity)[0], tmp_path, str(named), identity)
     config = _config(model, shards, tmp_path / "out", resume_from_checkpoint=named)
     with pytest.raises(CheckpointError, match=r"is damaged: optimizer-00000-of-00001.safetensors holds other bytes"):
         train(config)
-    _truncate(named / "optimizer-00000-of-00001.safetensors")
+    truncate(named / "optimizer-00000-of-00001.safetensors")
     with pytest.raises(CheckpointError, match=r"optimizer-00000-of-00001.safetensors has [\d,]+ of its [\d,]+ bytes"):
         find_checkpoint(tmp_path, str(named), identity)
     assert named.is_dir()
@@ -242,7 +228,7 @@ def test_a_run_with_a_damaged_end_does_the_last_steps_again(
     """And with a torn line in its metrics, and the marker of its result gone meanwhile."""
     out = shutil.copytree(finished[0], tmp_path / "out")
     result = (out / "adapter_model.safetensors").read_bytes()
-    _zero(out / "checkpoint-3" / "adapter_model.safetensors")
+    zero(out / "checkpoint-3" / "adapter_model.safetensors")
     config = _config(model, shards, out)
     with pytest.raises(CheckpointError, match=r"the end of this run, is damaged and was put aside"):
         train(config)

@@ -22,7 +22,7 @@ FLOORS = [
     {"batch_plan", "fsdp_config", "logs", "ranklog"},
     {"topology", "exits"},
     {"recipe", "tensorfile", "failures"},
-    {"options", "signals"},
+    {"options", "signals", "meeting"},
     {"health", "model"},
     {"data"},
     {"shards"},

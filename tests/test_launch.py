@@ -1,4 +1,4 @@
-"""Recipes, process configs and the batch script: each is accepted by what reads it, and they fit one another."""
+"""Recipes, process configs and batch scripts: each is accepted by what reads it, and they fit one another."""
 
 import functools
 import json
@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from gemma_dist.batch_plan import batch_plan
+from gemma_dist.cli import cli
 from gemma_dist.config import LANGUAGE_MODEL_LINEARS, ModelConfig, RunConfig
 from gemma_dist.errors import ConfigError
 from gemma_dist.model.load import load_model
@@ -323,12 +324,22 @@ def test_an_audio_tower_is_loaded_and_left_alone(model):
 # ---- Slurm -----------------------------------------------------------------------------------------------------------
 
 SBATCH = ROOT / "slurm" / "train.sbatch"
+SCRIPTS = sorted(path for path in (ROOT / "slurm").iterdir() if path.suffix in (".sh", ".sbatch"))
 
 
-def test_the_batch_script_is_sound_bash():
-    subprocess.run(["bash", "-n", SBATCH], check=True)
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_for_slurm_are_short_sound_bash(path):
+    assert len(path.read_text().splitlines()) < 60
+    subprocess.run(["bash", "-n", path], check=True)
     if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", SBATCH], check=True)
+        subprocess.run(["shellcheck", "--external-sources", path], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.suffix == ".sbatch"], ids=lambda path: path.stem)
+def test_a_batch_script_shows_a_command_that_exists(path):
+    shown = re.search(r"^tasks (\w+)", path.read_text(), re.MULTILINE)
+    assert shown
+    assert shown[1] in cli.commands
 
 
 def test_the_batch_script_starts_each_node_as_itself(tmp_path):
@@ -338,8 +349,11 @@ def test_the_batch_script_starts_each_node_as_itself(tmp_path):
         "srun": """
             while [ "$1" != bash ]; do shift; done
             for node in 0 1; do SLURM_NODEID=$node "$@" & done; wait""",
-        "accelerate": r"""printf '%s\n' "$@" > "$OUT/$SLURM_NODEID"; echo "$OMP_NUM_THREADS" > "$OUT/threads" """,
+        "accelerate": r"""
+            printf '%s\n' "$@" > "$OUT/$SLURM_NODEID"; echo "$OMP_NUM_THREADS" > "$OUT/threads"
+            for ((i = 0; i < 16; i++)); do echo 0 > "$GEMMA_DIST_EXIT_CODES/rank-$i"; done""",
     }
+    (tmp_path / "slurm").symlink_to(ROOT / "slurm")
     for name, body in stand_ins.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(stat.S_IRWXU)
@@ -351,6 +365,7 @@ def test_the_batch_script_starts_each_node_as_itself(tmp_path):
         "SLURM_NNODES": "2",
         "SLURM_GPUS_ON_NODE": "8",
         "SLURM_CPUS_PER_TASK": "96",
+        "HEALTH": "0",
     }
     words = ["accelerate_configs/zero3.yaml", "launch/31b_lora_zero3.yaml", "data.train=[a b, c]", "output_dir=$HOME"]
     subprocess.run(["bash", SBATCH, *words], env=env, cwd=tmp_path, check=True, timeout=60)
@@ -358,7 +373,7 @@ def test_the_batch_script_starts_each_node_as_itself(tmp_path):
     for node in ("0", "1"):
         given = (tmp_path / node).read_text().splitlines()
         assert given[0] == "launch"
-        options = dict(zip(given[1:-6:2], given[2:-6:2], strict=True))
+        options = dict(zip(given[1:-7:2], given[2:-7:2], strict=True))
         assert options == {
             "--config_file": words[0],
             "--num_machines": "2",
@@ -367,11 +382,12 @@ def test_the_batch_script_starts_each_node_as_itself(tmp_path):
             "--main_process_ip": "n7",
             "--main_process_port": "19567",
         }
-        assert given[-6:] == ["-m", "gemma_dist", "train", *words[1:]]
+        assert given[-7:] == ["-m", "gemma_dist", "train", words[1], "train.stop_grace_s=300", *words[2:]]
     assert (tmp_path / "threads").read_text().strip() == "12"
 
 
-def test_the_batch_script_says_how_it_is_used():
-    result = subprocess.run(["bash", SBATCH], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.suffix == ".sbatch"], ids=lambda path: path.stem)
+def test_a_batch_script_says_how_it_is_used(path):
+    result = subprocess.run(["bash", path], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert "usage: sbatch" in result.stderr

@@ -83,7 +83,7 @@ class Schedule:
         """
         self.shards, self.plan, self.packing, self._cache_dir = shards, plan, packing, cache_dir
         self.packing_length = packing_length or self._longest() if packing else 0
-        self._quarantine = quarantine
+        self.quarantine = quarantine
         ranges, weights = shards.sources()
         try:
             num_lanes = split_lanes(weights, plan.global_batch_size)
@@ -141,7 +141,7 @@ class Schedule:
 
     def _kept(self, samples: list[int]) -> list[int]:
         """A unit without its samples in quarantine: they leave after packing, so that no other changes its pack."""
-        return [sample for sample in samples if sample not in self._quarantine]
+        return [sample for sample in samples if sample not in self.quarantine]
 
     def _source(self, rows: range, num_lanes: int, seed: int) -> _Source:
         """The blocks and the order of one source of a mixture, which has the row groups `rows` of the corpus."""

@@ -140,8 +140,8 @@ def damaged_and_named(folder: Path, problems: list[str]) -> str:
 
 def changed_settings(folder: Path, config: RunConfig) -> list[str]:
     """What of `config` differs from the settings of the run that saved the checkpoint `folder`, in words."""
-    then = _flat(read_marker(folder)["settings"])
-    now = _flat(config.to_json())
+    then = flat(read_marker(folder)["settings"])
+    now = flat(config.to_json())
     changed = []
     for key in sorted(then.keys() | now.keys()):
         before, after = then.get(key), now.get(key)
@@ -150,15 +150,15 @@ def changed_settings(folder: Path, config: RunConfig) -> list[str]:
     return changed
 
 
-def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+def flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Settings by their dotted keys."""
-    flat: dict[str, object] = {}
+    found: dict[str, object] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            found |= flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
-    return flat
+            found[prefix + name] = value
+    return found
 
 
 def require_same_start(start_step: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gemma_dist import exits, ranklog, world
+from gemma_dist import exits, meeting, ranklog, world
 from gemma_dist.config import RunConfig
 from gemma_dist.data.encode import Encoder, load_encoder
 from gemma_dist.errors import CheckpointError, Stopped
@@ -29,6 +29,7 @@ from gemma_dist.model.record import ADAPTER_RECORD
 from gemma_dist.resolve import Run, require_output_dir, resolve
 from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.topology import current_topology, require_fit
+from gemma_dist.train.agree import require_same_run
 from gemma_dist.train.checkpoint import (
     changed_settings,
     damaged_and_named,
@@ -156,10 +157,12 @@ def _train_from(
     world.set_nccl_defaults()
     if world.rank() == 0:
         clear(settings.output_dir)
-    arguments = training_arguments(run)  # at ZeRO-3 it has to be there before the model: it partitions the weights
-    world.note_processes()
+    with meeting.waiting():
+        arguments = training_arguments(run)  # at ZeRO-3 it has to be there before the model: it partitions the weights
+        world.note_processes()
     exits.use_folder(settings.output_dir / HEARTBEATS)
     own(settings.output_dir)
+    require_same_run(run)
     require_shared(settings.output_dir)
     checkpoint, start_step = whole_checkpoint(
         checkpoint, settings.output_dir, settings.resume_from_checkpoint, run.identity

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -23,6 +24,7 @@ HIDES_GPUS = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="DeepSpeed compiles an operator for CPU processes with g++, which is absent"
 )
+long = pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="takes long, and is run by `make test-all`")
 
 
 def start(*words: object, launch: str | Path | None = None, gpu: bool = False) -> subprocess.Popen[str]:
@@ -60,12 +62,12 @@ def kill(process: subprocess.Popen[str]) -> str:
     return process.communicate()[0]
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], timeout: float = 300) -> None:
+def wait_for(path: Path, process: subprocess.Popen[Any], timeout: float = 300) -> None:
     """Until `path` is there, which `process` is to write."""
     end = time.monotonic() + timeout
     while not path.exists():
         if process.poll() is not None or time.monotonic() > end:
-            raise AssertionError(f"{path} was not written:\n{kill(process)[-8000:]}")
+            raise AssertionError(f"{path} was not written:\n{(kill(process) or '')[-8000:]}")
         time.sleep(0.05)
 
 
