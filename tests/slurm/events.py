@@ -146,7 +146,7 @@ class Event:
     options: tuple[str, ...] = ()  # of sbatch
     overrides: tuple[str, ...] = ()  # of the recipe
     env: dict[str, str] = field(default_factory=dict)
-    trains_s: float = 8  # how long the job has to train before and after it, at least
+    trains_s: float = 15  # how long the job has to train before and after it, at least
     save_steps: int = 1000  # none but those that an event asks for
     recipe: str = ""  # in the place of the program's
     begins: bool = True  # whether the job comes to its fifth step
@@ -182,7 +182,7 @@ def _kill_slurmd(job: Job) -> None:
     """The daemon of the second node. Its rank lives on, with nobody left to end it, until it does so itself."""
     node = job.nodes[1]
     job.cluster.on_node(node, "pkill", "-KILL", "-x", "slurmd")
-    wait_until(lambda: not job.ranks_on(node), 120)
+    wait_until(lambda: not job.ranks_on(node), 120, every_s=1)
 
 
 def _power_off(job: Job) -> None:
@@ -193,7 +193,7 @@ def _cut_off(job: Job) -> None:
     """The network of the second node, without a word to either side. Its rank is to end by itself."""
     node = job.nodes[1]
     job.cluster.run("ip", "link", "set", f"v{node[1:]}", "down")
-    wait_until(lambda: not job.ranks_on(node), 120)
+    wait_until(lambda: not job.ranks_on(node), 120, every_s=1)
 
 
 def _touch_stop(job: Job) -> None:
@@ -238,7 +238,7 @@ def run_one(name: str, event: Event, cluster: Cluster, nodes: list[str], folder:
         *(*program.overrides, *steps, *event.overrides),
         env=program.env | event.env,
     )
-    wait_until(lambda: cluster.job(number)["JobState"] != "PENDING")
+    wait_until(lambda: cluster.job(number)["JobState"] != "PENDING", every_s=0.5)
     job = Job(cluster, number, folder, cluster.hosts(number))
     if event.begins:
         wait_until(lambda: max(job.steps(), default=0) >= AT_STEP, 180)
