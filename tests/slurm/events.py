@@ -81,13 +81,12 @@ class Job:
         return max((int(path.parent.name.partition("-")[2]) for path in self.markers()), default=0)
 
     def signal_to_marker_s(self) -> float | None:
-        """From the first start's signal to the first marker behind it, within that start."""
-        told, next_start = self.log_folder / "attempt-0" / "told", self.log_folder / "attempt-1"
-        if not told.exists():
+        """From the first start's signal to the first marker behind it, before rank 0 of that start ended."""
+        told, ended = (self.log_folder / "attempt-0" / name for name in ("told", "rank-0"))
+        if not told.exists() or not ended.exists():
             return None
-        begin = told.stat().st_mtime
-        end = next_start.stat().st_ctime if next_start.exists() else float("inf")
-        after = [when for path in self.markers() if begin <= (when := path.stat().st_mtime) < end]
+        begin, end = told.stat().st_mtime, ended.stat().st_mtime
+        after = [when for path in self.markers() if begin <= (when := path.stat().st_mtime) <= end]
         return round(min(after) - begin, 2) if after else None
 
     def ranks_on(self, node: str) -> list[str]:
