@@ -23,7 +23,7 @@ FLOORS = [
     {"topology", "exits"},
     {"recipe", "tensorfile", "failures"},
     {"options", "signals"},
-    {"model"},
+    {"health", "model"},
     {"data"},
     {"shards"},
     {"stream"},

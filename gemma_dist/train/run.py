@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -76,22 +76,10 @@ def train(
         CheckpointError: the ranks did not find the same checkpoint.
         TrainingError: a loss or a gradient is not finite.
     """
-    topology, output_dir = current_topology(), config.train.output_dir
+    output_dir = config.train.output_dir
     requests = requests or StopRequests()
     ranklog.keep()
-    require_fit(config, topology)
-    require_output_dir(config)
-    _require_card(config)
-    compile_operators(topology, train=True)
-    run = resolve(config, topology)
-    encoder = load_encoder(config.model.model_name_or_path, config.data)
-    if world.rank() == 0 and (note := encoder.lost_opening()):
-        log.warning(note)
-    checkpoint, start_step = find_checkpoint(output_dir, config.train.resume_from_checkpoint, run.identity)
-    if checkpoint and (changed := changed_settings(checkpoint, config)):
-        log.info("resuming from %s with other settings: %s", checkpoint, "; ".join(changed))
-    if watch is not None:
-        watch.begin(run, gpu_at_hand())
+    run, encoder, checkpoint, start_step = prepare(config, watch)
     stopped = ""
     with lock_output_dir(output_dir, wait_s=config.train.step_timeout_s), requests.looking_in(output_dir):
         if start_step < run.num_steps:
@@ -108,6 +96,39 @@ def train(
     world.disconnect()
     if stopped:
         raise Stopped(stopped)
+
+
+class Prepared(NamedTuple):
+    """A run before a weight is read."""
+
+    run: Run
+    encoder: Encoder
+    checkpoint: Path | None  # that this rank has found, to go on from
+    start_step: int
+
+
+def prepare(config: RunConfig, watch: MemoryWatch | None) -> Prepared:
+    """All that is done before a weight is read and before the ranks are connected. Nothing is changed on the disk.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as `train`.
+    """
+    topology = current_topology()
+    require_fit(config, topology)
+    require_output_dir(config)
+    _require_card(config)
+    compile_operators(topology, train=True)
+    run = resolve(config, topology)
+    encoder = load_encoder(config.model.model_name_or_path, config.data)
+    if world.rank() == 0 and (note := encoder.lost_opening()):
+        log.warning(note)
+    settings = config.train
+    checkpoint, start_step = find_checkpoint(settings.output_dir, settings.resume_from_checkpoint, run.identity)
+    if checkpoint and (changed := changed_settings(checkpoint, config)):
+        log.info("resuming from %s with other settings: %s", checkpoint, "; ".join(changed))
+    if watch is not None:
+        watch.begin(run, gpu_at_hand())
+    return Prepared(run, encoder, checkpoint, start_step)
 
 
 def _require_card(config: RunConfig) -> None:
@@ -144,7 +165,8 @@ def _train_from(
         checkpoint, settings.output_dir, settings.resume_from_checkpoint, run.identity
     )
     ranklog.write_to(settings.output_dir, _attempt(run, start_step))
-    loader = _loader(run, encoder, start_step)
+    log.info("%d trajectories, %s, %d of %d steps done", len(run.schedule.shards), run.plan, start_step, run.num_steps)
+    loader = run_loader(run, encoder, start_step)
     model = load_run_model(run, loader.table)
     metrics = settings.output_dir / "metrics.jsonl"
     run_log = RunLog(metrics, start_step=loader.start_step, num_steps=run.num_steps)
@@ -174,9 +196,8 @@ def _attempt(run: Run, start_step: int) -> dict[str, object]:
     }
 
 
-def _loader(run: Run, encoder: Encoder, start_step: int) -> TrajectoryLoader:
+def run_loader(run: Run, encoder: Encoder, start_step: int) -> TrajectoryLoader:
     """This rank's micro-batches of the steps from `start_step` on."""
-    log.info("%d trajectories, %s, %d of %d steps done", len(run.schedule.shards), run.plan, start_step, run.num_steps)
     return TrajectoryLoader(
         run.schedule,
         encoder,
