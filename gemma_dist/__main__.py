@@ -51,6 +51,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         if explanation is None:
             _say(traceback.format_exc() + "This is a bug in gemma_dist: please report it with the lines above.")
             return exits.BUG
+        ranklog.say(traceback.format_exc())
         if explanation.message:  # else another rank says it
             _say_error(explanation.message)
         return explanation.code

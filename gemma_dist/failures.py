@@ -34,7 +34,7 @@ USER_ERRNOS = {
     errno.ESTALE: "the file changed under us on a network disk: run the command again",
 }
 # What torch's exchanges say where the process at the other end is gone.
-BROKEN = re.compile(r"Connection (closed|reset) by peer|Broken pipe|gloo/transport|remote process exited|NCCL|Store")
+BROKEN = re.compile(r"Connection (closed|reset) by peer|Broken pipe|gloo/transport|remote process exited")
 GOES_ON = "Finished checkpoints are whole: the same command resumes from the newest"
 RUST_ERRNO = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers say it in words alone
 
@@ -128,9 +128,9 @@ def _of_end(code: int | None, status: int | None) -> str:
 def _is_broken_connection(error: Exception) -> bool:
     """Whether an exchange failed since another rank is gone, on this machine or another."""
     names = {one.__name__ for one in type(error).__mro__}
-    return world.world_size() > 1 and (
+    return world.world_size() > 1 and bool(
         isinstance(error, ConnectionError)
-        or "DistError" in names  # torch's, which is not imported for its name
+        or names & {"DistNetworkError", "DistStoreError"}  # torch's, which is not imported for their names
         or ("RuntimeError" in names and BROKEN.search(str(error)) is not None)
     )
 
