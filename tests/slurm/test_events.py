@@ -5,6 +5,7 @@ the table in docs/slurm.md, on a real Slurm. Minutes, so `make test-slurm` runs 
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,22 @@ def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("slurm")
     settings = ["NODE_TIMEOUT=10", "KILLWAIT=10"]
-    with cluster.running(folder / "work", folder / "clone", num_nodes=3 * len(REAL), settings=settings) as started:
+    with cluster.running(folder / "work", folder / "clone", num_nodes=3 * len(REAL) + 3, settings=settings) as started:
         yield started
+
+
+def test_a_node_without_the_common_disk_is_found_and_left_out(impatient: Cluster, standin_folder: Path) -> None:
+    """By the package's own health check."""
+    first, without, spare = nodes = impatient.nodes[-3:]
+    folder = impatient.submit_folder / "out-health"
+    folder.mkdir()
+    impatient.on_node(without, "mount", "-t", "tmpfs", "tmpfs", str(folder))
+    options = f"--num-gpus 0 --min-free-gb 0 --output-dir {folder}"
+    event = replace(EVENTS["nothing"], env={"REAL_HEALTH": "1", "HEALTH_OPTIONS": options})
+    found = events.run_one("unfit", event, impatient, nodes, folder, events.standin(standin_folder))
+    assert (found.state, found.restarts) == ("COMPLETED", 1), found.log
+    assert f"without {without} from now on" in found.log
+    assert found.nodes == [first, spare]
 
 
 @pytest.fixture(scope="module")
