@@ -176,6 +176,14 @@ def _preempt(job: Job) -> None:
     job.cluster.wait_for_end(other, 120)
 
 
+def _reach_limit(job: Job) -> None:
+    """The time limit: moved here, and away again once the job begins anew, so that it hits a job that trains."""
+    minutes = int(job.cluster.job(job.number)["RunTime"].split(":")[1]) + 1
+    job.cluster.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes}")
+    wait_until(lambda: job.cluster.job(job.number)["Restarts"] == "1", 300, every_s=0.5)
+    job.cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
+
+
 def _kill_rank(job: Job) -> None:
     """As the kernel does that is out of memory."""
     [rank] = job.ranks_on(job.nodes[1])
@@ -211,8 +219,8 @@ def _nothing(job: Job) -> None:
 EVENTS = {
     "nothing": Event(_nothing),
     "signal of the time limit": Event(_tell_all_tasks),
-    "time limit with --signal": Event(_nothing, ("--time=2", "--signal=USR1@60"), trains_s=130),
-    "time limit without --signal": Event(_nothing, ("--time=1", "--signal=USR1@0"), trains_s=100),
+    "time limit with --signal": Event(_reach_limit, ("--time=60", "--signal=USR1@30"), trains_s=100),
+    "time limit without --signal": Event(_reach_limit, ("--time=60", "--signal=USR1@0"), trains_s=100),
     "preemption": Event(_preempt, ("--partition=low",)),
     "scontrol requeue": Event(_requeue),
     "scancel": Event(_cancel),
