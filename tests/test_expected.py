@@ -10,6 +10,7 @@ from gemma_dist.data.read import Call, Reading
 from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.errors import DataError
 from gemma_dist.evaluate.score import GoldCall, score_decision
+from tests.support.scoring import expecting
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Tells.", "parameters": SCHEMA}}]
@@ -148,11 +149,12 @@ def test_training_refuses_a_test_case() -> None:
 def score(gold: list[GoldCall], *calls: GoldCall, content: str = "") -> Any:
     read = tuple(Call(call["name"], call["arguments"], (0, 0)) for call in calls)
     reading = Reading(read, content, "", bool(calls), "ok" if calls else "no_call")
-    return score_decision(reading, gold, "(any)", TOOLS, is_outline=True)
+    return score_decision(reading, expecting(gold, "(any)", is_outline=True), TOOLS)
 
 
 WEATHER = GoldCall(name="weather", arguments={})
-OF_ARGUMENTS = {"arg_precision", "arg_recall", "arg_f1", "call_exact", "sample_exact", "parallel_exact", "answer_exact"}
+OF_ARGUMENTS = {"arg_precision", "arg_recall", "arg_f1", "call_exact", "sample_exact", "parallel_exact"}
+OF_ARGUMENTS |= {"answer_exact", "answer_contains"}
 
 
 def test_an_outline_counts_names_and_nothing_else() -> None:

@@ -4,10 +4,10 @@
                                                    "function": [{"name": "f", "parameters": {"type": "dict", …}}]}
     possible_answer/BFCL_v4_simple_python.json    {"id": "simple_python_0", "ground_truth": [{"f": {"a": [1, ""]}}]}
 
-The answers lie in a file of their own, of the same name in `possible_answer/`, as in BFCL's folder; a row that holds its
-`ground_truth` itself is taken, too. The category is what stands in front of the number of an id. Rows of irrelevance
-expect no call, those of relevance any call at all. What needs more than a look at one answer is refused: several turns,
-memory and search (programs are run), Java and JavaScript (arguments are source text of these languages).
+The answers lie in a file of their own, of the same name in `possible_answer/`, as in BFCL's folder; a row that holds
+its `ground_truth` itself is taken, too. The category is what stands in front of the number of an id. Rows of
+irrelevance expect no call, those of relevance any call at all. What needs more than a look at one answer is refused:
+several turns, memory and search (programs are run), Java and JavaScript (arguments are source text of these languages).
 """
 
 from collections.abc import Iterator
@@ -39,8 +39,8 @@ def as_test_case(row: RawRow) -> RawRow:
     category = str(row.get("id")).rpartition("_")[0]
     if category not in TAKEN:
         raise DataError(
-            f"the row is of BFCL's category {short(category)}, by its id {short(row.get('id'))}; taken are those of one "
-            f"turn whose arguments are JSON: {', '.join(TAKEN)}"
+            f"the row is of BFCL's category {short(category)}, by its id {short(row.get('id'))}; taken are those of "
+            f"one turn whose arguments are JSON: {', '.join(TAKEN)}"
         )
     case: RawRow = {"id": row["id"], "category": category, "messages": _messages(row["question"])}
     functions = row["function"]
@@ -52,8 +52,8 @@ def as_test_case(row: RawRow) -> RawRow:
         return {**case, "expected_tool": "*"}
     if row.get("ground_truth") is None:
         raise DataError(
-            f"the row of BFCL has no `ground_truth`; put the file of its answers beside it, as {ANSWERS}/ with the same "
-            "name, or write the answers into the row"
+            f"the row of BFCL has no `ground_truth`; put the file of its answers beside it, in {ANSWERS}/ under the "
+            "same name, or write the answers into the row"
         )
     return {**case, "expected_calls": [_expected(call) for call in _list(row["ground_truth"], "ground_truth")]}
 
@@ -92,7 +92,9 @@ def _messages(question: object) -> list[object]:
 def _expected(call: object) -> RawRow:
     """An expected call: {"f": {"a": [1, ""]}} -> {"name": "f", "arguments": {"a": [1, ""]}}."""
     if not isinstance(call, dict) or len(call) != 1:
-        raise DataError(f'`ground_truth` holds {short(call)}; write {{"name of the function": {{"argument": [values]}}}}')
+        raise DataError(
+            f'`ground_truth` holds {short(call)}; write {{"name of the function": {{"argument": [values]}}}}'
+        )
     ((name, arguments),) = call.items()
     return {"name": name, "arguments": arguments}
 
@@ -101,5 +103,3 @@ def _list(value: object, name: str) -> list[object]:
     if not isinstance(value, list) or not value:
         raise DataError(f"`{name}` is {short(value)}; write a list that is not empty")
     return value
-
-

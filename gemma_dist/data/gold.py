@@ -3,9 +3,9 @@
     {"name": "weather", "arguments": {"city": "Rome"},
      "acceptable": {"city": ["Rome", "Roma"], "unit": ["celsius", ""]}, "ignore_arguments": ["note"]}
 
-`acceptable` has a list for each argument that it speaks of; "" in the list means that the argument may be absent. A value
-that is an object has such a list under each of its keys, also where it stands in an array, as in BFCL's files. Arguments
-that it does not speak of have the one value under `arguments`, which may be left out where it speaks of all.
+`acceptable` has a list for each argument that it speaks of; "" in the list means that the argument may be absent. A
+value that is an object has such a list under each of its keys, also where it stands in an array, as in BFCL's files.
+Arguments that it does not speak of have the one value under `arguments`, which may be left out where it speaks of all.
 
 Evaluation alone looks at both keys; training passes over them.
 """
@@ -57,7 +57,7 @@ def parse_acceptable(given: object, clean: Clean) -> dict[str, list[Json]]:
 def representative(acceptable: object) -> JsonObject:
     """Arguments for show that `acceptable` takes: the first value of each that may not be left out, but for nulls.
 
-    {"city": ["Rome", "Roma"], "unit": ["celsius", ""], "at": [{"hour": [9, 10]}]}  ->  {"city": "Rome", "at": {"hour": 9}}
+    {"city": ["Rome", "Roma"], "unit": ["°C", ""], "at": [{"hour": [9, 10]}]}  ->  {"city": "Rome", "at": {"hour": 9}}
     """
     if not isinstance(acceptable, Mapping):
         return {}
