@@ -4,8 +4,8 @@
     python benchmarks/bfcl_rule.py /tmp/bfcl/lib/python3*/site-packages
 
 Takes BFCL's single-turn Python categories as they are published. Of each row's gold calls it makes outputs: every
-acceptable value, and one fault at a time. Both judge each; differences are printed, by what was done. Nothing of BFCL is
-a dependency of ours: only its checker is imported, without the packages that bfcl-eval asks for.
+acceptable value, and one fault at a time. Both judge each; differences are printed, by what was done. Nothing of BFCL
+is a dependency of ours: only its checker is imported, without the packages that bfcl-eval asks for.
 """
 
 import copy
@@ -19,12 +19,14 @@ from typing import Any
 
 from gemma_dist.config import EvaluateConfig
 from gemma_dist.data.bfcl import read_with_answers
-from gemma_dist.data.read import Call, Reading
+from gemma_dist.data.read import Call
 from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
+from gemma_dist.evaluate.bfcl_rule import bfcl_faults
 from gemma_dist.evaluate.line import gold_of
-from gemma_dist.evaluate.score import score_decision
+from gemma_dist.evaluate.matching import Comparison, match_calls
+from gemma_dist.evaluate.values import nfc
 
 CATEGORIES = (
     *("simple_python", "multiple", "parallel", "parallel_multiple"),
@@ -53,10 +55,13 @@ def load_checker(site_packages: Path) -> Checker:
 
 
 def judge(case: Trajectory, calls: Calls) -> bool:
-    """Whether our rule passes these calls."""
-    read = tuple(Call(name, arguments, (0, 0)) for call in calls for name, arguments in call.items())
-    reading = Reading(read, "", "", bool(read), "ok" if read else "no_call")
-    return score_decision(reading, gold_of(case, case.messages[-1:]), case.tools)["bfcl"]["right"]
+    """Whether our rule passes these calls, as `score_decision` asks it."""
+    gold = gold_of(case, case.messages[-1:])["calls"]
+    read = [Call(name, arguments, (0, 0)) for call in calls for name, arguments in call.items()]
+    schemas = {tool["function"]["name"]: nfc(tool["function"].get("parameters") or {}) for tool in case.tools}
+    comparison = Comparison(gold, read, schemas, bfcl_faults)
+    num_exact = sum(not comparison.faults(*pair) for pair in match_calls(comparison))
+    return num_exact == len(gold) == len(read)
 
 
 def pick(values: list[Any], place: int) -> Any:

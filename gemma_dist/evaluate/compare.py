@@ -125,7 +125,7 @@ def failed_rules(compared: Comparison, fail_below: Iterable[str], fail_if_worse:
         name, lowest = _parse_rule(rule, compared)
         value = compared["metrics"][name]["after"]
         if value is None or value < lowest:
-            failures.append(f"{name} is {value}, below {lowest}")
+            failures.append(f"{name} is {value if value is None else round(value, 10)}, below {lowest}")
     high = compared["overall"]["high"]
     if fail_if_worse and high is not None and high < 0:
         low, difference = compared["overall"]["low"], compared["overall"]["difference"]
