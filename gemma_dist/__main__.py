@@ -1,7 +1,7 @@
 """`gemma-dist` and `python -m gemma_dist`: run a command, and turn what goes wrong into an exit code.
 
-0: done. 2: a user error, in plain words. 1: an internal error, with its traceback. 3, of `plan`: it does not fit.
-4, of `train`: a step hung, and the watchdog ended the run.
+0: done. 2: a user error, in plain words. 1: an internal error, with its traceback. 3, of `plan`: it does not fit; of
+`compare`: a rule was broken. 4, of `train`: a step hung, and the watchdog ended the run.
 """
 
 import sys

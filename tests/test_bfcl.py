@@ -68,7 +68,7 @@ def test_rows_without_answers_expect_no_call_or_any() -> None:
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        (row(), "has no `ground_truth`; put the file of its answers beside it, in possible_answer/"),
+        (row(), "without `ground_truth`; put the file of its answers beside it, in possible_answer/"),
         (row("simple_java_0", ground_truth=TRUTH), "BFCL's category 'simple_java'"),
         (row("multi_turn_base_0"), "BFCL's category 'multi_turn_base'"),
         (row(question=QUESTION * 2, ground_truth=TRUTH), "`question` has 2 turns"),
@@ -97,7 +97,7 @@ def test_the_published_checker_agrees(capsys: Any) -> None:
     loaded = importlib.util.spec_from_file_location("bfcl_rule", path)
     assert loaded is not None
     assert loaded.loader is not None
-    module = importlib.util.module_from_spec(loaded)
+    module: Any = importlib.util.module_from_spec(loaded)
     loaded.loader.exec_module(module)
     module.CATEGORIES = ("live_parallel", "live_parallel_multiple")
     module.main(Path(spec.origin).parents[1])

@@ -18,7 +18,7 @@ from gemma_dist.evaluate.runs import write_results
 from gemma_dist.evaluate.tally import add_up, measure
 from tests.support.scoring import expecting, line, reading
 
-F = {"name": "f", "arguments": {}}
+F: Any = {"name": "f", "arguments": {}}
 
 
 def lines(right: list[bool], points_each: int = 1, **keys: Any) -> list[ScoredDecision]:
@@ -30,7 +30,7 @@ def lines(right: list[bool], points_each: int = 1, **keys: Any) -> list[ScoredDe
 
 
 def write(out: Path, run: list[ScoredDecision], **settings: Any) -> Path:
-    header = {"model": "m", "adapter": None, "data": "d.jsonl", "world_size": 1}
+    header: dict[str, Any] = {"model": "m", "adapter": None, "data": "d.jsonl", "world_size": 1}
     header["settings"] = EvaluateConfig(**settings).model_dump(mode="json")
     write_results(out, header, run, {"": []})
     return out
@@ -52,6 +52,13 @@ def test_the_bootstrap_has_the_standard_error_of_its_clusters(num_clusters: int,
     assert high is not None
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.25 * 0.75 / num_clusters), rel=0.15)
     assert low < 0.25 < high
+
+
+def test_where_nothing_is_right_each_cluster_is_one_trial() -> None:
+    """Twelve points of three trajectories, all wrong: every draw says 0, which is not the same as being sure of it."""
+    metric = measure(add_up(lines([False] * 12, 4)))["overall"]
+    assert (metric["cluster_low"], metric["cluster_high"]) == wilson(0, 3)
+    assert (metric["low"], metric["high"]) == wilson(0, 12)
 
 
 def test_draws_are_the_same_each_time_and_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

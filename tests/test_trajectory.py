@@ -119,7 +119,8 @@ def test_every_real_row_goes_through(file: str, shared: Path) -> None:
         assert sum(part == {"type": "image"} for part in parts) == len(trajectory.images)
         raw_messages: Any = row["messages"]
         given_calls = [call["function"] for message in raw_messages for call in message.get("tool_calls") or []]
-        for call in row.get("expected_calls", []):
+        expected: Any = row.get("expected_calls", [])
+        for call in expected:
             first = {name: values[0] for name, values in call["arguments"].items()}
             gold = {"acceptable": call["arguments"], "ignore_arguments": row["ignore_arguments"]}
             given_calls.append({"name": call["name"], "arguments": first, **gold})

@@ -27,7 +27,8 @@ TAKEN = (
 
 def is_row(row: RawRow) -> bool:
     """Whether the row is one of BFCL's."""
-    return isinstance(row.get("question"), list) and isinstance(row.get("function"), list) and "messages" not in row
+    is_question = isinstance(row.get("question"), (str, list)) and isinstance(row.get("function"), (list, dict))
+    return is_question and not any(row.get(key) for key in ("messages", "conversations", "answer", "answers"))
 
 
 def as_test_case(row: RawRow) -> RawRow:
@@ -43,8 +44,7 @@ def as_test_case(row: RawRow) -> RawRow:
             f"one turn whose arguments are JSON: {', '.join(TAKEN)}"
         )
     case: RawRow = {"id": row["id"], "category": category, "messages": _messages(row["question"])}
-    functions = row["function"]
-    assert isinstance(functions, list), "is_row"
+    functions = row["function"] if isinstance(row["function"], list) else [row["function"]]
     case["tools"] = [{"type": "function", "function": function} for function in functions]
     if category.endswith("irrelevance"):
         return {**case, "expected_tool": "none"}
@@ -52,8 +52,8 @@ def as_test_case(row: RawRow) -> RawRow:
         return {**case, "expected_tool": "*"}
     if row.get("ground_truth") is None:
         raise DataError(
-            f"the row of BFCL has no `ground_truth`; put the file of its answers beside it, in {ANSWERS}/ under the "
-            "same name, or write the answers into the row"
+            "the row is a question of BFCL, a test case for `evaluate`, without `ground_truth`; put the file of its "
+            f"answers beside it, in {ANSWERS}/ under the same name, or write the answers into the row"
         )
     return {**case, "expected_calls": [_expected(call) for call in _list(row["ground_truth"], "ground_truth")]}
 
@@ -81,6 +81,8 @@ def read_with_answers(path: Path) -> Iterator[ReadRow]:
 
 def _messages(question: object) -> list[object]:
     """The messages of the only turn: [[{"role": "user", …}]] -> [{"role": "user", …}]."""
+    if isinstance(question, str):
+        return [{"role": "user", "content": question}]
     turns = _list(question, "question")
     if is_list_of(turns, dict):
         return turns

@@ -13,7 +13,7 @@ Evaluation alone looks at both keys; training passes over them.
 from collections.abc import Mapping
 from typing import Any
 
-from gemma_dist.data.strict import is_list_of, map_json, map_json_object, read_json_text, short, without_nulls
+from gemma_dist.data.strict import is_list_of, map_json_object, read_json_text, short, without_nulls
 from gemma_dist.data.types import CalledFunction, Clean, Json, JsonObject, RawRow
 from gemma_dist.errors import DataError
 
@@ -34,9 +34,9 @@ def add_gold(called: CalledFunction, described: RawRow, clean: Clean) -> None:
         called["acceptable"] = acceptable
     if described.get(IGNORED) is not None:
         ignored = described[IGNORED]
-        if not is_list_of(ignored, str):
+        if not isinstance(ignored, list) or not is_list_of(ignored, str):
             raise DataError(f"`{IGNORED}` is {short(ignored)}; write a list of names of arguments")
-        called["ignore_arguments"] = [str(map_json(name, clean, clean)) for name in ignored]  # type: ignore[union-attr]
+        called["ignore_arguments"] = [clean(name) for name in ignored]
 
 
 def parse_acceptable(given: object, clean: Clean) -> dict[str, list[Json]]:
@@ -78,4 +78,4 @@ def _plain(value: Any) -> Json:
         return {key: _first(values) for key, values in inner.items() if values and ABSENT not in values}
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    return value  # type: ignore[no-any-return]
+    return value

@@ -65,7 +65,7 @@ def _fault(value: Any, options: Sequence[Any], schema: Any) -> Any:
     gold_type = next((type(option) for option in options if option != ABSENT), None)
     is_variable = gold_type is not None and gold_type is not expected
     if type(value) is expected:
-        if item_type is not None and not _item_types_fit(value, options, item_type):
+        if isinstance(value, list) and item_type is not None and not _item_types_fit(value, options, item_type):
             return "wrong_type"
     elif gold_type is not None and type(value) is gold_type:
         is_variable = True

@@ -85,7 +85,7 @@ def smallest_difference(standard_error: float, num_points: int) -> float:
 
     Where nothing or nearly nothing changed, the standard error says too little: at least MIN_DISCORDANT points have to.
     """
-    return max((Z + Z_POWER) * standard_error, MIN_DISCORDANT / num_points)
+    return min(1.0, max((Z + Z_POWER) * standard_error, MIN_DISCORDANT / num_points))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

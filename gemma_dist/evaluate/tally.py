@@ -11,7 +11,7 @@ from typing import Literal, TypedDict
 import numpy as np
 
 from gemma_dist.evaluate.decision import ScoredDecision, Trajectory, cluster_of, trajectory_of
-from gemma_dist.evaluate.intervals import divide_each, middle_95, resample
+from gemma_dist.evaluate.intervals import divide_each, middle_95, resample, wilson
 from gemma_dist.evaluate.metrics import (
     PAIR_METRICS,
     TRAJECTORY_METRICS,
@@ -72,12 +72,21 @@ def add_up(decisions: Iterable[ScoredDecision], rule: Rule = "strict", *, whole:
 
 
 def measure(sums: Sums) -> dict[str, MetricReport]:
-    """Every metric of these counts, with both intervals."""
+    """Every metric of these counts, with both intervals.
+
+    Where all is right, or nothing, every draw says the same; then each cluster counts as one trial (Wilson).
+    """
     report = divide(sum(sums.values(), Counter()))
     names = [name for name, metric in report.items() if metric["denominator"]]
     if names:
-        for name, values in zip(names, _resampled(sums, names).T, strict=True):
-            report[name]["cluster_low"], report[name]["cluster_high"] = middle_95(values) or (None, None)
+        _, denominators = columns(sums, names)
+        num_clusters = (denominators > 0).sum(0).tolist()
+        for name, clusters, values in zip(names, num_clusters, _resampled(sums, names).T, strict=True):
+            found = report[name]
+            interval = middle_95(values)
+            if found["value"] in (0, 1) and found["low"] is not None:
+                interval = wilson(clusters * int(found["value"]), clusters)
+            found["cluster_low"], found["cluster_high"] = interval or (None, None)
     return report
 
 

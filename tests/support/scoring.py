@@ -42,4 +42,4 @@ def line(trajectory: int, turn: int, gold: Gold, output: Reading, tools: Any = (
         "gold": gold,
         "score": score,
     }
-    return made | keys  # type: ignore[no-any-return]
+    return made | keys
