@@ -165,13 +165,13 @@ def _paired(before: Run, after: Run) -> list[Paired]:
         if lacking:
             raise DataError(
                 f"{one.folder} has {len(lacking)} decision points that {other.folder} has not: {_names(lacking)}; "
-                "compare runs on the same data, with the same --limit and --unroll"
+                "compare runs on the same data, cut and unrolled the same way"
             )
     changed = [point for point, line in firsts.items() if line["gold"] != seconds[point]["gold"]]
     if changed:
         raise DataError(
             f"{before.folder} and {after.folder} expect other answers at {len(changed)} decision points: "
-            f"{_names(changed)}; bring both to the same gold: `gemma-dist score --from RUN --data DATA --out OUT`"
+            f"{_names(changed)}; score both with the same gold: `gemma-dist score … --data DATA`"
         )
     return [(line, seconds[point]) for point, line in firsts.items()]
 
