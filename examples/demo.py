@@ -133,7 +133,7 @@ def print_table(reports: dict[str, dict[str, Any]]) -> None:
 
 def from_images(report: dict[str, Any]) -> dict[str, Any]:
     """The answers after a chart came back: only its image tells them."""
-    metric: dict[str, Any] = report["slices"]["with_images"]["answer_exact"]
+    metric: dict[str, Any] = report["slices"]["images"]["with"]["answer_exact"]
     return metric
 
 

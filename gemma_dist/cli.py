@@ -367,6 +367,47 @@ def evaluate(
 
 
 @cli.command()
+@click.option("--from", "run", required=True, type=EXISTING, help="Folder that `evaluate` wrote.")
+@click.option("--data", type=EXISTING, help="Rows whose gold and tools are taken; default: as they were then.")
+@click.option("--out", required=True, type=NEW, help="Folder for report.json, report.md and samples.jsonl.")
+@click.option("--answer-tolerance", type=click.FloatRange(min=0), help="As in `evaluate`; default: as it was then.")
+def score(run: Path, data: Path | None, out: Path, answer_tolerance: float | None) -> None:
+    """Score what a model wrote again, without the model.
+
+    With the rules of this version, or against corrected data; where nothing changed, the report is the same.
+    """
+    from gemma_dist.evaluate.report import summary
+    from gemma_dist.evaluate.rescore import score_again
+
+    for line in summary(score_again(run, data, out, answer_tolerance)):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("before", type=EXISTING)
+@click.argument("after", type=EXISTING)
+@click.option("--out", type=NEW, help="Also write comparison.json and comparison.md to this folder.")
+@click.option("--fail-below", metavar="METRIC=X", multiple=True, help="Exit code 3 where AFTER has less: overall=0.9.")
+@click.option("--fail-if-worse", is_flag=True, help="Exit code 3 where `overall` fell by more than chance.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+def compare(
+    before: Path, after: Path, out: Path | None, fail_below: tuple[str, ...], fail_if_worse: bool, as_json: bool
+) -> None:
+    """Compare two runs of `evaluate`: is AFTER better than BEFORE?
+
+    Both are folders that `evaluate` or `score` wrote, of the same data. Prints a page of Markdown: metrics before and
+    after with the interval of each difference, slices, and what was fixed and broken.
+    """
+    from gemma_dist.evaluate.compare import WORSE
+    from gemma_dist.evaluate.compare_page import compare_runs
+
+    page, passes = compare_runs(before, after, out, fail_below, fail_if_worse, as_json=as_json)
+    click.echo(page, nl=False)
+    if not passes:
+        click.get_current_context().exit(WORSE)
+
+
+@cli.command()
 def read_calls() -> None:
     """Read the calls in model output: JSONL in, JSONL out.
 

@@ -334,8 +334,11 @@ class EvaluateConfig(RowConfig):
     ple: Literal["auto", "host", "gpu"] = Field(
         "auto", description="Where per-layer embeddings (E2B, E4B) are; host and auto: mapped in the model's file."
     )
-    images: Literal["as_is", "blank"] = Field(
-        "as_is", description="blank: replace all images by white ones, to see which answers depend on them."
+    images: Literal["as_is", "blank", "swapped"] = Field(
+        "as_is", description="What answers owe to images: blank: all are white; swapped: they are those of another row."
+    )
+    answer_tolerance: float = Field(
+        0.01, ge=0, description="How far a number may be from that of an expected answer, as a share of it."
     )
 
 

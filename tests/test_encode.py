@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gemma_dist.config import EncodingConfig, RowConfig
+from gemma_dist.config import EncodingConfig, EvaluateConfig, RowConfig
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded, Encoder, load_encoder
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import Trajectory, parse_row
@@ -147,7 +147,7 @@ def check_against_processor(encoder: Encoder, row: Trajectory) -> Encoded:
 def real_rows(shared: Path) -> list[Trajectory]:
     names = ("toolcalls/train", "toolcalls/eval_multiturn", "multimodal/train", "multimodal/eval")
     files = [shared / "data" / f"{name}.jsonl" for name in (*names, "multimodal/image_pairs")]
-    return [parse_row(row, where, RowConfig()) for where, row in read_rows(files)]
+    return [parse_row(row, where, EvaluateConfig()) for where, row in read_rows(files)]  # test cases among them
 
 
 def expected_refusal(template: str, row: Trajectory) -> str | None:

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 from gemma_dist.__main__ import main
-from gemma_dist.data.read import CALL, read_output
+from gemma_dist.data.read import CALL
 from gemma_dist.data.read import CALL_END as END
 from gemma_dist.evaluate import generate, run
 from gemma_dist.evaluate.generate import Answer
-from gemma_dist.evaluate.metrics import flat_counts
-from gemma_dist.evaluate.score import score_decision
+from gemma_dist.evaluate.metrics import DECISION_METRICS, flat_counts
 from tests.support.corpus import row, write_rows
 from tests.support.ranks import gemma_dist
+
+FILES = ("samples.jsonl", "tools.json", "report.json", "report.md")
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +64,21 @@ def test_two_ranks_equal_one(evaluated: Any, data: Path) -> None:
         assert gold["content"] == sample["gold"]["content"], "row and turn are counted from 1, as errors count"
 
 
-def test_report_follows_from_the_samples(evaluated: Any, data: Path) -> None:
-    report, samples = _read(evaluated())
-    rows = {row["id"]: row for row in map(json.loads, data.read_text().splitlines())}
+def test_the_report_follows_from_the_samples(evaluated: Any, data: Path, tmp_path: Path) -> None:
+    """Scored again, byte for byte: from the lines alone, and with gold and tools of the data."""
+    out = evaluated()
+    for name, options in {"alone": [], "data": ["--data", str(data)]}.items():
+        assert main(["score", "--from", str(out), "--out", str(tmp_path / name), *options]) == 0
+        for file in FILES:
+            assert (tmp_path / name / file).read_bytes() == (out / file).read_bytes(), file
+    report, samples = _read(out)
     totals: Counter[str] = Counter()
     for sample in samples:
-        gold, tools = sample["gold"], rows[sample["id"]]["tools"]
-        names = [tool["function"]["name"] for tool in tools]
-        reading = read_output(sample["output"], budget_spent=not sample["stopped"], tool_names=names)
-        score = score_decision(reading, gold["calls"], gold["content"], tools)
-        totals.update(flat_counts(score["ratios"]))
-    for name, metric in report["metrics"].items():
-        if name != "trajectory_exact":
-            assert metric["numerator"] == totals[f"{name}.numerator"], name
-            assert metric["denominator"] == totals[f"{name}.denominator"], name
+        totals.update(flat_counts(sample["score"]["ratios"]))
+    for metric in DECISION_METRICS:
+        found = report["metrics"][metric.name]
+        assert found["numerator"] == totals[f"{metric.name}.numerator"], metric.name
+        assert found["denominator"] == totals[f"{metric.name}.denominator"], metric.name
 
 
 def test_blank_images_change_what_the_model_sees_and_nothing_else(evaluated: Any) -> None:
@@ -161,4 +163,4 @@ def test_only_what_ranks_wrote_is_joined_and_removed(model: str, data: Path, tmp
     (tmp_path / ".samples-mine.jsonl").write_text("mine")
     (tmp_path / ".samples-7.jsonl").write_text("{cut")  # of a run on more ranks that was killed
     gemma_dist("evaluate", "--model", model, "--data", data, "--out", tmp_path, "--max-new-tokens", 2, "--limit", 1)
-    assert {path.name for path in tmp_path.iterdir()} == {"samples.jsonl", "report.json", ".samples-mine.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES, ".samples-mine.jsonl"}

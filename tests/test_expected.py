@@ -10,6 +10,7 @@ from gemma_dist.data.read import Call, Reading
 from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.errors import DataError
 from gemma_dist.evaluate.score import GoldCall, score_decision
+from tests.support.scoring import expecting
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Tells.", "parameters": SCHEMA}}]
@@ -148,11 +149,12 @@ def test_training_refuses_a_test_case() -> None:
 def score(gold: list[GoldCall], *calls: GoldCall, content: str = "") -> Any:
     read = tuple(Call(call["name"], call["arguments"], (0, 0)) for call in calls)
     reading = Reading(read, content, "", bool(calls), "ok" if calls else "no_call")
-    return score_decision(reading, gold, "(any)", TOOLS, is_outline=True)
+    return score_decision(reading, expecting(gold, "(any)", is_outline=True), TOOLS)
 
 
 WEATHER = GoldCall(name="weather", arguments={})
-OF_ARGUMENTS = {"arg_precision", "arg_recall", "arg_f1", "call_exact", "sample_exact", "parallel_exact", "answer_exact"}
+OF_ARGUMENTS = {"arg_precision", "arg_recall", "arg_f1", "call_exact", "sample_exact", "parallel_exact"}
+OF_ARGUMENTS |= {"answer_exact", "answer_contains"}
 
 
 def test_an_outline_counts_names_and_nothing_else() -> None:
@@ -172,3 +174,52 @@ def test_an_outline_without_a_call_takes_any_words() -> None:
     assert silent["right"]
     assert not OF_ARGUMENTS & silent["ratios"].keys()
     assert not score([], WEATHER)["right"]
+
+
+LISTED = {"name": "weather", "arguments": {"city": ["Rome", "Roma"], "unit": ["celsius", ""]}}
+
+
+def test_expected_calls_list_the_values_that_are_right() -> None:
+    row = test_case(expected_calls=[LISTED], ignore_arguments=["note"], category="towns", pair="p1")
+    trajectory = parse(row)
+    (function,) = [call["function"] for call in trajectory.messages[-1]["tool_calls"]]
+    assert function["arguments"] == {"city": "Rome"}, "for show"
+    assert function["acceptable"] == LISTED["arguments"]
+    assert function["ignore_arguments"] == ["note"]
+    assert (trajectory.is_outline, trajectory.category, trajectory.pair) == (False, "towns", "p1")
+    assert not parse(test_case(expected_calls=[])).messages[-1].get("tool_calls")
+
+
+def test_calls_of_any_row_may_list_acceptable_values() -> None:
+    gold = {"name": "weather", "arguments": ROME, "acceptable": {"city": ["Rome", "Roma"]}, "ignore_arguments": ["at"]}
+    call = {"id": "c1", "type": "function", "function": gold}
+    row = {"messages": [*row_messages(), {"role": "assistant", "content": None, "tool_calls": [call]}], "tools": TOOLS}
+    for settings in (EvaluateConfig(), ShardConfig()):
+        assert parse_row(row, "x.jsonl:1", settings).messages[-1]["tool_calls"][0]["function"] == gold
+    assert parse(test_case(expected_tool=gold)).messages[-1]["tool_calls"][0]["function"] == gold
+
+
+def test_any_call_and_accepted_answers() -> None:
+    case = parse(test_case(expected_tool="*"))
+    assert (case.any_call, case.is_outline) == (True, True)
+    case = parse(test_case(expected_answer=["20 degrees", 20]))
+    assert (case.answers, case.messages[-1]["content"]) == (("20 degrees", "20"), "20 degrees")
+    assert "tool_calls" not in case.messages[-1]
+    whole = {"messages": [*row_messages(), {"role": "assistant", "content": "20."}], "expected_answer": "30"}
+    assert parse(whole).messages[-1]["content"] == "20.", "a whole trajectory is no test case"
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"expected_calls": [{"name": "weather", "arguments": {"city": "Rome"}}]}, "gives 'Rome' for 'city'; write"),
+        ({"expected_calls": {"weather": 1}}, "`expected_calls`: is {'weather': 1}; write a list of"),
+        ({"expected_calls": [LISTED], "ignore_arguments": "note"}, "`ignore_arguments` is 'note'; write a list"),
+        ({"expected_tool": "weather", "expected_answer": "20"}, "expects calls (`expected_tool`) and the words"),
+        ({"expected_answer": [["20"]]}, "the expected answer is ['20']; write a text, a number"),
+    ],
+)  # fmt: skip
+def test_gold_of_another_shape_is_refused(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        parse(test_case(**keys))
+    assert words in str(caught.value)

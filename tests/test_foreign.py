@@ -13,6 +13,7 @@ from gemma_dist.data.foreign import holds_foreign_call
 from gemma_dist.data.read import Reading, read_output
 from gemma_dist.evaluate.score import Score, score_decision
 from gemma_dist.logs import read_jsonl
+from tests.support.scoring import expecting
 
 JSON_CALL = '{"name": "f", "arguments": {"a": 1}}'
 CALLS = [
@@ -178,7 +179,9 @@ def test_a_text_that_speaks_of_calls_is_a_text(text: str) -> None:
 def with_draw_chart(text: str, gold: str) -> tuple[Reading, Score]:
     """The reading of this output, and its score where draw_chart is the only tool and gold calls none."""
     reading = read_output(f"{text}<turn|>", tool_names=["draw_chart"])
-    return reading, score_decision(reading, [], gold, [{"type": "function", "function": {"name": "draw_chart"}}])
+    return reading, score_decision(
+        reading, expecting([], gold), [{"type": "function", "function": {"name": "draw_chart"}}]
+    )
 
 
 @pytest.mark.parametrize("text", CALLS_OF_DECLARED)
@@ -210,11 +213,11 @@ def test_an_output_equal_to_gold_is_right_whatever_it_looks_like(text: str) -> N
     _, score = with_draw_chart(text, text)
     assert (score["status"], score["right"], score["ratios"]["answer_exact"]) == ("no_call", True, [1, 1])
     beside_a_call = read_output(f"{text}<|tool_call>call:f{{}}<tool_call|><turn|>")
-    assert score_decision(beside_a_call, [{"name": "f", "arguments": {}}], text, [])["right"]
+    assert score_decision(beside_a_call, expecting([{"name": "f", "arguments": {}}], text), [])["right"]
     waiting = read_output(f"{text}<|tool_response>", tool_names=["draw_chart"])
-    assert score_decision(waiting, [], text, [])["status"] == "malformed", "gold does not wait for a tool"
+    assert score_decision(waiting, expecting([], text), [])["status"] == "malformed", "gold does not wait for a tool"
     cut = read_output(text, budget_spent=True, tool_names=["draw_chart"])
-    assert score_decision(cut, [], text, [])["status"] == "truncated", "gold ends its turn"
+    assert score_decision(cut, expecting([], text), [])["status"] == "truncated", "gold ends its turn"
 
 
 @pytest.mark.parametrize("name", ["a.b", "mcp:tools:a-b", "名前", "a b#c", "f(", "x|y", "\\", "a" * 1000])
@@ -257,7 +260,7 @@ def test_each_answer_of_real_trajectories_is_right_against_itself(shared: Path) 
                 reading = read_output(f"{text}<turn|>", tool_names=names)
                 assert not reading.attempted, text
                 if not message.get("tool_calls"):
-                    score = score_decision(reading, [], text, tools)
+                    score = score_decision(reading, expecting([], text), tools)
                     assert score["right"], text
                     assert score["ratios"]["answer_exact"] == [1, 1], text
     assert num_answers

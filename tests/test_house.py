@@ -40,6 +40,8 @@ WITHOUT_TORCH = [
     "config",
     "options",
     "costs",
+    "evaluate.compare_page",
+    "evaluate.markdown",
     "evaluate.metrics",
     "data.read",
     "evaluate.score",

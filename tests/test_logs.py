@@ -1515,15 +1515,13 @@ def test_messages_under_another_name_are_taken(key: str) -> None:
 
 
 @pytest.mark.parametrize("question", [[[ASKED]], [ASKED], ASKED["content"]])
-def test_a_question_of_bfcl_becomes_a_test_case(question: Any, tmp_path: Path) -> None:
-    row = {"id": "simple_0", "question": question, "function": [FUNCTION]}
-    message = refusal(row)
-    assert "a question of a benchmark (BFCL: `question` and `function`), and its answer is not in it" in message
-    answer = {"id": "simple_0", "ground_truth": [{"weather": {"city": ["Rome", "Roma"]}}]}
-    (made,) = run_jq(message[message.index("jq ") :], [row, answer], tmp_path)
-    trajectory = parse_row(made, "cases.jsonl:1", EvaluateConfig())
-    assert trajectory.is_outline
-    assert trajectory.messages[-1]["tool_calls"][0]["function"]["name"] == "weather"
+@pytest.mark.parametrize("function", [[FUNCTION], FUNCTION])
+def test_a_question_of_bfcl_is_a_test_case(question: Any, function: Any) -> None:
+    row = {"id": "simple_0", "question": question, "function": function}
+    assert "a question of BFCL, a test case for `evaluate`, without `ground_truth`" in refusal(row)
+    row["ground_truth"] = [{"weather": {"city": ["Rome", "Roma"]}}]
+    trajectory = parse_row(row, "cases.jsonl:1", EvaluateConfig())
+    assert trajectory.messages[-1]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome"}
 
 
 @pytest.mark.parametrize("answers", ["[]", [], ""])

@@ -38,6 +38,8 @@ OWNERS = {
     "plan/watch.py": "train",
     "plan/workload.py": "plan",
     "show/stats_report.py": "stats",
+    "evaluate/compare.py": "compare",
+    "evaluate/rescore.py": "score",
     "merge/folders.py": "merge",
     "merge/verify.py": "merge",
 }

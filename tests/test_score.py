@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_dist.data.read import Call, Reading, read_output
+from gemma_dist.data.read import Reading, read_output
 from gemma_dist.data.schema import check_calls
 from gemma_dist.errors import DataError
-from gemma_dist.evaluate.metrics import METRICS, call_decision, divide, flat_counts, wilson
-from gemma_dist.evaluate.report import ScoredDecision, add_up
-from gemma_dist.evaluate.score import GoldCall, Score, assign, fits_schema, match_calls, same_value, score_decision
+from gemma_dist.evaluate.matching import Comparison, assign, match_calls
+from gemma_dist.evaluate.metrics import METRICS, divide, flat_counts
+from gemma_dist.evaluate.score import GoldCall, Score, fits_schema, score_decision
+from gemma_dist.evaluate.values import same_value, strict_faults
+from tests.support.scoring import expecting, reading
 
 
 def tool(name: str, **properties: str) -> dict[str, Any]:
@@ -32,13 +34,6 @@ F, F2 = (GoldCall(name="f", arguments={"a": n, "b": "x"}) for n in (1, 2))
 G = GoldCall(name="g", arguments={"a": 0.5})
 
 
-def reading(*calls: GoldCall, content: str = "", status: Any = None, attempted: bool | None = None) -> Reading:
-    read = tuple(Call(call["name"], call["arguments"], (0, 0)) for call in calls)
-    return Reading(
-        read, content, "", bool(calls) if attempted is None else attempted, status or ("ok" if calls else "no_call")
-    )
-
-
 def values(score: Score) -> dict[str, float]:
     return {name: n / d for name, (n, d) in score["ratios"].items()}
 
@@ -46,10 +41,10 @@ def values(score: Score) -> dict[str, float]:
 def test_gold_scores_perfectly_against_itself_in_any_order() -> None:
     gold = [F, F2, G]
     for order in permutations(gold):
-        score = score_decision(reading(*order), gold, "", TOOLS)
+        score = score_decision(reading(*order), expecting(gold, ""), TOOLS)
         assert score["right"]
         assert all(value == (name != "hallucinated_tool") for name, value in values(score).items())
-    score = score_decision(reading(content=" cafe\u0301\n"), [], "café", TOOLS)
+    score = score_decision(reading(content=" cafe\u0301\n"), expecting([], "café"), TOOLS)
     assert score["right"]
     assert set(values(score).values()) == {1.0}
     assert {"abstain_acc", "answer_exact"} <= score["ratios"].keys()
@@ -110,7 +105,7 @@ BROKEN = reading(status="malformed", attempted=True)
     ],
 )
 def test_each_fault_is_counted_where_it_belongs(output: Reading, gold: list[Any], expected: dict[str, float]) -> None:
-    found = values(score_decision(output, gold, "", TOOLS))
+    found = values(score_decision(output, expecting(gold, ""), TOOLS))
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
@@ -133,7 +128,7 @@ def test_each_fault_is_counted_where_it_belongs(output: Reading, gold: list[Any]
 )
 def test_silence_is_no_answer(output: str, gold_text: str) -> None:
     """It is no attempt either: the reader has nothing to complain of, the scorer has."""
-    score = score_decision(read_output(output), [], gold_text, TOOLS)
+    score = score_decision(read_output(output), expecting([], gold_text), TOOLS)
     expected = {"abstain_acc": 0, "answer_exact": 0, "overall": 0, "parse_ok": 1, "call_accuracy": 1}
     assert {name: values(score)[name] for name in expected} == expected
     assert not score["right"]
@@ -153,14 +148,14 @@ def test_silence_is_no_answer(output: str, gold_text: str) -> None:
 def test_an_attempt_that_cannot_be_read_is_right_nowhere(output: str) -> None:
     expected = {"parse_ok": 0, "overall": 0}
     for gold, call_accuracy in (([], 0), ([F], 1)):
-        found = values(score_decision(read_output(output), gold, "It is 20 degrees.", TOOLS))
+        found = values(score_decision(read_output(output), expecting(gold, "It is 20 degrees."), TOOLS))
         assert {name: found[name] for name in expected} == expected
         assert found["call_accuracy"] == call_accuracy
 
 
 def test_an_answer_behind_a_tool_of_the_output_itself_counts_as_ever() -> None:
     reading = read_output("<|tool_call>call:g{a:0.5}<tool_call|><|tool_response>response:g{}<tool_response|>So.")
-    assert score_decision(reading, [G], "", TOOLS)["right"]
+    assert score_decision(reading, expecting([G], ""), TOOLS)["right"]
 
 
 def test_keys_are_compared_in_nfc() -> None:
@@ -177,18 +172,18 @@ def test_keys_are_compared_in_nfc() -> None:
         "additionalProperties": False,
     }
     tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": parameters}}]
-    score = score_decision(reading(arguments(composed)), [arguments(decomposed)], "", tools)
+    score = score_decision(reading(arguments(composed)), expecting([arguments(decomposed)]), tools)
     assert score["right"]
     assert set(values(score).values()) - {0.0} == {1.0}
     assert values(score)["hallucinated_tool"] == 0
 
 
 def test_what_cannot_be_judged_is_absent_and_null() -> None:
-    undeclared = score_decision(reading(F), [F], "", [])
+    undeclared = score_decision(reading(F), expecting([F], ""), [])
     assert not {"hallucinated_tool", "schema_valid", "abstain_acc", "parallel_exact"} & undeclared["ratios"].keys()
     report = divide(flat_counts(undeclared["ratios"]))
     assert list(report) == [metric.name for metric in METRICS]
-    assert report["abstain_acc"] == {"value": None, "numerator": 0, "denominator": 0, "low": None, "high": None}
+    assert report["abstain_acc"] == dict.fromkeys(report["abstain_acc"]) | {"numerator": 0, "denominator": 0}
     assert set(divide({})["overall"].values()) == {None, 0}
 
 
@@ -266,7 +261,7 @@ def test_a_call_is_valid_exactly_where_it_may_be_trained_on(
         trained = True
     except DataError:
         trained = False
-    assert values(score_decision(reading(gold), [gold], "", tools))["schema_valid"] == trained
+    assert values(score_decision(reading(gold), expecting([gold], ""), tools))["schema_valid"] == trained
 
 
 @pytest.mark.parametrize("rule", [{"type": "string"}, {"const": 1}, {"anyOf": [{"type": "string"}]}])
@@ -318,16 +313,16 @@ def test_matching_is_optimal(gold: list[Any], predicted: list[Any]) -> None:
     orders = [
         [(g, p) for g, p in enumerate(order) if g < len(gold) and p < len(calls)] for order in permutations(slots)
     ]
-    assert quality(match_calls(gold, calls)) == max(map(quality, orders))
+    assert quality(match_calls(Comparison(gold, calls, {}, strict_faults))) == max(map(quality, orders))
 
 
 @settings(max_examples=50, deadline=None)
 @given(GOLD, GOLD, st.randoms(use_true_random=False))
 def test_order_of_calls_changes_nothing(gold: list[Any], predicted: list[Any], random: random.Random) -> None:
-    ratios = score_decision(reading(*predicted), gold, "", TOOLS)["ratios"]
+    ratios = score_decision(reading(*predicted), expecting(gold, ""), TOOLS)["ratios"]
     random.shuffle(gold)
     random.shuffle(predicted)
-    assert score_decision(reading(*predicted), gold, "", TOOLS)["ratios"] == ratios
+    assert score_decision(reading(*predicted), expecting(gold, ""), TOOLS)["ratios"] == ratios
 
 
 @settings(max_examples=30, deadline=None)
@@ -335,7 +330,7 @@ def test_order_of_calls_changes_nothing(gold: list[Any], predicted: list[Any], r
 def test_order_of_samples_and_ranks_changes_nothing(
     points: list[tuple[list[Any], list[Any]]], world_size: int, random: random.Random
 ) -> None:
-    scores = [score_decision(reading(*predicted), gold, "", TOOLS) for gold, predicted in points]
+    scores = [score_decision(reading(*predicted), expecting(gold, ""), TOOLS) for gold, predicted in points]
     total: Counter[str] = Counter()
     for score in scores:
         total.update(flat_counts(score["ratios"]))
@@ -348,29 +343,3 @@ def test_order_of_samples_and_ranks_changes_nothing(
     for report in divide(total).values():
         if report["denominator"]:
             assert 0 <= report["numerator"] <= report["denominator"]
-
-
-def test_call_decision_table() -> None:
-    points = [(reading(F), [F]), (BROKEN, [F]), (reading(), [F]), (reading(), []), (reading(F), []), (BROKEN, [])]
-    totals: Counter[str] = Counter()
-    for output, gold in points:
-        totals.update(flat_counts(score_decision(output, gold, "", TOOLS)["ratios"]))
-    assert call_decision(totals) == {"call": {"call": 2, "none": 1}, "none": {"call": 2, "none": 1}}
-    assert divide(totals)["call_accuracy"]["value"] == 0.5
-
-
-def scored(trajectory: int, score: Score) -> ScoredDecision:
-    return {"trajectory": trajectory, "num_images": 0, "score": score}  # type: ignore[typeddict-item]
-
-
-def test_a_trajectory_is_right_when_every_point_is() -> None:
-    right, wrong = score_decision(reading(F), [F], "", TOOLS), score_decision(reading(), [F], "", TOOLS)
-    scores = [(1, right), (1, right), (2, right), (2, wrong)]
-    report = divide(add_up(scored(trajectory, score) for trajectory, score in scores)["all"])["trajectory_exact"]
-    assert (report["value"], report["denominator"]) == (0.5, 2)
-
-
-def test_wilson() -> None:
-    assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gemma_dist.config import RowConfig
+from gemma_dist.config import EvaluateConfig, RowConfig
 from gemma_dist.data.images import decode_image, image_size
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import Trajectory, parse_row
@@ -107,7 +107,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 def test_every_real_row_goes_through(file: str, shared: Path) -> None:
     for where, row in read_rows([shared / "data" / file]):
         assert isinstance(row, dict)
-        trajectory = parse_row(row, where, SETTINGS)
+        trajectory = parse_row(row, where, EvaluateConfig())  # test cases among them
         parts = [
             part
             for message in trajectory.messages
@@ -119,6 +119,11 @@ def test_every_real_row_goes_through(file: str, shared: Path) -> None:
         assert sum(part == {"type": "image"} for part in parts) == len(trajectory.images)
         raw_messages: Any = row["messages"]
         given_calls = [call["function"] for message in raw_messages for call in message.get("tool_calls") or []]
+        expected: Any = row.get("expected_calls", [])
+        for call in expected:
+            first = {name: values[0] for name, values in call["arguments"].items()}
+            gold = {"acceptable": call["arguments"], "ignore_arguments": row["ignore_arguments"]}
+            given_calls.append({"name": call["name"], "arguments": first, **gold})
         assert [call["function"] for m in trajectory.messages for call in m.get("tool_calls", [])] == given_calls
         for message in trajectory.messages:
             assert not (message.get("tool_calls") and message["content"])

@@ -10,6 +10,7 @@
 import re
 from typing import Any
 
+from gemma_dist.data.gold import ACCEPTABLE, GOLD_KEYS, add_gold, representative
 from gemma_dist.data.marks import OFF_MESSAGE, ON_MESSAGE, refuse_finer, snake_case
 from gemma_dist.data.schema import tool_name
 from gemma_dist.data.spellings import RESULT_KEYS
@@ -94,8 +95,11 @@ def _parse_call(call: object, clean: Clean) -> ToolCall:
     name = tool_name(_name_of(described))
     with error_context(f"call of {name}"):
         _refuse_unknown(described)
-        arguments = _parse_arguments(_arguments_of(described), clean)
-    called: CalledFunction = {"name": name, "arguments": arguments}
+        given = _arguments_of(described)
+        if given is None and ACCEPTABLE in described:
+            given = representative(read_json_text(described[ACCEPTABLE], ACCEPTABLE))
+        called: CalledFunction = {"name": name, "arguments": _parse_arguments(given, clean)}
+        add_gold(called, described, clean)
     return {"id": call_id(first_of(described, ID_KEYS)), "type": "function", "function": called}
 
 
@@ -131,7 +135,7 @@ def _name_of(call: RawRow) -> object:
 def _refuse_unknown(call: RawRow) -> None:
     """DataError for a key that may hold what belongs to the call, such as arguments under a name of its own."""
     refuse_finer(call, "a call")
-    known = {"type", *NAME_KEYS, *ARGUMENT_KEYS, *ID_KEYS, *ON_MESSAGE, *OFF_MESSAGE}
+    known = {"type", *NAME_KEYS, *ARGUMENT_KEYS, *ID_KEYS, *ON_MESSAGE, *OFF_MESSAGE, *GOLD_KEYS}
     for key, value in call.items():
         if key not in known and not _is_silent(snake_case(str(key)), value, call):
             raise DataError(

@@ -173,7 +173,7 @@ class Encoder:
         """
         whole = self._render_whole(trajectory)  # a history that the template tears is no prompt
         prompts = []
-        for index, gold in _decision_points(trajectory.messages):
+        for index, gold in decision_points(trajectory.messages):
             text, input_ids = self.generation_prompt(trajectory, index, whole.image_lengths, thinking=whole.thinking)
             num_images = sum(map(count_images, trajectory.messages[:index]))
             prompts.append(
@@ -342,7 +342,7 @@ def _require_images(text: str, num_images: int) -> None:
         )
 
 
-def _decision_points(messages: list[Message]) -> Iterator[tuple[int, list[Message]]]:
+def decision_points(messages: list[Message]) -> Iterator[tuple[int, list[Message]]]:
     """Index and messages of each assistant turn that is trained as a whole; assistant messages in a row are one."""
     for is_model, group in groupby(enumerate(messages), key=lambda pair: pair[1]["role"] == "assistant"):
         turn = list(group)

@@ -1,7 +1,11 @@
-"""Test cases: rows that end before the answer and say beside the messages which call is expected.
+"""Test cases: rows that end before the answer and say beside the messages which call, or which words, are expected.
 
     {"messages": [..., {"role": "user", "content": "Rome?"}], "expected_tool": "weather",
      "expected_arguments"?: {"city": "Rome"}, "available_tools": [...]}
+    {..., "expected_calls": [{"name": "weather", "arguments": {"city": ["Rome", "Roma"], "unit": ["celsius", ""]}}],
+     "ignore_arguments"?: ["note"]}                           a list of acceptable values for each argument (`gold.py`)
+    {..., "expected_answer": ["20 degrees", "20 °C"]}         no call, and one of these texts
+    {..., "expected_tool": "*"}                               a call, whichever; "none": no call
 
 `evaluate` takes them as if the expected call were the last message. Where only a tool's name is given, or that no tool
 is to be called, the case is an outline: arguments and words of the answer are not judged.
@@ -9,10 +13,11 @@ is to be called, the case is an outline: arguments and words of the answer are n
 A null or [] expects no call where no assistant has spoken; else it is what Arrow fills into a row that expects nothing.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gemma_dist.data.calls import first_of
+from gemma_dist.data.gold import ACCEPTABLE, IGNORED
 from gemma_dist.data.layouts.turns import OpenAIRow
 from gemma_dist.data.literals import parse_calls, parse_literal
 from gemma_dist.data.strict import as_object, error_context, get, is_json_text, is_null, short
@@ -25,10 +30,26 @@ _CALL_KEYS = (
     "expected_tool_call",
     "expected_tool_calls",
     "expected_function",
+    "expected_calls",
 )
+_ACCEPTABLE_CALLS_KEY = "expected_calls"  # whose arguments are lists of acceptable values
+_ANSWER_KEYS = ("expected_answer", "expected_answers")
 _ARGUMENTS_KEYS = ("expected_arguments", "expected_args", "expected_parameters", "expected_tool_args")
+_BEFORE_ANSWERS = ("user", "tool", "function")  # whose message an answer follows
 _NO_TOOL = ("", "none", "null", "no_tool")
+ANY_TOOL = "*"
 NO_CALL_EXPECTED = "(any answer without a call)"
+CALL_EXPECTED = "(any call)"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a test case expects: the row with the answer as its last message, and how that is to be judged."""
+
+    row: OpenAIRow
+    is_outline: bool  # by the names of its calls alone
+    any_call: bool = False  # by whether it calls a tool at all
+    answers: tuple[str, ...] = ()  # texts, any of which is right
 
 
 def is_test_case(row: RawRow, converted: OpenAIRow) -> bool:
@@ -37,12 +58,14 @@ def is_test_case(row: RawRow, converted: OpenAIRow) -> bool:
     A null expects no call, unless the row calls tools itself: then it is a whole trajectory, and the null is Arrow's.
     """
     key = _expecting_key(row)
+    if key is None and converted.messages and expected_answers(row):
+        return get(converted.messages[-1][1], "role") in _BEFORE_ANSWERS
     if not converted.messages or key is None:
         return False
     roles = [get(message, "role") for _, message in converted.messages]
     calls_tools = any(get(message, "tool_calls") for _, message in converted.messages)
     is_said = not is_null(row[key]) or not calls_tools
-    return is_said and roles[-1] in ("user", "tool", "function")
+    return is_said and roles[-1] in _BEFORE_ANSWERS
 
 
 def _expecting_key(row: RawRow) -> str | None:
@@ -55,26 +78,74 @@ def _expecting_key(row: RawRow) -> str | None:
     return next(iter(said + keys), None)
 
 
-def with_expected_answer(row: RawRow, converted: OpenAIRow) -> tuple[OpenAIRow, bool]:
-    """The row with the expected call as its last message, the only one that is asked for; whether it is an outline.
+def with_expected_answer(row: RawRow, converted: OpenAIRow) -> Expected:
+    """The row with the expected call as its last message, the only one that is asked for.
 
     Raises:
         DataError: what is expected cannot be read.
     """
     key = _expecting_key(row)
-    assert key is not None
-    with error_context(f"`{key}`"):
-        calls = _expected_calls(row[key], _arguments(row))
+    answers = expected_answers(row)
+    any_call = key is not None and row[key] == ANY_TOOL
+    calls: list[dict[str, Any]] = []
+    if key is not None and not any_call:
+        with error_context(f"`{key}`"):
+            calls = _acceptable_calls(row[key]) if key == _ACCEPTABLE_CALLS_KEY else _expected_calls(row, key)
+    if calls and answers:
+        raise DataError(f"expects calls (`{key}`) and the words of an answer; keep one of the two")
     messages = [(number, _untrained(message)) for number, message in converted.messages]
-    answer: RawRow = {"role": "assistant", "content": "" if calls else NO_CALL_EXPECTED}
+    words = "" if calls else CALL_EXPECTED if any_call else (*answers, NO_CALL_EXPECTED)[0]
+    answer: RawRow = {"role": "assistant", "content": words}
     if calls:
-        answer["tool_calls"] = calls
+        answer["tool_calls"] = _with_ignored(calls, row)
     messages.append((messages[-1][0] + 1, answer))
-    num_with_arguments = sum("arguments" in call["function"] for call in calls)
+    num_with_arguments = sum(_gives_arguments(call["function"]) for call in calls)
     if num_with_arguments not in (0, len(calls)):
         raise DataError(f"`{key}` gives arguments of some calls alone; give those of all, or of none")
     tools = converted.tools or row.get("available_tools")
-    return replace(converted, messages=messages, tools=tools), num_with_arguments == 0
+    filled = replace(converted, messages=messages, tools=tools)
+    return Expected(filled, num_with_arguments == 0, any_call, answers)
+
+
+def expected_answers(row: RawRow) -> tuple[str, ...]:
+    """The texts that the row takes for an answer, numbers as text; none where it says none.
+
+    Raises:
+        DataError: there is something else than text or numbers.
+    """
+    given = first_of(row, _ANSWER_KEYS)
+    listed = given if isinstance(given, list) else [] if given is None else [given]
+    for answer in listed:
+        if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
+            raise DataError(f"the expected answer is {short(answer)}; write a text, a number, or a list of these")
+    return tuple(str(answer) for answer in listed)
+
+
+def _gives_arguments(function: RawRow) -> bool:
+    return "arguments" in function or ACCEPTABLE in function
+
+
+def _acceptable_calls(expected: object) -> list[dict[str, Any]]:
+    """The calls of `expected_calls`, whose arguments are lists of acceptable values.
+
+    [{"name": "f", "arguments": {"a": [1, 2]}}]
+        ->  [{"type": "function", "function": {"name": "f", "acceptable": {"a": [1, 2]}}}]
+    """
+    expected = parse_literal(expected) if is_json_text(expected) else expected
+    if not isinstance(expected, list):
+        raise DataError(f'is {short(expected)}; write a list of {{"name": ..., "arguments": {{"city": ["Rome"]}}}}')
+    calls = parse_calls(expected) if expected else []
+    for call in calls:
+        function = call["function"]
+        function.setdefault(ACCEPTABLE, function.pop("arguments", None) or {})
+    return calls
+
+
+def _with_ignored(calls: list[dict[str, Any]], row: RawRow) -> list[dict[str, Any]]:
+    """The calls, each with the row's own `ignore_arguments` unless it has some itself."""
+    if row.get(IGNORED) is None:
+        return calls
+    return [{**call, "function": {IGNORED: row[IGNORED], **call["function"]}} for call in calls]
 
 
 def _untrained(message: object) -> object:
@@ -89,13 +160,14 @@ def _arguments(row: RawRow) -> object:
     return parse_literal(given) if isinstance(given, str) else given
 
 
-def _expected_calls(expected: object, arguments: object) -> list[dict[str, Any]]:
-    """The expected calls as OpenAI's; those of which only the name is known have no arguments.
+def _expected_calls(row: RawRow, key: str) -> list[dict[str, Any]]:
+    """The expected calls under `key` as OpenAI's; those of which only the name is known have no arguments.
 
     "weather", {"city": "Rome"}  ->  [{"type": "function", "function": {"name": "weather", "arguments": {…}}}]
     ["weather", "clock"], None   ->  [{"type": "function", "function": {"name": "weather"}}, {…}]
     "none", None                 ->  []
     """
+    expected, arguments = row[key], _arguments(row)
     if is_json_text(expected):
         expected = parse_literal(expected)
     listed = expected if isinstance(expected, list) else [expected]

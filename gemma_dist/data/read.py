@@ -79,7 +79,7 @@ def read_output(output: str, prefix: str = "", budget_spent: bool = False, tool_
     """Read one generated turn. `prefix` is the end of the prompt: where it left a thinking block or a call open, the
     output begins inside it. `budget_spent` says that generation ended at its token limit. `tool_names` are the tools
     declared, by which a call in another model's syntax is told from data."""
-    reader = _Reader(_open_block(prefix), output)
+    reader = _Reader(open_block(prefix), output)
     for token in _tokens(reader.text):
         reader.read(token)
     return reader.reading(budget_spent, tool_names)
@@ -96,8 +96,8 @@ def read_whole_call(text: str) -> Call | None:
     return Call(name, arguments, (0, end)) if end == len(text) else None
 
 
-def _open_block(prefix: str) -> str:
-    """The end of the prompt from the thinking block or call that it leaves open, "" if it leaves none."""
+def open_block(prefix: str) -> str:
+    """The end of a prompt from the thinking block or call on that it leaves open, "" if it leaves none."""
     last = max(prefix.rfind(token) for token in BLOCKS)
     return prefix[last:] if last >= 0 and prefix.startswith((CHANNEL, CALL), last) else ""
 

@@ -57,8 +57,16 @@ class InputRange:
     end: int | None = None
 
 
+TURN_MARK = "#turn-"  # between the id of a row and the number of messages in one of its samples
+
 # A row as it was read, or why it could not be.
 ReadRow: TypeAlias = tuple[Where, RawRow | DataError]
+
+
+def row_of_sample(sample_id: str) -> str:
+    """The id of the row that a sample comes from, by the sample's own."""
+    row_id, mark, number = sample_id.rpartition(TURN_MARK)
+    return row_id if mark and number.isdecimal() else sample_id
 
 
 def read_rows(paths: Iterable[str | Path]) -> Iterator[ReadRow]:

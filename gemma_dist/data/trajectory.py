@@ -15,11 +15,11 @@ from itertools import chain
 from pathlib import Path
 
 from gemma_dist.config import EvaluateConfig, RowConfig
-from gemma_dist.data import marks
+from gemma_dist.data import bfcl, marks
 from gemma_dist.data.answers import link_answers
 from gemma_dist.data.content import ColumnIndex, clean_text
 from gemma_dist.data.convert import to_openai
-from gemma_dist.data.expected import is_test_case, with_expected_answer
+from gemma_dist.data.expected import Expected, is_test_case, with_expected_answer
 from gemma_dist.data.images import check_image, image_notes, load_image
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
 from gemma_dist.data.messages import parse_message
@@ -45,6 +45,10 @@ class Trajectory:
     notes: Counter[str] = field(default_factory=Counter)  # what parsing changed or left out, in words: how often
     enable_thinking: bool | None = None  # as the row itself says; None: the setting decides
     is_outline: bool = False  # of a test case: its answer names tools, or none, and gives no arguments and no words
+    any_call: bool = False  # of a test case: any call is right
+    answers: tuple[str, ...] = ()  # of a test case: texts, any of which is right
+    category: str = ""  # as the row says, for reports
+    pair: str = ""  # as the row says: the name that it shares with a row of the same words and another image
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,10 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
     with error_context(where):
         if not isinstance(row, dict):
             raise DataError(f"the row is {short(row)}, not a JSON object; write one object a line")
+        row = bfcl.as_test_case(row) if bfcl.is_row(row) else row
         row_id = name_row(row.get("id"), where)
-        converted, is_outline = _convert(row, settings)
+        expected = _convert(row, settings)
+        converted = expected.row
         notes = converted.notes
         clean = functools.partial(clean_text, escape=settings.control_tokens == "escape")
         tools = parse_tools(converted.tools, clean, notes)
@@ -87,7 +93,7 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
         link_answers(parsed.places, parsed.messages)
         settle_nulls(parsed.places, parsed.messages, tools, settings.arrow_nulls, notes)
         if tools:
-            check_calls(parsed.places, parsed.messages, without_schemas(tools) if is_outline else tools)
+            check_calls(parsed.places, parsed.messages, without_schemas(tools) if expected.is_outline else tools)
             tools = show_tools(tools, settings.schemas, notes)
         media_root = _media_root(settings.media_root, where)
         images = _load_images(parsed.image_places, converted.images, media_root, settings.max_image_pixels)
@@ -95,11 +101,29 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
             notes.update(image_notes(image))
         messages = _in_order(parsed.messages, settings, notes)
         thinking = parse_template_kwargs(row.get("chat_template_kwargs"))
-        return Trajectory(row_id, messages, tools, images, notes, thinking, is_outline)
+        return Trajectory(
+            id=row_id,
+            messages=messages,
+            tools=tools,
+            images=images,
+            notes=notes,
+            enable_thinking=thinking,
+            is_outline=expected.is_outline,
+            any_call=expected.any_call,
+            answers=expected.answers,
+            category=_label(row, "category"),
+            pair=_label(row, "pair"),
+        )
 
 
-def _convert(row: RawRow, settings: RowConfig) -> tuple[OpenAIRow, bool]:
-    """The row in the OpenAI shape, and whether its last message is only the outline of an answer."""
+def _label(row: RawRow, key: str) -> str:
+    """A word of the row that reports sort it by; "" where it has none."""
+    given = row.get(key)
+    return require_encodable(given) if isinstance(given, str) else ""
+
+
+def _convert(row: RawRow, settings: RowConfig) -> Expected:
+    """The row in the OpenAI shape, and how its last message is judged where that is what a test case expects."""
     marks.refuse_on_row(row)
     converted = to_openai(row)
     if not converted.messages:
@@ -108,7 +132,7 @@ def _convert(row: RawRow, settings: RowConfig) -> tuple[OpenAIRow, bool]:
             f"or `conversations` (sharegpt); this one has the keys {short(list(row))}"
         )
     if not is_test_case(row, converted):
-        return converted, False
+        return Expected(converted, is_outline=False)
     if not isinstance(settings, EvaluateConfig):
         raise DataError(
             "ends without an answer and says which call is expected: a test case for `evaluate`; add the assistant "

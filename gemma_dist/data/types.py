@@ -49,6 +49,8 @@ class CalledFunction(TypedDict):
 
     name: str
     arguments: JsonObject
+    acceptable: NotRequired[dict[str, list[Json]]]  # of gold: what else is right (`gold.py`)
+    ignore_arguments: NotRequired[list[str]]  # of gold: what is not judged
 
 
 class ToolCall(TypedDict):

@@ -21,12 +21,11 @@ from dataclasses import replace
 from gemma_dist.config import RowConfig
 from gemma_dist.data.content import count_images
 from gemma_dist.data.encode import Encoder
+from gemma_dist.data.rows import TURN_MARK
 from gemma_dist.data.served import NO_THOUGHT, SHOWN_LATER, is_target, trained_answers
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message
 from gemma_dist.gemma_format import THOUGHT
-
-TURN_MARK = "#turn-"  # between the id of a row and the number of messages in one of its samples
 
 
 def unroll(trajectory: Trajectory, encoder: Encoder, settings: RowConfig) -> list[Trajectory]:
@@ -49,12 +48,6 @@ def unroll(trajectory: Trajectory, encoder: Encoder, settings: RowConfig) -> lis
         for sample in samples[:-1]
     ]
     return [*earlier, samples[-1]]
-
-
-def row_of_sample(sample_id: str) -> str:
-    """The id of the row that a sample comes from, by the sample's own."""
-    row_id, mark, number = sample_id.rpartition(TURN_MARK)
-    return row_id if mark and number.isdecimal() else sample_id
 
 
 def first_messages(trajectory: Trajectory, end: int) -> Trajectory:

@@ -4,10 +4,11 @@ Every metric is a ratio of two sums, so the order of decision points and their p
 where there was nothing to judge the value is None. A new metric is a new row (and, if need be, a new count).
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypedDict, TypeVar
+
+from gemma_dist.evaluate.intervals import wilson
 
 Counted = TypeVar("Counted")
 
@@ -22,23 +23,26 @@ class DecisionCounts:
     readable: bool  # the status is neither malformed nor truncated
     attempted: bool  # the output attempts a call, readable or not
     abstains: bool  # readable text, not empty, without an attempt
-    same_text: bool  # its text is gold's
+    same_text: bool  # its text is gold's, or one of the accepted answers
+    says_answer: bool  # its text holds it, or one of these
+    has_answer: bool  # gold says which text is right
     gold_calls: int
     calls: int
     matched: int  # pairs of a gold call and a call of the same name
-    exact: int  # those whose arguments are the same, too
-    gold_arguments: int  # of gold calls that are matched
-    arguments: int  # of calls that are matched
-    right_arguments: int  # the same in both
+    exact: int  # those whose arguments are all right, too
+    gold_arguments: int  # of gold calls that are matched, without those that may be left out and are
+    arguments: int  # of calls that are matched, without those that gold ignores
+    right_arguments: int  # wanted by gold, and with a value that it takes
     offered_any: bool  # the sample declares tools
     not_offered: int  # calls of a tool that is not among them
     judged: int  # calls of offered tools with a usable schema
     fitting: int  # those that fit it
     is_outline: bool = False  # gold gives the names of calls alone, and no text
+    any_call: bool = False  # gold is any call of an offered tool
 
     @property
     def wants_call(self) -> bool:
-        return self.gold_calls > 0
+        return self.gold_calls > 0 or self.any_call
 
     @property
     def wants_several(self) -> bool:
@@ -56,12 +60,19 @@ class DecisionCounts:
     @property
     def all_names_right(self) -> bool:
         """The same tools as often as gold, in any order, and no others; arguments aside."""
+        if self.any_call:
+            return self.readable and self.attempted and not self.not_offered
         return self.wants_call and self.readable and self.matched == self.gold_calls == self.calls
 
     @property
     def all_exact(self) -> bool:
         """Gold's calls with gold's arguments, in any order, and no others."""
         return self.wants_call and self.readable and self.exact == self.gold_calls == self.calls
+
+    @property
+    def named_calls(self) -> int:
+        """Calls whose names gold has an opinion on."""
+        return 0 if self.any_call else self.calls
 
     @property
     def gold_calls_with_arguments(self) -> int:
@@ -79,7 +90,19 @@ class DecisionCounts:
 class TrajectoryCounts:
     """What is counted of one trajectory."""
 
-    right: bool  # at every decision point
+    points: int
+    right_points: int
+
+    @property
+    def right(self) -> bool:
+        return self.points == self.right_points
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """What is counted of one pair: rows of the same words and other images, with other answers."""
+
+    right: bool  # every member, at every decision point
 
 
 @dataclass(frozen=True)
@@ -149,7 +172,7 @@ DECISION_METRICS: Sequence[Metric[DecisionCounts]] = (
         "tool_precision",
         "called names that gold calls too / predicted calls",
         lambda point: point.matched,
-        lambda point: point.calls,
+        lambda point: point.named_calls,
     ),
     Metric(
         "tool_recall",
@@ -161,7 +184,7 @@ DECISION_METRICS: Sequence[Metric[DecisionCounts]] = (
         "tool_f1",
         "harmonic mean of tool_precision and tool_recall",
         lambda point: 2 * point.matched,
-        lambda point: point.gold_calls + point.calls,
+        lambda point: point.gold_calls + point.named_calls,
         is_share=False,
     ),
     Metric(
@@ -197,7 +220,7 @@ DECISION_METRICS: Sequence[Metric[DecisionCounts]] = (
     ),
     Metric(
         "call_exact",
-        "gold calls with a partner of the same name and arguments / gold calls",
+        "gold calls with a partner of the same name and right arguments / gold calls",
         lambda point: point.exact,
         lambda point: point.gold_calls_with_arguments,
     ),
@@ -221,9 +244,15 @@ DECISION_METRICS: Sequence[Metric[DecisionCounts]] = (
     ),
     Metric(
         "answer_exact",
-        "readable text equal to gold's / gold has no call",
+        "readable text equal to gold's, or to an accepted answer / gold has no call",
         lambda point: point.abstains_rightly and point.same_text,
-        lambda point: not point.wants_call and not point.is_outline,
+        lambda point: not point.wants_call and point.has_answer,
+    ),
+    Metric(
+        "answer_contains",
+        "readable text that holds gold's, or an accepted answer / gold has no call",
+        lambda point: point.abstains_rightly and point.says_answer,
+        lambda point: not point.wants_call and point.has_answer,
     ),
     Metric(
         "overall",
@@ -232,7 +261,19 @@ DECISION_METRICS: Sequence[Metric[DecisionCounts]] = (
         lambda _: 1,
     ),
 )
+# What BFCL's rule may decide otherwise.
+BFCL_METRICS: Sequence[Metric[DecisionCounts]] = tuple(
+    metric
+    for metric in DECISION_METRICS
+    if metric.name.startswith(("arg_", "call_exact", "sample_exact", "parallel_", "abstain_", "relevance_", "overall"))
+)
 TRAJECTORY_METRICS: Sequence[Metric[TrajectoryCounts]] = (
+    Metric(
+        "step_acc",
+        "points that are right (overall) / points of trajectories with two or more",
+        lambda trajectory: trajectory.right_points if trajectory.points > 1 else 0,
+        lambda trajectory: trajectory.points if trajectory.points > 1 else 0,
+    ),
     Metric(
         "trajectory_exact",
         "trajectories with every point right (overall) / trajectories",
@@ -240,17 +281,32 @@ TRAJECTORY_METRICS: Sequence[Metric[TrajectoryCounts]] = (
         lambda _: 1,
     ),
 )
-METRICS: Sequence[Metric[DecisionCounts] | Metric[TrajectoryCounts]] = (*DECISION_METRICS, *TRAJECTORY_METRICS)
+PAIR_METRICS: Sequence[Metric[PairCounts]] = (
+    Metric(
+        "image_pair_acc",
+        "pairs with every member right (overall) / pairs of the same words and other images",
+        lambda pair: pair.right,
+        lambda _: 1,
+    ),
+)
+METRICS: Sequence[Metric[DecisionCounts] | Metric[TrajectoryCounts] | Metric[PairCounts]] = (
+    *DECISION_METRICS,
+    *TRAJECTORY_METRICS,
+    *PAIR_METRICS,
+)
 
 
 class MetricReport(TypedDict):
-    """One metric of a report. Of shares, low and high are the 95 % Wilson interval; all None at 0 / 0."""
+    """One metric of a report. Of shares, low and high are the 95 % Wilson interval, which takes decision points as
+    independent; cluster_low and cluster_high are that of the bootstrap over trajectories. All None at 0 / 0."""
 
     value: float | None
     numerator: int
     denominator: int
     low: float | None
     high: float | None
+    cluster_low: float | None
+    cluster_high: float | None
 
 
 def ratios(metrics: Iterable[Metric[Counted]], counted: Counted) -> Ratios:
@@ -273,8 +329,7 @@ def flat_counts(ratios: Mapping[str, Sequence[int]]) -> dict[str, int]:
 
 
 def divide(totals: Mapping[str, int]) -> dict[str, MetricReport]:
-    """Divide the summed counts of each metric. Its interval takes decision points as independent, although those of
-    one trajectory are not."""
+    """Divide the summed counts of each metric; the intervals of the bootstrap are left to `report.py`."""
     report: dict[str, MetricReport] = {}
     for metric in METRICS:
         numerator = totals.get(f"{metric.name}.numerator", 0)
@@ -285,29 +340,10 @@ def divide(totals: Mapping[str, int]) -> dict[str, MetricReport]:
             "denominator": denominator,
             "low": None,
             "high": None,
+            "cluster_low": None,
+            "cluster_high": None,
         }
         if denominator and metric.is_share:
             row["low"], row["high"] = wilson(numerator, denominator)
         report[metric.name] = row
     return report
-
-
-def call_decision(totals: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """The two by two table of decision points: {gold: {output: points}} with "call" and "none" on both sides."""
-    points = totals.get("overall.denominator", 0)
-    wanted = totals.get("call_recall.denominator", 0)
-    attempted = totals.get("call_precision.denominator", 0)
-    both = totals.get("call_recall.numerator", 0)
-    return {
-        "call": {"call": both, "none": wanted - both},
-        "none": {"call": attempted - both, "none": points - wanted - attempted + both},
-    }
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927)."""
-    z = 1.959964
-    share, weight = successes / trials, z * z / trials
-    middle = share + weight / 2
-    half = z * math.sqrt((share * (1 - share) + weight / 4) / trials)
-    return max(0.0, (middle - half) / (1 + weight)), min(1.0, (middle + half) / (1 + weight))

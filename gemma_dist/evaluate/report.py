@@ -1,52 +1,28 @@
-"""What evaluation reports: counts of scored decision points added up, every metric with numerator and denominator.
+"""What evaluation reports: report.json, from the lines of samples.jsonl alone.
 
-Ratios of ranks, slices or runs cannot be added, their numerators and denominators can: `add_up` keeps these, and
-`make_report` divides once, at the end.
+Every metric has its numerator and denominator. The order of the lines, and how many ranks wrote them, change nothing.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, TypedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypedDict, get_args
 
-from gemma_dist.config import EvaluateConfig
-from gemma_dist.evaluate.metrics import (
-    METRICS,
-    TRAJECTORY_METRICS,
-    MetricReport,
-    TrajectoryCounts,
-    call_decision,
-    divide,
-    flat_counts,
-    ratios,
-)
-from gemma_dist.evaluate.score import GoldCall, Score
-
-SLICES = ("with_images", "without_images")
+from gemma_dist.data.read import Status
+from gemma_dist.evaluate.decision import ScoredDecision, steps_of, trajectory_of
+from gemma_dist.evaluate.metrics import METRICS, MetricReport
+from gemma_dist.evaluate.score import FAILURES
+from gemma_dist.evaluate.slices import slice_up
+from gemma_dist.evaluate.tally import MacroReport, add_up, macro, measure
+from gemma_dist.evaluate.values import FaultKind
 
 
-class Gold(TypedDict):
-    """What the model was expected to write."""
+class SurvivalStep(TypedDict):
+    """How trajectories fared at their n-th decision point."""
 
-    calls: list[GoldCall]
-    content: str
-    is_outline: bool  # of a test case that gives names of tools alone: arguments and content stand for nothing
-
-
-class ScoredDecision(TypedDict):
-    """One line of samples.jsonl: a decision point, what the model wrote at it, and the score."""
-
-    id: str
-    trajectory: int  # from 1
-    turn: int  # number of the message, from 1
-    num_images: int
-    prompt_tokens: int
-    output: str
-    output_tokens: int
-    stopped: bool  # False: cut off at max_new_tokens
-    parsed: dict[str, Any]  # `reading_to_json`
-    gold: Gold
-    score: Score
+    step: int
+    at_risk: int  # trajectories with such a point, right at all earlier ones
+    failed: int  # of these: wrong at it
+    survival: float  # share that is right so far, of trajectories as long (Kaplan-Meier)
 
 
 class Report(TypedDict):
@@ -56,60 +32,109 @@ class Report(TypedDict):
     adapter: str | None
     data: str
     settings: dict[str, Any]
+    world_size: int
     num_trajectories: int
     num_decision_points: int
-    world_size: int
     statuses: dict[str, int]
     call_decision: dict[str, dict[str, int]]
     metrics: dict[str, MetricReport]
-    slices: dict[str, dict[str, MetricReport]]
+    bfcl: dict[str, MetricReport]  # the same by BFCL's rule, where that may decide otherwise
+    overall_by_category: dict[str, MacroReport | None]  # mean over categories, by each rule
+    failures: dict[str, int]  # wrong points by what is wrong, most important first
+    arg_errors: dict[str, int]  # wrong arguments of matched calls, by kind
+    survival: list[SurvivalStep]
+    confusion: dict[str, dict[str, int]]  # {gold's tool: {called tool: calls}}
+    slices: dict[str, dict[str, dict[str, MetricReport]]]  # {slice: {value: metrics with something to judge}}
 
 
-def add_up(decisions: Iterable[ScoredDecision]) -> dict[str, Counter[str]]:
-    """Addable counts of whole trajectories: of all their decision points, and of each slice."""
-    totals: dict[str, Counter[str]] = {"all": Counter(), **{name: Counter() for name in SLICES}}
-    right: dict[int, bool] = {}  # trajectory -> at every decision point
-    for decision in decisions:
-        score = decision["score"]
-        counts = flat_counts(score["ratios"])
-        totals["all"].update(counts)
-        totals["with_images" if decision["num_images"] else "without_images"].update(counts)
-        totals["all"][f"status.{score['status']}"] += 1
-        right[decision["trajectory"]] = right.get(decision["trajectory"], True) and score["right"]
-    for all_right in right.values():
-        totals["all"].update(flat_counts(ratios(TRAJECTORY_METRICS, TrajectoryCounts(all_right))))
-    return totals
+def make_report(header: Mapping[str, Any], decisions: Iterable[ScoredDecision]) -> Report:
+    """The report of all scored decision points of a run.
 
-
-def make_report(
-    totals: Mapping[str, Mapping[str, int]],
-    *,
-    model: str,
-    adapter: Path | None,
-    data: Path,
-    settings: EvaluateConfig,
-    num_trajectories: int,
-    num_decisions: int,
-    world_size: int,
-) -> Report:
-    """The report of a run, from the summed counts of all its ranks (`add_up`)."""
-    statuses = {}
-    for name, count in totals["all"].items():
-        if name.startswith("status."):
-            statuses[name.removeprefix("status.")] = count
-    return {
-        "model": model,
-        "adapter": str(adapter) if adapter else None,
-        "data": str(data),
-        "settings": settings.model_dump(mode="json"),
-        "num_trajectories": num_trajectories,
-        "num_decision_points": num_decisions,
-        "world_size": world_size,
-        "statuses": statuses,
-        "call_decision": call_decision(totals["all"]),
-        "metrics": divide(totals["all"]),
-        "slices": {name: divide(totals[name]) for name in SLICES},
+    Args:
+        header: what the points do not say: model, adapter, data, settings, world_size.
+    """
+    decisions = sorted(decisions, key=lambda decision: (*trajectory_of(decision), decision["turn"]))
+    strict, bfcl = measure(add_up(decisions)), measure(add_up(decisions, "bfcl"))
+    kept = {name for name, metric in bfcl.items() if metric["denominator"]}
+    steps = steps_of(decisions)
+    computed = {
+        "num_trajectories": len({decision["trajectory"] for decision in decisions}),
+        "num_decision_points": len(decisions),
+        "statuses": _counts((decision["score"]["status"] for decision in decisions), get_args(Status)),
+        "call_decision": call_decision(strict),
+        "metrics": strict,
+        "bfcl": {name: bfcl[name] for name in bfcl if name in kept},
+        "overall_by_category": {"strict": macro(decisions), "bfcl": macro(decisions, "bfcl")},
+        "failures": _counts((decision["score"]["failure"] for decision in decisions), FAILURES),
+        "arg_errors": arg_errors(decisions),
+        "survival": survival(decisions, steps),
+        "confusion": confusion(decisions),
+        "slices": {
+            name: {value: judged(measure(add_up(found, whole=False))) for value, found in values.items()}
+            for name, values in slice_up(decisions, steps).items()
+        },
     }
+    return {**{key: value for key, value in header.items() if key not in computed}, **computed}  # type: ignore[typeddict-item]
+
+
+def judged(metrics: Mapping[str, MetricReport]) -> dict[str, MetricReport]:
+    """The metrics that have something to judge."""
+    return {name: metric for name, metric in metrics.items() if metric["denominator"]}
+
+
+def _counts(found: Iterable[str], names: Iterable[str]) -> dict[str, int]:
+    """How often each name was found, in the order of the names; those that were not are left out."""
+    counts = Counter(found)
+    return {name: counts[name] for name in names if counts[name]}
+
+
+def call_decision(metrics: Mapping[str, MetricReport]) -> dict[str, dict[str, int]]:
+    """The two by two table of decision points: {gold: {output: points}} with "call" and "none" on both sides."""
+    points = metrics["overall"]["denominator"]
+    wanted, both = metrics["call_recall"]["denominator"], metrics["call_recall"]["numerator"]
+    attempted = metrics["call_precision"]["denominator"]
+    return {
+        "call": {"call": both, "none": wanted - both},
+        "none": {"call": attempted - both, "none": points - wanted - attempted + both},
+    }
+
+
+def arg_errors(decisions: Iterable[ScoredDecision]) -> dict[str, int]:
+    """Wrong arguments of calls that are matched with a gold call of the same name, by kind; all kinds."""
+    kinds = [error["kind"] for decision in decisions for error in decision["score"]["errors"]]
+    counts = Counter(kinds)
+    return {kind: counts[kind] for kind in get_args(FaultKind)}
+
+
+def survival(decisions: Sequence[ScoredDecision], steps: Sequence[int]) -> list[SurvivalStep]:
+    """At which step trajectories first fail. Those that end right leave the curve without being counted as failed."""
+    failed_before: set[tuple[int, int]] = set()
+    at_risk: Counter[int] = Counter()
+    failed: Counter[int] = Counter()
+    for decision, step in zip(decisions, steps, strict=True):
+        trajectory = trajectory_of(decision)
+        if trajectory in failed_before:
+            continue
+        at_risk[step] += 1
+        if not decision["score"]["right"]:
+            failed[step] += 1
+            failed_before.add(trajectory)
+    curve: list[SurvivalStep] = []
+    share = 1.0
+    for step in sorted(at_risk):
+        share *= 1 - failed[step] / at_risk[step]
+        row = SurvivalStep(step=step, at_risk=at_risk[step], failed=failed[step], survival=round(share, 6))
+        curve.append(row)
+    return curve
+
+
+def confusion(decisions: Iterable[ScoredDecision]) -> dict[str, dict[str, int]]:
+    """Which tool was called where gold calls which, with "(no call)", "(not offered)" and "(malformed)" beside them."""
+    counts = Counter((gold, called) for decision in decisions for gold, called in decision["score"]["confusion"])
+    table: dict[str, dict[str, int]] = {}
+    for (gold, called), count in sorted(counts.items()):
+        table.setdefault(gold, {})[called] = count
+    return table
 
 
 def summary(report: Report) -> Iterator[str]:

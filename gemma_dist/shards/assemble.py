@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from gemma_dist.data.unroll import row_of_sample
+from gemma_dist.data.rows import row_of_sample
 from gemma_dist.errors import DataError
 from gemma_dist.files import publish, sync
 from gemma_dist.logs import write_json

@@ -26,9 +26,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gemma_dist.config import RowConfig
+from gemma_dist.data.bfcl import read_with_answers
 from gemma_dist.data.encode import Encoder
 from gemma_dist.data.fit import parse
-from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.errors import ConfigError, DataError, setting
 from gemma_dist.shards.fetch import Fetcher, FetchError, is_url, join
@@ -339,5 +339,5 @@ def load_trajectories(path: Path, settings: RowConfig) -> Iterator[Trajectory]:
         shards = open_shards(path)
         yield from map(shards.read, range(len(shards)))
     else:
-        for where, row in read_rows([path]):
+        for where, row in read_with_answers(path):
             yield parse(row, where, settings)

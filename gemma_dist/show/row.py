@@ -11,10 +11,10 @@ from typing import Any
 from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded, load_encoder
 from gemma_dist.data.fit import encode_trained, fit, parse
-from gemma_dist.data.rows import ReadRow, read_rows
+from gemma_dist.data.rows import ReadRow, read_rows, row_of_sample
 from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory, name_row
-from gemma_dist.data.unroll import row_of_sample, unroll
+from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import DataError, setting, spell
 from gemma_dist.gemma_format import IMAGE
 from gemma_dist.shards.reader import Shards, is_shard_folder, open_shards, refuse_unroll

@@ -22,12 +22,6 @@ CODEX_COMMAND = (
     'jq -cs \'{id: map(select(.type == "session_meta").payload.id)[0], '
     'input: map(select(.type == "response_item").payload)}\' ROLLOUT.jsonl'
 )
-# BFCL keeps its right answers in a file of their own, each argument with all values that are right.
-BFCL_COMMAND = (
-    'jq -cs \'group_by(.id)[] | add | select(.ground_truth | type == "array" and all(type == "object")) | {id, '
-    'messages: (.question | if type == "string" then [{role: "user", content: .}] else flatten end), '
-    "tools: .function, expected_tools: [.ground_truth[] | keys[]]}' QUESTIONS.json possible_answer/QUESTIONS.json"
-)
 MESSAGES_COMMAND = "jq -cs '{messages: .}' FILE"
 CONTENTS_COMMAND = "jq -cs '{contents: .}' FILE"
 ITEMS_COMMAND = "jq -cs '{input: .}' FILE"
@@ -201,18 +195,6 @@ def _steps(row: RawRow) -> str | None:
     return None
 
 
-def _benchmark(row: RawRow) -> str | None:
-    """A question of BFCL: {"id": ..., "question": [[{"role": "user", ...}]], "function": [{"name": ...}]}."""
-    question = row.get("question")
-    is_answered = row.get("answer") is not None or row.get("answers") is not None
-    if row.get("function") is None or is_answered or not isinstance(question, (str, list)):
-        return None
-    return (
-        "the row is a question of a benchmark (BFCL: `question` and `function`), and its answer is not in it; "
-        f"`evaluate` takes it as a test case with the tool that is to be called: {BFCL_COMMAND}"
-    )
-
-
 EXPLANATIONS: tuple[Callable[[RawRow], str | None], ...] = (
     _batch_half,
     _event,
@@ -221,5 +203,4 @@ EXPLANATIONS: tuple[Callable[[RawRow], str | None], ...] = (
     _span,
     _message,
     _steps,
-    _benchmark,
 )

@@ -1,0 +1,80 @@
+"""A comparison of two runs for people: one page of Markdown."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from gemma_dist.evaluate.compare import Change, Comparison, compare, failed_rules
+from gemma_dist.evaluate.markdown import MAX_ROWS, code, interval, percent, section, table
+from gemma_dist.files import writing
+from gemma_dist.logs import log, to_json, write_json
+
+_HEADER = ["", "before", "after", "difference", "95 % by trajectory", "fixed", "broken", "p"]
+
+
+def compare_runs(
+    before: Path, after: Path, out: Path | None, fail_below: Sequence[str], fail_if_worse: bool, *, as_json: bool
+) -> tuple[str, bool]:
+    """What `gemma-dist compare` prints, as a page or one line of JSON, and whether "after" passes the rules; those that
+    it does not are logged. With `out`, both are written there.
+
+    Raises:
+        ConfigError, DataError: as `compare` and `failed_rules`.
+    """
+    compared = compare(before, after)
+    failures = failed_rules(compared, fail_below, fail_if_worse)
+    if out is not None:
+        write_comparison(compared, out)
+    for failure in failures:
+        log.error(failure)
+    return to_json(compared) + "\n" if as_json else comparison_page(compared), not failures
+
+
+def write_comparison(compared: Comparison, out: Path) -> None:
+    """comparison.md and, last, comparison.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    with writing(out / "comparison.md") as temporary:
+        temporary.write_text(comparison_page(compared), encoding="utf-8")
+    write_json(out / "comparison.json", compared)
+
+
+def comparison_page(compared: Comparison) -> str:
+    """comparison.md, and what `compare` prints."""
+    return "\n".join(_lines(compared)) + "\n"
+
+
+def _lines(compared: Comparison) -> Iterator[str]:
+    tested = compared["overall"]
+    yield f"# {code(compared['before'])} against {code(compared['after'])}"
+    yield ""
+    points, trajectories = compared["num_decision_points"], compared["num_trajectories"]
+    yield f"The same {points:,} decision points of {trajectories:,} trajectories."
+    split = f"{tested['fixed']} were fixed, {tested['broken']} broken"
+    yield f"{split}: p = {tested['p_value']:.2g} (McNemar's exact test)."
+    smallest = _points(compared["smallest_difference"]).removeprefix("+")
+    yield f"The smallest true difference that so many points would show in 8 of 10 cases: {smallest} points of 100."
+    yield ""
+    yield from table(_HEADER, (_row(name, found) for name, found in compared["metrics"].items()))
+    if (gain := compared["image_gain"]) is not None:
+        shown = f"{_points(gain['value'])} ({interval(gain['low'], gain['high'], signed=True)})"
+        yield f"Gain by images, as they are less {gain['without']}: {shown}; {gain['num_points']:,} points have some."
+        yield ""
+    slices = [(name, value, found) for name, values in compared["slices"].items() for value, found in values.items()]
+    surest = sorted(slices, key=lambda row: (row[2]["p_holm"], -abs(row[2]["difference"] or 0.0)))[:MAX_ROWS]
+    rows = ([*_row(f"{name} {value}", found), f"{found['p_holm']:.2g}"] for name, value, found in surest)
+    yield from section("overall by slice, the surest first", [*_HEADER, "p (Holm)"], rows)
+    for title, changed in (("Broken", compared["broken"]), ("Fixed", compared["fixed"])):
+        listed = [[code(point["id"]), point["turn"], point["before"], point["after"]] for point in changed[:MAX_ROWS]]
+        more = f", the first {MAX_ROWS} of {len(changed)}" if len(changed) > MAX_ROWS else ""
+        yield from section(f"{title}{more}", ["row", "turn", "before", "after"], listed)
+
+
+def _row(name: str, found: Change) -> list[object]:
+    values = percent(found["before"]), percent(found["after"]), _points(found["difference"])
+    changed = ("" if number is None else number for number in (found["fixed"], found["broken"]))
+    p_value = "" if found["p_value"] is None else f"{found['p_value']:.2g}"
+    return [name, *values, interval(found["low"], found["high"], signed=True), *changed, p_value]
+
+
+def _points(difference: float | None) -> str:
+    """A difference of shares, in points of a hundred."""
+    return "" if difference is None else f"{100 * difference:+.1f}"

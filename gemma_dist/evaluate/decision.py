@@ -1,0 +1,52 @@
+"""A scored decision point as it stands in samples.jsonl, and what it belongs to."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NotRequired, TypedDict
+
+from gemma_dist.data.rows import row_of_sample
+from gemma_dist.evaluate.score import Gold, Score
+
+Trajectory = tuple[int, int]  # its number, and which of several answers (`sample`) was taken at each of its points
+
+
+class ScoredDecision(TypedDict):
+    """One line of samples.jsonl: a decision point, what the model wrote at it, and the score."""
+
+    id: str
+    trajectory: int  # from 1
+    turn: int  # number of the message, from 1
+    sample: NotRequired[int]  # where several answers were taken: which one, from 0
+    category: str
+    pair: str
+    num_images: int
+    num_tools: int  # declared
+    tools: str  # the key of their declarations in tools.json
+    prompt_tokens: int
+    opening: str  # the block that the prompt left open, from its token on; "" where it left none
+    output: str
+    output_tokens: int
+    stopped: bool  # False: cut off at max_new_tokens
+    parsed: dict[str, Any]  # `reading_to_json`
+    gold: Gold
+    score: Score
+
+
+def trajectory_of(decision: ScoredDecision) -> Trajectory:
+    """Which trajectory a decision point is of."""
+    return decision["trajectory"], decision.get("sample", 0)
+
+
+def cluster_of(decision: ScoredDecision) -> str:
+    """What a decision point is drawn with: the pair of its row, else its row."""
+    return f"pair {decision['pair']}" if decision["pair"] else f"row {row_of_sample(decision['id'])}"
+
+
+def steps_of(decisions: Sequence[ScoredDecision]) -> list[int]:
+    """The number of each decision point in its trajectory, from 1; `decisions` are in order."""
+    seen: Counter[tuple[int, int]] = Counter()
+    steps = []
+    for decision in decisions:
+        seen[trajectory_of(decision)] += 1
+        steps.append(seen[trajectory_of(decision)])
+    return steps

@@ -1,0 +1,60 @@
+"""A decision point as its line in samples.jsonl: what was asked, what the model wrote, what was read in it, the score.
+
+A line and the tools that it names (tools.json) are all that a score needs: `score_line` makes it when the answer comes,
+and again, with the rules of the day, for `gemma-dist score`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from gemma_dist.data.content import content_text
+from gemma_dist.data.read import read_output, reading_to_json
+from gemma_dist.data.trajectory import Trajectory
+from gemma_dist.data.types import Message
+from gemma_dist.evaluate.decision import ScoredDecision
+from gemma_dist.evaluate.runs import tools_key
+from gemma_dist.evaluate.score import Gold, score_decision
+
+
+def gold_of(trajectory: Trajectory, messages: Sequence[Message]) -> Gold:
+    """What is expected at a decision point that these assistant messages answer.
+
+    Where these are several in a row, gold's text is theirs joined, and its calls are those of the last.
+    """
+    calls = [call["function"] for call in messages[-1].get("tool_calls", [])]
+    text = "".join(content_text(message["content"]) for message in messages)
+    gold: Gold = {"calls": cast(Any, calls), "content": text, "is_outline": trajectory.is_outline}
+    if trajectory.any_call:
+        gold["any_call"] = True
+    if trajectory.answers:
+        gold["answers"] = list(trajectory.answers)
+    return gold
+
+
+def asked(trajectory: Trajectory, number: int, messages: Sequence[Message], turn: int) -> dict[str, Any]:
+    """The keys of a line that the data alone say. `number`: of the trajectory, from 1."""
+    return {
+        "id": trajectory.id,
+        "trajectory": number,
+        "turn": turn,
+        "category": trajectory.category,
+        "pair": trajectory.pair,
+        "num_tools": len(trajectory.tools),
+        "tools": tools_key(trajectory.tools),
+        "gold": gold_of(trajectory, messages),
+    }
+
+
+def score_line(line: Mapping[str, Any], tools: Sequence[Mapping[str, Any]], answer_tolerance: float) -> ScoredDecision:
+    """The line with what is read in its output and the score; what it may say of both already is replaced.
+
+    Args:
+        line: `asked`, and what the model wrote.
+        tools: the declarations offered.
+        answer_tolerance: how far a number of an answer may be off, as a share of it.
+    """
+    names = [tool["function"]["name"] for tool in tools]
+    reading = read_output(line["output"], line["opening"], budget_spent=not line["stopped"], tool_names=names)
+    score = score_decision(reading, line["gold"], tools, answer_tolerance=answer_tolerance)
+    unscored = {key: value for key, value in line.items() if key not in ("parsed", "score")}
+    return cast(ScoredDecision, {**unscored, "parsed": reading_to_json(reading), "score": score})

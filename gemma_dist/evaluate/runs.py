@@ -1,0 +1,78 @@
+"""The folder of a finished run: what `evaluate` and `score` write, and what `score` and `compare` read.
+
+samples.jsonl    one line a decision point, in the order of the data
+tools.json       the declarations that the lines name
+report.md        the report on one page
+report.json      the report; written last, so that a run without it did not end
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_dist.errors import ConfigError
+from gemma_dist.evaluate.decision import ScoredDecision
+from gemma_dist.evaluate.markdown import report_page
+from gemma_dist.evaluate.report import Report, make_report
+from gemma_dist.files import writing
+from gemma_dist.logs import JsonlWriter, read_jsonl, write_json
+
+SAMPLES, TOOLS, REPORT, PAGE = "samples.jsonl", "tools.json", "report.json", "report.md"
+ToolSets = dict[str, list[Any]]  # tools.json: declarations by their key
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `evaluate` wrote to a folder."""
+
+    folder: Path
+    report: dict[str, Any]
+    lines: list[ScoredDecision]
+
+
+def read_run(folder: Path) -> Run:
+    """A finished run.
+
+    Raises:
+        ConfigError: the folder holds no report, or none that goes with its samples.
+    """
+    if not (folder / REPORT).is_file():
+        raise ConfigError(f"{folder} holds no {REPORT}: the run did not end; run the same `gemma-dist evaluate` again")
+    try:
+        report = json.loads((folder / REPORT).read_bytes())
+        lines = list(read_jsonl(folder / SAMPLES))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: {REPORT} or {SAMPLES} cannot be read: {error}; evaluate again") from None
+    missing = {"tools", "opening", "score"} - set(lines[0] if lines else ())
+    if missing:
+        raise ConfigError(f"{folder}/{SAMPLES}: an earlier version wrote it, without {sorted(missing)}; evaluate again")
+    if len(lines) != report.get("num_decision_points"):
+        raise ConfigError(
+            f"{folder}: {SAMPLES} holds {len(lines)} decision points, {REPORT} says "
+            f"{report.get('num_decision_points')}; the two are of different runs: evaluate again"
+        )
+    return Run(folder, report, lines)
+
+
+def write_results(out: Path, header: dict[str, Any], lines: list[ScoredDecision], tool_sets: ToolSets) -> Report:
+    """Write the scored lines of a whole run and their report, which comes last."""
+    out.mkdir(parents=True, exist_ok=True)
+    with writing(out / SAMPLES) as temporary:
+        writer = JsonlWriter(temporary, append=False)
+        for line in lines:
+            writer.write(line)
+        writer.close()
+    write_json(out / TOOLS, tool_sets)
+    report = make_report(header, lines)
+    with writing(out / PAGE) as temporary:
+        temporary.write_text(report_page(report), encoding="utf-8")
+    write_json(out / REPORT, report)
+    return report
+
+
+def tools_key(tools: Sequence[Any]) -> str:
+    """What a line calls these declarations: the beginning of a hash."""
+    return hashlib.sha256(json.dumps(tools, sort_keys=True).encode()).hexdigest()[:16]
