@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from gemma_dist.aliases import as_bool, current_value
 from gemma_dist.contradictions import contradictions
+from gemma_dist.errors import setting
 
 # Linear layers of the language model alone. Bare names ("q_proj") also match the vision tower, whose wrapped linears
 # PEFT refuses; "all-linear" adapts the tower and the gates of the per-layer embeddings as well.
@@ -327,13 +328,33 @@ class EvaluateConfig(RowConfig):
     max_new_tokens: int = Field(
         1024, gt=0, description="Maximum number of tokens to generate; an answer that reaches it counts as cut off."
     )
-    per_device_eval_batch_size: int = Field(8, gt=0, description="Prompts that one rank generates for at once.")
+    per_device_eval_batch_size: int = Field(32, gt=0, description="Most answers that one rank writes at a time.")
+    max_batch_tokens: int = Field(
+        65_536,
+        gt=0,
+        description="Most tokens of prompts and answers (as long as they may get) that one rank holds at a time; fewer "
+        "where memory is short.",
+    )
+    num_samples: int = Field(1, gt=0, description="Answers to each decision point; several need a temperature.")
+    temperature: float = Field(0.0, ge=0, description="Of sampling; 0: always the likeliest token.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample among the likeliest tokens of this share; 1: all.")
+    top_k: int = Field(0, ge=0, description="Sample among so many of the likeliest tokens; 0: all.")
+    seed: int = Field(42, ge=0, description="Random seed of sampling; each answer has random numbers of its own.")
     ple: Literal["auto", "host", "gpu"] = Field(
         "auto", description="Where per-layer embeddings (E2B, E4B) are; host and auto: mapped in the model's file."
     )
     images: Literal["as_is", "blank"] = Field(
         "as_is", description="blank: replace all images by white ones, to see which answers depend on them."
     )
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> "EvaluateConfig":
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"num_samples: {self.num_samples}, but temperature: 0 writes the same answer each time; set "
+                f"{setting('temperature', 1.0)}, or leave num_samples out"
+            )
+        return self
 
 
 class MergeConfig(Section):

@@ -49,11 +49,11 @@ class TreeCache:
         return {name: torch.cat([filler, mask])[None, None] for name, mask in ((FULL, sees), (SLIDING, sliding))}
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep the states of this pass, (1, heads, T, width); those of all tokens so far."""
         if layer_idx not in self.keys:
-            _, heads, _, width = key_states.shape
+            heads, width = key_states.shape[1], key_states.shape[3]
             for kept in (self.keys, self.values):
                 kept[layer_idx] = key_states.new_empty(1, heads, len(self.tree), width)
         for kept, new in ((self.keys, key_states), (self.values, value_states)):
@@ -111,7 +111,7 @@ class RowCache:
         return masks
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep the states of this pass, (B, heads, 1, width); those in all slots."""
         slots = self._slots[self._text.layer_types[layer_idx]]

@@ -5,8 +5,8 @@ The prompts of a few trajectories are read as one tree (`tree.py`), chunk by chu
 no answer waits for the longest of its batch; those that wait stand in the tree that they were read in.
 
 What is computed is what `model.generate` computes for one prompt after the other, but for the order of floating-point
-sums. Its own loop cannot do this: it takes one cache for prompts of one length, and `DynamicCache` cannot go back behind
-the window of sliding layers, nor do transformers' paged caches know Gemma 4's two sizes of heads.
+sums. Its own loop cannot do this: it takes one cache for prompts of one length, `DynamicCache` cannot go back behind
+the window of sliding layers, and transformers' paged caches know one size of heads, where Gemma 4 has two.
 
 A model that is partitioned over the ranks (ZeRO-3, FSDP2) runs on all of them at once: before each pass they agree on
 its kind, and who has nothing to do takes part with a token of no meaning. So there, too, prompts are read once.
@@ -49,16 +49,16 @@ class Question:
 
     prompt: Prompt
     key: str  # what its random numbers hang on, beside the number of the sample
-    samples: Sequence[int] = (1,)  # the numbers of those that are wanted
+    samples: Sequence[int] = (0,)  # the numbers of those that are wanted
 
 
 @dataclass
 class Counts:
-    """What was done, in tokens."""
+    """What was done."""
 
-    read: int = 0  # of prompts
-    written: int = 0
-    passes: int = 0
+    tokens_read: int = 0  # of prompts
+    tokens_written: int = 0
+    passes: int = 0  # of the model
 
 
 @dataclass
@@ -220,7 +220,7 @@ class Generator:
         masks = cache.begin(start, stop, len(fillers))
         at = [*range(len(fillers)), *positions]
         keep = len(tree.paths) if stop == len(tree) else 1
-        self.counts.read += stop - start
+        self.counts.tokens_read += stop - start
         return self._pass([fillers + input_ids], [at], cache, masks, keep, pixels)[0]
 
     def _write_token(self) -> Iterator[tuple[Question, int, Answer]]:
@@ -253,6 +253,7 @@ class Generator:
         pixels: dict[str, torch.Tensor],
     ) -> torch.Tensor:
         """A forward pass of the model over tokens (B, T): logits (B, `keep`, V) of the last ones."""
+        self.counts.passes += 1
         logits = self.model(
             input_ids=torch.tensor(input_ids, device=self._device),
             position_ids=torch.tensor(positions, device=self._device),
@@ -272,7 +273,7 @@ class Generator:
         cache = TreeCache(grow_tree([Prompt([bos], [0], [], "", 1, [])]), self._text, self._device)
         if with_image:
             self._read(cache, 0, 1)
-            self.counts.read -= 1
+            self.counts.tokens_read -= 1
         else:
             self._pass([[bos]], [[0]], cache, cache.begin(0, 1), 1, {})
 
@@ -280,7 +281,7 @@ class Generator:
         """Write the next token in each row, by its logits (B, V); the answers that end with it."""
         for row, token in zip(rows, self.sampling.pick(logits, [row.numbers for row in rows]), strict=True):
             row.ids.append(token)
-            self.counts.written += 1
+            self.counts.tokens_written += 1
             if self._has_ended(row):
                 text = self.encoder.tokenizer.decode(row.ids)
                 yield row.question, row.sample, Answer(text, row.ids, row.ids[-1] in self._stops)

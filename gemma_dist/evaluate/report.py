@@ -7,7 +7,7 @@ Ratios of ranks, slices or runs cannot be added, their numerators and denominato
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from gemma_dist.config import EvaluateConfig
 from gemma_dist.evaluate.metrics import (
@@ -39,9 +39,12 @@ class ScoredDecision(TypedDict):
     id: str
     trajectory: int  # from 1
     turn: int  # number of the message, from 1
+    sample: NotRequired[int]  # where several answers were taken: which one, from 0
+    key: str  # a hash of all that the answer hangs on (`log.py`)
     num_images: int
     prompt_tokens: int
     output: str
+    output_ids: list[int]
     output_tokens: int
     stopped: bool  # False: cut off at max_new_tokens
     parsed: dict[str, Any]  # `reading_to_json`
@@ -58,24 +61,26 @@ class Report(TypedDict):
     settings: dict[str, Any]
     num_trajectories: int
     num_decision_points: int
-    world_size: int
     statuses: dict[str, int]
     call_decision: dict[str, dict[str, int]]
     metrics: dict[str, MetricReport]
     slices: dict[str, dict[str, MetricReport]]
+    pass_at_k: NotRequired[dict[str, MetricReport]]  # where several answers were taken
+    times: dict[str, Any]  # what differs from run to run: ranks, seconds, throughput
 
 
 def add_up(decisions: Iterable[ScoredDecision]) -> dict[str, Counter[str]]:
     """Addable counts of whole trajectories: of all their decision points, and of each slice."""
     totals: dict[str, Counter[str]] = {"all": Counter(), **{name: Counter() for name in SLICES}}
-    right: dict[int, bool] = {}  # trajectory -> at every decision point
+    right: dict[tuple[int, int], bool] = {}  # trajectory, sample -> at every decision point
     for decision in decisions:
         score = decision["score"]
         counts = flat_counts(score["ratios"])
         totals["all"].update(counts)
         totals["with_images" if decision["num_images"] else "without_images"].update(counts)
         totals["all"][f"status.{score['status']}"] += 1
-        right[decision["trajectory"]] = right.get(decision["trajectory"], True) and score["right"]
+        trajectory = decision["trajectory"], decision.get("sample", 0)
+        right[trajectory] = right.get(trajectory, True) and score["right"]
     for all_right in right.values():
         totals["all"].update(flat_counts(ratios(TRAJECTORY_METRICS, TrajectoryCounts(all_right))))
     return totals
@@ -90,9 +95,9 @@ def make_report(
     settings: EvaluateConfig,
     num_trajectories: int,
     num_decisions: int,
-    world_size: int,
+    times: dict[str, Any],
 ) -> Report:
-    """The report of a run, from the summed counts of all its ranks (`add_up`)."""
+    """The report of a run, from the counts of all its lines (`add_up`)."""
     statuses = {}
     for name, count in totals["all"].items():
         if name.startswith("status."):
@@ -104,11 +109,11 @@ def make_report(
         "settings": settings.model_dump(mode="json"),
         "num_trajectories": num_trajectories,
         "num_decision_points": num_decisions,
-        "world_size": world_size,
         "statuses": statuses,
         "call_decision": call_decision(totals["all"]),
         "metrics": divide(totals["all"]),
         "slices": {name: divide(totals[name]) for name in SLICES},
+        "times": times,
     }
 
 

@@ -1,10 +1,12 @@
 """How many answers are written at a time: what their keys and values take, against the memory that is left."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from gemma_dist import world
 from gemma_dist.logs import log
 
 SHARE_OF_GPU, SHARE_OF_HOST = 0.7, 0.5  # of what is free when the model is loaded; the rest is for passes
@@ -63,12 +65,8 @@ class Room:
         )
 
 
-def measure_room(model: Any, num_rows: int, num_tokens: int, num_processes: int) -> Room:
-    """What fits beside a loaded model: as the settings say, or less where the memory that is left has no room for it.
-
-    Args:
-        num_processes: of this machine that share its memory, where there is no GPU.
-    """
+def measure_room(model: Any, num_rows: int, num_tokens: int) -> Room:
+    """What fits beside a loaded model: as the settings say, or less where there is no memory left for it."""
     bytes_of = CacheBytes.of(model.config.get_text_config(), model.dtype.itemsize)
     if model.device.type == "cuda":
         reusable = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
@@ -76,5 +74,6 @@ def measure_room(model: Any, num_rows: int, num_tokens: int, num_processes: int)
     else:
         import psutil
 
+        num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size()))  # which share this memory
         free = int(SHARE_OF_HOST * psutil.virtual_memory().available / num_processes)
     return Room(num_rows, num_tokens, free, bytes_of)
