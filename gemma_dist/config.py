@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from gemma_dist.aliases import as_bool, current_value
 from gemma_dist.contradictions import contradictions
-from gemma_dist.errors import setting
 
 # Linear layers of the language model alone. Bare names ("q_proj") also match the vision tower, whose wrapped linears
 # PEFT refuses; "all-linear" adapts the tower and the gates of the per-layer embeddings as well.
@@ -336,7 +335,9 @@ class EvaluateConfig(RowConfig):
         "where memory is short.",
     )
     num_samples: int = Field(1, gt=0, description="Answers to each decision point; several need a temperature.")
-    temperature: float = Field(0.0, ge=0, description="Of sampling; 0: always the likeliest token.")
+    temperature: float = Field(
+        0.0, ge=0, validate_default=True, description="Of sampling; 0: always the likeliest token."
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="Sample among the likeliest tokens of this share; 1: all.")
     top_k: int = Field(0, ge=0, description="Sample among so many of the likeliest tokens; 0: all.")
     seed: int = Field(42, ge=0, description="Random seed of sampling; each answer has random numbers of its own.")
@@ -347,14 +348,13 @@ class EvaluateConfig(RowConfig):
         "as_is", description="blank: replace all images by white ones, to see which answers depend on them."
     )
 
-    @model_validator(mode="after")
-    def _samples_differ(self) -> "EvaluateConfig":
-        if self.num_samples > 1 and self.temperature == 0:
-            raise ValueError(
-                f"num_samples: {self.num_samples}, but temperature: 0 writes the same answer each time; set "
-                f"{setting('temperature', 1.0)}, or leave num_samples out"
-            )
-        return self
+    @field_validator("temperature")
+    @classmethod
+    def _samples_differ(cls, value: float, info: ValidationInfo) -> float:
+        num_samples = info.data.get("num_samples", 1)
+        if num_samples > 1 and value == 0:
+            raise ValueError(f"it would write the same {num_samples} times; sample at 1.0, or take one answer")
+        return value
 
 
 class MergeConfig(Section):

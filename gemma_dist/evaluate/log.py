@@ -107,7 +107,7 @@ def read_lines(out: Path) -> dict[LineKey, Line]:
     """The lines of all ranks' parts. Those that are damaged, or were written by something else, are left out."""
     lines: dict[LineKey, Line] = {}
     for part in _parts(out):
-        for raw in part.read_bytes().split(b"\n"):
+        for raw in part.read_bytes().split(b"\n")[:-1]:  # what no line end follows was torn, though it may look whole
             with contextlib.suppress(ValueError):
                 line = json.loads(raw)
                 if isinstance(line, dict) and "key" in line:
