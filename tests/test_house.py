@@ -41,6 +41,7 @@ WITHOUT_TORCH = [
     "options",
     "costs",
     "evaluate.metrics",
+    "evaluate.tree",
     "data.read",
     "evaluate.score",
     "merge.plan",

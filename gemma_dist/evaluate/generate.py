@@ -16,6 +16,7 @@ import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -67,8 +68,6 @@ class _Row:
 
     question: Question
     sample: int
-    cache: TreeCache  # which holds its prompt, as number `place`
-    place: int
     numbers: random.Random
     ids: list[int]
 
@@ -112,9 +111,10 @@ class Generator:
         self._text, self._device = model.config.get_text_config(), model.device
         self._row_cache = RowCache(self._text, self._device)
         self._rows: list[_Row | None] = []  # of the cache; None: free
-        self._waiting: deque[_Row] = deque()  # for a free one
+        self._waiting: deque[tuple[_Row, TreeCache, int]] = deque()  # for a free one; which prompt of a tree is theirs
         self._groups: deque[list[list[Question]]] = deque()  # that are not read yet: each makes a tree
         self._reading: _Reading | None = None
+        self._next: _Reading | None = None  # as soon as there is room
 
     @torch.inference_mode()
     def answer(self, trajectories: Sequence[list[Question]]) -> Iterator[tuple[Question, int, Answer]]:
@@ -136,14 +136,15 @@ class Generator:
         """Give free rows to those that wait, or begin with the next tree; whether there is a chunk to be read, and
         whether there are answers to be written."""
         self._place_rows()
-        if self._reading is None and self._groups and not self._waiting:
-            group = self._groups[0]
+        if self._next is None and self._groups:
+            group = self._groups.popleft()
             tree = grow_tree([question.prompt for questions in group for question in questions])
-            longest = max(map(len, tree.paths)) + self.max_new_tokens
-            if self._has_room(1, longest, len(tree)):
-                self._groups.popleft()
-                cache = TreeCache(tree, self._text, self._device)
-                self._reading = _Reading(group, cache, deque(tree.chunks(CHUNK)))
+            cache = TreeCache(tree, self._text, self._device)
+            self._next = _Reading(group, cache, deque(tree.chunks(CHUNK)))
+        if self._next is not None and self._reading is None and not self._waiting:
+            tree = self._next.cache.tree
+            if self._has_room(1, max(map(len, tree.paths)) + self.max_new_tokens, len(tree)):
+                self._reading, self._next = self._next, None
         return self._reading is not None, any(self._rows)
 
     def _has_room(self, num_new: int, num_slots: int, tree: int) -> bool:
@@ -157,9 +158,9 @@ class Generator:
         """Give rows of the cache to as many waiting answers as fit, and make it larger or smaller where it must be."""
         new: list[_Row] = []
         slots = 0
-        for row in self._waiting:
+        for row, source, _ in self._waiting:
             slots = max(slots, len(row.question.prompt.input_ids) + self.max_new_tokens)
-            if not self._has_room(len(new) + 1, slots, len(row.cache.tree)):
+            if not self._has_room(len(new) + 1, slots, len(source.tree)):
                 break
             new.append(row)
         kept = [number for number, row in enumerate(self._rows) if row]
@@ -173,10 +174,9 @@ class Generator:
             cache.resize(kept, num_rows, longest + GROWTH)
             self._rows = [self._rows[number] for number in kept] + [None] * len(new)
         free = (number for number, row in enumerate(self._rows) if row is None)
-        for row, number in zip(new, free, strict=False):
-            self._waiting.popleft()
-            cache.fill(number, row.cache, row.place)
-            self._rows[number] = row
+        for number in islice(free, len(new)):
+            self._rows[number], source, prompt = self._waiting.popleft()
+            cache.fill(number, source, prompt)
 
     def _read_chunk(self) -> Iterator[tuple[Question, int, Answer]]:
         """Read the next chunk of the tree; behind its last, write the first token of each answer."""
@@ -196,13 +196,15 @@ class Generator:
         if reading.chunks:
             return
         self._reading = None
-        rows = []
-        for place, question in enumerate(reading.questions):
+        rows, prompts = [], []
+        for prompt, question in enumerate(reading.questions):
             for sample in question.samples:
-                numbers = self.sampling.numbers(question.key, sample)
-                rows.append(_Row(question, sample, reading.cache, place, numbers, []))
-        yield from self._extend(rows, logits[[row.place for row in rows]])
-        self._waiting.extend(row for row in rows if not self._has_ended(row))
+                rows.append(_Row(question, sample, self.sampling.numbers(question.key, sample), []))
+                prompts.append(prompt)
+        yield from self._extend(rows, logits[prompts])
+        for row, prompt in zip(rows, prompts, strict=True):
+            if not self._has_ended(row):
+                self._waiting.append((row, reading.cache, prompt))
 
     def _read(self, cache: TreeCache, start: int, stop: int) -> torch.Tensor:
         """One pass over tokens of a tree: logits (P, V) behind the ends of its prompts, if they are among them."""

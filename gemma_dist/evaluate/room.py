@@ -76,4 +76,6 @@ def measure_room(model: Any, num_rows: int, num_tokens: int) -> Room:
 
         num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size()))  # which share this memory
         free = int(SHARE_OF_HOST * psutil.virtual_memory().available / num_processes)
+    if free < bytes_of.of_tree(num_tokens):
+        log.info("%.1f GiB are left for keys and values, which may be fewer than max_batch_tokens", free / 2**30)
     return Room(num_rows, num_tokens, free, bytes_of)
