@@ -12,10 +12,12 @@ of the sequence: layers that share K/V then compute nothing else (`logits_to_kee
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemma_dist.data.encode import Prompt
+if TYPE_CHECKING:
+    from gemma_dist.data.encode import Prompt
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class PromptTree:
         return seen
 
 
-def grow_tree(prompts: Sequence[Prompt]) -> PromptTree:
+def grow_tree(prompts: "Sequence[Prompt]") -> PromptTree:
     """The tree of some prompts, at least one."""
     known: dict[bytes, int] = {}
     names: list[np.ndarray] = []  # of each prompt
@@ -106,14 +108,14 @@ def grow_tree(prompts: Sequence[Prompt]) -> PromptTree:
     )
 
 
-def _places_of_images(prompt: Prompt) -> np.ndarray:
+def _places_of_images(prompt: "Prompt") -> np.ndarray:
     """(T,): from 1, which of the prompt's images a soft token is of; else 0. Other tokens stand between two images."""
     is_soft = np.array(prompt.mm_token_type_ids, bool)
     begins = is_soft & ~np.concatenate([[False], is_soft[:-1]])
     return np.where(is_soft, begins.cumsum(), 0)
 
 
-def _names(prompt: Prompt, places: np.ndarray, known: dict[bytes, int]) -> np.ndarray:
+def _names(prompt: "Prompt", places: np.ndarray, known: dict[bytes, int]) -> np.ndarray:
     """(T,): what each token is: its id, or of a soft token a negative number that stands for the image's bytes."""
     numbers = [0, *(known.setdefault(image, -1 - len(known)) for image in prompt.images)]
     return np.where(places > 0, np.array(numbers)[places], prompt.input_ids)
