@@ -2,8 +2,8 @@
 
 0: done. 2: a user error, in plain words. 1: an internal error, with its traceback. 3, of `plan`: it does not fit; of
 `compare`: a rule was broken. 4, of `train`: a step hung, and the watchdog ended the run. 5, of `health`: a node is not
-fit. 75, of `train`: stopped as it was asked to, and the same command goes on. 130: interrupted. 143: another rank ended,
-or this one was told to. `exits.py` says how whoever launched the ranks learns of them.
+fit. 75, of `train`: stopped as it was asked to, and the same command goes on. 130: interrupted. 143: another rank
+ended, or this one was told to. `exits.py` says how whoever launched the ranks learns of them.
 """
 
 import sys

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from gemma_dist.aliases import as_bool, current_value
 from gemma_dist.contradictions import contradictions
@@ -330,7 +330,20 @@ class EvaluateConfig(RowConfig):
     max_new_tokens: int = Field(
         1024, gt=0, description="Maximum number of tokens to generate; an answer that reaches it counts as cut off."
     )
-    per_device_eval_batch_size: int = Field(8, gt=0, description="Prompts that one rank generates for at once.")
+    per_device_eval_batch_size: int = Field(32, gt=0, description="Most answers that one rank writes at a time.")
+    max_batch_tokens: int = Field(
+        65_536,
+        gt=0,
+        description="Most tokens of prompts and answers (as long as they may get) that one rank holds at a time; fewer "
+        "where memory is short.",
+    )
+    num_samples: int = Field(1, gt=0, description="Answers to each decision point; several need a temperature.")
+    temperature: float = Field(
+        0.0, ge=0, validate_default=True, description="Of sampling; 0: always the likeliest token."
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample among the likeliest tokens of this share; 1: all.")
+    top_k: int = Field(0, ge=0, description="Sample among so many of the likeliest tokens; 0: all.")
+    seed: int = Field(42, ge=0, description="Random seed of sampling; each answer has random numbers of its own.")
     ple: Literal["auto", "host", "gpu"] = Field(
         "auto", description="Where per-layer embeddings (E2B, E4B) are; host and auto: mapped in the model's file."
     )
@@ -340,6 +353,14 @@ class EvaluateConfig(RowConfig):
     answer_tolerance: float = Field(
         0.01, ge=0, description="How far a number may be from that of an expected answer, as a share of it."
     )
+
+    @field_validator("temperature")
+    @classmethod
+    def _samples_differ(cls, value: float, info: ValidationInfo) -> float:
+        num_samples = info.data.get("num_samples", 1)
+        if num_samples > 1 and value == 0:
+            raise ValueError(f"it would write the same {num_samples} times; sample at 1.0, or take one answer")
+        return value
 
 
 class HealthConfig(Section):

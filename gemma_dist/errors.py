@@ -52,6 +52,10 @@ class TrainingError(GemmaDistError):
     """A run stopped: a step's loss or gradient is not finite; the message names the step's samples."""
 
 
+class EvaluationError(GemmaDistError):
+    """Decision points could not be answered; the message names them."""
+
+
 class PeerError(GemmaDistError):
     """Another rank of this run stopped and says why itself: this one ends without a message."""
 

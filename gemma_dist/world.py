@@ -9,7 +9,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -202,12 +202,3 @@ def add_up(numbers: "torch.Tensor") -> list[float]:
 
         torch.distributed.all_reduce(numbers)
     return numbers.tolist()
-
-
-def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:
-    """Add the counts of all ranks, key by key. Exact for integers: nothing is averaged here."""
-    total: dict[str, float] = {}
-    for part in gather_objects(dict(counts)):
-        for key, value in part.items():
-            total[key] = total.get(key, 0) + value
-    return total

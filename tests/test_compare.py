@@ -30,7 +30,7 @@ def lines(right: list[bool], points_each: int = 1, **keys: Any) -> list[ScoredDe
 
 
 def write(out: Path, run: list[ScoredDecision], **settings: Any) -> Path:
-    header: dict[str, Any] = {"model": "m", "adapter": None, "data": "d.jsonl", "world_size": 1}
+    header: dict[str, Any] = {"model": "m", "adapter": None, "data": "d.jsonl", "times": {}}
     header["settings"] = EvaluateConfig(**settings).model_dump(mode="json")
     write_results(out, header, run, {"": []})
     return out
@@ -145,6 +145,26 @@ def test_other_points_and_other_gold_are_refused_by_name(tmp_path: Path) -> None
         compare(whole, write(tmp_path / "gold", other))
 
 
+def test_several_answers_are_compared_by_their_numbers(tmp_path: Path, capsys: Any) -> None:
+    """Four points with two answers each: of the first the second answer gets right, of the others nothing changes."""
+    before = [line | {"sample": sample} for sample in (0, 1) for line in lines([False, True, True, False])]
+    after = [line | {"sample": sample} for sample in (0, 1) for line in lines([sample == 1, True, True, False])]
+    a, b = write(tmp_path / "a", before), write(tmp_path / "b", after[::-1])
+    compared = compare(a, b)
+    assert (compared["num_decision_points"], compared["num_samples"]) == (4, 2)
+    assert (compared["overall"]["fixed"], compared["overall"]["broken"]) == (1, 0)
+    assert [(point["id"], point["sample"]) for point in compared["fixed"]] == [("row-1", 1)]
+    assert (compared["metrics"]["pass@2"]["before"], compared["metrics"]["pass@2"]["after"]) == (0.5, 0.75)
+    assert compared["metrics"]["pass^2"]["difference"] == 0
+    assert main(["compare", str(a), str(b), "--fail-below", "pass^2=0.6"]) == 3
+    said = capsys.readouterr()
+    assert "pass^2 is 0.5, below 0.6" in said.err
+    assert "| `row-1` | 2, answer 1 | silent | right |" in said.out
+    one = write(tmp_path / "one", before[:4])
+    with pytest.raises(DataError, match=r"a holds 2 answers to each decision point, .*one 1; evaluate both"):
+        compare(a, one)
+
+
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
@@ -177,4 +197,4 @@ def test_a_run_that_did_not_end_is_none(tmp_path: Path, capsys: Any) -> None:
     assert "holds no report.json: the run did not end" in capsys.readouterr().err
     (run / "samples.jsonl").write_text((run / "samples.jsonl").read_text().split("\n")[0] + "\n")
     assert main(["score", "--from", str(run), "--out", str(tmp_path / "c")]) == 2
-    assert "holds 1 decision points, report.json says 3" in capsys.readouterr().err
+    assert "holds 1 answers, report.json says 3" in capsys.readouterr().err

@@ -43,6 +43,7 @@ WITHOUT_TORCH = [
     "evaluate.compare_page",
     "evaluate.markdown",
     "evaluate.metrics",
+    "evaluate.tree",
     "data.read",
     "evaluate.score",
     "merge.plan",

@@ -48,6 +48,13 @@ SOURCES = {
     f"{UNIFIED}:get_block_sequence_ids_for_mask": ("model/vision.py", "calls", "d1d890e748d4"),
     f"{GEMMA4}:create_masks_for_vision_model": ("model/attention.py and rows.py", "restates", "9eaf2b7dbfe4"),
     f"{GEMMA4}:Gemma4Model.forward": ("model/images.py and rows.py", "gives texts and masks", "b0f75616224e"),
+    f"{GEMMA4}:Gemma4TextModel.forward": ("evaluate/cache.py", "gives a cache of its own", "b733f0706420"),
+    f"{GEMMA4}:Gemma4TextModel._maybe_slice_kv_shared_inputs": (
+        "evaluate/tree.py",
+        "puts the ends of prompts last for",
+        "8afb4a068e2e",
+    ),
+    f"{UNIFIED}:Gemma4UnifiedTextModel.forward": ("evaluate/cache.py", "gives a cache of its own", "2793aff759e8"),
     f"{GEMMA4}:Gemma4Model.get_image_features": ("model/images.py", "restates", "209b4c41ad0b"),
     f"{GEMMA4}:Gemma4VisionModel.forward": ("model/images.py", "gives a mask and soft tokens", "9f5cdc4ae1af"),
     f"{GEMMA4}:Gemma4VisionEncoder.forward": ("model/images.py", "gives a mask", "320096a3c1cd"),

@@ -1,6 +1,7 @@
 """The report of scored lines: what hangs together (trajectories, pairs, categories), slices, and one page to read."""
 
 import random
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tests.support.scoring import expecting, line, reading
 TOOLS = [{"type": "function", "function": {"name": name}} for name in "fg"]
 F: Any = {"name": "f", "arguments": {"a": 1}}
 G: Any = {"name": "g", "arguments": {}}
-HEADER = {"model": "m", "adapter": None, "data": "d.jsonl", "settings": {"images": "as_is"}, "world_size": 1}
+HEADER = {"model": "m", "adapter": None, "data": "d.jsonl", "settings": {"images": "as_is"}, "times": {}}
 
 
 def report(*lines: ScoredDecision) -> Report:
@@ -63,6 +64,53 @@ def test_a_reader_of_text_alone_gets_no_pair_right() -> None:
             lines.append(line(2 * number + member, 2, expecting([expected]), reading(F), TOOLS, pair=str(number)))
     metrics = report(*lines)["metrics"]
     assert (metrics["overall"]["value"], metrics["image_pair_acc"]["value"]) == (0.5, 0.0)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 5])
+def test_pass_at_k_counts_choices(num_samples: int) -> None:
+    fates = [[(3 * number + sample) % 4 == 0 for sample in range(num_samples)] for number in range(4)]
+    lines = [
+        point(number + 1, 2, right, sample=sample)
+        for number, answers in enumerate(fates)
+        for sample, right in enumerate(answers)
+    ]
+    found = report(*lines)
+    assert (found["num_decision_points"], found["num_samples"]) == (4, num_samples)
+    names = [name for name in found["metrics"] if name.startswith("pass")]
+    assert names == [f"pass{sign}{k}" for k in (2, 4, 5) if k <= num_samples for sign in "@^"]
+    for name in names:
+        metric, judge, k = found["metrics"][name], (any if "@" in name else all), int(name[5:])
+        chosen = [judge(choice) for answers in fates for choice in combinations(answers, k)]
+        assert (metric["numerator"], metric["denominator"]) == (sum(chosen), len(chosen)), name
+        low, high = metric["cluster_low"], metric["cluster_high"]
+        assert low is not None
+        assert high is not None
+        assert low <= sum(chosen) / len(chosen) <= high
+
+
+def test_choices_of_many_answers_do_not_overflow() -> None:
+    """64 over 32 ways, of each of 20 points, are more than 8 bytes count."""
+    lines = [point(number, 2, sample % 2 == 0, sample=sample) for number in range(1, 21) for sample in range(64)]
+    metric = report(*lines)["metrics"]["pass^32"]
+    assert metric["denominator"] > 2**63
+    assert metric["numerator"] == 20
+
+
+def test_each_answer_makes_a_trajectory_of_its_own() -> None:
+    """Two answers to both points of a trajectory: the first is right at both, the second fails at the first."""
+    lines = [*trajectory(1, True, True, sample=0), *trajectory(1, False, True, sample=1)]
+    found = report(*lines)
+    assert (found["num_trajectories"], found["num_decision_points"]) == (1, 2)
+    metrics = found["metrics"]
+    assert (metrics["trajectory_exact"]["numerator"], metrics["trajectory_exact"]["denominator"]) == (1, 2)
+    assert [(row["at_risk"], row["failed"]) for row in found["survival"]] == [(2, 1), (1, 0)]
+    assert {value: part["overall"]["denominator"] for value, part in found["slices"]["turn"].items()} == {
+        "1": 2,
+        "2": 2,
+    }
+    page = report_page(found)
+    assert "2 answers to each" in page
+    assert "| pass@2 | 100.0% |" in page
 
 
 def test_categories_weigh_the_same_in_the_macro_average() -> None:

@@ -421,7 +421,7 @@ def test_shards_hold_the_samples_and_count_them(tmp_path: Path, model: str) -> N
     decisions = [
         [
             (one.trajectory.id, one.prompt.turn, one.prompt.input_ids)
-            for one in _my_decisions(data, 2, encoder, settings)[0]
+            for one in _my_decisions(data, 2, encoder, settings, {})[0]
         ]
         for data in (write_rows(tmp_path / "good.jsonl", rows[:2]), tmp_path / "shards")
     ]

@@ -76,7 +76,7 @@ def test_ranks_answer_what_one_process_answers(
 
     assert (together / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
     one, two = (json.loads((out / "report.json").read_text()) for out in (alone, together))
-    assert (one.pop("world_size"), two.pop("world_size")) == (1, 2)
+    assert (one.pop("times")["world_size"], two.pop("times")["world_size"]) == (1, 2)
     assert one == two
     samples = [json.loads(line) for line in (alone / "samples.jsonl").read_text().splitlines()]
     assert {bool(sample["num_images"]) for sample in samples if sample["trajectory"] % 2 == 0} == {False}

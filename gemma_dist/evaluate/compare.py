@@ -18,7 +18,7 @@ import numpy as np
 from gemma_dist.errors import ConfigError, DataError
 from gemma_dist.evaluate.decision import ScoredDecision, steps_of
 from gemma_dist.evaluate.intervals import divide_each, holm, mcnemar, middle_95, resample, smallest_difference
-from gemma_dist.evaluate.metrics import METRICS
+from gemma_dist.evaluate.pass_at_k import metrics_of
 from gemma_dist.evaluate.runs import Run, read_run
 from gemma_dist.evaluate.slices import slice_up
 from gemma_dist.evaluate.tally import add_up, columns
@@ -64,6 +64,7 @@ class ChangedPoint(TypedDict):
     id: str
     trajectory: int
     turn: int
+    sample: int  # which of several answers, from 0
     before: str  # what was wrong, in one word; "right" where nothing was
     after: str
 
@@ -75,6 +76,7 @@ class Comparison(TypedDict):
     after: str
     num_trajectories: int
     num_decision_points: int
+    num_samples: int  # answers to each, compared one by one by their numbers
     overall: Change
     smallest_difference: float  # of `overall`: a smaller one would often not show
     image_gain: ImageGain | None
@@ -93,13 +95,16 @@ def compare(before: Path, after: Path) -> Comparison:
     """
     first, second = read_run(before), read_run(after)
     lines = _paired(first, second)
-    changes, _ = _changes(*_apart(lines), whole=True)
-    overall, error = _changes(*_apart(lines), names=[HEADLINE])
+    num_samples = first.report["num_samples"]
+    names = [metric.name for metric in metrics_of(num_samples)]
+    changes, _ = _changes(*_apart(lines), names, whole=True)
+    overall, error = _changes(*_apart(lines), [HEADLINE])
     return {
         "before": str(before),
         "after": str(after),
         "num_trajectories": len({line["trajectory"] for line, _ in lines}),
-        "num_decision_points": len(lines),
+        "num_decision_points": first.report["num_decision_points"],
+        "num_samples": num_samples,
         "overall": overall[HEADLINE],
         "smallest_difference": round(smallest_difference(error, len(lines)), 6),
         "image_gain": _image_gain(first, second, lines),
@@ -135,7 +140,7 @@ def failed_rules(compared: Comparison, fail_below: Iterable[str], fail_if_worse:
 
 def _parse_rule(rule: str, compared: Comparison) -> tuple[str, float]:
     """ "call_exact=0.9" -> ("call_exact", 0.9)"""
-    match = re.fullmatch(r"(\w+)=(\d*\.?\d+)", rule)
+    match = re.fullmatch(r"([\w@^]+)=(\d*\.?\d+)", rule)
     known = [name for name, change in compared["metrics"].items() if change["after"] is not None]
     if match is None or match[1] not in known:
         raise ConfigError(
@@ -150,15 +155,21 @@ Paired = tuple[ScoredDecision, ScoredDecision]
 
 
 def _point(line: ScoredDecision) -> Point:
-    return line["id"], line["trajectory"], line["turn"], line.get("sample", 0)
+    return line["id"], line["trajectory"], line["turn"], line["sample"]
 
 
 def _paired(before: Run, after: Run) -> list[Paired]:
-    """The lines of both runs, point by point.
+    """The lines of both runs, point by point and answer by answer.
 
     Raises:
-        DataError: a point is in one alone, or expects something else.
+        DataError: a point is in one alone, or expects something else, or has more answers in one.
     """
+    answers = [run.report["num_samples"] for run in (before, after)]
+    if answers[0] != answers[1]:
+        raise DataError(
+            f"{before.folder} holds {answers[0]} answers to each decision point, {after.folder} {answers[1]}; evaluate "
+            "both with as many (`gemma-dist evaluate … --num-samples K`)"
+        )
     firsts, seconds = ({_point(line): line for line in run.lines} for run in (before, after))
     for one, other, found, others in ((before, after, firsts, seconds), (after, before, seconds, firsts)):
         lacking = sorted(found.keys() - others.keys(), key=lambda point: point[1:])
@@ -192,7 +203,7 @@ def _is_right(line: ScoredDecision) -> bool:
 def _changed(line: Paired) -> ChangedPoint:
     first, _ = line
     before, after = (each["score"]["failure"] or "right" for each in line)
-    place = {"id": first["id"], "trajectory": first["trajectory"], "turn": first["turn"]}
+    place = {"id": first["id"], "trajectory": first["trajectory"], "turn": first["turn"], "sample": first["sample"]}
     return {**place, "before": before, "after": after}  # type: ignore[typeddict-item]
 
 
@@ -202,13 +213,12 @@ def _changed(line: Paired) -> ChangedPoint:
 def _changes(
     before: Sequence[ScoredDecision],
     after: Sequence[ScoredDecision],
+    names: Sequence[str],
     *,
-    names: Sequence[str] | None = None,
     whole: bool = False,
 ) -> tuple[dict[str, Change], float]:
-    """Every metric (of `names`) before and after, and the standard error of the last one's difference."""
+    """Metrics before and after, and the standard error of the last one's difference."""
     sums = add_up(before, whole=whole), add_up(after, whole=whole)
-    names = [metric.name for metric in METRICS] if names is None else names
     tables = [columns(each, names) for each in sums]
     values = [divide_each(numerators.sum(0), denominators.sum(0)) for numerators, denominators in tables]
     drawn = resample(*tables[0], *tables[1])
@@ -270,7 +280,7 @@ def _slices(lines: Sequence[Paired]) -> dict[str, dict[str, SliceChange]]:
     found: dict[str, dict[str, Any]] = {}
     for name, values in slice_up(ordered, steps_of(ordered)).items():
         for value, part in values.items():
-            changes, _ = _changes(part, [partner[_point(line)] for line in part], names=[HEADLINE])
+            changes, _ = _changes(part, [partner[_point(line)] for line in part], [HEADLINE])
             found.setdefault(name, {})[value] = changes[HEADLINE]
     every = [change for values in found.values() for change in values.values()]
     for change, adjusted in zip(every, holm([change["p_value"] for change in every]), strict=True):
@@ -287,7 +297,7 @@ def _image_gain(before: Run, after: Run, lines: Sequence[Paired]) -> ImageGain |
     if not with_images:
         return None
     real, other = _apart(with_images)
-    changes, _ = _changes(other, real, names=[HEADLINE])
+    changes, _ = _changes(other, real, [HEADLINE])
     gain = changes[HEADLINE]
     assert gain["difference"] is not None, "`overall` judges every point"
     without = next(images for images in seen if images != "as_is")

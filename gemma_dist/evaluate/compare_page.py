@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gemma_dist.evaluate.compare import Change, Comparison, compare, failed_rules
+from gemma_dist.evaluate.compare import Change, ChangedPoint, Comparison, compare, failed_rules
 from gemma_dist.evaluate.markdown import MAX_ROWS, code, interval, percent, section, table
 from gemma_dist.files import writing
 from gemma_dist.logs import log, to_json, write_json
@@ -47,7 +47,9 @@ def _lines(compared: Comparison) -> Iterator[str]:
     yield f"# {code(compared['before'])} against {code(compared['after'])}"
     yield ""
     points, trajectories = compared["num_decision_points"], compared["num_trajectories"]
-    yield f"The same {points:,} decision points of {trajectories:,} trajectories."
+    several = compared["num_samples"] > 1
+    answers = f", {compared['num_samples']} answers to each, by their numbers" if several else ""
+    yield f"The same {points:,} decision points of {trajectories:,} trajectories{answers}."
     split = f"{tested['fixed']} were fixed, {tested['broken']} broken"
     yield f"{split}: p = {tested['p_value']:.2g} (McNemar's exact test)."
     smallest = _points(compared["smallest_difference"]).removeprefix("+")
@@ -63,9 +65,14 @@ def _lines(compared: Comparison) -> Iterator[str]:
     rows = ([*_row(f"{name} {value}", found), f"{found['p_holm']:.2g}"] for name, value, found in surest)
     yield from section("overall by slice, the surest first", [*_HEADER, "p (Holm)"], rows)
     for title, changed in (("Broken", compared["broken"]), ("Fixed", compared["fixed"])):
-        listed = [[code(point["id"]), point["turn"], point["before"], point["after"]] for point in changed[:MAX_ROWS]]
+        listed = [_listed(point, several=several) for point in changed[:MAX_ROWS]]
         more = f", the first {MAX_ROWS} of {len(changed)}" if len(changed) > MAX_ROWS else ""
         yield from section(f"{title}{more}", ["row", "turn", "before", "after"], listed)
+
+
+def _listed(point: ChangedPoint, *, several: bool) -> list[object]:
+    turn = f"{point['turn']}, answer {point['sample']}" if several else point["turn"]
+    return [code(point["id"]), turn, point["before"], point["after"]]
 
 
 def _row(name: str, found: Change) -> list[object]:

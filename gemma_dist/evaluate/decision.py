@@ -1,8 +1,8 @@
-"""A scored decision point as it stands in samples.jsonl, and what it belongs to."""
+"""A decision point as it stands in samples.jsonl, answered and scored, and what it belongs to."""
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 from gemma_dist.data.rows import row_of_sample
 from gemma_dist.evaluate.score import Gold, Score
@@ -10,13 +10,14 @@ from gemma_dist.evaluate.score import Gold, Score
 Trajectory = tuple[int, int]  # its number, and which of several answers (`sample`) was taken at each of its points
 
 
-class ScoredDecision(TypedDict):
-    """One line of samples.jsonl: a decision point, what the model wrote at it, and the score."""
+class AnsweredDecision(TypedDict):
+    """A line of a run that is at work: a decision point, and what the model wrote at it."""
 
     id: str
     trajectory: int  # from 1
     turn: int  # number of the message, from 1
-    sample: NotRequired[int]  # where several answers were taken: which one, from 0
+    sample: int  # which of the answers to this point, from 0
+    key: str  # a hash of all that the answers to this point hang on (`log.py`)
     category: str
     pair: str
     num_images: int
@@ -25,16 +26,22 @@ class ScoredDecision(TypedDict):
     prompt_tokens: int
     opening: str  # the block that the prompt left open, from its token on; "" where it left none
     output: str
+    output_ids: list[int]
     output_tokens: int
     stopped: bool  # False: cut off at max_new_tokens
-    parsed: dict[str, Any]  # `reading_to_json`
     gold: Gold
+
+
+class ScoredDecision(AnsweredDecision):
+    """A line of samples.jsonl: what was read in the answer, and its score, beside it."""
+
+    parsed: dict[str, Any]  # `reading_to_json`
     score: Score
 
 
 def trajectory_of(decision: ScoredDecision) -> Trajectory:
-    """Which trajectory a decision point is of."""
-    return decision["trajectory"], decision.get("sample", 0)
+    """Which trajectory a decision point is of; where several answers are taken, each makes one of its own."""
+    return decision["trajectory"], decision["sample"]
 
 
 def cluster_of(decision: ScoredDecision) -> str:
@@ -44,7 +51,7 @@ def cluster_of(decision: ScoredDecision) -> str:
 
 def steps_of(decisions: Sequence[ScoredDecision]) -> list[int]:
     """The number of each decision point in its trajectory, from 1; `decisions` are in order."""
-    seen: Counter[tuple[int, int]] = Counter()
+    seen: Counter[Trajectory] = Counter()
     steps = []
     for decision in decisions:
         seen[trajectory_of(decision)] += 1

@@ -1,18 +1,38 @@
-"""Let the model answer decision points: greedy, in padded batches, stopping where Gemma stops.
+"""Let the model answer decision points: each shared beginning is read once, and many answers are written at a time.
 
-A batch runs until its last answer ends, so it costs as many passes as its longest answer has tokens.
+The prompts of a few trajectories are read as one tree (`tree.py`), chunk by chunk. Each prompt then gets a row of a
+`RowCache`, and each pass writes one token in every row. A row whose answer ends is given to the next prompt at once, so
+no answer waits for the longest of its batch; those that wait stand in the tree that they were read in.
+
+What is computed is what `model.generate` computes for one prompt after the other, but for the order of floating-point
+sums. Its own loop cannot do this: it takes one cache for prompts of one length, `DynamicCache` cannot go back behind
+the window of sliding layers, and transformers' paged caches know one size of heads, where Gemma 4 has two.
+
+A model that is partitioned over the ranks (ZeRO-3, FSDP2) runs on all of them at once: before each pass they agree on
+its kind, and who has nothing to do takes part with a token of no meaning. So there, too, prompts are read once.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import random
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
 
+from gemma_dist import world
 from gemma_dist.data.encode import Encoder, Prompt
+from gemma_dist.errors import GemmaDistError
+from gemma_dist.evaluate.cache import Masks, RowCache, TreeCache
+from gemma_dist.evaluate.room import GROWTH, Room
+from gemma_dist.evaluate.sampling import Sampling
+from gemma_dist.evaluate.tree import grow_tree
 from gemma_dist.gemma_format import STOP_TOKENS
 from gemma_dist.model.zero3 import is_partitioned
 from gemma_dist.stream.collate import collate, control_ids
+
+CHUNK = 2048  # tokens of prompts that one pass reads; short trajectories are read together up to that many
 
 
 @dataclass(frozen=True)
@@ -20,83 +40,294 @@ class Answer:
     """What the model wrote."""
 
     text: str  # control tokens kept, the stop token included
-    num_tokens: int
+    ids: list[int]
     stopped: bool  # False: cut off at max_new_tokens
 
 
-def generate(model: Any, encoder: Encoder, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Answer]:
-    """One greedy answer for each prompt, all in one batch.
+@dataclass(frozen=True)
+class Question:
+    """A prompt that is to be answered."""
 
-    On the CPU in float32 an answer does not depend on the batch that it is in, beyond the order of floating-point sums.
+    prompt: Prompt
+    key: str  # what its random numbers hang on, beside the number of the sample
+    samples: Sequence[int] = (0,)  # the numbers of those that are wanted
 
-    A model that is partitioned over the ranks (ZeRO-3) runs on all of them at once: every rank is to call this as often
-    as the others, at the end without prompts, and all continue until the last has its answers.
 
-    Args:
-        max_new_tokens: the longest answer, in tokens.
+@dataclass
+class Counts:
+    """What was done."""
+
+    tokens_read: int = 0  # of prompts
+    tokens_written: int = 0
+    passes: int = 0  # of the model
+
+
+@dataclass
+class _Row:
+    """An answer that is being written."""
+
+    question: Question
+    sample: int
+    numbers: random.Random
+    ids: list[int]
+
+    @property
+    def position(self) -> int:
+        """Of its last token, which the next pass reads."""
+        return len(self.question.prompt.input_ids) + len(self.ids) - 1
+
+
+@dataclass
+class _Reading:
+    """A tree that is being read: the questions of each trajectory in it, and what of it is left."""
+
+    group: list[list[Question]]
+    cache: TreeCache
+    chunks: deque[tuple[int, int]]
+
+    @property
+    def questions(self) -> list[Question]:
+        """In the order of the tree's prompts."""
+        return [question for questions in self.group for question in questions]
+
+
+class Generator:
+    """Answers questions; `counts` says what it took.
+
+    `failed` are the questions that could not be answered, with the reason. A model that is partitioned raises it
+    instead: ranks that are out of step could only wait for one another.
     """
-    all_ranks_at_once = is_partitioned(model)
-    inputs = _inputs(encoder, prompts, with_image=all_ranks_at_once)
-    prompt_length = inputs["input_ids"].shape[1]
-    stops = encoder.tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
-    with torch.inference_mode():
-        output = model.generate(
-            **{name: tensor.to(model.device) for name, tensor in inputs.items()},
-            max_new_tokens=max_new_tokens if prompts else 1,
-            do_sample=False,
-            eos_token_id=stops,
-            pad_token_id=encoder.tokenizer.pad_token_id,
-            synced_gpus=all_ranks_at_once,
-        )
-    answers = []
-    for ids in output[: len(prompts), prompt_length:].tolist():
-        written, stopped = _until_stop(ids, stops)
-        answers.append(Answer(encoder.tokenizer.decode(written), len(written), stopped))
-    return answers
+
+    def __init__(self, model: Any, encoder: Encoder, sampling: Sampling, room: Room, *, max_new_tokens: int) -> None:
+        self.model, self.encoder, self.sampling, self.room = model, encoder, sampling, room
+        self.max_new_tokens = max_new_tokens
+        self.counts = Counts()
+        self.failed: list[tuple[Question, str]] = []
+        settings, own = model.generation_config, model.generation_config.eos_token_id
+        own = [] if own is None else own if isinstance(own, list) else [own]
+        self._stops = {*encoder.tokenizer.convert_tokens_to_ids(list(STOP_TOKENS)), *own}
+        self._suppressed = settings.suppress_tokens or []
+        self._in_step = is_partitioned(model)
+        self._text, self._device = model.config.get_text_config(), model.device
+        self._row_cache = RowCache(self._text, self._device)
+        self._rows: list[_Row | None] = []  # of the cache; None: free
+        self._waiting: deque[tuple[_Row, TreeCache, int]] = deque()  # for a free one; which prompt of a tree is theirs
+        self._groups: deque[list[list[Question]]] = deque()  # that are not read yet: each makes a tree
+        self._reading: _Reading | None = None
+        self._next: _Reading | None = None  # as soon as there is room
+
+    @torch.inference_mode()
+    def answer(self, trajectories: Sequence[list[Question]]) -> Iterator[tuple[Question, int, Answer]]:
+        """Question, number of the sample and answer, as they come. Trajectories are read in the order given. Each rank
+        of a partitioned model calls this once, with trajectories or without."""
+        self._groups.extend(_join(trajectories))
+        while True:
+            reads, writes = self._plan()
+            if self._in_step:
+                reads, writes = world.any_rank([reads, writes])
+            if reads:
+                yield from self._read_chunk()
+            elif writes:
+                yield from self._write_token()
+            else:
+                return
+
+    def _plan(self) -> tuple[bool, bool]:
+        """Give free rows to those that wait, or begin with the next tree; whether there is a chunk to be read, and
+        whether there are answers to be written."""
+        self._place_rows()
+        if self._next is None and self._groups:
+            group = self._groups.popleft()
+            tree = grow_tree([question.prompt for questions in group for question in questions])
+            cache = TreeCache(tree, self._text, self._device)
+            self._next = _Reading(group, cache, deque(tree.chunks(CHUNK)))
+        if self._next is not None and self._reading is None and not self._waiting:
+            tree = self._next.cache.tree
+            if self._has_room(1, max(map(len, tree.paths)) + self.max_new_tokens, len(tree)):
+                self._reading, self._next = self._next, None
+        return self._reading is not None, any(self._rows)
+
+    def _has_room(self, num_new: int, num_slots: int, tree: int) -> bool:
+        """Whether so many more answers fit, each with its prompt in so many slots, beside a tree of so many tokens.
+        Where nothing else is at work one does, or nothing would."""
+        active = [row for row in self._rows if row]
+        slots = [len(row.question.prompt.input_ids) + self.max_new_tokens for row in active]
+        return (not active and num_new == 1) or self.room.fits(len(active) + num_new, max(num_slots, *slots, 0), tree)
+
+    def _place_rows(self) -> None:
+        """Give rows of the cache to as many waiting answers as fit, and make it larger or smaller where it must be."""
+        new: list[_Row] = []
+        slots = 0
+        for row, source, _ in self._waiting:
+            slots = max(slots, len(row.question.prompt.input_ids) + self.max_new_tokens)
+            if not self._has_room(len(new) + 1, slots, len(source.tree)):
+                break
+            new.append(row)
+        kept = [number for number, row in enumerate(self._rows) if row]
+        num_rows = len(kept) + len(new)
+        if num_rows == 0:
+            return
+        longest = 1 + max(row.position for row in [*self._rows, *new] if row)
+        cache = self._row_cache
+        too_small = num_rows > cache.num_rows or longest > cache.num_slots
+        if too_small or 2 * num_rows <= cache.num_rows or 2 * (longest + GROWTH) <= cache.num_slots:
+            cache.resize(kept, num_rows, longest + GROWTH)
+            self._rows = [self._rows[number] for number in kept] + [None] * len(new)
+        free = (number for number, row in enumerate(self._rows) if row is None)
+        for number in islice(free, len(new)):
+            self._rows[number], source, prompt = self._waiting.popleft()
+            cache.fill(number, source, prompt)
+
+    def _read_chunk(self) -> Iterator[tuple[Question, int, Answer]]:
+        """Read the next chunk of the tree; behind its last, write the first token of each answer."""
+        if self._reading is None:
+            self._pretend(with_image=True)
+            return
+        reading = self._reading
+        try:
+            logits = self._read(reading.cache, *reading.chunks[0])
+        except (RuntimeError, ValueError, GemmaDistError) as error:
+            if self._in_step:
+                raise
+            self._reading = None
+            self._give_up(reading, error)
+            return
+        reading.chunks.popleft()
+        if reading.chunks:
+            return
+        self._reading = None
+        rows, prompts = [], []
+        for prompt, question in enumerate(reading.questions):
+            for sample in question.samples:
+                rows.append(_Row(question, sample, self.sampling.numbers(question.key, sample), []))
+                prompts.append(prompt)
+        yield from self._extend(rows, logits[prompts])
+        for row, prompt in zip(rows, prompts, strict=True):
+            if not self._has_ended(row):
+                self._waiting.append((row, reading.cache, prompt))
+
+    def _read(self, cache: TreeCache, start: int, stop: int) -> torch.Tensor:
+        """One pass over tokens of a tree: logits (P, V) behind the ends of its prompts, if they are among them."""
+        tree = cache.tree
+        input_ids, positions = tree.input_ids[start:stop].tolist(), tree.positions[start:stop].tolist()
+        shown = sorted(set(tree.image_of[start:stop].tolist()) - {0})
+        pixels: dict[str, torch.Tensor] = {}
+        fillers: list[int] = []
+        if shown:
+            pixels = self.encoder.pixels([tree.images[number - 1] for number in shown])
+        elif self._in_step:  # the vision tower runs on every rank
+            filler = collate([], control_ids(self.encoder.processor))
+            pixels = {name: filler[name] for name in ("pixel_values", "image_position_ids")}
+            fillers = filler["input_ids"][0].tolist()
+        masks = cache.begin(start, stop, len(fillers))
+        at = [*range(len(fillers)), *positions]
+        keep = len(tree.paths) if stop == len(tree) else 1
+        self.counts.tokens_read += stop - start
+        return self._pass([fillers + input_ids], [at], cache, masks, keep, pixels)[0]
+
+    def _write_token(self) -> Iterator[tuple[Question, int, Answer]]:
+        """Write a token in each row."""
+        if not any(self._rows):
+            self._pretend(with_image=False)
+            return
+        ids = [[row.ids[-1] if row else 0] for row in self._rows]
+        positions = [[row.position if row else 0] for row in self._rows]
+        masks = self._row_cache.begin(torch.tensor(positions, device=self._device)[:, 0])
+        try:
+            logits = self._pass(ids, positions, self._row_cache, masks, 1, {})[:, -1]
+        except torch.OutOfMemoryError:
+            if self._in_step:
+                raise
+            self._begin_again()
+            return
+        numbers = [number for number, row in enumerate(self._rows) if row]
+        rows = [row for row in self._rows if row]
+        yield from self._extend(rows, logits[numbers])
+        self._rows = [None if row is None or self._has_ended(row) else row for row in self._rows]
+
+    def _pass(
+        self,
+        input_ids: list[list[int]],
+        positions: list[list[int]],
+        cache: TreeCache | RowCache,
+        masks: Masks,
+        keep: int,
+        pixels: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """A forward pass of the model over tokens (B, T): logits (B, `keep`, V) of the last ones."""
+        self.counts.passes += 1
+        logits = self.model(
+            input_ids=torch.tensor(input_ids, device=self._device),
+            position_ids=torch.tensor(positions, device=self._device),
+            attention_mask=masks,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+            **{name: tensor.to(self._device) for name, tensor in pixels.items()},
+        ).logits
+        if self._suppressed:
+            logits[..., self._suppressed] = -torch.inf
+        return logits
+
+    def _pretend(self, *, with_image: bool) -> None:
+        """Take part in a pass of the other ranks."""
+        bos = self.encoder.tokenizer.bos_token_id
+        cache = TreeCache(grow_tree([Prompt([bos], [0], [], "", 1, [])]), self._text, self._device)
+        if with_image:
+            self._read(cache, 0, 1)
+            self.counts.tokens_read -= 1
+        else:
+            self._pass([[bos]], [[0]], cache, cache.begin(0, 1), 1, {})
+
+    def _extend(self, rows: list[_Row], logits: torch.Tensor) -> Iterator[tuple[Question, int, Answer]]:
+        """Write the next token in each row, by its logits (B, V); the answers that end with it."""
+        for row, token in zip(rows, self.sampling.pick(logits, [row.numbers for row in rows]), strict=True):
+            row.ids.append(token)
+            self.counts.tokens_written += 1
+            if self._has_ended(row):
+                text = self.encoder.tokenizer.decode(row.ids)
+                yield row.question, row.sample, Answer(text, row.ids, row.ids[-1] in self._stops)
+
+    def _has_ended(self, row: _Row) -> bool:
+        return row.ids[-1] in self._stops or len(row.ids) == self.max_new_tokens
+
+    def _give_up(self, reading: _Reading, error: Exception) -> None:
+        """After a tree that could not be read: try each trajectory by itself, or later with less beside it."""
+        is_memory = isinstance(error, torch.OutOfMemoryError)
+        if is_memory:
+            self.room.halve()
+        if len(reading.group) > 1:
+            self._groups.extendleft([questions] for questions in reversed(reading.group))
+        elif is_memory and any(self._rows):
+            self._groups.appendleft(reading.group)
+        else:
+            self.failed += [(question, str(error)) for question in reading.questions]
+
+    def _begin_again(self) -> None:
+        """After a token for which the memory was not enough: half of the answers are to be written later."""
+        self.room.halve()
+        active = [number for number, row in enumerate(self._rows) if row]
+        for number in active[len(active) // 2 :]:
+            row = self._rows[number]
+            assert row is not None
+            question = replace(row.question, samples=[row.sample])
+            if len(active) == 1:
+                self.failed.append((question, "the memory is not enough for this one alone"))
+            else:
+                self._groups.append([[question]])
+            self._rows[number] = None
 
 
-def _until_stop(ids: list[int], stops: list[int]) -> tuple[list[int], bool]:
-    """The ids up to the first stop token, it included, and whether there is one."""
-    for place, token in enumerate(ids):
-        if token in stops:
-            return ids[: place + 1], True
-    return ids, False
-
-
-def _inputs(encoder: Encoder, prompts: Sequence[Prompt], *, with_image: bool) -> dict[str, torch.Tensor]:
-    """One batch (B, T) of `prompts`, or of one token if there are none, padded on the left so that all end together.
-
-    Images stand in the order of the prompts. `with_image`: a batch without one gets a filler, which stands in the
-    padding, where nothing sees it. The vision tower then runs on every rank.
-    """
-    rows = [
-        {
-            "input_ids": prompt.input_ids,
-            "attention_mask": [1] * len(prompt.input_ids),
-            "mm_token_type_ids": prompt.mm_token_type_ids,
-        }
-        for prompt in prompts
-    ]
-    if not rows:
-        rows = [{"input_ids": [encoder.tokenizer.bos_token_id], "attention_mask": [1], "mm_token_type_ids": [0]}]
-    images = [image for prompt in prompts for image in prompt.images]
-    pixels: dict[str, torch.Tensor] = {}
-    if images:
-        pixels = encoder.pixels(images)
-    elif with_image:
-        filler = collate([], control_ids(encoder.processor))
-        pixels = {name: filler[name] for name in ("pixel_values", "image_position_ids")}
-        filler["attention_mask"] = torch.zeros_like(filler["input_ids"])
-        shortest = min(rows, key=lambda row: len(row["input_ids"]))
-        for name in shortest:
-            shortest[name] = filler[name][0].tolist() + shortest[name]
-    return _pad_left(rows, encoder.tokenizer.pad_token_id) | pixels
-
-
-def _pad_left(rows: list[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """One tensor (B, T) a name."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    padded = {}
-    for name, padding in {"input_ids": pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}.items():
-        padded[name] = torch.tensor([[padding] * (longest - len(row[name])) + row[name] for row in rows])
-    return padded
+def _join(trajectories: Sequence[list[Question]]) -> Iterator[list[list[Question]]]:
+    """Neighbors that are short enough are read together."""
+    group: list[list[Question]] = []
+    num_tokens = 0
+    for questions in filter(None, trajectories):
+        longest = max(len(question.prompt.input_ids) for question in questions)
+        if group and num_tokens + longest > CHUNK:
+            yield group
+            group, num_tokens = [], 0
+        group.append(questions)
+        num_tokens += longest
+    if group:
+        yield group

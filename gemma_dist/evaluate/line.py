@@ -1,18 +1,18 @@
 """A decision point as its line in samples.jsonl: what was asked, what the model wrote, what was read in it, the score.
 
-A line and the tools that it names (tools.json) are all that a score needs: `score_line` makes it when the answer comes,
-and again, with the rules of the day, for `gemma-dist score`.
+A line and the tools that it names (tools.json) are all that a score needs: `score_line` makes it when a run ends, and
+again, with the rules of the day, for `gemma-dist score`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from gemma_dist.data.content import content_text
 from gemma_dist.data.read import read_output, reading_to_json
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message
-from gemma_dist.evaluate.decision import ScoredDecision
-from gemma_dist.evaluate.runs import tools_key
+from gemma_dist.evaluate.decision import AnsweredDecision, ScoredDecision
+from gemma_dist.evaluate.runs import ToolSets, tools_key
 from gemma_dist.evaluate.score import Gold, score_decision
 
 
@@ -45,14 +45,20 @@ def asked(trajectory: Trajectory, number: int, messages: Sequence[Message], turn
     }
 
 
-def score_line(line: Mapping[str, Any], tools: Sequence[Mapping[str, Any]], answer_tolerance: float) -> ScoredDecision:
-    """The line with what is read in its output and the score; what it may say of both already is replaced.
+def score_lines(
+    lines: Iterable[AnsweredDecision], tool_sets: ToolSets, answer_tolerance: float
+) -> list[ScoredDecision]:
+    """The lines of a whole run, scored.
 
     Args:
-        line: `asked`, and what the model wrote.
-        tools: the declarations offered.
+        tool_sets: the declarations that lines name.
         answer_tolerance: how far a number of an answer may be off, as a share of it.
     """
+    return [score_line(line, tool_sets[line["tools"]], answer_tolerance) for line in lines]
+
+
+def score_line(line: AnsweredDecision, tools: Sequence[Mapping[str, Any]], answer_tolerance: float) -> ScoredDecision:
+    """A line with what is read in its output and the score; what it may say of both already is replaced."""
     names = [tool["function"]["name"] for tool in tools]
     reading = read_output(line["output"], line["opening"], budget_spent=not line["stopped"], tool_names=names)
     score = score_decision(reading, line["gold"], tools, answer_tolerance=answer_tolerance)

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from gemma_dist.evaluate.metrics import METRICS, MetricReport
+from gemma_dist.evaluate.metrics import MetricReport
+from gemma_dist.evaluate.pass_at_k import metrics_of, pass_metrics
 from gemma_dist.evaluate.report import Report
 
 HEADLINE = (
@@ -15,7 +16,6 @@ HEADLINE = (
     "parse_ok",
 )
 MAX_ROWS = 30  # of a table of slices or samples: a page is read, not searched
-SENTENCES = {metric.name: metric.sentence for metric in METRICS}
 
 
 def report_page(report: Report) -> str:
@@ -28,8 +28,9 @@ def _report_lines(report: Report) -> Iterator[str]:
     yield ""
     adapter = f" with {code(report['adapter'])}" if report["adapter"] else ""
     points, trajectories = report["num_decision_points"], report["num_trajectories"]
+    answers = f", {report['num_samples']} answers to each" if report["num_samples"] > 1 else ""
     yield f"{code(report['model'])}{adapter} on {code(report['data'])}: {points:,} decision points of {trajectories:,}"
-    yield f"trajectories; images: {report['settings'].get('images', 'as_is')}."
+    yield f"trajectories{answers}; images: {report['settings'].get('images', 'as_is')}."
     yield ""
     yield from _headline(report)
     yield from section("Failures", ["kind", "points"], ([kind, count] for kind, count in report["failures"].items()))
@@ -50,7 +51,7 @@ def _report_lines(report: Report) -> Iterator[str]:
 def _headline(report: Report) -> Iterator[str]:
     """The metrics that one looks at first, by both rules."""
     rows = []
-    for name in HEADLINE:
+    for name in (*HEADLINE, *(metric.name for metric in pass_metrics(report["num_samples"]))):
         metric, other = report["metrics"][name], report["bfcl"].get(name)
         if metric["denominator"]:
             rows.append([name, *_share(metric), percent(other["value"]) if other else ""])
@@ -64,11 +65,11 @@ def _headline(report: Report) -> Iterator[str]:
 
 
 def _all(report: Report) -> Iterator[Sequence[object]]:
-    for name, metric in report["metrics"].items():
-        if metric["denominator"]:
-            wilson = interval(metric["low"], metric["high"])
-            value, clusters, of = _share(metric)
-            yield name, value, wilson, clusters, of, SENTENCES[name]
+    for metric in metrics_of(report["num_samples"]):
+        found = report["metrics"][metric.name]
+        if found["denominator"]:
+            value, clusters, of = _share(found)
+            yield metric.name, value, interval(found["low"], found["high"]), clusters, of, metric.sentence
 
 
 def _confused(confusion: Mapping[str, Mapping[str, int]]) -> list[list[object]]:

@@ -6,7 +6,7 @@ where there was nothing to judge the value is None. A new metric is a new row (a
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypedDict, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
 from gemma_dist.evaluate.intervals import wilson
 
@@ -328,10 +328,10 @@ def flat_counts(ratios: Mapping[str, Sequence[int]]) -> dict[str, int]:
     return counts
 
 
-def divide(totals: Mapping[str, int]) -> dict[str, MetricReport]:
-    """Divide the summed counts of each metric; the intervals of the bootstrap are left to `report.py`."""
+def divide(totals: Mapping[str, int], metrics: Iterable[Metric[Any]] = METRICS) -> dict[str, MetricReport]:
+    """Divide the summed counts of each metric; the intervals of the bootstrap are left to `tally.py`."""
     report: dict[str, MetricReport] = {}
-    for metric in METRICS:
+    for metric in metrics:
         numerator = totals.get(f"{metric.name}.numerator", 0)
         denominator = totals.get(f"{metric.name}.denominator", 0)
         row: MetricReport = {

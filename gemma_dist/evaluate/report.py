@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict, get_args
 
 from gemma_dist.data.read import Status
-from gemma_dist.evaluate.decision import ScoredDecision, steps_of, trajectory_of
-from gemma_dist.evaluate.metrics import METRICS, MetricReport
+from gemma_dist.evaluate.decision import ScoredDecision, Trajectory, steps_of, trajectory_of
+from gemma_dist.evaluate.metrics import MetricReport
+from gemma_dist.evaluate.pass_at_k import metrics_of
 from gemma_dist.evaluate.score import FAILURES
 from gemma_dist.evaluate.slices import slice_up
 from gemma_dist.evaluate.tally import MacroReport, add_up, macro, measure
@@ -26,15 +27,20 @@ class SurvivalStep(TypedDict):
 
 
 class Report(TypedDict):
-    """report.json."""
+    """report.json. Where several answers are taken, each counts as one at its point, in a trajectory of its own."""
 
     model: str
+    model_hash: str
     adapter: str | None
+    adapter_hash: str | None
     data: str
+    data_hash: str
+    limit: int | None
+    encoding: str  # a hash of template and tokenizer, and of what else makes prompts
     settings: dict[str, Any]
-    world_size: int
     num_trajectories: int
     num_decision_points: int
+    num_samples: int  # answers to each
     statuses: dict[str, int]
     call_decision: dict[str, dict[str, int]]
     metrics: dict[str, MetricReport]
@@ -45,21 +51,25 @@ class Report(TypedDict):
     survival: list[SurvivalStep]
     confusion: dict[str, dict[str, int]]  # {gold's tool: {called tool: calls}}
     slices: dict[str, dict[str, dict[str, MetricReport]]]  # {slice: {value: metrics with something to judge}}
+    times: dict[str, Any]  # what differs from run to run, and nothing else does: ranks, seconds, throughput
 
 
 def make_report(header: Mapping[str, Any], decisions: Iterable[ScoredDecision]) -> Report:
     """The report of all scored decision points of a run.
 
     Args:
-        header: what the points do not say: model, adapter, data, settings, world_size.
+        header: what the points do not say: what was evaluated (`describe_run`), settings and times.
     """
     decisions = sorted(decisions, key=lambda decision: (*trajectory_of(decision), decision["turn"]))
-    strict, bfcl = measure(add_up(decisions)), measure(add_up(decisions, "bfcl"))
+    num_samples = 1 + max((decision["sample"] for decision in decisions), default=0)
+    metrics = metrics_of(num_samples)
+    strict, bfcl = measure(add_up(decisions), metrics), measure(add_up(decisions, "bfcl"), metrics)
     kept = {name for name, metric in bfcl.items() if metric["denominator"]}
     steps = steps_of(decisions)
     computed = {
         "num_trajectories": len({decision["trajectory"] for decision in decisions}),
-        "num_decision_points": len(decisions),
+        "num_decision_points": len({(decision["trajectory"], decision["turn"]) for decision in decisions}),
+        "num_samples": num_samples,
         "statuses": _counts((decision["score"]["status"] for decision in decisions), get_args(Status)),
         "call_decision": call_decision(strict),
         "metrics": strict,
@@ -74,7 +84,8 @@ def make_report(header: Mapping[str, Any], decisions: Iterable[ScoredDecision]) 
             for name, values in slice_up(decisions, steps).items()
         },
     }
-    return {**{key: value for key, value in header.items() if key not in computed}, **computed}  # type: ignore[typeddict-item]
+    given = {key: value for key, value in header.items() if key not in (*computed, "times")}
+    return {**given, **computed, "times": header["times"]}  # type: ignore[typeddict-item]
 
 
 def judged(metrics: Mapping[str, MetricReport]) -> dict[str, MetricReport]:
@@ -108,7 +119,7 @@ def arg_errors(decisions: Iterable[ScoredDecision]) -> dict[str, int]:
 
 def survival(decisions: Sequence[ScoredDecision], steps: Sequence[int]) -> list[SurvivalStep]:
     """At which step trajectories first fail. Those that end right leave the curve without being counted as failed."""
-    failed_before: set[tuple[int, int]] = set()
+    failed_before: set[Trajectory] = set()
     at_risk: Counter[int] = Counter()
     failed: Counter[int] = Counter()
     for decision, step in zip(decisions, steps, strict=True):
@@ -139,8 +150,9 @@ def confusion(decisions: Iterable[ScoredDecision]) -> dict[str, dict[str, int]]:
 
 def summary(report: Report) -> Iterator[str]:
     """Lines for the terminal: each metric with what it divides."""
-    yield f"{report['num_decision_points']} decision points of {report['num_trajectories']} trajectories"
-    for metric in METRICS:
+    answers = f", {report['num_samples']} answers to each" if report["num_samples"] > 1 else ""
+    yield f"{report['num_decision_points']} decision points of {report['num_trajectories']} trajectories{answers}"
+    for metric in metrics_of(report["num_samples"]):
         found = report["metrics"][metric.name]
         if found["value"] is not None:
             share = f"{found['value']:7.1%}  {found['numerator']:>6} of {found['denominator']:<6}"

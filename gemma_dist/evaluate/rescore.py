@@ -1,24 +1,26 @@
 """Score a run again from what it wrote, without the model: with newer rules, or against corrected data.
 
-    RUN/samples.jsonl + RUN/tools.json  ->  OUT/samples.jsonl, OUT/report.json, OUT/report.md
+    RUN/samples.jsonl + RUN/tools.json  ->  OUT/samples.jsonl, OUT/tools.json, OUT/report.json, OUT/report.md
 
-Where neither rules nor data changed, OUT/report.json is RUN/report.json byte for byte.
+Where neither rules nor data changed, all four are those of RUN byte for byte: what `times` says is of the answers.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gemma_dist.config import EvaluateConfig
 from gemma_dist.data.encode import decision_points
 from gemma_dist.errors import ConfigError, DataError
-from gemma_dist.evaluate.line import asked, score_line
+from gemma_dist.evaluate.decision import AnsweredDecision
+from gemma_dist.evaluate.line import asked, score_lines
+from gemma_dist.evaluate.log import hash_data
 from gemma_dist.evaluate.report import Report
 from gemma_dist.evaluate.runs import REPORT, TOOLS, ToolSets, read_run, tools_key, write_results
 from gemma_dist.shards.reader import load_trajectories
 
-ASKED_FIRST = ("id", "trajectory", "turn")  # which decision point a line is of
+Place = tuple[str, int, int]  # id, number of the trajectory, and turn
 
 
 def score_again(run_folder: Path, data: Path | None, out: Path, answer_tolerance: float | None) -> Report:
@@ -38,31 +40,30 @@ def score_again(run_folder: Path, data: Path | None, out: Path, answer_tolerance
     settings = EvaluateConfig.model_validate(run.report["settings"])
     if answer_tolerance is not None:
         settings = settings.model_copy(update={"answer_tolerance": answer_tolerance})
-    lines: Iterable[dict[str, Any]] = [dict(line) for line in run.lines]
+    lines: Sequence[AnsweredDecision] = run.lines
     if data is None:
         tool_sets: ToolSets = json.loads((run_folder / TOOLS).read_bytes())
     else:
         lines, tool_sets = _asked_again(lines, data, settings)
-    scored = [score_line(line, tool_sets[line["tools"]], settings.answer_tolerance) for line in lines]
     header = {**run.report, "settings": settings.model_dump(mode="json")}
     if data is not None:
-        header["data"] = str(data)
-    return write_results(out, header, scored, tool_sets)
+        header |= {"data": str(data), "data_hash": hash_data(data)}
+    return write_results(out, header, score_lines(lines, tool_sets, settings.answer_tolerance), tool_sets)
 
 
 def _asked_again(
-    lines: Iterable[dict[str, Any]], data: Path, settings: EvaluateConfig
-) -> tuple[list[dict[str, Any]], ToolSets]:
+    lines: Sequence[AnsweredDecision], data: Path, settings: EvaluateConfig
+) -> tuple[list[AnsweredDecision], ToolSets]:
     """The lines with gold and tools of `data`, and these tools."""
     if settings.unroll != "none":
         raise ConfigError(f"{data}: rows that are unrolled need the model's template; score without --data")
-    lines = list(lines)
     tool_sets: ToolSets = {}
-    points: dict[tuple[Any, ...], dict[str, Any]] = {}
+    points: dict[Place, dict[str, Any]] = {}
     last = max(line["trajectory"] for line in lines)
     for point in _points(data, settings, last, tool_sets):
-        points[tuple(point[key] for key in ASKED_FIRST)] = point
-    places = {tuple(line[key] for key in ASKED_FIRST) for line in lines}
+        points[_place(point)] = point
+    asked_then = [_place(line) for line in lines]
+    places = set(asked_then)
     for rows, where, other in (
         (places - points.keys(), "the run", str(data)),
         (points.keys() - places, data, "the run"),
@@ -73,7 +74,13 @@ def _asked_again(
                 f"{where} has {len(rows)} decision points that {other} has not, the first at {id_}, turn {turn}; "
                 "name the data that the run was asked"
             )
-    return [{**line, **points[tuple(line[key] for key in ASKED_FIRST)]} for line in lines], tool_sets
+    again = [{**line, **points[place]} for line, place in zip(lines, asked_then, strict=True)]
+    return cast(list[AnsweredDecision], again), tool_sets
+
+
+def _place(point: Mapping[str, Any]) -> Place:
+    """Which decision point a line, or what is asked, is of."""
+    return point["id"], point["trajectory"], point["turn"]
 
 
 def _points(data: Path, settings: EvaluateConfig, last: int, tool_sets: ToolSets) -> Iterator[dict[str, Any]]:

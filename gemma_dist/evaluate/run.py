@@ -1,21 +1,23 @@
 """Evaluate a model on held-out trajectories: generate at every decision point, read, score, add, report.
 
-    OUT/samples.jsonl    one line a decision point: what was asked, written, read, expected, and the score; trajectories
-                         and turns are counted from 1
+    OUT/samples.jsonl    one line an answer: what was asked, written, read, expected, and the score; trajectories and
+                         turns are counted from 1
     OUT/tools.json       the declarations that these lines name
     OUT/report.md        the report on one page
     OUT/report.json      every metric with numerator and denominator; written last
+    OUT/run.json         what was evaluated (`log.py`)
 
-Whole trajectories are dealt to the ranks, and the report is made from their lines, after every decision point was found
-in them exactly once.
+Whole trajectories are dealt to the ranks, which answer and keep lines. When every decision point is found in these,
+rank 0 scores them and makes the report, as `gemma-dist score` does: it follows from the lines alone, so it hangs
+neither on the number of ranks nor on how often the run was killed and started again.
 """
 
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gemma_dist import world
 from gemma_dist.config import EvaluateConfig
@@ -24,14 +26,27 @@ from gemma_dist.data.read import open_block
 from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.unroll import unroll
-from gemma_dist.errors import ConfigError, DataError
-from gemma_dist.evaluate.decision import ScoredDecision
-from gemma_dist.evaluate.generate import Answer, generate
+from gemma_dist.errors import ConfigError, DataError, EvaluationError, PeerError
+from gemma_dist.evaluate.decision import AnsweredDecision
+from gemma_dist.evaluate.generate import Answer, Generator, Question
 from gemma_dist.evaluate.images import blank, swap_images
-from gemma_dist.evaluate.line import asked, score_line
+from gemma_dist.evaluate.line import asked, score_lines
+from gemma_dist.evaluate.log import (
+    NUM_NAMED,
+    Lines,
+    complete,
+    describe_run,
+    key_of,
+    on_rank_0,
+    opened,
+    part_of_rank,
+    remove_parts,
+)
 from gemma_dist.evaluate.report import Report, summary
+from gemma_dist.evaluate.room import measure_room
 from gemma_dist.evaluate.runs import REPORT, ToolSets, tools_key, write_results
-from gemma_dist.logs import JsonlWriter, log, progress, read_jsonl
+from gemma_dist.evaluate.sampling import Sampling
+from gemma_dist.logs import JsonlWriter, log, progress
 from gemma_dist.model import fsdp
 from gemma_dist.model.load import load_for_evaluation
 from gemma_dist.model.operators import compile_operators
@@ -47,17 +62,21 @@ class Decision:
     trajectory: Trajectory
     trajectory_number: int  # from 1
     prompt: Prompt
+    place: str  # in the data, whatever model answers it
+    key: str  # `key_of`
 
 
 def evaluate(
     model: str, adapter: Path | None, data: Path, out: Path, limit: int | None, settings: EvaluateConfig
-) -> Report | None:
-    """Evaluate `model` (with `adapter`) on the first `limit` trajectories of `data`; rank 0 returns the report.
+) -> Report:
+    """Evaluate `model` (with `adapter`) on the first `limit` trajectories of `data`; returns the report. A run that
+    was killed goes on where it was.
 
     Raises:
         DataError, CheckpointError: the data or the model cannot be used.
-        ConfigError: `out` holds a report already, or the launch is none that accelerate could carry out,
-            or needs a compiler.
+        ConfigError: `out` holds a report already, or a run of something else, or the launch is none that accelerate
+            could carry out, or needs a compiler.
+        EvaluationError: some decision points could not be answered; the others are kept.
     """
     if (out / REPORT).exists():
         raise ConfigError(f"{out / REPORT} exists already; name another folder or remove it")
@@ -67,42 +86,35 @@ def evaluate(
     world.connect()
     world.note_processes()
     encoder = load_encoder(model, settings, adapter=adapter)
-    decisions, num_trajectories, tool_sets = _my_decisions(data, limit, encoder, settings)
-    if num_trajectories == 0:
-        raise DataError(f"{data} holds no trajectories, so there is nothing to evaluate")
-    loaded = load_for_evaluation(model, adapter, ple_on_host=settings.ple != "gpu")
-    if is_partitioned(loaded) and world.rank() == 0:
-        how = "FSDP2" if fsdp.is_launched() else "ZeRO-3"
-        log.info("model partitioned over %d ranks (%s)", world.world_size(), how)
+    with opened(out, lambda: describe_run(model, adapter, data, limit, encoder, settings)) as (run, lines):
+        decisions, num_trajectories, tool_sets = _my_decisions(data, limit, encoder, settings, run)
+        if num_trajectories == 0:
+            raise DataError(f"{data} holds no trajectories, so there is nothing to evaluate")
+        loaded = load_for_evaluation(model, adapter, ple_on_host=settings.ple != "gpu")
+        if is_partitioned(loaded) and world.rank() == 0:
+            how = "FSDP2" if fsdp.is_launched() else "ZeRO-3"
+            log.info("model partitioned over %d ranks (%s)", world.world_size(), how)
+        times = _write_my_part(out, loaded, encoder, decisions, lines, settings)
+        wanted = [(decision.trajectory_number, decision.prompt.turn, decision.key) for decision in decisions]
+        all_wanted = sorted(chain.from_iterable(world.gather_objects(wanted)))
+        keys = [(key, sample) for _, _, key in all_wanted for sample in range(settings.num_samples)]
+        header = {**run, "settings": settings.model_dump(mode="json"), "times": times}
 
-    if world.rank() == 0:
-        _clear(out)
-    world.barrier()
-    _write_my_part(out, _answered(loaded, encoder, decisions, settings))
-    num_decisions = int(world.sum_counts({"decisions": len(decisions)})["decisions"])
-    world.barrier()  # every rank has written its part
+        def report_all() -> Report:
+            scored = score_lines(complete(out, keys), tool_sets, settings.answer_tolerance)
+            report = write_results(out, header, scored, tool_sets)
+            remove_parts(out)
+            for sentence in summary(report):
+                log.info(sentence)
+            return report
 
-    report = None
-    if world.rank() == 0:
-        header = {
-            "model": model,
-            "adapter": str(adapter) if adapter else None,
-            "data": str(data),
-            "settings": settings.model_dump(mode="json"),
-            "world_size": world.world_size(),
-        }
-        lines = _join_parts(out, num_decisions)
-        report = write_results(out, header, lines, tool_sets)
-        _remove_parts(out)
-        for line in summary(report):
-            log.info(line)
-    world.barrier()
+        report = on_rank_0(report_all)
     world.disconnect()
     return report
 
 
 def _my_decisions(
-    data: Path, limit: int | None, encoder: Encoder, settings: EvaluateConfig
+    data: Path, limit: int | None, encoder: Encoder, settings: EvaluateConfig, run: Mapping[str, Any]
 ) -> tuple[list[Decision], int, ToolSets]:
     """The decision points of this rank's trajectories, how many trajectories all ranks have, and the tools of these."""
     decisions: list[Decision] = []
@@ -120,7 +132,9 @@ def _my_decisions(
             trajectory = replace(trajectory, images=[blank(image) for image in trajectory.images])
         with error_context(f"{data}: {trajectory.id}"):
             prompts = encoder.prompts(trajectory)
-        decisions += [Decision(trajectory, num_trajectories, prompt) for prompt in prompts]
+        for prompt in prompts:
+            place = f"{num_trajectories} {trajectory.id} {prompt.turn}"
+            decisions.append(Decision(trajectory, num_trajectories, prompt, place, key_of(run, place, prompt)))
     return decisions, num_trajectories, tool_sets
 
 
@@ -129,75 +143,64 @@ def _samples(row: Trajectory, encoder: Encoder, settings: EvaluateConfig, data: 
         return unroll(row, encoder, settings)
 
 
-def _answered(
-    model: Any, encoder: Encoder, decisions: list[Decision], settings: EvaluateConfig
-) -> Iterator[ScoredDecision]:
-    """Each decision point answered and scored. The longest come first: what does not fit in memory shows at once.
+def _write_my_part(
+    out: Path, model: Any, encoder: Encoder, decisions: list[Decision], lines: Lines, settings: EvaluateConfig
+) -> dict[str, Any]:
+    """Answer this rank's decision points, but for those of `lines`, and write each answer as it comes. The longest come
+    first: what does not fit in memory shows at once.
 
-    A rank with fewer batches than another still takes part in the passes of a model that is partitioned over them.
+    Returns:
+        What it took, on all ranks.
     """
-    longest_first = sorted(decisions, key=lambda decision: -len(decision.prompt.input_ids))
-    size = settings.per_device_eval_batch_size
-    batches = [longest_first[start : start + size] for start in range(0, len(longest_first), size)]
-    if is_partitioned(model):
-        most_batches = max(world.gather_objects(len(batches)))
-        batches += [[]] * (most_batches - len(batches))
-    for batch in progress(batches, total=len(batches), desc="evaluating", unit="batch"):
-        prompts = [decision.prompt for decision in batch]
-        answers = generate(model, encoder, prompts, max_new_tokens=settings.max_new_tokens)
-        for decision, answer in zip(batch, answers, strict=True):
-            yield _scored(decision, answer, settings.answer_tolerance)
+    questions: dict[int, list[Question]] = {}  # of each trajectory
+    by_place = {decision.place: decision for decision in decisions}
+    for decision in decisions:
+        missing = [sample for sample in range(settings.num_samples) if (decision.key, sample) not in lines]
+        if missing:
+            question = Question(decision.prompt, decision.place, missing)
+            questions.setdefault(decision.trajectory_number, []).append(question)
+    longest_first = sorted(questions.values(), key=lambda group: -max(len(one.prompt.input_ids) for one in group))
+    num_answers = sum(len(question.samples) for group in longest_first for question in group)
+    sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.seed)
+    room = measure_room(model, settings.per_device_eval_batch_size, settings.max_batch_tokens)
+    generator = Generator(model, encoder, sampling, room, max_new_tokens=settings.max_new_tokens)
+    start = time.perf_counter()
+    writer = JsonlWriter(part_of_rank(out), append=True)
+    answers = generator.answer(longest_first)
+    for question, sample, answer in progress(answers, total=num_answers, desc="evaluating", unit="answer"):
+        writer.write(_answered(by_place[question.key], sample, answer))
+    writer.close()
+    seconds = time.perf_counter() - start
+    failed = [f"{question.key}: {reason}" for question, reason in generator.failed]
+    _require_answers(list(chain.from_iterable(world.gather_objects(failed))), out)
+    took = {"seconds": round(seconds, 3), "answers": num_answers, **asdict(generator.counts)}
+    return {"world_size": world.world_size(), "ranks": world.gather_objects(took)}
 
 
-def _scored(decision: Decision, answer: Answer, answer_tolerance: float) -> ScoredDecision:
-    """A decision point as its line in samples.jsonl."""
+def _require_answers(failed: list[str], out: Path) -> None:
+    """Raises EvaluationError on rank 0, PeerError on the others, where decision points `failed`."""
+    if failed and world.rank() > 0:
+        raise PeerError("rank 0 says which decision points failed")
+    if failed:
+        raise EvaluationError(
+            f"{len(failed)} decision points could not be answered, such as {'; '.join(failed[:NUM_NAMED])}. The other "
+            f"answers are kept in {out}: run the same command again to try these alone"
+        )
+
+
+def _answered(decision: Decision, sample: int, answer: Answer) -> AnsweredDecision:
+    """A decision point as its line."""
     prompt = decision.prompt
-    tools = decision.trajectory.tools
     line = {
         **asked(decision.trajectory, decision.trajectory_number, prompt.gold, prompt.turn),
+        "sample": sample,
+        "key": decision.key,
         "num_images": len(prompt.images),
         "prompt_tokens": len(prompt.input_ids),
         "opening": open_block(prompt.text),
         "output": answer.text,
-        "output_tokens": answer.num_tokens,
+        "output_ids": answer.ids,
+        "output_tokens": len(answer.ids),
         "stopped": answer.stopped,
     }
-    return score_line(line, tools, answer_tolerance)
-
-
-def _parts(out: Path) -> list[Path]:
-    """The files of decision points that ranks wrote to `out`, and no others."""
-    return sorted(path for path in out.iterdir() if re.fullmatch(r"\.samples-\d+\.jsonl", path.name))
-
-
-def _clear(out: Path) -> None:
-    """Make `out`, without parts of a run that was killed."""
-    out.mkdir(parents=True, exist_ok=True)
-    _remove_parts(out)
-
-
-def _write_my_part(out: Path, decisions: Iterator[ScoredDecision]) -> None:
-    """Write this rank's decision points as they come."""
-    writer = JsonlWriter(out / f".samples-{world.rank()}.jsonl", append=False)
-    for decision in decisions:
-        writer.write(decision)
-    writer.close()
-
-
-def _join_parts(out: Path, num_decisions: int) -> list[ScoredDecision]:
-    """The lines of all ranks' parts, in the order of the data."""
-    decisions: list[ScoredDecision] = [decision for part in _parts(out) for decision in read_jsonl(part)]
-    places = {_place(decision) for decision in decisions}
-    complete = len(places) == len(decisions) == num_decisions
-    assert complete, f"{len(decisions)} lines of samples, {num_decisions} decision points"
-    return sorted(decisions, key=_place)
-
-
-def _remove_parts(out: Path) -> None:
-    for part in _parts(out):
-        part.unlink()
-
-
-def _place(decision: ScoredDecision) -> tuple[int, int]:
-    """Where a decision point is in the data: number of its trajectory, and of its turn in it."""
-    return decision["trajectory"], decision["turn"]
+    return cast(AnsweredDecision, line)

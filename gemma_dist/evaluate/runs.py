@@ -1,6 +1,6 @@
 """The folder of a finished run: what `evaluate` and `score` write, and what `score` and `compare` read.
 
-samples.jsonl    one line a decision point, in the order of the data
+samples.jsonl    one line an answer to a decision point, in the order of the data
 tools.json       the declarations that the lines name
 report.md        the report on one page
 report.json      the report; written last, so that a run without it did not end
@@ -46,19 +46,24 @@ def read_run(folder: Path) -> Run:
         lines = list(read_jsonl(folder / SAMPLES))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: {REPORT} or {SAMPLES} cannot be read: {error}; evaluate again") from None
-    missing = {"tools", "opening", "score"} - set(lines[0] if lines else ())
+    missing = {"sample", "key", "tools", "opening", "score"} - set(lines[0] if lines else ())
     if missing:
         raise ConfigError(f"{folder}/{SAMPLES}: an earlier version wrote it, without {sorted(missing)}; evaluate again")
-    if len(lines) != report.get("num_decision_points"):
+    num_answers = report.get("num_decision_points", 0) * report.get("num_samples", 0)
+    if len(lines) != num_answers:
         raise ConfigError(
-            f"{folder}: {SAMPLES} holds {len(lines)} decision points, {REPORT} says "
-            f"{report.get('num_decision_points')}; the two are of different runs: evaluate again"
+            f"{folder}: {SAMPLES} holds {len(lines)} answers, {REPORT} says {num_answers}; the two are of different "
+            "runs: evaluate again"
         )
     return Run(folder, report, lines)
 
 
 def write_results(out: Path, header: dict[str, Any], lines: list[ScoredDecision], tool_sets: ToolSets) -> Report:
-    """Write the scored lines of a whole run and their report, which comes last."""
+    """Write the scored lines of a whole run and their report, which comes last.
+
+    Args:
+        header: as in `make_report`.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with writing(out / SAMPLES) as temporary:
         writer = JsonlWriter(temporary, append=False)

@@ -6,15 +6,17 @@ rows of a pair, else the decision points of one row.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
 from gemma_dist.evaluate.decision import ScoredDecision, Trajectory, cluster_of, trajectory_of
 from gemma_dist.evaluate.intervals import divide_each, middle_95, resample, wilson
 from gemma_dist.evaluate.metrics import (
+    METRICS,
     PAIR_METRICS,
     TRAJECTORY_METRICS,
+    Metric,
     MetricReport,
     PairCounts,
     TrajectoryCounts,
@@ -22,6 +24,7 @@ from gemma_dist.evaluate.metrics import (
     flat_counts,
     ratios,
 )
+from gemma_dist.evaluate.pass_at_k import PointCounts, pass_metrics
 from gemma_dist.evaluate.score import RuleScore, Score
 
 Rule = Literal["strict", "bfcl"]
@@ -46,17 +49,20 @@ def add_up(decisions: Iterable[ScoredDecision], rule: Rule = "strict", *, whole:
     """Addable counts by cluster, clusters in order.
 
     Args:
-        whole: the decisions are whole trajectories, so that trajectories and pairs are counted, too.
+        whole: the decisions are whole trajectories with all their answers, so that trajectories, pairs and the answers
+            to each point are counted, too.
     """
     sums: defaultdict[str, Counter[str]] = defaultdict(Counter)
     trajectories: dict[Trajectory, list[bool]] = {}
     clusters: dict[Trajectory, str] = {}
     pairs: dict[tuple[str, int], dict[int, bool]] = {}
+    points: dict[tuple[int, int], list[bool]] = {}
     for decision in decisions:
         score, trajectory = by_rule(decision["score"], rule), trajectory_of(decision)
         clusters[trajectory] = cluster_of(decision)
         sums[clusters[trajectory]].update(flat_counts(score["ratios"]))
         trajectories.setdefault(trajectory, []).append(score["right"])
+        points.setdefault((decision["trajectory"], decision["turn"]), []).append(score["right"])
         if decision["pair"]:
             members = pairs.setdefault((decision["pair"], trajectory[1]), {})
             members[trajectory[0]] = members.get(trajectory[0], True) and score["right"]
@@ -68,15 +74,18 @@ def add_up(decisions: Iterable[ScoredDecision], rule: Rule = "strict", *, whole:
             if len(members) > 1:
                 counted_pair = PairCounts(all(members.values()))
                 sums[f"pair {pair}"].update(flat_counts(ratios(PAIR_METRICS, counted_pair)))
+        for (number, _), right in points.items():
+            found = ratios(pass_metrics(len(right)), PointCounts(len(right), sum(right)))
+            sums[clusters[number, 0]].update(flat_counts(found))
     return {cluster: sums[cluster] for cluster in sorted(sums)}
 
 
-def measure(sums: Sums) -> dict[str, MetricReport]:
-    """Every metric of these counts, with both intervals.
+def measure(sums: Sums, metrics: Sequence[Metric[Any]] = METRICS) -> dict[str, MetricReport]:
+    """Each metric of these counts, with both intervals.
 
     Where all is right, or nothing, every draw says the same; then each cluster counts as one trial (Wilson).
     """
-    report = divide(sum(sums.values(), Counter()))
+    report = divide(sum(sums.values(), Counter()), metrics)
     names = [name for name, metric in report.items() if metric["denominator"]]
     if names:
         _, denominators = columns(sums, names)
@@ -111,10 +120,11 @@ def macro(decisions: Sequence[ScoredDecision], rule: Rule = "strict", name: str 
 
 
 def columns(sums: Mapping[str, Mapping[str, int]], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Numerators and denominators (C, M) of C clusters and M metrics."""
+    """Numerators and denominators (C, M) of C clusters and M metrics. In float64, as are the sums of draws: choices of
+    answers are too many for whole numbers of 8 bytes."""
     kinds = ("numerator", "denominator")
     table = [[[counts.get(f"{name}.{kind}", 0) for name in names] for kind in kinds] for counts in sums.values()]
-    both = np.array(table, dtype=np.int64).reshape(len(sums), 2, len(names))
+    both = np.array(table, dtype=np.float64).reshape(len(sums), 2, len(names))
     return both[:, 0], both[:, 1]
 
 

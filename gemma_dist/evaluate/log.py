@@ -1,0 +1,190 @@
+"""What a run of `evaluate` leaves in its folder while it works, so that a killed one goes on where it was.
+
+    OUT/run.json              what the run is: model, data, settings; another one is refused there
+    OUT/.samples-RANK.jsonl   each rank's lines, appended as they come; gone when the report is written
+
+Lines are not scored yet: answers belong to the log, rules to the report. A line is known by its key, a hash of all that
+its answer hangs on, and by the number of its sample. So it counts for any number of ranks, and what is not exactly this
+run's is never taken for it. A last line that was torn by the kill is left out and cut off.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from gemma_dist import world
+from gemma_dist.config import EvaluateConfig
+from gemma_dist.data.encode import Encoder, Prompt
+from gemma_dist.errors import ConfigError, EvaluationError, GemmaDistError, PeerError
+from gemma_dist.evaluate.decision import AnsweredDecision
+from gemma_dist.files import exclusive
+from gemma_dist.logs import log, write_json
+from gemma_dist.model.fingerprint import fingerprint_base
+from gemma_dist.shards.reader import is_shard_folder, open_shards
+
+RUN = "run.json"
+# Settings on which no answer hangs, and names of what a hash tells better.
+MAY_DIFFER = ("per_device_eval_batch_size", "max_batch_tokens", "ple", "answer_tolerance")
+NAMES = {"model": "model_hash", "adapter": "adapter_hash", "data": "data_hash"}
+NUM_NAMED = 5  # of many points, in messages
+
+T = TypeVar("T")
+LineKey = tuple[str, int]  # key of the point, number of the sample from 0
+Lines = dict[LineKey, AnsweredDecision]
+
+
+def describe_run(
+    model: str, adapter: Path | None, data: Path, limit: int | None, encoder: Encoder, settings: EvaluateConfig
+) -> dict[str, Any]:
+    """What an evaluation is, as run.json holds it. Raises CheckpointError: there is no model in safetensors."""
+    return {
+        "model": model,
+        "model_hash": "-".join(fingerprint_base(model).values()),
+        "adapter": None if adapter is None else str(adapter),
+        "adapter_hash": None if adapter is None else _hash_files(adapter, sorted(adapter.glob("adapter_*"))),
+        "data": str(data),
+        "data_hash": hash_data(data),
+        "limit": limit,
+        "encoding": encoder.fingerprint,
+        "settings": settings.model_dump(mode="json", exclude=set(MAY_DIFFER)),
+    }
+
+
+def key_of(run: Mapping[str, Any], place: str, prompt: Prompt) -> str:
+    """What a decision point of a run is known by: a hash of everything that its answer hangs on, and of its place in
+    the data."""
+    hashed = hashlib.sha256(place.encode())
+    kept = {name: value for name, value in run.items() if name not in (*NAMES, "limit", "data_hash")}
+    hashed.update(json.dumps(kept, sort_keys=True).encode())
+    hashed.update(json.dumps(prompt.input_ids).encode())
+    for image in prompt.images:
+        hashed.update(hashlib.sha256(image).digest())
+    return hashed.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def opened(out: Path, describe: Callable[[], dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Lines]]:
+    """Within, `out` is this run's; yields what `describe` says and the lines that ranks wrote before. Every rank calls
+    it.
+
+    Raises:
+        ConfigError: `out` was begun by a run of something else, which the message names, or another is at work there.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> dict[str, Any]:
+            problem = f"{out}: another evaluation is writing there; wait for it, or name another folder"
+            stack.enter_context(exclusive(out, problem))
+            run = describe()
+            if (out / RUN).is_file():
+                _require_same(out, json.loads((out / RUN).read_text(encoding="utf-8")), run)
+            else:
+                write_json(out / RUN, run)
+            return run
+
+        run = on_rank_0(begin)
+        lines = read_lines(out)
+        if lines and world.rank() == 0:
+            log.info("%s holds %d answers of a run that ended early", out, len(lines))
+        yield run, lines
+
+
+def part_of_rank(out: Path) -> Path:
+    """The file of this rank's lines. What a kill left of a last line is cut off."""
+    path = out / f".samples-{world.rank()}.jsonl"
+    if path.is_file():
+        written = path.read_bytes()
+        if not written.endswith(b"\n"):
+            with path.open("rb+") as file:
+                file.truncate(written.rfind(b"\n") + 1)
+    return path
+
+
+def read_lines(out: Path) -> Lines:
+    """The lines of all ranks' parts. Those that are damaged, or were written by something else, are left out."""
+    lines: Lines = {}
+    for part in _parts(out):
+        for raw in part.read_bytes().split(b"\n")[:-1]:  # what no line end follows was torn, though it may look whole
+            with contextlib.suppress(ValueError):
+                line = json.loads(raw)
+                if isinstance(line, dict) and {"key", "sample"} <= line.keys():
+                    lines.setdefault((line["key"], line["sample"]), cast(AnsweredDecision, line))
+    return lines
+
+
+def complete(out: Path, wanted: Sequence[LineKey]) -> list[AnsweredDecision]:
+    """The lines of `wanted`, in that order. Raises EvaluationError where one is missing."""
+    lines = read_lines(out)
+    missing = [one for one in wanted if one not in lines]
+    if missing or len(set(wanted)) < len(wanted):
+        raise EvaluationError(
+            f"{out} holds {len(lines)} answers, and {len(missing)} of {len(wanted)} that were asked for are missing, "
+            f"such as {missing[:NUM_NAMED]}; run the same command again"
+        )
+    return [lines[one] for one in wanted]
+
+
+def remove_parts(out: Path) -> None:
+    """Remove the files that ranks wrote, and no others."""
+    for part in _parts(out):
+        part.unlink()
+
+
+def _parts(out: Path) -> list[Path]:
+    return sorted(path for path in out.iterdir() if re.fullmatch(r"\.samples-\d+\.jsonl", path.name))
+
+
+def _require_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ConfigError where a run is not the one that `out` was begun with."""
+    differences = []
+    for name, hashed in NAMES.items():
+        if before.get(hashed) != now[hashed]:
+            told = f"{name}: {before.get(name)!r} there, {now[name]!r} here"
+            differences.append(told + (", of the same name but not the same" if before.get(name) == now[name] else ""))
+    settings = {**now["settings"], "limit": now["limit"], "encoding": now["encoding"]}
+    settings_before = {**before.get("settings", {}), "limit": before.get("limit"), "encoding": before.get("encoding")}
+    for name, value in settings.items():
+        if settings_before.get(name) != value:
+            differences.append(f"{name}: {settings_before.get(name)} there, {value} here")
+    if differences:
+        raise ConfigError(
+            f"{out} holds an evaluation of something else ({'; '.join(differences)}): name another folder, remove it, "
+            "or repeat that command to finish it"
+        )
+
+
+def on_rank_0(function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0, on every rank. Its user errors end all of them; the others say nothing."""
+    result: T | None = None
+    problem: GemmaDistError | None = None
+    if world.rank() == 0:
+        try:
+            result = function()
+        except GemmaDistError as error:
+            problem = error
+    result, failed = world.gather_objects((result, problem is not None))[0]
+    if problem is not None:
+        raise problem
+    if failed:
+        raise PeerError("rank 0 says why")
+    return result  # type: ignore[return-value]
+
+
+def hash_data(data: Path) -> str:
+    """A hash of the rows' files, which a folder of shards has already."""
+    if is_shard_folder(data):
+        return open_shards(data).manifest_hash
+    return _hash_files(data, [data] if data.is_file() else sorted(filter(Path.is_file, data.rglob("*"))))
+
+
+def _hash_files(folder: Path, paths: Iterable[Path]) -> str:
+    """A hash of names and bytes."""
+    hashed = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            hashed.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return hashed.hexdigest()[:16]
