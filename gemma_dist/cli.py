@@ -1,5 +1,5 @@
 """The command line, in the order of use: make a model, shard, look, check, plan, look at the nodes, train,
-evaluate, merge.
+evaluate (`cli_evaluate.py`), merge.
 
 A command reads its options and calls one function of another module. Nothing heavy is imported before a command runs,
 not even the settings, which need pydantic: so `--help` answers at once.
@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma_dist import __version__
+from gemma_dist.cli_evaluate import compare, evaluate, read_calls, score
 from gemma_dist.errors import spell
-from gemma_dist.options import OrderedGroup, SettingsCommand, spellings
+from gemma_dist.options import EXISTING, NEW, OrderedGroup, SettingsCommand, spellings
 
 if TYPE_CHECKING:
-    from gemma_dist.config import EvaluateConfig, HealthConfig, MergeConfig, RowConfig, ShardConfig
-
-EXISTING = click.Path(exists=True, path_type=Path)
-NEW = click.Path(path_type=Path)
+    from gemma_dist.config import HealthConfig, MergeConfig, RowConfig, ShardConfig
 
 
 def _spelled(text: str) -> str:
@@ -346,78 +344,8 @@ def train(
         run.train(settings, watch=watch, requests=requests)
 
 
-@cli.command(cls=SettingsCommand, section=lambda config: config.EvaluateConfig)
-@click.option("--model", required=True, help="Folder or Hub name of the model.")
-@click.option("--adapter", type=EXISTING, help="Folder of a LoRA adapter for the model.")
-@click.option("--data", required=True, type=EXISTING, help="Held-out trajectories: a JSONL file or a shard folder.")
-@click.option("--out", required=True, type=NEW, help="Folder for report.json and samples.jsonl.")
-@click.option("--limit", type=click.IntRange(min=1), help="Evaluate only this many trajectories, the first ones.")
-def evaluate(
-    model: str, adapter: Path | None, data: Path, out: Path, limit: int | None, settings: "EvaluateConfig"
-) -> None:
-    """Let a model answer held-out trajectories and score its calls.
-
-    Alone, or on many processes under `accelerate launch ... -m gemma_dist evaluate`.
-    """
-    from gemma_dist.evaluate import run
-    from gemma_dist.logs import say_idle_gpus
-
-    say_idle_gpus(["evaluate", *sys.argv[2:]])
-    run.evaluate(model, adapter, data, out, limit, settings)
-
-
-@cli.command()
-@click.option("--from", "run", required=True, type=EXISTING, help="Folder that `evaluate` wrote.")
-@click.option("--data", type=EXISTING, help="Rows whose gold and tools are taken; default: as they were then.")
-@click.option("--out", required=True, type=NEW, help="Folder for report.json, report.md and samples.jsonl.")
-@click.option("--answer-tolerance", type=click.FloatRange(min=0), help="As in `evaluate`; default: as it was then.")
-def score(run: Path, data: Path | None, out: Path, answer_tolerance: float | None) -> None:
-    """Score what a model wrote again, without the model.
-
-    With the rules of this version, or against corrected data; where nothing changed, the report is the same.
-    """
-    from gemma_dist.evaluate.report import summary
-    from gemma_dist.evaluate.rescore import score_again
-
-    for line in summary(score_again(run, data, out, answer_tolerance)):
-        click.echo(line)
-
-
-@cli.command()
-@click.argument("before", type=EXISTING)
-@click.argument("after", type=EXISTING)
-@click.option("--out", type=NEW, help="Also write comparison.json and comparison.md to this folder.")
-@click.option("--fail-below", metavar="METRIC=X", multiple=True, help="Exit code 3 where AFTER has less: overall=0.9.")
-@click.option("--fail-if-worse", is_flag=True, help="Exit code 3 where `overall` fell by more than chance.")
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
-def compare(
-    before: Path, after: Path, out: Path | None, fail_below: tuple[str, ...], fail_if_worse: bool, as_json: bool
-) -> None:
-    """Compare two runs of `evaluate`: is AFTER better than BEFORE?
-
-    Both are folders that `evaluate` or `score` wrote, of the same data. Prints a page of Markdown: metrics before and
-    after with the interval of each difference, slices, and what was fixed and broken.
-    """
-    from gemma_dist.evaluate.compare import WORSE
-    from gemma_dist.evaluate.compare_page import compare_runs
-
-    page, passes = compare_runs(before, after, out, fail_below, fail_if_worse, as_json=as_json)
-    click.echo(page, nl=False)
-    if not passes:
-        click.get_current_context().exit(WORSE)
-
-
-@cli.command()
-def read_calls() -> None:
-    """Read the calls in model output: JSONL in, JSONL out.
-
-    In: {"output": ..., "prefix"?: ...}; the prefix is the end of the prompt, if that ends inside an open block. Out:
-    calls, content, reasoning and status.
-    """
-    from gemma_dist.data.read import read_calls_lines
-
-    for line in read_calls_lines(sys.stdin.buffer):  # as bytes: UTF-8 in any locale, and lines end at \n alone
-        click.echo(line)
+for command in (evaluate, score, compare, read_calls):
+    cli.add_command(command)
 
 
 @cli.command(cls=SettingsCommand, section=lambda config: config.MergeConfig)

@@ -7,6 +7,7 @@ import functools
 import types
 from collections.abc import Callable
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from gemma_dist.config import Section
 
 
+EXISTING = click.Path(exists=True, path_type=Path)
+NEW = click.Path(path_type=Path)
 WORDS = ("auto", "true", "false", "yes", "no", "on", "off")  # what follows an option, where it is no path
 
 

@@ -30,6 +30,7 @@ FLOORS = [
     {"resolve"},
     {"train", "evaluate", "merge", "show"},
     {"plan"},
+    {"cli_evaluate"},
     {"cli"},
     {"__main__"},
 ]

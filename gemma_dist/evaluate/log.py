@@ -1,6 +1,6 @@
 """What a run of `evaluate` leaves in its folder while it works, so that a killed one goes on where it was.
 
-    OUT/run.json              what the run is: model, data, settings; another one is refused there
+    OUT/run.json              what the run is: model, data, settings; another one is refused where answers are
     OUT/.samples-RANK.jsonl   each rank's lines, appended as they come; gone when the report is written
 
 Lines are not scored yet: answers belong to the log, rules to the report. A line is known by its key, a hash of all that
@@ -21,6 +21,7 @@ from gemma_dist.config import EvaluateConfig
 from gemma_dist.data.encode import Encoder, Prompt
 from gemma_dist.errors import ConfigError, EvaluationError, GemmaDistError, PeerError
 from gemma_dist.evaluate.decision import AnsweredDecision
+from gemma_dist.evaluate.runs import SAMPLES
 from gemma_dist.files import exclusive
 from gemma_dist.logs import log, write_json
 from gemma_dist.model.fingerprint import fingerprint_base
@@ -72,7 +73,8 @@ def opened(out: Path, describe: Callable[[], dict[str, Any]]) -> Iterator[tuple[
     it.
 
     Raises:
-        ConfigError: `out` was begun by a run of something else, which the message names, or another is at work there.
+        ConfigError: `out` holds answers of a run of something else, which the message names, or another is at work
+            there.
     """
     with contextlib.ExitStack() as stack:
 
@@ -80,7 +82,7 @@ def opened(out: Path, describe: Callable[[], dict[str, Any]]) -> Iterator[tuple[
             problem = f"{out}: another evaluation is writing there; wait for it, or name another folder"
             stack.enter_context(exclusive(out, problem))
             run = describe()
-            if (out / RUN).is_file():
+            if (out / RUN).is_file() and (read_lines(out) or (out / SAMPLES).is_file()):
                 _require_same(out, json.loads((out / RUN).read_text(encoding="utf-8")), run)
             else:
                 write_json(out / RUN, run)
