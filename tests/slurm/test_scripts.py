@@ -123,7 +123,7 @@ def pipeline(slurm: Cluster, standin_folder: Path) -> list[str]:
     said = slurm.run(
         *("slurm/pipeline.sh", "runs/p", "M", program.accelerate_config, program.recipe, "held_out.jsonl", *inputs),
         *("--", "fail_at=12", "max_steps=20", "save_steps=10", *program.overrides),
-        env=program.env | {"PARTS": "2", "FAILS_FIRST": "shard"},
+        env=program.env | {"PARTS": "2", "FAILS_FIRST": "shard", "TRAIN_OPTIONS": "--nodes=2 --time=30"},
     )
     return said.rpartition(" ")[2].split(",")
 
@@ -133,7 +133,7 @@ def test_the_pipeline_starts_each_part_once_the_one_before_is_done(slurm: Cluste
     ended = {number: slurm.wait_for_end(number) for number in pipeline}
     shard, train, merge, evaluate = pipeline
     assert {job["JobState"] for job in ended.values()} == {"COMPLETED"}
-    assert ended[train]["Restarts"] == "1"
+    assert (ended[train]["Restarts"], ended[train]["TimeLimit"]) == ("1", "00:30:00")
     tasks = slurm.run("scontrol", "--oneliner", "show", "job", shard)
     assert re.findall(r"Restarts=(\d+)", tasks) == ["1", "1"]
     for later, earlier in ((train, shard), (merge, train), (evaluate, train)):
