@@ -117,11 +117,12 @@ def package(folder: Path, model: Path, shards: Path) -> Program:
     """The package on a tiny model: two nodes, one CPU rank on each. `model` and `shards` exist."""
     config = yaml.safe_load((ROOT / "accelerate_configs" / "cpu_ddp.yaml").read_text())
     del config["use_cpu"]  # with it accelerate leaves several machines to MPI
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tmp").mkdir(parents=True, exist_ok=True)
     (folder / "ddp.yaml").write_text(yaml.safe_dump(config))
     env = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
+        "TMPDIR": str(folder / "tmp"),  # launchers that are killed leave folders
         "PROCESSES_PER_NODE": "1",
         "ACCELERATE_USE_CPU": "true",
         "CUDA_VISIBLE_DEVICES": "",
