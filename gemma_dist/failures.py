@@ -115,9 +115,8 @@ def _of_end(code: int | None, status: int | None) -> str:
     if code is not None:
         return f"ended by itself (exit {code}): see what it says itself"
     if status is None:
-        return (
-            "was killed (the launcher's lines have its exit code: -9 is most often the kernel's out-of-memory killer)"
-        )
+        killed = "was killed" if exits.is_told() else "has ended; unless it says why itself, it was killed"
+        return f"{killed} (the launcher's lines have its exit code: -9 is most often the kernel's out-of-memory killer)"
     if status >= 0:
         return f"ended by itself (exit {status}): see what it says itself"
     if status == -signal.SIGKILL:
