@@ -1,4 +1,5 @@
-"""The command line, in the order of use: make a model, shard, look, check, plan, train, evaluate, merge.
+"""The command line, in the order of use: make a model, shard, look, check, plan, look at the nodes, train,
+evaluate, merge.
 
 A command reads its options and calls one function of another module. Nothing heavy is imported before a command runs,
 not even the settings, which need pydantic: so `--help` answers at once.
@@ -19,7 +20,7 @@ from gemma_dist.errors import spell
 from gemma_dist.options import OrderedGroup, SettingsCommand, spellings
 
 if TYPE_CHECKING:
-    from gemma_dist.config import EvaluateConfig, MergeConfig, RowConfig, ShardConfig
+    from gemma_dist.config import EvaluateConfig, HealthConfig, MergeConfig, RowConfig, ShardConfig
 
 EXISTING = click.Path(exists=True, path_type=Path)
 NEW = click.Path(path_type=Path)
@@ -288,11 +289,31 @@ def batches(
         click.echo(to_json(described.to_json()) if as_json else described.render())
 
 
+@cli.command(cls=SettingsCommand, section=lambda config: config.HealthConfig)
+def health(settings: "HealthConfig") -> None:
+    """Check the nodes of a job before it begins.
+
+    One process on each node: GPUs, disk, versions, clocks, an exchange of all. RANK, WORLD_SIZE, MASTER_ADDR and
+    MASTER_PORT say where the others are; without them, this machine alone. Exit code 5: a node, which is named, is
+    unfit.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch tells of each wait that comes to its end
+    from gemma_dist import exits
+    from gemma_dist.health.run import check_health
+
+    if code := check_health(settings):
+        exits.leave(code)  # a thread may hang in a GPU or a disk
+
+
 @cli.command(context_settings=UNKNOWN_TO_OVERRIDES)
 @recipe_arguments
 @quarantine_option
 @click.option("--calibrate", is_flag=True, help="Keep what this GPU takes beside the tensors, for later plans.")
-def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None, calibrate: bool) -> None:
+@click.option("--dry-run", is_flag=True, help="Try all of it, change no weight and keep nothing: see docs/launch.md.")
+@click.option("--json", "as_json", is_flag=True, help="Print what a dry run measured as one line of JSON.")
+def train(
+    config: Path, overrides: tuple[str, ...], quarantine: Path | None, calibrate: bool, dry_run: bool, as_json: bool
+) -> None:
     """Train as the recipe CONFIG says.
 
     Alone, or on many processes under `accelerate launch --config_file ... -m gemma_dist train CONFIG`. KEY=VALUE
@@ -305,6 +326,8 @@ def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None, cal
     from gemma_dist.recipe import load_config
     from gemma_dist.topology import current_topology, require_fit
 
+    if as_json and not dry_run:
+        raise click.UsageError("--json is for --dry-run; a run writes its figures to OUT/metrics.jsonl")
     if quarantine:
         overrides = (*overrides, f"data.quarantine={quarantine}")
     settings = load_config(config, overrides)  # before torch is loaded: a typo should cost a second,
@@ -314,7 +337,13 @@ def train(config: Path, overrides: tuple[str, ...], quarantine: Path | None, cal
     from gemma_dist.train import run
 
     say_idle_gpus(["train", config, *overrides])
-    run.train(settings, watch=PlanWatch(calibrate=calibrate), requests=requests)
+    watch = PlanWatch(calibrate=calibrate)
+    if dry_run:
+        from gemma_dist.train.dry import say
+
+        say(settings, watch, requests, as_json=as_json)
+    else:
+        run.train(settings, watch=watch, requests=requests)
 
 
 @cli.command(cls=SettingsCommand, section=lambda config: config.EvaluateConfig)

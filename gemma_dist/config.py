@@ -339,6 +339,21 @@ class EvaluateConfig(RowConfig):
     )
 
 
+class HealthConfig(Section):
+    """Settings of `health`."""
+
+    num_gpus: int | None = Field(
+        None, ge=0, description="GPUs that each node should have; default: as Slurm gave (SLURM_GPUS_ON_NODE), or any."
+    )
+    output_dir: Path | None = Field(
+        None, description="Folder that all nodes should share, as train.output_dir; it need not be there yet."
+    )
+    min_free_gb: float = Field(10, ge=0, description="Room that its disk should have, in GB.")
+    timeout_s: float = Field(
+        120, gt=0, description="Seconds after which a node that has not answered is unfit, and so is one that hangs."
+    )
+
+
 class MergeConfig(Section):
     """Settings of `merge`."""
 

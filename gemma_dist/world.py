@@ -45,6 +45,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_world_size() -> int:
+    """How many processes of this run are on this node, as far as the launcher says: 1 where it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def world_size() -> int:
     """How many processes work on this run, all nodes together."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -23,7 +23,7 @@ FLOORS = [
     {"topology", "exits"},
     {"recipe", "tensorfile", "failures"},
     {"options", "signals", "meeting"},
-    {"model"},
+    {"health", "model"},
     {"data"},
     {"shards"},
     {"stream"},

@@ -23,6 +23,7 @@ class PlanWatch:
         """
         self._calibrate = calibrate
         self._estimate: Estimate | None = None
+        self.planned_bytes: int | None = None
 
     def begin(self, run: Run, gpu: Gpu | None) -> None:
         """Warn where the run does not fit the GPU. A plan is advice: it never stops a run.
@@ -34,7 +35,7 @@ class PlanWatch:
             raise ConfigError("--calibrate measures a GPU, and this run is on a CPU; run it where there is one")
         try:
             self._estimate = _estimate(run)
-            needed = self._estimate.peak_bytes
+            self.planned_bytes = needed = self._estimate.peak_bytes
             needed += read_margin().total(needed, run.topology.num_processes)
         except Exception as error:  # whatever it is, the run itself may be right
             log.warning("the run's memory could not be planned (%s: %s)", type(error).__name__, error)

@@ -15,6 +15,7 @@ import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +40,7 @@ THINKING = {  # how shards may have been made, and how a command says the same
     "true": setting("enable_thinking", "true"),
     "false": setting("enable_thinking", "false"),
 }
+NUM_LOOKING = 16  # files at a time: a store answers slowly, but many at once
 NUM_CACHED_ROW_GROUPS = 8  # of those that are read one sample at a time
 
 
@@ -191,6 +193,35 @@ class Shards:
         number_in_shard = number - int(np.searchsorted(manifest.row_groups("shard"), shard))
         with pq.ParquetFile(_Window(data, place.offset), metadata=footer) as parquet:
             return parquet.read_row_group(number_in_shard)
+
+    def check_files(self, share: int = 0, num_shares: int = 1) -> list[str]:
+        """Look at every `num_shares`th shard, from number `share` on: whether it is there, can be read, and has the
+        size and, on a local disk, the footer of its manifest. No row group is read. What is wrong, in words."""
+        named = [
+            (join(folder, entry["name"]), entry, manifest, number)
+            for folder, manifest in zip(self.folders, self._manifests, strict=True)
+            for number, entry in enumerate(manifest.header["shards"])
+        ]
+
+        def look(one: tuple[str, ShardEntry, Manifest, int]) -> str:
+            """At one shard; empty where it is as it was written."""
+            path, entry, manifest, number = one
+            try:
+                if not is_url(path):
+                    _check_file(path, entry, manifest.footer(number))
+                elif (num_bytes := self._fetcher.size(path)) != entry["bytes"]:
+                    raise _DamagedError(f"the file has {num_bytes:,} bytes instead of {entry['bytes']:,}")
+            except (_DamagedError, FetchError, OSError) as error:
+                return f"{path}: {error.strerror if isinstance(error, OSError) and error.strerror else error}"
+            return ""
+
+        with ThreadPoolExecutor(NUM_LOOKING) as pool:
+            return [problem for problem in pool.map(look, named[share::num_shares]) if problem]
+
+    @property
+    def num_files(self) -> int:
+        """Shards of all folders together."""
+        return sum(len(manifest.header["shards"]) for manifest in self._manifests)
 
     def _find(self, row_group: int) -> tuple[int, int]:
         """Number of the folder, and of the row group in it."""

@@ -36,6 +36,8 @@ class MemorySeen:
 class MemoryWatch(Protocol):
     """Who is told of a run's memory."""
 
+    planned_bytes: int | None  # of tensors on a GPU, at the peak; None: not planned
+
     def begin(self, run: Run, gpu: Gpu | None) -> None:
         """Before a weight is read; None: the run is on a CPU."""
 

@@ -12,6 +12,7 @@ read back only where the same elements lie together (`resolve.state_layout`).
 """
 
 import math
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -90,6 +91,39 @@ def optimizer_bytes(model: torch.nn.Module, optimizer: Any) -> int:
         num_held += held.num_elements
     trained = sum(num_elements(one) for one in model.parameters() if one.requires_grad)
     return math.ceil(trained * num_bytes / num_held) if num_held else 0
+
+
+def state_crc32(model: torch.nn.Module, optimizer: Any) -> dict[str, int]:
+    """The CRC-32 of each weight and state that this rank's optimizer holds, by `<parameter>/<state>@<element>`."""
+    zero = _zero(optimizer)
+    base = optimizer.optimizer if zero else optimizer
+    found = {}
+    for held in _slices(model, optimizer):
+        found[f"{held.name}/weight@{held.start}"] = _crc32(held.of(held.flat))
+        for state, value in base.state[held.flat].items():
+            if value is not None:
+                follows_elements = isinstance(value, torch.Tensor) and value.shape == held.flat.shape
+                part = held.of(value) if follows_elements else torch.as_tensor(value)
+                found[f"{held.name}/{state}@{held.start}"] = _crc32(part)
+    return found
+
+
+def forget_state(model: torch.nn.Module, optimizer: Any) -> None:
+    """Set what this rank's optimizer holds, weights and states, to 0, as if it had never been."""
+    zero = _zero(optimizer)
+    base = optimizer.optimizer if zero else optimizer
+    for held in _slices(model, optimizer):
+        held.of(held.flat).zero_()
+        for state, value in base.state[held.flat].items():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+            elif value is not None:
+                base.state[held.flat][state] = 0
+
+
+def _crc32(tensor: torch.Tensor) -> int:
+    """Of a tensor's bytes, on whatever device."""
+    return zlib.crc32(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
 
 
 def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: Any) -> None:

@@ -10,9 +10,10 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from trl import SFTConfig
 
 from gemma_dist import exits, meeting, ranklog, world
 from gemma_dist.config import RunConfig
@@ -77,22 +78,10 @@ def train(
         CheckpointError: the ranks did not find the same checkpoint.
         TrainingError: a loss or a gradient is not finite.
     """
-    topology, output_dir = current_topology(), config.train.output_dir
+    output_dir = config.train.output_dir
     requests = requests or StopRequests()
     ranklog.keep()
-    require_fit(config, topology)
-    require_output_dir(config)
-    _require_card(config)
-    compile_operators(topology, train=True)
-    run = resolve(config, topology)
-    encoder = load_encoder(config.model.model_name_or_path, config.data)
-    if world.rank() == 0 and (note := encoder.lost_opening()):
-        log.warning(note)
-    checkpoint, start_step = find_checkpoint(output_dir, config.train.resume_from_checkpoint, run.identity)
-    if checkpoint and (changed := changed_settings(checkpoint, config)):
-        log.info("resuming from %s with other settings: %s", checkpoint, "; ".join(changed))
-    if watch is not None:
-        watch.begin(run, gpu_at_hand())
+    run, encoder, checkpoint, start_step = prepare(config, watch)
     stopped = ""
     with lock_output_dir(output_dir, wait_s=config.train.step_timeout_s), requests.looking_in(output_dir):
         if start_step < run.num_steps:
@@ -111,6 +100,39 @@ def train(
         raise Stopped(stopped)
 
 
+class Prepared(NamedTuple):
+    """A run before a weight is read."""
+
+    run: Run
+    encoder: Encoder
+    checkpoint: Path | None  # that this rank has found, to go on from
+    start_step: int
+
+
+def prepare(config: RunConfig, watch: MemoryWatch | None) -> Prepared:
+    """All that is done before a weight is read and before the ranks are connected. Nothing is changed on the disk.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as `train`.
+    """
+    topology = current_topology()
+    require_fit(config, topology)
+    require_output_dir(config)
+    _require_card(config)
+    compile_operators(topology, train=True)
+    run = resolve(config, topology)
+    encoder = load_encoder(config.model.model_name_or_path, config.data)
+    if world.rank() == 0 and (note := encoder.lost_opening()):
+        log.warning(note)
+    settings = config.train
+    checkpoint, start_step = find_checkpoint(settings.output_dir, settings.resume_from_checkpoint, run.identity)
+    if checkpoint and (changed := changed_settings(checkpoint, config)):
+        log.info("resuming from %s with other settings: %s", checkpoint, "; ".join(changed))
+    if watch is not None:
+        watch.begin(run, gpu_at_hand())
+    return Prepared(run, encoder, checkpoint, start_step)
+
+
 def _require_card(config: RunConfig) -> None:
     """Raises ConfigError where this rank's GPU or CPU cannot carry out the recipe, and says what it does slowly."""
     card = card_at_hand()
@@ -120,6 +142,16 @@ def _require_card(config: RunConfig) -> None:
     require_card(config, card)
     for cost in slow(card):
         log.warning("%s", cost)
+
+
+def connect(run: Run) -> SFTConfig:
+    """Let all ranks meet. Returns the recipe as TRL takes it, by which they are connected; at ZeRO-3 it has to be there
+    before the model, whose weights it partitions."""
+    world.set_nccl_defaults()
+    with meeting.waiting():
+        arguments = training_arguments(run)
+        world.note_processes()
+    return arguments
 
 
 def _train_from(
@@ -133,12 +165,9 @@ def _train_from(
     """The remaining steps of a run, from the `checkpoint` that this rank found, or from the newest before it that is
     whole. Returns what there is to say where it stopped before its last step, on all ranks at once."""
     settings = run.config.train
-    world.set_nccl_defaults()
     if world.rank() == 0:
         clear(settings.output_dir)
-    with meeting.waiting():
-        arguments = training_arguments(run)  # at ZeRO-3 it has to be there before the model: it partitions the weights
-        world.note_processes()
+    arguments = connect(run)
     exits.use_folder(settings.output_dir / HEARTBEATS)
     own(settings.output_dir)
     require_same_run(run)
@@ -147,7 +176,8 @@ def _train_from(
         checkpoint, settings.output_dir, settings.resume_from_checkpoint, run.identity
     )
     ranklog.write_to(settings.output_dir, _attempt(run, start_step))
-    loader = _loader(run, encoder, start_step)
+    log.info("%d trajectories, %s, %d of %d steps done", len(run.schedule.shards), run.plan, start_step, run.num_steps)
+    loader = run_loader(run, encoder, start_step)
     model = load_run_model(run, loader.table)
     metrics = settings.output_dir / "metrics.jsonl"
     run_log = RunLog(metrics, start_step=loader.start_step, num_steps=run.num_steps)
@@ -177,9 +207,8 @@ def _attempt(run: Run, start_step: int) -> dict[str, object]:
     }
 
 
-def _loader(run: Run, encoder: Encoder, start_step: int) -> TrajectoryLoader:
+def run_loader(run: Run, encoder: Encoder, start_step: int) -> TrajectoryLoader:
     """This rank's micro-batches of the steps from `start_step` on."""
-    log.info("%d trajectories, %s, %d of %d steps done", len(run.schedule.shards), run.plan, start_step, run.num_steps)
     return TrajectoryLoader(
         run.schedule,
         encoder,
