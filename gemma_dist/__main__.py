@@ -54,6 +54,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             _say(traceback.format_exc() + "This is a bug in gemma_dist: please report it with the lines above.")
             meeting.tell("a bug in gemma_dist, see there", exits.BUG)
             return exits.BUG
+        ranklog.say(traceback.format_exc())
         if explanation.message:  # else another rank says it
             _say_error(explanation.message)
             meeting.tell(explanation.message, explanation.code)

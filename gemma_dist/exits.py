@@ -60,6 +60,11 @@ def leave(code: int, *, silently: bool = False) -> NoReturn:
     os._exit(code)
 
 
+def is_told() -> bool:
+    """Whether the ranks leave a word for each other."""
+    return bool(_folder_of_launch() + _of_the_run)
+
+
 def codes() -> dict[int, int]:
     """The ranks that have ended by themselves and left a word of it (rank -> exit code), as far as known here."""
     found = {}

@@ -34,7 +34,7 @@ USER_ERRNOS = {
     errno.ESTALE: "the file changed under us on a network disk: run the command again",
 }
 # What torch's exchanges say where the process at the other end is gone.
-BROKEN = re.compile(r"Connection (closed|reset) by peer|Broken pipe|gloo/transport|remote process exited|NCCL|Store")
+BROKEN = re.compile(r"Connection (closed|reset) by peer|Broken pipe|gloo/transport|remote process exited")
 GOES_ON = "Finished checkpoints are whole: the same command resumes from the newest"
 RUST_ERRNO = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers say it in words alone
 
@@ -115,9 +115,8 @@ def _of_end(code: int | None, status: int | None) -> str:
     if code is not None:
         return f"ended by itself (exit {code}): see what it says itself"
     if status is None:
-        return (
-            "was killed (the launcher's lines have its exit code: -9 is most often the kernel's out-of-memory killer)"
-        )
+        killed = "was killed" if exits.is_told() else "has ended; unless it says why itself, it was killed"
+        return f"{killed} (the launcher's lines have its exit code: -9 is most often the kernel's out-of-memory killer)"
     if status >= 0:
         return f"ended by itself (exit {status}): see what it says itself"
     if status == -signal.SIGKILL:
@@ -128,9 +127,9 @@ def _of_end(code: int | None, status: int | None) -> str:
 def _is_broken_connection(error: Exception) -> bool:
     """Whether an exchange failed since another rank is gone, on this machine or another."""
     names = {one.__name__ for one in type(error).__mro__}
-    return world.world_size() > 1 and (
+    return world.world_size() > 1 and bool(
         isinstance(error, ConnectionError)
-        or "DistError" in names  # torch's, which is not imported for its name
+        or names & {"DistNetworkError", "DistStoreError"}  # torch's, which is not imported for their names
         or ("RuntimeError" in names and BROKEN.search(str(error)) is not None)
     )
 

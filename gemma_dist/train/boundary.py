@@ -32,7 +32,7 @@ class Boundary(TrainerCallback):
         self.requests.begins_at(step + 1, num_steps)
         self._saved_step = step
         if checkpoint is not None:
-            self._saved_in = str(checkpoint)
+            self._saved_in = checkpoint.name if checkpoint.parent == self._settings.output_dir else str(checkpoint)
             self._seconds_to_save = read_marker(checkpoint).get("seconds_to_save")
         exits.note("step", step)
 
@@ -71,7 +71,8 @@ class Boundary(TrainerCallback):
         exits.note("asked", by)
         self.stopped = f"stopped after step {state.global_step} of {state.max_steps}, as {by} asked"
         if not in_time and not is_saved:
-            self.stopped += f"; to save takes {seconds_to_save:.1f} s, and {left:.1f} s are left, so that was not begun"
+            left_words = f"{max(0.0, left or 0.0):.1f} s are left"
+            self.stopped += f"; to save takes {seconds_to_save:.1f} s, and {left_words}, so that was not begun"
 
     def words(self, step: int) -> str:
         """What a run says that has stopped after `step`."""
@@ -81,6 +82,7 @@ class Boundary(TrainerCallback):
         if self._saved_step == step:
             return f"{self.stopped}: {self._saved_in} is complete ({self._seconds_to_save:.1f} s); {again}"
         lost = step - self._saved_step
+        lost_words = "1 step is lost" if lost == 1 else f"{lost} steps are lost"
         if not self._saved_in:
-            return f"{self.stopped}. There is no checkpoint: the same command begins anew, and {lost} steps are lost"
-        return f"{self.stopped}. The newest checkpoint is {self._saved_in}: {again}, and {lost} steps are lost"
+            return f"{self.stopped}. There is no checkpoint: the same command begins anew, and {lost_words}"
+        return f"{self.stopped}. The newest checkpoint is {self._saved_in}: {again}, and {lost_words}"

@@ -75,10 +75,9 @@ def own(output_dir: Path) -> None:
 
 
 def disown(output_dir: Path) -> None:
-    """The run ends."""
-    if world.rank() == 0:
-        for name in (OWNER, WAITING):
-            (output_dir / HEARTBEATS / name).unlink(missing_ok=True)
+    """The run ends. Raises OSError where the disk does not take it."""
+    if world.rank() == 0 and _read(output_dir, OWNER) == world.name_of_run():
+        (output_dir / HEARTBEATS / OWNER).unlink(missing_ok=True)
 
 
 def successor(output_dir: Path) -> str:
