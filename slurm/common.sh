@@ -2,9 +2,8 @@
 # starts a command on all nodes. What becomes of the job then: `finish`, in outcome.sh.
 # shellcheck shell=bash
 set -euo pipefail
-site=${SITE_ENV:-slurm/site.env}
 # shellcheck source=/dev/null
-if [ -n "${SITE_ENV:-}" ] || [ -e "$site" ]; then source "$site"; fi
+if [ -n "${SITE_ENV:-}" ] || [ -e slurm/site.env ]; then source "${SITE_ENV:-slurm/site.env}"; fi
 PATH=$PWD/.venv/bin:$PATH
 
 job_folder=$(realpath -m "${LOGS:-slurm-logs}")/${SLURM_JOB_NAME:-job}-$SLURM_JOB_ID
@@ -53,7 +52,8 @@ grace_s() {
 # One process on each node looks at GPUs, disk, versions, clock and network. HEALTH=0: not.
 check_health() {
   if [ "${HEALTH:-1}" = 0 ]; then return; fi
-  LAUNCHER=none processes_per_node=1 tasks health || NUM_PROCESSES=$SLURM_NNODES finish
+  # shellcheck disable=SC2086
+  LAUNCHER=none processes_per_node=1 tasks health ${HEALTH_OPTIONS:-} || NUM_PROCESSES=$SLURM_NNODES finish
   if [ -e "$GEMMA_DIST_EXIT_CODES/told" ]; then again 'stopped before it began, as Slurm asked'; fi
   rm -f "$GEMMA_DIST_EXIT_CODES"/rank-*
 }

@@ -2,9 +2,10 @@
 # leaves its own in a file (docs/slurm.md lists them), and leader.sh leaves `told` where Slurm asked for the end.
 # shellcheck shell=bash disable=SC2154
 
-say() { echo "$(date +%FT%T) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"; }
+job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID} # of this task of an array alone
+say() { echo "$(date +%FT%T) job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"; }
 end() { say "${*:2}; logs: $job_folder"; exit "$1"; }
-state() { squeue -h -j "$SLURM_JOB_ID" -o '%T %r'; }
+state() { squeue -h -j "$job" -o '%T %r'; }
 code() { grep -qsx "$1" "$GEMMA_DIST_EXIT_CODES"/rank-*; } # whether a rank ended with it
 
 finish() {
@@ -41,12 +42,12 @@ requeue() {
   fi
   echo "$count $step" >"$job_folder/restarts"
   say "$1; requeued at step $step (restart $count of ${MAX_RESTARTS:-3} without a new checkpoint)"
-  scontrol requeue "$SLURM_JOB_ID" || return 1
+  scontrol requeue "$job" || return 1
   bad=$(sed 's/\..*//' "$GEMMA_DIST_EXIT_CODES/bad-nodes" 2>/dev/null | paste -sd,)
   if [ -n "$bad" ]; then # what is excluded can be changed from now on
-    old=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=//p' | grep -v null || :)
+    old=$(scontrol show job "$job" | sed -n 's/.*ExcNodeList=//p' | grep -v null || :)
     say "without $bad from now on"
-    scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$old${old:+,}$bad"
+    scontrol update "JobId=$job" "ExcNodeList=$old${old:+,}$bad"
   fi
 }
 

@@ -13,8 +13,8 @@ from gemma_dist.cli import cli
 from gemma_dist.errors import DataError
 
 VERBS = [
-    *("tiny", "shard", "inspect", "stats", "check-prompts", "check", "plan", "batches", "train", "evaluate"),
-    *("read-calls", "merge"),
+    *("tiny", "shard", "inspect", "stats", "check-prompts", "check", "plan", "batches", "health", "train"),
+    *("evaluate", "read-calls", "merge"),
 ]
 RECIPE = "tuning: full\nmodel: {model_name_or_path: m}\ndata: {train: d}\ntrain: {output_dir: o}\n"
 

@@ -7,7 +7,7 @@ from gemma_dist.resolve import Run
 from gemma_dist.stream.schedule import PackedSequence, Schedule
 
 FIRST_STEPS = 3  # of the run; those after the first are timed
-MOST_SEQUENCES = 200_000  # of a rank, that are searched for the longest micro-batch
+MOST_SEQUENCES = 100_000  # of a rank, that are searched for the longest micro-batch
 
 
 class ChosenSteps(Schedule):

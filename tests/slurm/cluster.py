@@ -85,12 +85,12 @@ class Cluster:
 
     def wait_for_end(self, number: str, timeout_s: float = 300) -> dict[str, str]:
         """Until a job has ended for good."""
-        wait_until(lambda: self.job(number)["JobState"] in ENDED, timeout_s)
+        wait_until(lambda: self.job(number)["JobState"] in ENDED, timeout_s, every_s=1)
         return self.job(number)
 
 
-def wait_until(condition: Callable[[], T], timeout_s: float = 60) -> T:
-    """The first result that is true.
+def wait_until(condition: Callable[[], T], timeout_s: float = 60, every_s: float = 0.1) -> T:
+    """The first result that is true, asked for `every_s` seconds.
 
     Raises:
         TimeoutError: there was none.
@@ -99,7 +99,7 @@ def wait_until(condition: Callable[[], T], timeout_s: float = 60) -> T:
     while not (result := condition()):
         if time.monotonic() > end:
             raise TimeoutError(f"not within {timeout_s:g} s")
-        time.sleep(0.3)
+        time.sleep(every_s)
     return result
 
 

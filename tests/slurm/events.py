@@ -81,13 +81,12 @@ class Job:
         return max((int(path.parent.name.partition("-")[2]) for path in self.markers()), default=0)
 
     def signal_to_marker_s(self) -> float | None:
-        """From the first start's signal to the first marker behind it, within that start."""
-        told, next_start = self.log_folder / "attempt-0" / "told", self.log_folder / "attempt-1"
-        if not told.exists():
+        """From the first start's signal to the first marker behind it, before rank 0 of that start ended."""
+        told, ended = (self.log_folder / "attempt-0" / name for name in ("told", "rank-0"))
+        if not told.exists() or not ended.exists():
             return None
-        begin = told.stat().st_mtime
-        end = next_start.stat().st_ctime if next_start.exists() else float("inf")
-        after = [when for path in self.markers() if begin <= (when := path.stat().st_mtime) < end]
+        begin, end = told.stat().st_mtime, ended.stat().st_mtime
+        after = [when for path in self.markers() if begin <= (when := path.stat().st_mtime) <= end]
         return round(min(after) - begin, 2) if after else None
 
     def ranks_on(self, node: str) -> list[str]:
@@ -97,11 +96,16 @@ class Job:
 
 
 def standin(folder: Path, *, step_s: float = 0.2) -> Program:
-    """The stand-in, under the two names that it has first in PATH."""
+    """The stand-in, under the two names that it has first in PATH. With REAL_HEALTH in its environment, the health
+    check is the package's own."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("accelerate", "python"):
         path = folder / name
-        path.write_text(f'#!/bin/bash\nexec {sys.executable} {ROOT}/tests/slurm/standin.py {name} "$@"\n')
+        path.write_text(
+            "#!/bin/bash\n"
+            f'if [ -n "$REAL_HEALTH" ] && [ "$3" = health ]; then PYTHONPATH={ROOT} exec {sys.executable} "$@"; fi\n'
+            f'exec {sys.executable} {ROOT}/tests/slurm/standin.py {name} "$@"\n'
+        )
         path.chmod(0o755)
     env = {"PATH": f"{folder}:{os.environ['PATH']}", "PROCESSES_PER_NODE": "1"}
     return Program(
@@ -113,11 +117,12 @@ def package(folder: Path, model: Path, shards: Path) -> Program:
     """The package on a tiny model: two nodes, one CPU rank on each. `model` and `shards` exist."""
     config = yaml.safe_load((ROOT / "accelerate_configs" / "cpu_ddp.yaml").read_text())
     del config["use_cpu"]  # with it accelerate leaves several machines to MPI
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tmp").mkdir(parents=True, exist_ok=True)
     (folder / "ddp.yaml").write_text(yaml.safe_dump(config))
     env = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
+        "TMPDIR": str(folder / "tmp"),  # launchers that are killed leave folders
         "PROCESSES_PER_NODE": "1",
         "ACCELERATE_USE_CPU": "true",
         "CUDA_VISIBLE_DEVICES": "",
@@ -146,7 +151,7 @@ class Event:
     options: tuple[str, ...] = ()  # of sbatch
     overrides: tuple[str, ...] = ()  # of the recipe
     env: dict[str, str] = field(default_factory=dict)
-    trains_s: float = 8  # how long the job has to train before and after it, at least
+    trains_s: float = 15  # how long the job has to train before and after it, at least
     save_steps: int = 1000  # none but those that an event asks for
     recipe: str = ""  # in the place of the program's
     begins: bool = True  # whether the job comes to its fifth step
@@ -172,6 +177,14 @@ def _preempt(job: Job) -> None:
     job.cluster.wait_for_end(other, 120)
 
 
+def _reach_limit(job: Job) -> None:
+    """The time limit: moved here, and away again once the job begins anew, so that it hits a job that trains."""
+    minutes = int(job.cluster.job(job.number)["RunTime"].split(":")[1]) + 1
+    job.cluster.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes}")
+    wait_until(lambda: job.cluster.job(job.number)["Restarts"] == "1", 300, every_s=0.5)
+    job.cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
+
+
 def _kill_rank(job: Job) -> None:
     """As the kernel does that is out of memory."""
     [rank] = job.ranks_on(job.nodes[1])
@@ -182,7 +195,7 @@ def _kill_slurmd(job: Job) -> None:
     """The daemon of the second node. Its rank lives on, with nobody left to end it, until it does so itself."""
     node = job.nodes[1]
     job.cluster.on_node(node, "pkill", "-KILL", "-x", "slurmd")
-    wait_until(lambda: not job.ranks_on(node), 120)
+    wait_until(lambda: not job.ranks_on(node), 120, every_s=1)
 
 
 def _power_off(job: Job) -> None:
@@ -193,7 +206,7 @@ def _cut_off(job: Job) -> None:
     """The network of the second node, without a word to either side. Its rank is to end by itself."""
     node = job.nodes[1]
     job.cluster.run("ip", "link", "set", f"v{node[1:]}", "down")
-    wait_until(lambda: not job.ranks_on(node), 120)
+    wait_until(lambda: not job.ranks_on(node), 120, every_s=1)
 
 
 def _touch_stop(job: Job) -> None:
@@ -207,8 +220,8 @@ def _nothing(job: Job) -> None:
 EVENTS = {
     "nothing": Event(_nothing),
     "signal of the time limit": Event(_tell_all_tasks),
-    "time limit with --signal": Event(_nothing, ("--time=2", "--signal=USR1@60"), trains_s=130),
-    "time limit without --signal": Event(_nothing, ("--time=1", "--signal=USR1@0"), trains_s=100),
+    "time limit with --signal": Event(_reach_limit, ("--time=60", "--signal=USR1@30"), trains_s=100),
+    "time limit without --signal": Event(_reach_limit, ("--time=60", "--signal=USR1@0"), trains_s=100),
     "preemption": Event(_preempt, ("--partition=low",)),
     "scontrol requeue": Event(_requeue),
     "scancel": Event(_cancel),
@@ -238,7 +251,7 @@ def run_one(name: str, event: Event, cluster: Cluster, nodes: list[str], folder:
         *(*program.overrides, *steps, *event.overrides),
         env=program.env | event.env,
     )
-    wait_until(lambda: cluster.job(number)["JobState"] != "PENDING")
+    wait_until(lambda: cluster.job(number)["JobState"] != "PENDING", every_s=0.5)
     job = Job(cluster, number, folder, cluster.hosts(number))
     if event.begins:
         wait_until(lambda: max(job.steps(), default=0) >= AT_STEP, 180)

@@ -5,8 +5,9 @@ The launcher dies of USR1, hands TERM down, and ends the other ranks once one ha
 seconds, writes a checkpoint every `save_steps`, and one more when any rank was asked to stop. Each rank leaves its exit
 code. A rank that no longer sees another one's sign of life fails, as an exchange with it would.
 
-Settings beside those: `fail_at=N` ends rank 1 with `fail_code` at step N, in the first `fail_starts` starts. The
-node with the number UNFIT, an environment variable, fails the health check of the first start.
+Settings beside those: `fail_at=N` ends rank 1 with `fail_code` at step N, in the first `fail_starts` starts. In the
+environment, UNFIT names the node (by its number) that fails the health check of the first start, and FAILS_FIRST a
+command that fails in its first start.
 """
 
 import os
@@ -142,6 +143,8 @@ def main(words: list[str]) -> int:
     elif command == "train" and not Path(words[1]).exists():
         print(f"error: {words[1]}: No such file or directory", flush=True)
         code = 2
+    elif os.environ.get("FAILS_FIRST") == command and START == "0":
+        code = 1
     elif command == "train":
         code = Run(rank, settings).run()
     else:

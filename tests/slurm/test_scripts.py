@@ -115,7 +115,7 @@ def test_an_unfit_node_is_left_out_of_the_next_start(rows: dict[str, Row]) -> No
 
 @pytest.fixture(scope="module")
 def pipeline(slurm: Cluster, standin_folder: Path) -> list[str]:
-    """The jobs of a pipeline, whose training comes back once: shard, train, merge, evaluate."""
+    """The jobs of a pipeline, whose sharding and training come back once: shard, train, merge, evaluate."""
     program = events.standin(standin_folder)
     inputs = [f"{number}.jsonl" for number in range(3)]
     for name in inputs:
@@ -123,25 +123,31 @@ def pipeline(slurm: Cluster, standin_folder: Path) -> list[str]:
     said = slurm.run(
         *("slurm/pipeline.sh", "runs/p", "M", program.accelerate_config, program.recipe, "held_out.jsonl", *inputs),
         *("--", "fail_at=12", "max_steps=20", "save_steps=10", *program.overrides),
-        env=program.env | {"PARTS": "2"},
+        env=program.env | {"PARTS": "2", "FAILS_FIRST": "shard", "TRAIN_OPTIONS": "--nodes=2 --time=30"},
     )
     return said.rpartition(" ")[2].split(",")
 
 
 def test_the_pipeline_starts_each_part_once_the_one_before_is_done(slurm: Cluster, pipeline: list[str]) -> None:
-    """Also where the training comes back in between: those that wait for it do so on."""
+    """Also where jobs come back in between: those that wait for them do so on. Of an array, each task by itself."""
     ended = {number: slurm.wait_for_end(number) for number in pipeline}
     shard, train, merge, evaluate = pipeline
     assert {job["JobState"] for job in ended.values()} == {"COMPLETED"}
-    assert ended[train]["Restarts"] == "1"
+    assert (ended[train]["Restarts"], ended[train]["TimeLimit"]) == ("1", "00:30:00")
+    tasks = slurm.run("scontrol", "--oneliner", "show", "job", shard)
+    assert re.findall(r"Restarts=(\d+)", tasks) == ["1", "1"]
     for later, earlier in ((train, shard), (merge, train), (evaluate, train)):
         assert ended[later]["StartTime"] >= ended[earlier]["EndTime"]
-    logs = {path.parent.name: path.read_text() for path in slurm.submit_folder.glob("slurm-logs/*/*.log")}
-    sharded = sorted(text for name, text in logs.items() if name.startswith("shard"))
-    assert [text.split(" --model")[0] for text in sharded] == ["shard 0.jsonl 2.jsonl", "shard 1.jsonl"]
-    assert logs[f"merge-{merge}"].split()[:3] == ["merge", "--base", "M"]
-    said = [line for line in logs[f"evaluate-{evaluate}"].splitlines() if line.startswith("evaluate")]
-    assert said == ["evaluate --model M --adapter runs/p/adapter --data held_out.jsonl --out runs/p/eval"]
+    logs = [path.read_text() for path in slurm.submit_folder.glob("slurm-logs/*/*.log")]
+    words = [
+        line.split() for log in logs for line in log.splitlines() if line.startswith(("shard", "merge", "evaluate"))
+    ]
+    assert sorted(" ".join(line[:5]) for line in words) == [
+        "evaluate --model M --adapter runs/p/adapter",
+        "merge --base M --adapter runs/p/adapter",
+        "shard 0.jsonl 2.jsonl --model M",
+        "shard 1.jsonl --model M --out",
+    ]
 
 
 HOLDER = """
