@@ -251,7 +251,7 @@ def _slurm_event(
 
 
 def slurm(folder: Path, model: Path, shards: Path) -> None:
-    """Print what events cost a job of slurm/train.sbatch on a real Slurm: a stand-in that trains, at all events at
+    """Print what events cost a job of slurm/train.sbatch on a real Slurm: a stand-in that trains, at four events at
     once, and the package itself at some, one by one."""
     if reason := cluster.missing():
         print(f"\nSlurm: skipped: {reason}")
@@ -259,7 +259,7 @@ def slurm(folder: Path, model: Path, shards: Path) -> None:
     settings = ["NODE_TIMEOUT=10", "KILLWAIT=10"]
     head("event in Slurm", "trains", "ends", "restarts", "steps lost", "seconds from the signal to the marker")
     standin, package = events.standin(folder / "bin"), events.package(folder / "package", model, shards)
-    for program, names, at_once in ((standin, list(events.EVENTS), len(events.EVENTS)), (package, BY_THE_PACKAGE, 1)):
+    for program, names, at_once in ((standin, list(events.EVENTS), 4), (package, BY_THE_PACKAGE, 1)):
         work = folder / program.name
         with (
             cluster.running(work / "w", work / "clone", num_nodes=3 * len(names), settings=settings) as started,
