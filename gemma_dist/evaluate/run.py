@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from gemma_dist import world
+from gemma_dist import meeting, world
 from gemma_dist.config import EvaluateConfig
 from gemma_dist.data.content import content_text
 from gemma_dist.data.encode import Encoder, Prompt, load_encoder
@@ -69,8 +69,9 @@ def evaluate(
     topology = current_topology()
     if topology.zero_stage == 3:
         compile_operators(topology, train=False)
-    world.connect()
-    world.note_processes()
+    with meeting.waiting():
+        world.connect()
+        world.note_processes()
     encoder = load_encoder(model, settings, adapter=adapter)
     decisions, num_trajectories = _my_decisions(data, limit, encoder, settings)
     if num_trajectories == 0:
