@@ -251,14 +251,15 @@ def _slurm_event(
 
 
 def slurm(folder: Path, model: Path, shards: Path) -> None:
-    """Print what events cost a job of slurm/train.sbatch on a real Slurm: a stand-in that trains, at all events at
+    """Print what events cost a job of slurm/train.sbatch on a real Slurm: a stand-in that trains, at four events at
     once, and the package itself at some, one by one."""
     if reason := cluster.missing():
         print(f"\nSlurm: skipped: {reason}")
         return
-    settings, rows = ["NODE_TIMEOUT=10", "KILLWAIT=10"], []
+    settings = ["NODE_TIMEOUT=10", "KILLWAIT=10"]
+    head("event in Slurm", "trains", "ends", "restarts", "steps lost", "seconds from the signal to the marker")
     standin, package = events.standin(folder / "bin"), events.package(folder / "package", model, shards)
-    for program, names, at_once in ((standin, list(events.EVENTS), len(events.EVENTS)), (package, BY_THE_PACKAGE, 1)):
+    for program, names, at_once in ((standin, list(events.EVENTS), 4), (package, BY_THE_PACKAGE, 1)):
         work = folder / program.name
         with (
             cluster.running(work / "w", work / "clone", num_nodes=3 * len(names), settings=settings) as started,
@@ -266,11 +267,10 @@ def slurm(folder: Path, model: Path, shards: Path) -> None:
         ):
             nodes = {name: started.nodes[3 * number :][:3] for number, name in enumerate(names)}  # one may be lost
             run = partial(_slurm_event, started, program, nodes)
-            rows += list(pool.map(run, names))
-    head("event in Slurm", "trains", "ends", "restarts", "steps lost", "seconds from the signal to the marker")
-    for one in rows:
-        seconds = "none made" if one.signal_to_marker_s is None else f"{one.signal_to_marker_s:.1f}"
-        print(f"| {one.event} | {one.program} | {one.state} | {one.restarts} | {one.steps_lost} | {seconds} |")
+            for one in pool.map(run, names):
+                seconds = "none made" if one.signal_to_marker_s is None else f"{one.signal_to_marker_s:.1f}"
+                cells = one.event, one.program, one.state, one.restarts, one.steps_lost, seconds
+                print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 def main() -> None:

@@ -3,11 +3,9 @@
 A thread writes it. Neither a full disk nor one that hangs ends or holds up a run because of its log.
 """
 
-import contextlib
 import logging
 import os
 import queue
-import re
 import shlex
 import socket
 import subprocess
@@ -45,8 +43,7 @@ class RankLog(logging.Handler):
         lines: list[str] = [head]
         while True:
             try:
-                with contextlib.suppress(FileExistsError):
-                    path.parent.mkdir(parents=True, exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write("".join(line + "\n" for line in lines))
             except OSError as error:
@@ -124,17 +121,18 @@ def _head(details: dict[str, object]) -> str:
 
 def _commit() -> str:
     """The commit of the checkout that this package runs from."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
+    if not (folder / ".git").exists():
+        return "not from a checkout"
+    describe = ["describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(
-            ["git", "-C", folder, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            ["git", "--no-optional-locks", "-C", folder, *describe],
             capture_output=True,
             text=True,
             timeout=5,
             check=False,
         )
     except (OSError, subprocess.SubprocessError):
-        return "not from a checkout"
-    commit = done.stdout.strip()
-    tracked = (folder.parent / ".git").exists() and re.fullmatch(r"[0-9a-f]{40}(-dirty)?", commit)
-    return f"commit {commit}" if tracked else "not from a checkout"
+        return "of an unknown commit"
+    return f"commit {done.stdout.strip() or 'unknown'}"

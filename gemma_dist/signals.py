@@ -64,13 +64,13 @@ def _wait(arrived: int) -> None:
     """The thread that sees signals."""
     while number := os.read(arrived, 1):
         came = time.monotonic()
-        arrival = signal.Signals(number[0])
+        (arrival,) = number
         if arrival == signal.SIGTERM and not _regardless and (ended := world.ended_ranks(patience_s=0)):
             message = failures.of_ranks(ended)
             for say in _say if message else ():
                 say(message)
             exits.leave(failures.code_after(ended))
         if taker := _takers.get(arrival):
-            taker(arrival.name, came)
+            taker(signal.Signals(arrival).name, came)
         elif arrival == signal.SIGTERM:
             exits.leave(exits.ENDED)

@@ -1,5 +1,5 @@
-# Sourced by the batch scripts, from the repository's root, where jobs are submitted: the environment, and `tasks`, which
-# starts a command on all nodes. What becomes of the job then: `finish`, in outcome.sh.
+# Sourced by the batch scripts, from the repository's root, where jobs are submitted: the environment, and `tasks`,
+# which starts a command on all nodes. What becomes of the job then: `finish`, in outcome.sh.
 # shellcheck shell=bash
 set -euo pipefail
 # shellcheck source=/dev/null
@@ -23,14 +23,14 @@ source slurm/outcome.sh
 
 # tasks COMMAND...: `gemma-dist COMMAND` under a launcher on each node, or as a rank in each task (LAUNCHER=none), until
 # all have ended. In the background: bash runs a trap while it waits, and one wait ends with each signal. A node that
-# fails ends the others instead of leaving them in an exchange; one that is done (--wait=0) does not. --overlap: Slurm may
-# take the GPUs of the health check for busy a moment longer, and refuses a step that wants them.
+# fails ends the others instead of leaving them in an exchange; one that is done (--wait=0) does not. --overlap: Slurm
+# may take the GPUs of the health check for busy a moment longer, and refuses a step that wants them.
 tasks() {
   local per_node=1 cpus=${SLURM_CPUS_PER_TASK:-1} container=() step rc=0
   if [ "$LAUNCHER" = none ]; then per_node=$processes_per_node cpus=$((cpus / per_node > 0 ? cpus / per_node : 1)); fi
   if [ -n "${CONTAINER_IMAGE:-}" ]; then
-    container=(--container-image="$CONTAINER_IMAGE" --container-mounts="$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
-      --container-workdir="$PWD")
+    container=(--container-image="$CONTAINER_IMAGE" --container-workdir="$PWD"
+      --container-mounts="$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
   fi
   srun --nodes="$SLURM_NNODES" --ntasks="$((SLURM_NNODES * per_node))" --ntasks-per-node="$per_node" \
     --cpus-per-task="$cpus" --export=ALL --overlap --kill-on-bad-exit=1 --wait=0 --open-mode=append \
@@ -41,8 +41,8 @@ tasks() {
   return "$rc"
 }
 
-# How long Slurm lets ranks save, in seconds, where it lets them at all: SIGNAL_LEAD_S ahead of the time limit, as --signal
-# says, or the partition's GraceTime at preemption. The larger one: a checkpoint that is begun in vain costs nothing.
+# How long Slurm lets ranks save, in seconds, where it lets them at all: SIGNAL_LEAD_S ahead of the time limit, as in
+# --signal, or the partition's GraceTime at preemption. The larger one: a checkpoint begun in vain costs nothing.
 grace_s() {
   local partition
   partition=$(scontrol show partition "${SLURM_JOB_PARTITION:-}" | sed -n 's/.*GraceTime=\([0-9]*\).*/\1/p' | head -n 1)

@@ -21,7 +21,7 @@ esac
 top=$!
 
 ranks() { if [ "$LAUNCHER" = none ]; then echo "$top"; else cat /proc/"$top"/task/*/children 2>/dev/null; fi; }
-listens() { (( 0x$(sed -n 's/^SigCgt:\t//p' "/proc/$1/status" 2>/dev/null || echo 0) & 1 << 9 )); } # has a handler of USR1
+listens() { (( 0x$(sed -n 's/^SigCgt:\t//p' "/proc/$1/status" 2>/dev/null || echo 0) & 1 << 9 )); } # handles USR1
 
 # Tell each rank once, as soon as it listens: the stop may come while it is starting.
 tell_ranks() {

@@ -21,8 +21,8 @@ finish() {
   end 75 'stopped, but not by Slurm; the same command goes on from there'
 }
 
-# again WHY: the job starts once more. Not after scancel (COMPLETING: a requeue would revive it), nor where Slurm requeues
-# it by itself (COMPLETING, too: preemption after its grace, a node that is gone, scontrol requeue).
+# again WHY: the job starts once more. Not after scancel (COMPLETING: a requeue would revive it), nor where Slurm does
+# so by itself (COMPLETING, too: preemption after its grace, a node that is gone, scontrol requeue).
 again() {
   case $(state) in
     'RUNNING '*) requeue "$1" || end 1 "$1; not requeued"; exit 0 ;;
@@ -54,6 +54,6 @@ requeue() {
 # The batch shell gets TERM at the time limit: ranks then have KillWait seconds to save, and so has this shell. Requeued
 # at once, since nobody may be left to do it afterwards. Other reasons of a TERM are not ours to decide.
 at_term() {
-  if [ "$(state)" = 'COMPLETING TimeLimit' ] && [ -e "$GEMMA_DIST_EXIT_CODES/step" ]; then requeue 'the time limit' || :; fi
+  [ "$(state)" != 'COMPLETING TimeLimit' ] || [ ! -e "$GEMMA_DIST_EXIT_CODES/step" ] || requeue 'the time limit' || :
 }
 trap at_term TERM

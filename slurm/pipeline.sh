@@ -6,9 +6,10 @@
 #   slurm/pipeline.sh runs/e4b google/gemma-4-E4B-it accelerate_configs/zero2.yaml launch/e4b_lora_zero2.yaml \
 #     held_out.jsonl logs/*.jsonl -- num_train_epochs=2
 #
-# NAME becomes a folder: NAME/shards, NAME/adapter, NAME/merged, NAME/eval. A job that fails takes those that wait for it
-# along. A job that requeues itself keeps them waiting. PARTS: of the array that shards (default: 4, or one an input).
-# Options of sbatch for all jobs (partition, account) in its environment: SBATCH_PARTITION, SBATCH_ACCOUNT.
+# NAME becomes a folder: NAME/shards, NAME/adapter, NAME/merged, NAME/eval. A job that fails takes those along that wait
+# for it. A job that requeues itself keeps them waiting. PARTS: of the array that shards (default: 4, or one an input).
+# Options of sbatch: for all jobs in its own environment (SBATCH_PARTITION, SBATCH_ACCOUNT), for the training job and
+# the evaluation in TRAIN_OPTIONS and EVALUATE_OPTIONS: TRAIN_OPTIONS='--nodes=1 --gres=gpu:4'.
 set -euo pipefail
 
 usage='usage: slurm/pipeline.sh NAME MODEL ACCELERATE_CONFIG RECIPE HELD_OUT INPUT... [-- key=value ...]'
@@ -19,6 +20,8 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do inputs+=("$1"); shift; done
 [ ${#inputs[@]} -gt 0 ] || { echo "$usage" >&2; exit 2; }
 if [ $# -gt 0 ]; then shift; fi
 
+read -ra train_options <<<"${TRAIN_OPTIONS:-}"
+read -ra evaluate_options <<<"${EVALUATE_OPTIONS:-}"
 parts=${PARTS:-4}
 parts=$((parts < ${#inputs[@]} ? parts : ${#inputs[@]}))
 folders=$(seq -s, -f "$name/shards/%g" 0 $((parts - 1)))
@@ -27,9 +30,10 @@ folders=$(seq -s, -f "$name/shards/%g" 0 $((parts - 1)))
 after() { sbatch --parsable ${1:+--dependency="afterok:$1" --kill-on-invalid-dep=yes} "${@:2}"; }
 
 shard=$(after '' --array="0-$((parts - 1))" slurm/shard.sbatch "$name/shards" "$model" "${inputs[@]}")
-train=$(after "$shard" slurm/train.sbatch "$accelerate_config" "$recipe" "model_name_or_path=$model" \
-  "data.train=[$folders]" "output_dir=$name/adapter" "$@")
+train=$(after "$shard" "${train_options[@]}" slurm/train.sbatch "$accelerate_config" "$recipe" \
+  "model_name_or_path=$model" "data.train=[$folders]" "output_dir=$name/adapter" "$@")
 merge=$(after "$train" slurm/merge.sbatch --base "$model" --adapter "$name/adapter" --out "$name/merged")
-evaluate=$(after "$train" slurm/evaluate.sbatch "$accelerate_config" --model "$model" --adapter "$name/adapter" \
-  --data "$held_out" --out "$name/eval")
-echo "shard $shard, then train $train, then merge $merge and evaluate $evaluate: squeue -j $shard,$train,$merge,$evaluate"
+evaluate=$(after "$train" "${evaluate_options[@]}" slurm/evaluate.sbatch "$accelerate_config" --model "$model" \
+  --adapter "$name/adapter" --data "$held_out" --out "$name/eval")
+echo "shard $shard, then train $train, then merge $merge and evaluate $evaluate:" \
+  "squeue -j $shard,$train,$merge,$evaluate"

@@ -32,6 +32,7 @@ SOURCES = {
         "replaces",
         "971d54fd9ded",
     ),
+    "torch.distributed.rendezvous:_torchelastic_use_agent_store": ("meeting.py", "restates", "b052cdac9e16"),
     "deepspeed.runtime.zero:Init._zero_init_param": ("model/zero3.py", "replaces", "2930fbd6b94e"),
     "transformers.core_model_loading:set_param_for_module": ("model/zero3.py", "extends", "0c474ce3b9ae"),
     "transformers.modeling_utils:caching_allocator_warmup": ("model/zero3.py", "leaves out", "e7043d6ebcb7"),

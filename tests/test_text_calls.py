@@ -420,10 +420,10 @@ HUGE = {
 
 @pytest.mark.parametrize("text", HUGE.values(), ids=HUGE)
 def test_long_texts_take_no_time(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with contextlib.suppress(DataError):
         assert calls_of(parse(answer_row(text))) == []
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}, {"exclude_from_loss": True}, {"no_train": 1}])
@@ -550,9 +550,9 @@ LONG_SYSTEMS = {
 def test_long_system_texts_take_no_time(system: str) -> None:
     row = answer_row("Yes.", None)
     row["messages"].insert(0, {"role": "system", "content": system})
-    start = time.perf_counter()
+    start = time.process_time()
     assert said(parse(row))[0] == ("system", system)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("listed", [f"[{BARE},]", f"[{BARE}", f"[see {BARE}]", f"] {BARE}"])

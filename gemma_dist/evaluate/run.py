@@ -19,7 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
-from gemma_dist import world
+from gemma_dist import meeting, world
 from gemma_dist.config import EvaluateConfig
 from gemma_dist.data.encode import Encoder, Prompt, load_encoder
 from gemma_dist.data.read import open_block
@@ -83,8 +83,9 @@ def evaluate(
     topology = current_topology()
     if topology.zero_stage == 3:
         compile_operators(topology, train=False)
-    world.connect()
-    world.note_processes()
+    with meeting.waiting():
+        world.connect()
+        world.note_processes()
     encoder = load_encoder(model, settings, adapter=adapter)
     with opened(out, lambda: describe_run(model, adapter, data, limit, encoder, settings)) as (run, lines):
         decisions, num_trajectories, tool_sets = _my_decisions(data, limit, encoder, settings, run)

@@ -59,7 +59,7 @@ def look(settings: HealthConfig, look_at: Callable[[], tuple[list[str], list[str
     if shm < LEAST_SHM and len(names) > 1:
         problems.append(
             f"{SHM} has {size(shm)}, and GPUs of a node exchange through it: start the container with a larger one "
-            f"(docker: --shm-size, {size(LEAST_SHM)} or more)"
+            f"(shm-size of docker, {size(LEAST_SHM)} or more)"
         )
     said = [_kinds(names)]
     if settings.output_dir is not None:

@@ -5,9 +5,7 @@ compute together and each learn something else, without an error.
 """
 
 import hashlib
-import importlib.metadata
 import json
-import platform
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 import gemma_dist
 from gemma_dist import world
 from gemma_dist.errors import ConfigError
+from gemma_dist.health.facts import versions
 from gemma_dist.logs import log
 from gemma_dist.resolve import Run
 from gemma_dist.train.checkpoint import flat
@@ -26,12 +25,12 @@ from gemma_dist.train.checkpoint import flat
 PLACES = (
     "model.model_name_or_path",
     "data.train",
+    "data.chat_template",
     "data.quarantine",
     "data.cache_dir",
     "data.cache_gb",
     "train.output_dir",
 )
-LIBRARIES = ("transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes", "safetensors", "numpy")
 Facts = Mapping[str, object]
 
 
@@ -44,8 +43,8 @@ def require_same_run(run: Run) -> None:
             "the ranks were not started alike, and each would learn something else; start every machine with the same "
             "command and files, but its own machine rank:\n" + "\n".join(problems)
         )
-    versions = world.gather_objects(versions_here())
-    if world.rank() == 0 and (problems := differences(versions, hosts)):
+    of_ranks = world.gather_objects(versions_here())
+    if world.rank() == 0 and (problems := differences(of_ranks, hosts)):
         log.warning("versions differ, so results may: %s", "; ".join(problems))
 
 
@@ -69,13 +68,8 @@ def versions_here() -> dict[str, object]:
     package = Path(gemma_dist.__file__).parent
     for path in sorted(package.rglob("*.py")):
         code.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
-    return {
-        "gemma_dist": gemma_dist.__version__,
-        "gemma_dist's code (hash)": code.hexdigest()[:12],
-        "Python": platform.python_version(),
-        "torch": torch.__version__,  # with +cpu or +cu130, which the metadata leave out
-        **{name: importlib.metadata.version(name) for name in LIBRARIES},
-    }
+    # torch: with +cpu or +cu130, which the metadata leave out
+    return {**versions(), "torch": torch.__version__, "gemma_dist's code (hash)": code.hexdigest()[:12]}
 
 
 def differences(facts: Sequence[Facts], hosts: Sequence[str]) -> list[str]:

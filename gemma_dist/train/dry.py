@@ -28,6 +28,7 @@ from gemma_dist.model.load import device, use_cpu
 from gemma_dist.resolve import Run
 from gemma_dist.stream.schedule import Schedule
 from gemma_dist.topology import Topology
+from gemma_dist.train.agree import require_same_run
 from gemma_dist.train.checkpoint import (
     MARKER,
     damaged_and_named,
@@ -41,10 +42,10 @@ from gemma_dist.train.dry_steps import FIRST_STEPS, ChosenSteps, choose_steps, t
 from gemma_dist.train.memory import MemoryWatch, gpu_at_hand
 from gemma_dist.train.optimizer import forget_state, load_optimizer, state_crc32
 from gemma_dist.train.owner import HEARTBEATS, lock_output_dir
-from gemma_dist.train.run import STATE_FILES, load_run_model, prepare, run_loader
+from gemma_dist.train.run import STATE_FILES, connect, load_run_model, prepare, run_loader
 from gemma_dist.train.scratch import scratch_folder
 from gemma_dist.train.stop import StopRequests
-from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
+from gemma_dist.train.trainer import ToolCallTrainer
 
 SCRATCH = ".dry-run-"  # and the name of the run
 NUM_SHOWN = 5  # problems in a message
@@ -164,9 +165,8 @@ def dry_run(
         log.info("%s is the end of this run: nothing is left to train", checkpoint)
         return None
     clock.ended("recipe and manifests")
-    world.set_nccl_defaults()
-    arguments = training_arguments(run)
-    world.note_processes()
+    arguments = connect(run)
+    require_same_run(run)
     chosen, num_searched = choose_steps(run, start_step)
     clock.ended("search for the longest")
     with _scratch(config.train.output_dir) as folder:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from trl import SFTConfig
 
 from gemma_dist import exits, meeting, ranklog, world
 from gemma_dist.config import RunConfig
@@ -143,6 +144,16 @@ def _require_card(config: RunConfig) -> None:
         log.warning("%s", cost)
 
 
+def connect(run: Run) -> SFTConfig:
+    """Let all ranks meet. Returns the recipe as TRL takes it, by which they are connected; at ZeRO-3 it has to be there
+    before the model, whose weights it partitions."""
+    world.set_nccl_defaults()
+    with meeting.waiting():
+        arguments = training_arguments(run)
+        world.note_processes()
+    return arguments
+
+
 def _train_from(
     run: Run,
     encoder: Encoder,
@@ -154,12 +165,9 @@ def _train_from(
     """The remaining steps of a run, from the `checkpoint` that this rank found, or from the newest before it that is
     whole. Returns what there is to say where it stopped before its last step, on all ranks at once."""
     settings = run.config.train
-    world.set_nccl_defaults()
     if world.rank() == 0:
         clear(settings.output_dir)
-    with meeting.waiting():
-        arguments = training_arguments(run)  # at ZeRO-3 it has to be there before the model: it partitions the weights
-        world.note_processes()
+    arguments = connect(run)
     exits.use_folder(settings.output_dir / HEARTBEATS)
     own(settings.output_dir)
     require_same_run(run)

@@ -83,9 +83,17 @@ class Cluster:
         """The nodes of a job that runs or has run."""
         return self.run("scontrol", "show", "hostnames", self.job(number)["NodeList"]).split()
 
+    def starts(self, number: str) -> int:
+        """How often a job has started, or is to."""
+        return 1 + int(self.job(number)["Restarts"])
+
+    def has_ended(self, number: str) -> bool:
+        """Whether a job has, for good."""
+        return self.job(number)["JobState"] in ENDED
+
     def wait_for_end(self, number: str, timeout_s: float = 300) -> dict[str, str]:
         """Until a job has ended for good."""
-        wait_until(lambda: self.job(number)["JobState"] in ENDED, timeout_s, every_s=1)
+        wait_until(lambda: self.has_ended(number), timeout_s, every_s=1)
         return self.job(number)
 
 

@@ -46,6 +46,7 @@ class Program:
     overrides: tuple[str, ...]
     env: dict[str, str]
     step_s: float  # about as long as a step takes, in seconds
+    waits: bool  # whether it can wait with its last step for what is to happen
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,13 @@ def standin(folder: Path, *, step_s: float = 0.2) -> Program:
         path.chmod(0o755)
     env = {"PATH": f"{folder}:{os.environ['PATH']}", "PROCESSES_PER_NODE": "1"}
     return Program(
-        "stand-in", "accelerate_configs/ddp.yaml", "launch/cpu_lora.yaml", (f"step_s={step_s}",), env, step_s
+        "stand-in",
+        "accelerate_configs/ddp.yaml",
+        "launch/cpu_lora.yaml",
+        (f"step_s={step_s}",),
+        env,
+        step_s,
+        waits=True,
     )
 
 
@@ -117,11 +124,12 @@ def package(folder: Path, model: Path, shards: Path) -> Program:
     """The package on a tiny model: two nodes, one CPU rank on each. `model` and `shards` exist."""
     config = yaml.safe_load((ROOT / "accelerate_configs" / "cpu_ddp.yaml").read_text())
     del config["use_cpu"]  # with it accelerate leaves several machines to MPI
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tmp").mkdir(parents=True, exist_ok=True)
     (folder / "ddp.yaml").write_text(yaml.safe_dump(config))
     env = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
+        "TMPDIR": str(folder / "tmp"),  # launchers that are killed leave folders
         "PROCESSES_PER_NODE": "1",
         "ACCELERATE_USE_CPU": "true",
         "CUDA_VISIBLE_DEVICES": "",
@@ -139,7 +147,7 @@ def package(folder: Path, model: Path, shards: Path) -> Program:
         "save_total_limit=100",
         "step_timeout_s=15",
     )
-    return Program("gemma_dist", str(folder / "ddp.yaml"), "launch/cpu_lora.yaml", overrides, env, 0.3)
+    return Program("gemma_dist", str(folder / "ddp.yaml"), "launch/cpu_lora.yaml", overrides, env, 0.3, waits=False)
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,7 @@ class Event:
     options: tuple[str, ...] = ()  # of sbatch
     overrides: tuple[str, ...] = ()  # of the recipe
     env: dict[str, str] = field(default_factory=dict)
-    trains_s: float = 15  # how long the job has to train before and after it, at least
+    trains_s: float = 15  # how long a program that does not wait has to train, at least
     save_steps: int = 1000  # none but those that an event asks for
     recipe: str = ""  # in the place of the program's
     begins: bool = True  # whether the job comes to its fifth step
@@ -180,7 +188,7 @@ def _reach_limit(job: Job) -> None:
     """The time limit: moved here, and away again once the job begins anew, so that it hits a job that trains."""
     minutes = int(job.cluster.job(job.number)["RunTime"].split(":")[1]) + 1
     job.cluster.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes}")
-    wait_until(lambda: job.cluster.job(job.number)["Restarts"] == "1", 300, every_s=0.5)
+    wait_until(lambda: job.cluster.starts(job.number) > 1, 300, every_s=0.5)
     job.cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
 
 
@@ -243,7 +251,11 @@ def run_event(name: str, cluster: Cluster, nodes: list[str], folder: Path, progr
 def run_one(name: str, event: Event, cluster: Cluster, nodes: list[str], folder: Path, program: Program) -> Row:
     """As `run_event`, with an event of one's own."""
     others = ",".join(node for node in cluster.nodes if node not in nodes)
-    steps = [f"max_steps={AT_STEP + round(event.trains_s / program.step_s)}", f"save_steps={event.save_steps}"]
+    happened = folder.with_name(f"{folder.name}-happened")
+    num_steps = 4 * AT_STEP if program.waits else AT_STEP + round(event.trains_s / program.step_s)
+    steps = [f"max_steps={num_steps}", f"save_steps={event.save_steps}"]
+    if program.waits:
+        steps.append(f"waits_for={happened}")
     number = cluster.sbatch(
         *("--nodes=2", f"--exclude={others}", *event.options, "slurm/train.sbatch"),
         *(program.accelerate_config, event.recipe or program.recipe, f"output_dir={folder}"),
@@ -255,6 +267,9 @@ def run_one(name: str, event: Event, cluster: Cluster, nodes: list[str], folder:
     if event.begins:
         wait_until(lambda: max(job.steps(), default=0) >= AT_STEP, 180)
     event.cause(job)
+    if event.cause is not _nothing:
+        wait_until(lambda: cluster.starts(number) > 1 or cluster.has_ended(number), 300, every_s=0.5)
+    happened.touch()
     ended = cluster.wait_for_end(number, 400)
     done = job.steps()
     return Row(

@@ -5,9 +5,9 @@ The launcher dies of USR1, hands TERM down, and ends the other ranks once one ha
 seconds, writes a checkpoint every `save_steps`, and one more when any rank was asked to stop. Each rank leaves its exit
 code. A rank that no longer sees another one's sign of life fails, as an exchange with it would.
 
-Settings beside those: `fail_at=N` ends rank 1 with `fail_code` at step N, in the first `fail_starts` starts. In the
-environment, UNFIT names the node (by its number) that fails the health check of the first start, and FAILS_FIRST a
-command that fails in its first start.
+Settings beside those: the last step is not done before the file `waits_for` is there. `fail_at=N` ends rank 1 with
+`fail_code` at step N, in the first `fail_starts` starts. In the environment, UNFIT names the node (by its number) that
+fails the health check of the first start, and FAILS_FIRST a command that fails in its first start.
 """
 
 import os
@@ -66,6 +66,7 @@ class Run:
         self.out = Path(settings.get("output_dir", "out"))
         self.num_steps, self.save_steps = int(settings.get("max_steps", 0)), int(settings.get("save_steps", 0))
         self.step_s = float(settings.get("step_s", 0.1))
+        self.waits_for = settings.get("waits_for", "")
         self.fail_at, self.fail_code = int(settings.get("fail_at", -1)), int(settings.get("fail_code", 1))
         if int(START) >= int(settings.get("fail_starts", 1)):
             self.fail_at = -1
@@ -93,7 +94,7 @@ class Run:
                 return 143
             if self.rank != 0:
                 continue
-            if step < self.num_steps:
+            if step < self.num_steps - 1 or (step < self.num_steps and self.may_end()):
                 step += 1
                 print(f"step {step}/{self.num_steps}", flush=True)
                 write(self.signs / "step", str(step))
@@ -118,6 +119,10 @@ class Run:
                     return str(rank)
                 time.sleep(0.02)
         return ""
+
+    def may_end(self) -> bool:
+        """Whether the last step may be done: once what is to happen has."""
+        return not self.waits_for or Path(self.waits_for).exists()
 
     def read_step(self) -> int:
         path = self.signs / "step"

@@ -113,6 +113,18 @@ def test_an_unfit_node_is_left_out_of_the_next_start(rows: dict[str, Row]) -> No
     assert named[1] not in row.nodes
 
 
+@pytest.mark.parametrize(("parts", "said"), [("", "this is no --array=0-N"), ("4", "done")])
+def test_a_task_of_an_array_alone_takes_its_own_inputs_or_none(
+    slurm: Cluster, standin_folder: Path, parts: str, said: str
+) -> None:
+    env = events.standin(standin_folder).env | {"PARTS": parts}
+    number = slurm.sbatch("--array=3", "slurm/shard.sbatch", "O", "M", *(f"in-{i}" for i in range(8)), env=env)
+    slurm.wait_for_end(number)
+    assert said in (slurm.submit_folder / f"shard-{number}_3.out").read_text()
+    logs = [path.read_text() for path in slurm.submit_folder.glob(f"slurm-logs/shard-{number}/*.log")]
+    assert [log.split()[:3] for log in logs] == ([["shard", "in-3", "in-7"]] if parts else [])
+
+
 @pytest.fixture(scope="module")
 def pipeline(slurm: Cluster, standin_folder: Path) -> list[str]:
     """The jobs of a pipeline, whose sharding and training come back once: shard, train, merge, evaluate."""
@@ -123,7 +135,7 @@ def pipeline(slurm: Cluster, standin_folder: Path) -> list[str]:
     said = slurm.run(
         *("slurm/pipeline.sh", "runs/p", "M", program.accelerate_config, program.recipe, "held_out.jsonl", *inputs),
         *("--", "fail_at=12", "max_steps=20", "save_steps=10", *program.overrides),
-        env=program.env | {"PARTS": "2", "FAILS_FIRST": "shard"},
+        env=program.env | {"PARTS": "2", "FAILS_FIRST": "shard", "TRAIN_OPTIONS": "--nodes=2 --time=30"},
     )
     return said.rpartition(" ")[2].split(",")
 
@@ -133,16 +145,14 @@ def test_the_pipeline_starts_each_part_once_the_one_before_is_done(slurm: Cluste
     ended = {number: slurm.wait_for_end(number) for number in pipeline}
     shard, train, merge, evaluate = pipeline
     assert {job["JobState"] for job in ended.values()} == {"COMPLETED"}
-    assert ended[train]["Restarts"] == "1"
+    assert (ended[train]["Restarts"], ended[train]["TimeLimit"]) == ("1", "00:30:00")
     tasks = slurm.run("scontrol", "--oneliner", "show", "job", shard)
     assert re.findall(r"Restarts=(\d+)", tasks) == ["1", "1"]
     for later, earlier in ((train, shard), (merge, train), (evaluate, train)):
         assert ended[later]["StartTime"] >= ended[earlier]["EndTime"]
     logs = [path.read_text() for path in slurm.submit_folder.glob("slurm-logs/*/*.log")]
-    words = [
-        line.split() for log in logs for line in log.splitlines() if line.startswith(("shard", "merge", "evaluate"))
-    ]
-    assert sorted(" ".join(line[:5]) for line in words) == [
+    lines = [line for log in logs for line in log.splitlines() if " runs/p/" in line]
+    assert sorted(" ".join(line.split()[:5]) for line in lines) == [
         "evaluate --model M --adapter runs/p/adapter",
         "merge --base M --adapter runs/p/adapter",
         "shard 0.jsonl 2.jsonl --model M",

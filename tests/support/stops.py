@@ -23,7 +23,7 @@ from tests.support.ranks import REPOSITORY
 NUM_STEPS = 6
 ASKS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "file")
 NUM_STEPS_OF_RANKS = 10
-SETTINGS = ["per_device_train_batch_size=1", "global_batch_size=4"]
+SETTINGS = ["per_device_train_batch_size=1", "global_batch_size=2"]
 SETTINGS += ["lr_scheduler_type=constant_with_warmup", "warmup_steps=1"]  # the same for every number of steps
 ENDS = ("kill -9", "kill -11", "a user error", "asked to stop")
 
