@@ -14,8 +14,7 @@ from tests.slurm.cluster import ROOT
 CONFIG, RECIPE = "accelerate_configs/zero3.yaml", "launch/31b_lora_zero3.yaml"
 # One node. The ranks do as TRAIN says, `python -m gemma_dist health` as HEALTH_DOES; srun ends as SRUN says.
 STAND_INS = {
-    "srun": 'while [ "$1" != bash ]; do shift; done; SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=1 "$@"; '
-    'exit "${SRUN:-$?}"',
+    "srun": 'while [ "$1" != bash ]; do shift; done; "$@"; exit "${SRUN:-$?}"',
     "accelerate": 'cd "$GEMMA_DIST_EXIT_CODES"; eval "$TRAIN"',
     "python": 'cd "$GEMMA_DIST_EXIT_CODES"; eval "$HEALTH_DOES"',
     "squeue": '[ "$(cat away)" -le 0 ] || { echo $(($(cat away) - 1)) >away; exit 1; }; echo "$STATE"',
@@ -49,6 +48,7 @@ def run(
     if restarts:
         (job_folder / "restarts").write_text(f"{restarts}\n")
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "PROCESSES_PER_NODE": "2"}
+    job |= {"SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"}  # of the node's task
     done = subprocess.run(
         ["bash", "slurm/train.sbatch", *words],
         cwd=folder,
