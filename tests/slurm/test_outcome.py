@@ -128,6 +128,21 @@ def test_an_unfit_node_is_left_out(tmp_path: Path) -> None:
     assert (found.code, found.asked) == (0, ["requeue 7", "update JobId=7 ExcNodeList=n1"]), found.said
 
 
+def test_a_pipeline_that_cannot_be_submitted_whole_leaves_no_job_behind(tmp_path: Path) -> None:
+    calls = {
+        "sbatch": '[[ "$*" != *slurm/merge.sbatch* ]] || exit 1; echo 1 >>jobs; wc -l <jobs',
+        "scancel": 'echo "$@" >cancelled',
+    }
+    for name, body in calls.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    words = ["runs/p", "M", CONFIG, RECIPE, "held_out.jsonl", "in.jsonl"]
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([ROOT / "slurm" / "pipeline.sh", *words], cwd=tmp_path, env=env, check=False)
+    assert done.returncode != 0
+    assert (tmp_path / "cancelled").read_text().split() == ["1", "2"]
+
+
 def test_an_accelerate_config_that_is_not_there_is_a_user_error(tmp_path: Path) -> None:
     found = run(tmp_path, words=("accelerate_configs/zer3.yaml", RECIPE), TRAIN="exit 1")
     assert (found.code, found.asked) == (2, []), found.said
