@@ -1,19 +1,19 @@
 # Sourced by the batch scripts, from the repository's root, where jobs are submitted: the environment, and `tasks`,
 # which starts a command on all nodes. What becomes of the job then: `finish`, in outcome.sh.
 # shellcheck shell=bash
-set -euo pipefail
+set -eo pipefail +u # modules of sites read what is not set
 # shellcheck source=/dev/null
 if [ -n "${SITE_ENV:-}" ] || [ -e slurm/site.env ]; then source "${SITE_ENV:-slurm/site.env}"; fi
+set -u
 PATH=$PWD/.venv/bin:$PATH
 
 job_folder=$(realpath -m "${LOGS:-slurm-logs}")/${SLURM_JOB_NAME:-job}-$SLURM_JOB_ID
 export GEMMA_DIST_EXIT_CODES=$job_folder/attempt-${SLURM_RESTART_COUNT:-0} # anew: orphans write to the old one
-export LAUNCHER=${LAUNCHER:-accelerate}
+export LAUNCHER=${LAUNCHER:-accelerate} PYTHONFAULTHANDLER=1
 processes_per_node=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 cpus_per_process=$((${SLURM_CPUS_PER_TASK:-1} / processes_per_node))
 export NUM_PROCESSES=$((SLURM_NNODES * processes_per_node))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus_per_process > 0 ? cpus_per_process : 1))}
-export PYTHONFAULTHANDLER=1
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR MASTER_PORT=$((15000 + SLURM_JOB_ID % 10000)) # two jobs may share a node
 rm -rf "$GEMMA_DIST_EXIT_CODES"; mkdir -p "$GEMMA_DIST_EXIT_CODES"

@@ -143,6 +143,13 @@ def test_a_pipeline_that_cannot_be_submitted_whole_leaves_no_job_behind(tmp_path
     assert (tmp_path / "cancelled").read_text().split() == ["1", "2"]
 
 
+def test_what_a_site_loads_may_read_variables_that_are_not_set(tmp_path: Path) -> None:
+    """As the `module` of many clusters does."""
+    (tmp_path / "site").write_text('[ -z "$NEVER_SET" ] && export MAX_RESTARTS=7')
+    found = run(tmp_path, SITE_ENV=str(tmp_path / "site"), TRAIN=ranks(1, 1))
+    assert "restart 1 of 7 without a new checkpoint" in found.said
+
+
 def test_an_accelerate_config_that_is_not_there_is_a_user_error(tmp_path: Path) -> None:
     found = run(tmp_path, words=("accelerate_configs/zer3.yaml", RECIPE), TRAIN="exit 1")
     assert (found.code, found.asked) == (2, []), found.said
