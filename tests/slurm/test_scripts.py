@@ -84,7 +84,7 @@ def test_a_run_that_the_switch_file_stops_stays_away_and_holds_up_what_waits_for
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("one rank killed", "ranks were killed"), ("a hang", "a step hung; requeued at step 10")]
+    ("name", "said"), [("one rank killed", "were killed"), ("a hang", "a step hung; requeued at step 10")]
 )
 def test_a_job_that_loses_a_rank_comes_back(rows: dict[str, Row], name: str, said: str) -> None:
     row = rows[name]
