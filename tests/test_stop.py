@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from unittest.mock import patch
 import psutil
 import pytest
 
-from gemma_dist import exits, logs, ranklog, world
+from gemma_dist import exits, failures, logs, ranklog, signals, world
 from gemma_dist.errors import ConfigError
 from gemma_dist.files import exclusive
 from gemma_dist.train import owner
@@ -185,6 +186,61 @@ def test_a_run_that_has_nothing_to_save_or_is_interrupted_twice_ends_at_once(
     assert words in done.stderr
     assert (tmp_path / "codes" / "rank-0").read_text() == f"{expected}\n"
     assert ("goes on" in done.stdout) == (code == TWICE), "after the first one"
+
+
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The exit codes with which this process would have ended."""
+    codes: list[int] = []
+    monkeypatch.setattr(exits, "leave", lambda code, **_: codes.append(code))
+    return codes
+
+
+def test_a_message_that_nobody_reads_keeps_no_rank_alive(monkeypatch: pytest.MonkeyPatch, left: list[int]) -> None:
+    def say(message: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(world, "ended_ranks", lambda **_: {1: -9})
+    monkeypatch.setattr(failures, "of_ranks", lambda ended: "rank 1 was killed")
+    monkeypatch.setattr(signals, "_say", [say])
+    monkeypatch.setattr(signals, "_takers", {})
+    signals._answer(signal.SIGTERM, 0.0)
+    assert left[0] == exits.ENDED
+
+
+def test_signals_are_seen_after_one_that_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def taker(name: str, came: float) -> None:
+        seen.append(name)
+        raise RuntimeError("lost")
+
+    monkeypatch.setattr(signals, "_takers", dict.fromkeys((signal.SIGUSR1, signal.SIGUSR2), taker))
+    arrived, write = os.pipe()
+    os.write(write, bytes([signal.SIGUSR1, signal.SIGUSR2]))
+    os.close(write)
+    signals._wait(arrived)
+    os.close(arrived)
+    assert seen == ["SIGUSR1", "SIGUSR2"]
+
+
+def test_what_an_earlier_process_of_a_rank_left_is_no_word_of_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(exits.FOLDER, str(tmp_path))
+    exits.record(exits.STOPPED)
+    assert exits.codes() == {0: exits.STOPPED}
+    exits.begin()
+    assert exits.codes() == {}
+
+
+def test_processes_of_a_machine_of_the_same_name_are_not_looked_for_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of another container: a number that no process has here would be taken for a rank that ended."""
+    host, process = socket.gethostname(), os.getpid()
+    monkeypatch.setattr(world, "_processes", [(host, world._machine(), process), (host, "another", 2**22 - 1)])
+    assert world.ended_ranks(patience_s=0) == {}
+    monkeypatch.setattr(world, "_processes", [(host, world._machine(), process), (host, world._machine(), 2**22 - 1)])
+    assert world.ended_ranks(patience_s=0) == {1: None}
 
 
 # ---- several ranks ---------------------------------------------------------------------------------------------------
