@@ -43,9 +43,8 @@ def use_folder(folder: Path | None) -> None:
 def begin() -> None:
     """Take away what an earlier process of this rank left, as where a launcher starts its ranks anew: this one may be
     killed."""
-    _soon(
-        [folder / f"rank-{world.rank()}" for folder in _folder_of_launch()], lambda path: path.unlink(missing_ok=True)
-    )
+    own = [folder / f"rank-{world.rank()}" for folder in _folder_of_launch()]
+    _soon(own, lambda path: path.unlink(missing_ok=True))
 
 
 def record(code: int) -> None:
