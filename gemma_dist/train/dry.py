@@ -18,8 +18,9 @@ from typing import Any
 import psutil
 import torch
 from transformers import TrainerCallback
+from trl import SFTConfig
 
-from gemma_dist import exits, world
+from gemma_dist import exits, meeting, world
 from gemma_dist.config import RunConfig
 from gemma_dist.errors import CheckpointError, ConfigError, DataError
 from gemma_dist.files import size
@@ -28,6 +29,7 @@ from gemma_dist.model.load import device, use_cpu
 from gemma_dist.resolve import Run
 from gemma_dist.stream.schedule import Schedule
 from gemma_dist.topology import Topology
+from gemma_dist.train.agree import require_same_run
 from gemma_dist.train.checkpoint import (
     MARKER,
     damaged_and_named,
@@ -164,9 +166,7 @@ def dry_run(
         log.info("%s is the end of this run: nothing is left to train", checkpoint)
         return None
     clock.ended("recipe and manifests")
-    world.set_nccl_defaults()
-    arguments = training_arguments(run)
-    world.note_processes()
+    arguments = _meet(run)
     chosen, num_searched = choose_steps(run, start_step)
     clock.ended("search for the longest")
     with _scratch(config.train.output_dir) as folder:
@@ -196,6 +196,16 @@ def dry_run(
         world.barrier()  # nobody writes there any more
     world.disconnect()
     return found
+
+
+def _meet(run: Run) -> SFTConfig:
+    """Connect the ranks, as a run does, and find out whether they were started alike."""
+    world.set_nccl_defaults()
+    with meeting.waiting():
+        arguments = training_arguments(run)
+        world.note_processes()
+    require_same_run(run)
+    return arguments
 
 
 def say(config: RunConfig, watch: MemoryWatch, requests: StopRequests, *, as_json: bool) -> None:
