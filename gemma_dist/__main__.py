@@ -23,6 +23,7 @@ from gemma_dist.signals import explain_sigterm
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. Each of several ranks says its own error, with its number."""
     start_logging()
+    exits.begin()
     if world.world_size() > 1:
         explain_sigterm(_say_error)
     code = _run(arguments)

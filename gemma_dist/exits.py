@@ -20,6 +20,7 @@ import contextlib
 import os
 import sys
 import threading
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NoReturn
 
@@ -37,6 +38,13 @@ _of_the_run: list[Path] = []
 def use_folder(folder: Path | None) -> None:
     """Where the ranks of a run find each other's codes; None: nowhere any more, since all of them end well."""
     _of_the_run[:] = [folder] if folder else []
+
+
+def begin() -> None:
+    """Take away what an earlier process of this rank left, as where a launcher starts its ranks anew: this one may be
+    killed."""
+    own = [folder / f"rank-{world.rank()}" for folder in _folder_of_launch()]
+    _soon(own, lambda path: path.unlink(missing_ok=True))
 
 
 def record(code: int) -> None:
@@ -86,17 +94,26 @@ def _folder_of_launch() -> list[Path]:
 
 
 def _write_soon(texts: dict[Path, str]) -> None:
-    """Write small files, each whole or not at all, unless their disk hangs or refuses it."""
+    """Write small files, each whole or not at all."""
 
-    def write() -> None:
-        for path, text in texts.items():
+    def write(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(texts[path] + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+    _soon(texts, write)
+
+
+def _soon(paths: Collection[Path], work: Callable[[Path], None]) -> None:
+    """Do something to each file, unless its disk hangs or refuses it."""
+
+    def run() -> None:
+        for path in paths:
             with contextlib.suppress(OSError):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_name(f".{path.name}.{os.getpid()}")
-                temporary.write_text(text + "\n", encoding="utf-8")
-                temporary.replace(path)
+                work(path)
 
-    if texts:
-        thread = threading.Thread(target=write, daemon=True)
+    if paths:
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
         thread.join(PATIENCE_S)

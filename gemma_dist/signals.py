@@ -5,6 +5,7 @@ At SIGTERM a rank looks first whether another one has ended: that is why the lau
 decides, if it takes the signal (`take`); else SIGTERM ends the process, and the other signals do what they always do.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from gemma_dist import exits, failures, world
+from gemma_dist.logs import log
 
 Taker = Callable[[str, float], None]
 
@@ -48,6 +50,7 @@ def let_others_end() -> None:
 def _handle(number: int) -> None:
     """Give a signal a handler, which it has to have for its number to be written."""
     signal.signal(number, lambda *_: None)
+    signal.siginterrupt(number, False)  # no write of a library to a network disk fails because of it
 
 
 def _listen() -> None:
@@ -61,16 +64,23 @@ def _listen() -> None:
 
 
 def _wait(arrived: int) -> None:
-    """The thread that sees signals."""
+    """The thread that sees signals, whatever goes wrong with one: without it they would do nothing any more."""
     while number := os.read(arrived, 1):
-        came = time.monotonic()
-        (arrival,) = number
-        if arrival == signal.SIGTERM and not _regardless and (ended := world.ended_ranks(patience_s=0)):
-            message = failures.of_ranks(ended)
+        try:
+            _answer(number[0], time.monotonic())
+        except Exception as error:
+            log.error("a signal was lost: %r", error)
+
+
+def _answer(arrival: int, came: float) -> None:
+    """Do what a signal asks for."""
+    if arrival == signal.SIGTERM and not _regardless and (ended := world.ended_ranks(patience_s=0)):
+        message = failures.of_ranks(ended)
+        with contextlib.suppress(OSError, ValueError):  # nobody may read that any more
             for say in _say if message else ():
                 say(message)
-            exits.leave(failures.code_after(ended))
-        if taker := _takers.get(arrival):
-            taker(signal.Signals(arrival).name, came)
-        elif arrival == signal.SIGTERM:
-            exits.leave(exits.ENDED)
+        exits.leave(failures.code_after(ended))
+    if taker := _takers.get(arrival):
+        taker(signal.Signals(arrival).name, came)
+    elif arrival == signal.SIGTERM:
+        exits.leave(exits.ENDED)

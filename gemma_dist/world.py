@@ -4,12 +4,14 @@ One process is rank 0 of 1, so every command also runs without a launcher. `acce
 Slurm all leave RANK and WORLD_SIZE in the environment; these are the only places that are read.
 """
 
+import contextlib
 import datetime
 import os
 import socket
 import time
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ NCCL_DEFAULTS = {
 }
 
 T = TypeVar("T")
-_processes: list[tuple[str, int]] = []  # host and process of each rank, once they have met
+_processes: list[tuple[str, str, int]] = []  # host, machine and process of each rank, once they have met
 _run: list[str] = []  # what this run is called, once they have
 _sequence_groups: dict[int, Any] = {}  # by their size
 
@@ -117,9 +119,10 @@ def gather_objects(item: T) -> list[T]:
 
 def note_processes() -> None:
     """Let every rank know the others' processes, for `ended_ranks`. All ranks call it, once they are connected."""
-    met = gather_objects((socket.gethostname(), os.getpid(), uuid.uuid4().hex[:8]))
-    _processes[:] = [(host, process) for host, process, _ in met]
-    _run[:] = ["-".join(map(str, met[0]))]
+    met = gather_objects((socket.gethostname(), _machine(), os.getpid(), uuid.uuid4().hex[:8]))
+    _processes[:] = [(host, machine, process) for host, machine, process, _ in met]
+    host, _, process, mark = met[0]
+    _run[:] = [f"{host}-{process}-{mark}"]
 
 
 def name_of_run() -> str:
@@ -129,16 +132,26 @@ def name_of_run() -> str:
 
 def hosts() -> list[str]:
     """The machines of this run, each once, in the order of their ranks, as all ranks know once they have met."""
-    return list(dict.fromkeys(host for host, _ in _processes)) or [socket.gethostname()]
+    return list(dict.fromkeys(host for host, *_ in _processes)) or [socket.gethostname()]
 
 
 def neighbors() -> dict[int, int]:
     """The other ranks on this machine, and their processes. Empty before `note_processes`."""
-    others = {}
-    for other, (host, process) in enumerate(_processes):
-        if host == socket.gethostname() and other != rank():
+    others, here = {}, _machine()
+    for other, (_, machine, process) in enumerate(_processes):
+        if machine == here and other != rank():
             others[other] = process
     return others
+
+
+def _machine() -> str:
+    """Where the numbers of processes mean what they mean here. Names will not do: containers of a machine may share
+    its name, and each counts its own processes."""
+    names = [socket.gethostname()]
+    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        with contextlib.suppress(OSError):
+            names.append(os.readlink(path) if os.path.islink(path) else Path(path).read_text(encoding="utf-8").strip())
+    return " ".join(names)
 
 
 def is_restart() -> bool:

@@ -37,14 +37,14 @@ tell_ranks() {
 # A stop that comes after a rank has ended is no wish of Slurm's: srun ends the others then.
 asked() {
   [ -n "${teller:-}" ] && return
-  [ -n "$(find "$GEMMA_DIST_EXIT_CODES" -name 'rank-*')" ] || : >"$GEMMA_DIST_EXIT_CODES/told"
+  [ -n "$(find "$GEMMA_DIST_EXIT_CODES" -name 'rank-*' -o -name told)" ] || : >"$GEMMA_DIST_EXIT_CODES/told"
   tell_ranks & teller=$!
 }
 trap asked USR1 TERM
 [ -z "${early:-}" ] || asked
 
-rc=0
-wait "$top" || rc=$?
-while kill -0 "$top" 2>/dev/null; do rc=0; wait "$top" || rc=$?; done
+while kill -0 "$top" 2>/dev/null; do wait "$top"; done
+wait "$top" # once more: a signal ends a wait with a code of its own
+rc=$?
 [ -z "${teller:-}" ] || kill "$teller"
 exit "$rc"

@@ -29,6 +29,8 @@ folders=$(seq -s, -f "$name/shards/%g" 0 $((parts - 1)))
 # after JOB BATCH_SCRIPT WORDS...: submit what is to start once JOB has ended well; its number.
 after() { sbatch --parsable ${1:+--dependency="afterok:$1" --kill-on-invalid-dep=yes} "${@:2}"; }
 
+# Where one cannot be submitted, those before it would wait for nothing, or work for nobody
+trap '[ -z "${shard:-}" ] || scancel "$shard" ${train:+"$train"} ${merge:+"$merge"}' ERR
 shard=$(after '' --array="0-$((parts - 1))" slurm/shard.sbatch "$name/shards" "$model" "${inputs[@]}")
 train=$(after "$shard" "${train_options[@]}" slurm/train.sbatch "$accelerate_config" "$recipe" \
   "model_name_or_path=$model" "data.train=[$folders]" "output_dir=$name/adapter" "$@")

@@ -5,7 +5,6 @@ import os
 import signal
 import stat
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +141,6 @@ def test_a_node_that_is_told_to_end_tells_its_launcher_and_waits_for_it(tmp_path
         while :; do sleep 0.1; done"""
     node = _node(tmp_path, launcher, GRACE_S="300")
     wait_for(tmp_path / "ready", node)
-    time.sleep(0.2)
     node.send_signal(signal.SIGTERM)
     assert node.wait(60) == 75
     assert (tmp_path / "timeout").read_text().strip() == "300"

@@ -1,5 +1,6 @@
 """`gemma-dist train --dry-run`: all of a run, at its true size, and no trace of it afterwards."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,6 +23,7 @@ from gemma_dist.recipe import load_config
 from gemma_dist.resolve import resolve
 from gemma_dist.shards.reader import open_shards
 from gemma_dist.topology import Topology
+from gemma_dist.train import agree
 from gemma_dist.train import trainer as trainer_module
 from gemma_dist.train.dry import SCRATCH, DryTrainer, dry_run, require_room
 from gemma_dist.train.dry_report import DiskTaken, DryRun, MemoryTaken, StepSeen
@@ -234,6 +236,20 @@ def test_ranks_of_a_node_share_the_look_at_shards(model: str, shards: Path) -> N
     assert opened.check_files() == []
 
 
+def test_ranks_that_were_not_started_alike_are_refused(
+    model: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a run. Here the other rank is told of: it has another learning rate."""
+
+    def with_another(item: Any) -> list[Any]:
+        return [item, item | {"train.learning_rate": 1.0} if isinstance(item, dict) else item]
+
+    monkeypatch.setattr(agree.world, "gather_objects", with_another)
+    with pytest.raises(ConfigError, match=r"not started alike.*\n.*train.learning_rate is .* on rank 0"):
+        dry_run(_config(model, shards, tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_in_which_a_run_is_at_work_is_refused(model: str, shards: Path, begun: Path) -> None:
     before = _files(begun)
     with lock_output_dir(begun), pytest.raises(ConfigError, match="another run is at work"):
@@ -267,12 +283,15 @@ def test_however_its_process_ends_a_scratch_folder_goes_with_it(
     process.communicate()
     _until_empty(tmp_path)
     if num_ranks > 1:  # another one goes on for a while, as if on another machine
-        folder.mkdir(parents=True)
+        while not folder.exists():
+            with contextlib.suppress(FileNotFoundError):  # those around it go as soon as they are empty
+                folder.mkdir(parents=True)
+                break
         _until_empty(tmp_path)
 
 
 def _until_empty(folder: Path) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while any(folder.iterdir()):
         assert time.monotonic() < end, sorted(folder.rglob("*"))
         time.sleep(0.02)

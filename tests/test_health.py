@@ -138,7 +138,7 @@ def _run(
         process.start()
         started.append(process)
     for process in started:
-        process.join(100)
+        process.join(300)
     lines = [(tmp_path / str(rank)).read_text().splitlines() for rank in ranks]
     return [process.exitcode for process in started], lines
 
@@ -154,21 +154,21 @@ def test_a_clock_that_is_off_is_named(processes: Any, tmp_path: Path) -> None:
 
 def test_nodes_that_never_come_hang_or_fail_are_named_and_hold_up_no_other(processes: Any, tmp_path: Path) -> None:
     begun = time.monotonic()
-    codes, lines = _run(processes, tmp_path, {0: (0, look), 2: (0, _hang), 3: (0, _fail)}, 4, 8)
+    codes, lines = _run(processes, tmp_path, {0: (0, look), 2: (0, _hang), 3: (0, _fail)}, 4, 15)
     assert codes == [NODE_UNFIT] * 3
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - begun < 300, "one hangs for twice as long"
     assert lines[1:] == [[], []]
     assert lines[0][0].startswith(f"{HOST} (rank 0): good")
-    assert lines[0][1] == "rank 1: DOES NOT ANSWER within 8 s: never came"
-    hangs = "DOES NOT ANSWER within 8 s: its own checks did not end (a GPU or a disk may hang)"
+    assert lines[0][1] == "rank 1: DOES NOT ANSWER within 15 s: never came"
+    hangs = "DOES NOT ANSWER within 15 s: its own checks did not end (a GPU or a disk may hang)"
     assert lines[0][2] == f"{HOST} (rank 2): {hangs}"
     assert lines[0][3] == f"{HOST} (rank 3): OSError: a disk that is gone"
 
 
 def test_a_node_that_never_came_is_called_as_slurm_calls_it(processes: Any, tmp_path: Path) -> None:
-    codes, lines = _run(processes, tmp_path, {0: (0, look), 2: (0, look)}, 3, 5)
+    codes, lines = _run(processes, tmp_path, {0: (0, look), 2: (0, look)}, 3, 15)
     assert codes == [NODE_UNFIT] * 2
-    assert lines[0][1] == "n2 (rank 1): DOES NOT ANSWER within 5 s: never came"
+    assert lines[0][1] == "n2 (rank 1): DOES NOT ANSWER within 15 s: never came"
     assert _bad_nodes(tmp_path) == ["n2"]
 
 

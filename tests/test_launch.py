@@ -353,7 +353,8 @@ def test_the_batch_script_starts_each_node_as_itself(tmp_path):
             printf '%s\n' "$@" > "$OUT/$SLURM_NODEID"; echo "$OMP_NUM_THREADS" > "$OUT/threads"
             for ((i = 0; i < 16; i++)); do echo 0 > "$GEMMA_DIST_EXIT_CODES/rank-$i"; done""",
     }
-    (tmp_path / "slurm").symlink_to(ROOT / "slurm")
+    for folder in ("slurm", "accelerate_configs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     for name, body in stand_ins.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(stat.S_IRWXU)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,11 +17,11 @@ from unittest.mock import patch
 import psutil
 import pytest
 
-from gemma_dist import exits, logs, ranklog, world
+from gemma_dist import exits, failures, logs, ranklog, signals, world
 from gemma_dist.errors import ConfigError
 from gemma_dist.files import exclusive
 from gemma_dist.train import owner
-from gemma_dist.train.stop import Request
+from gemma_dist.train.stop import Request, StopRequests
 from gemma_dist.train.watchdog import Watchdog
 from tests.support.corpus import row, shard_rows
 from tests.support.ranks import ENVIRONMENT, REPOSITORY, kill, needs_compiler
@@ -139,7 +140,7 @@ from gemma_dist import __main__, recipe
 
 def load_config(*args):
     os.kill(os.getpid(), signal.{ask})
-    time.sleep(60)
+    time.sleep(600)
 
 recipe.load_config = load_config
 raise SystemExit(__main__.main(["train", "launch/cpu_lora.yaml"]))
@@ -157,7 +158,7 @@ while not requests.by():
     time.sleep(0.01)
 print("goes on", flush=True)
 os.kill(os.getpid(), signal.SIGINT)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -178,13 +179,97 @@ def test_a_run_that_has_nothing_to_save_or_is_interrupted_twice_ends_at_once(
         env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY), exits.FOLDER: str(tmp_path / "codes")},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=300,
         check=False,
     )
     assert done.returncode == expected, done.stderr
     assert words in done.stderr
     assert (tmp_path / "codes" / "rank-0").read_text() == f"{expected}\n"
     assert ("goes on" in done.stdout) == (code == TWICE), "after the first one"
+
+
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The exit codes with which this process would have ended."""
+    codes: list[int] = []
+    monkeypatch.setattr(exits, "leave", lambda code, **_: codes.append(code))
+    return codes
+
+
+def test_a_message_that_nobody_reads_keeps_no_rank_alive(monkeypatch: pytest.MonkeyPatch, left: list[int]) -> None:
+    def say(message: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(world, "ended_ranks", lambda **_: {1: -9})
+    monkeypatch.setattr(failures, "of_ranks", lambda ended: "rank 1 was killed")
+    monkeypatch.setattr(signals, "_say", [say])
+    monkeypatch.setattr(signals, "_takers", {})
+    signals._answer(signal.SIGTERM, 0.0)
+    assert left[0] == exits.ENDED
+
+
+def test_signals_are_seen_after_one_that_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def taker(name: str, came: float) -> None:
+        seen.append(name)
+        raise RuntimeError("lost")
+
+    monkeypatch.setattr(signals, "_takers", dict.fromkeys((signal.SIGUSR1, signal.SIGUSR2), taker))
+    arrived, write = os.pipe()
+    os.write(write, bytes([signal.SIGUSR1, signal.SIGUSR2]))
+    os.close(write)
+    signals._wait(arrived)
+    os.close(arrived)
+    assert seen == ["SIGUSR1", "SIGUSR2"]
+
+
+def test_what_an_earlier_process_of_a_rank_left_is_no_word_of_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(exits.FOLDER, str(tmp_path))
+    exits.record(exits.STOPPED)
+    assert exits.codes() == {0: exits.STOPPED}
+    exits.begin()
+    assert exits.codes() == {}
+
+
+def test_processes_of_a_machine_of_the_same_name_are_not_looked_for_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of another container: a number that no process has here would be taken for a rank that ended."""
+    host, process = socket.gethostname(), os.getpid()
+    monkeypatch.setattr(world, "_processes", [(host, world._machine(), process), (host, "another", 2**22 - 1)])
+    assert world.ended_ranks(patience_s=0) == {}
+    monkeypatch.setattr(world, "_processes", [(host, world._machine(), process), (host, world._machine(), 2**22 - 1)])
+    assert world.ended_ranks(patience_s=0) == {1: None}
+
+
+@pytest.mark.parametrize(
+    ("environment", "listens", "ends"),
+    [({}, True, True), ({}, False, False), ({"WORLD_SIZE": "2"}, True, False)],
+    ids=["a command", "Python", "several machines"],
+)
+def test_a_file_before_the_first_step_ends_a_process_that_may_end(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    left: list[int],
+    environment: dict[str, str],
+    listens: bool,
+    ends: bool,
+) -> None:
+    """Others go on to that step: who called `train` keeps his process, and other machines do not wait in vain."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(signals, "take", lambda *_: None)
+    requests = StopRequests()
+    if listens:
+        requests.listen()
+    (tmp_path / "stop").touch()
+    with requests.looking_in(tmp_path):
+        end = time.monotonic() + 60
+        while not requests.by() and time.monotonic() < end:
+            time.sleep(0.01)
+    assert requests.by() == str(tmp_path / "stop")
+    assert left == ([exits.STOPPED] if ends else [])
 
 
 # ---- several ranks ---------------------------------------------------------------------------------------------------
@@ -239,7 +324,7 @@ def test_whoever_is_asked_under_a_launcher_all_ranks_stop(
     process = subprocess.Popen(
         [sys.executable, *launcher, "-m", "gemma_dist", "train", "launch/cpu_lora.yaml", *words],
         cwd=REPOSITORY,
-        env=os.environ | ENVIRONMENT | {exits.FOLDER: str(tmp_path / "codes")},
+        env=os.environ | ENVIRONMENT | {exits.FOLDER: str(tmp_path / "codes"), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -345,7 +430,7 @@ def test_a_restart_waits_for_what_is_left_of_the_attempt_before(
         with pytest.raises(ConfigError, match="another run is at work there"), owner.lock_output_dir(tmp_path, 60):
             pass
         monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-        with pytest.raises(ConfigError, match="another run is at work there"), owner.lock_output_dir(tmp_path, 0.2):
+        with pytest.raises(ConfigError, match="another run is at work there"), owner.lock_output_dir(tmp_path, 1):
             pass
         assert (tmp_path / "heartbeats" / "waiting").read_text() == "7 2\n"
         entered = threading.Event()
@@ -368,26 +453,23 @@ def test_a_restart_waits_for_what_is_left_of_the_attempt_before(
 def rank_log() -> Iterator[None]:
     ranklog.keep()
     yield
-    ranklog.drain()
+    ranklog.drain(60)
     ranklog._kept.pop().end()
 
 
 @pytest.mark.usefixtures("rank_log")
-def test_a_log_that_cannot_be_written_ends_nothing(
-    small_disk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_that_cannot_be_written_ends_nothing(small_disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Its disk is full for a while."""
     filler = small_disk / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while file.write(bytes(1 << 12)):
             pass
-    monkeypatch.setattr(logs.log, "level", 20)
     ranklog.write_to(small_disk, {"steps": "from 1 to 2"})
-    logs.log.info("lost")
-    ranklog.drain()
+    logs.log.warning("lost")
+    ranklog.drain(60)
     assert capfd.readouterr().err.count("cannot be written: No space left on device") == 1
     filler.unlink()
-    logs.log.info("kept")
-    ranklog.drain()
+    logs.log.warning("kept")
+    ranklog.drain(60)
     (path,) = (small_disk / "logs").iterdir()
     assert "kept" in path.read_text()

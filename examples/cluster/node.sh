@@ -18,19 +18,17 @@ GEMMA_DIST_EXIT_CODES=$(mktemp -d)
 export GEMMA_DIST_EXIT_CODES
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$grace_s # until the launcher, told to end, kills its ranks
 
+# The launcher passes them on. Without a trap, process 1 of a container ignores them.
+trap 'if [ -n "${!:-}" ]; then kill -TERM "$!" || :; else exit 143; fi' TERM INT
 accelerate launch --config_file "$config" \
   --num_machines "$NUM_NODES" --num_processes $((NUM_NODES * PROCESSES_PER_NODE)) --machine_rank "$NODE_RANK" \
   --main_process_ip "$MAIN_ADDRESS" --main_process_port "${MAIN_PORT:-29500}" \
   -m gemma_dist train "$recipe" "stop_grace_s=$grace_s" "$@" &
 launcher=$!
-trap 'kill -TERM "$launcher" || :' TERM INT # it passes them on; without a trap, process 1 of a container ignores them
 
+while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || :; done
 rc=0
-wait "$launcher" || rc=$?
-while kill -0 "$launcher" 2>/dev/null; do # a signal ends a wait
-  rc=0
-  wait "$launcher" || rc=$?
-done
+wait "$launcher" || rc=$? # once more: a signal ends a wait with a code of its own
 
 ended_with() { grep -qsx "$1" "$GEMMA_DIST_EXIT_CODES"/rank-*; } # whether a rank of this node did
 for code in 2 4 75; do

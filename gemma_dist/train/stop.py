@@ -1,8 +1,10 @@
 """What asks a run to stop: SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 to any rank, and a file OUT/stop.
 
 From its first step on, a run that is asked to finishes the optimizer step at work on all ranks, saves, and ends with
-exit code 75 (`boundary.py`). Before, there is nothing to save: it ends at once. While the result is published, that is
-ended first. A second SIGINT ends the process at once, at any time.
+exit code 75 (`boundary.py`). Before, there is nothing to save: the command ends at once. Not a run that was begun from
+Python, whose process is not ours to end, nor one of several machines because of the file, of which the others hear
+nothing before they train: those stop after their first step. While the result is published, that is ended first. A
+second SIGINT ends the process at once, at any time.
 
 A rank that waits in an exchange for one that is gone never comes to the end of its step. It ends all the same: by the
 launcher, where that was told to end (it kills what does not, after TORCH_ELASTIC_SHUTDOWN_TIMEOUT) or where a rank of
@@ -20,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_dist import exits, signals, world
+from gemma_dist import exits, meeting, signals, world
 from gemma_dist.logs import log
 
 STOP = "stop"  # the file's name
@@ -47,10 +49,12 @@ class Request:
 
 
 class StopRequests:
-    """What has asked this process to stop: signals, and on rank 0 the file. Each is seen in a thread of its own."""
+    """What has asked one run of this process to stop: signals, and on rank 0 the file. Each is seen in a thread of its
+    own."""
 
     def __init__(self) -> None:
         self._requests: list[Request] = []
+        self._listens = False
         self._num_interrupts = 0
         self._waits_for = "the first step"  # where to stop at once is to lose nothing; empty once it has begun
         self._last_words = ""  # of a request that changes nothing any more
@@ -59,7 +63,9 @@ class StopRequests:
         self._closed = threading.Event()
 
     def listen(self) -> None:
-        """Take the signals of this process. To be called early: what comes before does what it always does."""
+        """Take the signals of this process, which is ours to end. To be called early: what comes before does what it
+        always does."""
+        self._listens = True
         signals.take(SIGNALS, self._signaled)
 
     @contextlib.contextmanager
@@ -119,14 +125,18 @@ class StopRequests:
             if self._last_words:
                 log.info("%s: %s", request.by, self._last_words)
             return
-        if self._waits_for:
+        if self._waits_for and self._may_leave(request):
             log.info("stopped before %s, as %s asked: nothing had to be saved", self._waits_for, request.by)
             self._remove_file()
             exits.note("asked", request.by)
             exits.leave(exits.STOPPED)
         if not self._requests:
-            log.info("%s: stopping after this step", request.by)
+            log.info("%s: stopping after %s", request.by, self._waits_for or "this step")
         self._requests.append(request)
+
+    def _may_leave(self, request: Request) -> bool:
+        """Whether this process may end although no step has begun."""
+        return self._listens and (request.is_signal or not meeting.over_machines())
 
     def _remove_file(self) -> None:
         """It is obeyed."""

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,10 +26,13 @@ def missing() -> str:
     for command in ("munged", "slurmctld", "slurmd", "sbatch", "ip", "nsenter"):
         if shutil.which(command, path=path) is None:
             return f"{command} is missing: `make test-slurm` installs it"
-    if subprocess.run(["unshare", "-n", "true"], capture_output=True, check=False).returncode:
-        return "namespaces are not allowed here (unshare -n)"
     if not os.access(FREEZER, os.W_OK):
         return f"no cgroup v1 freezer in {FREEZER}: Slurm would signal other processes than on a cluster"
+    if re.search(r"\s", temporary := tempfile.gettempdir()) or len(temporary) > 40:
+        return f"the path {temporary} is too long for sockets, or has blanks: set TMPDIR to another"
+    tried = subprocess.run([SCRIPT, "try"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        return f"namespaces with a network and devices of their own are not allowed here: {tried.stderr.strip()}"
     return ""
 
 
@@ -97,8 +101,8 @@ class Cluster:
         return self.job(number)
 
 
-def wait_until(condition: Callable[[], T], timeout_s: float = 60, every_s: float = 0.1) -> T:
-    """The first result that is true, asked for `every_s` seconds.
+def wait_until(condition: Callable[[], T], timeout_s: float = 180, every_s: float = 0.1) -> T:
+    """The first result that is true, asked for every `every_s` seconds.
 
     Raises:
         TimeoutError: there was none.
@@ -119,7 +123,7 @@ def running(work: Path, submit: Path, *, num_nodes: int = 2, settings: Sequence[
         work: an empty folder without blanks in its name, at most 90 characters long.
         settings: KEY=VALUE for cluster.sh.
     """
-    env = os.environ | {"NODES": str(num_nodes), "GPUS": "8", "CPUS": "128", "MEM": "1000000"}
+    env = os.environ | {"NODES": str(num_nodes), "GPUS": "8", "CPUS": "128", "MEM": "1000000", "START_TIMEOUT": "240"}
     env |= dict(setting.split("=", 1) for setting in settings)
     process = subprocess.Popen([SCRIPT, "run", work], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
@@ -130,5 +134,5 @@ def running(work: Path, submit: Path, *, num_nodes: int = 2, settings: Sequence[
         yield Cluster(work, submit, num_nodes)
     finally:
         process.stdin.close()
-        process.wait(30)
+        process.wait(120)
         process.stdout.close()

@@ -2,6 +2,7 @@
 # Throw-away Slurm cluster on one machine, for tests. Needs root and the Debian packages of `install`.
 #
 #   cluster.sh install                  apt packages (idempotent)
+#   cluster.sh try                      whether a cluster can be started here; says what cannot be done
 #   cluster.sh start WORK               start, wait until every node is idle, return
 #   cluster.sh run WORK                 same, in the foreground; ends when stdin closes
 #   cluster.sh exec WORK CMD...         run CMD on the controller ("login node")
@@ -44,6 +45,18 @@ do_install() {
   [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || die "install, as root: ${miss[*]} (names of Debian's packages)"
   apt-get update -qq
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${miss[@]}" >/dev/null
+}
+
+do_try() {                                        # each thing that a cluster does and a container may forbid
+  unshare --fork --pid --mount --net --uts --mount-proc --kill-child=KILL -- bash -euc '
+    PATH=$PATH:/usr/sbin:/sbin
+    hostname head
+    mount --bind /etc/hosts /etc/hosts
+    ip link add br0 type bridge
+    ip link add v1 type veth peer name eth0
+    mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+    mknod /dev/shm/gpu0 c 195 0
+    mkdir "$1/try.$2"; rmdir "$1/try.$2"' try "$FREEZER" "$$"
 }
 
 write_files() {
@@ -221,6 +234,7 @@ do_stop() {
 
 case $CMD in
   install) do_install ;;
+  try) do_try ;;
   start) use_work "${1:-}"; do_start ;;
   run) use_work "${1:-}"; do_start; trap do_stop EXIT; echo ready; cat >/dev/null ;;
   stop) use_work "${1:-}"; do_stop ;;
@@ -230,5 +244,5 @@ case $CMD in
   node-up) use_work "${1:-}"; echo "up $2" >"$W/run/ctl" ;;
   __head) use_work "$1"; do_head ;;
   __node) use_work "$1"; do_node "$2" ;;
-  *) sed -n '2,20p' "$SELF"; exit 2 ;;
+  *) sed -n '2,23p' "$SELF"; exit 2 ;;
 esac

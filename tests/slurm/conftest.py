@@ -1,5 +1,6 @@
 """A Slurm for tests, once for a process of pytest that wants one, and ended with it."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Cluster]
     if reason := cluster.missing():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("slurm")
-    with cluster.running(folder / "work", folder / "clone", num_nodes=24) as started:
+    settings = ["KILLWAIT=15"]  # on a machine that is busy with other tests, what is told to end may be slow to do so
+    if os.environ.get("SLURM_TESTS") != "all":
+        settings += ["NODE_TIMEOUT=120"]  # and a daemon slow to answer; no node is lost in the quick tests
+    with cluster.running(folder / "work", folder / "clone", num_nodes=24, settings=settings) as started:
         yield started
 
 

@@ -3,13 +3,15 @@ training: starts in a tenth of a second, and keeps to what they promise each oth
 
 The launcher dies of USR1, hands TERM down, and ends the other ranks once one has failed. Rank 0 does a step in `step_s`
 seconds, writes a checkpoint every `save_steps`, and one more when any rank was asked to stop. Each rank leaves its exit
-code. A rank that no longer sees another one's sign of life fails, as an exchange with it would.
+code. A rank fails as soon as another one has died, as an exchange with it would.
 
 Settings beside those: the last step is not done before the file `waits_for` is there. `fail_at=N` ends rank 1 with
-`fail_code` at step N, in the first `fail_starts` starts. In the environment, UNFIT names the node (by its number) that
-fails the health check of the first start, and FAILS_FIRST a command that fails in its first start.
+`fail_code` at step N, behind which rank 0 does no other, in the first `fail_starts` starts. In the environment, UNFIT
+names the node (by its number) that fails the health check of the first start, and FAILS_FIRST a command that fails in
+its first start.
 """
 
+import fcntl
 import os
 import signal
 import socket
@@ -18,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-SILENCE_S = 3.0  # of another rank, and it is taken for dead
+MEET_S = 120.0  # until another rank that has not come is taken for dead
 CODES = Path(os.environ["GEMMA_DIST_EXIT_CODES"])
 START = os.environ.get("SLURM_RESTART_COUNT", "0")
 
@@ -58,6 +60,16 @@ def write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def is_locked(path: Path) -> bool:
+    """By another process."""
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 class Run:
     """A rank of a training run."""
 
@@ -72,8 +84,15 @@ class Run:
             self.fail_at = -1
         self.signs = self.out / f"start-{os.environ['SLURM_JOB_ID']}-{START}"
         self.signs.mkdir(parents=True, exist_ok=True)
+        self.live()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, lambda *_: write(self.signs / "asked", ""))
+
+    def live(self) -> None:
+        """A file that is locked as long as this process lives, which the kernel sees to; named once it is."""
+        path = self.signs / f".alive-{self.rank}"
+        fcntl.flock(os.open(path, os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)
+        path.rename(self.signs / f"alive-{self.rank}")
 
     def run(self) -> int:
         """Its exit code."""
@@ -82,24 +101,22 @@ class Run:
             write(CODES / "step", f"{step}\n")
             print(f"{step} of {self.num_steps} steps done", flush=True)
         while True:
-            begun = time.time()
-            write(self.signs / f"alive-{self.rank}", "")
             time.sleep(self.step_s)
             if self.rank == 1 and 0 <= self.fail_at <= self.read_step():
                 return self.fail_code
             if self.rank != 0 and (ended := self.signs / "ended").exists():
                 return int(ended.read_text())
-            if silent := self.silent(begun):
-                print(f"rank {silent} is gone", flush=True)
+            switch = self.out / "stop"
+            asked = switch.exists() or (self.signs / "asked").exists()  # looked at before the others
+            if (dead := self.dead()) is not None:
+                print(f"rank {dead} is gone", flush=True)
                 return 143
             if self.rank != 0:
                 continue
-            if step < self.num_steps - 1 or (step < self.num_steps and self.may_end()):
+            if step != self.fail_at and (step < self.num_steps - 1 or (step < self.num_steps and self.may_end())):
                 step += 1
                 print(f"step {step}/{self.num_steps}", flush=True)
                 write(self.signs / "step", str(step))
-            switch = self.out / "stop"
-            asked = switch.exists() or (self.signs / "asked").exists()
             if step > start and (asked or step == self.num_steps or step % self.save_steps == 0):
                 self.save(step)
             if asked or step == self.num_steps:
@@ -108,17 +125,15 @@ class Run:
                 write(self.signs / "ended", str(code))
                 return code
 
-    def silent(self, begun: float) -> str:
-        """The first other rank that gives no sign of life from `begun` on, waited for."""
-        for rank in range(self.world_size):
-            path, end = self.signs / f"alive-{rank}", time.time() + SILENCE_S
-            while rank != self.rank and not (path.exists() and path.stat().st_mtime >= begun - self.step_s):
-                if (self.signs / "ended").exists():
-                    break
-                if time.time() > end:
-                    return str(rank)
+    def dead(self) -> int | None:
+        """The first other rank that is no more, though it was not done; waits for those that have not come yet."""
+        for rank in set(range(self.world_size)) - {self.rank}:
+            path, end = self.signs / f"alive-{rank}", time.time() + MEET_S
+            while not path.exists() and time.time() < end:
                 time.sleep(0.02)
-        return ""
+            if not (path.exists() and is_locked(path)) and not (self.signs / "ended").exists():
+                return rank
+        return None
 
     def may_end(self) -> bool:
         """Whether the last step may be done: once what is to happen has."""
