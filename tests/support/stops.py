@@ -88,6 +88,25 @@ def ends_of(processes: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
 
+@contextlib.contextmanager
+def asked_in_step(step: int, ask: str) -> Iterator[None]:
+    """Within, rank 0 gets a signal in a step, however busy the machine is."""
+    from gemma_dist import world
+    from gemma_dist.train.boundary import Boundary
+
+    begin = Boundary.on_step_begin
+
+    def asked(self: Boundary, args: object, state: Any, *more: Any, **kwargs: Any) -> None:
+        begin(self, args, state, *more, **kwargs)
+        if world.rank() == 0 and state.global_step == step - 1:
+            os.kill(os.getpid(), signal.Signals[ask])
+            while not self.requests.by():
+                time.sleep(0.01)
+
+    with patch.object(Boundary, "on_step_begin", asked):
+        yield
+
+
 def stop_ranks(model: str, shards: str, folder: Path) -> None:
     """A whole run, and one that rank 0 alone is asked to stop, and its second half."""
     from gemma_dist.__main__ import main
@@ -97,11 +116,12 @@ def stop_ranks(model: str, shards: str, folder: Path) -> None:
         words += [f"max_steps={NUM_STEPS_OF_RANKS}"]
         os.environ["GEMMA_DIST_EXIT_CODES"] = str(folder / f"{name}-codes")
         log = folder / f"{name}.log"
-        processes = fork(lambda words=words: main(["train", "launch/cpu_lora.yaml", *words]), log)  # type: ignore[misc]
-        if ask:
-            while len(steps(folder / out)) < 2 and os.waitpid(processes[0], os.WNOHANG) == (0, 0):
-                time.sleep(0.02)
-            os.kill(processes[0], signal.Signals[ask])
+
+        def work(words: list[str] = words, ask: str = ask) -> int:
+            with asked_in_step(3, ask) if ask else contextlib.nullcontext():
+                return main(["train", "launch/cpu_lora.yaml", *words])
+
+        processes = fork(work, log)
         tell(
             f"two ranks: {name}",
             ends=ends_of(processes),
