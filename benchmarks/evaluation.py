@@ -88,8 +88,8 @@ def speed(folder: Path, data: Path) -> None:
     for label, model, name, number, new in (
         ("tiny", tiny(folder), "toolcalls/eval_multiturn.jsonl", 4, 64),
         ("tiny, images", tiny(folder), "multimodal/eval.jsonl", 2, 64),
-        (f"width {WIDE:,}", wide, "toolcalls/eval_multiturn.jsonl", 1, 32),
-        (f"width {WIDE:,}, images", wide, "multimodal/eval.jsonl", 1, 32),
+        (f"width {WIDE:,}", wide, "toolcalls/eval_multiturn.jsonl", 4, 32),
+        (f"width {WIDE:,}, images", wide, "multimodal/eval.jsonl", 2, 32),
     ):
         race(label, model, data / name, number, new)
 

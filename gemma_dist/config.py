@@ -332,7 +332,7 @@ class EvaluateConfig(RowConfig):
     )
     per_device_eval_batch_size: int = Field(32, gt=0, description="Most answers that one rank writes at a time.")
     max_batch_tokens: int = Field(
-        65_536,
+        131_072,
         gt=0,
         description="Most tokens of prompts and answers (as long as they may get) that one rank holds at a time; fewer "
         "where memory is short.",

@@ -12,6 +12,7 @@ import torch
 
 from gemma_dist.config import EvaluateConfig
 from gemma_dist.data.encode import Encoder, Prompt, load_encoder
+from gemma_dist.evaluate import generate
 from gemma_dist.evaluate.cache import RowCache, TreeCache
 from gemma_dist.evaluate.generate import Generator, Question
 from gemma_dist.evaluate.room import CacheBytes, Room, measure_room
@@ -67,10 +68,11 @@ def _generator(model: Any, encoder: Encoder, sampling: Sampling, rows: int = 32,
 
 @pytest.mark.parametrize("style", STYLES)
 def test_answers_are_those_of_one_prompt_after_the_other(
-    tiny_model: Callable[..., Path], style: str, tmp_path: Path
+    tiny_model: Callable[..., Path], style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Greedy: what `model.generate` writes. Sampled, so that the texts differ: each token is what the same random
     number draws from the logits of a pass over the whole prompt and all tokens before it, without a cache."""
+    monkeypatch.setattr(generate, "CHUNK", 100)  # several to a tree
     model, encoder = _load(tiny_model(style))
     soft_tokens = [encoder.image_token_id, *encoder.tokenizer.convert_tokens_to_ids([AUDIO, VIDEO])]
     model.generation_config.suppress_tokens = soft_tokens  # a plain pass would look for what they stand for
@@ -206,6 +208,10 @@ def test_a_token_sees_its_own_path_up_to_itself(tiny_model: Callable[..., Path],
             truth[token, path[: place + 1]] = True
     for start, stop in [*tree.chunks(50), *tree.chunks(10_000)]:
         assert (tree.sees(start, stop) == truth[start:stop, :stop]).all()
+        for window in (1, 10, 10_000):
+            behind = tree.positions[start:stop, None] - tree.positions[:stop]
+            seen = truth[start:stop, :stop] & (behind < window)
+            assert tree.first_seen(start, stop, window) == seen.any(0).argmax()
 
 
 def test_equal_soft_tokens_of_different_images_are_not_shared(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -30,12 +30,13 @@ class TreeCache:
         self.keys: dict[int, torch.Tensor] = {}  # of each layer that keeps some: (1, heads, N, width of a head)
         self.values: dict[int, torch.Tensor] = {}
         self._start, self._stop, self._num_fillers = 0, 0, 0
+        self._first = {FULL: 0, SLIDING: 0}  # that the next pass sees
         self._positions = torch.from_numpy(tree.positions).to(device)
         self._image_of = torch.from_numpy(tree.image_of).to(device)
 
     def begin(self, start: int, stop: int, num_fillers: int = 0) -> Masks:
         """The next pass reads tokens start … stop-1; what they see. Before them stand `num_fillers` that nobody sees
-        and nothing keeps; they see the first token, since softmax wants something to look at."""
+        and nothing keeps; they see one token, since softmax wants something to look at."""
         self._start, self._stop, self._num_fillers = start, stop, num_fillers
         sees = torch.from_numpy(self.tree.sees(start, stop)).to(self._device)
         behind = self._positions[start:stop, None] - self._positions[:stop]
@@ -44,21 +45,27 @@ class TreeCache:
         if self._text.use_bidirectional_attention == "vision":
             image = self._image_of[start:stop, None]
             sliding |= (image == self._image_of[:stop]) & (image > 0) & is_near
-        filler = torch.zeros(num_fillers, stop, dtype=torch.bool, device=self._device)
-        filler[:, 0] = True
-        return {name: torch.cat([filler, mask])[None, None] for name, mask in ((FULL, sees), (SLIDING, sliding))}
+        self._first[SLIDING] = self.tree.first_seen(start, stop, self._text.sliding_window)
+        masks = {}
+        for layer_type, mask in ((FULL, sees), (SLIDING, sliding)):
+            first = self._first[layer_type]
+            filler = torch.zeros(num_fillers, stop - first, dtype=torch.bool, device=self._device)
+            filler[:, 0] = True
+            masks[layer_type] = torch.cat([filler, mask[:, first:]])[None, None]
+        return masks
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep the states of this pass, (1, heads, T, width); those of all tokens so far."""
+        """Keep the states of this pass, (1, heads, T, width); those that it sees."""
         if layer_idx not in self.keys:
             heads, width = key_states.shape[1], key_states.shape[3]
             for kept in (self.keys, self.values):
                 kept[layer_idx] = key_states.new_empty(1, heads, len(self.tree), width)
         for kept, new in ((self.keys, key_states), (self.values, value_states)):
             kept[layer_idx][:, :, self._start : self._stop] = new[:, :, self._num_fillers :]
-        return self.keys[layer_idx][:, :, : self._stop], self.values[layer_idx][:, :, : self._stop]
+        seen = slice(self._first[self._text.layer_types[layer_idx]], self._stop)
+        return self.keys[layer_idx][:, :, seen], self.values[layer_idx][:, :, seen]
 
 
 class RowCache:
@@ -98,8 +105,9 @@ class RowCache:
                 size = self._size(self._text.layer_types[layer])
                 if layer not in states:
                     states[layer] = read.new_zeros(self.num_rows, read.shape[1], size, read.shape[3])
-                positions = torch.arange(max(0, len(path) - size), len(path), device=self._device)
-                states[layer][row, :, positions % size] = read[0, :, path[positions]]
+                first = max(0, len(path) - size)
+                kept = read[0].index_select(1, path[first:])
+                states[layer][row, :, : len(path) - first] = kept.roll(first % size, 1) if first else kept
 
     def begin(self, positions: torch.Tensor) -> Masks:
         """The next pass writes one token in each row, at `positions` (B,); what it sees."""

@@ -32,7 +32,7 @@ from gemma_dist.gemma_format import STOP_TOKENS
 from gemma_dist.model.zero3 import is_partitioned
 from gemma_dist.stream.collate import collate, control_ids
 
-CHUNK = 2048  # tokens of prompts that one pass reads; short trajectories are read together up to that many
+CHUNK = 1024  # tokens of prompts that one pass reads; short trajectories are read together up to that many
 
 
 @dataclass(frozen=True)

@@ -44,15 +44,28 @@ class PromptTree:
         return len(self.input_ids)
 
     def chunks(self, size: int) -> list[tuple[int, int]]:
-        """The sequence cut into (start, stop) of about `size` tokens: no image is cut, and all ends of prompts are in
-        the last."""
+        """The sequence cut into (start, stop) of about `size` tokens: no image is cut. Of several, the last is the ends
+        of the prompts alone: they stand all over the tree, and would have the others look at all of it."""
         num_inner, cuts = len(self) - len(self.paths), [0]
         while cuts[-1] + size < num_inner:
             cut = cuts[-1] + size
             while self.image_of[cut] and self.image_of[cut] == self.image_of[cut - 1]:
                 cut += 1
             cuts.append(cut)
+        if len(cuts) > 1 and cuts[-1] < num_inner:
+            cuts.append(num_inner)
         return list(pairwise([*cuts, len(self)]))
+
+    def first_seen(self, start: int, stop: int, window: int) -> int:
+        """Where the first token is that one of start … stop-1 sees in its path among the `window` last, itself too."""
+        first = start
+        for run in self.runs:
+            token = max(run.start, start)
+            if token < min(run.stop, stop):
+                position = max(0, int(self.positions[token]) - window + 1)
+                is_before = position < len(run.before)
+                first = min(first, int(run.before[position]) if is_before else run.start + position - len(run.before))
+        return first
 
     def sees(self, start: int, stop: int) -> np.ndarray:
         """(stop - start, stop) bool: which tokens before `stop` stand in the path of each token from `start` on."""
