@@ -178,7 +178,7 @@ def test_a_run_that_has_nothing_to_save_or_is_interrupted_twice_ends_at_once(
         env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY), exits.FOLDER: str(tmp_path / "codes")},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=300,
         check=False,
     )
     assert done.returncode == expected, done.stderr

@@ -99,7 +99,8 @@ def stop_ranks(model: str, shards: str, folder: Path) -> None:
         log = folder / f"{name}.log"
         processes = fork(lambda words=words: main(["train", "launch/cpu_lora.yaml", *words]), log)  # type: ignore[misc]
         if ask:
-            while len(steps(folder / out)) < 2 and os.waitpid(processes[0], os.WNOHANG) == (0, 0):
+            still = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            while len(steps(folder / out)) < 2 and os.waitid(os.P_PID, processes[0], still) is None:
                 time.sleep(0.02)
             os.kill(processes[0], signal.Signals[ask])
         tell(
