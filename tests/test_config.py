@@ -156,7 +156,7 @@ def test_names_are_those_of_hugging_face():
     from transformers import BitsAndBytesConfig
     from trl import SFTConfig
 
-    ours = {"global_batch_size", "packing_length", "sequence_parallel_size", "step_timeout_s"}
+    ours = {"global_batch_size", "packing_length", "sequence_parallel_size", "step_timeout_s", "stop_grace_s"}
     train = set(settings.TrainConfig.model_fields)
     assert train - ours <= set(SFTConfig.__dataclass_fields__)
     assert set(settings.LoraConfig.model_fields) <= set(LoraConfig.__dataclass_fields__)
