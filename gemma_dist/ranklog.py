@@ -73,10 +73,9 @@ class RankLog(logging.Handler):
 
 
 def keep() -> None:
-    """From now on, keep what is said, for the file that `write_to` names later. An earlier run's is closed."""
-    for old in _kept:
-        old.end()
-    _kept[:] = [RankLog()]
+    """From now on, keep what is said, for the file that `write_to` names later. That of a run that failed is closed."""
+    close()
+    _kept.append(RankLog())
     logging.getLogger("gemma_dist").addHandler(_kept[0])
 
 
@@ -100,6 +99,14 @@ def drain(seconds: float = 2.0) -> None:
     """Wait until all that was said is in the file, for so long at most."""
     for kept in _kept:
         kept.drain(seconds)
+
+
+def close() -> None:
+    """The run has ended well: what this process says from now on is not its word any more."""
+    drain()
+    for kept in _kept:
+        kept.end()
+    _kept.clear()
 
 
 def _head(details: dict[str, object]) -> str:

@@ -96,6 +96,7 @@ def train(
         if world.rank() == 0 and not stopped:
             _publish(checkpoint, output_dir)
     world.disconnect()
+    ranklog.close()
     if stopped:
         raise Stopped(stopped)
 
