@@ -258,8 +258,9 @@ def test_a_folder_in_which_a_run_is_at_work_is_refused(model: str, shards: Path,
 
 
 HOLDS = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background has it ignored
 from gemma_dist.train.scratch import scratch_folder
 with scratch_folder(Path(sys.argv[1]), int(sys.argv[2])):
     Path(sys.argv[1], "file").write_text("large")
