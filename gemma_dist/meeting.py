@@ -140,11 +140,11 @@ def _by_launcher() -> bool:
 
 def _store() -> Any:
     """A connection of this thread to the store in which all ranks meet; None while nobody answers."""
-    import torch
-
     address, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", "29500"))
     wait = datetime.timedelta(seconds=LOOK_S)
     with contextlib.suppress(Exception):  # refused, no such host, a time-out
         socket.create_connection((address, port), LOOK_S).close()  # torch would say on every try that nobody answers
+        import torch  # which takes seconds, where somebody answers
+
         return torch.distributed.TCPStore(address, port, None, False, wait, wait_for_workers=False)
     return None
