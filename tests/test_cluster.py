@@ -89,8 +89,11 @@ def test_the_task_takes_its_node_from_skypilot(skypilot: dict[str, Any], tmp_pat
         "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
         **skypilot["envs"],
     }
-    said = _node(tmp_path, "printf '%s\\n' \"$@\"", run=["bash", "-c", skypilot["run"]], **env).communicate()[0]
-    options = said.split()
+    # Beside the examples alone: the repository's own .venv, which the task puts first, holds the true accelerate.
+    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
+    run = ["bash", "-c", skypilot["run"]]
+    node = _node(tmp_path, "printf '%s\\n' \"$@\"", run=run, cwd=tmp_path, **env)
+    options = node.communicate(timeout=60)[0].split()
     where = {name: options[options.index(name) + 1] for name in options if name.startswith("--")}
     assert where["--machine_rank"] == "1"
     assert where["--num_machines"] == "2"
@@ -99,7 +102,9 @@ def test_the_task_takes_its_node_from_skypilot(skypilot: dict[str, Any], tmp_pat
     assert "stop_grace_s=30" in options
 
 
-def _node(folder: Path, launcher: str, run: list[str] | None = None, **more: str) -> "subprocess.Popen[str]":
+def _node(
+    folder: Path, launcher: str, run: list[str] | None = None, cwd: Path = REPOSITORY, **more: str
+) -> "subprocess.Popen[str]":
     """Start node.sh, or what `run` says, with a stand-in for accelerate."""
     path = folder / "accelerate"
     path.write_text(f"#!/usr/bin/env bash\n{launcher}\n")
@@ -107,7 +112,7 @@ def _node(folder: Path, launcher: str, run: list[str] | None = None, **more: str
     where = {"NUM_NODES": "2", "NODE_RANK": "0", "MAIN_ADDRESS": "here", "PROCESSES_PER_NODE": "2"}
     return subprocess.Popen(
         run or [str(NODE), "accelerate_configs/ddp.yaml", "launch/cpu_lora.yaml"],
-        cwd=REPOSITORY,
+        cwd=cwd,
         env=where | {"PATH": f"{folder}:{os.environ['PATH']}", "TMPDIR": str(folder), "OUT": str(folder)} | more,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
