@@ -30,6 +30,9 @@ USER_ERRNOS = {
     errno.ENOSPC: "make room there, or name a folder on another disk",
     errno.EDQUOT: "make room in your quota, or name a folder on another disk",
     errno.EFBIG: "raise `ulimit -f`, or name a folder on a file system with larger files",
+}
+# Of disks that fail, for a moment or for good: the same command may go on.
+DISK_ERRNOS = {
     errno.EIO: "the disk or its network fails: look at the system's log, or name a folder on another disk",
     errno.ESTALE: "the file changed under us on a network disk: run the command again",
 }
@@ -52,7 +55,7 @@ class Explanation(NamedTuple):
 def explain(error: Exception) -> Explanation | None:
     """What to tell the user of an error that no code of ours is to blame for; None for any other error."""
     if message := _of_the_disk(error):
-        return Explanation(message, exits.USER_ERROR)
+        return Explanation(message, exits.DISK_FAILED if _errno(error) in DISK_ERRNOS else exits.USER_ERROR)
     if ended := world.ended_ranks():
         return Explanation(of_ranks(ended), code_after(ended))
     if (for_memory := _of_memory(error)) is not None:
@@ -72,13 +75,14 @@ def say_no_more() -> None:
 def _of_the_disk(error: Exception) -> str:
     """`FILE: what the system says; what to do`, as far as known. Empty for an error that it does not report of a
     file."""
+    remedies = USER_ERRNOS | DISK_ERRNOS
     number = _errno(error)
-    if number not in USER_ERRNOS:
+    if number not in remedies:
         return ""
     message = str(error)
     if isinstance(error, OSError) and error.filename is not None:
         message = f"{error.filename2 or error.filename}: {error.strerror}"  # copies and renames fail at their target
-    remedy = USER_ERRNOS[number]
+    remedy = remedies[number]
     return f"{message}; {remedy}" if remedy else message
 
 

@@ -113,7 +113,8 @@ def fail_with(error: BaseException, monkeypatch) -> int:
         (FileNotFoundError(2, "No such file or directory", "a.parquet"), 2, False),
         (OSError(28, "No space left on device"), 2, False),
         (OSError(27, "File too large"), 2, False),
-        (OSError(5, "Input/output error"), 2, False),
+        (OSError(5, "Input/output error"), 74, False),
+        (OSError(116, "Stale file handle", "out/a"), 74, False),
         (FileExistsError(17, "File exists", "run"), 2, False),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 2, False),  # as safetensors words it
         (RuntimeError("Bad file descriptor (os error 9)"), 1, True),
