@@ -10,6 +10,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from transformers import AutoTokenizer
 from gemma_dist.__main__ import main
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.files import whole_folder
-from gemma_dist.merge import arithmetic
+from gemma_dist.merge import arithmetic, stream
 from gemma_dist.merge import run as merge_run
-from gemma_dist.merge.arithmetic import four_bit_round_trip
+from gemma_dist.merge.arithmetic import four_bit_rows
 from gemma_dist.merge.plan import plan_merge
 from gemma_dist.merge.run import merge
+from gemma_dist.merge.stream import Workers, row_blocks
 from gemma_dist.merge.verify import verify
 from gemma_dist.model.fingerprint import fingerprint_base
+from gemma_dist.model.four_bit_cpu import dequantize_as_gpus_do
 from gemma_dist.model.record import Quantization
 
 TARGETS = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -191,6 +194,13 @@ def test_quantized_bases_and_foreign_records_are_refused() -> None:
 
 
 # --- real models and adapters ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of tiny models come in several blocks, too, and what is copied in several ranges."""
+    monkeypatch.setattr(stream, "BLOCK_VALUES", 1)
+    monkeypatch.setattr(stream, "COPY_BYTES", 10_000)
 
 
 @pytest.fixture(scope="module")
@@ -377,6 +387,10 @@ def test_a_sharded_base_gives_the_same_shards_and_an_index(bases: Any, tmp_path:
 # --- QLoRA -------------------------------------------------------------------------------------------------------
 
 
+def rows_of(matrix: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return matrix[start:stop]
+
+
 @pytest.mark.parametrize("double_quantized", [True, False])
 @pytest.mark.parametrize(("name", "dtype"), [("e4b", "float32"), ("e4b", "bfloat16"), ("31b-bfloat16", "bfloat16")])
 def test_four_bit_weights_are_the_loaded_models(bases: Any, name: str, dtype: str, double_quantized: bool) -> None:
@@ -384,17 +398,22 @@ def test_four_bit_weights_are_the_loaded_models(bases: Any, name: str, dtype: st
     from bitsandbytes.nn import Linear4bit
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
+    dequantize_as_gpus_do()
     four_bit: Quantization = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
                               "bnb_4bit_use_double_quant": double_quantized}  # fmt: skip
     model = AutoModelForImageTextToText.from_pretrained(
         bases(name), dtype=dtype, quantization_config=BitsAndBytesConfig(**four_bit)
     )
-    stored = tensors_of(bases(name))
+    tensors = tensors_of(bases(name))
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
     assert len(layers) > 40
     for path, layer in layers.items():
         real = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        ours = four_bit_round_trip(stored[f"{path}.weight"], {**four_bit, "weights_dtype": dtype})
+        weight = tensors[f"{path}.weight"]
+        with Workers() as workers:
+            stored = partial(rows_of, weight)
+            rows = four_bit_rows(workers, stored, path, weight.shape, {**four_bit, "weights_dtype": dtype})
+            ours = torch.cat([rows(*block) for block in row_blocks(weight.shape)])
         assert torch.equal(real, ours), path
         assert real.dtype == ours.dtype
 
@@ -469,8 +488,8 @@ def test_an_interrupted_merge_leaves_nothing(pair: Any, tmp_path: Path, monkeypa
             raise KeyboardInterrupt
         return real(*arguments)
 
-    real = arithmetic.add_lora
-    monkeypatch.setattr(arithmetic, "add_lora", interrupted)
+    real = arithmetic.lora_rows
+    monkeypatch.setattr(arithmetic, "lora_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
         merge(base, adapter, tmp_path / "out", verify=False, base_weights="as_trained")
     assert num_calls == 5
@@ -627,8 +646,8 @@ def test_of_two_merges_into_one_folder_one_is_refused(bases: Any, tmp_path: Path
 def test_a_killed_merge_neither_blocks_the_next_nor_stays(pair: Any, tmp_path: Path) -> None:
     base, adapter = pair
     script = (
-        "import os, signal, sys; from gemma_dist.__main__ import main; from gemma_dist.merge import run;"
-        "run.merged_tensor = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
+        "import os, signal, sys; from gemma_dist.__main__ import main; from gemma_dist.merge import arithmetic;"
+        "arithmetic.lora_rows = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
         f"main(['merge', '--base', {str(base)!r}, '--adapter', {str(adapter)!r}, '--out', {str(tmp_path / 'out')!r}])"
     )
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gemma_dist.files import naming, whole_folder
+from gemma_dist.files import whole_folder
 from gemma_dist.logs import log, progress, write_json
-from gemma_dist.merge.arithmetic import merged_tensor
+from gemma_dist.merge.arithmetic import merged
 from gemma_dist.merge.folders import (
     WEIGHTS_INDEX,
     Adapter,
@@ -32,11 +32,12 @@ from gemma_dist.merge.folders import (
     read_quantization,
 )
 from gemma_dist.merge.plan import TensorOp, plan_merge
+from gemma_dist.merge.stream import Copied, Workers, write_weights
 from gemma_dist.merge.verify import check_memory
 from gemma_dist.merge.verify import verify as compare
 from gemma_dist.model.record import Quantization, write_merge_record
 from gemma_dist.model.vision import name_in_model
-from gemma_dist.tensorfile import TensorFile, write_header, write_tensor
+from gemma_dist.tensorfile import TensorFile
 
 
 @dataclass(frozen=True)
@@ -168,19 +169,21 @@ def _write_weights(
     quantization: Quantization | None,
     folder: Path,
 ) -> None:
-    """Stream every shard of the base into `folder`, tensor by tensor; its index, where it has one, comes last."""
+    """Stream every shard of the base into `folder`; its index, where it has one, comes last."""
     op_of = {op.name: op for op in ops}
-    with contextlib.closing(progress(ops, total=len(ops), desc="merge", unit="tensor")) as bar:
+    with (
+        Workers() as workers,
+        contextlib.closing(progress(ops, total=len(ops), desc="merge", unit="tensor")) as bar,
+    ):
         for shard in base.shards:
-            path = folder / shard.path.name
-            with naming(path), path.open("wb") as target:
-                write_header(target, shard.entries, shard.metadata)
-                for name, entry in shard.entries.items():
-                    next(bar)
-                    if op_of[name].untouched:
-                        shard.copy(name, target)
-                    else:
-                        write_tensor(target, merged_tensor(op_of[name], entry, shard, adapter, quantization))
+            tensors = {
+                name: Copied(shard, name)
+                if op_of[name].untouched
+                else merged(op_of[name], shard, adapter, quantization)
+                for name in shard.entries
+            }
+            for _ in write_weights(folder / shard.path.name, tensors, shard.metadata, workers):
+                next(bar)
         assert next(bar, None) is None, "a planned tensor was not written"
     if base.index is not None:
         metadata = base.index.get("metadata", {}) | {"total_size": base.num_bytes}  # without headers
