@@ -783,3 +783,53 @@ def test_a_broken_tokenizer_is_not_published(pair: Any, tmp_path: Path) -> None:
         CheckpointError, match=r"tokenizer of the result cannot be loaded.*tokenizer\.json of the adapter"
     ):
         merge(base, adapter, tmp_path / "out", verify=False, base_weights="as_trained")
+
+
+# --- adapters of other tools -------------------------------------------------------------------------------------
+
+OTHER_NAMES = {
+    "with the adapter's own name": lambda name: re.sub(r"(lora_[AB])\.weight", r"\1.default.weight", name),
+    "without PEFT's prefix": lambda name: name.removeprefix("base_model.model."),
+    "of the class for text alone": lambda name: name.replace("model.model.language_model.", "model.model."),
+    "of transformers 4": lambda name: name.replace("model.model.language_model.", "model.language_model.model."),
+    "of the bare language model": lambda name: re.sub(r"base_model\.model\.model\.language_model\.", "", name),
+}
+
+
+def rename(adapter: Path, new_name: Callable[[str], str]) -> None:
+    path = adapter / "adapter_model.safetensors"
+    save_file({new_name(name): tensor for name, tensor in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize("how", list(OTHER_NAMES))
+def test_an_adapter_with_other_names_gives_the_same_model(pair: Any, how: str, tmp_path: Path) -> None:
+    base, adapter = pair
+    merge(base, adapter, tmp_path / "expected", verify=False, base_weights="as_trained")
+    rename(adapter, OTHER_NAMES[how])
+    report = merge(base, adapter, tmp_path / "out", verify=True, base_weights="as_trained")
+    assert any("have names of another tool" in note for note in report.notes)
+    expected = tensors_of(tmp_path / "expected")
+    for name, tensor in tensors_of(tmp_path / "out").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("new_name", "told"),
+    [
+        (lambda name: name.replace("layers.0.", "layers.99."), r"belongs to .*layers\.99.* which the base does not"),
+        (lambda name: name.replace(".lora_A.weight", ".lora_A.a.weight").replace(".lora_B.weight", ".lora_B.b.weight"),
+         r"holds 2 adapters in one file \(a, b\)"),
+    ],
+)  # fmt: skip
+def test_names_without_a_place_are_refused_with_the_cause(pair: Any, new_name: Any, told: str, tmp_path: Path) -> None:
+    base, adapter = pair
+    rename(adapter, new_name)
+    with pytest.raises(CheckpointError, match=told):
+        merge(base, adapter, tmp_path / "out", verify=False, base_weights="as_trained")
+
+
+def test_an_adapter_in_a_folder_of_its_own_name_is_pointed_to(pair: Any, tmp_path: Path) -> None:
+    base, adapter = pair
+    shutil.copytree(adapter, tmp_path / "run" / "tools")
+    with pytest.raises(CheckpointError, match=r"but tools in it: give --adapter .*run/tools"):
+        merge(base, tmp_path / "run", tmp_path / "out", verify=False, base_weights="as_trained")

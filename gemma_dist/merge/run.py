@@ -21,6 +21,7 @@ from gemma_dist.merge.folders import (
     Adapter,
     BaseModel,
     BaseWeights,
+    as_peft_saves,
     check_out,
     check_side_files,
     find_side_files,
@@ -31,6 +32,7 @@ from gemma_dist.merge.folders import (
     open_base,
     read_quantization,
 )
+from gemma_dist.merge.names import with_names_of_peft
 from gemma_dist.merge.plan import TensorOp, plan_merge
 from gemma_dist.merge.stream import Copied, Workers, write_weights
 from gemma_dist.merge.verify import check_memory
@@ -95,9 +97,11 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
     out = Path(out).resolve()
     base_model, trained = open_base(base), open_adapter(Path(adapter))
     check_out(out, base_model, trained)
+    weights, renamed = with_names_of_peft(trained.weights, names_in_model(base_model))
+    trained = replace(trained, weights=weights)
     quantization = read_quantization(trained, base_weights)
     ops = _plan(base_model, trained, quantization)
-    notes = _notes(base, base_model, trained, base_weights, ops)
+    notes = [*_notes(base, base_model, trained, base_weights, ops), *([renamed] if renamed else [])]
     side_files = find_side_files(base_model, trained)
     check_side_files(side_files, base_model, trained)
     if verify:
@@ -111,7 +115,8 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
             shutil.copyfile(file.path, folder / name)
         verification = None
         if verify:
-            verification = compare(base_model.folder, trained.folder, folder, quantization=quantization)
+            with as_peft_saves(trained, renamed=renamed is not None) as known:
+                verification = compare(base_model.folder, known, folder, quantization=quantization)
         write_merge_record(
             folder,
             base=base,
@@ -136,10 +141,14 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
     )
 
 
+def names_in_model(base: BaseModel) -> dict[str, str]:
+    """The base's tensors: name in the model's class -> name in the file."""
+    return {name_in_model(name, base.config.get("model_type", "")): name for name in base.headers}
+
+
 def _plan(base: BaseModel, adapter: Adapter, quantization: Quantization | None) -> list[TensorOp]:
     """What becomes of each tensor of the base; `quantization` as `read_quantization` returns it."""
-    headers, model_type = base.headers, base.config.get("model_type", "")
-    in_file = {name_in_model(name, model_type): name for name in headers}
+    headers, in_file = base.headers, names_in_model(base)
     ops = plan_merge(
         {name: headers[stored] for name, stored in in_file.items()},
         adapter.headers,

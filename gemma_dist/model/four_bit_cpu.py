@@ -1,8 +1,8 @@
 """4-bit weights on a CPU as on a GPU.
 
 The CPU kernel of bitsandbytes 0.50 multiplies with the scales of other blocks where the values of a row are no multiple
-of the block size, 64: in the MLPs of the vision towers of 26B-A4B and 31B, which are 4,304 wide, nine values in ten come
-out wrong. A GPU takes the values one after the other, whatever the rows are. So here they are given as rows of 64.
+of the block size, 64: in the vision towers of 26B-A4B and 31B, whose MLPs are 4,304 wide, nine values in ten come out
+wrong. A GPU takes the values one after the other, whatever the rows are. So here they are given as rows of 64.
 """
 
 import math
