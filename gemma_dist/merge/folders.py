@@ -91,6 +91,7 @@ class Adapter:
     settings: dict[str, Any]  # adapter_config.json
     weights: TensorFile
     record: AdapterRecord | None  # gemma_dist.json; None for an adapter from elsewhere
+    renamed: str | None = None  # what was changed of the names in the file (`names.py`), in words
 
     @property
     def headers(self) -> Headers:
@@ -165,9 +166,9 @@ def open_adapter(folder: Path) -> Adapter:
 
 
 @contextlib.contextmanager
-def as_peft_saves(adapter: Adapter, *, renamed: bool) -> Iterator[Path]:
-    """A folder of the adapter that PEFT reads whole: its own, or a copy for a while where its tensors are `renamed`."""
-    if not renamed:
+def as_peft_saves(adapter: Adapter) -> Iterator[Path]:
+    """A folder of the adapter that PEFT reads whole: its own, or a copy for a while where its tensors were renamed."""
+    if adapter.renamed is None:
         yield adapter.folder
         return
     with tempfile.TemporaryDirectory() as temporary:

@@ -97,11 +97,10 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
     out = Path(out).resolve()
     base_model, trained = open_base(base), open_adapter(Path(adapter))
     check_out(out, base_model, trained)
-    weights, renamed = with_names_of_peft(trained.weights, names_in_model(base_model))
-    trained = replace(trained, weights=weights)
+    trained = _with_names_of_peft(trained, base_model)
     quantization = read_quantization(trained, base_weights)
     ops = _plan(base_model, trained, quantization)
-    notes = [*_notes(base, base_model, trained, base_weights, ops), *([renamed] if renamed else [])]
+    notes = _notes(base, base_model, trained, base_weights, ops)
     side_files = find_side_files(base_model, trained)
     check_side_files(side_files, base_model, trained)
     if verify:
@@ -115,7 +114,7 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
             shutil.copyfile(file.path, folder / name)
         verification = None
         if verify:
-            with as_peft_saves(trained, renamed=renamed is not None) as known:
+            with as_peft_saves(trained) as known:
                 verification = compare(base_model.folder, known, folder, quantization=quantization)
         write_merge_record(
             folder,
@@ -139,6 +138,11 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
         notes=notes,
         verification=verification,
     )
+
+
+def _with_names_of_peft(adapter: Adapter, base: BaseModel) -> Adapter:
+    weights, note = with_names_of_peft(adapter.weights, names_in_model(base))
+    return replace(adapter, weights=weights, renamed=note)
 
 
 def names_in_model(base: BaseModel) -> dict[str, str]:
@@ -167,7 +171,12 @@ def _notes(
     untrained = note_untrained(adapter, ops)
     if untrained:
         log.warning(untrained)
-    notes = (note_quantization(adapter, base_weights), note_other_base(base_name, base, adapter), untrained)
+    notes = (
+        note_quantization(adapter, base_weights),
+        note_other_base(base_name, base, adapter),
+        untrained,
+        adapter.renamed,
+    )
     return [note for note in notes if note]
 
 
