@@ -40,8 +40,9 @@ CASES = {  # name: (recipe, settings, ranks at ZeRO-3 or 1)
 }
 
 
-def make_model(folder: Path, style: str) -> None:
-    """Write a random Gemma 4 in bfloat16 to `folder`, as safetensors of at most 300 MB."""
+def make_model(folder: Path, style: str, *, times: int = 1) -> None:
+    """Write a random Gemma 4 in bfloat16, with so many `times` the layers, to `folder`, as safetensors of at most
+    300 MB."""
     import torch
     from transformers import Gemma4ForConditionalGeneration
 
@@ -50,6 +51,7 @@ def make_model(folder: Path, style: str) -> None:
     sizes = dict(SIZES[style])
     shape = {name: sizes.pop(name) for name in ("hidden_size", "num_hidden_layers")}
     processor = tiny_processor(DEFAULT_CORPUS, style=style, vocab_size=1024, chat_template=None)
+    shape["num_hidden_layers"] *= times
     config = tiny_config(processor.tokenizer, style=style, **shape)
     config.text_config.update(sizes)
     if style == "e4b":

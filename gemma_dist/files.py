@@ -123,6 +123,14 @@ def publish(temporary: Path, path: Path) -> None:
     sync(path.parent)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Have the file `source` at `target`, too: the same one, or a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def seal(folder: Path) -> None:
     """Have all files of a folder, which is about to get its name, on the disk, and readable for whom the umask says:
     safetensors makes them 0600, so that a group could not share them."""

@@ -27,7 +27,6 @@ DTYPE_NAMES = {
     torch.int8: "I8",
     torch.bool: "BOOL",
 }
-COPY_BYTES = 8 << 20
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader
 
 
@@ -49,29 +48,21 @@ class TensorFile:
     entries: dict[str, Entry]
     metadata: dict[str, str]
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor. Only those that can be merged are known."""
+        stored = self.entries[name].dtype
+        if stored not in TORCH_DTYPES:
+            raise CheckpointError(f"{name} in {self.path} is stored as {stored}; use one of {list(TORCH_DTYPES)}")
+        return TORCH_DTYPES[stored]
+
     def read(self, name: str) -> torch.Tensor:
-        """One tensor on the CPU. Only the dtypes that can be merged are known."""
-        entry = self.entries[name]
-        if entry.dtype not in TORCH_DTYPES:
-            raise CheckpointError(f"{name} in {self.path} is stored as {entry.dtype}; use one of {list(TORCH_DTYPES)}")
+        """One tensor on the CPU."""
+        entry, dtype = self.entries[name], self.dtype(name)
         data = bytearray(entry.num_bytes)
         with naming(self.path), self.path.open("rb") as file:
             file.seek(entry.begin)
             file.readinto(data)
-        return torch.frombuffer(data, dtype=TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
-
-    def copy(self, name: str, target: BinaryIO) -> None:
-        """Append one tensor's bytes to `target`, in pieces of a few MiB."""
-        remaining = self.entries[name].num_bytes
-        with self.path.open("rb") as file:
-            file.seek(self.entries[name].begin)
-            while remaining:
-                with naming(self.path):
-                    piece = file.read(min(remaining, COPY_BYTES))
-                if not piece:
-                    raise CheckpointError(f"{self.path} ended inside {name}; it changed while it was read")
-                target.write(piece)
-                remaining -= len(piece)
+        return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
 
 
 def open_tensors(path: Path) -> TensorFile:

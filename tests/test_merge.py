@@ -10,6 +10,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from transformers import AutoTokenizer
 from gemma_dist.__main__ import main
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.files import whole_folder
-from gemma_dist.merge import arithmetic
+from gemma_dist.merge import arithmetic, stream
 from gemma_dist.merge import run as merge_run
-from gemma_dist.merge.arithmetic import four_bit_round_trip
+from gemma_dist.merge.arithmetic import four_bit_rows
 from gemma_dist.merge.plan import plan_merge
 from gemma_dist.merge.run import merge
+from gemma_dist.merge.stream import Workers, row_blocks
 from gemma_dist.merge.verify import verify
 from gemma_dist.model.fingerprint import fingerprint_base
+from gemma_dist.model.four_bit_cpu import dequantize_as_gpus_do
 from gemma_dist.model.record import Quantization
 
 TARGETS = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -191,6 +194,13 @@ def test_quantized_bases_and_foreign_records_are_refused() -> None:
 
 
 # --- real models and adapters ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of tiny models come in several blocks, too, and what is copied in several ranges."""
+    monkeypatch.setattr(stream, "BLOCK_VALUES", 1)
+    monkeypatch.setattr(stream, "COPY_BYTES", 10_000)
 
 
 @pytest.fixture(scope="module")
@@ -377,6 +387,10 @@ def test_a_sharded_base_gives_the_same_shards_and_an_index(bases: Any, tmp_path:
 # --- QLoRA -------------------------------------------------------------------------------------------------------
 
 
+def rows_of(matrix: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return matrix[start:stop]
+
+
 @pytest.mark.parametrize("double_quantized", [True, False])
 @pytest.mark.parametrize(("name", "dtype"), [("e4b", "float32"), ("e4b", "bfloat16"), ("31b-bfloat16", "bfloat16")])
 def test_four_bit_weights_are_the_loaded_models(bases: Any, name: str, dtype: str, double_quantized: bool) -> None:
@@ -384,17 +398,22 @@ def test_four_bit_weights_are_the_loaded_models(bases: Any, name: str, dtype: st
     from bitsandbytes.nn import Linear4bit
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
+    dequantize_as_gpus_do()
     four_bit: Quantization = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
                               "bnb_4bit_use_double_quant": double_quantized}  # fmt: skip
     model = AutoModelForImageTextToText.from_pretrained(
         bases(name), dtype=dtype, quantization_config=BitsAndBytesConfig(**four_bit)
     )
-    stored = tensors_of(bases(name))
+    tensors = tensors_of(bases(name))
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
     assert len(layers) > 40
     for path, layer in layers.items():
         real = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        ours = four_bit_round_trip(stored[f"{path}.weight"], {**four_bit, "weights_dtype": dtype})
+        weight = tensors[f"{path}.weight"]
+        with Workers() as workers:
+            stored = partial(rows_of, weight)
+            rows = four_bit_rows(workers, stored, path, weight.shape, {**four_bit, "weights_dtype": dtype})
+            ours = torch.cat([rows(*block) for block in row_blocks(weight.shape)])
         assert torch.equal(real, ours), path
         assert real.dtype == ours.dtype
 
@@ -469,8 +488,8 @@ def test_an_interrupted_merge_leaves_nothing(pair: Any, tmp_path: Path, monkeypa
             raise KeyboardInterrupt
         return real(*arguments)
 
-    real = arithmetic.add_lora
-    monkeypatch.setattr(arithmetic, "add_lora", interrupted)
+    real = arithmetic.lora_rows
+    monkeypatch.setattr(arithmetic, "lora_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
         merge(base, adapter, tmp_path / "out", verify=False, base_weights="as_trained")
     assert num_calls == 5
@@ -627,8 +646,8 @@ def test_of_two_merges_into_one_folder_one_is_refused(bases: Any, tmp_path: Path
 def test_a_killed_merge_neither_blocks_the_next_nor_stays(pair: Any, tmp_path: Path) -> None:
     base, adapter = pair
     script = (
-        "import os, signal, sys; from gemma_dist.__main__ import main; from gemma_dist.merge import run;"
-        "run.merged_tensor = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
+        "import os, signal, sys; from gemma_dist.__main__ import main; from gemma_dist.merge import arithmetic;"
+        "arithmetic.lora_rows = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
         f"main(['merge', '--base', {str(base)!r}, '--adapter', {str(adapter)!r}, '--out', {str(tmp_path / 'out')!r}])"
     )
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
@@ -764,3 +783,53 @@ def test_a_broken_tokenizer_is_not_published(pair: Any, tmp_path: Path) -> None:
         CheckpointError, match=r"tokenizer of the result cannot be loaded.*tokenizer\.json of the adapter"
     ):
         merge(base, adapter, tmp_path / "out", verify=False, base_weights="as_trained")
+
+
+# --- adapters of other tools -------------------------------------------------------------------------------------
+
+OTHER_NAMES = {
+    "with the adapter's own name": lambda name: re.sub(r"(lora_[AB])\.weight", r"\1.default.weight", name),
+    "without PEFT's prefix": lambda name: name.removeprefix("base_model.model."),
+    "of the class for text alone": lambda name: name.replace("model.model.language_model.", "model.model."),
+    "of transformers 4": lambda name: name.replace("model.model.language_model.", "model.language_model.model."),
+    "of the bare language model": lambda name: re.sub(r"base_model\.model\.model\.language_model\.", "", name),
+}
+
+
+def rename(adapter: Path, new_name: Callable[[str], str]) -> None:
+    path = adapter / "adapter_model.safetensors"
+    save_file({new_name(name): tensor for name, tensor in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize("how", list(OTHER_NAMES))
+def test_an_adapter_with_other_names_gives_the_same_model(pair: Any, how: str, tmp_path: Path) -> None:
+    base, adapter = pair
+    merge(base, adapter, tmp_path / "expected", verify=False, base_weights="as_trained")
+    rename(adapter, OTHER_NAMES[how])
+    report = merge(base, adapter, tmp_path / "out", verify=True, base_weights="as_trained")
+    assert any("have names of another tool" in note for note in report.notes)
+    expected = tensors_of(tmp_path / "expected")
+    for name, tensor in tensors_of(tmp_path / "out").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("new_name", "told"),
+    [
+        (lambda name: name.replace("layers.0.", "layers.99."), r"belongs to .*layers\.99.* which the base does not"),
+        (lambda name: name.replace(".lora_A.weight", ".lora_A.a.weight").replace(".lora_B.weight", ".lora_B.b.weight"),
+         r"holds 2 adapters in one file \(a, b\)"),
+    ],
+)  # fmt: skip
+def test_names_without_a_place_are_refused_with_the_cause(pair: Any, new_name: Any, told: str, tmp_path: Path) -> None:
+    base, adapter = pair
+    rename(adapter, new_name)
+    with pytest.raises(CheckpointError, match=told):
+        merge(base, adapter, tmp_path / "out", verify=False, base_weights="as_trained")
+
+
+def test_an_adapter_in_a_folder_of_its_own_name_is_pointed_to(pair: Any, tmp_path: Path) -> None:
+    base, adapter = pair
+    shutil.copytree(adapter, tmp_path / "run" / "tools")
+    with pytest.raises(CheckpointError, match=r"but tools in it: give --adapter .*run/tools"):
+        merge(base, tmp_path / "run", tmp_path / "out", verify=False, base_weights="as_trained")

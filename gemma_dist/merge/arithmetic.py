@@ -1,77 +1,118 @@
-"""The sum itself: what one tensor of the base becomes, in the order of operations that PEFT and bitsandbytes use.
+"""The sum itself: what the rows of one tensor of the base become, in the order of operations of PEFT and bitsandbytes.
 
-Held at a time: one tensor as the base stores it, and its sum in float32.
+Each step takes a tensor's rows and gives its rows (`stream.Rows`), so that a block of them goes through all steps while
+it is in the processor's cache: stored, taken to 4 bit and back, with the adapter added.
 """
+
+from functools import partial
 
 import torch
 
 from gemma_dist.errors import CheckpointError
 from gemma_dist.merge.plan import Lora, TensorOp
+from gemma_dist.merge.stream import Computed, Rows, Workers, as_matrix, row_blocks, stored_rows
 from gemma_dist.model.record import Quantization
-from gemma_dist.tensorfile import Entry, TensorFile
+from gemma_dist.tensorfile import TensorFile
+
+SCALES_AT_ONCE = 1 << 14  # a multiple of 256; bitsandbytes takes a KiB of memory for each that it quantizes on a CPU
 
 
-def four_bit_round_trip(weight: torch.Tensor, quantization: Quantization) -> torch.Tensor:
-    """`weight` as a 4-bit layer of bitsandbytes holds it, made full again.
+def merged(op: TensorOp, shard: TensorFile, adapter: TensorFile, quantization: Quantization | None) -> Computed:
+    """A tensor of the base, which `shard` has, as the adapter changes it; of the base's shape and dtype."""
+    entry = shard.entries[op.name]
+    if op.replaced_by is not None:
+        return Computed(entry, partial(stored_rows, file=adapter, name=op.replaced_by))
 
-    Bit-equal to `dequantize_4bit(layer.weight.data, layer.weight.quant_state)` of the loaded layer: same block size
-    (64, its default), same double quantization, from and to the dtype that the weight was loaded in. Takes the whole
-    tensor, since double quantization subtracts the mean of all its block scales; a stack of experts goes one by one.
+    def rows(workers: Workers) -> Rows:
+        found = stored_rows(workers, shard, op.name)
+        if op.quantized:
+            assert quantization is not None
+            found = four_bit_rows(workers, found, op.name, entry.shape, quantization)
+        return found if op.lora is None else lora_rows(found, op.lora, adapter, entry.shape)
+
+    return Computed(entry, rows)
+
+
+def four_bit_rows(
+    workers: Workers, stored: Rows, name: str, shape: tuple[int, ...], quantization: Quantization
+) -> Rows:
+    """Rows as a 4-bit layer of bitsandbytes holds them, made full again.
+
+    Bit-equal to `dequantize_4bit(layer.weight.data, layer.weight.quant_state)` of the loaded layer on a GPU: same block
+    size (64, its default), same double quantization, from and to the dtype that the weight was loaded in. Given as rows
+    of 64 values, since of others a CPU may take the wrong scales (`model/four_bit_cpu.py`). Double quantization hangs
+    on all scales of a tensor, so it is gone through twice.
     """
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
 
-    from gemma_dist.model.experts import BLOCK_SIZE, quantize_stack
+    from gemma_dist.model.experts import BLOCK_SIZE
 
-    if dtype := quantization.get("weights_dtype"):
-        weight = weight.to(getattr(torch, dtype))
-    quant_type = quantization["bnb_4bit_quant_type"]
-    double = quantization.get("bnb_4bit_use_double_quant", False)
-    if weight.dim() == 3:
-        packed, state = quantize_stack(weight, quant_type=quant_type, compress_statistics=double)
-    else:
-        packed, state = quantize_4bit(weight, blocksize=BLOCK_SIZE, compress_statistics=double, quant_type=quant_type)
-    return dequantize_4bit(packed, state)
+    _, in_matrix, num_columns = as_matrix(shape)
+    if len(shape) == 3 and in_matrix * num_columns % BLOCK_SIZE:
+        raise CheckpointError(
+            f"{name} has matrices of {in_matrix * num_columns} values, and blocks of {BLOCK_SIZE} would lie in two of "
+            "them; merge with --base-weights original"
+        )
+    dtype = getattr(torch, quantization["weights_dtype"]) if quantization.get("weights_dtype") else None
+    quantize = partial(quantize_4bit, blocksize=BLOCK_SIZE, quant_type=quantization["bnb_4bit_quant_type"])
+
+    def loaded(start: int, stop: int) -> torch.Tensor:
+        values = stored(start, stop).reshape(-1)
+        values = values if dtype is None else values.to(dtype)
+        return torch.nn.functional.pad(values, (0, -len(values) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
+
+    def scales_of(start: int, stop: int) -> torch.Tensor:
+        return loaded(start, stop).float().abs().amax(1)
+
+    scales = torch.cat(workers.map(scales_of, row_blocks(shape)))
+    if quantization.get("bnb_4bit_use_double_quant", False):
+        mean = scales.mean()
+
+        def rounded(start: int) -> torch.Tensor:
+            piece = scales[start : start + SCALES_AT_ONCE] - mean
+            return dequantize_blockwise(*quantize_blockwise(piece, blocksize=256)) + mean
+
+        scales = torch.cat(workers.map(rounded, ((start,) for start in range(0, len(scales), SCALES_AT_ONCE))))
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        packed, state = quantize(loaded(start, stop))
+        first = start * num_columns // BLOCK_SIZE
+        state.absmax = scales[first : first + len(state.absmax)]
+        num_values = (stop - start) * num_columns
+        return dequantize_4bit(packed, state).view(-1)[:num_values].view(stop - start, num_columns)
+
+    return rows
 
 
-def add_lora(weight: torch.Tensor, lora: Lora, adapter: TensorFile) -> torch.Tensor:
+def lora_rows(weight: Rows, lora: Lora, adapter: TensorFile, shape: tuple[int, ...]) -> Rows:
     """W + s * (B @ A) in float32; with DoRA, each row scaled from its norm to its trained magnitude.
 
     In PEFT's order of operations (`get_delta_weight` of `Linear` and `ParamWrapper`, `DoraLinearVariant.merge_unsafe`),
     so that the bits agree.
     """
+    delta = _delta_rows(lora, adapter, as_matrix(shape)[1])
+    magnitude = adapter.read(lora.magnitude).float() if lora.magnitude is not None else None
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        found = delta(start, stop).mul_(lora.scale).add_(weight(start, stop).float())
+        if magnitude is None:
+            return found
+        return found.mul_((magnitude[start:stop] / torch.linalg.norm(found, dim=1)).view(-1, 1))
+
+    return rows
+
+
+def _delta_rows(lora: Lora, adapter: TensorFile, in_matrix: int) -> Rows:
+    """B @ A; of a stack of experts, each one's."""
     a, b = adapter.read(lora.a).float(), adapter.read(lora.b).float()
     if lora.num_experts is None:
-        delta = b @ a
-    else:
-        a, b = a.view(lora.num_experts, -1, a.shape[1]), b.view(len(b), -1, lora.num_experts)
-        delta = torch.einsum("ore,eri->eoi", b, a)
-    delta.mul_(lora.scale)
-    merged = delta.add_(weight)  # summed in float32, whatever the weight's dtype
-    if lora.magnitude is None:
-        return merged
-    scale = adapter.read(lora.magnitude).float() / torch.linalg.norm(merged, dim=1)
-    return merged.mul_(scale.view(-1, 1))
+        return lambda start, stop: b[start:stop] @ a
+    a = a.view(lora.num_experts, -1, a.shape[1])
+    b = b.view(len(b), -1, lora.num_experts).permute(2, 0, 1).contiguous()  # (experts, out, r)
 
+    def rows(start: int, stop: int) -> torch.Tensor:
+        expert = start // in_matrix
+        first = expert * in_matrix
+        return b[expert, start - first : stop - first] @ a[expert]
 
-def merged_tensor(
-    op: TensorOp, entry: Entry, shard: TensorFile, adapter: TensorFile, quantization: Quantization | None
-) -> torch.Tensor:
-    """One changed tensor, in the shape and dtype of the base's."""
-    base = shard.read(op.name)
-    if op.replaced_by is not None:
-        result = adapter.read(op.replaced_by)
-    else:
-        result = base
-        if op.quantized:
-            assert quantization is not None
-            result = four_bit_round_trip(result, quantization)
-        if op.lora is not None:
-            result = add_lora(result, op.lora, adapter)
-    result = result.to(base.dtype)
-    if not torch.stack(torch.aminmax(result)).isfinite().all():  # a NaN anywhere is both its least and its greatest
-        raise CheckpointError(
-            f"{op.name} would hold NaN or infinity after the merge: the training diverged, or {base.dtype} cannot "
-            "hold the sum. Merge an earlier checkpoint of the adapter"
-        )
-    assert tuple(result.shape) == entry.shape
-    return result
+    return rows

@@ -4,19 +4,21 @@ Everything here happens before a byte of the result is written. Weights are open
 tensors themselves come later, one at a time.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from gemma_dist.errors import CheckpointError, ConfigError, setting
 from gemma_dist.files import require_free, size
-from gemma_dist.merge.plan import Headers, TensorOp
+from gemma_dist.logs import write_json
+from gemma_dist.merge.plan import LORA_TENSOR, Headers, TensorOp
 from gemma_dist.model.fingerprint import fingerprint_base
 from gemma_dist.model.folder import (
     WEIGHTS,
@@ -27,7 +29,7 @@ from gemma_dist.model.folder import (
     require_embeddings,
 )
 from gemma_dist.model.record import ADAPTER_RECORD, AdapterRecord, Quantization, names_its_layers, read_record
-from gemma_dist.tensorfile import TensorFile, open_tensors
+from gemma_dist.tensorfile import TensorFile, open_tensors, write_tensors
 
 BaseWeights = Literal["as_trained", "original"]
 
@@ -89,6 +91,7 @@ class Adapter:
     settings: dict[str, Any]  # adapter_config.json
     weights: TensorFile
     record: AdapterRecord | None  # gemma_dist.json; None for an adapter from elsewhere
+    renamed: str | None = None  # what was changed of the names in the file (`names.py`), in words
 
     @property
     def headers(self) -> Headers:
@@ -146,6 +149,12 @@ def open_adapter(folder: Path) -> Adapter:
     Raises:
         CheckpointError: it is no such folder, a file of it is broken, or its weights are a pickle.
     """
+    inner = sorted(path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if inner and not (folder / ADAPTER_CONFIG).exists():
+        raise CheckpointError(
+            f"{folder} has no {ADAPTER_CONFIG} itself, but {' and '.join(path.name for path in inner)} in it: "
+            f"give --adapter {inner[0]}"
+        )
     settings = read_json_object(folder / ADAPTER_CONFIG, "the adapter is not a folder that PEFT saved")
     weights = folder / ADAPTER_WEIGHTS
     if not weights.exists() and (folder / "adapter_model.bin").exists():
@@ -154,6 +163,21 @@ def open_adapter(folder: Path) -> Adapter:
             "PEFT where you trust it and save it with safe_serialization=True"
         )
     return Adapter(folder, settings, open_tensors(weights), read_record(folder))
+
+
+@contextlib.contextmanager
+def as_peft_saves(adapter: Adapter) -> Iterator[Path]:
+    """A folder of the adapter that PEFT reads whole: its own, or a copy for a while where its tensors were renamed."""
+    if adapter.renamed is None:
+        yield adapter.folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        modules = {match[1] for name in adapter.weights.entries if (match := LORA_TENSOR.fullmatch(name))}
+        linear = sorted(module for module in modules if f"{module}.base_layer" not in modules)
+        write_json(folder / ADAPTER_CONFIG, adapter.settings | {"target_modules": linear})
+        write_tensors(folder / ADAPTER_WEIGHTS, {name: adapter.weights.read(name) for name in adapter.weights.entries})
+        yield folder
 
 
 def read_quantization(adapter: Adapter, base_weights: BaseWeights) -> Quantization | None:

@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gemma_dist.files import naming, whole_folder
+from gemma_dist.files import whole_folder
 from gemma_dist.logs import log, progress, write_json
-from gemma_dist.merge.arithmetic import merged_tensor
+from gemma_dist.merge.arithmetic import merged
 from gemma_dist.merge.folders import (
     WEIGHTS_INDEX,
     Adapter,
     BaseModel,
     BaseWeights,
+    as_peft_saves,
     check_out,
     check_side_files,
     find_side_files,
@@ -31,12 +32,14 @@ from gemma_dist.merge.folders import (
     open_base,
     read_quantization,
 )
+from gemma_dist.merge.names import with_names_of_peft
 from gemma_dist.merge.plan import TensorOp, plan_merge
+from gemma_dist.merge.stream import Copied, Workers, write_weights
 from gemma_dist.merge.verify import check_memory
 from gemma_dist.merge.verify import verify as compare
 from gemma_dist.model.record import Quantization, write_merge_record
 from gemma_dist.model.vision import name_in_model
-from gemma_dist.tensorfile import TensorFile, write_header, write_tensor
+from gemma_dist.tensorfile import TensorFile
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
     out = Path(out).resolve()
     base_model, trained = open_base(base), open_adapter(Path(adapter))
     check_out(out, base_model, trained)
+    trained = _with_names_of_peft(trained, base_model)
     quantization = read_quantization(trained, base_weights)
     ops = _plan(base_model, trained, quantization)
     notes = _notes(base, base_model, trained, base_weights, ops)
@@ -110,7 +114,8 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
             shutil.copyfile(file.path, folder / name)
         verification = None
         if verify:
-            verification = compare(base_model.folder, trained.folder, folder, quantization=quantization)
+            with as_peft_saves(trained) as known:
+                verification = compare(base_model.folder, known, folder, quantization=quantization)
         write_merge_record(
             folder,
             base=base,
@@ -135,10 +140,19 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
     )
 
 
+def _with_names_of_peft(adapter: Adapter, base: BaseModel) -> Adapter:
+    weights, note = with_names_of_peft(adapter.weights, names_in_model(base))
+    return replace(adapter, weights=weights, renamed=note)
+
+
+def names_in_model(base: BaseModel) -> dict[str, str]:
+    """The base's tensors: name in the model's class -> name in the file."""
+    return {name_in_model(name, base.config.get("model_type", "")): name for name in base.headers}
+
+
 def _plan(base: BaseModel, adapter: Adapter, quantization: Quantization | None) -> list[TensorOp]:
     """What becomes of each tensor of the base; `quantization` as `read_quantization` returns it."""
-    headers, model_type = base.headers, base.config.get("model_type", "")
-    in_file = {name_in_model(name, model_type): name for name in headers}
+    headers, in_file = base.headers, names_in_model(base)
     ops = plan_merge(
         {name: headers[stored] for name, stored in in_file.items()},
         adapter.headers,
@@ -157,7 +171,12 @@ def _notes(
     untrained = note_untrained(adapter, ops)
     if untrained:
         log.warning(untrained)
-    notes = (note_quantization(adapter, base_weights), note_other_base(base_name, base, adapter), untrained)
+    notes = (
+        note_quantization(adapter, base_weights),
+        note_other_base(base_name, base, adapter),
+        untrained,
+        adapter.renamed,
+    )
     return [note for note in notes if note]
 
 
@@ -168,19 +187,21 @@ def _write_weights(
     quantization: Quantization | None,
     folder: Path,
 ) -> None:
-    """Stream every shard of the base into `folder`, tensor by tensor; its index, where it has one, comes last."""
+    """Stream every shard of the base into `folder`; its index, where it has one, comes last."""
     op_of = {op.name: op for op in ops}
-    with contextlib.closing(progress(ops, total=len(ops), desc="merge", unit="tensor")) as bar:
+    with (
+        Workers() as workers,
+        contextlib.closing(progress(ops, total=len(ops), desc="merge", unit="tensor")) as bar,
+    ):
         for shard in base.shards:
-            path = folder / shard.path.name
-            with naming(path), path.open("wb") as target:
-                write_header(target, shard.entries, shard.metadata)
-                for name, entry in shard.entries.items():
-                    next(bar)
-                    if op_of[name].untouched:
-                        shard.copy(name, target)
-                    else:
-                        write_tensor(target, merged_tensor(op_of[name], entry, shard, adapter, quantization))
+            tensors = {
+                name: Copied(shard, name)
+                if op_of[name].untouched
+                else merged(op_of[name], shard, adapter, quantization)
+                for name in shard.entries
+            }
+            for _ in write_weights(folder / shard.path.name, tensors, shard.metadata, workers):
+                next(bar)
         assert next(bar, None) is None, "a planned tensor was not written"
     if base.index is not None:
         metadata = base.index.get("metadata", {}) | {"total_size": base.num_bytes}  # without headers

@@ -177,13 +177,16 @@ def place_of_experts(
 
 
 def keep_four_bit_exact(model: torch.nn.Module) -> None:
-    """Let 4-bit layers compute on every CPU what they compute on others.
+    """Let 4-bit layers compute on every CPU what they compute on GPUs.
 
     Where a CPU multiplies bfloat16 by itself, bitsandbytes repacks their weights on the first pass outside of training:
     the scales lose 16 bits for good, and a layer whose inputs are no multiple of the block size fails.
     """
     from bitsandbytes.nn import Linear4bit
 
+    from gemma_dist.model.four_bit_cpu import dequantize_as_gpus_do
+
+    dequantize_as_gpus_do()
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False

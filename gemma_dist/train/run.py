@@ -19,7 +19,7 @@ from gemma_dist import exits, meeting, ranklog, world
 from gemma_dist.config import RunConfig
 from gemma_dist.data.encode import Encoder, load_encoder
 from gemma_dist.errors import CheckpointError, Stopped
-from gemma_dist.files import writing
+from gemma_dist.files import link_or_copy, writing
 from gemma_dist.logs import RunLog, log
 from gemma_dist.model.cards import card_at_hand, require_card, require_cpu, slow
 from gemma_dist.model.compiled import compile_layers
@@ -266,7 +266,8 @@ def load_run_model(run: Run, table: PerLayerTable | None) -> Any:
 
 
 def _publish(checkpoint: Path | None, output_dir: Path) -> None:
-    """Copy the result of the last checkpoint to `output_dir`, each file whole or absent, the record last."""
+    """Give `output_dir` the result of the last checkpoint, each file whole or absent, the record last. Its weights take
+    no room twice, where the file system can have one file in two folders."""
     assert checkpoint is not None, "a run of no steps"
     result = []
     for path in checkpoint.iterdir():
@@ -280,5 +281,5 @@ def _publish(checkpoint: Path | None, output_dir: Path) -> None:
             old.unlink()  # of an earlier end, in other pieces
     for path in sorted(result, key=lambda path: path.name == ADAPTER_RECORD):
         with writing(output_dir / path.name) as temporary:
-            shutil.copyfile(path, temporary)
+            (link_or_copy if WEIGHTS.fullmatch(path.name) else shutil.copyfile)(path, temporary)
     log.info("the result is in %s", output_dir)

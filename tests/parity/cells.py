@@ -170,10 +170,7 @@ def all_cells() -> list[Cell]:
             cells.append(Cell(launch, tuning, "e4b", "some", dtype="bfloat16"))
     cells += [Cell(launch, "qlora", "12b", "some", dtype="bfloat16") for launch in UP_TO_TWO]
     for launch, optim in product(UP_TO_TWO, OPTIMIZERS):
-        if launch == "cpu_zero3_offload" and optim not in TESTED_OPTIMIZERS:
-            continue  # refused: DeepSpeed's CPU Adam would step
-        taken = {"zero": FOLLOWING_ELEMENTS, "fsdp": FSDP_OPTIMIZERS}.get(launch[4:8], OPTIMIZERS)
-        if optim in taken:  # the others are refused, or see flat slices
+        if _takes(launch, optim):
             cells.append(Cell(launch, "full", "31b", "some", optim=optim))
 
     resumed = [cell for cell in cells if cell.style == "e4b" and cell.data == "some" and cell.dtype == "float32"]
@@ -240,6 +237,14 @@ def peer_cells(peer: str) -> list[Cell]:
     return [*cells, *(Cell(launch, "lora", "e4b", "some", peer=peer) for launch in UP_TO_TWO)]
 
 
+def _takes(launch: str, optim: str) -> bool:
+    """Whether a launch trains with an optimizer. The others are refused: they would see flat slices, or DeepSpeed's CPU
+    Adam would step in their place."""
+    if launch == "cpu_zero3_offload" and optim not in TESTED_OPTIMIZERS:
+        return False
+    return optim in {"zero": FOLLOWING_ELEMENTS, "fsdp": FSDP_OPTIMIZERS}.get(launch[4:8], OPTIMIZERS)
+
+
 def _dealt(cell: Cell) -> Cell:
     """With no more accumulation than a rank has sequences of a step."""
     return replace(cell, accumulation=min(cell.accumulation, GLOBAL_BATCH // cell.data_world_size))
@@ -249,5 +254,6 @@ def _resumed(cells: Iterable[Cell], elsewhere: Mapping[str, str | None]) -> Iter
     """Each of `cells` resumed in its own launch, and in the one that `elsewhere` names for it."""
     for cell in cells:
         yield replace(cell, resumed_from=cell.launch, resumed_sequence=cell.sequence)
-        if other := elsewhere[cell.launch]:
+        other = elsewhere[cell.launch]
+        if other and (cell.optim not in OPTIMIZERS or _takes(other, cell.optim)):
             yield replace(cell, launch=other, resumed_from=cell.launch)

@@ -16,18 +16,20 @@ FIGURES = ("loss", "gradient", "logits", "resume", "names", "copies", "ok", "err
 
 
 def show(results: Results) -> None:
-    """For each dtype a row of each launch: how many cells it has, the worst loss, gradient and logits of them, and the
-    worst figure of those that were resumed, in the same launch or from another one."""
+    """For each dtype a row of each launch, and one where two ranks share each sequence: how many cells it has, the
+    worst loss, gradient and logits of them, and the worst figure of those that were resumed, in the same launch or from
+    another one."""
     for dtype, limit in LIMITS.items():
         of_dtype = {cell: figures for cell, figures in results.items() if cell.dtype == dtype}
         if not of_dtype:
             continue
         print(f"\n{dtype}, limit {_digit(limit)}")
         print(_line("", ["cells", "loss", "gradient", "logits", "resumed", "from another launch"]))
-        for launch in LAUNCHES:
-            cells = [cell for cell in of_dtype if cell.launch == launch]
+        for sequence, launch in product((1, 2), LAUNCHES):
+            cells = [cell for cell in of_dtype if (cell.launch, cell.sequence) == (launch, sequence)]
             if cells:
-                print(_line(launch, _worst_of_launch({cell: of_dtype[cell] for cell in cells})))
+                name = launch if sequence == 1 else f"{launch}, shared"
+                print(_line(name, _worst_of_launch({cell: of_dtype[cell] for cell in cells})))
     num_good = sum(figures.get("ok", False) for figures in results.values())
     print(f"\n{num_good} of {len(results)} cells agree with their reference", flush=True)
     _show_failures(results)
