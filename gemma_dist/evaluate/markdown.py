@@ -1,6 +1,7 @@
 """A report for people: one page of Markdown; and the tables of such pages."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from gemma_dist.evaluate.metrics import MetricReport
 from gemma_dist.evaluate.pass_at_k import metrics_of, pass_metrics
@@ -46,6 +47,7 @@ def _report_lines(report: Report) -> Iterator[str]:
         rows = [[value, *_share(found["overall"])] for value, found in values.items() if value in largest]
         yield from section(f"overall by {name}", [name, "value", "95 % by trajectory", "points"], rows)
     yield from section("All metrics", ["metric", "value", "95 %", "95 % by trajectory", "of", ""], _all(report))
+    yield from section("How it was made", ["what", "is"], _made_by(report))
 
 
 def _headline(report: Report) -> Iterator[str]:
@@ -70,6 +72,14 @@ def _all(report: Report) -> Iterator[Sequence[object]]:
         if found["denominator"]:
             value, clusters, of = _share(found)
             yield metric.name, value, interval(found["low"], found["high"]), clusters, of, metric.sentence
+
+
+def _made_by(report: Mapping[str, Any]) -> Iterator[list[object]]:
+    """What decides the numbers; the command is in report.json's `times`, since it may differ."""
+    for name in ("model_hash", "adapter_hash", "data_hash", "limit", "template_hash", "encoding"):
+        if report.get(name) is not None:
+            yield [name, report[name]]
+    yield from map(list, report.get("versions", {}).items())
 
 
 def _confused(confusion: Mapping[str, Mapping[str, int]]) -> list[list[object]]:
