@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--data", type=Path, nargs="+", default=SOURCES, help="Trajectories as `evaluate` takes them.")
+    parser.add_argument("--no-look", action="store_true")
     arguments = parser.parse_args()
     trajectories = dict(rows(arguments.data, arguments.samples))
     for name, share in (("before", 0.5), ("after", 0.72)):
@@ -217,7 +218,7 @@ def main() -> None:
     if shutil.which("chromium") is None:
         print(f"no `chromium` here to look with; open {' and '.join(map(str, pages))}")
     else:
-        for page in pages:
+        for page in pages if not arguments.no_look else []:
             look(page, arguments.out / "screenshots")
 
 

@@ -129,9 +129,14 @@ def _row(cells: Sequence[object]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+    return " ".join(_encodable(text).replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _encodable(text: str) -> str:
+    """The text with halves of surrogate pairs, which UTF-8 does not have, by their numbers."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def code(text: object) -> str:
     """A text as code, which is no markup."""
-    return f"`{str(text).replace('`', chr(39))}`"
+    return f"`{_encodable(str(text)).replace('`', chr(39))}`"

@@ -1,7 +1,7 @@
 """What the model was shown, for the page that people look at; no score hangs on it.
 
-    OUT/trajectories.jsonl    one line a trajectory, in their order: its messages, of which a decision point at turn t saw
-                              those before it; an image part names its image and its size in pixels
+    OUT/trajectories.jsonl    one line a trajectory, in their order: its messages, of which a decision point saw those
+                              before its turn; an image part names its image and its size in pixels
     OUT/images/NAME.jpg       each image once, small; NAME is the beginning of the hash of its file
 
 Each rank keeps those of its own trajectories (`.trajectories-RANK.jsonl`), and rank 0 joins them when the run ends. A

@@ -25,7 +25,7 @@
     wrong_optional_use: ["Optional argument", "left out though wanted, or given though not"],
   };
   const LABELS = {
-    overall: "Right decisions", sample_exact: "All calls exact", abstain_acc: "Answers without a call", trajectory_exact: "Whole trajectories right",
+    overall: "Right decisions", sample_exact: "All calls exact", abstain_acc: "Answers in words", trajectory_exact: "Whole trajectories",
     answer_contains: "Answer said", image_pair_acc: "Image pairs right", parse_ok: "Readable outputs",
   };
   const STATUS = { ok: "calls read", no_call: "text", malformed: "unreadable", truncated: "cut off" };
@@ -113,11 +113,11 @@
   function cards() {
     const found = headline.filter((name) => after.metrics[name] && after.metrics[name].denominator).map((name) => {
       const metric = after.metrics[name], old = before.metrics[name], change = compares && comparison.metrics[name];
-      const picture = s("svg", { class: "range", viewBox: "0 0 200 16", preserveAspectRatio: "none", "aria-hidden": "true" },
+      const picture = s("svg", { class: "range", viewBox: "0 0 200 16", "aria-hidden": "true" },
         s("line", { class: "axis", x1: 4, x2: 196, y1: 8, y2: 8 }), compares && old && old.denominator && whisker(old, 3.5, true), whisker(metric, compares ? 12.5 : 8));
       return h("article", { class: "metric", title: sentences[name] },
         h("span", { class: "label" }, LABELS[name] || name), h("span", { class: "name" }, name),
-        h("div", { class: "value" }, compares && h("small", null, percent(old && old.value), " → "), percent(metric.value)),
+        h("div", { class: "value" }, compares && h("small", null, old && old.denominator ? (100 * old.value).toFixed(1) : "–", " → "), percent(metric.value)),
         change && h("div", { class: "change " + (change.low > 0 ? "up" : change.high < 0 ? "down" : "soft") },
           `${change.difference > 0 ? "▲ " : change.difference < 0 ? "▼ " : ""}${pp(change.difference)} points`, change.low !== null && h("span", { class: "small" }, ` (${pp(change.low)} to ${pp(change.high)})`)),
         picture,
@@ -134,7 +134,7 @@
     return section("verdict", said, "of overall, 95 % interval by trajectory",
       h("dl", { class: "pairs" },
         h("dt", null, "Difference"), h("dd", null, `${pp(comparison.overall.difference)} points of 100, 95 %: ${pp(low)} to ${pp(high)}`),
-        h("dt", null, "Changed points"), h("dd", null, `${fixed} fixed, ${broken} broken; McNemar's exact test: p = ${p_value(p)}`),
+        h("dt", null, "Changed points"), h("dd", null, `${fixed} fixed, ${broken} broken; McNemar's exact test: p ${p < 0.0001 ? "" : "= "}${p_value(p)}`),
         h("dt", null, "What would show"), h("dd", null, `a true difference of ${(100 * comparison.smallest_difference).toFixed(1)} points, in 8 of 10 cases`),
         comparison.image_gain && [h("dt", null, "Gain by images"), h("dd", null, `${pp(comparison.image_gain.value)} (${pp(comparison.image_gain.low)} to ${pp(comparison.image_gain.high)}), as they are less ${comparison.image_gain.without}, at ${count(comparison.image_gain.num_points)} points`)]));
   }
@@ -162,7 +162,8 @@
 
   // ---- failures, confusion, survival, throughput ---------------------------------------------------------------------
   function bars(name, is_filter) {
-    const kinds = Object.keys(KINDS).filter((kind) => runs.some((run) => (run.report[name] || {})[kind]));
+    const size_of = (kind) => (after[name] || {})[kind] || 0;
+    const kinds = Object.keys(KINDS).filter((kind) => runs.some((run) => (run.report[name] || {})[kind])).sort((a, b) => size_of(b) - size_of(a));
     const most = Math.max(1, ...runs.flatMap((run) => Object.values(run.report[name] || {})));
     return h("ul", { class: "bars" }, kinds.map((kind) => {
       const counts = runs.map((run) => (run.report[name] || {})[kind] || 0);
@@ -200,15 +201,15 @@
         if (!calls) return h("td", { class: gold === called ? "hit" : null });
         const share = calls / sum(found[gold]), level = share > 0.5 ? 3 : share > 0.15 ? 2 : 1, is_hit = gold === called;
         const said = `gold ${plain(gold)}, called ${plain(called)}: ${calls}`;
-        return h("td", { class: (is_hit ? "hit h" : "m") + level }, h("button", { type: "button", title: said, "aria-label": said, onclick: () => choose({ gold, called, run: compares ? String(number) : "" }) }, count(calls)));
+        return h("td", { class: (is_hit ? "hit h" : "m") + level }, h("button", { type: "button", title: said, "aria-label": said, onclick: () => choose({ gold: plain(gold), called: plain(called), run: compares ? String(number) : "" }) }, count(calls)));
       };
       const name_of = (name) => h("span", { class: is_special(name) ? "special" : null, title: plain(name) }, show(name));
       place.replaceChildren(
         h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "confusion matrix" }, h("table", { class: "matrix" },
           h("thead", null, h("tr", null, h("th", { class: "corner" }, "gold ↓  called →"), columns.map((name) => h("th", { scope: "col" }, h("span", { class: "down-text" }, name_of(name)))))),
           h("tbody", null, rows.map((gold) => h("tr", null, h("th", { scope: "row" }, name_of(gold)), columns.map((called) => cell(gold, called))))))),
-        h("p", { class: "soft small" }, "Outlined cells are right. Shades are shares of the row. A number shows its samples."),
-        normal.length > MAX_TOOLS ? h("button", { class: "plain small", type: "button", onclick: () => { all = !all; draw(); } }, all ? `Show the ${MAX_TOOLS} tools that are confused most` : `Show all ${normal.length} tools`) : "");
+        h("p", { class: "soft small after" }, "Outlined cells are right. Shades are shares of the row. A number shows its samples."),
+        normal.length > MAX_TOOLS ? h("button", { class: "plain small after", type: "button", onclick: () => { all = !all; draw(); } }, all ? `Show the ${MAX_TOOLS} tools that are confused most` : `Show all ${normal.length} tools`) : "");
       buttons.forEach((button, other) => button.setAttribute("aria-pressed", String(other === number)));
     }
     if (compares) for (const [other, name] of ["before", "after"].entries()) {
@@ -222,14 +223,14 @@
   function survival() {
     const curves = runs.map((run) => run.report.survival || []), last = Math.max(0, ...curves.map((curve) => curve.length));
     if (last < 2) return section("survival", "Survival over decision points", "", h("p", { class: "soft" }, "Every trajectory has one decision point."));
-    const width = 520, height = 230, x = (step) => 44 + ((width - 60) * step) / last, y = (share) => 14 + (height - 48) * (1 - share);
+    const width = 520, height = 234, x = (step) => 44 + ((width - 60) * step) / last, y = (share) => 14 + (height - 52) * (1 - share);
     const path = (curve) => curve.reduce((made, { step, survival: share }) => `${made}H${x(step - 0.5).toFixed(1)}V${y(share).toFixed(1)}`, `M${x(0)} ${y(1)}`) + `H${x(curve.length).toFixed(1)}`;
     const every = Math.ceil(last / 12), steps = [...Array(last).keys()].map((step) => step + 1).filter((step) => step === 1 || step % every === 0);
     const ends = curves.map((curve) => curve[curve.length - 1]);
     const chart = s("svg", { class: "chart", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Share of trajectories right so far; at the end ${ends.map((end) => percent(end.survival)).join(", then ")}` },
       [0, 0.25, 0.5, 0.75, 1].map((share) => [s("line", { class: "grid", x1: x(0), x2: x(last), y1: y(share), y2: y(share) }), s("text", { x: x(0) - 7, y: y(share) + 4, "text-anchor": "end" }, `${100 * share} %`)]),
-      steps.map((step) => s("text", { x: x(step - 0.5), y: height - 16, "text-anchor": "middle" }, String(step))),
-      s("text", { x: x(last / 2), y: height - 2, "text-anchor": "middle" }, "decision point"),
+      steps.map((step) => s("text", { x: x(step - 0.5), y: height - 19, "text-anchor": "middle" }, String(step))),
+      s("text", { x: x(last / 2), y: height - 4, "text-anchor": "middle" }, "decision point"),
       s("path", { class: "area", d: `${path(curves[curves.length - 1])}V${y(0)}H${x(0)}Z` }),
       curves.map((curve, place) => s("path", { class: "step" + (compares && !place ? " first" : ""), d: path(curve) })));
     const rows = [...Array(last).keys()].map((step) => [step + 1, ...curves.flatMap((curve) => (curve[step] ? [count(curve[step].at_risk), count(curve[step].failed), percent(curve[step].survival)] : ["", "", ""]))]);
@@ -259,9 +260,10 @@
       const told = names.filter((name) => report[name] !== null && report[name] !== undefined).map((name) => [name, report[name]]);
       if (times[place].command) told.push(["command", times[place].command]);
       const list = (entries) => h("dl", { class: "pairs" }, entries.map(([name, value]) => [h("dt", null, name.replaceAll("_", " ")), h("dd", { class: "mono" }, show(typeof value === "string" ? value : JSON.stringify(value)))]));
-      return [compares && h("h3", null, place ? "after" : "before"), list(told), h("h3", null, "Versions"), list(Object.entries(report.versions || {})), more("Settings", list(Object.entries(report.settings || {})))];
+      const versions = Object.entries(report.versions || {});
+      return [compares && h("h3", null, place ? "after" : "before"), h("div", { class: "wide" }, list(told), versions.length > 0 && list(versions)), more("Settings", list(Object.entries(report.settings || {})))];
     });
-    return section("about", "How it was made", "", parts);
+    return section("about", "How it was made", "", compares ? h("div", { class: "sides" }, parts.map((part) => h("div", null, part))) : parts);
   }
 
   // ---- samples -----------------------------------------------------------------------------------------------------
@@ -287,7 +289,7 @@
     return counts;
   };
   const by_count = (values) => [...counted(values)].sort((a, b) => b[1] - a[1] || (a[0] < b[0] ? -1 : 1));
-  const tools_of = (sample) => [...new Set([...sample.gold.tools, ...sample.answers.flatMap((answer) => answer.called)])];
+  const tools_of = (sample) => [...new Set([...sample.gold.tools, ...sample.answers.flatMap((answer) => answer.called)].map(plain))];
 
   const state = {};  // of the filters, as the address has it after #
   const FILTERS = {
@@ -295,7 +297,7 @@
     right: { name: "right or wrong", options: () => by_count(samples.map((one) => (last_of(one).right ? "right" : "wrong"))), passes: (one, value) => (last_of(one).right ? "right" : "wrong") === value, shown: !compares },
     failure: { name: "any failure", options: () => by_count(samples.flatMap((one) => [...new Set(one.answers.map((answer) => answer.failure).filter(Boolean))])), text: label, passes: (one, value) => one.answers.some((answer) => answer.failure === value) },
     tool: { name: "any tool", options: () => by_count(samples.flatMap(tools_of)), passes: (one, value) => tools_of(one).includes(value) },
-    category: { name: "any category", options: () => by_count(samples.map((one) => one.category).filter(Boolean)), passes: (one, value) => one.category === value },
+    category: { name: "any category", options: () => by_count(samples.map((one) => plain(one.category)).filter(Boolean)), passes: (one, value) => plain(one.category) === value },
     status: { name: "any status", options: () => by_count(samples.flatMap((one) => [...new Set(one.answers.map((answer) => answer.status))])), text: (value) => STATUS[value] || value, passes: (one, value) => one.answers.some((answer) => answer.status === value) },
     images: { name: "with or without images", options: () => by_count(samples.map((one) => (one.num_images ? "with images" : "without images"))), passes: (one, value) => (one.num_images ? "with images" : "without images") === value },
   };
@@ -307,7 +309,7 @@
     for (const [name, filter] of Object.entries(FILTERS)) if (state[name] && !filter.passes(sample, state[name])) return false;
     if (state.gold !== undefined && state.called !== undefined) {
       const judged = state.run === undefined || state.run === "" ? sample.answers : [sample.answers[Number(state.run)]];
-      if (!judged.some((answer) => answer && answer.confusion.some(([gold, called]) => gold === state.gold && called === state.called))) return false;
+      if (!judged.some((answer) => answer && answer.confusion.some(([gold, called]) => plain(gold) === state.gold && plain(called) === state.called))) return false;
     }
     return !state.q || words_of(sample).includes(state.q.toLowerCase());
   }
@@ -352,11 +354,11 @@
       h("span", null, `${count(found.length)} of ${count(samples.length)} ${samples.length === 1 ? "sample" : "samples"}`),
       state.gold !== undefined && state.called !== undefined ? h("span", { class: "chip" }, "gold ", show(state.gold), ", called ", show(state.called)) : "",
       active ? h("button", { class: "plain small", type: "button", onclick: () => choose({}) }, "Clear filters") : "",
+      found.length ? h("button", { class: "plain small", type: "button", onclick: () => { if (state.open === "all") delete state.open; else state.open = "all"; update(); } }, state.open === "all" ? "Close all" : "Open all") : "",
       h("span", { class: "keys soft small" }, h("kbd", null, "j"), " ", h("kbd", null, "k"), " next, previous · ", h("kbd", null, "Enter"), " open · ", h("kbd", null, "/"), " search"));
     list.classList.toggle("hidden", !found.length);
-    if (state.open) while (num_shown < found.length && !found.slice(0, num_shown).some((sample) => key_of(sample) === state.open)) grow();
-    else grow();
-    if (state.open && !num_shown) grow();
+    const place = found.findIndex((sample) => key_of(sample) === state.open);
+    do grow(); while (num_shown <= place);
     write_address();
   }
   function grow() {
@@ -382,16 +384,23 @@
       h("span", { class: "id" }, h("bdi", null, show(sample.id)), h("span", { class: "soft" }, turn)),
       h("span", { class: "calls" }, h("bdi", null, show(gold_said(sample))), " → ", h("bdi", null, show(sample.answers.map(called_said).join(" → ")))));
     entry.append(row);
-    if (state.open === key_of(sample)) toggle(entry, row, sample);
+    if (state.open === key_of(sample) || state.open === "all") open(entry, row, sample);
     return entry;
   }
   function toggle(entry, row, sample) {
-    const opens = row.getAttribute("aria-expanded") === "false";
-    row.setAttribute("aria-expanded", String(opens));
-    if (opens) entry.append(detail(sample));
-    else entry.querySelector(".detail").remove();
-    if (opens) state.open = key_of(sample); else delete state.open;
+    if (row.getAttribute("aria-expanded") === "false") {
+      open(entry, row, sample);
+      state.open = key_of(sample);
+    } else {
+      row.setAttribute("aria-expanded", "false");
+      entry.querySelector(".detail").remove();
+      delete state.open;
+    }
     write_address();
+  }
+  function open(entry, row, sample) {
+    row.setAttribute("aria-expanded", "true");
+    entry.append(detail(sample));
   }
 
   // ---- one sample ----------------------------------------------------------------------------------------------------
@@ -484,7 +493,7 @@
       const options = filter.options();
       if (filter.shown === false || options.length < 2) continue;
       selects[name] = h("select", { "aria-label": filter.name, onchange: (event) => set(name, event.target.value) }, h("option", { value: "" }, filter.name),
-        options.map(([value, number]) => h("option", { value }, plain(`${filter.text ? filter.text(value) : value} (${count(number)})`))));
+        options.map(([value, number]) => h("option", { value }, `${filter.text ? filter.text(value) : value} (${count(number)})`)));
       bar.append(selects[name]);
     }
     let wait = 0;
@@ -506,12 +515,13 @@
   }
 
   const jumps = [["overview", "Overview"], ["failures", "Failures"], ["confusion", "Confusion"], ["survival", "Survival"], ["throughput", "Throughput"], ["about", "How it was made"], ["samples", "Samples"]];
+  document.body.classList.toggle("comparison", compares);
   document.getElementById("page").append(
     top(),
     h("nav", { class: "jump", "aria-label": "Parts of the page" }, jumps.map(([id, name]) => h("button", { type: "button", onclick: () => { const part = document.getElementById(id); part.scrollIntoView(); part.focus({ preventScroll: true }); } }, name))),
     ...notices(), verdict() || "", cards(),
     h("section", { class: "card" }, all_metrics(), slices() || ""),
-    h("div", { class: "two" }, failures(), survival()), confusion(), h("div", { class: "two" }, throughput(), about()), sample_list(),
+    h("div", { class: "two" }, h("div", null, failures()), h("div", null, survival(), throughput())), confusion(), about(), sample_list(),
     h("footer", { class: "bottom" }, "Made by gemma-dist. docs/evaluation.md defines every number."));
   document.addEventListener("keydown", keys);
   window.addEventListener("hashchange", () => { read_address(); update(); });
