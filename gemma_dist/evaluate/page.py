@@ -1,6 +1,6 @@
 """report.html and comparison.html: one file to look at, with everything in it and nothing loaded from elsewhere.
 
-    page.html + page.css + page.js (report_page/, the same for every page)  +  data as JSON, in blocks that do not run
+    report_page/ (markup, style and script, the same for every page)  +  data as JSON, in blocks that do not run
 
 Models and rows write what they like, so none of it is ever markup. `<`, `>` and `&` are escaped in the JSON, so no text
 ends its block; the script puts texts in as texts; and the content security policy names style and script by their
@@ -29,6 +29,7 @@ from gemma_dist.logs import read_jsonl, to_json
 
 TRAJECTORIES, IMAGES = "trajectories.jsonl", "images"  # what the model was shown (`shown.py`)
 MAX_PAGE_BYTES = 48 << 20  # of a page, about: a browser opens it at once
+SCRIPTS = ("elements.js", "overview.js", "charts.js", "samples.js", "sample.js", "page.js")  # in that order one
 # JSON that HTML cannot take for markup, nor JavaScript for a line's end.
 _ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 IMAGE_NAME = re.compile(r"[0-9a-f]{16}")  # as `shown.py` gives them
@@ -133,9 +134,14 @@ def policy(style: str, script: str) -> str:
     )
 
 
+def _script() -> str:
+    """The one script of a page: in a block, so that its names hide none of the browser's."""
+    return '"use strict";\n{\n' + "".join(map(_part, SCRIPTS)) + "}\n"
+
+
 def _template(title: str) -> tuple[str, str]:
     """The page before and after its data."""
-    style, script = _part("page.css"), _part("page.js")
+    style, script = _part("page.css"), _script()
     before, after = _part("page.html").split("{{data}}")
     for name, text in {"policy": policy(style, script), "style": style, "title": title}.items():
         before = before.replace(f"{{{{{name}}}}}", text)
