@@ -55,12 +55,17 @@ class _Blocks:
 
     def add(self, kind: str, name: str, text: str) -> bool:
         """Add a block of JSON text if there is room; whether there was."""
-        fits = len(text) <= self.room
+        fits = self.take(kind, text)
         if fits:
-            self.room -= len(text)
-            self.texts.append(f'<script type="application/json" id="{name}">{text}</script>\n')
-        else:
-            self.left_out[kind] += 1
+            self.texts.append(_block(name, text))
+        return fits
+
+    def take(self, kind: str, text: str) -> bool:
+        """Take the room of a text, if there is so much; else note that it is left out."""
+        num_bytes = len(text.encode())
+        fits = num_bytes <= self.room
+        self.room -= num_bytes if fits else 0
+        self.left_out[kind] += not fits
         return fits
 
 
@@ -80,7 +85,7 @@ def write_page(
     samples = _fitting_samples(runs, blocks)
     trajectories = shown / TRAJECTORIES
     if trajectories.is_file():
-        _add_prompts(trajectories, shown / IMAGES, {sample["trajectory"] for sample in samples}, blocks)
+        _add_prompts(trajectories, shown / IMAGES, {runs[0].lines[place]["trajectory"] for place in samples}, blocks)
     overview = {
         "runs": [
             {"name": run.name, "report": {key: run.report[key] for key in run.report if key != "times"}} for run in runs
@@ -93,13 +98,14 @@ def write_page(
         "left_out": blocks.left_out,
         "max_mb": MAX_PAGE_BYTES >> 20,
     }
-    data = {"overview": overview, "times": [run.report.get("times", {}) for run in runs], "samples": samples}
+    times = [run.report.get("times", {}) for run in runs]
     title = " against ".join(run.name for run in runs)
     with writing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         before, after = _template(html.escape(_one_line(title)))
         file.write(before)
-        for name, value in data.items():
-            file.write(f'<script type="application/json" id="{name}">{embedded(value)}</script>\n')
+        file.write(_block("overview", embedded(overview)))
+        file.write(_block("times", embedded(times)))
+        file.write(_block("samples", f"[{', '.join(samples[place] for place in sorted(samples))}]"))
         file.writelines(blocks.texts)
         file.write(after)
     return blocks.left_out
@@ -112,6 +118,11 @@ def _num_samples(runs: Sequence[PageRun]) -> int:
 def embedded(value: object) -> str:
     """`value` as JSON that may stand in a block of an HTML page, whatever its strings hold."""
     return to_json(value).translate(_ESCAPES)
+
+
+def _block(name: str, text: str) -> str:
+    """JSON text (`embedded`) as a block of the page, which its script finds by name."""
+    return f'<script type="application/json" id="{name}">{text}</script>\n'
 
 
 def _one_line(text: str) -> str:
@@ -148,22 +159,18 @@ def _template(title: str) -> tuple[str, str]:
     return before, after.replace("{{script}}", script)
 
 
-def _fitting_samples(runs: Sequence[PageRun], blocks: _Blocks) -> list[dict[str, Any]]:
-    """The samples of a page, those that are wrong first where not all have room; in the order of the data."""
+def _fitting_samples(runs: Sequence[PageRun], blocks: _Blocks) -> dict[int, str]:
+    """The samples that have room, as JSON, by their places in the data: those that are wrong come first."""
     second = {_point(line): line for line in runs[-1].lines} if len(runs) > 1 else {}
     order = sorted(range(len(runs[0].lines)), key=lambda place: runs[0].lines[place]["score"]["right"])
-    kept: dict[int, dict[str, Any]] = {}
+    samples: dict[int, str] = {}
     for place in order:
         line = runs[0].lines[place]
         answers = [line, second[_point(line)]] if second else [line]
-        sample = _shown_sample(answers, runs)
-        num_bytes = len(embedded(sample))
-        if num_bytes <= blocks.room:
-            blocks.room -= num_bytes
-            kept[place] = sample
-        else:
-            blocks.left_out["samples"] += 1
-    return [kept[place] for place in sorted(kept)]
+        text = embedded(_shown_sample(answers, runs))
+        if blocks.take("samples", text):
+            samples[place] = text
+    return samples
 
 
 def _point(line: ScoredDecision) -> tuple[int, int, int]:

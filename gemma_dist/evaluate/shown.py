@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,15 @@ QUALITY = 75  # of its JPEG
 
 def keep_shown(out: Path, trajectories: Mapping[int, Trajectory]) -> None:
     """Keep this rank's trajectories, by their numbers, as the model sees them."""
-    with writing(out / f".trajectories-{world.rank()}.jsonl") as temporary:
-        writer = JsonlWriter(temporary, append=False)
-        for number, trajectory in trajectories.items():
-            images = iter([_keep_image(out / IMAGES, image) for image in trajectory.images])
-            messages = [_with_images(dict(message), images) for message in trajectory.messages]
-            writer.write({"trajectory": number, "id": trajectory.id, "messages": messages})
-        writer.close()
+    writer = JsonlWriter(out / f".trajectories-{world.rank()}.jsonl", append=False)
+    for number, trajectory in trajectories.items():
+        images = iter([_keep_image(out / IMAGES, image) for image in trajectory.images])
+        messages = [_with_images(dict(message), images) for message in trajectory.messages]
+        writer.write({"trajectory": number, "id": trajectory.id, "messages": messages})
+    writer.close()
 
 
-def _with_images(message: dict[str, Any], images: Any) -> dict[str, Any]:
+def _with_images(message: dict[str, Any], images: Iterator[dict[str, Any]]) -> dict[str, Any]:
     """The message, its image parts with what `images` yields next."""
     if isinstance(message["content"], list):
         message["content"] = [
@@ -66,7 +65,7 @@ def join_shown(out: Path) -> None:
     """Make one file of what the ranks kept."""
     parts = sorted(path for path in out.iterdir() if re.fullmatch(r"\.trajectories-\d+\.jsonl", path.name))
     lines: dict[int, bytes] = {}
-    for part in parts:  # also those of a run that was killed, on more ranks
+    for part in parts:  # also those of a start on more ranks, whose last line a kill may have torn
         for raw in part.read_bytes().split(b"\n")[:-1]:
             with contextlib.suppress(ValueError):
                 lines[json.loads(raw)["trajectory"]] = raw
