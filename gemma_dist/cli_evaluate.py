@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.option("--model", required=True, help="Folder or Hub name of the model.")
 @click.option("--adapter", type=EXISTING, help="Folder of a LoRA adapter for the model.")
 @click.option("--data", required=True, type=EXISTING, help="Held-out trajectories: a JSONL file or a shard folder.")
-@click.option("--out", required=True, type=NEW, help="Folder for report.json and samples.jsonl.")
+@click.option("--out", required=True, type=NEW, help="Folder for report.json, report.html and samples.jsonl.")
 @click.option("--limit", type=click.IntRange(min=1), help="Evaluate only this many trajectories, the first ones.")
 def evaluate(
     model: str, adapter: Path | None, data: Path, out: Path, limit: int | None, settings: "EvaluateConfig"
@@ -38,7 +38,7 @@ def evaluate(
 @click.command()
 @click.option("--from", "run", required=True, type=EXISTING, help="Folder that `evaluate` wrote.")
 @click.option("--data", type=EXISTING, help="Rows whose gold and tools are taken; default: as they were then.")
-@click.option("--out", required=True, type=NEW, help="Folder for report.json, report.md and samples.jsonl.")
+@click.option("--out", required=True, type=NEW, help="Folder for report.json, report.html and samples.jsonl.")
 @click.option("--answer-tolerance", type=click.FloatRange(min=0), help="As in `evaluate`; default: as it was then.")
 def score(run: Path, data: Path | None, out: Path, answer_tolerance: float | None) -> None:
     """Score what a model wrote again, without the model.
@@ -55,7 +55,7 @@ def score(run: Path, data: Path | None, out: Path, answer_tolerance: float | Non
 @click.command()
 @click.argument("before", type=EXISTING)
 @click.argument("after", type=EXISTING)
-@click.option("--out", type=NEW, help="Also write comparison.json and comparison.md to this folder.")
+@click.option("--out", type=NEW, help="Also write comparison.json, .md and .html to this folder.")
 @click.option("--fail-below", metavar="METRIC=X", multiple=True, help="Exit code 3 where AFTER has less: overall=0.9.")
 @click.option("--fail-if-worse", is_flag=True, help="Exit code 3 where `overall` fell by more than chance.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")

@@ -1,6 +1,7 @@
 """Evaluation: every decision point once, whatever the ranks, and a report that its samples bear out."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -24,8 +25,8 @@ from tests.support.ranks import REPOSITORY, gemma_dist, kill, start
 Run = Callable[..., Path]
 Answers = Iterator[tuple[Question, int, Answer]]
 
-FILES = ("samples.jsonl", "tools.json", "report.json", "report.md")
-LEFT = {*FILES, "run.json"}
+FILES = ("samples.jsonl", "tools.json", "trajectories.jsonl", "report.json", "report.md", "report.html")
+LEFT = {*FILES, "run.json", "images"}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,11 @@ def _read(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     report = json.loads((out / "report.json").read_text())
     del report["times"]
     return report, samples
+
+
+def _page(out: Path) -> bytes:
+    """report.html, but for its times."""
+    return re.sub(rb'id="times">.*', b"", (out / "report.html").read_bytes())
 
 
 def _require_same_when_scored_again(out: Path, folder: Path, data: Path) -> None:
@@ -95,8 +101,14 @@ def test_any_number_of_ranks_and_a_run_that_was_killed_and_goes_on_give_the_same
     assert times["world_size"] == 2
     assert sum(rank["answers"] for rank in times["ranks"]) == len(samples_alone) - written
     assert _read(out) == (alone, samples_alone)
-    for file in ("samples.jsonl", "tools.json", "report.md"):
+    for file in ("samples.jsonl", "tools.json", "trajectories.jsonl", "report.md"):
         assert (out / file).read_bytes() == (tmp_path / "alone" / file).read_bytes(), file
+    assert _page(out) == _page(tmp_path / "alone")
+    images = [
+        {path.name: path.read_bytes() for path in (each / "images").iterdir()} for each in (out, tmp_path / "alone")
+    ]
+    assert images[0] == images[1]
+    assert len(images[0]) == sum(1 + number % 3 for number in (0, 3, 6)), "each of every third row once"
     assert {path.name for path in out.iterdir()} == LEFT
 
     # 7 runs of 1 to 3 calls and a final word each, less the one that is not trained

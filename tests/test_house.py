@@ -44,6 +44,7 @@ WITHOUT_TORCH = [
     "evaluate.compare_page",
     "evaluate.markdown",
     "evaluate.metrics",
+    "evaluate.page",
     "evaluate.tree",
     "data.read",
     "evaluate.score",

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,12 @@ def test_the_module_is_found_from_every_folder(python: Path, folder: str) -> Non
     found = _run(python, "-c", "import gemma_dist; print(gemma_dist.__file__)", cwd=home / folder)
     assert Path(found.strip()) == home / "work" / "gemma_dist" / "gemma_dist" / "__init__.py"
     assert "version" in _run(python, "-m", "gemma_dist", "--version", cwd=home / folder)
+
+
+def test_a_wheel_has_every_file_of_the_package(python: Path, tmp_path: Path) -> None:
+    clone = python.parents[2] / "work" / "gemma_dist"
+    _run(python, "-m", "pip", "wheel", "--no-index", "--no-deps", "--no-build-isolation", "-w", tmp_path, clone)
+    (wheel,) = tmp_path.glob("*.whl")
+    files = {str(path.relative_to(clone)) for path in (clone / "gemma_dist").rglob("*.*") if path.suffix != ".pyc"}
+    assert {"gemma_dist/evaluate/report_page/page.js", "gemma_dist/cli.py"} <= files
+    assert files <= set(zipfile.ZipFile(wheel).namelist())

@@ -1,10 +1,12 @@
-"""A comparison of two runs for people: one page of Markdown."""
+"""A comparison of two runs for people: a page of Markdown, and one to look at, with both answers to every point."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gemma_dist.evaluate.compare import Change, ChangedPoint, Comparison, compare, failed_rules
 from gemma_dist.evaluate.markdown import MAX_ROWS, code, interval, percent, section, table
+from gemma_dist.evaluate.page import TRAJECTORIES, PageRun, write_page
+from gemma_dist.evaluate.runs import Run, read_run, read_tools
 from gemma_dist.files import writing
 from gemma_dist.logs import log, to_json, write_json
 
@@ -23,17 +25,21 @@ def compare_runs(
     compared = compare(before, after)
     failures = failed_rules(compared, fail_below, fail_if_worse)
     if out is not None:
-        write_comparison(compared, out)
+        write_comparison(compared, out, read_run(before), read_run(after))
     for failure in failures:
         log.error(failure)
     return to_json(compared) + "\n" if as_json else comparison_page(compared), not failures
 
 
-def write_comparison(compared: Comparison, out: Path) -> None:
-    """comparison.md and, last, comparison.json."""
+def write_comparison(compared: Comparison, out: Path, before: Run, after: Run) -> None:
+    """comparison.md, comparison.html and, last, comparison.json."""
     out.mkdir(parents=True, exist_ok=True)
     with writing(out / "comparison.md") as temporary:
         temporary.write_text(comparison_page(compared), encoding="utf-8")
+    runs = [PageRun(str(run.folder), run.report, run.lines, read_tools(run.folder)) for run in (before, after)]
+    shown = after.folder if (after.folder / TRAJECTORIES).is_file() else before.folder
+    told = {name: value for name, value in compared.items() if name not in ("fixed", "broken")}
+    write_page(out / "comparison.html", runs, shown, told)
     write_json(out / "comparison.json", compared)
 
 

@@ -1,6 +1,7 @@
 """A report for people: one page of Markdown; and the tables of such pages."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from gemma_dist.evaluate.metrics import MetricReport
 from gemma_dist.evaluate.pass_at_k import metrics_of, pass_metrics
@@ -46,6 +47,7 @@ def _report_lines(report: Report) -> Iterator[str]:
         rows = [[value, *_share(found["overall"])] for value, found in values.items() if value in largest]
         yield from section(f"overall by {name}", [name, "value", "95 % by trajectory", "points"], rows)
     yield from section("All metrics", ["metric", "value", "95 %", "95 % by trajectory", "of", ""], _all(report))
+    yield from section("How it was made", ["what", "is"], _made_by(report))
 
 
 def _headline(report: Report) -> Iterator[str]:
@@ -70,6 +72,14 @@ def _all(report: Report) -> Iterator[Sequence[object]]:
         if found["denominator"]:
             value, clusters, of = _share(found)
             yield metric.name, value, interval(found["low"], found["high"]), clusters, of, metric.sentence
+
+
+def _made_by(report: Mapping[str, Any]) -> Iterator[list[object]]:
+    """What decides the numbers; the command is in report.json's `times`, since it may differ."""
+    for name in ("model_hash", "adapter_hash", "data_hash", "limit", "template_hash", "encoding"):
+        if report.get(name) is not None:
+            yield [name, report[name]]
+    yield from map(list, report.get("versions", {}).items())
 
 
 def _confused(confusion: Mapping[str, Mapping[str, int]]) -> list[list[object]]:
@@ -119,9 +129,14 @@ def _row(cells: Sequence[object]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+    return " ".join(_encodable(text).replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _encodable(text: str) -> str:
+    """The text with halves of surrogate pairs, which UTF-8 does not have, by their numbers."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def code(text: object) -> str:
     """A text as code, which is no markup."""
-    return f"`{str(text).replace('`', chr(39))}`"
+    return f"`{_encodable(str(text)).replace('`', chr(39))}`"

@@ -37,6 +37,8 @@ class Report(TypedDict):
     data_hash: str
     limit: int | None
     encoding: str  # a hash of template and tokenizer, and of what else makes prompts
+    template_hash: str  # of the chat template alone
+    versions: dict[str, str]  # of the packages that computed
     settings: dict[str, Any]
     num_trajectories: int
     num_decision_points: int
@@ -51,7 +53,7 @@ class Report(TypedDict):
     survival: list[SurvivalStep]
     confusion: dict[str, dict[str, int]]  # {gold's tool: {called tool: calls}}
     slices: dict[str, dict[str, dict[str, MetricReport]]]  # {slice: {value: metrics with something to judge}}
-    times: dict[str, Any]  # what differs from run to run, and nothing else does: ranks, seconds, throughput
+    times: dict[str, Any]  # what differs from run to run, and nothing else does: command, ranks, seconds, throughput
 
 
 def make_report(header: Mapping[str, Any], decisions: Iterable[ScoredDecision]) -> Report:

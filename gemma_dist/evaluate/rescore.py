@@ -1,11 +1,11 @@
 """Score a run again from what it wrote, without the model: with newer rules, or against corrected data.
 
-    RUN/samples.jsonl + RUN/tools.json  ->  OUT/samples.jsonl, OUT/tools.json, OUT/report.json, OUT/report.md
+    RUN/samples.jsonl + RUN/tools.json  ->  OUT/samples.jsonl, OUT/tools.json, OUT/report.json, .md, .html
 
-Where neither rules nor data changed, all four are those of RUN byte for byte: what `times` says is of the answers.
+Where neither rules nor data changed, all are those of RUN byte for byte: what `times` says is of the answers. What the
+model was shown (trajectories.jsonl, images/) is copied.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,8 @@ from gemma_dist.evaluate.decision import AnsweredDecision
 from gemma_dist.evaluate.line import asked, score_lines
 from gemma_dist.evaluate.log import hash_data
 from gemma_dist.evaluate.report import Report
-from gemma_dist.evaluate.runs import REPORT, TOOLS, ToolSets, read_run, tools_key, write_results
+from gemma_dist.evaluate.runs import REPORT, ToolSets, read_run, read_tools, tools_key, write_results
+from gemma_dist.evaluate.shown import copy_shown
 from gemma_dist.shards.reader import load_trajectories
 
 Place = tuple[str, int, int]  # id, number of the trajectory, and turn
@@ -42,12 +43,13 @@ def score_again(run_folder: Path, data: Path | None, out: Path, answer_tolerance
         settings = settings.model_copy(update={"answer_tolerance": answer_tolerance})
     lines: Sequence[AnsweredDecision] = run.lines
     if data is None:
-        tool_sets: ToolSets = json.loads((run_folder / TOOLS).read_bytes())
+        tool_sets = read_tools(run_folder)
     else:
         lines, tool_sets = _asked_again(lines, data, settings)
     header = {**run.report, "settings": settings.model_dump(mode="json")}
     if data is not None:
         header |= {"data": str(data), "data_hash": hash_data(data)}
+    copy_shown(run_folder, out)
     return write_results(out, header, score_lines(lines, tool_sets, settings.answer_tolerance), tool_sets)
 
 

@@ -4,6 +4,8 @@
                          turns are counted from 1
     OUT/tools.json       the declarations that these lines name
     OUT/report.md        the report on one page
+    OUT/report.html      the same to look at, with every sample
+    OUT/trajectories.jsonl, OUT/images/    what the model was shown, for that page
     OUT/report.json      every metric with numerator and denominator; written last
     OUT/run.json         what was evaluated (`log.py`)
 
@@ -12,6 +14,9 @@ rank 0 scores them and makes the report, as `gemma-dist score` does: it follows 
 neither on the number of ranks nor on how often the run was killed and started again.
 """
 
+import hashlib
+import shlex
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -46,6 +51,8 @@ from gemma_dist.evaluate.report import Report, summary
 from gemma_dist.evaluate.room import measure_room
 from gemma_dist.evaluate.runs import REPORT, ToolSets, tools_key, write_results
 from gemma_dist.evaluate.sampling import Sampling
+from gemma_dist.evaluate.shown import join_shown, keep_shown
+from gemma_dist.health.facts import versions
 from gemma_dist.logs import JsonlWriter, log, progress
 from gemma_dist.model import fsdp
 from gemma_dist.model.load import load_for_evaluation
@@ -91,6 +98,7 @@ def evaluate(
         decisions, num_trajectories, tool_sets = _my_decisions(data, limit, encoder, settings, run)
         if num_trajectories == 0:
             raise DataError(f"{data} holds no trajectories, so there is nothing to evaluate")
+        keep_shown(out, {decision.trajectory_number: decision.trajectory for decision in decisions})
         loaded = load_for_evaluation(model, adapter, ple_on_host=settings.ple != "gpu")
         if is_partitioned(loaded) and world.rank() == 0:
             how = "FSDP2" if fsdp.is_launched() else "ZeRO-3"
@@ -99,10 +107,13 @@ def evaluate(
         wanted = [(decision.trajectory_number, decision.prompt.turn, decision.key) for decision in decisions]
         all_wanted = sorted(chain.from_iterable(world.gather_objects(wanted)))
         keys = [(key, sample) for _, _, key in all_wanted for sample in range(settings.num_samples)]
-        header = {**run, "settings": settings.model_dump(mode="json"), "times": times}
+        template_hash = hashlib.sha256(encoder.processor.chat_template.encode()).hexdigest()[:16]
+        made_by = {"template_hash": template_hash, "versions": versions()}
+        header = {**run, **made_by, "settings": settings.model_dump(mode="json"), "times": times}
 
         def report_all() -> Report:
             scored = score_lines(complete(out, keys), tool_sets, settings.answer_tolerance)
+            join_shown(out)
             report = write_results(out, header, scored, tool_sets)
             remove_parts(out)
             for sentence in summary(report):
@@ -175,7 +186,8 @@ def _write_my_part(
     failed = [f"{question.key}: {reason}" for question, reason in generator.failed]
     _require_answers(list(chain.from_iterable(world.gather_objects(failed))), out)
     took = {"seconds": round(seconds, 3), "answers": num_answers, **asdict(generator.counts)}
-    return {"world_size": world.world_size(), "ranks": world.gather_objects(took)}
+    command = shlex.join(["gemma-dist", *sys.argv[1:]])
+    return {"command": command, "world_size": world.world_size(), "ranks": world.gather_objects(took)}
 
 
 def _require_answers(failed: list[str], out: Path) -> None:

@@ -3,12 +3,13 @@
 samples.jsonl    one line an answer to a decision point, in the order of the data
 tools.json       the declarations that the lines name
 report.md        the report on one page
+report.html      the same to look at, with every sample (`page.py`)
 report.json      the report; written last, so that a run without it did not end
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from typing import Any
 from gemma_dist.errors import ConfigError
 from gemma_dist.evaluate.decision import ScoredDecision
 from gemma_dist.evaluate.markdown import report_page
+from gemma_dist.evaluate.page import PageRun, write_page
 from gemma_dist.evaluate.report import Report, make_report
 from gemma_dist.files import writing
 from gemma_dist.logs import JsonlWriter, read_jsonl, write_json
 
-SAMPLES, TOOLS, REPORT, PAGE = "samples.jsonl", "tools.json", "report.json", "report.md"
+SAMPLES, TOOLS, REPORT = "samples.jsonl", "tools.json", "report.json"
+MARKDOWN, HTML = "report.md", "report.html"
 ToolSets = dict[str, list[Any]]  # tools.json: declarations by their key
 
 
@@ -58,6 +61,12 @@ def read_run(folder: Path) -> Run:
     return Run(folder, report, lines)
 
 
+def read_tools(folder: Path) -> ToolSets:
+    """The declarations that the lines of a run name."""
+    tool_sets: ToolSets = json.loads((folder / TOOLS).read_bytes())
+    return tool_sets
+
+
 def write_results(out: Path, header: dict[str, Any], lines: list[ScoredDecision], tool_sets: ToolSets) -> Report:
     """Write the scored lines of a whole run and their report, which comes last.
 
@@ -72,10 +81,16 @@ def write_results(out: Path, header: dict[str, Any], lines: list[ScoredDecision]
         writer.close()
     write_json(out / TOOLS, tool_sets)
     report = make_report(header, lines)
-    with writing(out / PAGE) as temporary:
+    with writing(out / MARKDOWN) as temporary:
         temporary.write_text(report_page(report), encoding="utf-8")
+    write_page(out / HTML, [PageRun(name_of(report), report, lines, tool_sets)], out)
     write_json(out / REPORT, report)
     return report
+
+
+def name_of(report: Mapping[str, Any]) -> str:
+    """What a page calls a run: its model, and its adapter if there is one."""
+    return f"{report['model']} + {report['adapter']}" if report["adapter"] else str(report["model"])
 
 
 def tools_key(tools: Sequence[Any]) -> str:

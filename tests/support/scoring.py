@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from gemma_dist.data.read import Call, Reading
+from gemma_dist.data.read import Call, Reading, reading_to_json
 from gemma_dist.evaluate.decision import ScoredDecision
 from gemma_dist.evaluate.score import Gold, GoldCall, Score, score_decision
 
@@ -41,7 +41,7 @@ def line(trajectory: int, turn: int, gold: Gold, output: Reading, tools: Any = (
         "output_ids": [1],
         "output_tokens": 1,
         "stopped": True,
-        "parsed": {},
+        "parsed": reading_to_json(output),
         "gold": gold,
         "score": score,
     }
