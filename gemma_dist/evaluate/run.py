@@ -135,7 +135,8 @@ def _my_decisions(
             prompts = encoder.prompts(trajectory)
         for prompt in prompts:
             place = f"{num_trajectories} {trajectory.id} {prompt.turn}"
-            decisions.append(Decision(trajectory, num_trajectories, prompt, place, key_of(run, place, prompt)))
+            key = key_of(run, place, prompt.input_ids, prompt.images)
+            decisions.append(Decision(trajectory, num_trajectories, prompt, place, key))
     return decisions, num_trajectories, tool_sets
 
 
