@@ -185,7 +185,8 @@ class Client:
         words = self._words(answer)
         if 300 <= status < 400:
             place = urlsplit(headers.get("Location") or "")
-            words = f"it sends us on to {place.scheme}://{place.hostname}{place.path}, where nothing is sent"
+            host = place.netloc.rpartition("@")[2]
+            words = f"it sends us on to {place.scheme}://{host}{place.path}, where nothing is sent"
         return Refusal(status, words)
 
     def _words(self, answer: bytes) -> str:

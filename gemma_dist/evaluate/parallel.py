@@ -9,10 +9,13 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def in_parallel(jobs: Sequence[T], work: Callable[[T], R], num_threads: int) -> Iterator[tuple[T, R | Exception]]:
+def in_parallel(
+    jobs: Sequence[T], work: Callable[[T], R], num_threads: int, ends: Callable[[Exception], bool]
+) -> Iterator[tuple[T, R | Exception]]:
     """Each job with what `work` makes of it, or what it raised, as they come from so many threads.
 
-    The threads end with the process: who leaves early, as by Ctrl-C, does not wait for them.
+    None is begun any more once what `work` raises `ends` all of it. The threads end with the process: who leaves early,
+    as by Ctrl-C, does not wait for them.
     """
     waiting, lock = iter(jobs), threading.Lock()
     results: queue.SimpleQueue[tuple[T, R | Exception] | None] = queue.SimpleQueue()
@@ -29,6 +32,8 @@ def in_parallel(jobs: Sequence[T], work: Callable[[T], R], num_threads: int) -> 
             try:
                 results.put((taken, work(taken)))
             except Exception as error:
+                if ends(error):
+                    stopped.set()
                 results.put((taken, error))
         results.put(None)
 

@@ -247,7 +247,7 @@ def _write_answers(asking: _Asking, out: Path, keyed: list[tuple[Point, str]], l
     jobs = [(point, key, sample) for point, key in keyed for sample in samples if (key, sample) not in lines]
     start = time.perf_counter()
     writer = JsonlWriter(part_of_rank(out), append=True)
-    results = in_parallel(jobs, asking.ask, asking.server.concurrency)
+    results = in_parallel(jobs, asking.ask, asking.server.concurrency, _ends_all)
     lost = 0
     try:
         with closing(progress(results, total=len(jobs), desc="evaluating", unit="answer")) as shown:
@@ -277,16 +277,22 @@ def _write_answers(asking: _Asking, out: Path, keyed: list[tuple[Point, str]], l
 
 
 def _require_server(asking: _Asking, answer: Exception, out: Path, *, goes_on: bool) -> None:
-    """Raises EvaluationError where no other point would be answered either; what is no matter of the server as it is
-    where it is a bug."""
+    """Raises EvaluationError where no other point would be answered either, and bugs as they are."""
     kept = f"The answers so far are kept in {out}: run the same command again to go on"
     address = asking.client.address
     if isinstance(answer, Unanswered) and not (goes_on and asking.client.is_there()):
         raise EvaluationError(f"{address} does not answer any more: {answer}. {kept} when it does") from None
-    if isinstance(answer, Refusal) and answer.status not in (400, 413):
+    if _ends_all(answer):
+        if not isinstance(answer, Refusal):
+            raise answer
         raise EvaluationError(f"{address} refuses: {answer}{_remedy(answer.status)}. {kept}") from None
-    if not isinstance(answer, (Unanswered, Refusal, chat.Misanswer)):
-        raise answer
+
+
+def _ends_all(problem: Exception) -> bool:
+    """Whether it is no matter of one point: only 400 and 413 (too long, mostly), no answer and no proper one are."""
+    if isinstance(problem, Refusal):
+        return problem.status not in (400, 413)
+    return not isinstance(problem, (Unanswered, chat.Misanswer))
 
 
 def _remedy(status: int) -> str:
