@@ -28,6 +28,11 @@ class ServerConfig(Section):
     max_retries: int = Field(
         5, ge=0, description="How often a request that is lost, or that the server puts off, is sent again."
     )
+    server_errors: Literal["fail", "malformed"] = Field(
+        "fail",
+        description="What an answer of status 500 is: no answer, so that the run fails; or, as of a server that fails "
+        "where it cannot read a call (transformers serve), a malformed call.",
+    )
     extra_body: str | None = Field(
         None,
         description="JSON object of more fields for each request, as the server knows them; null leaves a field out.",

@@ -22,7 +22,7 @@ from gemma_dist.data.content import content_parts
 from gemma_dist.data.images import decode_image
 from gemma_dist.data.strict import as_list, as_object, get, short
 from gemma_dist.data.types import Content, Message
-from gemma_dist.evaluate.message import MESSAGE_KEYS, kept_call
+from gemma_dist.evaluate.message import ERROR, MESSAGE_KEYS, kept_call
 
 ENDED = ("stop", "tool_calls", "function_call")  # finish_reason of an answer that is whole
 
@@ -107,6 +107,11 @@ def read_chat(answer: Mapping[str, Any], decode: Callable[[list[int]], str] | No
     if decode is not None and isinstance(ids, list) and all(type(one) is int for one in ids):
         raw = decode(ids)
     return Served(json.dumps(kept, ensure_ascii=False), raw, stopped, *_usage(answer))
+
+
+def failed_answer(words: str) -> Served:
+    """What stands for an answer in whose place the server sent an error."""
+    return Served(json.dumps({ERROR: words}, ensure_ascii=False), None, True, 0, 0)
 
 
 def read_completion(answer: Mapping[str, Any]) -> Served:

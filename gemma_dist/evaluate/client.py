@@ -42,6 +42,11 @@ class Refusal(Exception):
 class Unanswered(Exception):
     """No answer that could be used came, however often the server was asked."""
 
+    def __init__(self, words: str, status: int | None = None) -> None:
+        """`status` is that of the last answer, if there was one."""
+        super().__init__(words)
+        self.status = status
+
 
 @dataclass(frozen=True)
 class Address:
@@ -102,6 +107,7 @@ class Client:
         data = json.dumps(body).encode()
         for attempt in range(self._max_retries + 1):
             pause = FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1)
+            status = None
             try:
                 status, headers, answer = self._exchange("POST", path, data)
                 if status == 200:
@@ -115,7 +121,7 @@ class Client:
             if attempt == self._max_retries or self._closed.wait(min(pause, LONGEST_PAUSE_S)):
                 break
             self.num_retries += 1
-        raise Unanswered(f"{problem} (sent {attempt + 1} times)")
+        raise Unanswered(f"{problem} (sent {attempt + 1} times)", status)
 
     def look(self, path: str) -> dict[str, Any]:
         """The answer to a GET, which waits for a server that is still loading, and for nothing else.

@@ -19,6 +19,7 @@ from gemma_dist.gemma_format import CALL, MAX_DEPTH
 
 MESSAGE = "message"  # the form of an output that is such a message, as JSON text
 MESSAGE_KEYS = ("content", "reasoning_content", "reasoning", "tool_calls")
+ERROR = "error"  # the one key of a message in whose place the server sent an error
 MAX_NAMED = 20  # answers that the report names
 
 
@@ -29,6 +30,7 @@ class ServerReading(TypedDict):
     with_text: int  # for which it also gave the text that the model wrote
     read_otherwise: int  # of these: those in which we read other calls
     calls_left_in_text: int  # answers with a call in their content that the server did not read, and we do
+    errors: int  # answers in whose place it sent an error: they count as malformed
     other_prompt_length: int  # answers whose prompt had another number of tokens than the processor here makes of it
     named: list[str]  # some of those read otherwise or left: "ID turn TURN", with "answer N" of several
 
@@ -40,9 +42,11 @@ def kept_call(call: object) -> Any:
 
 
 def read_message(output: str, *, budget_spent: bool, tool_names: Iterable[str]) -> Reading:
-    """Read a message, given as JSON text. A call whose name or arguments cannot be used is malformed; a message without
-    calls is read as the text that it holds."""
+    """Read a message, given as JSON text. A call whose name or arguments cannot be used is malformed, and so is an error
+    in the message's place; a message without calls is read as the text that it holds."""
     message = json.loads(output)
+    if ERROR in message:
+        return Reading((), "", "", True, "malformed")
     content, reasoning = _text(message.get("content")), _text(message.get("reasoning_content"))
     text = read_output(content, "", budget_spent, tool_names)
     reasoning = (reasoning or _text(message.get("reasoning")) or text.reasoning).strip()
@@ -72,8 +76,9 @@ def compare_readings(lines: Sequence[ScoredDecision]) -> ServerReading | None:
         "with_text": sum("raw" in line for line in served),
         "read_otherwise": len(otherwise),
         "calls_left_in_text": len(left),
+        "errors": sum(ERROR in json.loads(line["output"]) for line in served),
         "other_prompt_length": sum(
-            line["prompt_tokens"] != line.get("own_prompt_tokens", line["prompt_tokens"]) for line in served
+            line["prompt_tokens"] not in (0, line.get("own_prompt_tokens", line["prompt_tokens"])) for line in served
         ),
         "named": list(named)[:MAX_NAMED],
     }
@@ -91,6 +96,10 @@ def say_reading(reading: ServerReading) -> list[str]:
         said.append(
             f"The server left calls in the text of {reading['calls_left_in_text']} of {reading['answers']} answers, as "
             "one without a parser for Gemma 4 does; where it gave none of its own, scored is what we read there."
+        )
+    if reading["errors"]:
+        said.append(
+            f"The server sent an error in {reading['errors']} of {reading['answers']} answers: malformed calls."
         )
     if reading["other_prompt_length"]:
         said.append(

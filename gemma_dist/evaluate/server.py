@@ -44,6 +44,9 @@ from gemma_dist.gemma_format import STOP_TOKENS
 from gemma_dist.logs import JsonlWriter, log, progress
 
 OF_A_MODEL_HERE = ("per_device_eval_batch_size", "max_batch_tokens", "ple")  # settings that no server takes
+_ERRORS = (
+    ". A server that fails where it cannot read a call (transformers serve) is asked with --server-errors malformed"
+)
 MANY = 3  # requests in a row that stay unanswered, where the server is there: the rest would, too
 
 
@@ -73,7 +76,12 @@ class _Asking:
         if self.server.endpoint == "chat":
             told = chat.chat_fields(point.history, point.images, point.trajectory.tools, point.thinking)
             ids = {} if decode is None else {"return_token_ids": True}
-            answer = self.client.ask("/chat/completions", chat.with_extra(told | fields | ids, self.extra))
+            try:
+                answer = self.client.ask("/chat/completions", chat.with_extra(told | fields | ids, self.extra))
+            except Unanswered as error:
+                if error.status != 500 or self.server.server_errors == "fail":
+                    raise
+                return chat.failed_answer(str(error))
             return chat.read_chat(answer, decode)
         assert self.encoder is not None
         assert point.prompt is not None
@@ -183,6 +191,8 @@ def _require_fit(settings: EvaluateConfig, server: ServerConfig) -> dict[str, An
         )
     if server.endpoint == "completions" and server.processor is None:
         raise ConfigError("--endpoint completions asks with prompts that are rendered here: name the --processor")
+    if server.endpoint == "completions" and server.server_errors == "malformed":
+        raise ConfigError("--server-errors malformed is for chat, where the server reads calls: leave it out")
     if server.processor is None and settings.unroll != "none":
         raise ConfigError("--unroll reasoning looks at the template's prompts: name the --processor")
     if settings.chat_template is not None and server.endpoint == "chat":
@@ -227,7 +237,12 @@ def _describe(asking: _Asking, data: Path, limit: int | None) -> dict[str, Any]:
         "data_hash": hash_data(data),
         "limit": limit,
         "encoding": "the server's own" if asking.encoder is None else asking.encoder.fingerprint,
-        "settings": {**settings, "endpoint": asking.server.endpoint, "extra_body": asking.extra},
+        "settings": {
+            **settings,
+            "endpoint": asking.server.endpoint,
+            "server_errors": asking.server.server_errors,
+            "extra_body": asking.extra,
+        },
     }
 
 
@@ -268,7 +283,7 @@ def _write_answers(asking: _Asking, out: Path, keyed: list[tuple[Point, str]], l
         raise EvaluationError(
             f"{len(asking.failed)} decision points could not be answered, such as "
             f"{'; '.join(asking.failed[:NUM_NAMED])}. The other answers are kept in {out}: run the same command again "
-            "to try these alone"
+            "to try these alone" + (_ERRORS if any(": 500 " in reason for reason in asking.failed) else "")
         )
     took = {"seconds": round(time.perf_counter() - start, 3), "answers": len(jobs)}
     took |= {"tokens_read": asking.tokens_read, "tokens_written": asking.tokens_written}
