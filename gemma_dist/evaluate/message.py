@@ -42,8 +42,8 @@ def kept_call(call: object) -> Any:
 
 
 def read_message(output: str, *, budget_spent: bool, tool_names: Iterable[str]) -> Reading:
-    """Read a message, given as JSON text. A call whose name or arguments cannot be used is malformed, and so is an error
-    in the message's place; a message without calls is read as the text that it holds."""
+    """Read a message, given as JSON text. A call whose name or arguments cannot be used is malformed, and so is an
+    error in the message's place; a message without calls is read as the text that it holds."""
     message = json.loads(output)
     if ERROR in message:
         return Reading((), "", "", True, "malformed")
