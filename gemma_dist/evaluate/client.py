@@ -162,6 +162,17 @@ class Client:
         if self._closed.is_set():
             raise ConnectionAbortedError("the run ended")
         connection = self._connection()
+        was_open = connection.sock is not None
+        try:
+            return self._send(connection, method, path, data)
+        except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
+            if not was_open:
+                raise
+            return self._send(connection, method, path, data)  # the server had closed it meanwhile, as it may
+
+    def _send(
+        self, connection: http.client.HTTPConnection, method: str, path: str, data: bytes | None
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"

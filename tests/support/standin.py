@@ -22,6 +22,7 @@ class Reply:
     length: int | None = None
     hangs: threading.Event | None = None  # nothing is said before it is set
     drops: bool = False  # the connection ends without a word
+    ends: bool = False  # the connection ends behind the answer, which does not say so
 
 
 @dataclass
@@ -100,7 +101,7 @@ def standing_in(reply: Callable[[Asked], Reply], listing: Reply | None = None) -
                 self.send_header("Content-Length", str(len(body) if reply.length is None else reply.length))
                 self.end_headers()
                 self.wfile.write(body)
-            self.close_connection = self.close_connection or reply.length is not None
+            self.close_connection = self.close_connection or reply.ends or reply.length is not None
 
         def log_message(self, *_: Any) -> None:
             """Silent."""
