@@ -4,6 +4,7 @@ The server is a stand-in, which is as bad as a test wants it; `test_served.py` a
 """
 
 import base64
+import io
 import json
 import random
 import signal
@@ -16,12 +17,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import ExifTags, Image
 
 from gemma_dist.__main__ import main
 from gemma_dist.config import EvaluateConfig
 from gemma_dist.data.encode import load_encoder
+from gemma_dist.data.images import decode_image
 from gemma_dist.data.read import reading_to_json
 from gemma_dist.evaluate import client
+from gemma_dist.evaluate.chat import data_url, read_chat
 from gemma_dist.evaluate.message import read_message
 from gemma_dist.gemma_format import CALL, CALL_END, QUOTE
 from gemma_dist.model.load import load_for_evaluation
@@ -349,6 +353,47 @@ def test_a_server_that_does_not_list_its_models_is_asked_for_the_one_named(ask: 
         assert report_of(ask("out", server.url, "--model", "mine"))["model"] == "mine"
 
 
+def test_a_server_that_lists_a_cache_is_asked_for_the_one_named(ask: Ask) -> None:
+    """As `transformers serve` does, which says itself what it does not serve."""
+    page = Reply({"paths": {"/v1/chat/completions": {}, "/load_model": {}}})
+    with standing_in(calls_as_asked, Reply(LISTING), page) as server:
+        assert report_of(ask("out", server.url, "--model", "/models/mine"))["model"] == "/models/mine"
+
+
+def test_an_address_without_its_end_is_told(ask: Ask, capsys: Any) -> None:
+    with standing_in(calls_as_asked) as server:
+        ask("out", server.url.removesuffix("/v1"), code=2)
+    assert "has no /models (404 Not Found); such an address mostly ends in /v1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["turned", "transparent", "webp", "jpeg", "gray"])
+def test_an_image_is_sent_as_every_server_reads_it(kind: str) -> None:
+    """As it is where that can be read in one way alone, else as the pixels that we see in it."""
+    plain = Image.open(io.BytesIO(picture(1)))
+    made = {
+        "turned": (plain, {"format": "JPEG", "exif": _turned()}),
+        "transparent": (plain.convert("RGBA"), {"format": "PNG"}),
+        "webp": (plain, {"format": "WEBP", "lossless": True}),
+        "jpeg": (plain, {"format": "JPEG"}),
+        "gray": (plain.convert("L"), {"format": "PNG"}),
+    }
+    buffer = io.BytesIO()
+    image, options = made[kind]
+    image.save(buffer, **options)
+    head, _, text = data_url(buffer.getvalue()).partition(",")
+    sent = base64.b64decode(text)
+    assert head == f"data:image/{'jpeg' if kind == 'jpeg' else 'png'};base64"
+    assert (sent == buffer.getvalue()) == (kind in ("jpeg", "gray"))
+    assert decode_image(sent).tobytes() == decode_image(buffer.getvalue()).tobytes()
+    assert Image.open(io.BytesIO(sent)).convert("RGB").tobytes() == decode_image(sent).tobytes(), "however it is read"
+
+
+def _turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    return exif
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -456,8 +501,6 @@ FUNCTION = {"name": "plot", "arguments": {"n": 1}}
     ],
 )
 def test_a_message_is_read_as_a_program_would_take_it(given: Any, status: str, calls: list[Any]) -> None:
-    from gemma_dist.evaluate.chat import read_chat
-
     served = read_chat(given, None)
     reading = read_message(served.output, budget_spent=not served.stopped, tool_names=["plot", "f"])
     assert (reading.status, reading_to_json(reading)["calls"]) == (status, calls)

@@ -77,8 +77,9 @@ def with_extra(body: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, A
 def data_url(image: bytes) -> str:
     """An image as a URL: the file itself where every server reads it as we do, else a PNG of what we see in it."""
     with Image.open(io.BytesIO(image)) as opened:
-        is_plain = opened.mode in ("RGB", "L") and opened.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        kind = opened.format if is_plain and getattr(opened, "n_frames", 1) == 1 else None
+        is_upright = opened.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        is_plain = opened.mode in ("RGB", "L") and "transparency" not in opened.info
+        kind = opened.format if is_upright and is_plain and getattr(opened, "n_frames", 1) == 1 else None
     if kind not in ("PNG", "JPEG"):
         buffer = io.BytesIO()
         decode_image(image).save(buffer, format="PNG")

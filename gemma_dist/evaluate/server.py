@@ -19,7 +19,7 @@ from gemma_dist.config_server import ServerConfig
 from gemma_dist.data.encode import Encoder, load_encoder
 from gemma_dist.data.read import open_block
 from gemma_dist.data.strict import as_list, get
-from gemma_dist.errors import ConfigError, EvaluationError
+from gemma_dist.errors import ConfigError, EvaluationError, PeerError
 from gemma_dist.evaluate import chat
 from gemma_dist.evaluate.client import KEY, Client, Refusal, Unanswered, parse_address, read_key
 from gemma_dist.evaluate.decision import AnsweredDecision
@@ -181,6 +181,8 @@ def _some(names: Iterable[str]) -> str:
 
 def _require_fit(settings: EvaluateConfig, server: ServerConfig) -> dict[str, Any]:
     """What `extra_body` says, where the settings go together; else ConfigError."""
+    if world.rank() > 0:
+        raise PeerError("rank 0 says that it needs no others")
     if world.world_size() > 1:
         raise ConfigError("--server needs one process, not several under a launcher: raise --concurrency instead")
     given = [name for name in OF_A_MODEL_HERE if getattr(settings, name) != EvaluateConfig.model_fields[name].default]

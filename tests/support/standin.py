@@ -62,8 +62,11 @@ def called(name: Any, arguments: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def standing_in(reply: Callable[[Asked], Reply], listing: Reply | None = None) -> Iterator[StandIn]:
-    """A server that answers requests for answers by `reply`, and that for its models by `listing`."""
+def standing_in(
+    reply: Callable[[Asked], Reply], listing: Reply | None = None, page: Reply | None = None
+) -> Iterator[StandIn]:
+    """A server that answers requests for answers by `reply`, that for its models by `listing`, and that for what it
+    knows (openapi.json) by `page`."""
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -71,8 +74,9 @@ def standing_in(reply: Callable[[Asked], Reply], listing: Reply | None = None) -
 
         def do_GET(self) -> None:
             stand_in.asked.append(Asked(self.path, dict(self.headers), None))
-            known = {"/v1/models": listing or Reply(LISTING)}
-            self._send(known.get(self.path, Reply({"detail": "Not Found"}, 404)))
+            missing = Reply({"detail": "Not Found"}, 404)
+            known = {"/v1/models": listing or Reply(LISTING), "/openapi.json": page or missing}
+            self._send(known.get(self.path, missing))
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
