@@ -146,7 +146,7 @@ def test_calls_are_scored_as_this_server_reads_them(
     assert "--server-errors malformed" in error
     (sample,) = evaluate(tmp_path / "counted", *words, "--server-errors", "malformed")
     assert sample["score"]["failure"] == "malformed"
-    assert "1 of 1 answers are errors of the server" in (tmp_path / "counted/report.md").read_text()
+    assert "In the place of 1 of 1 answers the server sent an error" in (tmp_path / "counted/report.md").read_text()
 
 
 @long

@@ -370,7 +370,7 @@ def test_an_address_without_its_end_is_told(ask: Ask, capsys: Any) -> None:
 def test_an_image_is_sent_as_every_server_reads_it(kind: str) -> None:
     """As it is where that can be read in one way alone, else as the pixels that we see in it."""
     plain = Image.open(io.BytesIO(picture(1)))
-    made = {
+    made: dict[str, tuple[Image.Image, dict[str, Any]]] = {
         "turned": (plain, {"format": "JPEG", "exif": _turned()}),
         "transparent": (plain.convert("RGBA"), {"format": "PNG"}),
         "webp": (plain, {"format": "WEBP", "lossless": True}),

@@ -42,10 +42,10 @@ class Refusal(Exception):
 class Unanswered(Exception):
     """No answer that could be used came, however often the server was asked."""
 
-    def __init__(self, words: str, status: int | None = None) -> None:
+    def __init__(self, words: str, num_tries: int = 1, status: int | None = None) -> None:
         """`status` is that of the last answer, if there was one."""
-        super().__init__(words)
-        self.status = status
+        super().__init__(f"{words} (sent {num_tries} times)" if num_tries > 1 else words)
+        self.words, self.status = words, status
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Client:
             if attempt == self._max_retries or self._closed.wait(min(pause, LONGEST_PAUSE_S)):
                 break
             self.num_retries += 1
-        raise Unanswered(f"{problem} (sent {attempt + 1} times)", status)
+        raise Unanswered(problem, attempt + 1, status)
 
     def look(self, path: str) -> dict[str, Any]:
         """The answer to a GET, which waits for a server that is still loading, and for nothing else.

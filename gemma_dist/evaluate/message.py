@@ -99,7 +99,8 @@ def say_reading(reading: ServerReading) -> list[str]:
         )
     if reading["errors"]:
         said.append(
-            f"The server sent an error in {reading['errors']} of {reading['answers']} answers: malformed calls."
+            f"In the place of {reading['errors']} of {reading['answers']} answers the server sent an error: they "
+            "count as malformed calls."
         )
     if reading["other_prompt_length"]:
         said.append(

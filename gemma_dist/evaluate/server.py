@@ -81,7 +81,7 @@ class _Asking:
             except Unanswered as error:
                 if error.status != 500 or self.server.server_errors == "fail":
                     raise
-                return chat.failed_answer(str(error))
+                return chat.failed_answer(error.words)
             return chat.read_chat(answer, decode)
         assert self.encoder is not None
         assert point.prompt is not None
