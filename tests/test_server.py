@@ -282,6 +282,20 @@ def test_a_point_that_the_server_refuses_takes_no_other_with_it(ask: Ask, capsys
     assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
 
 
+def test_a_server_that_takes_no_images_of_tools_is_told_so(ask: Ask, capsys: Any) -> None:
+    def text_alone(asked: Asked) -> Reply:
+        if "image_url" in json.dumps(asked.body):
+            return Reply({"detail": "tool messages take text content alone"}, 400)
+        return calls_as_asked(asked)
+
+    with standing_in(text_alone) as server:
+        ask("out", server.url, code=2)
+    error = capsys.readouterr().err
+    assert "such as 1 row-0 4: 400 tool messages take text content alone" in error
+    assert "some servers take no images in the results of tools" in error
+    assert "--server-errors" not in error
+
+
 def test_a_server_that_goes_away_leaves_what_it_answered(ask: Ask, capsys: Any) -> None:
     """And one elsewhere goes on with it."""
     with standing_in(calls_as_asked) as server:

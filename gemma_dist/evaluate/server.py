@@ -16,6 +16,7 @@ from typing import Any, cast
 from gemma_dist import world
 from gemma_dist.config import EvaluateConfig, Section, option
 from gemma_dist.config_server import ServerConfig
+from gemma_dist.data.content import count_images
 from gemma_dist.data.encode import Encoder, load_encoder
 from gemma_dist.data.read import open_block
 from gemma_dist.data.strict import as_list, get
@@ -44,10 +45,12 @@ from gemma_dist.gemma_format import STOP_TOKENS
 from gemma_dist.logs import JsonlWriter, log, progress
 
 OF_A_MODEL_HERE = ("per_device_eval_batch_size", "max_batch_tokens", "ple")  # settings that no server takes
-_ERRORS = (
-    ". A server that fails where it cannot read a call (transformers serve) is asked with --server-errors malformed"
-)
 MANY = 3  # requests in a row that stay unanswered, where the server is there: the rest would, too
+
+
+# What to do about points that fail.
+ON_ERRORS = "where a server fails on calls that it cannot read (transformers serve), use --server-errors malformed"
+ON_IMAGES = "some servers take no images in the results of tools; ask a model here about such rows, without --server"
 
 
 @dataclass
@@ -61,6 +64,7 @@ class _Asking:
     encoder: Encoder | None
     extra: dict[str, Any]
     failed: list[str] = field(default_factory=list)  # points that could not be answered, each with the reason
+    remedies: set[str] = field(default_factory=set)  # for these
     tokens_read: int = 0
     tokens_written: int = 0
 
@@ -278,6 +282,7 @@ def _write_answers(asking: _Asking, out: Path, keyed: list[tuple[Point, str]], l
                 if not asking.failed:
                     log.warning("%s: %s", point.place, answer)
                 asking.failed.append(f"{point.place}: {answer}")
+                asking.remedies |= _remedies(point, answer)
     finally:
         asking.client.close()
         writer.close()
@@ -285,7 +290,7 @@ def _write_answers(asking: _Asking, out: Path, keyed: list[tuple[Point, str]], l
         raise EvaluationError(
             f"{len(asking.failed)} decision points could not be answered, such as "
             f"{'; '.join(asking.failed[:NUM_NAMED])}. The other answers are kept in {out}: run the same command again "
-            "to try these alone" + (_ERRORS if any(": 500 " in reason for reason in asking.failed) else "")
+            f"to try these alone{''.join(f'; {remedy}' for remedy in sorted(asking.remedies))}"
         )
     took = {"seconds": round(time.perf_counter() - start, 3), "answers": len(jobs)}
     took |= {"tokens_read": asking.tokens_read, "tokens_written": asking.tokens_written}
@@ -303,6 +308,14 @@ def _require_server(asking: _Asking, answer: Exception, out: Path, *, goes_on: b
         if not isinstance(answer, Refusal):
             raise answer
         raise EvaluationError(f"{address} refuses: {answer}{_remedy(answer.status)}. {kept}") from None
+
+
+def _remedies(point: Point, answer: Exception) -> set[str]:
+    """What to do about a point that failed."""
+    if isinstance(answer, Unanswered) and answer.status == 500:
+        return {ON_ERRORS}
+    shows_images = any(message["role"] == "tool" and count_images(message) for message in point.history)
+    return {ON_IMAGES} if isinstance(answer, Refusal) and shows_images else set()
 
 
 def _ends_all(problem: Exception) -> bool:
