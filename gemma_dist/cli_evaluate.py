@@ -13,21 +13,47 @@ from gemma_dist.options import EXISTING, NEW, SettingsCommand
 
 if TYPE_CHECKING:
     from gemma_dist.config import EvaluateConfig
+    from gemma_dist.config_server import ServerConfig
 
 
-@click.command(cls=SettingsCommand, section=lambda config: config.EvaluateConfig)
-@click.option("--model", required=True, help="Folder or Hub name of the model.")
+def _server_section() -> "type[ServerConfig]":
+    from gemma_dist.config_server import ServerConfig
+
+    return ServerConfig
+
+
+@click.command(
+    cls=SettingsCommand, section=lambda config: config.EvaluateConfig, beside={"server_settings": _server_section}
+)
+@click.option("--model", help="Folder or Hub name of the model; with --server, the server's name of it.")
 @click.option("--adapter", type=EXISTING, help="Folder of a LoRA adapter for the model.")
 @click.option("--data", required=True, type=EXISTING, help="Held-out trajectories: a JSONL file or a shard folder.")
 @click.option("--out", required=True, type=NEW, help="Folder for report.json, report.html and samples.jsonl.")
 @click.option("--limit", type=click.IntRange(min=1), help="Evaluate only this many trajectories, the first ones.")
 def evaluate(
-    model: str, adapter: Path | None, data: Path, out: Path, limit: int | None, settings: "EvaluateConfig"
+    model: str | None,
+    adapter: Path | None,
+    data: Path,
+    out: Path,
+    limit: int | None,
+    settings: "EvaluateConfig",
+    server_settings: "ServerConfig",
 ) -> None:
     """Let a model answer held-out trajectories and score its calls.
 
-    Alone, or on many processes under `accelerate launch ... -m gemma_dist evaluate`.
+    Alone, or on many processes under `accelerate launch ... -m gemma_dist evaluate`; or asking a server that holds the
+    model (--server URL).
     """
+    from gemma_dist.evaluate.server import evaluate_server, require_no_server_settings
+
+    if server_settings.server is not None:
+        if adapter is not None:
+            raise click.UsageError("--adapter: load it into the server, and name it as the server does by --model")
+        evaluate_server(model, data, out, limit, settings, server_settings)
+        return
+    require_no_server_settings(server_settings)
+    if model is None:
+        raise click.UsageError("Missing option '--model'.")
     from gemma_dist.evaluate import run
     from gemma_dist.logs import say_idle_gpus
 

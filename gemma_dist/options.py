@@ -5,8 +5,8 @@ Nothing heavy is imported before a command is called, not even the settings, whi
 
 import functools
 import types
-from collections.abc import Callable
-from itertools import zip_longest
+from collections.abc import Callable, Mapping
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -47,24 +47,31 @@ class SettingsCommand(click.Command):
     """A command with an option for each setting of a section of config.py; its function gets them as `settings`.
 
     `section` picks the class from the module config, which is first imported when a command is called or asked for its
-    own help.
+    own help. `beside` does the same for more sections, by the names of the function's arguments.
     """
 
-    def __init__(self, *args: Any, section: Callable[[Any], "type[Section]"], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        section: Callable[[Any], "type[Section]"],
+        beside: Mapping[str, Callable[[], "type[Section]"]] = types.MappingProxyType({}),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._pick_section = section
+        self._pick_section, self._beside = section, beside
 
     @functools.cached_property
-    def section(self) -> "type[Section]":
-        """The class of the settings."""
+    def sections(self) -> "dict[str, type[Section]]":
+        """The classes of the settings, by the arguments that take them."""
         from gemma_dist import config
 
-        return self._pick_section(config)
+        return {"settings": self._pick_section(config), **{name: pick() for name, pick in self._beside.items()}}
 
     @functools.cached_property
     def setting_options(self) -> list[click.Option]:
         """One option for each setting."""
-        return [_option_of(name, field) for name, field in self.section.model_fields.items()]
+        fields = (section.model_fields.items() for section in self.sections.values())
+        return [_option_of(name, field) for name, field in chain.from_iterable(fields)]
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The command's own options, then one for each setting, and --help last."""
@@ -85,8 +92,9 @@ class SettingsCommand(click.Command):
         """Check the settings and hand them to the command's function. Raises ConfigError, with all that is wrong."""
         from gemma_dist.recipe import load_section
 
-        values = {name: ctx.params.pop(name) for name in self.section.model_fields}
-        ctx.params["settings"] = load_section(self.section, values)
+        for argument, section in self.sections.items():
+            values = {name: ctx.params.pop(name) for name in section.model_fields}
+            ctx.params[argument] = load_section(section, values)
         return super().invoke(ctx)
 
 

@@ -38,9 +38,11 @@ OWNERS = {
     "plan/watch.py": "train",
     "plan/workload.py": "plan",
     "show/stats_report.py": "stats",
+    "evaluate/client.py": "evaluate",
     "evaluate/compare.py": "compare",
     "evaluate/rescore.py": "score",
     "evaluate/room.py": "evaluate",
+    "evaluate/server.py": "evaluate",
     "merge/folders.py": "merge",
     "merge/verify.py": "merge",
 }

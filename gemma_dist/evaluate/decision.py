@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from gemma_dist.data.rows import row_of_sample
 from gemma_dist.evaluate.score import Gold, Score
@@ -30,6 +30,9 @@ class AnsweredDecision(TypedDict):
     output_tokens: int
     stopped: bool  # False: cut off at max_new_tokens
     gold: Gold
+    form: NotRequired[Literal["message"]]  # of a server of chat: `output` is its message as JSON text (`message.py`)
+    raw: NotRequired[str]  # of such an answer: what the model wrote, where the server says that as well
+    own_prompt_tokens: NotRequired[int]  # the same, where a processor is here: what it makes of the prompt
 
 
 class ScoredDecision(AnsweredDecision):

@@ -12,6 +12,7 @@ from gemma_dist.data.read import read_output, reading_to_json
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message
 from gemma_dist.evaluate.decision import AnsweredDecision, ScoredDecision
+from gemma_dist.evaluate.message import MESSAGE, read_message
 from gemma_dist.evaluate.runs import ToolSets, tools_key
 from gemma_dist.evaluate.score import Gold, score_decision
 
@@ -60,7 +61,10 @@ def score_lines(
 def score_line(line: AnsweredDecision, tools: Sequence[Mapping[str, Any]], answer_tolerance: float) -> ScoredDecision:
     """A line with what is read in its output and the score; what it may say of both already is replaced."""
     names = [tool["function"]["name"] for tool in tools]
-    reading = read_output(line["output"], line["opening"], budget_spent=not line["stopped"], tool_names=names)
+    if line.get("form") == MESSAGE:
+        reading = read_message(line["output"], budget_spent=not line["stopped"], tool_names=names)
+    else:
+        reading = read_output(line["output"], line["opening"], budget_spent=not line["stopped"], tool_names=names)
     score = score_decision(reading, line["gold"], tools, answer_tolerance=answer_tolerance)
     unscored = {key: value for key, value in line.items() if key not in ("parsed", "score")}
     return cast(ScoredDecision, {**unscored, "parsed": reading_to_json(reading), "score": score})

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 
 from gemma_dist import world
 from gemma_dist.config import EvaluateConfig
-from gemma_dist.data.encode import Encoder, Prompt
+from gemma_dist.data.encode import Encoder
 from gemma_dist.errors import ConfigError, EvaluationError, GemmaDistError, PeerError
 from gemma_dist.evaluate.decision import AnsweredDecision
 from gemma_dist.evaluate.runs import SAMPLES
@@ -55,14 +55,18 @@ def describe_run(
     }
 
 
-def key_of(run: Mapping[str, Any], place: str, prompt: Prompt) -> str:
+def key_of(run: Mapping[str, Any], place: str, prompt: Any, images: Sequence[bytes]) -> str:
     """What a decision point of a run is known by: a hash of everything that its answer hangs on, and of its place in
-    the data."""
+    the data.
+
+    Args:
+        prompt: what is asked, as JSON: token ids, or messages and tools.
+    """
     hashed = hashlib.sha256(place.encode())
-    kept = {name: value for name, value in run.items() if name not in (*NAMES, "limit", "data_hash")}
+    kept = {name: value for name, value in run.items() if name not in (*NAMES, "limit", "data_hash", "server")}
     hashed.update(json.dumps(kept, sort_keys=True).encode())
-    hashed.update(json.dumps(prompt.input_ids).encode())
-    for image in prompt.images:
+    hashed.update(json.dumps(prompt).encode())
+    for image in images:
         hashed.update(hashlib.sha256(image).digest())
     return hashed.hexdigest()[:16]
 

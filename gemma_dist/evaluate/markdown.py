@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from gemma_dist.evaluate.message import say_reading
 from gemma_dist.evaluate.metrics import MetricReport
 from gemma_dist.evaluate.pass_at_k import metrics_of, pass_metrics
 from gemma_dist.evaluate.report import Report
@@ -33,6 +34,10 @@ def _report_lines(report: Report) -> Iterator[str]:
     yield f"{code(report['model'])}{adapter} on {code(report['data'])}: {points:,} decision points of {trajectories:,}"
     yield f"trajectories{answers}; images: {report['settings'].get('images', 'as_is')}."
     yield ""
+    if server := report.get("server"):
+        yield f"Answered by the server at {code(server['url'])}, asked for {server['endpoint']}."
+        yield from map(_escaped, say_reading(report["server_reading"]) if "server_reading" in report else ())
+        yield ""
     yield from _headline(report)
     yield from section("Failures", ["kind", "points"], ([kind, count] for kind, count in report["failures"].items()))
     faults = [[kind, count] for kind, count in report["arg_errors"].items() if count]

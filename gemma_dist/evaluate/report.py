@@ -5,10 +5,11 @@ Every metric has its numerator and denominator. The order of the lines, and how 
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict, get_args
+from typing import Any, NotRequired, TypedDict, get_args
 
 from gemma_dist.data.read import Status
 from gemma_dist.evaluate.decision import ScoredDecision, Trajectory, steps_of, trajectory_of
+from gemma_dist.evaluate.message import ServerReading, compare_readings
 from gemma_dist.evaluate.metrics import MetricReport
 from gemma_dist.evaluate.pass_at_k import metrics_of
 from gemma_dist.evaluate.score import FAILURES
@@ -37,7 +38,7 @@ class Report(TypedDict):
     data_hash: str
     limit: int | None
     encoding: str  # a hash of template and tokenizer, and of what else makes prompts
-    template_hash: str  # of the chat template alone
+    template_hash: NotRequired[str]  # of the chat template alone, where prompts were rendered here
     versions: dict[str, str]  # of the packages that computed
     settings: dict[str, Any]
     num_trajectories: int
@@ -53,6 +54,8 @@ class Report(TypedDict):
     survival: list[SurvivalStep]
     confusion: dict[str, dict[str, int]]  # {gold's tool: {called tool: calls}}
     slices: dict[str, dict[str, dict[str, MetricReport]]]  # {slice: {value: metrics with something to judge}}
+    server: NotRequired[dict[str, Any]]  # where one was asked: its address, and how it was
+    server_reading: NotRequired[ServerReading]  # of a server of chat: how it read the answers, beside how we would
     times: dict[str, Any]  # what differs from run to run, and nothing else does: command, ranks, seconds, throughput
 
 
@@ -86,8 +89,10 @@ def make_report(header: Mapping[str, Any], decisions: Iterable[ScoredDecision]) 
             for name, values in slice_up(decisions, steps).items()
         },
     }
-    given = {key: value for key, value in header.items() if key not in (*computed, "times")}
-    return {**given, **computed, "times": header["times"]}  # type: ignore[typeddict-item]
+    reading = compare_readings(decisions)
+    served = {} if reading is None else {"server_reading": reading}
+    given = {key: value for key, value in header.items() if key not in (*computed, "server_reading", "times")}
+    return {**given, **computed, **served, "times": header["times"]}  # type: ignore[typeddict-item]
 
 
 def judged(metrics: Mapping[str, MetricReport]) -> dict[str, MetricReport]:

@@ -14,9 +14,6 @@ rank 0 scores them and makes the report, as `gemma-dist score` does: it follows 
 neither on the number of ranks nor on how often the run was killed and started again.
 """
 
-import hashlib
-import shlex
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -49,10 +46,9 @@ from gemma_dist.evaluate.log import (
 )
 from gemma_dist.evaluate.report import Report, summary
 from gemma_dist.evaluate.room import measure_room
-from gemma_dist.evaluate.runs import REPORT, ToolSets, tools_key, write_results
+from gemma_dist.evaluate.runs import REPORT, ToolSets, command, made_by, tools_key, write_results
 from gemma_dist.evaluate.sampling import Sampling
 from gemma_dist.evaluate.shown import join_shown, keep_shown
-from gemma_dist.health.facts import versions
 from gemma_dist.logs import JsonlWriter, log, progress
 from gemma_dist.model import fsdp
 from gemma_dist.model.load import load_for_evaluation
@@ -107,9 +103,7 @@ def evaluate(
         wanted = [(decision.trajectory_number, decision.prompt.turn, decision.key) for decision in decisions]
         all_wanted = sorted(chain.from_iterable(world.gather_objects(wanted)))
         keys = [(key, sample) for _, _, key in all_wanted for sample in range(settings.num_samples)]
-        template_hash = hashlib.sha256(encoder.processor.chat_template.encode()).hexdigest()[:16]
-        made_by = {"template_hash": template_hash, "versions": versions()}
-        header = {**run, **made_by, "settings": settings.model_dump(mode="json"), "times": times}
+        header = {**run, **made_by(encoder), "settings": settings.model_dump(mode="json"), "times": times}
 
         def report_all() -> Report:
             scored = score_lines(complete(out, keys), tool_sets, settings.answer_tolerance)
@@ -146,7 +140,8 @@ def _my_decisions(
             prompts = encoder.prompts(trajectory)
         for prompt in prompts:
             place = f"{num_trajectories} {trajectory.id} {prompt.turn}"
-            decisions.append(Decision(trajectory, num_trajectories, prompt, place, key_of(run, place, prompt)))
+            key = key_of(run, place, prompt.input_ids, prompt.images)
+            decisions.append(Decision(trajectory, num_trajectories, prompt, place, key))
     return decisions, num_trajectories, tool_sets
 
 
@@ -186,8 +181,7 @@ def _write_my_part(
     failed = [f"{question.key}: {reason}" for question, reason in generator.failed]
     _require_answers(list(chain.from_iterable(world.gather_objects(failed))), out)
     took = {"seconds": round(seconds, 3), "answers": num_answers, **asdict(generator.counts)}
-    command = shlex.join(["gemma-dist", *sys.argv[1:]])
-    return {"command": command, "world_size": world.world_size(), "ranks": world.gather_objects(took)}
+    return {"command": command(), "world_size": world.world_size(), "ranks": world.gather_objects(took)}
 
 
 def _require_answers(failed: list[str], out: Path) -> None:

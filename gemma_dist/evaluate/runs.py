@@ -9,10 +9,12 @@ report.json      the report; written last, so that a run without it did not end
 
 import hashlib
 import json
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_dist.errors import ConfigError
 from gemma_dist.evaluate.decision import ScoredDecision
@@ -20,7 +22,11 @@ from gemma_dist.evaluate.markdown import report_page
 from gemma_dist.evaluate.page import PageRun, write_page
 from gemma_dist.evaluate.report import Report, make_report
 from gemma_dist.files import writing
+from gemma_dist.health.facts import versions
 from gemma_dist.logs import JsonlWriter, read_jsonl, write_json
+
+if TYPE_CHECKING:
+    from gemma_dist.data.encode import Encoder
 
 SAMPLES, TOOLS, REPORT = "samples.jsonl", "tools.json", "report.json"
 MARKDOWN, HTML = "report.md", "report.html"
@@ -86,6 +92,19 @@ def write_results(out: Path, header: dict[str, Any], lines: list[ScoredDecision]
     write_page(out / HTML, [PageRun(name_of(report), report, lines, tool_sets)], out)
     write_json(out / REPORT, report)
     return report
+
+
+def made_by(encoder: "Encoder | None") -> dict[str, Any]:
+    """What computed a report: packages, and the chat template of an `encoder` that rendered the prompts here."""
+    if encoder is None:
+        return {"versions": versions()}
+    template = encoder.processor.chat_template.encode()
+    return {"template_hash": hashlib.sha256(template).hexdigest()[:16], "versions": versions()}
+
+
+def command() -> str:
+    """The command line of this process."""
+    return shlex.join(["gemma-dist", *sys.argv[1:]])
 
 
 def name_of(report: Mapping[str, Any]) -> str:

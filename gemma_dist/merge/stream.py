@@ -139,7 +139,7 @@ def stored_rows(workers: Workers, file: TensorFile, name: str) -> Rows:
 
     def rows(start: int, stop: int) -> torch.Tensor:
         data = torch.empty((stop - start) * width, dtype=torch.uint8)
-        read_into(handle, memoryview(data.numpy()), entry.begin + start * width, file.path)
+        read_into(handle, data.numpy().data, entry.begin + start * width, file.path)
         return data.view(dtype).view(stop - start, num_columns)
 
     return rows
@@ -182,7 +182,7 @@ def _compute(name: str, tensor: Computed, target: int, at: int, workers: Workers
                 f"{name} would hold NaN or infinity after the merge: the training diverged, or {dtype} cannot "
                 "hold the sum. Merge an earlier checkpoint of the adapter"
             )
-        write_at(target, memoryview(block.contiguous().view(-1).view(torch.uint8).numpy()), at + start * width)
+        write_at(target, block.contiguous().view(-1).view(torch.uint8).numpy().data, at + start * width)
 
     for start, stop in row_blocks(tensor.entry.shape):
         workers.submit(write, start, stop)
