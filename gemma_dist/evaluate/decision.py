@@ -2,12 +2,20 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from gemma_dist.data.rows import row_of_sample
 from gemma_dist.evaluate.score import Gold, Score
 
 Trajectory = tuple[int, int]  # its number, and which of several answers (`sample`) was taken at each of its points
+
+
+class KindLoss(TypedDict):
+    """What gold's tokens of one kind cost at a decision point."""
+
+    nll: float  # nats
+    tokens: int
+    right: int  # that the model found likeliest
 
 
 class AnsweredDecision(TypedDict):
@@ -30,6 +38,7 @@ class AnsweredDecision(TypedDict):
     output_tokens: int
     stopped: bool  # False: cut off at max_new_tokens
     gold: Gold
+    loss: NotRequired[dict[str, KindLoss] | None]  # by kind of token; None: gold is no whole answer
 
 
 class ScoredDecision(AnsweredDecision):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from gemma_dist.evaluate.loss_report import loss_rows
 from gemma_dist.evaluate.metrics import MetricReport
 from gemma_dist.evaluate.pass_at_k import metrics_of, pass_metrics
 from gemma_dist.evaluate.report import Report
@@ -33,6 +34,9 @@ def _report_lines(report: Report) -> Iterator[str]:
     yield f"trajectories{answers}; images: {report['settings'].get('images', 'as_is')}."
     yield ""
     yield from _headline(report)
+    if (loss := report["loss"]) is not None:
+        title = f"Loss of gold's answers at {loss['num_points']:,} decision points"
+        yield from section(title, ["nats a token", "value", "95 % by trajectory", "of"], loss_rows(loss))
     yield from section("Failures", ["kind", "points"], ([kind, count] for kind, count in report["failures"].items()))
     faults = [[kind, count] for kind, count in report["arg_errors"].items() if count]
     yield from section("Wrong arguments of matched calls", ["kind", "arguments"], faults)

@@ -30,7 +30,7 @@ def use_target_head(model: Any) -> None:
     ) -> Any:
         if target_positions is None:
             return others(*args, **kwargs)
-        kwargs |= {"use_cache": False}
+        kwargs.setdefault("use_cache", False)
         kwargs.pop("labels", None)  # PEFT's None
         hidden = self.model(*args, **kwargs).last_hidden_state
         return score(self, hidden.flatten(0, 1).index_select(0, target_positions), target_ids)

@@ -1,0 +1,72 @@
+"""The tokens that gold writes at a decision point, behind the prompt that the model is asked with.
+
+They are those that training would train there, with their kinds. One encoding of the whole trajectory gives them for
+all points whose prompt it holds; where a later history shows less (thoughts before the last user turn) or other
+openings than the prompt did, the trajectory is encoded up to that answer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from gemma_dist.data.content import count_images
+from gemma_dist.data.encode import IGNORE_INDEX, Encoded, Encoder, Prompt
+from gemma_dist.data.gold import ACCEPTABLE
+from gemma_dist.data.kinds import TEXT
+from gemma_dist.data.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class GoldTokens:
+    """What stands behind a prompt: K tokens."""
+
+    prompt: Prompt
+    ids: list[int]  # (K,)
+    kinds: bytes  # (K,): of `data/kinds.py`; 0 where one is not trained, as between two messages of an answer
+
+
+def gold_tokens(encoder: Encoder, trajectory: Trajectory, prompts: Sequence[Prompt]) -> list[GoldTokens | None]:
+    """Of each of the trajectory's prompts; None where gold is no whole answer, but says what a right one has.
+
+    Raises:
+        DataError: as `Encoder.encode`.
+    """
+    whole = encoder.encode(trajectory)
+    return [_of_point(encoder, trajectory, whole, prompt) for prompt in prompts]
+
+
+def _of_point(encoder: Encoder, trajectory: Trajectory, whole: Encoded, prompt: Prompt) -> GoldTokens | None:
+    if not _is_whole_answer(trajectory, prompt):
+        return None
+    index = prompt.turn - 1
+    shows_less = any("reasoning_content" in message for message in prompt.gold)
+    found = None if shows_less else _behind(whole, prompt, index)
+    if found is None:
+        messages = trajectory.messages[: index + len(prompt.gold)]
+        num_images = sum(map(count_images, messages))
+        found = _behind(
+            encoder.encode(replace(trajectory, messages=messages, images=trajectory.images[:num_images])), prompt, index
+        )
+    return found
+
+
+def _is_whole_answer(trajectory: Trajectory, prompt: Prompt) -> bool:
+    """Whether gold is one answer: not the name of a tool, any call, accepted words, or several acceptable values."""
+    if trajectory.is_outline or trajectory.any_call or trajectory.answers:
+        return False
+    calls = [call for message in prompt.gold for call in message.get("tool_calls", [])]
+    return not any(ACCEPTABLE in call["function"] for call in calls)
+
+
+def _behind(encoded: Encoded, prompt: Prompt, index: int) -> GoldTokens | None:
+    """The answer that begins with message `index`, if it is trained there behind just this prompt."""
+    start = dict(encoded.answers).get(index)
+    if start is None or encoded.input_ids[:start] != prompt.input_ids:
+        return None
+    starts = sorted(begin for _, begin in encoded.answers if begin > start)
+    end = starts[0] if starts else len(encoded.labels)
+    trained = [place for place in range(start, end) if encoded.labels[place] != IGNORE_INDEX]
+    if not trained:
+        return None
+    last = trained[-1] + 1
+    kinds = encoded.kinds[start:last] or bytes(TEXT * (label != IGNORE_INDEX) for label in encoded.labels[start:last])
+    return GoldTokens(prompt, encoded.input_ids[start:last], kinds)
