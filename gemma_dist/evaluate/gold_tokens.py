@@ -42,10 +42,10 @@ def _of_point(encoder: Encoder, trajectory: Trajectory, whole: Encoded, prompt: 
     found = None if shows_less else _behind(whole, prompt, index)
     if found is None:
         messages = trajectory.messages[: index + len(prompt.gold)]
-        num_images = sum(map(count_images, messages))
-        found = _behind(
-            encoder.encode(replace(trajectory, messages=messages, images=trajectory.images[:num_images])), prompt, index
-        )
+        images = trajectory.images[: sum(map(count_images, messages))]
+        thinking = whole.enable_thinking  # as the prompts are rendered
+        so_far = replace(trajectory, messages=messages, images=images, enable_thinking=thinking)
+        found = _behind(encoder.encode(so_far), prompt, index)
     return found
 
 

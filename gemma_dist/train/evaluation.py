@@ -65,8 +65,8 @@ class Evaluation(TrainerCallback):
             note_best(run)
 
     def at_end_of_step(self, step: int) -> bool:
-        """Evaluate where it is due, and once: Trainer ends the last step of an epoch twice. Returns whether a request to
-        stop, on any rank, ended it."""
+        """Evaluate where it is due, and once: Trainer ends the last step of an epoch twice. Returns whether a request
+        to stop, on any rank, ended it."""
         return self._tried_step != step and self._trainer.run.evaluates_at(step) and not self._evaluate(step)
 
     def write_into(self, folder: Path, step: int) -> None:
