@@ -77,6 +77,11 @@ class EvalInTraining(Section):
         return self.metric_for_best_model or ("eval_loss" if self.load_best_model_at_end else None)
 
     @property
+    def saves_each_epoch(self) -> bool:
+        """Whether checkpoints are written at the end of each epoch as well, since the best of them is kept."""
+        return self.eval_strategy == "epoch" and self.best_metric is not None
+
+    @property
     def best_is_greatest(self) -> bool:
         """Whether more of it is better."""
         return (

@@ -65,9 +65,16 @@ class Evaluation(TrainerCallback):
             note_best(run)
 
     def at_end_of_step(self, step: int) -> bool:
-        """Evaluate where it is due, and once: Trainer ends the last step of an epoch twice. Returns whether a request
-        to stop, on any rank, ended it."""
-        return self._tried_step != step and self._trainer.run.evaluates_at(step) and not self._evaluate(step)
+        """Evaluate where it is due, and save where the best of all epochs is kept; once, though Trainer ends the last
+        step of an epoch twice. Returns whether a request to stop, on any rank, ended it."""
+        run = self._trainer.run
+        if self._tried_step == step or not run.evaluates_at(step):
+            return False
+        if not self._evaluate(step):
+            return True
+        if run.config.train.saves_each_epoch:
+            self._trainer.control.should_save = True
+        return False
 
     def write_into(self, folder: Path, step: int) -> None:
         """Leave in the checkpoint of `step` what was found there. For rank 0 alone."""
