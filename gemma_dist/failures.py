@@ -55,7 +55,7 @@ class Explanation(NamedTuple):
 def explain(error: Exception) -> Explanation | None:
     """What to tell the user of an error that no code of ours is to blame for; None for any other error."""
     if message := _of_the_disk(error):
-        return Explanation(message, exits.DISK_FAILED if _errno(error) in DISK_ERRNOS else exits.USER_ERROR)
+        return Explanation(message, code_of(error))
     if ended := world.ended_ranks():
         return Explanation(of_ranks(ended), code_after(ended))
     if (for_memory := _of_memory(error)) is not None:
@@ -64,6 +64,17 @@ def explain(error: Exception) -> Explanation | None:
         elsewhere = {rank: code for rank, code in exits.codes().items() if rank != world.rank()}
         return Explanation(of_ranks(elsewhere) if elsewhere else _of_connection(error), code_after(elsewhere))
     return None
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code of an error that is told to the user, by what it was raised from: a disk that fails may work again
+    when the same command comes next, all else would not."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if _errno(cause) in DISK_ERRNOS:
+            return exits.DISK_FAILED
+        cause = cause.__cause__
+    return exits.USER_ERROR
 
 
 def say_no_more() -> None:
@@ -86,7 +97,7 @@ def _of_the_disk(error: Exception) -> str:
     return f"{message}; {remedy}" if remedy else message
 
 
-def _errno(error: Exception) -> int | None:
+def _errno(error: BaseException) -> int | None:
     """The system's number of an error, Rust's included (`No space left on device (os error 28)`); None without one."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
