@@ -30,13 +30,15 @@ def gold_tokens(encoder: Encoder, trajectory: Trajectory, prompts: Sequence[Prom
     Raises:
         DataError: as `Encoder.encode`.
     """
-    whole = encoder.encode(trajectory)
-    return [_of_point(encoder, trajectory, whole, prompt) for prompt in prompts]
+    is_whole = [_is_whole_answer(trajectory, prompt) for prompt in prompts]
+    if not any(is_whole):
+        return [None] * len(prompts)
+    encoded = encoder.encode(trajectory)
+    pairs = zip(prompts, is_whole, strict=True)
+    return [_of_point(encoder, trajectory, encoded, prompt) if whole else None for prompt, whole in pairs]
 
 
 def _of_point(encoder: Encoder, trajectory: Trajectory, whole: Encoded, prompt: Prompt) -> GoldTokens | None:
-    if not _is_whole_answer(trajectory, prompt):
-        return None
     index = prompt.turn - 1
     shows_less = any("reasoning_content" in message for message in prompt.gold)
     found = None if shows_less else _behind(whole, prompt, index)

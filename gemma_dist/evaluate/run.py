@@ -155,24 +155,21 @@ def _write_my_losses(out: Path, model: Any, encoder: Encoder, decisions: list[De
     comes. Returns the seconds of all ranks."""
     start = time.perf_counter()
     known = read_losses(out)
-    world.barrier()  # all have read
     writer = JsonlWriter(part_of_rank(out, "loss"), append=True)
     groups: dict[int, list[GoldTokens]] = {}  # of each trajectory
-    keys: dict[int, str] = {}
+    decision_of: dict[int, Decision] = {}
     for decision in decisions:
-        if decision.key in known:
-            continue
-        if decision.gold is None:
+        if decision.key not in known and decision.gold is None:
             writer.write({"key": decision.key, "loss": None})
-            continue
-        groups.setdefault(decision.trajectory_number, []).append(decision.gold)
-        keys[id(decision.gold)] = decision.key
+        elif decision.key not in known and decision.gold is not None:
+            groups.setdefault(decision.trajectory_number, []).append(decision.gold)
+            decision_of[id(decision.gold)] = decision
     reader = GoldReader(model, encoder)
-    found = reader.losses(list(groups.values()))
-    for gold, loss in progress(found, total=len(keys), desc="reading gold", unit="answer"):
-        writer.write({"key": keys[id(gold)], "loss": loss})
+    losses = reader.losses(list(groups.values()))
+    for gold, loss in progress(losses, total=len(decision_of), desc="reading gold", unit="answer"):
+        writer.write({"key": decision_of[id(gold)].key, "loss": loss})
     writer.close()
-    failed = [f"turn {gold.prompt.turn}: {reason}" for gold, reason in reader.failed]
+    failed = [f"{decision_of[id(gold)].place}: {reason}" for gold, reason in reader.failed]
     _require_answers(list(chain.from_iterable(world.gather_objects(failed))), out)
     return world.gather_objects(round(time.perf_counter() - start, 3))
 
