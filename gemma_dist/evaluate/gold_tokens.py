@@ -15,6 +15,9 @@ from gemma_dist.data.kinds import TEXT
 from gemma_dist.data.trajectory import Trajectory
 
 
+SAME_END = 3  # tokens: the turn that the model is given, or the thought that is opened for it
+
+
 @dataclass(frozen=True)
 class GoldTokens:
     """What stands behind a prompt: K tokens."""
@@ -41,13 +44,14 @@ def gold_tokens(encoder: Encoder, trajectory: Trajectory, prompts: Sequence[Prom
 def _of_point(encoder: Encoder, trajectory: Trajectory, whole: Encoded, prompt: Prompt) -> GoldTokens | None:
     index = prompt.turn - 1
     shows_less = any("reasoning_content" in message for message in prompt.gold)
-    found = None if shows_less else _behind(whole, prompt, index)
+    is_behind = not shows_less and whole.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+    found = _answer(whole, prompt, index) if is_behind else None
     if found is None:
         messages = trajectory.messages[: index + len(prompt.gold)]
         images = trajectory.images[: sum(map(count_images, messages))]
         thinking = whole.enable_thinking  # as the prompts are rendered
         so_far = replace(trajectory, messages=messages, images=images, enable_thinking=thinking)
-        found = _behind(encoder.encode(so_far), prompt, index)
+        found = _answer(encoder.encode(so_far), prompt, index)
     return found
 
 
@@ -59,10 +63,10 @@ def _is_whole_answer(trajectory: Trajectory, prompt: Prompt) -> bool:
     return not any(ACCEPTABLE in call["function"] for call in calls)
 
 
-def _behind(encoded: Encoded, prompt: Prompt, index: int) -> GoldTokens | None:
-    """The answer that begins with message `index`, if it is trained there behind just this prompt."""
+def _answer(encoded: Encoded, prompt: Prompt, index: int) -> GoldTokens | None:
+    """The answer that begins with message `index`, if it is trained there, behind what the prompt ends with."""
     start = dict(encoded.answers).get(index)
-    if start is None or encoded.input_ids[:start] != prompt.input_ids:
+    if start is None or encoded.input_ids[start - SAME_END : start] != prompt.input_ids[-SAME_END:]:
         return None
     starts = sorted(begin for _, begin in encoded.answers if begin > start)
     end = starts[0] if starts else len(encoded.labels)
