@@ -14,7 +14,6 @@ from gemma_dist.data.gold import ACCEPTABLE
 from gemma_dist.data.kinds import TEXT
 from gemma_dist.data.trajectory import Trajectory
 
-
 SAME_END = 3  # tokens: the turn that the model is given, or the thought that is opened for it
 
 
@@ -44,8 +43,9 @@ def gold_tokens(encoder: Encoder, trajectory: Trajectory, prompts: Sequence[Prom
 def _of_point(encoder: Encoder, trajectory: Trajectory, whole: Encoded, prompt: Prompt) -> GoldTokens | None:
     index = prompt.turn - 1
     shows_less = any("reasoning_content" in message for message in prompt.gold)
-    is_behind = not shows_less and whole.input_ids[: len(prompt.input_ids)] == prompt.input_ids
-    found = _answer(whole, prompt, index) if is_behind else None
+    start = dict(whole.answers).get(index)
+    is_behind = start == len(prompt.input_ids) and whole.input_ids[:start] == prompt.input_ids
+    found = _answer(whole, prompt, index) if is_behind and not shows_less else None
     if found is None:
         messages = trajectory.messages[: index + len(prompt.gold)]
         images = trajectory.images[: sum(map(count_images, messages))]
