@@ -74,10 +74,9 @@ class HeldOut(Schedule):
         """One round of the longest sequences: what takes most memory."""
         lengths = [int(self._num_tokens(np.array(unit)).sum()) for unit in self._units]
         order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+        units = [self._units[number] for number in order[: self.plan.global_batch_size]]
         chosen = object.__new__(HeldOut)
-        chosen.__dict__.update(self.__dict__)
-        chosen._units = [self._units[number] for number in order[: self.plan.global_batch_size]]
-        chosen.samples = sorted(chain.from_iterable(chosen._units))
+        chosen.__dict__.update(self.__dict__, _units=units, samples=sorted(chain.from_iterable(units)))
         return chosen
 
     def _packed(self, samples: list[int]) -> list[list[int]]:
