@@ -28,6 +28,7 @@ _KEYS = {
     "attn_impl flash_attn flash_attention use_flash_attention_2": "model.attn_implementation",
     "local_cache cache cache_path": "data.cache_dir",
     "dataset datasets dataset_name dataset_path dataset_dir data_path data_files train_file": "data.train",
+    "eval_dataset eval_datasets test_datasets val_dataset validation_file": "data.eval",
     "template chat_template_path chat_template_jinja": "data.chat_template",
     "lora_rank lora_r rank": "lora.r",
     "alpha": "lora.lora_alpha",
@@ -51,6 +52,10 @@ _KEYS = {
     "gradient_clipping grad_clip clip_grad_norm": "train.max_grad_norm",
     "optimizer optimiser": "train.optim",
     "use_wandb wandb_project use_tensorboard use_swanlab": "train.report_to",
+    "evaluate do_eval evaluation_strategy": "train.eval_strategy",
+    "evals_per_epoch eval_interval": "train.eval_steps",
+    "eval_batch_size micro_eval_batch_size": "train.per_device_eval_batch_size",
+    "eval_samples num_eval_samples": "train.max_eval_samples",
     "resume auto_resume_from_checkpoints": "train.resume_from_checkpoint",
 }
 RENAMED = _by_name(_KEYS)
@@ -79,10 +84,12 @@ _REASONS = {
         "assistant_only_loss completion_only_loss train_on_prompt train_on_inputs roles_to_train train_on_eos "
         "mask_history loss_scale train_on_last_turn_only"
     ): "always so: the loss is on what the model itself emits; `train: false` on a message leaves it out",
-    (
-        "evaluate eval do_eval eval_strategy evaluation_strategy eval_steps eval_dataset val_set_size "
-        "test_datasets max_new_tokens per_device_eval_batch_size"
-    ): "there is no evaluation inside training; run `gemma-dist evaluate` on a checkpoint",
+    "val_set_size split_dataset_ratio": (
+        "nothing is split off: shard held-out rows into a folder of their own, and name it as data.eval"
+    ),
+    "max_new_tokens predict_with_generate": (
+        "training evaluates the loss of data.eval and generates nothing; run `gemma-dist evaluate` on a checkpoint"
+    ),
     "freeze_vision_tower freeze_vit freeze_multi_modal_projector freeze_aligner finetune_vision_layers": (
         "lora and qlora leave the vision tower alone unless lora.target_modules names it; full trains it"
     ),

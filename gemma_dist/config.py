@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from gemma_dist.aliases import as_bool, current_value
 from gemma_dist.contradictions import contradictions
+from gemma_dist.settings import EvalInTraining, Section
 
 # Linear layers of the language model alone. Bare names ("q_proj") also match the vision tower, whose wrapped linears
 # PEFT refuses; "all-linear" adapts the tower and the gates of the per-layer embeddings as well.
@@ -23,14 +24,6 @@ LANGUAGE_MODEL_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate
 
 # Stacked weights of the experts, of shape (experts, out, in): parameters, not linear layers. In transformers' order.
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
-
-
-class Section(BaseModel):
-    """A group of settings: immutable, and closed to keys that it does not know."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True, protected_namespaces=()
-    )
 
 
 def option(name: str) -> str:
@@ -86,6 +79,9 @@ class TrainDataConfig(EncodingConfig):
     train: Annotated[list[str | SourceConfig], BeforeValidator(_as_list)] = Field(
         default=[],
         description="Folders or URLs that `gemma-dist shard` wrote: one, a list, or a list of {path, weight}.",
+    )
+    eval: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        default=[], description="Held-out shards, as in train (folders or URLs, no weights), for train.eval_strategy."
     )
     quarantine: Path | None = Field(
         None, description="File of what to leave out: one sample id, or damaged row group, per line."
@@ -198,8 +194,8 @@ class LoraConfig(Section):
         return value
 
 
-class TrainConfig(Section):
-    """Steps, batch, schedule, checkpoints: names and meanings of Hugging Face's TrainingArguments."""
+class TrainConfig(EvalInTraining):
+    """Steps, batch, schedule, checkpoints, evaluation: names and meanings of Hugging Face's TrainingArguments."""
 
     output_dir: Path = Field(description="Folder for checkpoints, metrics.jsonl and the trained adapter or model.")
     num_train_epochs: float = Field(1.0, gt=0, description="Number of passes over the data, unless max_steps is set.")
@@ -350,6 +346,7 @@ class EvaluateConfig(RowConfig):
     images: Literal["as_is", "blank", "swapped"] = Field(
         "as_is", description="What answers owe to images: blank: all are white; swapped: they are those of another row."
     )
+    loss: bool = Field(True, description="Also measure the loss of gold's answers: one pass over each trajectory.")
     answer_tolerance: float = Field(
         0.01, ge=0, description="How far a number may be from that of an expected answer, as a share of it."
     )

@@ -12,6 +12,7 @@ def contradictions(config: Any) -> Iterator[str]:
     yield from _of_data(config.data)
     yield from _of_tuning(config)
     yield from _of_training(config.train, config.model)
+    yield from _of_evaluation(config.train, config.data)
 
 
 def _of_data(data: Any) -> Iterator[str]:
@@ -75,3 +76,30 @@ def _of_training(train: Any, model: Any) -> Iterator[str]:
         )
     if train.max_steps == 0:
         yield "train.max_steps: 0 would train nothing; give a number of steps, or -1 to let num_train_epochs decide"
+
+
+def _of_evaluation(train: Any, data: Any) -> Iterator[str]:
+    evaluates = train.eval_strategy != "no"
+    if (evaluates or train.eval_on_start) and not data.eval:
+        key, value = ("eval_strategy", train.eval_strategy) if evaluates else ("eval_on_start", "true")
+        yield f"train.{key}: {value}, but data.eval names nothing to evaluate; name held-out shards there, or remove it"
+    if train.eval_steps is not None and train.eval_strategy != "steps":
+        yield (
+            f"train.eval_steps: {train.eval_steps}, but eval_strategy is {train.eval_strategy}; set it to steps, or "
+            "remove this"
+        )
+    if train.best_metric is None and train.greater_is_better is not None:
+        yield (
+            f"train.greater_is_better: {str(train.greater_is_better).lower()} of nothing; name metric_for_best_model, "
+            "or remove it"
+        )
+    if train.best_metric is not None:
+        key = "load_best_model_at_end: true" if train.load_best_model_at_end else "metric_for_best_model"
+        eval_steps = train.eval_steps or train.save_steps
+        if not evaluates:
+            yield f"train.{key}: nothing is evaluated, so none is the best; set eval_strategy: steps, or remove it"
+        elif train.eval_strategy == "steps" and train.save_steps % eval_steps:
+            yield (
+                f"train.{key}: of the checkpoints that are evaluated one is the best, but save_steps "
+                f"{train.save_steps} is not a multiple of eval_steps {eval_steps}; make it one"
+            )

@@ -155,6 +155,25 @@ class RunLog:
                 ", ".join(f"{name} {value:.3f}" for name, value in kinds),
             )
 
+    def write_evaluation(self, step: int, values: Mapping[str, Any], seconds: float) -> None:
+        """An evaluation after `step`, which took so many seconds: they are none of the next step's."""
+        self._before += seconds
+        if self._file is not None:
+            self._file.write({"step": step, **values, "eval_runtime": round(seconds, 3)})
+            shown = {name.removeprefix("eval_"): value for name, value in values.items() if isinstance(value, float)}
+            kinds = [(name.removeprefix("loss_"), value) for name, value in shown.items() if name.startswith("loss_")]
+            log.info(
+                "evaluation after step %*d/%d  loss %7.4f  accuracy %.3f  %7d tokens  %6.2f s  (%s)",
+                len(str(self._num_steps)),
+                step,
+                self._num_steps,
+                shown.get("loss", float("nan")),
+                shown["token_accuracy"],
+                values["eval_target_tokens"],
+                seconds,
+                ", ".join(f"{name} {value:.3f}" for name, value in kinds),
+            )
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()

@@ -106,8 +106,9 @@ def _option_of(name: str, field: "FieldInfo") -> click.Option:
     if get_origin(kind) is types.UnionType:  # with None, which is to leave the option out
         kind = get_args(kind)[0]
     choices = [_word(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
+    can_be_left_out = kind is bool and field.default is True
     return click.Option(
-        [option(name)],
+        [f"{option(name)}/{option(f'no_{name}')}" if can_be_left_out else option(name)],
         type=SettingChoice(choices) if choices else kind,
         is_flag=kind is bool,
         default=_word(field.default) if choices else field.default,

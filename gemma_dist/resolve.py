@@ -16,6 +16,7 @@ from gemma_dist.batch_plan import BatchPlan, batch_plan
 from gemma_dist.config import RunConfig
 from gemma_dist.errors import ConfigError
 from gemma_dist.model.towers import Tower, unneeded_towers
+from gemma_dist.stream.held_out import HeldOut, open_held_out
 from gemma_dist.stream.schedule import Schedule, open_schedule
 from gemma_dist.topology import Topology
 
@@ -79,11 +80,32 @@ class Run:
     plan: BatchPlan
     schedule: Schedule
     num_steps: int  # optimizer steps of the whole run
+    held_out: HeldOut | None = None  # what is evaluated meanwhile
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the run evaluates once `step` steps are done; 0: before the first."""
+        settings = self.config.train
+        if self.held_out is None:
+            return False
+        if step == 0:
+            return settings.eval_on_start
+        if settings.eval_strategy == "no":
+            return False
+        every = settings.eval_steps or settings.save_steps
+        if settings.eval_strategy == "epoch":
+            every = self.schedule.steps_per_epoch
+        return step % every == 0 or step == self.num_steps
+
+    def num_evaluations(self, start_step: int = 0) -> int:
+        """How often the run evaluates behind `start_step`, and before it if that is 0."""
+        first = start_step + 1 if start_step else 0
+        return sum(map(self.evaluates_at, range(first, self.num_steps + 1)))
 
     @cached_property
     def unneeded_towers(self) -> tuple[Tower, ...]:
         """What of the model is not loaded."""
-        has_images = bool(self.schedule.shards.num_images.any())
+        read = [self.schedule, *([self.held_out] if self.held_out else [])]
+        has_images = any(bool(schedule.shards.num_images.any()) for schedule in read)
         return unneeded_towers(frozen=self.config.tuning != "full", has_images=has_images)
 
     @cached_property
@@ -133,7 +155,8 @@ def resolve(config: RunConfig, topology: Topology) -> Run:
     """
     plan = batch_plan(config, topology.num_processes)
     schedule = open_schedule(config, plan)
-    return Run(config, topology, plan, schedule, schedule.num_steps(config.train))
+    held_out = open_held_out(config, plan, schedule)
+    return Run(config, topology, plan, schedule, schedule.num_steps(config.train), held_out)
 
 
 def require_output_dir(config: RunConfig) -> None:
@@ -145,7 +168,7 @@ def require_output_dir(config: RunConfig) -> None:
         raise ConfigError(f"{problem}: {existing} is a file; name a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"{problem}: nothing may be written to {existing}; name another folder")
-    sources = [source if isinstance(source, str) else source.path for source in config.data.train]
+    sources = [source if isinstance(source, str) else source.path for source in (*config.data.train, *config.data.eval)]
     for place in (config.model.model_name_or_path, *sources):
         if Path(place).is_dir() and Path(place).resolve() == output_dir.resolve():
             raise ConfigError(f"{problem}: the run reads from that folder ({place}); name one of its own")

@@ -157,6 +157,7 @@ def test_names_are_those_of_hugging_face():
     from trl import SFTConfig
 
     ours = {"global_batch_size", "packing_length", "sequence_parallel_size", "step_timeout_s", "stop_grace_s"}
+    ours |= {"max_eval_samples"}  # as transformers' examples call it
     train = set(settings.TrainConfig.model_fields)
     assert train - ours <= set(SFTConfig.__dataclass_fields__)
     assert set(settings.LoraConfig.model_fields) <= set(LoraConfig.__dataclass_fields__)

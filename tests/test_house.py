@@ -17,7 +17,7 @@ MODULES = {
 # of one floor never import one another: train, evaluate and merge meet on disk.
 FLOORS = [
     {"errors"},
-    {"aliases", "contradictions", "family", "files", "gemma_format"},
+    {"aliases", "contradictions", "family", "files", "gemma_format", "settings"},
     {"config", "costs", "world"},
     {"batch_plan", "config_server", "fsdp_config", "logs", "ranklog"},
     {"topology", "exits"},

@@ -74,11 +74,20 @@ def test_ranks_answer_what_one_process_answers(
     output = gemma_dist(*words, "--out", together, launch=launch)
     assert f"partitioned over 2 ranks ({name})" in output
 
-    assert (together / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
     one, two = (json.loads((out / "report.json").read_text()) for out in (alone, together))
     assert (one.pop("times")["world_size"], two.pop("times")["world_size"]) == (1, 2)
+    losses, other_losses = (report.pop("loss")["metrics"] for report in (one, two))
     assert one == two
-    samples = [json.loads(line) for line in (alone / "samples.jsonl").read_text().splitlines()]
+    assert losses.keys() == other_losses.keys() > {"loss", "loss_call", "loss_argument", "loss_text"}
+    for metric, found in losses.items():
+        assert other_losses[metric] == pytest.approx(found, rel=1e-5)
+    samples, others = (
+        [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()] for out in (alone, together)
+    )
+    for sample, other in zip(samples, others, strict=True):
+        assert other["loss"].keys() == sample["loss"].keys()
+        assert all(other["loss"][kind] == pytest.approx(found, rel=1e-5) for kind, found in sample["loss"].items())
+        assert other | {"loss": None} == sample | {"loss": None}
     assert {bool(sample["num_images"]) for sample in samples if sample["trajectory"] % 2 == 0} == {False}
     assert any(sample["num_images"] for sample in samples)
     assert len({sample["output_tokens"] for sample in samples}) > 1

@@ -18,6 +18,7 @@ import numpy as np
 from gemma_dist.errors import ConfigError, DataError
 from gemma_dist.evaluate.decision import ScoredDecision, steps_of
 from gemma_dist.evaluate.intervals import divide_each, holm, mcnemar, middle_95, resample, smallest_difference
+from gemma_dist.evaluate.loss_report import LossChange, loss_changes
 from gemma_dist.evaluate.pass_at_k import metrics_of
 from gemma_dist.evaluate.runs import Run, read_run
 from gemma_dist.evaluate.slices import slice_up
@@ -82,6 +83,7 @@ class Comparison(TypedDict):
     image_gain: ImageGain | None
     metrics: dict[str, Change]
     slices: dict[str, dict[str, SliceChange]]  # of `overall`
+    loss: dict[str, LossChange] | None  # of gold's answers, where both runs measured it
     fixed: list[ChangedPoint]
     broken: list[ChangedPoint]
 
@@ -110,6 +112,7 @@ def compare(before: Path, after: Path) -> Comparison:
         "image_gain": _image_gain(first, second, lines),
         "metrics": changes,
         "slices": _slices(lines),
+        "loss": loss_changes(*_apart(lines)),
         "fixed": [_changed(line) for line in lines if _is_right(line[1]) and not _is_right(line[0])],
         "broken": [_changed(line) for line in lines if _is_right(line[0]) and not _is_right(line[1])],
     }

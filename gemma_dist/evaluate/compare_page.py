@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gemma_dist.evaluate.compare import Change, ChangedPoint, Comparison, compare, failed_rules
+from gemma_dist.evaluate.loss_report import change_rows
 from gemma_dist.evaluate.markdown import MAX_ROWS, code, interval, percent, section, table
 from gemma_dist.evaluate.page import TRAJECTORIES, PageRun, write_page
 from gemma_dist.evaluate.runs import Run, read_run, read_tools
@@ -62,6 +63,9 @@ def _lines(compared: Comparison) -> Iterator[str]:
     yield f"The smallest true difference that so many points would show in 8 of 10 cases: {smallest} points of 100."
     yield ""
     yield from table(_HEADER, (_row(name, found) for name, found in compared["metrics"].items()))
+    if (losses := compared["loss"]) is not None:
+        header = ["nats a token", "before", "after", "difference", "95 % by trajectory"]
+        yield from section("Loss of gold's answers", header, change_rows(losses))
     if (gain := compared["image_gain"]) is not None:
         shown = f"{_points(gain['value'])} ({interval(gain['low'], gain['high'], signed=True)})"
         yield f"Gain by images, as they are less {gain['without']}: {shown}; {gain['num_points']:,} points have some."

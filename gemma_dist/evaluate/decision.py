@@ -10,6 +10,14 @@ from gemma_dist.evaluate.score import Gold, Score
 Trajectory = tuple[int, int]  # its number, and which of several answers (`sample`) was taken at each of its points
 
 
+class KindLoss(TypedDict):
+    """What gold's tokens of one kind cost at a decision point."""
+
+    nll: float  # nats
+    tokens: int
+    right: int  # that the model found likeliest
+
+
 class AnsweredDecision(TypedDict):
     """A line of a run that is at work: a decision point, and what the model wrote at it."""
 
@@ -33,6 +41,7 @@ class AnsweredDecision(TypedDict):
     form: NotRequired[Literal["message"]]  # of a server of chat: `output` is its message as JSON text (`message.py`)
     raw: NotRequired[str]  # of such an answer: what the model wrote, where the server says that as well
     own_prompt_tokens: NotRequired[int]  # the same, where a processor is here: what it makes of the prompt
+    loss: NotRequired[dict[str, KindLoss] | None]  # by kind of token; None: gold is no whole answer
 
 
 class ScoredDecision(AnsweredDecision):

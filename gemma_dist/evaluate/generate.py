@@ -25,14 +25,12 @@ from gemma_dist import world
 from gemma_dist.data.encode import Encoder, Prompt
 from gemma_dist.errors import GemmaDistError
 from gemma_dist.evaluate.cache import Masks, RowCache, TreeCache
+from gemma_dist.evaluate.chunk import CHUNK, chunk_of
 from gemma_dist.evaluate.room import GROWTH, Room
 from gemma_dist.evaluate.sampling import Sampling
 from gemma_dist.evaluate.tree import grow_tree
 from gemma_dist.gemma_format import STOP_TOKENS
 from gemma_dist.model.zero3 import is_partitioned
-from gemma_dist.stream.collate import collate, control_ids
-
-CHUNK = 1024  # tokens of prompts that one pass reads; short trajectories are read together up to that many
 
 
 @dataclass(frozen=True)
@@ -209,21 +207,10 @@ class Generator:
     def _read(self, cache: TreeCache, start: int, stop: int) -> torch.Tensor:
         """One pass over tokens of a tree: logits (P, V) behind the ends of its prompts, if they are among them."""
         tree = cache.tree
-        input_ids, positions = tree.input_ids[start:stop].tolist(), tree.positions[start:stop].tolist()
-        shown = sorted(set(tree.image_of[start:stop].tolist()) - {0})
-        pixels: dict[str, torch.Tensor] = {}
-        fillers: list[int] = []
-        if shown:
-            pixels = self.encoder.pixels([tree.images[number - 1] for number in shown])
-        elif self._in_step:  # the vision tower runs on every rank
-            filler = collate([], control_ids(self.encoder.processor))
-            pixels = {name: filler[name] for name in ("pixel_values", "image_position_ids")}
-            fillers = filler["input_ids"][0].tolist()
-        masks = cache.begin(start, stop, len(fillers))
-        at = [*range(len(fillers)), *positions]
+        chunk = chunk_of(cache, self.encoder, start, stop, always_image=self._in_step)
         keep = len(tree.paths) if stop == len(tree) else 1
         self.counts.tokens_read += stop - start
-        return self._pass([fillers + input_ids], [at], cache, masks, keep, pixels)[0]
+        return self._pass([chunk.input_ids], [chunk.positions], cache, chunk.masks, keep, chunk.pixels)[0]
 
     def _write_token(self) -> Iterator[tuple[Question, int, Answer]]:
         """Write a token in each row."""

@@ -2,6 +2,7 @@
 
     OUT/run.json              what the run is: model, data, settings; another one is refused where answers are
     OUT/.samples-RANK.jsonl   each rank's lines, appended as they come; gone when the report is written
+    OUT/.loss-RANK.jsonl      what gold costs at its points, likewise
 
 Lines are not scored yet: answers belong to the log, rules to the report. A line is known by its key, a hash of all that
 its answer hangs on, and by the number of its sample. So it counts for any number of ranks, and what is not exactly this
@@ -20,7 +21,7 @@ from gemma_dist import world
 from gemma_dist.config import EvaluateConfig
 from gemma_dist.data.encode import Encoder
 from gemma_dist.errors import ConfigError, EvaluationError, GemmaDistError, PeerError
-from gemma_dist.evaluate.decision import AnsweredDecision
+from gemma_dist.evaluate.decision import AnsweredDecision, KindLoss
 from gemma_dist.evaluate.runs import SAMPLES
 from gemma_dist.files import exclusive
 from gemma_dist.logs import log, write_json
@@ -29,13 +30,14 @@ from gemma_dist.shards.reader import is_shard_folder, open_shards
 
 RUN = "run.json"
 # Settings on which no answer hangs, and names of what a hash tells better.
-MAY_DIFFER = ("per_device_eval_batch_size", "max_batch_tokens", "ple", "answer_tolerance")
+MAY_DIFFER = ("per_device_eval_batch_size", "max_batch_tokens", "ple", "answer_tolerance", "loss")
 NAMES = {"model": "model_hash", "adapter": "adapter_hash", "data": "data_hash"}
 NUM_NAMED = 5  # of many points, in messages
 
 T = TypeVar("T")
 LineKey = tuple[str, int]  # key of the point, number of the sample from 0
 Lines = dict[LineKey, AnsweredDecision]
+Losses = dict[str, dict[str, KindLoss] | None]  # key of the point -> by kind; None: gold is no whole answer
 
 
 def describe_run(
@@ -86,7 +88,7 @@ def opened(out: Path, describe: Callable[[], dict[str, Any]]) -> Iterator[tuple[
             problem = f"{out}: another evaluation is writing there; wait for it, or name another folder"
             stack.enter_context(exclusive(out, problem))
             run = describe()
-            if (out / RUN).is_file() and (read_lines(out) or (out / SAMPLES).is_file()):
+            if (out / RUN).is_file() and (read_lines(out) or read_losses(out) or (out / SAMPLES).is_file()):
                 _require_same(out, json.loads((out / RUN).read_text(encoding="utf-8")), run)
             else:
                 write_json(out / RUN, run)
@@ -99,9 +101,9 @@ def opened(out: Path, describe: Callable[[], dict[str, Any]]) -> Iterator[tuple[
         yield run, lines
 
 
-def part_of_rank(out: Path) -> Path:
-    """The file of this rank's lines. What a kill left of a last line is cut off."""
-    path = out / f".samples-{world.rank()}.jsonl"
+def part_of_rank(out: Path, what: str = "samples") -> Path:
+    """The file of this rank's lines, or of its losses (`what`: "loss"). What a kill left of a last line is cut off."""
+    path = out / f".{what}-{world.rank()}.jsonl"
     if path.is_file():
         written = path.read_bytes()
         if not written.endswith(b"\n"):
@@ -113,18 +115,34 @@ def part_of_rank(out: Path) -> Path:
 def read_lines(out: Path) -> Lines:
     """The lines of all ranks' parts. Those that are damaged, or were written by something else, are left out."""
     lines: Lines = {}
-    for part in _parts(out):
-        for raw in part.read_bytes().split(b"\n")[:-1]:  # what no line end follows was torn, though it may look whole
-            with contextlib.suppress(ValueError):
-                line = json.loads(raw)
-                if isinstance(line, dict) and {"key", "sample"} <= line.keys():
-                    lines.setdefault((line["key"], line["sample"]), cast(AnsweredDecision, line))
+    for line in _whole_lines(out, "samples"):
+        if {"key", "sample"} <= line.keys():
+            lines.setdefault((line["key"], line["sample"]), cast(AnsweredDecision, line))
     return lines
 
 
-def complete(out: Path, wanted: Sequence[LineKey]) -> list[AnsweredDecision]:
-    """The lines of `wanted`, in that order. Raises EvaluationError where one is missing."""
+def read_losses(out: Path) -> Losses:
+    """What gold costs at decision points, by their keys, as all ranks' parts say it."""
+    return {line["key"]: line["loss"] for line in _whole_lines(out, "loss") if {"key", "loss"} <= line.keys()}
+
+
+def _whole_lines(out: Path, what: str) -> Iterator[dict[str, Any]]:
+    """The objects that all ranks wrote; what is damaged is left out."""
+    for part in _parts(out, what):
+        for raw in part.read_bytes().split(b"\n")[:-1]:  # what no line end follows was torn, though it may look whole
+            with contextlib.suppress(ValueError):
+                line = json.loads(raw)
+                if isinstance(line, dict):
+                    yield line
+
+
+def complete(out: Path, wanted: Sequence[LineKey], *, with_loss: bool = False) -> list[AnsweredDecision]:
+    """The lines of `wanted`, in that order, each with its point's loss where that was measured. Raises EvaluationError
+    where one is missing."""
     lines = read_lines(out)
+    if with_loss:
+        losses = read_losses(out)
+        lines = {one: {**line, "loss": losses[one[0]]} for one, line in lines.items() if one[0] in losses}
     missing = [one for one in wanted if one not in lines]
     if missing or len(set(wanted)) < len(wanted):
         raise EvaluationError(
@@ -136,12 +154,12 @@ def complete(out: Path, wanted: Sequence[LineKey]) -> list[AnsweredDecision]:
 
 def remove_parts(out: Path) -> None:
     """Remove the files that ranks wrote, and no others."""
-    for part in _parts(out):
+    for part in (*_parts(out, "samples"), *_parts(out, "loss")):
         part.unlink()
 
 
-def _parts(out: Path) -> list[Path]:
-    return sorted(path for path in out.iterdir() if re.fullmatch(r"\.samples-\d+\.jsonl", path.name))
+def _parts(out: Path, what: str) -> list[Path]:
+    return sorted(path for path in out.iterdir() if re.fullmatch(rf"\.{what}-\d+\.jsonl", path.name))
 
 
 def _require_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

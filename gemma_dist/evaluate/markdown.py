@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from gemma_dist.evaluate.loss_report import loss_rows
 from gemma_dist.evaluate.message import say_reading
 from gemma_dist.evaluate.metrics import MetricReport
 from gemma_dist.evaluate.pass_at_k import metrics_of, pass_metrics
@@ -39,6 +40,9 @@ def _report_lines(report: Report) -> Iterator[str]:
         yield from map(_escaped, say_reading(report["server_reading"]) if "server_reading" in report else ())
         yield ""
     yield from _headline(report)
+    if (loss := report["loss"]) is not None:
+        title = f"Loss of gold's answers at {loss['num_points']:,} decision points"
+        yield from section(title, ["nats a token", "value", "95 % by trajectory", "of"], loss_rows(loss))
     yield from section("Failures", ["kind", "points"], ([kind, count] for kind, count in report["failures"].items()))
     faults = [[kind, count] for kind, count in report["arg_errors"].items() if count]
     yield from section("Wrong arguments of matched calls", ["kind", "arguments"], faults)

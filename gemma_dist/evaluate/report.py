@@ -9,6 +9,7 @@ from typing import Any, NotRequired, TypedDict, get_args
 
 from gemma_dist.data.read import Status
 from gemma_dist.evaluate.decision import ScoredDecision, Trajectory, steps_of, trajectory_of
+from gemma_dist.evaluate.loss_report import LossReport, loss_lines, loss_report
 from gemma_dist.evaluate.message import ServerReading, compare_readings
 from gemma_dist.evaluate.metrics import MetricReport
 from gemma_dist.evaluate.pass_at_k import metrics_of
@@ -54,6 +55,7 @@ class Report(TypedDict):
     survival: list[SurvivalStep]
     confusion: dict[str, dict[str, int]]  # {gold's tool: {called tool: calls}}
     slices: dict[str, dict[str, dict[str, MetricReport]]]  # {slice: {value: metrics with something to judge}}
+    loss: LossReport | None  # of gold's answers; None: not measured
     server: NotRequired[dict[str, Any]]  # where one was asked: its address, and how it was
     server_reading: NotRequired[ServerReading]  # of a server of chat: how it read the answers, beside how we would
     times: dict[str, Any]  # what differs from run to run, and nothing else does: command, ranks, seconds, throughput
@@ -88,6 +90,7 @@ def make_report(header: Mapping[str, Any], decisions: Iterable[ScoredDecision]) 
             name: {value: judged(measure(add_up(found, whole=False))) for value, found in values.items()}
             for name, values in slice_up(decisions, steps).items()
         },
+        "loss": loss_report(decisions),
     }
     reading = compare_readings(decisions)
     served = {} if reading is None else {"server_reading": reading}
@@ -164,3 +167,5 @@ def summary(report: Report) -> Iterator[str]:
         if found["value"] is not None:
             share = f"{found['value']:7.1%}  {found['numerator']:>6} of {found['denominator']:<6}"
             yield f"  {metric.name:<18} {share}  {metric.sentence}"
+    if report["loss"] is not None:
+        yield from loss_lines(report["loss"])

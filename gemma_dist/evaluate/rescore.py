@@ -76,8 +76,14 @@ def _asked_again(
                 f"{where} has {len(rows)} decision points that {other} has not, the first at {id_}, turn {turn}; "
                 "name the data that the run was asked"
             )
-    again = [{**line, **points[place]} for line, place in zip(lines, asked_then, strict=True)]
+    again = [_asked(line, points[place]) for line, place in zip(lines, asked_then, strict=True)]
     return cast(list[AnsweredDecision], again), tool_sets
+
+
+def _asked(line: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:
+    """A line with what is asked now; without its loss, where that is of another answer."""
+    kept = {name: value for name, value in line.items() if name != "loss" or line["gold"] == point["gold"]}
+    return {**kept, **point}
 
 
 def _place(point: Mapping[str, Any]) -> Place:

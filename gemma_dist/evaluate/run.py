@@ -31,6 +31,7 @@ from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import ConfigError, DataError, EvaluationError, PeerError
 from gemma_dist.evaluate.decision import AnsweredDecision
 from gemma_dist.evaluate.generate import Answer, Generator, Question
+from gemma_dist.evaluate.gold_tokens import GoldTokens, gold_tokens
 from gemma_dist.evaluate.images import blank, swap_images
 from gemma_dist.evaluate.line import asked, score_lines
 from gemma_dist.evaluate.log import (
@@ -42,8 +43,10 @@ from gemma_dist.evaluate.log import (
     on_rank_0,
     opened,
     part_of_rank,
+    read_losses,
     remove_parts,
 )
+from gemma_dist.evaluate.loss import GoldReader
 from gemma_dist.evaluate.report import Report, summary
 from gemma_dist.evaluate.room import measure_room
 from gemma_dist.evaluate.runs import REPORT, ToolSets, command, made_by, tools_key, write_results
@@ -67,6 +70,7 @@ class Decision:
     prompt: Prompt
     place: str  # in the data, whatever model answers it
     key: str  # `key_of`
+    gold: GoldTokens | None  # what is read for its loss
 
 
 def evaluate(
@@ -99,14 +103,16 @@ def evaluate(
         if is_partitioned(loaded) and world.rank() == 0:
             how = "FSDP2" if fsdp.is_launched() else "ZeRO-3"
             log.info("model partitioned over %d ranks (%s)", world.world_size(), how)
+        loss_times = {"loss_seconds": _write_my_losses(out, loaded, encoder, decisions)} if settings.loss else {}
         times = _write_my_part(out, loaded, encoder, decisions, lines, settings)
         wanted = [(decision.trajectory_number, decision.prompt.turn, decision.key) for decision in decisions]
         all_wanted = sorted(chain.from_iterable(world.gather_objects(wanted)))
         keys = [(key, sample) for _, _, key in all_wanted for sample in range(settings.num_samples)]
-        header = {**run, **made_by(encoder), "settings": settings.model_dump(mode="json"), "times": times}
+        settings_now = settings.model_dump(mode="json")
+        header = {**run, **made_by(encoder), "settings": settings_now, "times": times | loss_times}
 
         def report_all() -> Report:
-            scored = score_lines(complete(out, keys), tool_sets, settings.answer_tolerance)
+            scored = score_lines(complete(out, keys, with_loss=settings.loss), tool_sets, settings.answer_tolerance)
             join_shown(out)
             report = write_results(out, header, scored, tool_sets)
             remove_parts(out)
@@ -138,16 +144,41 @@ def _my_decisions(
             trajectory = replace(trajectory, images=[blank(image) for image in trajectory.images])
         with error_context(f"{data}: {trajectory.id}"):
             prompts = encoder.prompts(trajectory)
-        for prompt in prompts:
+            written = gold_tokens(encoder, trajectory, prompts) if settings.loss else [None] * len(prompts)
+        for prompt, gold in zip(prompts, written, strict=True):
             place = f"{num_trajectories} {trajectory.id} {prompt.turn}"
             key = key_of(run, place, prompt.input_ids, prompt.images)
-            decisions.append(Decision(trajectory, num_trajectories, prompt, place, key))
+            decisions.append(Decision(trajectory, num_trajectories, prompt, place, key, gold))
     return decisions, num_trajectories, tool_sets
 
 
 def _samples(row: Trajectory, encoder: Encoder, settings: EvaluateConfig, data: Path) -> list[Trajectory]:
     with error_context(f"{data}: {row.id}"):
         return unroll(row, encoder, settings)
+
+
+def _write_my_losses(out: Path, model: Any, encoder: Encoder, decisions: list[Decision]) -> list[float]:
+    """Measure what gold costs at this rank's decision points, but for those that are known already, and write it as it
+    comes. Returns the seconds of all ranks."""
+    start = time.perf_counter()
+    known = read_losses(out)
+    writer = JsonlWriter(part_of_rank(out, "loss"), append=True)
+    groups: dict[int, list[GoldTokens]] = {}  # of each trajectory
+    decision_of: dict[int, Decision] = {}
+    for decision in decisions:
+        if decision.key not in known and decision.gold is None:
+            writer.write({"key": decision.key, "loss": None})
+        elif decision.key not in known and decision.gold is not None:
+            groups.setdefault(decision.trajectory_number, []).append(decision.gold)
+            decision_of[id(decision.gold)] = decision
+    reader = GoldReader(model, encoder)
+    losses = reader.losses(list(groups.values()))
+    for gold, loss in progress(losses, total=len(decision_of), desc="reading gold", unit="answer"):
+        writer.write({"key": decision_of[id(gold)].key, "loss": loss})
+    writer.close()
+    failed = [f"{decision_of[id(gold)].place}: {reason}" for gold, reason in reader.failed]
+    _require_answers(list(chain.from_iterable(world.gather_objects(failed))), out)
+    return world.gather_objects(round(time.perf_counter() - start, 3))
 
 
 def _write_my_part(

@@ -77,6 +77,16 @@ def compute_in_bfloat16(model: Any, device: torch.device) -> None:
     model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
 
 
+def reshard(model: torch.nn.Module) -> None:
+    """Let a sharded `model` hold its shares alone again, as after a backward pass; others are left as they are. A
+    forward pass without one leaves the root gathered, where weights are looked at by their names."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def require_sharded(model: torch.nn.Module) -> None:
     """Assert that every parameter of `model` is partitioned: what accelerate leaves whole is summed by nobody."""
     whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]

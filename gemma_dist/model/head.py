@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from gemma_dist.model.zero3 import gathered
+
 # Of a micro-batch: where its K targets are predicted, which tokens they are, and of which kind (`data/kinds.py`).
 POSITIONS, IDS, KINDS = "target_positions", "target_ids", "target_kinds"
 OUTPUTS = ("log_probs", "entropy", "is_top1")
@@ -30,7 +32,7 @@ def use_target_head(model: Any) -> None:
     ) -> Any:
         if target_positions is None:
             return others(*args, **kwargs)
-        kwargs |= {"use_cache": False}
+        kwargs.setdefault("use_cache", False)
         kwargs.pop("labels", None)  # PEFT's None
         hidden = self.model(*args, **kwargs).last_hidden_state
         return score(self, hidden.flatten(0, 1).index_select(0, target_positions), target_ids)
@@ -46,7 +48,7 @@ def score(model: Any, hidden: torch.Tensor, ids: torch.Tensor) -> Any:
     text, weight = model.config.get_text_config(), model.get_output_embeddings().weight
     if isinstance(weight, DTensor):
         weight = weight.full_tensor()
-    with utils.maybe_gather_lm_head_ctx(weight):
+    with utils.maybe_gather_lm_head_ctx(weight), gathered(weight):
         found = utils._ChunkedLogProbFunction.apply(
             hidden,
             weight,

@@ -229,6 +229,20 @@ def partition_model(model: Any, settings: dict[str, Any]) -> None:
     deepspeed.initialize(model=inner, config=settings)
 
 
+@contextlib.contextmanager
+def gathered(weight: Any) -> Iterator[None]:
+    """Within, a weight that is read outside of its own module is whole, where it is partitioned at ZeRO-3. Every rank
+    calls it. TRL's way (`maybe_gather_lm_head_ctx`) asks transformers, which knows of ZeRO-3 while it trains alone."""
+    status = getattr(weight, "ds_status", None)
+    if status is None or status.name == "AVAILABLE":
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([weight]):
+        yield
+
+
 def is_partitioned(model: torch.nn.Module) -> bool:
     """Whether `model` is partitioned over the ranks (ZeRO-3, FSDP2): each of its passes is then one of all ranks."""
     return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -12,6 +12,7 @@ from gemma_dist.errors import CheckpointError
 from gemma_dist.model.cards import card_at_hand, impossible, slow
 from gemma_dist.model.shapes import describe_training
 from gemma_dist.resolve import Run, require_output_dir
+from gemma_dist.stream.held_out import describe_held_out, trained_too
 
 
 def describe_run(run: Run) -> str:
@@ -24,10 +25,9 @@ def describe_run(run: Run) -> str:
     """
     require_output_dir(run.config)
     settings = yaml.safe_dump(run.config.to_json(), sort_keys=False, allow_unicode=True, width=120)
+    data = [*_data_lines(run), *_held_out_lines(run), *_encoding_lines(run)]
     training = describe_training(run.config, run.unneeded_towers)
-    return "\n".join(
-        [settings, str(run.plan), *_data_lines(run), *_encoding_lines(run), *training, *_card_lines(run.config)]
-    )
+    return "\n".join([settings, str(run.plan), *data, *training, *_card_lines(run.config)])
 
 
 def _data_lines(run: Run) -> list[str]:
@@ -40,6 +40,16 @@ def _data_lines(run: Run) -> list[str]:
         f"{shards.num_target_tokens.sum():,} tokens are trained",
         f"{run.num_steps:,} optimizer steps, {schedule.steps_per_epoch:,} to an epoch{packs}",
     ]
+
+
+def _held_out_lines(run: Run) -> list[str]:
+    """What is evaluated meanwhile, how often, and what of it is trained on as well."""
+    if run.held_out is None:
+        return []
+    often = run.num_evaluations()
+    tokens = often * run.held_out.num_tokens
+    evaluated = f"{describe_held_out(run.held_out)}; evaluated {often:,} times, {tokens:,} tokens without gradients"
+    return [evaluated, *filter(None, [trained_too(run.held_out, run.schedule)])]
 
 
 def _encoding_lines(run: Run) -> list[str]:

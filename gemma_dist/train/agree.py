@@ -25,6 +25,7 @@ from gemma_dist.train.checkpoint import flat
 PLACES = (
     "model.model_name_or_path",
     "data.train",
+    "data.eval",
     "data.chat_template",
     "data.quarantine",
     "data.cache_dir",
@@ -59,7 +60,14 @@ def facts_of(run: Run) -> dict[str, object]:
     }
     identity = {run.identity.meaning(name): value for name, value in run.identity.to_json().items()}
     quarantine = hashlib.sha256(json.dumps(sorted(run.schedule.quarantine)).encode()).hexdigest()[:12]
-    return settings | flat(launch, "the launch's ") | identity | {"data.quarantine (hash of its samples)": quarantine}
+    held_out = None if run.held_out is None else run.held_out.shards.manifest_hash
+    return {
+        **settings,
+        **flat(launch, "the launch's "),
+        **identity,
+        "data.quarantine (hash of its samples)": quarantine,
+        "data.eval (manifest)": held_out,
+    }
 
 
 def versions_here() -> dict[str, object]:

@@ -48,7 +48,7 @@ class Boundary(TrainerCallback):
     def on_step_end(self, args: object, state: Any, control: Any, **kwargs: object) -> None:
         """Stop if any rank was asked to, unless the run ends here anyway."""
         if self.asked_anywhere and state.global_step < state.max_steps:
-            self._stop(state, control)
+            self.stop(state, control)
 
     def on_save(self, args: object, state: Any, control: Any, **kwargs: object) -> None:
         """Stop if a rank was asked to while the checkpoint was written: there is no better moment."""
@@ -56,10 +56,13 @@ class Boundary(TrainerCallback):
             return
         (asked,) = world.any_rank([bool(self.requests.by())])
         if asked:
-            self._stop(state, control)
+            self.stop(state, control)
 
-    def _stop(self, state: Any, control: Any) -> None:
-        """Let Trainer log this step, save it, if that is not done and can be done in time, and stop."""
+    def stop(self, state: Any, control: Any) -> None:
+        """Let Trainer log this step, save it, if that is not done and can be done in time, and stop; at the last step,
+        where a run ends anyway, nothing changes. Every rank calls it."""
+        if state.global_step >= state.max_steps:
+            return
         of_ranks = world.gather_objects((self.requests.by(), self.requests.seconds_left(self._settings.stop_grace_s)))
         seconds_to_save = world.gather_objects(self._seconds_to_save)[0]
         by = next(by for by, _ in of_ranks if by)

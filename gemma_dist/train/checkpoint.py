@@ -23,6 +23,7 @@ from gemma_dist.errors import CheckpointError, PeerError
 from gemma_dist.files import seal, size, sync
 from gemma_dist.logs import log, write_json
 from gemma_dist.resolve import Run, RunIdentity
+from gemma_dist.train.best import note_best
 from gemma_dist.train.digests import (
     UNREADABLE,
     FileDigest,
@@ -227,7 +228,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def saving(run: Run, step: int, num_bytes: int = 0) -> Iterator[Path]:
     """Gives the folder that all ranks write checkpoint `step` into. At the end it is marked and moved to its name, and
-    the oldest checkpoints beyond `train.save_total_limit` are removed.
+    the oldest checkpoints beyond `train.save_total_limit` are removed, but for the best.
 
     Args:
         num_bytes: what it is going to take; where there is no room for it, it is not begun.
@@ -291,9 +292,11 @@ def _finish(written: Path, run: Run, step: int, files: Mapping[str, FileDigest],
     written.rename(folder)  # at most an empty folder lies there: see `find_checkpoint`
     sync(folder.parent)
     log.info("saved %s", folder)
+    best = note_best(run)
     if (limit := run.config.train.save_total_limit) is not None:
         for old in _complete(folder.parent)[:-limit]:
-            old.rename(written.parent / old.name)  # removed with it, now or by the next save
+            if old != best:
+                old.rename(written.parent / old.name)  # removed with it, now or by the next save
     shutil.rmtree(written.parent)
 
 

@@ -37,7 +37,7 @@ from gemma_dist.train.checkpoint import (
     require_shared,
 )
 from gemma_dist.train.digests import damage
-from gemma_dist.train.dry_report import DiskTaken, DryRun, MemoryTaken, StepSeen
+from gemma_dist.train.dry_report import DiskTaken, DryRun, EvaluationTaken, MemoryTaken, StepSeen
 from gemma_dist.train.dry_steps import FIRST_STEPS, ChosenSteps, choose_steps, tokens_of
 from gemma_dist.train.memory import MemoryWatch, gpu_at_hand
 from gemma_dist.train.optimizer import forget_state, load_optimizer, state_crc32
@@ -73,11 +73,16 @@ class StepsHeld(RunLog):
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.num_tokens: list[int] = []
+        self.evaluation_s = 0.0
 
     def write(self, step: int, values: Any, *, num_tokens: int) -> None:
         """Keep what the table shows of a step."""
         self.losses.append(values["loss"])
         self.num_tokens.append(num_tokens)
+
+    def write_evaluation(self, step: int, values: Any, seconds: float) -> None:
+        """Keep how long it took."""
+        self.evaluation_s = seconds
 
     def close(self) -> None:
         """Nothing is open."""
@@ -174,7 +179,7 @@ def dry_run(
             exits.use_folder(folder / HEARTBEATS)
         require_shared(folder)
         _require_whole(checkpoint, start_step)
-        _require_files(run.schedule)
+        _require_files(run)
         clock.ended(f"{run.schedule.shards.num_files:,} shards looked at")
         dry = _into(run, folder, start_step, chosen)
         arguments.output_dir, arguments.report_to, arguments.learning_rate = str(folder), [], 0.0
@@ -189,7 +194,8 @@ def dry_run(
         trainer.add_callback(steps)
         trainer.train(resume_from_checkpoint=checkpoint)
         seen = _steps_seen(run.schedule, chosen, steps.seconds, held)
-        found = _report(run, start_step, seen, num_searched, clock, _disk(folder, config.train.output_dir), watch)
+        disk, evaluation = _disk(folder, config.train.output_dir), _evaluation(run, start_step, held.evaluation_s)
+        found = _report(run, start_step, seen, num_searched, clock, disk, evaluation, watch)
         if requests is not None:
             requests.ends()
         exits.use_folder(None)
@@ -252,16 +258,19 @@ def _require_whole(checkpoint: Path | None, start_step: int) -> None:
         )
 
 
-def _require_files(schedule: Schedule) -> None:
+def _require_files(run: Run) -> None:
     """Raises DataError, on every rank, where a shard is not as its manifest says. The ranks of each node look at all of
     them, as each node may have disks of its own; no row group is read."""
-    problems = schedule.shards.check_files(world.local_rank(), world.local_world_size())
-    found = sorted({problem for of_rank in world.gather_objects(problems) for problem in of_rank})
-    if found:
-        raise DataError(
-            f"data.train: {len(found):,} of {schedule.shards.num_files:,} shards are not what their manifest says: "
-            f"{_some(found)}. Restore them from their source, or make the shards again"
-        )
+    for key, schedule in (("data.train", run.schedule), ("data.eval", run.held_out)):
+        if schedule is None:
+            continue
+        problems = schedule.shards.check_files(world.local_rank(), world.local_world_size())
+        found = sorted({problem for of_rank in world.gather_objects(problems) for problem in of_rank})
+        if found:
+            raise DataError(
+                f"{key}: {len(found):,} of {schedule.shards.num_files:,} shards are not what their manifest says: "
+                f"{_some(found)}. Restore them from their source, or make the shards again"
+            )
 
 
 def _some(problems: list[str]) -> str:
@@ -271,14 +280,19 @@ def _some(problems: list[str]) -> str:
 
 
 def _into(run: Run, folder: Path, start_step: int, chosen: list[int]) -> Run:
-    """`run` with the `chosen` steps alone, which writes to `folder`."""
-    settings = run.config.train.model_copy(update={"output_dir": folder})
+    """`run` with the `chosen` steps alone, and one evaluation behind them, of a batch of the longest sequences. It
+    writes to `folder`."""
+    num_steps = start_step + len(chosen)
+    of_evaluation = {"eval_on_start": False, "metric_for_best_model": None, "load_best_model_at_end": False}
+    once = {"eval_strategy": "steps", "eval_steps": num_steps} if run.held_out else {}
+    settings = run.config.train.model_copy(update={"output_dir": folder, **of_evaluation, **once})
     schedule = ChosenSteps(run.schedule, start_step, chosen)
     return dataclasses.replace(
         run,
         config=run.config.model_copy(update={"train": settings}),
         schedule=schedule,
-        num_steps=start_step + len(chosen),
+        num_steps=num_steps,
+        held_out=run.held_out and run.held_out.longest_round(),
     )
 
 
@@ -307,6 +321,13 @@ def _disk(folder: Path, output_dir: Path) -> DiskTaken:
         len(list(output_dir.glob(f"checkpoint-*/{MARKER}"))),
         shutil.disk_usage(output_dir).free + num_bytes,
     )
+
+
+def _evaluation(run: Run, start_step: int, seconds: float) -> EvaluationTaken | None:
+    """What the evaluations of a run take, by one batch of it that took so many seconds; None: there are none."""
+    if run.held_out is None:
+        return None
+    return EvaluationTaken(seconds, run.held_out.num_rounds, run.num_evaluations(start_step))
 
 
 def _launch(topology: Topology) -> str:
@@ -341,6 +362,7 @@ def _report(
     num_searched: int,
     clock: Clock,
     disk: DiskTaken,
+    evaluation: EvaluationTaken | None,
     watch: MemoryWatch | None,
 ) -> DryRun:
     """All that was measured. Every rank calls it."""
@@ -367,4 +389,6 @@ def _report(
         seconds_to_read=reading,
         memory=_memory(watch),
         disk=disk,
+        evaluation=evaluation,
+        keeps_best=settings.best_metric is not None,
     )

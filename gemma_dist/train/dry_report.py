@@ -41,6 +41,20 @@ class DiskTaken:
 
 
 @dataclass(frozen=True)
+class EvaluationTaken:
+    """What a batch of the longest held-out sequences took, and how many a run has."""
+
+    seconds_a_batch: float
+    num_batches: int  # of a rank, in an evaluation
+    num_evaluations: int  # that are to come
+
+    @property
+    def seconds(self) -> float:
+        """Of all of them, at most."""
+        return self.seconds_a_batch * self.num_batches * self.num_evaluations
+
+
+@dataclass(frozen=True)
 class DryRun:
     """A dry run, and what follows for the run."""
 
@@ -61,6 +75,8 @@ class DryRun:
     seconds_to_read: float
     memory: MemoryTaken
     disk: DiskTaken
+    evaluation: EvaluationTaken | None = None
+    keeps_best: bool = False  # a checkpoint beside those that save_total_limit keeps
 
     @property
     def timed(self) -> list[StepSeen]:
@@ -78,14 +94,16 @@ class DryRun:
 
     @property
     def seconds_left(self) -> float:
-        """Of steps and checkpoints, without the start and the reading of data that the steps waited for."""
-        return self.seconds_a_step * (self.num_steps - self.start_step) + self.seconds_to_save * self.num_saves
+        """Of steps, checkpoints and evaluations, without the start and the reading of data that steps waited for."""
+        evaluating = self.evaluation.seconds if self.evaluation else 0.0
+        steps = self.seconds_a_step * (self.num_steps - self.start_step)
+        return steps + self.seconds_to_save * self.num_saves + evaluating
 
     @property
     def bytes_needed(self) -> int:
         """Room that the run will take beside what lies there: an old checkpoint goes once a new one is complete."""
         total = self.num_saves + self.disk.num_present
-        most = total if self.save_total_limit is None else min(total, self.save_total_limit + 1)
+        most = total if self.save_total_limit is None else min(total, self.save_total_limit + 1 + self.keeps_best)
         return self.disk.checkpoint * max(0, most - self.disk.num_present) + self.disk.result
 
     @property
@@ -115,6 +133,9 @@ class DryRun:
             lines.append(("", f"MORE than train.stop_grace_s = {self.stop_grace_s:g}: asked to stop, the run has to"))
             lines.append(("", "leave without saving, and loses its steps since the last checkpoint"))
         lines.append(("  read back", f"{self.seconds_to_read:8.1f} s  the same bytes"))
+        if self.evaluation:
+            seconds = f"{self.evaluation.seconds_a_batch:8.1f} s  a batch of the longest sequences of data.eval"
+            lines.append(("evaluation", seconds))
         lines += self._memory_lines()
         left = self.num_steps - self.start_step
         how = "the first left out, as it compiles" if len(self.steps) > 1 else "the first, which compiles"
@@ -122,10 +143,11 @@ class DryRun:
             (
                 "the run",
                 f"{_duration(self.seconds_left)}: {left:,} steps of {self.seconds_a_step:.2f} s "
-                f"(from {len(self.timed)}; {how}) and {self.num_saves:,} x {self.seconds_to_save:.1f} s to save",
+                f"(from {len(self.timed)}; {how}) and {self.num_saves:,} x {self.seconds_to_save:.1f} s to save"
+                + self._evaluations(),
             )
         )
-        kept = "all" if self.save_total_limit is None else f"{self.save_total_limit}"
+        kept = "all" if self.save_total_limit is None else f"{self.save_total_limit}{' and the best' * self.keeps_best}"
         lines.append(
             (
                 "disk",
@@ -135,6 +157,14 @@ class DryRun:
         )
         width = max(len(name) for name, _ in lines)
         return "\n".join([head, *(f"  {name:<{width}}  {text}" for name, text in lines)])
+
+    def _evaluations(self) -> str:
+        """What evaluations add to the run, in words."""
+        one = self.evaluation
+        if one is None:
+            return ""
+        batches = f"{one.num_batches:,} batch{'es' * (one.num_batches > 1)}"
+        return f", and at most {_duration(one.seconds)} for {one.num_evaluations:,} evaluations of {batches}"
 
     def _step_lines(self) -> list[tuple[str, str]]:
         """The steps that were run."""

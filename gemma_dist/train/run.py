@@ -1,7 +1,8 @@
 """One training run, from a recipe to an adapter or a model in `train.output_dir`.
 
 OUT/checkpoint-<step>/       what a run needs to resume; complete or absent
-OUT/metrics.jsonl            one line a step
+OUT/metrics.jsonl            one line a step, and one an evaluation
+OUT/best.json                which checkpoint is the best, where the recipe asks for it
 OUT/adapter_model.safetensors or model.safetensors …, with config, processor and template: the result
 OUT/gemma_dist.json          base, quantization, data: written last, so it marks a finished run
 """
@@ -28,9 +29,11 @@ from gemma_dist.model.operators import compile_operators
 from gemma_dist.model.per_layer import PerLayerTable, open_table
 from gemma_dist.model.record import ADAPTER_RECORD
 from gemma_dist.resolve import Run, require_output_dir, resolve
+from gemma_dist.stream.held_out import describe_held_out, trained_too
 from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.topology import current_topology, require_fit
 from gemma_dist.train.agree import require_same_run
+from gemma_dist.train.best import note_best
 from gemma_dist.train.checkpoint import (
     changed_settings,
     damaged_and_named,
@@ -50,6 +53,7 @@ from gemma_dist.train.watchdog import clear
 # What a checkpoint holds to resume from, and a result does not need.
 STATE_FILES = (
     "complete.json",
+    "evaluation.json",
     "optimizer*",
     "README.md",
 )
@@ -94,7 +98,7 @@ def train(
             )
         requests.ends("" if stopped else "the run is done, and publishes its result first")
         if world.rank() == 0 and not stopped:
-            _publish(checkpoint, output_dir)
+            _publish(_best(run) or checkpoint, output_dir)
     world.disconnect()
     ranklog.close()
     if stopped:
@@ -177,6 +181,7 @@ def _train_from(
         checkpoint, settings.output_dir, settings.resume_from_checkpoint, run.identity
     )
     ranklog.write_to(settings.output_dir, _attempt(run, start_step))
+    _say_held_out(run)
     log.info("%d trajectories, %s, %d of %d steps done", len(run.schedule.shards), run.plan, start_step, run.num_steps)
     loader = run_loader(run, encoder, start_step)
     model = load_run_model(run, loader.table)
@@ -196,6 +201,15 @@ def _train_from(
     requests.ends()
     world.barrier()  # a launcher ends all ranks once the first one has ended
     return words
+
+
+def _say_held_out(run: Run) -> None:
+    """What is evaluated meanwhile, and what of it is trained on as well."""
+    if run.held_out is None or world.rank() != 0:
+        return
+    log.info("%s", describe_held_out(run.held_out))
+    if both := trained_too(run.held_out, run.schedule):
+        log.warning("%s", both)
 
 
 def _attempt(run: Run, start_step: int) -> dict[str, object]:
@@ -234,6 +248,20 @@ def _require_whole(checkpoint: Path | None, resume_from_checkpoint: str) -> None
             f"{checkpoint}, the end of this run, is damaged and was put aside: the same command goes on from the "
             "newest that is whole"
         )
+
+
+def _best(run: Run) -> Path | None:
+    """The best checkpoint, if that is what is to be published and there is one; damaged ones are put aside."""
+    if not run.config.train.load_best_model_at_end:
+        return None
+    while best := note_best(run):
+        problems = damage(best, read_marker(best)["files"])
+        if not problems:
+            log.info("published is %s, the best by %s", best.name, run.config.train.best_metric)
+            return best
+        put_aside(best, problems)
+    log.warning("train.load_best_model_at_end: no checkpoint that is there was evaluated; the last one is published")
+    return None
 
 
 def table_of(config: RunConfig) -> PerLayerTable | None:

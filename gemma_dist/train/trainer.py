@@ -42,10 +42,12 @@ from gemma_dist.model.load import use_cpu
 from gemma_dist.model.record import write_record
 from gemma_dist.model.zero3 import is_partitioned
 from gemma_dist.resolve import Run
+from gemma_dist.settings import EvalInTraining
 from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.topology import write_recipe_into
 from gemma_dist.train import checkpoint
 from gemma_dist.train.boundary import Boundary
+from gemma_dist.train.evaluation import Evaluation
 from gemma_dist.train.feed import Feed, MicroBatches, transfer_to
 from gemma_dist.train.guard import sample_ids, stop_unless_finite
 from gemma_dist.train.offload import activations_on_host
@@ -68,6 +70,7 @@ OURS = (
     "torch_compile",
     "step_timeout_s",
     "stop_grace_s",
+    *EvalInTraining.model_fields,
 )
 
 
@@ -146,6 +149,8 @@ class ToolCallTrainer(SFTTrainer):
         self.run, self.loader, self.run_log = run, loader, run_log
         self.boundary = Boundary(run.config.train, requests)
         self.add_callback(self.boundary)
+        self.evaluation = Evaluation(self, run.held_out)
+        self.add_callback(self.evaluation)
         self.model_accepts_loss_kwargs = True
         if self.is_fsdp_enabled:
             fsdp.gather_layer_by_layer(self.accelerator.state.fsdp_plugin, model)
@@ -167,7 +172,7 @@ class ToolCallTrainer(SFTTrainer):
         Trainer itself knows nothing of a checkpoint: its own state would bring back the `save_steps` and
         `logging_steps` of then.
         """
-        self._checkpoint = resume_from_checkpoint
+        self.checkpoint = resume_from_checkpoint
         self.boundary.begin(resume_from_checkpoint, self.loader.start_step, self.run.num_steps)
         settings = self.run.config.train
         self._watchdog = Watchdog(settings.output_dir, settings.step_timeout_s, self._position, self._samples)
@@ -195,8 +200,8 @@ class ToolCallTrainer(SFTTrainer):
             fsdp.require_sharded(self.model)
             if self.args.bf16:
                 fsdp.compute_in_bfloat16(self.model, self.args.device)
-        if self._checkpoint is not None:
-            load_optimizer(self._checkpoint, self.model, self.optimizer.optimizer)
+        if self.checkpoint is not None:
+            load_optimizer(self.checkpoint, self.model, self.optimizer.optimizer)
             _set_step(self.lr_scheduler, self.loader.start_step)
         if self.args.activation_checkpointing:
             assert_non_reentrant(self.model)
@@ -261,9 +266,17 @@ class ToolCallTrainer(SFTTrainer):
         self._at_end = True
         if self.control.should_log and self._unlogged:
             self._log_steps(tr_loss, grad_norm, kwargs["learning_rate"])
+        if not self.boundary.stopped and self.evaluation.at_end_of_step(self.state.global_step):
+            self.boundary.stop(self.state, self.control)
+            if self._unlogged:
+                self._log_steps(tr_loss, grad_norm, kwargs["learning_rate"])
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
         self._at_end = False
-        self._watchdog.moved()  # to save takes its own time
+        self.moved()  # to save takes its own time
+
+    def moved(self) -> None:
+        """Tell the watchdog that something has ended."""
+        self._watchdog.moved()
 
     def _log_steps(self, tr_loss: torch.Tensor, grad_norm: Any, learning_rate: float) -> None:
         """What Trainer does at a logged step, with what the exchanges of the steps have told already: it would gather
@@ -278,10 +291,12 @@ class ToolCallTrainer(SFTTrainer):
     def _position(self) -> str:
         """What this rank is at, for the watchdog."""
         step = self.state.global_step
-        return f"the end of step {step}" if self._at_end else f"step {step + 1}"
+        return self.evaluation.place or (f"the end of step {step}" if self._at_end else f"step {step + 1}")
 
     def _samples(self, rank: int) -> str:
         """What a rank works on there."""
+        if self.evaluation.place:
+            return f"samples {self.evaluation.samples(rank)}"
         return f"samples {sample_ids(self.loader.schedule, self.state.global_step - self._at_end, rank)}"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -314,6 +329,8 @@ class ToolCallTrainer(SFTTrainer):
         num_bytes = bytes_to_save(self.model, dtype) + optimizer_bytes(self.model, self.optimizer.optimizer)
         with checkpoint.saving(self.run, self.state.global_step, num_bytes) as folder:
             self.save_model(str(folder))
+            if self.args.should_save:
+                self.evaluation.write_into(folder, self.state.global_step)
             save_optimizer(folder, self.model, self.optimizer.optimizer)
         self.boundary.saved(self.state.global_step, time.monotonic() - begun)
 

@@ -1,0 +1,158 @@
+"""Evaluation while a run trains: the loss of held-out shards (`data.eval`), by kind of token, every so many steps.
+
+All ranks take part, in every launch: each runs the model on as many micro-batches, fillers among them, and their sums
+are added once at the end. Nothing of training changes: no dropout, no gradients, and what is random in a step follows
+from its number. A request to stop ends an evaluation; a run that goes on from there makes up for it.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from gemma_dist import world
+from gemma_dist.config import TrainConfig
+from gemma_dist.errors import ConfigError, DataError
+from gemma_dist.logs import write_json
+from gemma_dist.model import fsdp
+from gemma_dist.model.attention import Shape
+from gemma_dist.model.head import KINDS
+from gemma_dist.stream.held_out import HeldOut
+from gemma_dist.stream.loader import TrajectoryLoader
+from gemma_dist.train.best import EVALUATION, note_best
+from gemma_dist.train.feed import Feed, transfer_to
+from gemma_dist.train.guard import sample_ids
+from gemma_dist.train.sums import StepSums, Totals, summarize
+
+
+class Evaluation(TrainerCallback):
+    """The evaluations of a run on one rank; without `held_out` there are none. `trainer` is the run's."""
+
+    def __init__(self, trainer: Any, held_out: HeldOut | None) -> None:
+        self._trainer, self._held_out = trainer, held_out
+        self._round: int | None = None  # that is being evaluated
+        self._tried_step: int | None = None  # of the last one
+        self._last: dict[str, Any] = {"step": None}  # what the last one that came to its end has found
+
+    @property
+    def place(self) -> str:
+        """What this rank is at, for the watchdog; empty where it evaluates nothing."""
+        if self._round is None or self._held_out is None:
+            return ""
+        return f"an evaluation, batch {self._round + 1} of {self._held_out.num_rounds}"
+
+    def samples(self, rank: int) -> str:
+        """What a rank evaluates there."""
+        assert self._held_out is not None, "there are no evaluations"
+        assert self._round is not None, "none is at work"
+        return sample_ids(self._held_out, self._round, rank)
+
+    def on_train_begin(self, args: object, state: Any, control: Any, **kwargs: object) -> None:
+        """Before the first step of all; or, where the checkpoint that the run goes on from lacks its evaluation, that
+        one. Steps that are asked to stop meanwhile stop after the first."""
+        run, step, checkpoint = self._trainer.run, state.global_step, self._trainer.checkpoint
+        if not run.evaluates_at(step) or (checkpoint is not None and (checkpoint / EVALUATION).is_file()):
+            return
+        is_ours = checkpoint is not None and checkpoint.parent == run.config.train.output_dir
+        if self._evaluate(step) and is_ours and world.rank() == 0:
+            write_json(checkpoint / EVALUATION, self._last)
+            note_best(run)
+
+    def at_end_of_step(self, step: int) -> bool:
+        """Evaluate where it is due, and save where the best of all epochs is kept; once, though Trainer ends the last
+        step of an epoch twice. Returns whether a request to stop, on any rank, ended it."""
+        run = self._trainer.run
+        if self._tried_step == step or not run.evaluates_at(step):
+            return False
+        if not self._evaluate(step):
+            return True
+        if run.config.train.saves_each_epoch:
+            self._trainer.control.should_save = True
+        return False
+
+    def write_into(self, folder: Path, step: int) -> None:
+        """Leave in the checkpoint of `step` what was found there. For rank 0 alone."""
+        if self._last["step"] == step:
+            write_json(folder / EVALUATION, self._last)
+
+    def _evaluate(self, step: int) -> bool:
+        """Measure, say and keep. False: asked to stop meanwhile, on any rank."""
+        held_out, trainer = self._held_out, self._trainer
+        assert held_out is not None, "nothing is due"
+        self._tried_step = step
+        begun = time.perf_counter()
+        totals = self._totals(held_out)
+        if totals is None:
+            return False
+        if totals.target_tokens != held_out.num_target_tokens:
+            raise DataError(
+                f"data.eval has {totals.target_tokens:,} target tokens, and its manifest counts "
+                f"{held_out.num_target_tokens:,}; make the shards anew (`gemma-dist shard`)"
+            )
+        values = values_of(totals)
+        require_metric(trainer.run.config.train, values)
+        counts = {"eval_samples": len(held_out.samples), "eval_target_tokens": totals.target_tokens}
+        self._last = {"step": step, **values, **counts, "data": held_out.identity}
+        seconds = time.perf_counter() - begun
+        trainer.run_log.write_evaluation(step, {**values, **counts}, seconds)
+        if world.rank() == 0:
+            trainer.log({name: value for name, value in values.items() if value is not None})
+        return True
+
+    def _totals(self, held_out: HeldOut) -> Totals | None:
+        """The sums over all ranks; None: asked to stop meanwhile, on any of them."""
+        trainer = self._trainer
+        device, of_training = trainer.args.device, trainer.loader
+        loader = TrajectoryLoader(
+            held_out,
+            of_training.encoder,
+            of_training.rank,
+            0,
+            held_out.num_rounds,
+            num_workers=of_training.num_workers,
+            table=of_training.table,
+            filler=of_training.filler,
+        )
+        batches: Any = iter(Feed(loader, transfer_to(device), Shape.of(trainer.model.config.get_text_config())))
+        model = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
+        sums = StepSums(device)
+        was_training = model.training
+        model.eval()
+        try:
+            with contextlib.closing(batches), torch.no_grad():
+                for self._round, inputs in enumerate(batches):
+                    (asked,) = world.any_rank([bool(trainer.boundary.requests.by())])
+                    if asked:
+                        return None
+                    with trainer.compute_loss_context_manager():
+                        outputs = model(**{name: value for name, value in inputs.items() if name != KINDS})
+                    sums.add(-outputs.log_probs.sum(), outputs, inputs[KINDS])
+                    trainer.moved()
+        finally:
+            self._round = None
+            model.train(was_training)
+            fsdp.reshard(model)
+        return sums.exchange(0.0)
+
+
+def values_of(totals: Totals) -> dict[str, float | None]:
+    """What an evaluation gives, by its names in metrics.jsonl; None where it is not finite, which JSON cannot say."""
+    mean = sum(totals.nll_of_kinds) / max(1, totals.target_tokens)
+    found = summarize([replace(totals, loss=mean)])
+    return {f"eval_{name}": value if math.isfinite(value) else None for name, value in found.items()}
+
+
+def require_metric(settings: TrainConfig, values: Mapping[str, float | None]) -> None:
+    """Raises ConfigError where the best checkpoint is asked for by what data.eval has nothing of."""
+    name = settings.best_metric
+    if name is not None and name not in values:
+        raise ConfigError(
+            f"train.metric_for_best_model: {name}, but data.eval has no tokens of that kind; name one of "
+            f"{', '.join(values)}"
+        )
