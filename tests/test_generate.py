@@ -13,7 +13,7 @@ import torch
 from gemma_dist.config import EvaluateConfig
 from gemma_dist.data.encode import Encoder, Prompt, load_encoder
 from gemma_dist.evaluate import generate
-from gemma_dist.evaluate.cache import RowCache, TreeCache
+from gemma_dist.evaluate.cache import Place, RowCache, TreeCache
 from gemma_dist.evaluate.generate import Generator, Question
 from gemma_dist.evaluate.room import CacheBytes, Room, measure_room
 from gemma_dist.evaluate.sampling import Sampling
@@ -66,14 +66,15 @@ def _generator(model: Any, encoder: Encoder, sampling: Sampling, rows: int = 32,
     return Generator(model, encoder, sampling, measure_room(model, rows, 100_000), max_new_tokens=new)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(("style", "window"), [*((style, WINDOW) for style in STYLES), ("31b", 3)])
 def test_answers_are_those_of_one_prompt_after_the_other(
-    tiny_model: Callable[..., Path], style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Callable[..., Path], style: str, window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Greedy: what `model.generate` writes. Sampled, so that the texts differ: each token is what the same random
     number draws from the logits of a pass over the whole prompt and all tokens before it, without a cache."""
-    monkeypatch.setattr(generate, "CHUNK", 100)  # several to a tree
-    model, encoder = _load(tiny_model(style))
+    monkeypatch.setattr(generate, "CHUNK", 100)
+    monkeypatch.setattr(generate, "TREE", 200)  # tokens: some stand alone
+    model, encoder = _load(tiny_model(style), window)
     soft_tokens = [encoder.image_token_id, *encoder.tokenizer.convert_tokens_to_ids([AUDIO, VIDEO])]
     model.generation_config.suppress_tokens = soft_tokens  # a plain pass would look for what they stand for
     trajectories = _trajectories(encoder, tmp_path)
@@ -229,31 +230,45 @@ def test_caches_take_what_the_room_says(tiny_model: Callable[..., Path], style: 
     model, encoder = _load(tiny_model(style))
     generator = _generator(model, encoder, GREEDY)
     text, prompts = model.config.text_config, [one.prompt for one in _trajectories(encoder, tmp_path)[0]]
-    cache = TreeCache(grow_tree(prompts), text, model.device)
+    cache, rows = TreeCache(grow_tree(prompts), text, model.device), RowCache(text, model.device)
+    expected, num_tokens = CacheBytes.of(text, 4), len(cache.tree)
+
+    def held(of: TreeCache | RowCache) -> int:
+        return sum(one.numel() * one.element_size() for one in (*of.keys.values(), *of.values.values()))
+
     with torch.inference_mode():
-        generator._read(cache, 0, len(cache.tree))
-    rows = RowCache(text, model.device)
-    rows.resize([], 3, 200)
-    rows.fill(1, cache, 0)
-    expected = CacheBytes.of(text, 4)
-    for states, num_bytes in ((cache, expected.of_tree(len(cache.tree))), (rows, expected.of_rows(3, 200))):
-        kept = [*states.keys.values(), *states.values.values()]
-        assert sum(one.numel() * one.element_size() for one in kept) == num_bytes
+        generator._read(cache, 0, num_tokens)
+        assert held(cache) == expected.of_tree(num_tokens, num_tokens)
+        cache.close()
+        assert held(cache) == expected.of_tree(num_tokens, cache.num_sliding)
+        assert max(map(len, cache.tree.paths)) > WINDOW > cache.num_sliding / len(prompts)
+        rows.resize([], 3, 40)
+        places = [None, Place(cache, 0, 0), None]
+        generator._pass([[5]] * 3, [[0], [places[1].position], [0]], rows, rows.begin(places), 1, {})
+    assert held(rows) == expected.of_rows(3, 40)
 
 
-def test_no_more_is_held_than_the_room_says(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_no_more_is_held_than_the_room_says(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, encoder = _load(tiny_model())
     trajectories = _trajectories(encoder, tmp_path)
-    longest = max(len(question.prompt.input_ids) for question in chain.from_iterable(trajectories))
+    monkeypatch.setattr(generate, "TREE", 1)  # one for each
+    sizes = [len(grow_tree([one.prompt for one in questions])) for questions in trajectories]
     held = []
-    for num_tokens in (1, 4 * longest, 100_000):
+    for num_tokens in (1, 2 * max(sizes), 100_000):
         room = Room(32, num_tokens, 2**40, CacheBytes.of(model.config.text_config, 4))
         generator = Generator(model, encoder, LIVELY, room, max_new_tokens=8)
-        sizes = [generator._row_cache.num_rows * generator._row_cache.num_slots for _ in generator.answer(trajectories)]
-        held.append(max(sizes))
-        assert len(sizes) == sum(map(len, trajectories))
-    assert held[0] < 2 * longest + 64, "one at a time where nothing fits"
-    assert held[1] <= 4 * longest + 64 * 4
+        most = num_answers = 0
+        for _ in generator.answer(trajectories):
+            num_answers += 1
+            rows = [row for row in generator._rows if row]
+            trees = {len(row.tree.tree) for row in [*rows, *generator._waiting]}  # all of another size
+            most = max(most, sum(trees) + 8 * len(rows))
+        assert num_answers == sum(map(len, trajectories))
+        held.append(most)
+    assert held[0] <= max(sizes) + 8, "one at a time where nothing fits"
+    assert held[1] <= 2 * max(sizes)
     assert held[1] < held[2]
 
 
