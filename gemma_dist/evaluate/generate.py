@@ -34,7 +34,7 @@ from gemma_dist.model.zero3 import is_partitioned
 from gemma_dist.stream.collate import collate, control_ids
 
 CHUNK = 1024  # tokens of prompts that one pass reads
-TREE = 4096  # trajectories of fewer tokens are read as one: each tree is a step of its own in each layer that writes
+TREE = 4096  # tokens; shorter trajectories are read as one up to that many: each tree costs a step in each layer
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,8 @@ class Generator:
         reading = self._reading
         try:
             logits = self._read(reading.cache, *reading.chunks[0])
+            if len(reading.chunks) == 1:
+                reading.cache.close()
         except (RuntimeError, ValueError, GemmaDistError) as error:
             if self._in_step:
                 raise
@@ -198,7 +200,6 @@ class Generator:
         if reading.chunks:
             return
         self._reading = None
-        reading.cache.close()
         rows = [
             _Row(question, sample, self.sampling.numbers(question.key, sample), reading.cache, prompt)
             for prompt, question in enumerate(reading.questions)
