@@ -13,6 +13,7 @@ import torch
 from gemma_dist.config import EvaluateConfig
 from gemma_dist.data.encode import Encoder, Prompt, load_encoder
 from gemma_dist.evaluate import generate
+from gemma_dist.evaluate.attention import Sight, States, tree_attention
 from gemma_dist.evaluate.cache import Place, RowCache, TreeCache
 from gemma_dist.evaluate.generate import Generator, Question
 from gemma_dist.evaluate.room import CacheBytes, Room, measure_room
@@ -223,6 +224,36 @@ def test_equal_soft_tokens_of_different_images_are_not_shared(tiny_model: Callab
     assert len(grow_tree([first, first])) == len(first.input_ids) + 1
     assert len(grow_tree([first, other])) == 2 * len(first.input_ids) - begins
     assert grow_tree([first, other]).images == [*first.images, picture(6)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_rows_see_trees_and_answers_as_if_each_had_all_of_it(dtype: torch.dtype, tolerance: float) -> None:
+    """Two trees of different lengths, a row of none, several queries to a head; against a softmax of each row."""
+    torch.manual_seed(0)
+    num_rows, heads, num_own, width = 5, 2, 3, 16
+    taken, lengths = [torch.tensor([4, 0]), torch.tensor([1, 2])], [7, 4]
+    query = torch.randn(num_rows, 3 * heads, 1, width).to(dtype)
+    key, value = (
+        States(
+            torch.randn(heads, num_rows, num_own, width).to(dtype),
+            [torch.randn(heads, length, width).to(dtype) for length in lengths],
+        )
+        for _ in range(2)
+    )
+    hidden = torch.rand(num_rows, 1, num_own + max(lengths)) < 0.4
+    hidden[..., 0], hidden[3, :, num_own:], hidden[taken[1], :, num_own + lengths[1] :] = False, True, True
+    found, _ = tree_attention(torch.nn.Module(), query, key, value, Sight(taken, hidden), scaling=0.5)
+    assert found.shape == (num_rows, 1, 3 * heads, width)
+    for number in range(num_rows):
+        trees = [tree for tree, rows in enumerate(taken) if number in rows]
+        all_keys, all_values = (
+            torch.cat([one.own[:, number], *(one.of_trees[tree] for tree in trees)], 1).double().repeat_interleave(3, 0)
+            for one in (key, value)
+        )
+        scores = (0.5 * query[number].double() @ all_keys.mT)[:, 0]
+        scores[:, hidden[number, 0, : scores.shape[1]]] = -torch.inf
+        expected = (scores.softmax(-1)[:, None] @ all_values)[:, 0]
+        torch.testing.assert_close(found[number, 0].double(), expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("style", STYLES)
