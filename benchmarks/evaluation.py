@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from tests.support.ranks import gemma_dist  # noqa: E402 (found by the line above)
 
 SOURCES = {"toolcalls/eval_multiturn.jsonl": 50, "multimodal/eval.jsonl": 12, "toolcalls/train.jsonl": 200}
-PROMPT_TOKENS, ANSWER_TOKENS = 8192, 256  # of the decision point whose memory is shown
+ROWS, PROMPT_TOKENS, ANSWER_TOKENS = 32, 8192, 512  # of the answers whose memory is shown
 WIDE = 1024
 
 
@@ -166,15 +166,18 @@ def memory(folder: Path, data: Path) -> None:
     from gemma_dist.evaluate.room import CacheBytes
 
     mib = 2**20
-    print(f"\nmemory: keys and values in bfloat16, MiB; a prompt of {PROMPT_TOKENS:,} tokens and {ANSWER_TOKENS} more")
-    print(f"  {'':6} {'KiB a token, full':>18} {'sliding':>9} {'tree':>9} {'a row':>9} {'without rings':>14}")
+    print(
+        f"\nmemory: keys and values in bfloat16, MiB; {ROWS} answers of {ANSWER_TOKENS} tokens, to prompts of a tree "
+        f"of {PROMPT_TOKENS:,}"
+    )
+    print(f"  {'':6} {'KiB a token, full':>18} {'sliding':>9} {'tree':>9} {'rows':>9} {'rows with prompts':>18}")
     for model in ("e2b", "e4b", "12b", "26b", "31b"):
         text = AutoConfig.from_pretrained(f"{ROOT}/tests/shapes/{model}.json").get_text_config()
         of = CacheBytes.of(text, 2)
-        slots = PROMPT_TOKENS + ANSWER_TOKENS
         kib = f"{of.full / 1024:>18.0f} {of.sliding / 1024:>9.0f}"
-        row, whole = of.of_rows(1, slots) / mib, of.of_tree(slots) / mib
-        print(f"  {model:6} {kib} {of.of_tree(PROMPT_TOKENS) / mib:>9.0f} {row:>9.0f} {whole:>14.0f}")
+        tree, rows = of.of_tree(PROMPT_TOKENS, PROMPT_TOKENS) / mib, of.of_rows(ROWS, ANSWER_TOKENS) / mib
+        copies = of.of_rows(ROWS, PROMPT_TOKENS + ANSWER_TOKENS) / mib
+        print(f"  {model:6} {kib} {tree:>9.0f} {rows:>9.0f} {copies:>18.0f}")
 
 
 def main() -> None:

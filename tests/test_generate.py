@@ -13,7 +13,8 @@ import torch
 from gemma_dist.config import EvaluateConfig
 from gemma_dist.data.encode import Encoder, Prompt, load_encoder
 from gemma_dist.evaluate import generate
-from gemma_dist.evaluate.cache import RowCache, TreeCache
+from gemma_dist.evaluate.attention import Sight, States, tree_attention
+from gemma_dist.evaluate.cache import Place, RowCache, TreeCache
 from gemma_dist.evaluate.generate import Generator, Question
 from gemma_dist.evaluate.room import CacheBytes, Room, measure_room
 from gemma_dist.evaluate.sampling import Sampling
@@ -66,14 +67,15 @@ def _generator(model: Any, encoder: Encoder, sampling: Sampling, rows: int = 32,
     return Generator(model, encoder, sampling, measure_room(model, rows, 100_000), max_new_tokens=new)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(("style", "window"), [*((style, WINDOW) for style in STYLES), ("31b", 3)])
 def test_answers_are_those_of_one_prompt_after_the_other(
-    tiny_model: Callable[..., Path], style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Callable[..., Path], style: str, window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Greedy: what `model.generate` writes. Sampled, so that the texts differ: each token is what the same random
     number draws from the logits of a pass over the whole prompt and all tokens before it, without a cache."""
-    monkeypatch.setattr(generate, "CHUNK", 100)  # several to a tree
-    model, encoder = _load(tiny_model(style))
+    monkeypatch.setattr(generate, "CHUNK", 100)
+    monkeypatch.setattr(generate, "TREE", 200)  # tokens: some stand alone
+    model, encoder = _load(tiny_model(style), window)
     soft_tokens = [encoder.image_token_id, *encoder.tokenizer.convert_tokens_to_ids([AUDIO, VIDEO])]
     model.generation_config.suppress_tokens = soft_tokens  # a plain pass would look for what they stand for
     trajectories = _trajectories(encoder, tmp_path)
@@ -224,36 +226,80 @@ def test_equal_soft_tokens_of_different_images_are_not_shared(tiny_model: Callab
     assert grow_tree([first, other]).images == [*first.images, picture(6)]
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_rows_see_trees_and_answers_as_if_each_had_all_of_it(dtype: torch.dtype, tolerance: float) -> None:
+    """Two trees of different lengths, a row of none, several queries to a head; against a softmax of each row."""
+    torch.manual_seed(0)
+    num_rows, heads, num_own, width = 5, 2, 3, 16
+    taken, lengths = [torch.tensor([4, 0]), torch.tensor([1, 2])], [7, 4]
+    query = torch.randn(num_rows, 3 * heads, 1, width).to(dtype)
+    key, value = (
+        States(
+            torch.randn(heads, num_rows, num_own, width).to(dtype),
+            [torch.randn(heads, length, width).to(dtype) for length in lengths],
+        )
+        for _ in range(2)
+    )
+    hidden = torch.rand(num_rows, 1, num_own + max(lengths)) < 0.4
+    hidden[..., 0], hidden[3, :, num_own:], hidden[taken[1], :, num_own + lengths[1] :] = False, True, True
+    found, _ = tree_attention(torch.nn.Module(), query, key, value, Sight(taken, hidden), scaling=0.5)
+    assert found.shape == (num_rows, 1, 3 * heads, width)
+    for number in range(num_rows):
+        trees = [tree for tree, rows in enumerate(taken) if number in rows]
+        all_keys, all_values = (
+            torch.cat([one.own[:, number], *(one.of_trees[tree] for tree in trees)], 1).double().repeat_interleave(3, 0)
+            for one in (key, value)
+        )
+        scores = (0.5 * query[number].double() @ all_keys.mT)[:, 0]
+        scores[:, hidden[number, 0, : scores.shape[1]]] = -torch.inf
+        expected = (scores.softmax(-1)[:, None] @ all_values)[:, 0]
+        torch.testing.assert_close(found[number, 0].double(), expected, atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_caches_take_what_the_room_says(tiny_model: Callable[..., Path], style: str, tmp_path: Path) -> None:
     model, encoder = _load(tiny_model(style))
     generator = _generator(model, encoder, GREEDY)
     text, prompts = model.config.text_config, [one.prompt for one in _trajectories(encoder, tmp_path)[0]]
-    cache = TreeCache(grow_tree(prompts), text, model.device)
+    cache, rows = TreeCache(grow_tree(prompts), text, model.device), RowCache(text, model.device)
+    expected, num_tokens = CacheBytes.of(text, 4), len(cache.tree)
+
+    def held(of: TreeCache | RowCache) -> int:
+        return sum(one.numel() * one.element_size() for one in (*of.keys.values(), *of.values.values()))
+
     with torch.inference_mode():
-        generator._read(cache, 0, len(cache.tree))
-    rows = RowCache(text, model.device)
-    rows.resize([], 3, 200)
-    rows.fill(1, cache, 0)
-    expected = CacheBytes.of(text, 4)
-    for states, num_bytes in ((cache, expected.of_tree(len(cache.tree))), (rows, expected.of_rows(3, 200))):
-        kept = [*states.keys.values(), *states.values.values()]
-        assert sum(one.numel() * one.element_size() for one in kept) == num_bytes
+        generator._read(cache, 0, num_tokens)
+        assert held(cache) == expected.of_tree(num_tokens, num_tokens)
+        cache.close()
+        assert held(cache) == expected.of_tree(num_tokens, cache.num_sliding)
+        assert max(map(len, cache.tree.paths)) > WINDOW > cache.num_sliding / len(prompts)
+        rows.resize([], 3, 40)
+        places = [None, Place(cache, 0, 0), None]
+        generator._pass([[5]] * 3, [[0], [places[1].position], [0]], rows, rows.begin(places), 1, {})
+    assert held(rows) == expected.of_rows(3, 40)
 
 
-def test_no_more_is_held_than_the_room_says(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_no_more_is_held_than_the_room_says(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, encoder = _load(tiny_model())
     trajectories = _trajectories(encoder, tmp_path)
-    longest = max(len(question.prompt.input_ids) for question in chain.from_iterable(trajectories))
+    monkeypatch.setattr(generate, "TREE", 1)  # one for each
+    sizes = [len(grow_tree([one.prompt for one in questions])) for questions in trajectories]
     held = []
-    for num_tokens in (1, 4 * longest, 100_000):
+    for num_tokens in (1, 2 * max(sizes), 100_000):
         room = Room(32, num_tokens, 2**40, CacheBytes.of(model.config.text_config, 4))
         generator = Generator(model, encoder, LIVELY, room, max_new_tokens=8)
-        sizes = [generator._row_cache.num_rows * generator._row_cache.num_slots for _ in generator.answer(trajectories)]
-        held.append(max(sizes))
-        assert len(sizes) == sum(map(len, trajectories))
-    assert held[0] < 2 * longest + 64, "one at a time where nothing fits"
-    assert held[1] <= 4 * longest + 64 * 4
+        most = num_answers = 0
+        for _ in generator.answer(trajectories):
+            num_answers += 1
+            rows = [row for row in generator._rows if row]
+            trees = {len(row.tree.tree) for row in [*rows, *generator._waiting]}  # all of another size
+            most = max(most, sum(trees) + 8 * len(rows))
+        assert num_answers == sum(map(len, trajectories))
+        held.append(most)
+    assert held[0] <= max(sizes) + 8, "one at a time where nothing fits"
+    assert held[1] <= 2 * max(sizes)
     assert held[1] < held[2]
 
 

@@ -60,8 +60,16 @@ SOURCES = {
     f"{GEMMA4}:Gemma4VisionModel.forward": ("model/images.py", "gives a mask and soft tokens", "9f5cdc4ae1af"),
     f"{GEMMA4}:Gemma4VisionEncoder.forward": ("model/images.py", "gives a mask", "320096a3c1cd"),
     f"{UNIFIED}:Gemma4UnifiedModel.get_image_features": ("model/images.py", "restates", "112e438c6c1d"),
-    f"{GEMMA4}:Gemma4TextAttention.forward": ("model/attention.py", "is called by", "4c979630136f"),
-    f"{UNIFIED}:Gemma4UnifiedTextAttention.forward": ("model/attention.py", "is called by", "4c979630136f"),
+    f"{GEMMA4}:Gemma4TextAttention.forward": (
+        "model/attention.py and evaluate/attention.py",
+        "is called by",
+        "4c979630136f",
+    ),
+    f"{UNIFIED}:Gemma4UnifiedTextAttention.forward": (
+        "model/attention.py and evaluate/attention.py",
+        "is called by",
+        "4c979630136f",
+    ),
     "bitsandbytes.nn:Linear4bit.forward": ("model/load.py", "keeps from repacking", "d52cf6345771"),
     "transformers:Trainer._init_training_state": ("train/trainer.py", "extends", "8fbd17ebb7d3"),
     "transformers:Trainer._prepare_for_training": ("train/trainer.py", "extends", "f55950593d7e"),
@@ -120,7 +128,11 @@ SIGNATURES = {
     "torch.utils.cpp_extension:_get_build_directory": ("model/operators.py", "calls", "682e4809ec65"),
     "transformers.core_model_loading:rename_source_key": ("model/zero3.py", "calls", "d5f4780cd8dc"),
     "transformers.modeling_utils:LoadStateDictInfo": ("model/zero3.py", "makes", "d2613f373c08"),
-    "transformers.integrations.sdpa_attention:sdpa_attention_forward": ("model/attention.py", "calls", "a7c7d3b4dd64"),
+    "transformers.integrations.sdpa_attention:sdpa_attention_forward": (
+        "model/attention.py and evaluate/attention.py",
+        "calls",
+        "a7c7d3b4dd64",
+    ),
     "transformers:Gemma4Processor._get_num_multimodal_tokens": ("data/encode.py", "calls", "c4fd5f755797"),
     "transformers:Gemma4UnifiedProcessor._get_num_multimodal_tokens": ("data/encode.py", "calls", "c4fd5f755797"),
     "torch.distributed.tensor._utils:compute_local_shape_and_global_offset": (

@@ -1,8 +1,9 @@
 """Let the model answer decision points: each shared beginning is read once, and many answers are written at a time.
 
-The prompts of a few trajectories are read as one tree (`tree.py`), chunk by chunk. Each prompt then gets a row of a
-`RowCache`, and each pass writes one token in every row. A row whose answer ends is given to the next prompt at once, so
-no answer waits for the longest of its batch; those that wait stand in the tree that they were read in.
+The prompts of a few trajectories are read as one tree (`tree.py`), chunk by chunk. Each answer then gets a row of a
+`RowCache`, and each pass writes one token in every row; all rows look at their prompts in the tree (`attention.py`),
+which lives until its last answer is written. A row whose answer ends is given to the next prompt at once, so no answer
+waits for the longest of its batch.
 
 What is computed is what `model.generate` computes for one prompt after the other, but for the order of floating-point
 sums. Its own loop cannot do this: it takes one cache for prompts of one length, `DynamicCache` cannot go back behind
@@ -15,8 +16,7 @@ its kind, and who has nothing to do takes part with a token of no meaning. So th
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,13 +24,16 @@ import torch
 from gemma_dist import world
 from gemma_dist.data.encode import Encoder, Prompt
 from gemma_dist.errors import GemmaDistError
-from gemma_dist.evaluate.cache import Masks, RowCache, TreeCache
+from gemma_dist.evaluate.attention import Sight, use_tree_attention
+from gemma_dist.evaluate.cache import Masks, Place, RowCache, TreeCache
 from gemma_dist.evaluate.chunk import CHUNK, chunk_of
 from gemma_dist.evaluate.room import GROWTH, Room
 from gemma_dist.evaluate.sampling import Sampling
 from gemma_dist.evaluate.tree import grow_tree
 from gemma_dist.gemma_format import STOP_TOKENS
 from gemma_dist.model.zero3 import is_partitioned
+
+TREE = 4096  # tokens; shorter trajectories are read as one up to that many: each tree costs a step in each layer
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,14 @@ class _Row:
     question: Question
     sample: int
     numbers: random.Random
-    ids: list[int]
+    tree: TreeCache
+    prompt: int  # of the tree
+    ids: list[int] = field(default_factory=list)
 
     @property
-    def position(self) -> int:
+    def place(self) -> Place:
         """Of its last token, which the next pass reads."""
-        return len(self.question.prompt.input_ids) + len(self.ids) - 1
+        return Place(self.tree, self.prompt, len(self.ids) - 1)
 
 
 @dataclass
@@ -107,9 +112,10 @@ class Generator:
         self._suppressed = settings.suppress_tokens or []
         self._in_step = is_partitioned(model)
         self._text, self._device = model.config.get_text_config(), model.device
+        use_tree_attention(model)
         self._row_cache = RowCache(self._text, self._device)
         self._rows: list[_Row | None] = []  # of the cache; None: free
-        self._waiting: deque[tuple[_Row, TreeCache, int]] = deque()  # for a free one; which prompt of a tree is theirs
+        self._waiting: deque[_Row] = deque()  # for a free one
         self._groups: deque[list[list[Question]]] = deque()  # that are not read yet: each makes a tree
         self._reading: _Reading | None = None
         self._next: _Reading | None = None  # as soon as there is room
@@ -139,42 +145,39 @@ class Generator:
             tree = grow_tree([question.prompt for questions in group for question in questions])
             cache = TreeCache(tree, self._text, self._device)
             self._next = _Reading(group, cache, deque(tree.chunks(CHUNK)))
-        if self._next is not None and self._reading is None and not self._waiting:
-            tree = self._next.cache.tree
-            if self._has_room(1, max(map(len, tree.paths)) + self.max_new_tokens, len(tree)):
-                self._reading, self._next = self._next, None
+        is_free = self._reading is None and not self._waiting
+        if self._next is not None and is_free and self._has_room(1, self._next.cache):
+            self._reading, self._next = self._next, None
         return self._reading is not None, any(self._rows)
 
-    def _has_room(self, num_new: int, num_slots: int, tree: int) -> bool:
-        """Whether so many more answers fit, each with its prompt in so many slots, beside a tree of so many tokens.
-        Where nothing else is at work one does, or nothing would."""
+    def _has_room(self, num_new: int, *new: TreeCache) -> bool:
+        """Whether so many more answers fit, and these trees. Where nothing else is at work one does, or nothing
+        would."""
         active = [row for row in self._rows if row]
-        slots = [len(row.question.prompt.input_ids) + self.max_new_tokens for row in active]
-        return (not active and num_new == 1) or self.room.fits(len(active) + num_new, max(num_slots, *slots, 0), tree)
+        trees = {id(tree): tree for tree in [*new, *(row.tree for row in [*active, *self._waiting])]}
+        sizes = [(len(tree.tree), tree.num_sliding) for tree in trees.values()]
+        fits = self.room.fits(len(active) + num_new, self.max_new_tokens, sizes)
+        return fits or (not active and num_new == 1)
 
     def _place_rows(self) -> None:
         """Give rows of the cache to as many waiting answers as fit, and make it larger or smaller where it must be."""
-        new: list[_Row] = []
-        slots = 0
-        for row, source, _ in self._waiting:
-            slots = max(slots, len(row.question.prompt.input_ids) + self.max_new_tokens)
-            if not self._has_room(len(new) + 1, slots, len(source.tree)):
-                break
-            new.append(row)
         kept = [number for number, row in enumerate(self._rows) if row]
+        num_new = 0
+        while num_new < len(self._waiting) and self._has_room(num_new + 1):
+            num_new += 1
+        new = [self._waiting.popleft() for _ in range(num_new)]
         num_rows = len(kept) + len(new)
         if num_rows == 0:
             return
-        longest = 1 + max(row.position for row in [*self._rows, *new] if row)
+        longest = max(len(row.ids) for row in [*self._rows, *new] if row)
         cache = self._row_cache
         too_small = num_rows > cache.num_rows or longest > cache.num_slots
         if too_small or 2 * num_rows <= cache.num_rows or 2 * (longest + GROWTH) <= cache.num_slots:
-            cache.resize(kept, num_rows, longest + GROWTH)
+            cache.resize(kept, num_rows, min(longest + GROWTH, self.max_new_tokens))
             self._rows = [self._rows[number] for number in kept] + [None] * len(new)
-        free = (number for number, row in enumerate(self._rows) if row is None)
-        for number in islice(free, len(new)):
-            self._rows[number], source, prompt = self._waiting.popleft()
-            cache.fill(number, source, prompt)
+        free = [number for number, row in enumerate(self._rows) if row is None]
+        for number, row in zip(free, new, strict=False):
+            self._rows[number] = row
 
     def _read_chunk(self) -> Iterator[tuple[Question, int, Answer]]:
         """Read the next chunk of the tree; behind its last, write the first token of each answer."""
@@ -184,6 +187,8 @@ class Generator:
         reading = self._reading
         try:
             logits = self._read(reading.cache, *reading.chunks[0])
+            if len(reading.chunks) == 1:
+                reading.cache.close()
         except (RuntimeError, ValueError, GemmaDistError) as error:
             if self._in_step:
                 raise
@@ -194,15 +199,13 @@ class Generator:
         if reading.chunks:
             return
         self._reading = None
-        rows, prompts = [], []
-        for prompt, question in enumerate(reading.questions):
-            for sample in question.samples:
-                rows.append(_Row(question, sample, self.sampling.numbers(question.key, sample), []))
-                prompts.append(prompt)
-        yield from self._extend(rows, logits[prompts])
-        for row, prompt in zip(rows, prompts, strict=True):
-            if not self._has_ended(row):
-                self._waiting.append((row, reading.cache, prompt))
+        rows = [
+            _Row(question, sample, self.sampling.numbers(question.key, sample), reading.cache, prompt)
+            for prompt, question in enumerate(reading.questions)
+            for sample in question.samples
+        ]
+        yield from self._extend(rows, logits[[row.prompt for row in rows]])
+        self._waiting += [row for row in rows if not self._has_ended(row)]
 
     def _read(self, cache: TreeCache, start: int, stop: int) -> torch.Tensor:
         """One pass over tokens of a tree: logits (P, V) behind the ends of its prompts, if they are among them."""
@@ -218,8 +221,9 @@ class Generator:
             self._pretend(with_image=False)
             return
         ids = [[row.ids[-1] if row else 0] for row in self._rows]
-        positions = [[row.position if row else 0] for row in self._rows]
-        masks = self._row_cache.begin(torch.tensor(positions, device=self._device)[:, 0])
+        places = [row.place if row else None for row in self._rows]
+        positions = [[place.position if place else 0] for place in places]
+        masks = self._row_cache.begin(places)
         try:
             logits = self._pass(ids, positions, self._row_cache, masks, 1, {})[:, -1]
         except torch.OutOfMemoryError:
@@ -237,7 +241,7 @@ class Generator:
         input_ids: list[list[int]],
         positions: list[list[int]],
         cache: TreeCache | RowCache,
-        masks: Masks,
+        masks: Masks | dict[str, Sight],
         keep: int,
         pixels: dict[str, torch.Tensor],
     ) -> torch.Tensor:
@@ -291,18 +295,26 @@ class Generator:
             self.failed += [(question, str(error)) for question in reading.questions]
 
     def _begin_again(self) -> None:
-        """After a token for which the memory was not enough: half of the answers are to be written later."""
+        """After a token for which the memory was not enough: half of the answers are to be written later, those to
+        prompts of a tree together."""
         self.room.halve()
-        active = [number for number, row in enumerate(self._rows) if row]
-        for number in active[len(active) // 2 :]:
-            row = self._rows[number]
-            assert row is not None
-            question = replace(row.question, samples=[row.sample])
-            if len(active) == 1:
-                self.failed.append((question, "the memory is not enough for this one alone"))
-            else:
-                self._groups.append([[question]])
-            self._rows[number] = None
+        of_trees: dict[int, list[int]] = {}
+        for number, row in enumerate(self._rows):
+            if row:
+                of_trees.setdefault(id(row.tree), []).append(number)
+        num_active = sum(map(len, of_trees.values()))
+        num_kept = num_active // 2
+        for numbers in of_trees.values():
+            later = numbers[num_kept:]
+            num_kept -= len(numbers) - len(later)
+            rows = [row for number in later if (row := self._rows[number])]
+            questions = [replace(row.question, samples=[row.sample]) for row in rows]
+            if num_active == 1:
+                self.failed.append((questions[0], "the memory is not enough for this one alone"))
+            elif questions:
+                self._groups.append([questions])
+            for number in later:
+                self._rows[number] = None
 
 
 def _join(trajectories: Sequence[list[Question]]) -> Iterator[list[list[Question]]]:
@@ -311,7 +323,7 @@ def _join(trajectories: Sequence[list[Question]]) -> Iterator[list[list[Question
     num_tokens = 0
     for questions in filter(None, trajectories):
         longest = max(len(question.prompt.input_ids) for question in questions)
-        if group and num_tokens + longest > CHUNK:
+        if group and num_tokens + longest > TREE:
             yield group
             group, num_tokens = [], 0
         group.append(questions)

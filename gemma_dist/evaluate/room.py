@@ -1,6 +1,7 @@
 """How many answers are written at a time: what their keys and values take, against the memory that is left."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +31,13 @@ class CacheBytes:
                 sizes[layer_type] += 2 * layer.num_key_value_heads * layer.head_dim * element_size
         return cls(sizes["full_attention"], sizes["sliding_attention"], text.sliding_window)
 
-    def of_tree(self, num_tokens: int) -> int:
-        """Of a tree of prompts."""
-        return (self.full + self.sliding) * num_tokens
+    def of_tree(self, num_tokens: int, num_sliding: int) -> int:
+        """Of a tree of prompts, of which sliding layers hold so many tokens."""
+        return self.full * num_tokens + self.sliding * num_sliding
 
     def of_rows(self, num_rows: int, num_slots: int) -> int:
         """Of rows of so many slots: sliding layers keep their window alone."""
-        return num_rows * (self.full * num_slots + self.sliding * min(num_slots, self.window))
+        return num_rows * self.of_tree(num_slots, min(num_slots, self.window))
 
 
 @dataclass
@@ -48,10 +49,10 @@ class Room:
     num_bytes: int
     bytes_of: CacheBytes
 
-    def fits(self, num_rows: int, num_slots: int, tree: int) -> bool:
-        """Whether so many rows of so many slots do, beside a tree of so many tokens."""
-        num_bytes = self.bytes_of.of_rows(num_rows, num_slots) + self.bytes_of.of_tree(tree)
-        num_tokens = num_rows * num_slots + tree
+    def fits(self, num_rows: int, num_slots: int, trees: Sequence[tuple[int, int]]) -> bool:
+        """Whether so many rows of so many slots do, beside trees of so many tokens, and in sliding layers so many."""
+        num_bytes = self.bytes_of.of_rows(num_rows, num_slots) + sum(self.bytes_of.of_tree(*tree) for tree in trees)
+        num_tokens = num_rows * num_slots + sum(tokens for tokens, _ in trees)
         return num_rows <= self.num_rows and num_tokens <= self.num_tokens and num_bytes <= self.num_bytes
 
     def halve(self) -> None:
@@ -76,6 +77,6 @@ def measure_room(model: Any, num_rows: int, num_tokens: int) -> Room:
 
         num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size()))  # which share this memory
         free = int(SHARE_OF_HOST * psutil.virtual_memory().available / num_processes)
-    if free < bytes_of.of_tree(num_tokens):
+    if free < bytes_of.of_tree(num_tokens, num_tokens):
         log.info("%.1f GiB are left for keys and values, which may be fewer than max_batch_tokens", free / 2**30)
     return Room(num_rows, num_tokens, free, bytes_of)
