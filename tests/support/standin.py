@@ -71,6 +71,7 @@ def standing_in(
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # a small answer is not to wait for a word of who asked
 
         def do_GET(self) -> None:
             stand_in.asked.append(Asked(self.path, dict(self.headers), None))
