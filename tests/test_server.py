@@ -191,6 +191,7 @@ FAULTS = {
     "a gateway's timeout": Reply(b"", 504),
     "a dropped connection": Reply(drops=True),
     "half a body": Reply(b'{"choices": [{"mess', length=4000),
+    "some chunks": Reply(b'{"choices": [{"mess', chunks=7, length=0),
     "garbage": Reply(b"\xff\x00 not JSON"),
     "a page that says it is fine": Reply(HTML),
     "no object": Reply([1, 2]),
@@ -223,6 +224,13 @@ def test_a_connection_that_the_server_has_closed_costs_no_try(ask: Ask) -> None:
         return Reply(calls_as_asked(asked).body, ends=True)
 
     with standing_in(ends) as server:
+        ask("out", server.url, "--concurrency", 1, "--max-retries", 0)
+    assert len(server.bodies) == POINTS
+
+
+def test_an_answer_may_come_in_chunks(ask: Ask) -> None:
+    """One after the other over one connection."""
+    with standing_in(lambda asked: Reply(calls_as_asked(asked).body, chunks=50)) as server:
         ask("out", server.url, "--concurrency", 1, "--max-retries", 0)
     assert len(server.bodies) == POINTS
 
