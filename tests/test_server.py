@@ -21,12 +21,14 @@ from PIL import ExifTags, Image
 
 from gemma_dist.__main__ import main
 from gemma_dist.config import EvaluateConfig
+from gemma_dist.data.content import content_text
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.data.images import decode_image
 from gemma_dist.data.read import reading_to_json
 from gemma_dist.evaluate import client
-from gemma_dist.evaluate.chat import data_url, read_chat
+from gemma_dist.evaluate.chat import chat_fields, data_url, read_chat
 from gemma_dist.evaluate.message import read_message
+from gemma_dist.evaluate.points import find_points
 from gemma_dist.gemma_format import CALL, CALL_END, QUOTE
 from gemma_dist.model.load import load_for_evaluation
 from tests.support.corpus import picture, row, write_rows
@@ -91,6 +93,27 @@ def test_what_a_server_answers_is_scored_as_it_read_it(ask: Ask, tmp_path: Path)
     assert main(["score", "--from", str(out), "--out", str(tmp_path / "again")]) == 0
     for name in ("samples.jsonl", "report.json", "report.md"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name", ["toolcalls/eval_multiturn.jsonl", "multimodal/eval.jsonl", "multimodal/image_pairs.jsonl"]
+)
+def test_who_answers_as_the_rows_do_is_right_everywhere(ask: Ask, shared: Path, name: str) -> None:
+    """On real rows: what is asked tells the points apart, images included, and calls come back as they were."""
+    data, limit = shared / "data" / name, 8
+    gold = {}
+    points, _ = find_points(data, limit, EvaluateConfig(), None)
+    for point in points:
+        fields = chat_fields(point.history, point.images, point.trajectory.tools, point.thinking)
+        functions = [call["function"] for call in point.gold[-1].get("tool_calls", [])]
+        calls = [called(function["name"], json.dumps(function["arguments"])) for function in functions]
+        text = "".join(content_text(message["content"]) for message in point.gold)
+        gold[json.dumps(fields["messages"])] = message(text, calls or None, "tool_calls" if calls else "stop")
+    assert len(gold) == len(points)
+    with standing_in(lambda asked: Reply(gold[json.dumps(asked.body["messages"])])) as server:
+        report = report_of(ask("out", server.url, "--data", data, "--limit", limit))
+    overall = report["metrics"]["overall"]
+    assert (overall["numerator"], overall["denominator"]) == (len(points), len(points))
 
 
 def test_a_request_says_all_that_the_row_says(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +191,7 @@ FAULTS = {
     "a gateway's timeout": Reply(b"", 504),
     "a dropped connection": Reply(drops=True),
     "half a body": Reply(b'{"choices": [{"mess', length=4000),
+    "some chunks": Reply(b'{"choices": [{"mess', chunks=7, length=0),
     "garbage": Reply(b"\xff\x00 not JSON"),
     "a page that says it is fine": Reply(HTML),
     "no object": Reply([1, 2]),
@@ -200,6 +224,13 @@ def test_a_connection_that_the_server_has_closed_costs_no_try(ask: Ask) -> None:
         return Reply(calls_as_asked(asked).body, ends=True)
 
     with standing_in(ends) as server:
+        ask("out", server.url, "--concurrency", 1, "--max-retries", 0)
+    assert len(server.bodies) == POINTS
+
+
+def test_an_answer_may_come_in_chunks(ask: Ask) -> None:
+    """One after the other over one connection."""
+    with standing_in(lambda asked: Reply(calls_as_asked(asked).body, chunks=50)) as server:
         ask("out", server.url, "--concurrency", 1, "--max-retries", 0)
     assert len(server.bodies) == POINTS
 

@@ -20,6 +20,7 @@ class Reply:
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     length: int | None = None
+    chunks: int | None = None  # it goes in chunks of so many bytes, without a length
     hangs: threading.Event | None = None  # nothing is said before it is set
     drops: bool = False  # the connection ends without a word
     ends: bool = False  # the connection ends behind the answer, which does not say so
@@ -71,6 +72,7 @@ def standing_in(
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # a small answer is not to wait for a word of who asked
 
         def do_GET(self) -> None:
             stand_in.asked.append(Asked(self.path, dict(self.headers), None))
@@ -102,7 +104,13 @@ def standing_in(
                 self.send_response(reply.status)
                 for name, value in reply.headers.items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(body) if reply.length is None else reply.length))
+                if reply.chunks:
+                    self.send_header("Transfer-Encoding", "chunked")
+                    pieces = [body[start : start + reply.chunks] for start in range(0, len(body), reply.chunks)]
+                    body = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+                    body += b"" if reply.length is not None else b"0\r\n\r\n"
+                else:
+                    self.send_header("Content-Length", str(len(body) if reply.length is None else reply.length))
                 self.end_headers()
                 self.wfile.write(body)
             self.close_connection = self.close_connection or reply.ends or reply.length is not None
