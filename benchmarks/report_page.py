@@ -10,10 +10,8 @@ a telephone and a desk, light and dark, lie in OUT/screenshots.
 
 import argparse
 import random
-import shutil
-import subprocess
+import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from itertools import count
@@ -34,6 +32,7 @@ from gemma_dist.evaluate.shown import join_shown, keep_shown  # noqa: E402
 from gemma_dist.gemma_format import CALL, CALL_END, QUOTE, RESPONSE, THOUGHT, TURN_END  # noqa: E402
 from gemma_dist.health.facts import versions  # noqa: E402
 from gemma_dist.shards.reader import load_trajectories  # noqa: E402
+from tests.support.chromium import CHROMIUM, chromium  # noqa: E402
 from tests.support.hostile import HOSTILE  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
@@ -171,31 +170,16 @@ def make_run(out: Path, model: str, trajectories: dict[int, Trajectory], num_sam
     return time.perf_counter() - start
 
 
-def chromium(page: Path, *options: str) -> str:
-    """What Chromium prints of a page."""
-    with tempfile.TemporaryDirectory() as profile:
-        fixed = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
-        command = [str(shutil.which("chromium")), *fixed, *options, page.absolute().as_uri()]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
-
-
-def look(page: Path, screenshots: Path, fragment: str = "", height: int = 0) -> None:
+def look(page: Path, screenshots: Path) -> None:
     """Seconds until the page stands, and what it looks like."""
-    start = time.perf_counter()
-    dom = chromium(page, "--dump-dom")
-    ready = "data-ready" in dom
-    print(f"  {page.name:18} {page.stat().st_size / 2**20:6.1f} MiB, in Chromium {time.perf_counter() - start:5.1f} s "
-          f"from its start to its end, complete: {ready}")  # fmt: skip
+    said = re.search(r'data-ready="(\d+)" data-seconds="([\d.]+)"', chromium(page, "--dump-dom"))
+    stands = f"all {int(said[1]):,} samples {said[2]} s after it was asked for" if said else "does not stand"
+    print(f"{page.name}: {page.stat().st_size / 2**20:.1f} MiB; in Chromium, {stands}")
     screenshots.mkdir(exist_ok=True)
-    for device, (width, tall) in SIZES.items():
-        for scheme in ("light", "dark"):
-            options = (
-                ["--blink-settings=preferredColorScheme=0"]
-                if scheme == "dark"
-                else ["--blink-settings=preferredColorScheme=1"]
-            )
-            shot = screenshots / f"{page.stem}-{device}-{scheme}.png"
-            chromium(page, f"--screenshot={shot}", f"--window-size={width},{height or tall}", *options)
+    for device, (width, height) in SIZES.items():
+        for number, scheme in enumerate(("dark", "light")):
+            shot = f"--screenshot={screenshots / f'{page.stem}-{device}-{scheme}.png'}"
+            chromium(page, shot, f"--window-size={width},{height}", f"--blink-settings=preferredColorScheme={number}")
 
 
 def main() -> None:
@@ -203,7 +187,6 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--data", type=Path, nargs="+", default=SOURCES, help="Trajectories as `evaluate` takes them.")
-    parser.add_argument("--no-look", action="store_true")
     arguments = parser.parse_args()
     trajectories = dict(rows(arguments.data, arguments.samples))
     for name, share in (("before", 0.5), ("after", 0.72)):
@@ -215,10 +198,10 @@ def main() -> None:
     )
     print(f"comparison: read, compared and written in {time.perf_counter() - start:.1f} s")
     pages = [arguments.out / "after" / "report.html", arguments.out / "comparison" / "comparison.html"]
-    if shutil.which("chromium") is None:
+    if CHROMIUM is None:
         print(f"no `chromium` here to look with; open {' and '.join(map(str, pages))}")
     else:
-        for page in pages if not arguments.no_look else []:
+        for page in pages:
             look(page, arguments.out / "screenshots")
 
 

@@ -195,7 +195,7 @@ def test_a_page_has_a_size_and_says_what_it_leaves_out(
 )
 def test_pieces_joined_are_the_output(parts: list[str]) -> None:
     output = "".join(parts)
-    found = pieces(output, "", [])
+    found = pieces(output, "")
     assert "".join(text for _, text in found) == output
     assert all(text for _, text in found)
 
@@ -203,11 +203,11 @@ def test_pieces_joined_are_the_output(parts: list[str]) -> None:
 def test_pieces_say_what_they_are() -> None:
     call, broken = f"{CALL}call:f{{a:1}}{CALL_END}", f"{CALL}call:f(a=1){CALL_END}"
     thought = f"{CHANNEL}thought\nHm.{CHANNEL_END}"
-    found = pieces(f"{thought}🌍 So:{call}{broken}{call}{RESPONSE}", "", [])
+    found = pieces(f"{thought}🌍 So:{call}{broken}{call}{RESPONSE}", "")
     assert found == [("thought", thought), ("text", "🌍 So:"), ("call", call), ("unreadable", broken), ("call", call),
                      ("token", RESPONSE)]  # fmt: skip
-    assert pieces(f"{CALL}call:f{{a:", "", []) == [("unreadable", f"{CALL}call:f{{a:")]
-    assert pieces(f"a:1}}{CALL_END}Done.{TURN_END}", f"{CALL}call:f{{", []) == [
+    assert pieces(f"{CALL}call:f{{a:", "") == [("unreadable", f"{CALL}call:f{{a:")]
+    assert pieces(f"a:1}}{CALL_END}Done.{TURN_END}", f"{CALL}call:f{{") == [
         ("call", f"a:1}}{CALL_END}"), ("text", "Done."), ("token", TURN_END)]  # fmt: skip
 
 

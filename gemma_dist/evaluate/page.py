@@ -167,7 +167,7 @@ def _fitting_samples(runs: Sequence[PageRun], blocks: _Blocks) -> dict[int, str]
     for place in order:
         line = runs[0].lines[place]
         answers = [line, second[_point(line)]] if second else [line]
-        text = embedded(_shown_sample(answers, runs))
+        text = embedded(_shown_sample(answers))
         if blocks.take("samples", text):
             samples[place] = text
     return samples
@@ -177,15 +177,11 @@ def _point(line: ScoredDecision) -> tuple[int, int, int]:
     return line["trajectory"], line["turn"], line["sample"]
 
 
-def _shown_sample(lines: Sequence[ScoredDecision], runs: Sequence[PageRun]) -> dict[str, Any]:
+def _shown_sample(lines: Sequence[ScoredDecision]) -> dict[str, Any]:
     """A decision point with the answer of each run to it."""
     line = lines[0]
-    answers = []
-    for answered, run in zip(lines, runs, strict=True):
-        names = [tool["function"]["name"] for tool in run.tool_sets.get(answered["tools"], [])]
-        answers.append(shown_answer(answered, names))
     told = ("id", "trajectory", "turn", "sample", "category", "pair", "num_images", "tools", "prompt_tokens")
-    return {name: line[name] for name in told} | {"gold": shown_gold(line), "answers": answers}  # type: ignore[literal-required]
+    return {name: line[name] for name in told} | {"gold": shown_gold(line), "answers": list(map(shown_answer, lines))}  # type: ignore[literal-required]
 
 
 def _add_prompts(trajectories: Path, images: Path, wanted: set[int], blocks: _Blocks) -> None:

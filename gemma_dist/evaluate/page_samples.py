@@ -63,7 +63,7 @@ class ShownAnswer(TypedDict):
     stopped: bool
 
 
-def shown_answer(line: ScoredDecision, tool_names: Sequence[str]) -> ShownAnswer:
+def shown_answer(line: ScoredDecision) -> ShownAnswer:
     """What the page shows of one answer."""
     score, parsed = line["score"], line["parsed"]
     return {
@@ -72,7 +72,7 @@ def shown_answer(line: ScoredDecision, tool_names: Sequence[str]) -> ShownAnswer
         "status": score["status"],
         "called": [call["name"] for call in parsed.get("calls", [])],
         "confusion": score["confusion"],
-        "pieces": pieces(line["output"], line["opening"], tool_names),
+        "pieces": pieces(line["output"], line["opening"]),
         "calls": compared_calls(line),
         "text": parsed.get("content", ""),
         "output_tokens": line["output_tokens"],
@@ -92,10 +92,11 @@ def shown_gold(line: ScoredDecision) -> dict[str, Any]:
     }
 
 
-def pieces(output: str, opening: str, tool_names: Sequence[str]) -> list[Piece]:
-    """The output cut into pieces, which joined are the output again. Calls are where the reader found them."""
+def pieces(output: str, opening: str) -> list[Piece]:
+    """The output cut into pieces, which joined are the output again. Calls are where the reader found them, which does
+    not hang on the tools declared."""
     found: list[Piece] = []
-    spans = [call.span for call in read_output(output, opening, tool_names=tool_names).calls]
+    spans = [call.span for call in read_output(output, opening).calls]
     position = 0
     for start, end in [*spans, (len(output), len(output))]:
         found += _between(output[position:start])

@@ -92,3 +92,4 @@ window.addEventListener("hashchange", () => {
 read_address();
 update();
 document.documentElement.dataset.ready = String(samples.length);
+document.documentElement.dataset.seconds = (performance.now() / 1000).toFixed(2); // since the page was asked for
