@@ -25,7 +25,7 @@ from gemma_dist.evaluate import page
 from gemma_dist.evaluate.decision import ScoredDecision
 from gemma_dist.evaluate.line import asked, score_line
 from gemma_dist.evaluate.page import PageRun, embedded, write_page
-from gemma_dist.evaluate.page_samples import compared_calls, differences, pieces
+from gemma_dist.evaluate.page_samples import compared_calls, differences, pieces, pieces_of_message
 from gemma_dist.evaluate.runs import read_run, tools_key, write_results
 from gemma_dist.evaluate.shown import join_shown, keep_shown
 from gemma_dist.gemma_format import CALL, CALL_END, CHANNEL, CHANNEL_END, CONTROL_TOKENS, RESPONSE, TURN_END
@@ -198,6 +198,33 @@ def test_pieces_joined_are_the_output(parts: list[str]) -> None:
     found = pieces(output, "")
     assert "".join(text for _, text in found) == output
     assert all(text for _, text in found)
+
+
+CALLED = '{"name": "find", "arguments": "{}"}'
+MESSAGE: dict[str, Any] = {
+    "content": "Let me look.",
+    "reasoning_content": "Which tool?",
+    "tool_calls": [{"name": "find", "arguments": "{}"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("message", "keys", "expected"),
+    [
+        (
+            MESSAGE,
+            {},
+            [("text", "Let me look."), ("thought", "Which tool?"), ("call", '{"name": "find", "arguments": "{}"}')],
+        ),
+        (MESSAGE, {"raw": f"{CALL}call:find{{}}{CALL_END}"}, [("call", f"{CALL}call:find{{}}{CALL_END}")]),
+        ({"error": "500"}, {}, [("text", '{"error": "500"}')]),
+        ({"content": [1], "tool_calls": "x"}, {}, [("text", "[1]"), ("unreadable", '"x"')]),
+    ],
+)
+def test_what_a_server_said_is_shown_part_by_part(message: Any, keys: Any, expected: list[tuple[str, str]]) -> None:
+    status = "malformed" if expected[-1][0] == "unreadable" else "ok"
+    line: Any = {"output": json.dumps(message), "opening": "", "score": {"status": status}} | keys
+    assert pieces_of_message(line) == expected
 
 
 def test_pieces_say_what_they_are() -> None:

@@ -91,7 +91,7 @@ def test_what_a_server_answers_is_scored_as_it_read_it(ask: Ask, tmp_path: Path)
     assert {sample["prompt_tokens"] for sample in samples} == {11}
     assert (out / "report.md").read_text().count(f"Answered by the server at `{server.url}`") == 1
     assert main(["score", "--from", str(out), "--out", str(tmp_path / "again")]) == 0
-    for name in ("samples.jsonl", "report.json", "report.md"):
+    for name in ("samples.jsonl", "report.json", "report.md", "report.html", "trajectories.jsonl"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 
 

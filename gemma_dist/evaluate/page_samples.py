@@ -3,13 +3,16 @@
 The output is cut into pieces by what they are, and calls stand beside gold's, argument by argument, with what is wrong.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 from gemma_dist.data.gold import ABSENT
 from gemma_dist.data.read import CALL, read_output
+from gemma_dist.data.strict import as_list
 from gemma_dist.evaluate.decision import ScoredDecision
+from gemma_dist.evaluate.message import MESSAGE, MESSAGE_KEYS
 from gemma_dist.evaluate.score import Error
 from gemma_dist.evaluate.values import GoldCall, nfc, same_value
 from gemma_dist.gemma_format import CALL_END, CHANNEL, CHANNEL_END, CONTROL_TOKENS
@@ -72,7 +75,7 @@ def shown_answer(line: ScoredDecision) -> ShownAnswer:
         "status": score["status"],
         "called": [call["name"] for call in parsed.get("calls", [])],
         "confusion": score["confusion"],
-        "pieces": pieces(line["output"], line["opening"]),
+        "pieces": pieces_of_message(line) if line.get("form") == MESSAGE else pieces(line["output"], line["opening"]),
         "calls": compared_calls(line),
         "text": parsed.get("content", ""),
         "output_tokens": line["output_tokens"],
@@ -104,6 +107,28 @@ def pieces(output: str, opening: str) -> list[Piece]:
             found.append(("call", output[start:end]))
         position = max(position, end)
     return found
+
+
+def pieces_of_message(line: ScoredDecision) -> list[Piece]:
+    """What a server said in the place of an output: the text that the model wrote, where it gave that; else its message
+    (`message.py`), part by part."""
+    if raw := line.get("raw"):
+        return pieces(raw, line["opening"])
+    message = json.loads(line["output"])
+    found: list[Piece] = []
+    for key in MESSAGE_KEYS:
+        value = message.get(key)
+        if not value:
+            continue
+        if key == "tool_calls":
+            kind = "unreadable" if line["score"]["status"] == "malformed" else "call"
+            found += [(kind, to_json(call)) for call in as_list(value) or [value]]
+        elif key == "content" and isinstance(value, str):
+            found += pieces(value, "")
+        else:
+            said = value if isinstance(value, str) else to_json(value)
+            found.append(("text" if key == "content" else "thought", said))
+    return found or [("text", line["output"])]
 
 
 def _between(text: str) -> Iterator[Piece]:
