@@ -2,8 +2,9 @@
 
 0: done. 2: a user error, in plain words. 1: an internal error, with its traceback. 3, of `plan`: it does not fit; of
 `compare`: a rule was broken. 4, of `train`: a step hung, and the watchdog ended the run. 5, of `health`: a node is not
-fit. 75, of `train`: stopped as it was asked to, and the same command goes on. 130: interrupted. 143: another rank
-ended, or this one was told to. `exits.py` says how whoever launched the ranks learns of them.
+fit. 74: a disk failed, for a moment or for good. 75, of `train`: stopped as it was asked to, and the same command goes
+on. 130: interrupted. 143: another rank ended, or this one was told to. `exits.py` says how whoever launched the ranks
+learns of them.
 """
 
 import sys
@@ -15,7 +16,7 @@ import click
 from gemma_dist import exits, meeting, ranklog, world
 from gemma_dist.cli import cli
 from gemma_dist.errors import GemmaDistError, PeerError, Stopped
-from gemma_dist.failures import explain
+from gemma_dist.failures import code_of, explain
 from gemma_dist.logs import start_logging
 from gemma_dist.signals import explain_sigterm
 
@@ -45,10 +46,12 @@ def _run(arguments: Sequence[str] | None) -> int:
     except Stopped:
         return exits.STOPPED  # and said so
     except PeerError:
-        pass  # said by the rank that it happened to
+        return exits.ENDED  # the rank that it happened to says it
     except GemmaDistError as error:
         _say_error(str(error))
-        meeting.tell(str(error), exits.USER_ERROR)
+        code = code_of(error)
+        meeting.tell(str(error), code)
+        return code
     except Exception as error:
         explanation = explain(error)
         if explanation is None:

@@ -6,6 +6,7 @@
     3    of `plan`: it does not fit
     4    a step hung, and the watchdog ended the run
     5    of a health check: this node is not fit
+    74   a disk failed, or its network; the same command may go on (EX_IOERR of sysexits.h)
     75   stopped as it was asked to; the same command goes on (EX_TEMPFAIL of sysexits.h)
     130  interrupted twice
     143  told to end, or at an end because another rank is
@@ -26,7 +27,7 @@ from typing import NoReturn
 
 from gemma_dist import ranklog, world
 
-DONE, BUG, USER_ERROR, DOES_NOT_FIT, HUNG, NODE_UNFIT, STOPPED = 0, 1, 2, 3, 4, 5, 75
+DONE, BUG, USER_ERROR, DOES_NOT_FIT, HUNG, NODE_UNFIT, DISK_FAILED, STOPPED = 0, 1, 2, 3, 4, 5, 74, 75
 INTERRUPTED, ENDED = 130, 143
 
 FOLDER = "GEMMA_DIST_EXIT_CODES"

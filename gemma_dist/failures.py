@@ -30,6 +30,9 @@ USER_ERRNOS = {
     errno.ENOSPC: "make room there, or name a folder on another disk",
     errno.EDQUOT: "make room in your quota, or name a folder on another disk",
     errno.EFBIG: "raise `ulimit -f`, or name a folder on a file system with larger files",
+}
+# Of disks that fail, for a moment or for good: the same command may go on.
+DISK_ERRNOS = {
     errno.EIO: "the disk or its network fails: look at the system's log, or name a folder on another disk",
     errno.ESTALE: "the file changed under us on a network disk: run the command again",
 }
@@ -52,7 +55,7 @@ class Explanation(NamedTuple):
 def explain(error: Exception) -> Explanation | None:
     """What to tell the user of an error that no code of ours is to blame for; None for any other error."""
     if message := _of_the_disk(error):
-        return Explanation(message, exits.USER_ERROR)
+        return Explanation(message, code_of(error))
     if ended := world.ended_ranks():
         return Explanation(of_ranks(ended), code_after(ended))
     if (for_memory := _of_memory(error)) is not None:
@@ -61,6 +64,17 @@ def explain(error: Exception) -> Explanation | None:
         elsewhere = {rank: code for rank, code in exits.codes().items() if rank != world.rank()}
         return Explanation(of_ranks(elsewhere) if elsewhere else _of_connection(error), code_after(elsewhere))
     return None
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code of an error that is told to the user, by what it was raised from: a disk that fails may work again
+    when the same command comes next, all else would not."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if _errno(cause) in DISK_ERRNOS:
+            return exits.DISK_FAILED
+        cause = cause.__cause__
+    return exits.USER_ERROR
 
 
 def say_no_more() -> None:
@@ -72,17 +86,18 @@ def say_no_more() -> None:
 def _of_the_disk(error: Exception) -> str:
     """`FILE: what the system says; what to do`, as far as known. Empty for an error that it does not report of a
     file."""
+    remedies = USER_ERRNOS | DISK_ERRNOS
     number = _errno(error)
-    if number not in USER_ERRNOS:
+    if number not in remedies:
         return ""
     message = str(error)
     if isinstance(error, OSError) and error.filename is not None:
         message = f"{error.filename2 or error.filename}: {error.strerror}"  # copies and renames fail at their target
-    remedy = USER_ERRNOS[number]
+    remedy = remedies[number]
     return f"{message}; {remedy}" if remedy else message
 
 
-def _errno(error: Exception) -> int | None:
+def _errno(error: BaseException) -> int | None:
     """The system's number of an error, Rust's included (`No space left on device (os error 28)`); None without one."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno

@@ -10,7 +10,7 @@ import pytest
 from gemma_dist import __version__
 from gemma_dist.__main__ import main
 from gemma_dist.cli import cli
-from gemma_dist.errors import DataError
+from gemma_dist.errors import CheckpointError, DataError, PeerError
 
 VERBS = [
     *("tiny", "shard", "inspect", "stats", "check-prompts", "check", "plan", "batches", "health", "train"),
@@ -106,6 +106,11 @@ def fail_with(error: BaseException, monkeypatch) -> int:
     return main(["read-calls"])
 
 
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "code", "traceback"),
     [
@@ -113,7 +118,11 @@ def fail_with(error: BaseException, monkeypatch) -> int:
         (FileNotFoundError(2, "No such file or directory", "a.parquet"), 2, False),
         (OSError(28, "No space left on device"), 2, False),
         (OSError(27, "File too large"), 2, False),
-        (OSError(5, "Input/output error"), 2, False),
+        (OSError(5, "Input/output error"), 74, False),
+        (caused(CheckpointError("rank 1 could not write"), OSError(5, "Input/output error")), 74, False),
+        (caused(CheckpointError("rank 1 could not write"), OSError(28, "No space left on device")), 2, False),
+        (PeerError("another rank says it"), 143, False),
+        (OSError(116, "Stale file handle", "out/a"), 74, False),
         (FileExistsError(17, "File exists", "run"), 2, False),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 2, False),  # as safetensors words it
         (RuntimeError("Bad file descriptor (os error 9)"), 1, True),

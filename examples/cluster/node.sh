@@ -31,7 +31,7 @@ rc=0
 wait "$launcher" || rc=$? # once more: a signal ends a wait with a code of its own
 
 ended_with() { grep -qsx "$1" "$GEMMA_DIST_EXIT_CODES"/rank-*; } # whether a rank of this node did
-for code in 2 4 75; do
+for code in 2 4 74 75; do
   if ended_with "$code"; then exit "$code"; fi
 done
 exit "$rc"

@@ -84,6 +84,7 @@ def ranks(*codes: int, step: int = 0) -> str:
         ((2, 143), True, "RUNNING None", 2, False, "a user error"),
         ((4, 143), False, "RUNNING None", 0, True, "a step hung"),
         ((1, 143), False, "RUNNING None", 0, True, "a rank failed"),
+        ((74, 143), False, "RUNNING None", 0, True, "a rank failed"),
         ((75,), True, "RUNNING None", 0, True, "1 of 2 ranks were killed"),
         ((), False, "RUNNING None", 0, True, "no rank left a word: all were killed, or none began"),
     ],
