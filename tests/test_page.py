@@ -213,7 +213,7 @@ def test_pieces_say_what_they_are() -> None:
         ("call", f"a:1}}{CALL_END}"), ("text", "Done."), ("token", TURN_END)]  # fmt: skip
 
 
-F, G = ({"name": name, "arguments": {"a": 1, "b": {"c": [1, {"d": "x"}]}}} for name in "fg")
+F: Any = {"name": "f", "arguments": {"a": 1, "b": {"c": [1, {"d": "x"}]}}}
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ function confusion() {
                 draw();
               },
             },
-            all ? `Show the ${MAX_TOOLS} tools that are confused most` : `Show ${normal.length} tools`,
+            `Show the ${all ? MAX_TOOLS : normal.length} tools that are confused most`,
           )
         : "",
     );
