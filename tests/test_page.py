@@ -33,9 +33,10 @@ from tests.support.chromium import chromium, needs_chromium
 from tests.support.hostile import HOSTILE, LOADS, OWNED
 from tests.support.scoring import expecting, line, reading
 
+INHERITED = ("constructor", "__proto__", "toString")  # what every object of JavaScript has
 TOOLS: Any = [
     {"type": "function", "function": {"name": name, "description": "", "parameters": {"type": "object"}}}
-    for name in ("find", *HOSTILE[:3])
+    for name in ("find", *INHERITED, *HOSTILE[:3])
 ]
 BLOCK = re.compile(r'<script type="application/json" id="([\w-]+)">(.*?)</script>', re.DOTALL)
 # What would hide or turn around what one reads, where a page shows it.
@@ -68,7 +69,8 @@ def make_run(out: Path, texts: tuple[str, ...], *, with_images: bool = True, fau
     for number, row in trajectories.items():
         text = texts[number - 1]
         for turn in (2, 4):
-            called = f'{CALL}call:find{{what:<|"|>{text}{fault}<|"|>,n:{2**60}}}{CALL_END}{RESPONSE}'
+            name = "find" if turn == 2 else INHERITED[number % 3]
+            called = f'{CALL}call:{name}{{what:<|"|>{text}{fault}<|"|>,n:{2**60}}}{CALL_END}{RESPONSE}'
             told = {"sample": 0, "key": "", "num_images": len(row.images), "prompt_tokens": 9, "opening": ""}
             told |= {"output": called if turn == 2 else text + called, "output_ids": [1], "output_tokens": 1}
             point: Any = asked(row, number, [row.messages[turn - 1]], turn) | told | {"stopped": True}
@@ -238,7 +240,7 @@ def test_pieces_say_what_they_are() -> None:
         ("call", f"a:1}}{CALL_END}"), ("text", "Done."), ("token", TURN_END)]  # fmt: skip
 
 
-F, G = ({"name": name, "arguments": {"a": 1, "b": {"c": [1, {"d": "x"}]}}} for name in "fg")
+F: Any = {"name": "f", "arguments": {"a": 1, "b": {"c": [1, {"d": "x"}]}}}
 
 
 @pytest.mark.parametrize(

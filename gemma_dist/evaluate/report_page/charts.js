@@ -50,24 +50,33 @@ function confusion() {
     tabs = h("div", { class: "tabs" }),
     buttons = [];
   function draw() {
-    const found = runs[number].report.confusion,
-      sum = (row) => Object.values(row).reduce((total, one) => total + one, 0);
-    const wrong = (name) =>
-      sum(found[name] || {}) -
-      ((found[name] || {})[name] || 0) +
-      Object.entries(found).reduce((total, [gold, row]) => total + (gold !== name && row[name] ? row[name] : 0), 0);
-    const names = [...new Set(Object.entries(found).flatMap(([gold, row]) => [gold, ...Object.keys(row)]))];
-    const normal = names.filter((name) => !is_special(name)).sort((a, b) => wrong(b) - wrong(a) || (a < b ? -1 : 1));
+    // As maps: a tool may be called "constructor".
+    const found = new Map(
+      Object.entries(runs[number].report.confusion).map(([gold, row]) => [gold, new Map(Object.entries(row))]),
+    );
+    const of = (gold, called) => found.get(gold)?.get(called) || 0;
+    const sums = new Map(
+      [...found].map(([gold, row]) => [gold, [...row.values()].reduce((total, one) => total + one, 0)]),
+    );
+    const wrong = new Map(); // calls that were another tool's, or should have been
+    for (const [gold, row] of found)
+      for (const [called, calls] of row)
+        for (const name of [gold, called]) wrong.set(name, (wrong.get(name) || 0) + (gold === called ? 0 : calls));
+    const names = [...wrong.keys()];
+    const normal = names
+      .filter((name) => !is_special(name))
+      .sort((a, b) => wrong.get(b) - wrong.get(a) || (a < b ? -1 : 1))
+      .slice(0, MANY_TOOLS);
     const kept = new Set(all ? normal : normal.slice(0, MAX_TOOLS)),
       special = names.filter(is_special).sort();
-    const rows = [...normal, ...special].filter((name) => found[name] && (kept.has(name) || is_special(name)));
+    const rows = [...normal, ...special].filter((name) => found.has(name) && (kept.has(name) || is_special(name)));
     const columns = [...normal, ...special].filter(
-      (name) => (kept.has(name) || is_special(name)) && rows.some((gold) => found[gold][name]),
+      (name) => (kept.has(name) || is_special(name)) && rows.some((gold) => of(gold, name)),
     );
     const cell = (gold, called) => {
-      const calls = found[gold][called];
+      const calls = of(gold, called);
       if (!calls) return h("td", { class: gold === called ? "hit" : null });
-      const share = calls / sum(found[gold]),
+      const share = calls / sums.get(gold),
         level = share > 0.5 ? 3 : share > 0.15 ? 2 : 1,
         is_hit = gold === called;
       const said = `gold ${plain(gold)}, called ${plain(called)}: ${calls}`;
@@ -86,7 +95,8 @@ function confusion() {
         ),
       );
     };
-    const name_of = (name) => h("span", { class: is_special(name) ? "special" : null, title: plain(name) }, show(name));
+    const name_of = (name) =>
+      h("span", { class: is_special(name) ? "special" : null, title: plain(name) }, show(name));
     place.replaceChildren(
       h(
         "div",
@@ -134,7 +144,7 @@ function confusion() {
                 draw();
               },
             },
-            all ? `Show the ${MAX_TOOLS} tools that are confused most` : `Show all ${normal.length} tools`,
+            `Show the ${all ? MAX_TOOLS : normal.length} tools that are confused most`,
           )
         : "",
     );
@@ -194,7 +204,8 @@ function survival() {
       class: "chart",
       viewBox: `0 0 ${width} ${height}`,
       role: "img",
-      "aria-label": "Trajectories right so far; at the end " + ends.map((end) => percent(end.survival)).join(", then "),
+      "aria-label":
+        "Trajectories right so far; at the end " + ends.map((end) => percent(end.survival)).join(", then "),
     },
     [0, 0.25, 0.5, 0.75, 1].map((share) => [
       s("line", { class: "grid", x1: x(0), x2: x(last), y1: y(share), y2: y(share) }),

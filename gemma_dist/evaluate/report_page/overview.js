@@ -94,7 +94,7 @@ function cards() {
           !compares && metric.cluster_low !== null && `95 %: ${range(metric.cluster_low, metric.cluster_high)}`,
           change &&
             change.fixed !== null &&
-            h("span", null, h("br"), `${change.fixed} fixed, ${change.broken} broken`),
+            h("span", null, h("br"), `${count(change.fixed)} fixed, ${count(change.broken)} broken`),
         ),
       );
     });
@@ -123,7 +123,7 @@ function verdict() {
       h(
         "dd",
         null,
-        `${fixed} fixed, ${broken} broken; McNemar's exact test: p ${p < 0.0001 ? "" : "= "}${p_value(p)}`,
+        `${count(fixed)} fixed, ${count(broken)} broken; McNemar's exact test: p ${p < 0.0001 ? "" : "= "}${p_value(p)}`,
       ),
       h("dt", null, "What would show"),
       h(
