@@ -1,6 +1,5 @@
 """A Slurm for tests, once for a process of pytest that wants one, and ended with it."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +14,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Cluster]
     if reason := cluster.missing():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("slurm")
-    settings = ["KILLWAIT=15"]  # on a machine that is busy with other tests, what is told to end may be slow to do so
-    if os.environ.get("SLURM_TESTS") != "all":
-        settings += ["NODE_TIMEOUT=120"]  # and a daemon slow to answer; no node is lost in the quick tests
+    # On a machine that is busy with other tests, what is told to end may be slow to do so, and a daemon slow to answer.
+    settings = ["KILLWAIT=15", "NODE_TIMEOUT=120"]  # no node is lost here: test_events.py has clusters of its own
     with cluster.running(folder / "work", folder / "clone", num_nodes=24, settings=settings) as started:
         yield started
 

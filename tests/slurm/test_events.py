@@ -39,9 +39,19 @@ BY_ITS_OWN_CHECKPOINT = (
 
 
 @pytest.fixture(scope="module")
-def standin_rows(slurm: Cluster, standin_folder: Path) -> dict[str, Row]:
+def expendable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster that loses nodes."""
+    if reason := cluster.missing():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("slurm")
+    with cluster.running(folder / "w", folder / "clone", num_nodes=24, settings=["KILLWAIT=15"]) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def standin_rows(expendable: Cluster, standin_folder: Path) -> dict[str, Row]:
     """All events at once: the stand-in takes next to nothing of the machine."""
-    program = events.standin(standin_folder)
+    program, slurm = events.standin(standin_folder), expendable
     chosen = {name: slurm.nodes[2 * number :][:2] for number, name in enumerate(STANDIN)}
     spare = slurm.nodes[2 * len(STANDIN) :]
     for name in UNTOLD[1:]:  # one may wait for another's

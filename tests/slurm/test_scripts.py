@@ -188,7 +188,7 @@ def test_nothing_is_left_when_pytest_is_killed(tmp_path: Path) -> None:
     )
     try:
         wait_until((tmp_path / "holds").exists, 240)
-        assert "sleep" in {command for _, command in left_of(tmp_path / "work")}
+        wait_until(lambda: "sleep" in {command for _, command in left_of(tmp_path / "work")}, 120)
         tag = (tmp_path / "work" / "run" / "cgroup").read_text().strip()
         assert tag in os.listdir(FREEZER)
     finally:
