@@ -139,9 +139,10 @@ def test_training_is_the_same_with_and_without_evaluation(run: Run) -> None:
     ],
 )
 def test_every_launch_finds_the_same(run: Run, model: str, data: list[str], tmp_path: Path, launch: str) -> None:
-    """Two ranks, seven rows, two at a time: one of them ends with a filler."""
-    alone = run(*EVAL, recipe="cpu_full")
-    words = [f"model_name_or_path={model}", *data, f"output_dir={tmp_path / 'out'}", *BATCH, *EVAL]
+    """Two ranks, seven rows, two at a time: one of them ends with a filler. By SGD: AdamW makes much of gradients that
+    are nearly 0, and so of the order of sums."""
+    alone = run(*EVAL, "optim=sgd", recipe="cpu_full")
+    words = [f"model_name_or_path={model}", *data, f"output_dir={tmp_path / 'out'}", *BATCH, *EVAL, "optim=sgd"]
     output = gemma_dist("train", "launch/cpu_full.yaml", *words, launch=launch)
     assert "7 trajectories, " in output
     assert "in 2 batches a rank" in output

@@ -64,7 +64,7 @@ def _lines(compared: Comparison) -> Iterator[str]:
     yield ""
     yield from table(_HEADER, (_row(name, found) for name, found in compared["metrics"].items()))
     if (losses := compared["loss"]) is not None:
-        header = ["nats a token", "before", "after", "difference", "95 % by trajectory"]
+        header = ["metric", "before", "after", "difference", "95 % by trajectory"]
         yield from section("Loss of gold's answers", header, change_rows(losses))
     if (gain := compared["image_gain"]) is not None:
         shown = f"{_points(gain['value'])} ({interval(gain['low'], gain['high'], signed=True)})"

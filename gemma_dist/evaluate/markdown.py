@@ -42,7 +42,7 @@ def _report_lines(report: Report) -> Iterator[str]:
     yield from _headline(report)
     if (loss := report["loss"]) is not None:
         title = f"Loss of gold's answers at {loss['num_points']:,} decision points"
-        yield from section(title, ["nats a token", "value", "95 % by trajectory", "of"], loss_rows(loss))
+        yield from section(title, ["metric", "value", "95 % by trajectory", "of"], loss_rows(loss))
     yield from section("Failures", ["kind", "points"], ([kind, count] for kind, count in report["failures"].items()))
     faults = [[kind, count] for kind, count in report["arg_errors"].items() if count]
     yield from section("Wrong arguments of matched calls", ["kind", "arguments"], faults)
