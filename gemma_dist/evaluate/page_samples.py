@@ -122,7 +122,7 @@ def compared_calls(line: ScoredDecision) -> list[ComparedCall]:
     """Gold's calls beside those of the output, as the score pairs them; then those that are too many."""
     gold, calls = line["gold"]["calls"], line["parsed"].get("calls", [])
     errors = line["score"]["errors"]
-    pairs = {number: partner for number, partner in line["score"]["match"]}
+    pairs = {pair[0]: pair[1] for pair in line["score"]["match"]}
     for error in errors:  # calls of another tool were paired by the arguments that they share
         if "parameter" not in error and "call" in error and "predicted" in error:
             pairs[error["call"]] = error["predicted"]
