@@ -124,7 +124,9 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Have the file `source` at `target`, too: the same one, or a copy where the file system has no hard links."""
+    """Have the file `source` at `target`, too: the same one, or a copy where the file system has no hard links. What
+    lies at `target` is taken away first: a copy into a link that a kill left would overwrite what it is a link to."""
+    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:

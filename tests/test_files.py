@@ -1,5 +1,6 @@
 """What is written is whole and on the disk before it has its name, and readable for whom the umask says."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gemma_dist.files import UMASK, seal, whole_folder, writing
+from gemma_dist.files import UMASK, link_or_copy, seal, whole_folder, writing
 
 
 @pytest.fixture
@@ -66,3 +67,22 @@ def test_files_of_libraries_get_the_modes_of_the_umask(tmp_path: Path) -> None:
     seal(tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~UMASK
     assert os.umask(UMASK) == UMASK  # to read it has not changed it
+
+
+def test_a_link_that_a_kill_left_is_not_written_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a checkpoint's file: a copy into it would overwrite that checkpoint."""
+    old, new, left = tmp_path / "old", tmp_path / "new", tmp_path / ".out.1.tmp"
+    old.write_text("of the old checkpoint")
+    new.write_text("of the new one")
+    for links in (True, False):
+        left.unlink(missing_ok=True)
+        os.link(old, left)
+        if not links:
+            monkeypatch.setattr(os, "link", refuse)
+        link_or_copy(new, left)
+        assert (old.read_text(), left.read_text()) == ("of the old checkpoint", "of the new one")
+        assert (left.stat().st_nlink == 2) == links
+
+
+def refuse(*_: object) -> None:
+    raise OSError(errno.EPERM, "no hard links here")

@@ -274,8 +274,8 @@ def test_caches_take_what_the_room_says(tiny_model: Callable[..., Path], style: 
         assert held(cache) == expected.of_tree(num_tokens, cache.num_sliding)
         assert max(map(len, cache.tree.paths)) > WINDOW > cache.num_sliding / len(prompts)
         rows.resize([], 3, 40)
-        places = [None, Place(cache, 0, 0), None]
-        generator._pass([[5]] * 3, [[0], [places[1].position], [0]], rows, rows.begin(places), 1, {})
+        place = Place(cache, 0, 0)
+        generator._pass([[5]] * 3, [[0], [place.position], [0]], rows, rows.begin([None, place, None]), 1, {})
     assert held(rows) == expected.of_rows(3, 40)
 
 

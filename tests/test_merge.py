@@ -813,12 +813,35 @@ def test_an_adapter_with_other_names_gives_the_same_model(pair: Any, how: str, t
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_patterns_of_an_adapter_with_another_root_keep_their_modules(pair: Any, tmp_path: Path) -> None:
+    """An alpha changes no shape: the sum would be another one without a word."""
+    base, adapter = pair
+    path = "model.layers.0.self_attn.q_proj"
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+
+    def write_pattern(pattern: str) -> None:
+        (adapter / "adapter_config.json").write_text(json.dumps(settings | {"alpha_pattern": {pattern: 32}}))
+
+    moved = path.replace("model.", "model.language_model.", 1)
+    write_pattern(moved)
+    merge(base, adapter, tmp_path / "expected", verify=False, base_weights="as_trained")
+    rename(adapter, OTHER_NAMES["of the class for text alone"])
+    write_pattern(path)
+    merge(base, adapter, tmp_path / "out", verify=True, base_weights="as_trained")
+    name = f"{moved}.weight"
+    assert torch.equal(tensors_of(tmp_path / "out")[name], tensors_of(tmp_path / "expected")[name])
+    write_pattern(r"^model\.layers\.0\..*")
+    with pytest.raises(CheckpointError, match="write the pattern for that name"):
+        merge(base, adapter, tmp_path / "again", verify=False, base_weights="as_trained")
+
+
 @pytest.mark.parametrize(
     ("new_name", "told"),
     [
         (lambda name: name.replace("layers.0.", "layers.99."), r"belongs to .*layers\.99.* which the base does not"),
         (lambda name: name.replace(".lora_A.weight", ".lora_A.a.weight").replace(".lora_B.weight", ".lora_B.b.weight"),
          r"holds 2 adapters in one file \(a, b\)"),
+        (lambda name: name.replace("q_proj.lora_A.weight", "q_proj.lora_B.bias"), r"bias in the adapter is neither"),
     ],
 )  # fmt: skip
 def test_names_without_a_place_are_refused_with_the_cause(pair: Any, new_name: Any, told: str, tmp_path: Path) -> None:

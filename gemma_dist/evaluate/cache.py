@@ -170,6 +170,10 @@ class RowCache:
             sights[layer_type] = Sight(rows, hidden[:, None])
         return sights
 
+    def end(self) -> None:
+        """The pass is done: the trees that it saw live only as long as answers to them wait or are written."""
+        self._trees = []
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> tuple[States, States]:
         """Keep the states of this pass, (B, heads, 1, width); those that it sees."""
         slots = self._slots[self._text.layer_types[layer_idx]]

@@ -231,6 +231,8 @@ class Generator:
                 raise
             self._begin_again()
             return
+        finally:
+            self._row_cache.end()
         numbers = [number for number, row in enumerate(self._rows) if row]
         rows = [row for row in self._rows if row]
         yield from self._extend(rows, logits[numbers])

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from gemma_dist.errors import CheckpointError
+from gemma_dist.errors import CheckpointError, setting
 from gemma_dist.merge.plan import Lora, TensorOp
 from gemma_dist.merge.stream import Computed, Rows, Workers, as_matrix, row_blocks, stored_rows
 from gemma_dist.model.record import Quantization
@@ -51,7 +51,7 @@ def four_bit_rows(
     if len(shape) == 3 and in_matrix * num_columns % BLOCK_SIZE:
         raise CheckpointError(
             f"{name} has matrices of {in_matrix * num_columns} values, and blocks of {BLOCK_SIZE} would lie in two of "
-            "them; merge with --base-weights original"
+            f"them; use {setting('base_weights', 'original')}"
         )
     dtype = getattr(torch, quantization["weights_dtype"]) if quantization.get("weights_dtype") else None
     quantize = partial(quantize_4bit, blocksize=BLOCK_SIZE, quant_type=quantization["bnb_4bit_quant_type"])

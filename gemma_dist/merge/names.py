@@ -11,28 +11,37 @@ A root is exchanged only where all tensors of the adapter then have their place,
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from gemma_dist.errors import CheckpointError
-from gemma_dist.merge.plan import PREFIX
+from gemma_dist.merge.plan import PREFIX, by_pattern
 from gemma_dist.tensorfile import TensorFile
 
 # Where the layers of the language model stand: in `Gemma4ForConditionalGeneration` of transformers 5, in that of 4, in
 # `Gemma4ForCausalLM`, and in what is inside of them.
 ROOTS = ("model.language_model.", "language_model.model.", "model.", "language_model.", "")
-BEHIND_ROOT = re.compile(r"layers\.\d+\.|embed_tokens|norm\.")
-FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<kind>[AB]|magnitude_vector)(\.(?!weight$)(?P<adapter>[^.]+))?(\.weight)?")
+BEHIND_ROOT = re.compile(r"layers\.\d+\.|embed_tokens|norm\b")
+FACTOR = re.compile(
+    r"(?P<path>.+)\.lora_(?P<kind>[AB]|magnitude_vector)(\.(?!(?:weight|bias)$)(?P<adapter>[^.]+))?(\.weight)?"
+)
+PATTERNS = ("rank_pattern", "alpha_pattern")  # of adapter_config.json: modules, or regular expressions of them
 
 
-def with_names_of_peft(weights: TensorFile, base: Collection[str]) -> tuple[TensorFile, str | None]:
-    """An adapter's file with its tensors under PEFT's names, and what was changed of them, in words.
+def with_names_of_peft(
+    weights: TensorFile, settings: dict[str, Any], base: Collection[str]
+) -> tuple[TensorFile, dict[str, Any], str | None]:
+    """An adapter's file with its tensors under PEFT's names, its settings for these, and what was changed, in words.
 
     Args:
+        settings: the adapter's `adapter_config.json`.
         base: the names of the base's tensors, as the class of the model has them.
 
     Raises:
-        CheckpointError: the file holds several adapters, or two tensors that mean the same.
+        CheckpointError: the file holds several adapters, or two tensors that mean the same; or a pattern of the
+            settings would not find its modules any more.
     """
     adapters = sorted({match["adapter"] for name in weights.entries if (match := FACTOR.fullmatch(name))} - {None})
     if len(adapters) > 1:
@@ -42,15 +51,18 @@ def with_names_of_peft(weights: TensorFile, base: Collection[str]) -> tuple[Tens
         )
     plain = {name: _plain(name) for name in weights.entries}
     if (roots := _exchange(plain.values(), base)) is not None:
+        settings = _with_moved_patterns(settings, {_module(short) for short in plain.values()}, roots)
         plain = {name: _moved(short, *roots) for name, short in plain.items()}
     entries = {PREFIX + plain[name]: entry for name, entry in weights.entries.items()}
     if len(entries) < len(weights.entries):
-        raise CheckpointError(f"{weights.path} has tensors that mean the same, two of {min(entries)}; save it again")
+        (twice, _), *_ = Counter(plain.values()).most_common(1)
+        raise CheckpointError(f"{weights.path} has several tensors that mean {PREFIX}{twice}; save it again")
     changed = [name for name in weights.entries if name != PREFIX + plain[name]]
     if not changed:
-        return weights, None
+        return weights, settings, None
     example = f"{changed[0]} was read as {PREFIX}{plain[changed[0]]}"
-    return replace(weights, entries=entries), f"{len(changed)} tensors have names of another tool: {example}"
+    note = f"{len(changed)} tensors have names of another tool: {example}"
+    return replace(weights, entries=entries), settings, note
 
 
 def _plain(name: str) -> str:
@@ -72,6 +84,20 @@ def _exchange(names: Iterable[str], base: Collection[str]) -> tuple[str, str] | 
     pairs = [(old, new) for old in ROOTS for new in ROOTS if old != new]
     found = [pair for pair in pairs if {_moved(path, *pair) for path in paths} <= modules]
     return found[0] if len(found) == 1 else None
+
+
+def _with_moved_patterns(settings: Mapping[str, Any], modules: Iterable[str], roots: tuple[str, str]) -> dict[str, Any]:
+    """The settings, their patterns under another root: each of the adapter's `modules` keeps its rank and scale."""
+    moved = {key: {_moved(one, *roots): value for one, value in (settings.get(key) or {}).items()} for key in PATTERNS}
+    for module in modules:
+        for key in PATTERNS:
+            before = by_pattern(settings.get(key), module, None)
+            if before != by_pattern(moved[key], _moved(module, *roots), None):
+                raise CheckpointError(
+                    f"adapter_config.json: a pattern of {key} gives {module} {before}, but would not as "
+                    f"{_moved(module, *roots)}, where the base has it; write the pattern for that name"
+                )
+    return {**settings, **{key: patterns for key, patterns in moved.items() if patterns}}
 
 
 def _module(name: str) -> str:

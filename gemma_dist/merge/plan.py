@@ -265,8 +265,8 @@ def _lora(
         )
 
     target = name.removesuffix(".weight")  # what PEFT matches its patterns with
-    rank = _by_pattern(settings.get("rank_pattern"), target, settings.get("r", 8))  # PEFT's default
-    alpha = _by_pattern(settings.get("alpha_pattern"), target, settings.get("lora_alpha", 8))
+    rank = by_pattern(settings.get("rank_pattern"), target, settings.get("r", 8))  # PEFT's default
+    alpha = by_pattern(settings.get("alpha_pattern"), target, settings.get("lora_alpha", 8))
     weight_shape = base[name][1]
     stacked = target == name  # experts' stacks have no ".weight" in their names
     if len(weight_shape) != 2 + stacked:
@@ -300,7 +300,7 @@ def _factor_shapes(weight_shape: tuple[int, ...], rank: int) -> dict[str, tuple[
     }
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of the module's path (`get_pattern_key` of PEFT 0.21)."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):

@@ -141,8 +141,8 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
 
 
 def _with_names_of_peft(adapter: Adapter, base: BaseModel) -> Adapter:
-    weights, note = with_names_of_peft(adapter.weights, names_in_model(base))
-    return replace(adapter, weights=weights, renamed=note)
+    weights, settings, note = with_names_of_peft(adapter.weights, adapter.settings, names_in_model(base))
+    return replace(adapter, weights=weights, settings=settings, renamed=note)
 
 
 def names_in_model(base: BaseModel) -> dict[str, str]:

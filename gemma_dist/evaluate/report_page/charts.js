@@ -179,12 +179,16 @@ function confusion() {
 function survival() {
   const curves = runs.map((run) => run.report.survival || []),
     last = Math.max(0, ...curves.map((curve) => curve.length));
+  const all_fail = after.num_decision_points > after.num_trajectories;
+  const reason = all_fail
+    ? "No trajectory is right at its first decision point."
+    : "Every trajectory has one decision point.";
   if (last < 2)
     return section(
       "survival",
       "Survival over decision points",
       "",
-      h("p", { class: "soft" }, "Every trajectory has one decision point."),
+      h("p", { class: "soft" }, reason),
     );
   const width = 520,
     height = 234,

@@ -123,7 +123,8 @@ function verdict() {
       h(
         "dd",
         null,
-        `${count(fixed)} fixed, ${count(broken)} broken; McNemar's exact test: p ${p < 0.0001 ? "" : "= "}${p_value(p)}`,
+        `${count(fixed)} fixed, ${count(broken)} broken; ` +
+          `McNemar's exact test: p ${p < 0.0001 ? "" : "= "}${p_value(p)}`,
       ),
       h("dt", null, "What would show"),
       h(
