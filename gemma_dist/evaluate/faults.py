@@ -52,6 +52,7 @@ class Faults:
                 self._client.close()  # what is under way would be waited for in vain
             else:
                 self._client.rest()
+                log.warning("the run ends; waiting for what is under way")
             return
         if not self._failed:
             log.warning("%s: %s", point.place, fault)

@@ -53,6 +53,7 @@ class LossChange(TypedDict):
     high: float | None
 
 
+@np.errstate(invalid="ignore")  # infinity less infinity
 def loss_report(decisions: Iterable[ScoredDecision]) -> LossReport | None:
     """Of all decision points of a run; None: it was not measured."""
     points = [decision for decision in decisions if decision["sample"] == 0 and "loss" in decision]
@@ -78,6 +79,7 @@ def loss_report(decisions: Iterable[ScoredDecision]) -> LossReport | None:
     return {"num_points": len(forced), "num_others": len(points) - len(forced), "metrics": metrics}
 
 
+@np.errstate(invalid="ignore")
 def loss_changes(before: Sequence[ScoredDecision], after: Sequence[ScoredDecision]) -> dict[str, LossChange] | None:
     """The losses of two runs of the same points, at those that both measured; None: there are none."""
     both = [
