@@ -42,6 +42,7 @@ OWNERS = {
     "evaluate/compare.py": "compare",
     "evaluate/rescore.py": "score",
     "evaluate/room.py": "evaluate",
+    "evaluate/run.py": "evaluate",
     "evaluate/server.py": "evaluate",
     "merge/folders.py": "merge",
     "merge/verify.py": "merge",

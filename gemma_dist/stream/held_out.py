@@ -67,8 +67,9 @@ class HeldOut(Schedule):
     def row_groups(self, block: BlockId) -> list[int]:
         """The row groups that a round lies in."""
         sequences = self.sequences(block.number, range(self.plan.global_batch_size))
-        samples = chain.from_iterable(sequence.samples for sequence in sequences)
-        return sorted({self.shards.row_group_of(sample) for sample in samples})
+        samples = list(chain.from_iterable(sequence.samples for sequence in sequences))
+        found = np.searchsorted(self.shards.first_sample, samples, side="right") - 1  # all at once: they are many
+        return np.unique(found).tolist()
 
     def longest_round(self) -> "HeldOut":
         """One round of the longest sequences: what takes most memory."""
