@@ -447,9 +447,19 @@ def test_an_evaluation_that_ends_meanwhile_is_no_error_to_the_watchdog() -> None
     assert evaluation.samples(0) == ""
 
 
-def test_the_row_groups_of_a_round_are_those_of_its_samples() -> None:
-    first_sample = np.array([0, 3, 4, 9, 12])
-    plan = BatchPlan(1, 4, 1, 4)
-    shards: Any = SimpleNamespace(first_sample=first_sample)
-    held_out = HeldOut(shards, [0, 2, 3, 8, 9, 11], plan, 0)
-    assert [held_out.row_groups(BlockId(0, number)) for number in (0, 1)] == [[0, 1, 2], [3]]
+def test_the_row_groups_of_a_round_are_looked_for_once() -> None:
+    """A loader asks for those of all rounds ahead, in each round."""
+    seen = []
+
+    def row_group_of(sample: int) -> int:
+        seen.append(sample)
+        return sample // 3
+
+    counts = np.arange(12)
+    shards: Any = SimpleNamespace(row_group_of=row_group_of, num_text_tokens=counts, num_image_tokens=counts)
+    samples = [0, 2, 3, 8, 9, 11]
+    held_out = HeldOut(shards, samples, BatchPlan(1, 4, 1, 4), 0)
+    for _ in range(3):
+        assert [held_out.row_groups(BlockId(0, number)) for number in (0, 1)] == [[0, 1, 2], [3]]
+    assert seen == samples
+    assert held_out.longest_round().row_groups(BlockId(0, 0)) == [1, 2, 3]
