@@ -1,11 +1,12 @@
 """What answering decision points costs: tokens read, answers a second, memory.
 
-    python benchmarks/evaluation.py [--only tokens|speed|ranks|memory] [--data FOLDER]
+    python benchmarks/evaluation.py [--only tokens|speed|ranks|memory|reader] [--data FOLDER]
 
 tokens: prompts of real trajectories, as one prompt after the other reads them, and as trees.
 speed: `Generator` against `model.generate` for one prompt after the other, on the same decision points of real
 trajectories, in turns and on the CPU clock; texts are compared.
 ranks: `gemma-dist evaluate` on one process and on two.
+reader: calls found in outputs of Gemma 4 (shared/conformance), by our reader and by TRL's.
 memory: what keys and values take, of the released models (tests/shapes); tests/test_generate.py measures it.
 """
 
@@ -180,8 +181,50 @@ def memory(folder: Path, data: Path) -> None:
         print(f"  {model:6} {kib} {tree:>9.0f} {rows:>9.0f} {copies:>18.0f}")
 
 
+def reader(folder: Path, data: Path) -> None:
+    """In how many outputs each reader finds the calls that are in them."""
+    from transformers import AutoTokenizer
+    from trl.chat_template_utils import add_response_schema, parse_response
+
+    from gemma_dist.data.read import read_output
+
+    tokenizer = add_response_schema(AutoTokenizer.from_pretrained(tiny(folder)))
+    cases = json.loads((data.parent / "conformance" / "gemma4_toolcall_cases.json").read_text())
+    found: dict[str, list[tuple[bool, bool]]] = {}
+    for case in cases:
+        before = case.get("prefix", "")
+        ours = [{"name": call.name, "arguments": call.arguments} for call in read_output(case["output"], before).calls]
+        ids, prefix = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (case["output"], before))
+        opening = tokenizer("<|turn>model\n", add_special_tokens=False)["input_ids"]
+        # It takes an output of no tokens for a batch of none.
+        parsed = parse_response(tokenizer, ids, prefix=opening + prefix) if ids else {}
+        theirs = [call["function"] for call in parsed.get("tool_calls") or []]
+        accepted = [case["expected_calls"], *(one["calls"] for one in case.get("alternatives", []))]
+        right = [any(same_calls(calls, answer) for answer in accepted) for calls in (ours, theirs)]
+        found.setdefault(case["tier"], []).append((right[0], right[1]))
+    print("\nreader: outputs whose calls are read right, every name and argument")
+    print(f"  {'':12} {'outputs':>8} {'gemma_dist':>11} {'TRL':>6}")
+    found["all"] = [one for tier in found.values() for one in tier]
+    for tier, pairs in found.items():
+        print(f"  {tier:12} {len(pairs):>8} {sum(one for one, _ in pairs):>11} {sum(one for _, one in pairs):>6}")
+
+
+def same_calls(calls: Any, expected: Any) -> bool:
+    """Equal as JSON: a number is one by its value, and true is none."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [plain(each) for each in value]
+        return ["number", float(value)] if type(value) in (int, float) else value
+
+    calls, expected = ([[one["name"], plain(one["arguments"])] for one in some] for some in (calls, expected))
+    return json.dumps(calls, sort_keys=True, default=str) == json.dumps(expected, sort_keys=True, default=str)
+
+
 def main() -> None:
-    parts = {"tokens": tokens, "speed": speed, "ranks": ranks, "memory": memory}
+    parts = {"tokens": tokens, "speed": speed, "ranks": ranks, "memory": memory, "reader": reader}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=parts)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="Real trajectories.")

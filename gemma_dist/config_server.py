@@ -24,7 +24,9 @@ class ServerConfig(Section):
         None, description="Folder or Hub name of the served model's processor; completions need it, chat does not."
     )
     concurrency: int = Field(16, gt=0, description="Most requests that are under way at a time.")
-    request_timeout_s: float = Field(600, gt=0, description="Seconds after which a request counts as lost.")
+    request_timeout_s: float = Field(
+        600, gt=0, le=7 * 86_400, description="Seconds after which a request counts as lost."
+    )
     max_retries: int = Field(
         5, ge=0, description="How often a request that is lost, or that the server puts off, is sent again."
     )

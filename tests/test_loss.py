@@ -20,7 +20,7 @@ from gemma_dist.evaluate.compare_page import comparison_page
 from gemma_dist.evaluate.decision import KindLoss
 from gemma_dist.evaluate.gold_tokens import GoldTokens, gold_tokens
 from gemma_dist.evaluate.loss import GoldReader
-from gemma_dist.evaluate.loss_report import loss_report
+from gemma_dist.evaluate.loss_report import loss_lines, loss_report, loss_rows
 from gemma_dist.model.load import load_for_evaluation
 from gemma_dist.shards.reader import load_trajectories
 from tests.support.corpus import TOOLS, answer, call, row, write_rows
@@ -173,6 +173,26 @@ def test_losses_are_added_and_divided_once_and_compared_by_trajectory(tmp_path: 
     assert -0.5 < low < changes["loss"]["difference"] < high < 0
     assert "| loss_call | 2.0000 | 1.5000 | -0.5000 | -0.5000 to -0.5000 |" in comparison_page(compared)
     assert not math.isnan(np.mean([change["difference"] for change in changes.values()]))
+
+
+@pytest.mark.parametrize("nll", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_null_in_reports_and_told(tmp_path: Path, nll: float) -> None:
+    broken, fine = lines([True] * 4, 2), lines([True] * 4, 2)
+    for one, two in zip(broken, fine, strict=True):
+        one["loss"] = {"call": _loss(nll, 3, 0), "text": _loss(1.0, 1, 0)}
+        two["loss"] = {"call": _loss(1.0, 3, 0), "text": _loss(1.0, 1, 0)}
+    report = loss_report(broken)
+    assert report is not None
+    json.dumps(report, allow_nan=False)
+    for name in ("loss", "loss_call"):
+        assert {report["metrics"][name][key] for key in ("value", "numerator", "cluster_low")} == {None}
+    assert report["metrics"]["loss_text"]["value"] == 1.0
+    assert loss_rows(report)[0][1] == "not finite"
+    assert "not finite  of 16 tokens" in "".join(loss_lines(report))
+    compared = compare(write(tmp_path / "a", fine), write(tmp_path / "b", broken))
+    json.dumps(compared, allow_nan=False)
+    assert "not finite" not in comparison_page(compared)
+    assert set(compared["loss"] or {}) == {"loss_text", "token_accuracy"}
 
 
 def _loss(nll: float, tokens: int, right: int) -> KindLoss:

@@ -5,6 +5,7 @@ import hashlib
 import html
 import io
 import json
+import math
 import re
 import threading
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ TOOLS: Any = [
     {"type": "function", "function": {"name": name, "description": "", "parameters": {"type": "object"}}}
     for name in ("find", *INHERITED, *HOSTILE[:3])
 ]
+SETS = {tools_key(TOOLS): TOOLS}
 BLOCK = re.compile(r'<script type="application/json" id="([\w-]+)">(.*?)</script>', re.DOTALL)
 # What would hide or turn around what one reads, where a page shows it.
 DECEIVES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u2028-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]")
@@ -79,7 +81,7 @@ def make_run(out: Path, texts: tuple[str, ...], *, with_images: bool = True, fau
     join_shown(out)
     header: dict[str, Any] = {"model": texts[0], "adapter": None, "data": texts[-1], "versions": {"torch": texts[0]}}
     header |= {"settings": EvaluateConfig().model_dump(mode="json"), "times": {"command": texts[1]}}
-    write_results(out, header, lines, {tools_key(TOOLS): TOOLS})
+    write_results(out, header, lines, SETS)
     return out
 
 
@@ -109,11 +111,17 @@ def test_any_text_stays_in_its_block(text: str) -> None:
     assert not re.search("[<>&\u2028\u2029\\x00-\\x1f]", written)
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_null(number: float) -> None:
+    written = embedded({"a": [number, (1, {"b": number})], "c": "NaN Infinity"})
+    assert json.loads(written, parse_constant=pytest.fail) == {"a": [None, [1, {"b": None}]], "c": "NaN Infinity"}
+
+
 def test_a_page_has_the_structure_of_its_template_whatever_is_in_it(hostile: Path) -> None:
     text = hostile.read_text(encoding="utf-8")
     blocks = [name for name, _ in BLOCK.findall(text)]
     assert blocks[:3] == ["overview", "times", "samples"]
-    assert len(blocks) == len(set(blocks)) == 3 + 2 * len(HOSTILE), "trajectories and images"
+    assert len(blocks) == len(set(blocks)) == 3 + 1 + 2 * len(HOSTILE), "tools, trajectories and images"
     rest = BLOCK.sub("", text)
     assert [rest.count(word) for word in ("<script", "</script", "<style", "</style", "<title", "<body")] == [1] * 6
     assert re.search(r"<title>(.*?)</title>", rest, re.DOTALL)[1] == html.escape(HOSTILE[0])  # type: ignore[index]
@@ -172,14 +180,16 @@ def test_a_page_has_a_size_and_says_what_it_leaves_out(
     room = int(share * sum(size for name, size in whole.items() if name not in ("overview", "times")))
     monkeypatch.setattr(page, "MAX_PAGE_BYTES", room)
     run = read_run(hostile.parent)
-    write_page(tmp_path / "page.html", [PageRun("run", run.report, run.lines, {})], hostile.parent)
+    write_page(tmp_path / "page.html", [PageRun("run", run.report, run.lines, SETS)], hostile.parent)
     blocks = blocks_of(tmp_path / "page.html")
     left_out = blocks["overview"]["left_out"]
     kept = {"samples": len(blocks["samples"])}
+    kept["tool sets"] = sum(name.startswith("tools-") for name in blocks)
     kept["prompts"] = sum(name.startswith("trajectory-") for name in blocks)
     kept["images"] = sum(name.startswith("image-") for name in blocks)
     asked_for = {sample["trajectory"] for sample in blocks["samples"]}
     assert kept["samples"] + left_out["samples"] == 2 * len(HOSTILE)
+    assert kept["tool sets"] + left_out["tool sets"] == min(1, kept["samples"]), "all have the same"
     assert kept["prompts"] + left_out["prompts"] == len(asked_for)
     assert kept["images"] + left_out["images"] == kept["prompts"]
     sizes = {name: len(text) for name, text in BLOCK.findall((tmp_path / "page.html").read_text(encoding="utf-8"))}
@@ -187,6 +197,17 @@ def test_a_page_has_a_size_and_says_what_it_leaves_out(
     assert any(left_out.values())
     wrong = [sample for sample in blocks["samples"] if not sample["answers"][0]["right"]]
     assert len(wrong) in (len(HOSTILE), kept["samples"]), "what is wrong comes first"
+
+
+def test_a_page_has_the_tools_of_its_samples_alone(hostile: Path, tmp_path: Path) -> None:
+    run = read_run(hostile.parent)
+    many = {f"{number:016x}": TOOLS for number in range(100)}
+    many["</script>"] = TOOLS
+    lines: list[Any] = [line | {"tools": f"{7 if line['trajectory'] == 1 else 8:016x}"} for line in run.lines]
+    lines[-1]["tools"] = "</script>"
+    write_page(tmp_path / "page.html", [PageRun("run", run.report, lines, many)], hostile.parent)
+    assert [name for name in blocks_of(tmp_path / "page.html") if "tools" in name] == [
+        "tools-0000000000000007", "tools-0000000000000008"]  # fmt: skip
 
 
 # ---- outputs and calls -----------------------------------------------------------------------------------------------
@@ -384,3 +405,25 @@ def test_filters_stand_in_the_address(hostile: Path, fragment: str, number: int)
     shown = shown_elements(hostile, fragment)
     assert f">{number} of {2 * len(HOSTILE)} samples<" in shown
     assert shown.count('class="row"') == number
+
+
+@needs_chromium
+def test_tools_that_have_no_room_are_told(hostile: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    samples = next(text for name, text in BLOCK.findall(hostile.read_text(encoding="utf-8")) if name == "samples")
+    monkeypatch.setattr(page, "MAX_PAGE_BYTES", len(samples.encode()))
+    run = read_run(hostile.parent)
+    write_page(tmp_path / "page.html", [PageRun("run", run.report, run.lines, SETS)], hostile.parent)
+    shown = shown_elements(tmp_path / "page.html", "#open=all")
+    assert shown.count("Its tools are left out for their size") == 2 * len(HOSTILE)
+    assert "MB: 1 tool sets, " in shown
+    assert "tools declared: " not in shown
+    assert shown_elements(hostile, "#open=all").count("7 tools declared: ") == 2 * len(HOSTILE)
+
+
+@needs_chromium
+def test_tools_named_as_what_every_object_has_are_counted_as_any(hostile: Path) -> None:
+    shown = shown_elements(hostile)
+    assert "native code" not in shown
+    for place, name in enumerate(INHERITED):
+        calls = sum(number % 3 == place for number in range(1, len(HOSTILE) + 1))
+        assert f'aria-label="gold (no call), called {name}: {calls}"' in shown

@@ -76,6 +76,21 @@ def test_acceptable_values(acceptable: Any, arguments: Any, strict: bool, bfcl: 
     assert (score["errors"] == []) == strict
 
 
+@pytest.mark.parametrize("at", [5.5, 3, 10.0**308, [1.5], {"a": 1.5}], ids=str)
+@pytest.mark.parametrize("got", [10**400, -(10**400), [10**400], {"a": 10**400}], ids=lambda got: str(got)[:9])
+def test_an_integer_that_no_float_holds_is_a_wrong_value(at: Any, got: Any) -> None:
+    score = scored(call(city="Rome", at=at), call(city="Rome", at=got))
+    assert not score["right"]
+    assert not score["bfcl"]["right"]
+    assert {error["kind"] for error in score["errors"]} <= {"wrong_value", "wrong_type"}
+
+
+def test_numbers_that_no_float_holds_are_no_answer_but_their_own() -> None:
+    assert not says_one_of("9" * 5000, ["5"], 0.1)
+    assert not says_one_of("5", ["9" * 5000], 0.1)
+    assert says_one_of(f"It is {'9' * 5000}.", ["9" * 5000], 0.1)
+
+
 @pytest.mark.parametrize("note", [{}, {"note": "Hm."}, {"note": [1]}])
 def test_arguments_that_gold_ignores_are_right_whatever_they_hold(note: dict[str, Any]) -> None:
     gold: GoldCall = {**call(city="Rome", note="Ah."), "ignore_arguments": ["note"]}

@@ -78,7 +78,7 @@ def without_times(out: Path) -> dict[str, Any]:
 def test_a_server_answers_what_the_model_answers_here(url: str, model: str, data: Path, tmp_path: Path) -> None:
     """Greedy, in float32: calls, text and reasoning, and the number of tokens in front of them; at any concurrency."""
     words = ["--data", data, "--max-new-tokens", 6, "--model", model]
-    here = evaluate(tmp_path / "here", *words)
+    here = evaluate(tmp_path / "here", *words, "--no-loss")
     extra = ["--processor", model, "--extra-body", json.dumps(NO_FIELD)]
     there = evaluate(tmp_path / "there", *words, "--server", url, "--concurrency", 4, *extra)
     assert len(here) == len(there) == 12

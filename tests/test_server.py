@@ -4,6 +4,7 @@ The server is a stand-in, which is as bad as a test wants it; `test_served.py` a
 """
 
 import base64
+import html
 import io
 import json
 import random
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -27,6 +29,8 @@ from gemma_dist.data.images import decode_image
 from gemma_dist.data.read import reading_to_json
 from gemma_dist.evaluate import client
 from gemma_dist.evaluate.chat import chat_fields, data_url, read_chat
+from gemma_dist.evaluate.extra_body import read_extra_body
+from gemma_dist.evaluate.faults import ON_FIELDS
 from gemma_dist.evaluate.message import read_message
 from gemma_dist.evaluate.points import find_points
 from gemma_dist.gemma_format import CALL, CALL_END, QUOTE
@@ -72,6 +76,10 @@ def calls_as_asked(asked: Asked) -> Reply:
 
 def samples_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def all_written(out: Path) -> str:
+    return "".join(path.read_text(errors="replace") for path in out.rglob("*") if path.is_file())
 
 
 def report_of(out: Path) -> dict[str, Any]:
@@ -131,7 +139,7 @@ def test_a_request_says_all_that_the_row_says(ask: Ask, tmp_path: Path, monkeypa
     bodies = sorted(server.bodies, key=lambda body: len(body["messages"]))
     assert [len(body["messages"]) for body in bodies] == [1, 3, 5]
     assert all(one.headers["Authorization"] == f"Bearer {KEY}" for one in server.asked)
-    assert not any(KEY in path.read_text() for path in out.iterdir()), "a key is stored nowhere"
+    assert KEY not in all_written(out), "a key is stored nowhere"
     last = bodies[-1]
     assert {name: last[name] for name in ("model", "max_tokens", "temperature", "tool_choice")} == {
         "model": MODEL, "max_tokens": 7, "temperature": 0, "tool_choice": "auto"}  # fmt: skip
@@ -295,6 +303,118 @@ def test_the_servers_last_word_ends_the_run(
     assert "Traceback" not in error
 
 
+ODD_KEY = "sk-\"\\a/b<c>&'d"
+
+
+@pytest.mark.parametrize("key", ["sk-a-key-" + 60 * "0123456789", ODD_KEY])
+@pytest.mark.parametrize(
+    "say",
+    [
+        lambda key: Reply(message(finish=key)),
+        lambda key: Reply({"error": {"message": f"bad {key}"}}),
+        lambda key: Reply({"choices": [{"finish_reason": "stop", key: [{"a": key}]}]}),
+        lambda key: Reply([f"bad {key}"]),
+        lambda key: Reply(f"bad {key}".encode()),
+        lambda key: Reply(json.dumps({"error": key}).encode()[:-1]),
+        lambda key: Reply({"error": {"code": 7, "said": f"bad {key}"}}, 400),
+        lambda key: Reply({"error": json.dumps({"said": f"bad {key}"})}, 400),
+        lambda key: Reply(f"<html>bad {html.escape(key)}</html>".encode(), 400),
+        lambda key: Reply(b"", 302, {"Location": f"http://127.0.0.1:9/{quote(key, safe='')}"}),
+        lambda key: Reply({"error": key}, 500),
+    ],
+)
+def test_the_key_is_said_nowhere(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, capsys: Any, caplog: Any, key: str, say: Callable[[str], Reply]
+) -> None:
+    monkeypatch.setenv(client.KEY, key)
+    listing = Reply({"data": [{"id": MODEL, "owned_by": f"of {key}"}]})
+    with standing_in(lambda _: say(key), listing) as server:
+        out = ask("out", server.url, "--concurrency", 1, "--max-retries", 0, code=2)
+    said = capsys.readouterr().err + caplog.text + all_written(out)
+    assert f"[{client.KEY}]" in said
+    for part in (key[:9], key[-9:], json.dumps(key)[1:-1], html.escape(key), quote(key)):
+        assert part not in said
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {
+            "max_tokens": 5,
+            "min_tokens": 1,
+            "max_completion_tokens": 9,
+            "stop_token_ids": [1],
+            "truncate_prompt_tokens": 7,
+        },
+        {"prompt_cache_key": "a", "skip_special_tokens": False, "return_tokens_as_token_ids": True, "eos_token": "a"},
+        {"response_format": {"properties": {"password": {"type": "string"}}, "required": ["password"]}},
+        {"api_key": None},
+    ],
+)
+def test_fields_that_are_no_secrets_are_taken(fields: dict[str, Any]) -> None:
+    assert read_extra_body(json.dumps(fields)) == fields
+
+
+def test_answers_under_way_when_the_run_ends_are_kept(ask: Ask, capsys: Any) -> None:
+    together, first = threading.Barrier(4), threading.Lock()
+
+    def refuses_one(asked: Asked) -> Reply:
+        together.wait(60)
+        if first.acquire(blocking=False):
+            return Reply({"error": "no"}, 401)
+        time.sleep(0.3)
+        return calls_as_asked(asked)
+
+    with standing_in(refuses_one) as server:
+        out = ask("out", server.url, "--concurrency", 4, code=2)
+        assert len(server.bodies) == 4
+    assert "refuses: 401 no" in capsys.readouterr().err
+    assert sum(part.read_bytes().count(b"\n") for part in out.glob(".samples-*")) == 3
+    with standing_in(calls_as_asked) as server:
+        ask("out", server.url)
+        assert len(server.bodies) == POINTS - 3
+
+
+def test_a_field_that_a_server_does_not_know_ends_the_run_with_the_remedy(ask: Ask, capsys: Any) -> None:
+    """As long as it has answered nothing: else it is a matter of these points."""
+    unknown = Reply({"error": {"message": "Unrecognized request argument supplied: chat_template_kwargs"}}, 400)
+    answered: list[Asked] = []
+
+    def some(asked: Asked) -> Reply:
+        answered.append(asked)
+        return calls_as_asked(asked) if len(answered) <= POINTS - 4 else unknown
+
+    with standing_in(lambda _: unknown) as server:
+        ask("none", server.url, "--concurrency", 1, code=2)
+        assert "refuses all of the first 3 requests" in (error := capsys.readouterr().err)
+        assert "Unrecognized request argument" in error
+        assert ON_FIELDS in error
+    with standing_in(some) as server:
+        for _ in range(2):
+            ask("some", server.url, "--concurrency", 1, code=2)
+            assert "4 decision points could not be answered" in (error := capsys.readouterr().err)
+            assert ON_FIELDS in error
+
+
+def test_numbers_of_a_server_that_are_none_do_no_harm(ask: Ask) -> None:
+    """In its listing, in the usage, and as an argument: the answer is malformed, or wrong."""
+    listing = Reply(b'{"data": [{"id": "tiny", "max_model_len": NaN, "root": [1], "parent": null, "owned_by": "me"}]}')
+    digits = iter([309, 400, 4300, 4301, 9000] * POINTS)
+
+    def huge(_: Asked) -> Reply:
+        said = message(None, [called("plot", {"n": "DIGITS"})], "tool_calls")
+        said["usage"]["prompt_tokens"] = "DIGITS"
+        return Reply(json.dumps(said).replace('"DIGITS"', "9" * next(digits)).encode())
+
+    with standing_in(huge, listing) as server:
+        out = ask("out", server.url, "--concurrency", 1, "--max-retries", 0)
+    report = json.loads((out / "report.json").read_text(), parse_constant=pytest.fail)
+    assert report["server"]["served"] == {"owned_by": "me"}
+    statuses = [sample["score"]["status"] for sample in samples_of(out)]
+    assert statuses == [*["ok"] * 3, *["malformed"] * 2, *["ok"] * 3, "malformed"]
+    assert not any(sample["score"]["right"] for sample in samples_of(out))
+
+
 def test_a_point_that_the_server_refuses_takes_no_other_with_it(ask: Ask, capsys: Any) -> None:
     def short(asked: Asked) -> Reply:
         if len(asked.body["messages"]) > 6:
@@ -452,6 +572,17 @@ def _turned() -> Image.Exif:
         (["--server", "http://127.0.0.1:9/v1", "--endpoint", "completions"], "name the --processor"),
         (["--server", "http://127.0.0.1:9/v1", "--extra-body", "[]"], "write a JSON object"),
         (["--server", "http://127.0.0.1:9/v1", "--extra-body", "{"], "not JSON"),
+        (["--server", "http://127.0.0.1:9/v1", "--extra-body", '{"x": NaN}'], "not JSON"),
+        (["--server", "http://127.0.0.1:9/v1", "--extra-body", '{"x": "secret"'], "not JSON"),
+        (["--server", "http://127.0.0.1:9/v1", "--extra-body", '"secret"'], "write a JSON object"),
+        (["--server", "http://127.0.0.1:9/v1", "--extra-body", '{"api_key": "secret"}'], client.KEY),
+        (
+            ["--server", "http://127.0.0.1:9/v1", "--extra-body", '{"a": [{"X-Api-Key": "secret"}]}'],
+            "'X-Api-Key' looks",
+        ),
+        (["--server", "http://127.0.0.1:9/v1", "--extra-body", '{"headers": {"Authorization": "secret"}}'], client.KEY),
+        (["--server", "http://127.0.0.1:9/v1", "--extra-body", '{"hf_token": "secret"}'], "'hf_token' looks"),
+        (["--server", "http://127.0.0.1:9/v1", "--request-timeout-s", "1e12"], "less than or equal to 604800"),
         (["--server", "http://127.0.0.1:9/v1", "--adapter", "."], "load it into the server"),
         (["--model", "tiny", "--concurrency", "3"], "--concurrency is for a server"),
         ([], "Missing option '--model'"),
@@ -622,6 +753,7 @@ def test_completions_of_prompts_rendered_here_are_what_the_model_writes_here(
     """Behind the stand-in is the model itself, one prompt after the other."""
     data = write_rows(tmp_path / "text.jsonl", [row(n, num_calls=n) for n in (1, 2)])
     words = ["evaluate", "--model", model, "--data", data, "--out", tmp_path / "here", "--max-new-tokens", 6]
+    words.append("--no-loss")  # which a server does not tell
     assert main([str(word) for word in words]) == 0
     loaded, tokenizer = load_for_evaluation(model, None), load_encoder(model, EvaluateConfig()).tokenizer
     lock = threading.Lock()
@@ -640,8 +772,8 @@ def test_completions_of_prompts_rendered_here_are_what_the_model_writes_here(
         here, there = samples_of(tmp_path / "here"), samples_of(out)
         assert len(here) == 5
         for ours, theirs in zip(here, there, strict=True):
-            differing = {name for name in ours if ours[name] != theirs[name]}
-            assert differing <= {"key", "output_ids"}, differing
+            differing = {name for name in ours if ours[name] != theirs.get(name)}
+            assert differing <= {"key", "output_ids", "loss"}, differing
         assert report_of(out)["metrics"] == report_of(tmp_path / "here")["metrics"]
         ask("images", server.url, *options, code=2)
     assert "row-0 shows images, and --endpoint completions takes text alone" in capsys.readouterr().err

@@ -9,6 +9,7 @@ than the schema says passes as a "variable" if it has the type of gold's first v
 `docs/evaluation.md` has the differences to the published checker that remain; `benchmarks/bfcl_rule.py` counts them.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -61,7 +62,7 @@ def _fault(value: Any, options: Sequence[Any], schema: Any) -> Any:
     expected = _python_type(schema)
     item_type = _python_type(schema.get("items")) if expected is list and isinstance(schema, Mapping) else None
     if expected is float and type(value) is int:
-        value = float(value)
+        value = _as_float(value)
     gold_type = next((type(option) for option in options if option != ABSENT), None)
     is_variable = gold_type is not None and gold_type is not expected
     if type(value) is expected:
@@ -72,6 +73,14 @@ def _fault(value: Any, options: Sequence[Any], schema: Any) -> Any:
     else:
         return "wrong_type"
     return None if _is_right(value, options, expected, item_type, is_variable) else "wrong_value"
+
+
+def _as_float(value: int) -> float:
+    """An integer as a number with a point; infinity, which no gold value is, where it is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _python_type(schema: Any) -> type:

@@ -30,6 +30,11 @@ ENDED = ("stop", "tool_calls", "function_call")  # finish_reason of an answer th
 class Misanswer(Exception):
     """An answer that is not of OpenAI's form, or says that it is none."""
 
+    def __init__(self, words: str, value: object) -> None:
+        """`value` is what the server said, whole, as long as no one has hidden the key in it."""
+        super().__init__(f"{words} {short(value)}")
+        self.words, self.value = words, value
+
 
 @dataclass(frozen=True)
 class Served:
@@ -99,7 +104,7 @@ def read_chat(answer: Mapping[str, Any], decode: Callable[[list[int]], str] | No
     choice, stopped = _choice(answer)
     message = get(choice, "message")
     if not isinstance(message, dict):
-        raise Misanswer(f"an answer without a message: {short(choice)}")
+        raise Misanswer("an answer without a message:", choice)
     kept = {key: message[key] for key in MESSAGE_KEYS if message.get(key) not in (None, "", [])}
     if "tool_calls" in kept:
         kept["tool_calls"] = [kept_call(call) for call in as_list(kept["tool_calls"])] or kept["tool_calls"]
@@ -120,7 +125,7 @@ def read_completion(answer: Mapping[str, Any]) -> Served:
     choice, stopped = _choice(answer)
     text = get(choice, "text")
     if not isinstance(text, str):
-        raise Misanswer(f"an answer without a text: {short(choice)}")
+        raise Misanswer("an answer without a text:", choice)
     return Served(text, None, stopped, *_usage(answer))
 
 
@@ -128,10 +133,10 @@ def _choice(answer: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """The first choice, and whether it ended by itself."""
     choices = as_list(answer.get("choices"))
     if not choices or not isinstance(choices[0], dict):
-        raise Misanswer(f"an answer without `choices`: {short(dict(answer))}")
+        raise Misanswer("an answer without `choices`:", dict(answer))
     reason = choices[0].get("finish_reason")
     if reason not in (*ENDED, "length"):
-        raise Misanswer(f"the answer was broken off: finish_reason {short(reason)}")
+        raise Misanswer("the answer was broken off: finish_reason", reason)
     return choices[0], reason != "length"
 
 
@@ -139,7 +144,12 @@ def _usage(answer: Mapping[str, Any]) -> tuple[int, int]:
     """Tokens of prompt and answer."""
     usage = as_object(answer.get("usage"))
     prompt, output = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
-    return (prompt if type(prompt) is int else 0), (output if type(output) is int else 0)
+    return _count(prompt), _count(output)
+
+
+def _count(value: object) -> int:
+    """A number of tokens; 0 where it is none that can be."""
+    return value if type(value) is int and 0 <= value < 2**53 else 0
 
 
 def _message(message: Message, images: Iterator[bytes]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from gemma_dist.data.encode import Encoder
 from gemma_dist.evaluate.cache import Masks, TreeCache
 from gemma_dist.stream.collate import collate, control_ids
 
-CHUNK = 1024  # tokens of prompts that one pass reads; short trajectories are read together up to that many
+CHUNK = 1024  # tokens of prompts that one pass reads
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Sent again, with a pause that doubles each time (or as long as Retry-After says): what got no answer, half of one or no
 JSON, and what the server puts off (429, 500, 502, 503, 504). Any other status is the server's last word (`Refusal`).
 Redirects are not followed: nothing goes to another address than the user named. The key of OPENAI_API_KEY goes into a
-header, and nowhere else.
+header, and nowhere else: in what the server says, as far as we say it again, it is hidden (`Client.hidden`).
 """
 
 import contextlib
@@ -17,9 +17,10 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from gemma_dist.data.strict import short
 from gemma_dist.errors import ConfigError
@@ -27,8 +28,10 @@ from gemma_dist.errors import ConfigError
 KEY = "OPENAI_API_KEY"
 PUT_OFF = (429, 500, 502, 503, 504)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 60.0
+MOST_DOUBLINGS = 10  # of a pause, which has reached its bound then
 MAX_BYTES = 64 * 2**20  # of an answer
 MAX_WORDS = 400  # characters of what a server says, in our errors
+MAX_DEPTH = 5  # levels of a value in our errors; `short` shows fewer
 
 
 class Refusal(Exception):
@@ -94,6 +97,7 @@ class Client:
     def __init__(self, address: Address, key: str | None, *, timeout_s: float, max_retries: int) -> None:
         self.address, self.num_retries = address, 0
         self._key, self._timeout_s, self._max_retries = key, timeout_s, max_retries
+        self._spellings = _spellings(key or "")
         self._own = threading.local()
         self._connections: list[http.client.HTTPConnection] = []
         self._closed = threading.Event()
@@ -106,18 +110,18 @@ class Client:
         """
         data = json.dumps(body).encode()
         for attempt in range(self._max_retries + 1):
-            pause = FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1)
+            pause = FIRST_PAUSE_S * 2 ** min(attempt, MOST_DOUBLINGS) * random.uniform(0.5, 1)
             status = None
             try:
                 status, headers, answer = self._exchange("POST", path, data)
                 if status == 200:
-                    return _object_of(answer)
+                    return self._object_of(answer)
                 problem = f"{status} {self._words(answer)}".strip()
                 if status not in PUT_OFF:
                     raise self._refusal(status, headers, answer)
                 pause = _retry_after(headers.get("Retry-After")) or pause
             except (OSError, http.client.HTTPException, ValueError) as error:
-                problem = self._hidden(f"{type(error).__name__}: {error}")
+                problem = self.hidden(f"{type(error).__name__}: {error}")
             if attempt == self._max_retries or self._closed.wait(min(pause, LONGEST_PAUSE_S)):
                 break
             self.num_retries += 1
@@ -133,10 +137,10 @@ class Client:
             try:
                 status, headers, answer = self._exchange("GET", path, None)
                 if status == 200:
-                    return _object_of(answer)
+                    return self._object_of(answer)
             except (OSError, http.client.HTTPException, ValueError) as error:
-                raise Unanswered(self._hidden(f"{type(error).__name__}: {error}")) from None
-            pause = _retry_after(headers.get("Retry-After")) or FIRST_PAUSE_S * 2**attempt
+                raise Unanswered(self.hidden(f"{type(error).__name__}: {error}")) from None
+            pause = _retry_after(headers.get("Retry-After")) or FIRST_PAUSE_S * 2 ** min(attempt, MOST_DOUBLINGS)
             if status not in (429, 503) or attempt == self._max_retries:
                 break
             self._closed.wait(min(pause, LONGEST_PAUSE_S))
@@ -149,6 +153,10 @@ class Client:
         except (OSError, http.client.HTTPException):
             return False
         return True
+
+    def rest(self) -> None:
+        """Send nothing any more; what is under way may still be answered."""
+        self._closed.set()
 
     def close(self) -> None:
         """End all that is under way, from any thread: what the server has not answered yet, it need not."""
@@ -203,37 +211,66 @@ class Client:
         if 300 <= status < 400:
             place = urlsplit(headers.get("Location") or "")
             host = place.netloc.rpartition("@")[2]
-            words = f"it sends us on to {place.scheme}://{host}{place.path}, where nothing is sent"
+            words = self.hidden(f"it sends us on to {place.scheme}://{host}{place.path}, where nothing is sent")
         return Refusal(status, words)
 
     def _words(self, answer: bytes) -> str:
         """What the server says is wrong, on one line."""
-        text = answer[: 2**16].decode(errors="replace")
+        text = self.hidden(answer.decode(errors="replace"))[: 2**16]
         with contextlib.suppress(ValueError, RecursionError):
             found = json.loads(text)
             for name in ("error", "message", "detail"):
                 while isinstance(found, dict) and name in found:
                     found = found[name]
-            text = found if isinstance(found, str) else json.dumps(found)
+            text = found if isinstance(found, str) else json.dumps(self.hidden_in(found))
         if "<html" in text.lower():
             text = html.unescape(re.sub(r"(?is)<(style|script|head)\b.*?</\1>|<[^>]*>", " ", text))
-        text = self._hidden(" ".join(text.split()))
+        text = self.hidden(" ".join(text.split()))
         return text if len(text) <= MAX_WORDS else text[: MAX_WORDS - 3] + "..."
 
-    def _hidden(self, text: str) -> str:
-        """The text without the key."""
-        return text.replace(self._key, f"[{KEY}]") if self._key else text
+    def _object_of(self, answer: bytes) -> dict[str, Any]:
+        """The JSON object of an answer. ValueError where it is none."""
+        try:
+            value = json.loads(answer, parse_int=_number)
+        except (ValueError, RecursionError):
+            begin = self.hidden(answer.decode(errors="replace"))[:200]
+            raise ValueError(f"the answer is not JSON: {short(begin)}") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"the answer is {short(self.hidden_in(value))}, not an object")
+        return value
+
+    def hidden(self, text: str) -> str:
+        """The text without the key, for what we say. Hide before a text is cut: of half a key, nothing is known."""
+        for spelling in self._spellings:
+            text = text.replace(spelling, f"[{KEY}]")
+        return text
+
+    def hidden_in(self, value: object, depth: int = 0) -> object:
+        """A JSON value without the key, and without what lies too deep for a message."""
+        if isinstance(value, str):
+            return self.hidden(value)
+        if isinstance(value, (list, Mapping)) and depth == MAX_DEPTH:
+            return "..."
+        if isinstance(value, list):
+            return [self.hidden_in(item, depth + 1) for item in value]
+        if isinstance(value, Mapping):
+            return {self.hidden(key): self.hidden_in(item, depth + 1) for key, item in value.items()}
+        return value
 
 
-def _object_of(answer: bytes) -> dict[str, Any]:
-    """The JSON object of an answer. ValueError where it is none."""
+def _spellings(key: str) -> list[str]:
+    """How a key may stand in a text: as it is, and in JSON (some write a slash as \\/), Python, HTML and addresses."""
+    in_json = json.dumps(key)[1:-1]
+    kinds = {key, in_json, in_json.replace("/", "\\/"), json.dumps(in_json)[1:-1], repr(key)[1:-1], html.escape(key)}
+    return sorted({*kinds, quote(key, safe="")} - {""}, key=len, reverse=True)
+
+
+def _number(digits: str) -> int | float:
+    """An integer of JSON; infinity, which no call may hold, where Python takes it for too long to read."""
     try:
-        value = json.loads(answer)
-    except (ValueError, RecursionError):
-        raise ValueError(f"the answer is not JSON: {short(answer[:200].decode(errors='replace'))}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"the answer is {short(value)}, not an object")
-    return value
+        return int(digits)
+    except ValueError:
+        return float(digits)
 
 
 def _retry_after(header: str | None) -> float | None:

@@ -4,9 +4,11 @@
     loss_call …         the same of one kind (`data/kinds.py`)
     token_accuracy      tokens that were the likeliest / all
 
-The intervals are those of the bootstrap by clusters, as of every other metric.
+The intervals are those of the bootstrap by clusters, as of every other metric. What is not finite, as of a model that
+answers NaN, is null in report.json, and "not finite" in words.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
@@ -26,8 +28,8 @@ SENTENCES = {
 class LossMetric(TypedDict):
     """One of NAMES."""
 
-    value: float
-    numerator: float  # nats, or tokens
+    value: float | None  # None: not finite
+    numerator: float | None  # nats, or tokens
     denominator: int  # tokens
     cluster_low: float | None
     cluster_high: float | None
@@ -64,11 +66,11 @@ def loss_report(decisions: Iterable[ScoredDecision]) -> LossReport | None:
         for column, name in enumerate(NAMES):
             numerator, denominator = float(numerators[:, column].sum()), int(denominators[:, column].sum())
             if denominator:
-                low, high = middle_95(values[:, column]) or (None, None)
+                low, high = _interval_of(values[:, column])
                 numerator = round(numerator, 6)
                 metrics[name] = {
-                    "value": numerator / denominator,
-                    "numerator": numerator,
+                    "value": _finite(numerator / denominator),
+                    "numerator": _finite(numerator),
                     "denominator": denominator,
                     "cluster_low": low,
                     "cluster_high": high,
@@ -90,8 +92,8 @@ def loss_changes(before: Sequence[ScoredDecision], after: Sequence[ScoredDecisio
     changes: dict[str, LossChange] = {}
     for column, name in enumerate(NAMES):
         one, two = (float(each[column]) for each in values)
-        if not np.isnan([one, two]).any():
-            low, high = middle_95(differences[:, column]) or (None, None)
+        if np.isfinite([one, two]).all():
+            low, high = _interval_of(differences[:, column])
             changes[name] = {"before": one, "after": two, "difference": round(two - one, 9), "low": low, "high": high}
     return changes
 
@@ -113,12 +115,26 @@ def _columns(points: Sequence[ScoredDecision]) -> tuple[np.ndarray, np.ndarray]:
     return numerators, denominators
 
 
+def _interval_of(values: np.ndarray) -> tuple[float | None, float | None]:
+    """`middle_95`; no ends where one of them is not finite, or there is none."""
+    low, high = middle_95(values) or (math.nan, math.nan)
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else (None, None)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _said(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
 def loss_lines(report: LossReport) -> Iterable[str]:
     """Lines for the terminal."""
     others = f"; {report['num_others']} have no whole answer" if report["num_others"] else ""
     yield f"loss of gold's answers at {report['num_points']} decision points{others}"
     for name, found in report["metrics"].items():
-        line = f"  {name:<18} {found['value']:7.4f}  of {found['denominator']:,} tokens  {SENTENCES.get(name, '')}"
+        line = f"  {name:<18} {_said(found['value']):>7}  of {found['denominator']:,} tokens  {SENTENCES.get(name, '')}"
         yield line.rstrip()
 
 
@@ -126,7 +142,7 @@ def loss_rows(report: LossReport) -> list[list[object]]:
     """Rows of a table: metric, value, interval, tokens."""
     rows: list[list[object]] = []
     for name, found in report["metrics"].items():
-        rows.append([name, f"{found['value']:.4f}", _interval(found["cluster_low"], found["cluster_high"])])
+        rows.append([name, _said(found["value"]), _interval(found["cluster_low"], found["cluster_high"])])
         rows[-1].append(f"{found['denominator']:,} tokens")
     return rows
 

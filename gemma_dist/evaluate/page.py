@@ -11,6 +11,7 @@ page shows. A page follows from the folders of its runs alone; what differs from
 import base64
 import hashlib
 import html
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ MAX_PAGE_BYTES = 48 << 20  # of a page, about: a browser opens it at once
 SCRIPTS = ("elements.js", "overview.js", "charts.js", "samples.js", "sample.js", "page.js")  # in that order one
 # JSON that HTML cannot take for markup, nor JavaScript for a line's end.
 _ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
-IMAGE_NAME = re.compile(r"[0-9a-f]{16}")  # as `shown.py` gives them
+HASHED_NAME = re.compile(r"[0-9a-f]{16}")  # as `shown.py` names images, and `runs.tools_key` sets of tools
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,13 @@ class PageRun:
 
 @dataclass
 class _Blocks:
-    """The data of a page, as far as there is room: samples first, then what they were asked, then images."""
+    """The data of a page, as far as there is room: samples first, then their tools, what they were asked, images."""
 
     room: int  # bytes left
     texts: list[str] = field(default_factory=list)
-    left_out: dict[str, int] = field(default_factory=lambda: {"samples": 0, "prompts": 0, "images": 0})
+    left_out: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("samples", "tool sets", "prompts", "images"), 0)
+    )
 
     def add(self, kind: str, name: str, text: str) -> bool:
         """Add a block of JSON text if there is room; whether there was."""
@@ -79,10 +82,11 @@ def write_page(
         comparison: what `compare` says of two runs.
 
     Returns:
-        How many samples, prompts and images were left out for want of room.
+        How many samples, sets of tools, prompts and images were left out for want of room.
     """
     blocks = _Blocks(MAX_PAGE_BYTES)
     samples = _fitting_samples(runs, blocks)
+    _add_tools(runs, dict.fromkeys(runs[0].lines[place]["tools"] for place in samples), blocks)
     trajectories = shown / TRAJECTORIES
     if trajectories.is_file():
         _add_prompts(trajectories, shown / IMAGES, {runs[0].lines[place]["trajectory"] for place in samples}, blocks)
@@ -93,7 +97,6 @@ def write_page(
         "comparison": comparison,
         "headline": [*HEADLINE, *(metric.name for metric in pass_metrics(_num_samples(runs)))],
         "sentences": {metric.name: metric.sentence for metric in metrics_of(_num_samples(runs))},
-        "tools": {key: _spelled_tools(tools) for run in reversed(runs) for key, tools in run.tool_sets.items()},
         "has_prompts": trajectories.is_file(),
         "left_out": blocks.left_out,
         "max_mb": MAX_PAGE_BYTES >> 20,
@@ -116,8 +119,23 @@ def _num_samples(runs: Sequence[PageRun]) -> int:
 
 
 def embedded(value: object) -> str:
-    """`value` as JSON that may stand in a block of an HTML page, whatever its strings hold."""
-    return to_json(value).translate(_ESCAPES)
+    """`value` as JSON that may stand in a block of an HTML page, whatever its strings hold.
+
+    Numbers that are not finite become null.
+    """
+    text = to_json(value)
+    if "NaN" in text or "Infinity" in text:  # as words of some text, or as what is no JSON
+        text = to_json(_finite(value))
+    return text.translate(_ESCAPES)
+
+
+def _finite(value: object) -> object:
+    """A JSON value with null in the place of NaN and the infinities, which no browser reads."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _block(name: str, text: str) -> str:
@@ -184,6 +202,14 @@ def _shown_sample(lines: Sequence[ScoredDecision]) -> dict[str, Any]:
     return {name: line[name] for name in told} | {"gold": shown_gold(line), "answers": list(map(shown_answer, lines))}  # type: ignore[literal-required]
 
 
+def _add_tools(runs: Sequence[PageRun], wanted: Iterable[str], blocks: _Blocks) -> None:
+    """Add the declarations that lines call so, each set once."""
+    tool_sets = {key: tools for run in reversed(runs) for key, tools in run.tool_sets.items()}
+    for key in wanted:
+        if HASHED_NAME.fullmatch(key) and key in tool_sets:
+            blocks.add("tool sets", f"tools-{key}", embedded(_spelled_tools(tool_sets[key])))
+
+
 def _add_prompts(trajectories: Path, images: Path, wanted: set[int], blocks: _Blocks) -> None:
     """Add the messages of the trajectories of these numbers, then their images, each once."""
     names: list[list[str]] = []  # of each trajectory that is there
@@ -196,7 +222,7 @@ def _add_prompts(trajectories: Path, images: Path, wanted: set[int], blocks: _Bl
     in_turns = dict.fromkeys(name for round_ in zip_longest(*names) for name in round_ if name is not None)
     for name in in_turns:
         path = images / f"{name}.jpg"
-        if IMAGE_NAME.fullmatch(name) and path.is_file():
+        if HASHED_NAME.fullmatch(name) and path.is_file():
             encoded = base64.b64encode(path.read_bytes()).decode()
             blocks.add("images", f"image-{name}", embedded(f"data:image/jpeg;base64,{encoded}"))
 

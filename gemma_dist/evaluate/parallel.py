@@ -10,16 +10,20 @@ R = TypeVar("R")
 
 
 def in_parallel(
-    jobs: Sequence[T], work: Callable[[T], R], num_threads: int, ends: Callable[[Exception], bool]
+    jobs: Sequence[T],
+    work: Callable[[T], R],
+    num_threads: int,
+    ends: Callable[[Exception], bool],
+    stopped: threading.Event,
 ) -> Iterator[tuple[T, R | Exception]]:
     """Each job with what `work` makes of it, or what it raised, as they come from so many threads.
 
-    None is begun any more once what `work` raises `ends` all of it. The threads end with the process: who leaves early,
+    None is begun any more once what `work` raises `ends` all of it, or who asks sets `stopped`; those under way still
+    come. The threads end with the process: who leaves early,
     as by Ctrl-C, does not wait for them.
     """
     waiting, lock = iter(jobs), threading.Lock()
     results: queue.SimpleQueue[tuple[T, R | Exception] | None] = queue.SimpleQueue()
-    stopped = threading.Event()
 
     def run() -> None:
         """Work until there is nothing left."""

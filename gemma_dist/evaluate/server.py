@@ -5,25 +5,25 @@ the server's address: a server that was started again elsewhere goes on with a r
 server knows. This process is enough, however many GPUs the server has.
 """
 
-import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from gemma_dist import world
 from gemma_dist.config import EvaluateConfig, Section, option
 from gemma_dist.config_server import ServerConfig
-from gemma_dist.data.content import count_images
 from gemma_dist.data.encode import Encoder, load_encoder
 from gemma_dist.data.read import open_block
 from gemma_dist.data.strict import as_list, get
-from gemma_dist.errors import ConfigError, EvaluationError, PeerError
+from gemma_dist.errors import ConfigError, PeerError
 from gemma_dist.evaluate import chat
-from gemma_dist.evaluate.client import KEY, Client, Refusal, Unanswered, parse_address, read_key
+from gemma_dist.evaluate.client import Client, Refusal, Unanswered, parse_address, read_key
 from gemma_dist.evaluate.decision import AnsweredDecision
+from gemma_dist.evaluate.extra_body import read_extra_body
+from gemma_dist.evaluate.faults import Faults, ends_all, remedy_of
 from gemma_dist.evaluate.line import asked, score_lines
 from gemma_dist.evaluate.log import (
     MAY_DIFFER,
@@ -46,12 +46,6 @@ from gemma_dist.gemma_format import STOP_TOKENS
 from gemma_dist.logs import JsonlWriter, log, progress
 
 OF_A_MODEL_HERE = ("per_device_eval_batch_size", "max_batch_tokens", "ple")  # settings that no server takes
-MANY = 3  # requests in a row that stay unanswered, where the server is there: the rest would, too
-
-
-# What to do about points that fail.
-ON_ERRORS = "where a server fails on calls that it cannot read (transformers serve), use --server-errors malformed"
-ON_IMAGES = "some servers take no images in the results of tools; ask a model here about such rows, without --server"
 
 
 @dataclass
@@ -64,8 +58,6 @@ class _Asking:
     server: ServerConfig
     encoder: Encoder | None
     extra: dict[str, Any]
-    failed: list[str] = field(default_factory=list)  # points that could not be answered, each with the reason
-    remedies: set[str] = field(default_factory=set)  # for these
     tokens_read: int = 0
     tokens_written: int = 0
 
@@ -87,12 +79,20 @@ class _Asking:
                 if error.status != 500 or self.server.server_errors == "fail":
                     raise
                 return chat.failed_answer(error.words)
-            return chat.read_chat(answer, decode)
+            return self._read(chat.read_chat, answer, decode)
         assert self.encoder is not None
         assert point.prompt is not None
         stops = self.encoder.tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
         told = {"prompt": point.prompt.input_ids, "skip_special_tokens": False, "stop_token_ids": stops}
-        return chat.read_completion(self.client.ask("/completions", chat.with_extra(told | fields, self.extra)))
+        answer = self.client.ask("/completions", chat.with_extra(told | fields, self.extra))
+        return self._read(chat.read_completion, answer)
+
+    def _read(self, read: Callable[..., chat.Served], *answer: Any) -> chat.Served:
+        """What `read` finds in an answer. Raises Misanswer, without the key."""
+        try:
+            return read(*answer)
+        except chat.Misanswer as error:
+            raise chat.Misanswer(error.words, self.client.hidden_in(error.value)) from None
 
 
 def evaluate_server(
@@ -155,21 +155,20 @@ def find_model(client: Client, asked_for: str | None) -> tuple[str, dict[str, An
     except Refusal as error:
         listing = []
         if error.status != 404 and not 500 <= error.status < 600:
-            raise ConfigError(f"--server {client.address}: {error}{_remedy(error.status)}") from None
+            raise ConfigError(f"--server {client.address}: {error}{remedy_of(error.status)}") from None
         if error.status == 404 and not client.address.path.endswith("/v1"):
             raise ConfigError(
                 f"--server {client.address} has no /models ({error}); such an address mostly ends in /v1"
             ) from None
     models = {name: entry for entry in listing if isinstance(name := get(entry, "id"), str)}
+    names = client.hidden(_some(models))
     if asked_for is None and len(models) != 1:
-        raise ConfigError(
-            f"--server {client.address} serves {_some(models) or 'it does not say what'}; name one by --model"
-        )
+        raise ConfigError(f"--server {client.address} serves {names or 'it does not say what'}; name one by --model")
     name = next(iter(models)) if asked_for is None else asked_for
     if models and name not in models and not _lists_what_it_could_serve(client):
-        raise ConfigError(f"--model {name}: --server {client.address} serves {_some(models)}; name one of these")
-    kept = ("owned_by", "root", "parent", "max_model_len")
-    return name, {key: value for key, value in models.get(name, {}).items() if key in kept}
+        raise ConfigError(f"--model {name}: --server {client.address} serves {names}; name one of these")
+    told = {key: models.get(name, {}).get(key) for key in ("owned_by", "root", "parent", "max_model_len")}
+    return name, {key: client.hidden_in(value) for key, value in told.items() if isinstance(value, (str, int))}
 
 
 def _lists_what_it_could_serve(client: Client) -> bool:
@@ -211,13 +210,7 @@ def _require_fit(settings: EvaluateConfig, server: ServerConfig) -> dict[str, An
             "--chat-template: a server of chat renders with its own; start the server with that template, or use "
             "--endpoint completions"
         )
-    try:
-        extra = json.loads(server.extra_body or "{}")
-    except ValueError as error:
-        raise ConfigError(f"--extra-body {server.extra_body}: not JSON ({error}); write an object") from None
-    if not isinstance(extra, dict):
-        raise ConfigError(f'--extra-body {server.extra_body}: write a JSON object, such as {{"top_k": null}}')
-    return extra
+    return read_extra_body(server.extra_body)
 
 
 def require_no_server_settings(server: ServerConfig) -> None:
@@ -273,74 +266,24 @@ def _write_answers(asking: _Asking, out: Path, keyed: list[tuple[Point, str]], l
     jobs = [(point, key, sample) for point, key in keyed for sample in samples if (key, sample) not in lines]
     start = time.perf_counter()
     writer = JsonlWriter(part_of_rank(out), append=True)
-    results = in_parallel(jobs, asking.ask, asking.server.concurrency, _ends_all)
-    lost = 0
+    faults = Faults(asking.client, out, asking.server.concurrency, answered=bool(lines))
+    results = in_parallel(jobs, asking.ask, asking.server.concurrency, ends_all, faults.stopped)
     try:
         with closing(progress(results, total=len(jobs), desc="evaluating", unit="answer")) as shown:
             for (point, key, sample), answer in shown:
                 if isinstance(answer, chat.Served):
                     writer.write(_line(asking, point, key, sample, answer))
-                    lost = 0
-                    continue
-                lost += isinstance(answer, Unanswered)
-                _require_server(asking, answer, out, goes_on=lost < max(MANY, asking.server.concurrency))
-                if not asking.failed:
-                    log.warning("%s: %s", point.place, answer)
-                asking.failed.append(f"{point.place}: {answer}")
-                asking.remedies |= _remedies(point, answer)
+                    faults.note_answer()
+                else:
+                    faults.note(point, answer)
     finally:
         asking.client.close()
         writer.close()
-    if asking.failed:
-        raise EvaluationError(
-            f"{len(asking.failed)} decision points could not be answered, such as "
-            f"{'; '.join(asking.failed[:NUM_NAMED])}. The other answers are kept in {out}: run the same command again "
-            f"to try these alone{''.join(f'; {remedy}' for remedy in sorted(asking.remedies))}"
-        )
+    faults.require_none()
     took = {"seconds": round(time.perf_counter() - start, 3), "answers": len(jobs)}
     took |= {"tokens_read": asking.tokens_read, "tokens_written": asking.tokens_written}
     took |= {"requests_sent_again": asking.client.num_retries}
     return {"world_size": 1, "ranks": [took]}
-
-
-def _require_server(asking: _Asking, answer: Exception, out: Path, *, goes_on: bool) -> None:
-    """Raises EvaluationError where no other point would be answered either, and bugs as they are."""
-    kept = f"The answers so far are kept in {out}: run the same command again to go on"
-    address = asking.client.address
-    if isinstance(answer, Unanswered) and not (goes_on and asking.client.is_there()):
-        raise EvaluationError(f"{address} does not answer any more: {answer}. {kept} when it does") from None
-    if _ends_all(answer):
-        if not isinstance(answer, Refusal):
-            raise answer
-        raise EvaluationError(f"{address} refuses: {answer}{_remedy(answer.status)}. {kept}") from None
-
-
-def _remedies(point: Point, answer: Exception) -> set[str]:
-    """What to do about a point that failed."""
-    if isinstance(answer, Unanswered) and answer.status == 500:
-        return {ON_ERRORS}
-    shows_images = any(message["role"] == "tool" and count_images(message) for message in point.history)
-    return {ON_IMAGES} if isinstance(answer, Refusal) and shows_images else set()
-
-
-def _ends_all(problem: Exception) -> bool:
-    """Whether it is no matter of one point: only 400 and 413 (too long, mostly), no answer and no proper one are."""
-    if isinstance(problem, Refusal):
-        return problem.status not in (400, 413)
-    return not isinstance(problem, (Unanswered, chat.Misanswer))
-
-
-def _remedy(status: int) -> str:
-    """What to do about a status."""
-    if status in (401, 403):
-        return f"; put the server's key into the environment as {KEY}"
-    if status in (404, 405):
-        return "; the address mostly ends in /v1, and --endpoint names what the server has"
-    if 300 <= status < 400:
-        return "; name the address where it is, if you trust it"
-    if status == 422:
-        return "; a field that it does not know is left out by --extra-body '{\"FIELD\": null}'"
-    return ""
 
 
 def _line(asking: _Asking, point: Point, key: str, sample: int, answer: chat.Served) -> AnsweredDecision:

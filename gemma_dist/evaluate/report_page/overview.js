@@ -36,7 +36,7 @@ function notices() {
     found.push(
       `Left out, so that this page stays below about ${max_mb} MB: ${lost.join(", ")}. ` +
         (left_out.samples ? "Samples that are wrong come first. " : "") +
-        "samples.jsonl, trajectories.jsonl and images/ have all; the numbers above the list are of all.",
+        "samples.jsonl, tools.json, trajectories.jsonl and images/ have all; the numbers above the list are of all.",
     );
   if (!has_prompts) found.push("This run kept no trajectories.jsonl, so prompts and images are not shown here.");
   return found.map((text) => h("p", { class: "notice", role: "note" }, text));

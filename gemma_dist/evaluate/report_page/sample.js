@@ -103,7 +103,7 @@ function expected(sample) {
   ];
 }
 
-const lazily = new Map(); // the blocks of trajectories and images that were read
+const lazily = new Map(); // the blocks of tools, trajectories and images that were read
 function lazy(id) {
   if (!lazily.has(id)) lazily.set(id, document.getElementById(id) ? block(id) : null);
   return lazily.get(id);
@@ -165,7 +165,8 @@ function prompt_of(sample) {
   return [h("h3", null, `Prompt, ${count(sample.prompt_tokens)} tokens`), earlier, turns];
 }
 function offered(sample) {
-  const declared = tools[sample.tools] || [];
+  const declared = lazy(`tools-${sample.tools}`);
+  if (!declared) return h("p", { class: "small soft" }, "Its tools are left out for their size; tools.json has them.");
   if (!declared.length) return h("p", { class: "small soft" }, "No tools were declared.");
   const details = more(`${declared.length} ${declared.length === 1 ? "tool" : "tools"} declared: `);
   const names = declared.map((tool) => tool[0]);
