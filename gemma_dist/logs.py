@@ -118,15 +118,22 @@ def _steps_of(path: Path) -> Iterator[Any]:
 class RunLog:
     """The progress of a training run: one line a step on rank 0's terminal, the same numbers in `metrics.jsonl`."""
 
-    def __init__(self, path: Path, *, start_step: int, num_steps: int) -> None:
-        """A run that resumes at `start_step` drops the lines behind it: those steps are done again."""
+    def __init__(self, path: Path, *, start_step: int, num_steps: int, evaluates_anew: bool = False) -> None:
+        """A run that resumes at `start_step` drops the lines behind it: those steps are done again; and where it
+        `evaluates_anew` there, the line of an evaluation, which ended before its checkpoint was complete."""
         self._num_steps = num_steps
         self._file = None
         if world.rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             rows = _steps_of(path) if start_step and path.is_file() else ()
+            kept = [
+                to_json(row) + "\n"
+                for row in rows
+                if row["step"] < start_step
+                or (row["step"] == start_step and not (evaluates_anew and "eval_runtime" in row))
+            ]
             with writing(path) as temporary:
-                temporary.write_text("".join(to_json(row) + "\n" for row in rows if row["step"] <= start_step), "utf-8")
+                temporary.write_text("".join(kept), "utf-8")
             self._file = JsonlWriter(path, append=True)
         self._before = time.perf_counter()
 

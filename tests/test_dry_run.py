@@ -345,6 +345,8 @@ def _dry_run(**changes: Any) -> DryRun:
     [
         ({}, 4, 3000 + 40, 3010),  # at 300, 600, 900 and the end
         ({"start_step": 600}, 2, 1200 + 20, 2010),
+        ({"steps_per_epoch": 400, "save_total_limit": None}, 6, 3000 + 60, 6010),  # at 400 and 800, too
+        ({"steps_per_epoch": 450, "start_step": 600}, 2, 1220, 2010),  # at 900, as ever, and the end
         ({"save_total_limit": None}, 4, 3040, 4010),
         ({"start_step": 600, "disk": DiskTaken(1000, 10, 2, 1010)}, 2, 1220, 1010),  # one beside two
         ({"start_step": 650, "save_total_limit": 1, "disk": DiskTaken(1000, 10, 1, 1010)}, 2, 1050 + 20, 1010),

@@ -5,26 +5,37 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from gemma_dist import world
+from gemma_dist.batch_plan import BatchPlan
 from gemma_dist.config import EncodingConfig, RunConfig
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.data.kinds import KINDS
-from gemma_dist.errors import ConfigError, DataError, Stopped
+from gemma_dist.errors import CheckpointError, ConfigError, DataError, Stopped
 from gemma_dist.recipe import load_config
+from gemma_dist.resolve import Run as ResolvedRun
 from gemma_dist.resolve import resolve
 from gemma_dist.shards.reader import open_shards
 from gemma_dist.show.check import describe_run
 from gemma_dist.stream.collate import Sample, collate, control_ids
+from gemma_dist.stream.held_out import HeldOut
+from gemma_dist.stream.schedule import BlockId
 from gemma_dist.topology import Topology
-from gemma_dist.train.best import BEST, EVALUATION
+from gemma_dist.train.best import BEST, EVALUATION, best_checkpoint
+from gemma_dist.train.checkpoint import MARKER
+from gemma_dist.train.digests import json_crc32
 from gemma_dist.train.dry import dry_run
-from gemma_dist.train.run import train
+from gemma_dist.train.evaluation import Evaluation
+from gemma_dist.train.run import _best, train
+from gemma_dist.train.stop import StopRequests
 from gemma_dist.train.trainer import ToolCallTrainer
 from tests.support.corpus import row, shard_rows
 from tests.support.ranks import gemma_dist, long, needs_compiler
@@ -191,15 +202,12 @@ def _damage(path: Path) -> None:
 def test_a_run_that_goes_on_finds_what_the_uninterrupted_one_did(
     run: Run, model: str, data: list[str], tmp_path: Path
 ) -> None:
-    """After a kill, and with the newest checkpoint not evaluated yet."""
+    """After a kill, and with the newest checkpoint not evaluated yet, though the evaluation's line is written."""
     whole, out = run(*EVAL), tmp_path / "out"
     shutil.copytree(whole, out)
     shutil.rmtree(out / f"checkpoint-{NUM_STEPS}")
     (out / BEST).unlink()
     step = NUM_STEPS - 1
-    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    unevaluated = [line for line in lines if not ('"eval_loss"' in line and f'"step": {step},' in line)]
-    (out / "metrics.jsonl").write_text("".join(unevaluated))
     found = (out / f"checkpoint-{step}" / EVALUATION).read_bytes()
     (out / f"checkpoint-{step}" / EVALUATION).unlink()
     marker = json.loads((out / f"checkpoint-{step}/complete.json").read_text())
@@ -213,13 +221,19 @@ def test_a_run_that_goes_on_finds_what_the_uninterrupted_one_did(
 
 def _without_evaluation(checkpoint: Path) -> None:
     """As it is saved when a request to stop has ended the evaluation."""
-    from gemma_dist.train.checkpoint import MARKER
-    from gemma_dist.train.digests import json_crc32
-
     marker = json.loads((checkpoint / MARKER).read_text())
     del marker["files"][EVALUATION]
     marker["crc32"] = 0
     (checkpoint / MARKER).write_text(json.dumps(marker | {"crc32": json_crc32(marker)}))
+
+
+class _Asked(StopRequests):
+    """Is asked to stop when a test says so."""
+
+    is_asked = False
+
+    def by(self) -> str:
+        return "SIGTERM" if self.is_asked else ""
 
 
 class _AskedMeanwhile(ToolCallTrainer):
@@ -228,7 +242,8 @@ class _AskedMeanwhile(ToolCallTrainer):
     def moved(self) -> None:
         super().moved()
         if self.evaluation.place and self.state.global_step == 2:
-            (self.run.config.train.output_dir / "stop").touch()
+            assert isinstance(self.boundary.requests, _Asked)
+            self.boundary.requests.is_asked = True
 
 
 def test_a_request_to_stop_ends_an_evaluation_which_the_next_start_makes_up_for(
@@ -237,7 +252,7 @@ def test_a_request_to_stop_ends_an_evaluation_which_the_next_start_makes_up_for(
     whole, out = run(*EVAL), tmp_path / "out"
     one_by_one = "per_device_eval_batch_size=1"
     with pytest.raises(Stopped):
-        train(_config(model, data, out, *EVAL, one_by_one), trainer_class=_AskedMeanwhile)
+        train(_config(model, data, out, *EVAL, one_by_one), trainer_class=_AskedMeanwhile, requests=_Asked())
     assert [row["step"] for row in _evaluations(out)] == [0, 1]
     assert not (out / "checkpoint-2" / EVALUATION).exists()
     train(_config(model, data, out, *EVAL, one_by_one))
@@ -246,10 +261,12 @@ def test_a_request_to_stop_ends_an_evaluation_which_the_next_start_makes_up_for(
 
 
 def test_a_dry_run_tries_the_longest_batch_and_leaves_nothing(model: str, data: list[str], tmp_path: Path) -> None:
-    found = dry_run(_config(model, data, tmp_path / "out", *EVAL, "load_best_model_at_end=true"))
+    more = ["eval_strategy=epoch", "eval_on_start=true", "load_best_model_at_end=true", "save_steps=100", "max_steps=9"]
+    found = dry_run(_config(model, data, tmp_path / "out", *more))
     assert found is not None
     assert found.evaluation is not None
-    assert (found.evaluation.num_batches, found.evaluation.num_evaluations) == (4, NUM_STEPS + 1)
+    assert (found.evaluation.num_batches, found.evaluation.num_evaluations) == (4, len([0, 4, 8, 9]))
+    assert found.num_saves == len([4, 8, 9])
     assert found.evaluation.seconds_a_batch > 0
     assert "a batch of the longest sequences of data.eval" in found.render()
     assert list(tmp_path.iterdir()) == []
@@ -327,9 +344,122 @@ def test_held_out_shards_of_another_encoding_are_refused_and_shared_ids_are_told
         resolve(_config(model, data, tmp_path / "out", f"data.eval={tmp_path / 'shards'}", *EVAL), Topology("", 1))
 
 
-def test_a_metric_of_tokens_that_are_not_there_is_refused(model: str, data: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [train, dry_run])
+def test_a_metric_of_tokens_that_are_not_there_is_refused_before_the_first_step(
+    command: Callable[[RunConfig], object], model: str, data: list[str], tmp_path: Path
+) -> None:
     """data.train has no reasoning."""
     same = data[0].replace("data.train", "data.eval")
     more = [same, "eval_strategy=steps", "metric_for_best_model=loss_reasoning"]
-    with pytest.raises(ConfigError, match=r"metric_for_best_model: eval_loss_reasoning, but data.eval has no tokens"):
-        train(_config(model, data, tmp_path / "out", *more))
+    told = "the 13 samples of data.eval that are evaluated have no tokens of that kind; name one of eval_loss, "
+    with pytest.raises(ConfigError, match=f"train.metric_for_best_model: eval_loss_reasoning, but {told}"):
+        command(_config(model, data, tmp_path / "out", *more))
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_a_request_in_the_last_step_leaves_its_evaluation_as_it_is(model: str, data: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    more = ["eval_strategy=steps", "load_best_model_at_end=true", "max_steps=1"]
+    requests = _Asked()
+    requests.is_asked = True
+    train(_config(model, data, out, *more), requests=requests)
+    assert [row["step"] for row in _evaluations(out)] == [1]
+    assert json.loads((out / BEST).read_text())["checkpoint"] == "checkpoint-1"
+
+
+BEST_OF_ALL = [*EVAL, "load_best_model_at_end=true"]
+
+
+def _copied(run: Run, model: str, data: list[str], tmp_path: Path, *more: str) -> tuple[ResolvedRun, Path]:
+    """A finished run in a folder of its own, and its last checkpoint, which has the least loss."""
+    out = tmp_path / "out"
+    shutil.copytree(run(*EVAL), out)
+    return resolve(_config(model, data, out, *BEST_OF_ALL, *more), Topology("", 1)), out / f"checkpoint-{NUM_STEPS}"
+
+
+def test_a_best_checkpoint_whose_marker_is_damaged_is_put_aside(
+    run: Run, model: str, data: list[str], tmp_path: Path
+) -> None:
+    resolved, last = _copied(run, model, data, tmp_path, "greater_is_better=true")
+    assert _best(resolved, last) == last.with_name("checkpoint-1")
+    (last.with_name("checkpoint-1") / MARKER).write_text("{")
+    assert _best(resolved, last) == last.with_name("checkpoint-2")
+    assert last.with_name("damaged-checkpoint-1").is_dir()
+
+
+def test_the_last_checkpoint_that_is_the_best_and_damaged_is_not_published(
+    run: Run, model: str, data: list[str], tmp_path: Path
+) -> None:
+    resolved, last = _copied(run, model, data, tmp_path)
+    assert _best(resolved, last) == last
+    _damage(last / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="the end of this run, is damaged and was put aside"):
+        _best(resolved, last)
+    assert last.with_name(f"damaged-{last.name}").is_dir()
+
+
+def test_the_best_is_none_that_a_user_has_named(run: Run, model: str, data: list[str], tmp_path: Path) -> None:
+    resolved, last = _copied(run, model, data, tmp_path)
+    mine = last.with_name(f"{last.name}-mine")
+    shutil.copytree(last, mine)
+    evaluation = json.loads((mine / EVALUATION).read_text())
+    (mine / EVALUATION).write_text(json.dumps(evaluation | {"eval_loss": 0.0}))
+    best = best_checkpoint(resolved)
+    assert best is not None
+    assert best.folder == last
+
+
+@pytest.mark.parametrize("of_rank_0", [True, False])
+def test_rank_0_says_whether_a_run_evaluates_before_it_goes_on(
+    run: Run, model: str, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_rank_0: bool
+) -> None:
+    """Whatever another rank sees there, and however the folder is spelled."""
+    resolved, last = _copied(run, model, data, tmp_path, "max_steps=4")
+    if not of_rank_0:  # what this rank sees is the contrary
+        (last / EVALUATION).unlink()
+    monkeypatch.setattr(world, "gather_objects", lambda seen: [of_rank_0, seen])
+    spelled = last.parent / ".." / last.parent.name / last.name
+    evaluation, tried = Evaluation(SimpleNamespace(run=resolved, checkpoint=spelled), resolved.held_out), []
+
+    def evaluate(step: int) -> bool:
+        tried.append(step)
+        return True
+
+    monkeypatch.setattr(evaluation, "_evaluate", evaluate)
+    evaluation.on_train_begin(None, SimpleNamespace(global_step=NUM_STEPS), None)
+    assert tried == [NUM_STEPS] * of_rank_0
+    if of_rank_0:
+        assert json.loads((last / EVALUATION).read_text()) == {"step": None}
+
+
+def test_an_evaluation_that_ends_meanwhile_is_no_error_to_the_watchdog() -> None:
+    rounds = iter([0, None])  # it ends between two looks
+
+    class Ending(Evaluation):
+        @property
+        def _round(self) -> int | None:  # type: ignore[override]
+            return next(rounds)
+
+    evaluation = object.__new__(Ending)
+    held_out: Any = SimpleNamespace(num_rounds=2)
+    evaluation._held_out = held_out
+    assert evaluation.place == "an evaluation, batch 1 of 2"
+    assert evaluation.samples(0) == ""
+
+
+def test_the_row_groups_of_a_round_are_looked_for_once() -> None:
+    """A loader asks for those of all rounds ahead, in each round."""
+    seen = []
+
+    def row_group_of(sample: int) -> int:
+        seen.append(sample)
+        return sample // 3
+
+    counts = np.arange(12)
+    shards: Any = SimpleNamespace(row_group_of=row_group_of, num_text_tokens=counts, num_image_tokens=counts)
+    samples = [0, 2, 3, 8, 9, 11]
+    held_out = HeldOut(shards, samples, BatchPlan(1, 4, 1, 4), 0)
+    for _ in range(3):
+        assert [held_out.row_groups(BlockId(0, number)) for number in (0, 1)] == [[0, 1, 2], [3]]
+    assert seen == samples
+    assert held_out.longest_round().row_groups(BlockId(0, 0)) == [1, 2, 3]

@@ -199,6 +199,39 @@ def _loss(nll: float, tokens: int, right: int) -> KindLoss:
     return {"nll": nll, "tokens": tokens, "right": right}
 
 
+def test_a_loss_that_cannot_be_measured_costs_no_answer(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first trajectory's; then all is said, and two commands that end it."""
+    data, out = write_rows(tmp_path / "rows.jsonl", [row(1), row(2)]), tmp_path / "out"
+    words = ["evaluate", "--model", model, "--data", str(data), "--out", str(out), "--max-new-tokens", "2"]
+    reads = GoldReader._read
+
+    def refusing(reader: GoldReader, points: list[GoldTokens]) -> list[dict[str, KindLoss]]:
+        if not reader.failed:
+            raise RuntimeError("out of memory")
+        return reads(reader, points)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(GoldReader, "_read", refusing)
+        assert main(words) == 2
+    told = capsys.readouterr().err
+    assert "all decision points are answered, but the loss of gold's answers could not be measured at 2 of them" in told
+    assert "with --no-loss for a report without it" in told
+    assert len((out / ".samples-0.jsonl").read_text().splitlines()) == 4
+    assert main([*words, "--no-loss"]) == 0
+    assert _read(out)[0]["loss"] is None
+
+
+def test_an_old_run_scored_again_says_that_no_loss_was_measured(tmp_path: Path) -> None:
+    run = write(tmp_path / "a", lines([True] * 2))
+    report = json.loads((run / "report.json").read_text())
+    del report["settings"]["loss"]
+    (run / "report.json").write_text(json.dumps(report))
+    assert main(["score", "--from", str(run), "--out", str(tmp_path / "b")]) == 0
+    assert json.loads((tmp_path / "b/report.json").read_text())["settings"]["loss"] is False
+
+
 def test_runs_without_losses_compare_without(tmp_path: Path) -> None:
     with_losses = lines([True] * 2)
     for line in with_losses:

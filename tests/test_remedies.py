@@ -42,6 +42,7 @@ OWNERS = {
     "evaluate/compare.py": "compare",
     "evaluate/rescore.py": "score",
     "evaluate/room.py": "evaluate",
+    "evaluate/run.py": "evaluate",
     "evaluate/server.py": "evaluate",
     "merge/folders.py": "merge",
     "merge/verify.py": "merge",
@@ -58,7 +59,10 @@ def syntax_trees() -> Iterator[tuple[str, ast.Module]]:
 def option(verb: str, name: str) -> click.Parameter | None:
     """The option of a verb that is typed as `name`."""
     command = cli.commands[verb]
-    return next((param for param in command.get_params(click.Context(command)) if name in param.opts), None)
+    return next(
+        (param for param in command.get_params(click.Context(command)) if name in (*param.opts, *param.secondary_opts)),
+        None,
+    )
 
 
 # ---- every place in the code -----------------------------------------------------------------------------------------

@@ -46,6 +46,8 @@ def score_again(run_folder: Path, data: Path | None, out: Path, answer_tolerance
         tool_sets = read_tools(run_folder)
     else:
         lines, tool_sets = _asked_again(lines, data, settings)
+    if not any("loss" in line for line in lines):  # an earlier version measured none
+        settings = settings.model_copy(update={"loss": False})
     header = {**run.report, "settings": settings.model_dump(mode="json")}
     if data is not None:
         header |= {"data": str(data), "data_hash": hash_data(data)}

@@ -103,8 +103,9 @@ def evaluate(
         if is_partitioned(loaded) and world.rank() == 0:
             how = "FSDP2" if fsdp.is_launched() else "ZeRO-3"
             log.info("model partitioned over %d ranks (%s)", world.world_size(), how)
-        loss_times = {"loss_seconds": _write_my_losses(out, loaded, encoder, decisions)} if settings.loss else {}
+        loss_times, unread = _write_my_losses(out, loaded, encoder, decisions) if settings.loss else ({}, [])
         times = _write_my_part(out, loaded, encoder, decisions, lines, settings)
+        _require_losses(unread, out)
         wanted = [(decision.trajectory_number, decision.prompt.turn, decision.key) for decision in decisions]
         all_wanted = sorted(chain.from_iterable(world.gather_objects(wanted)))
         keys = [(key, sample) for _, _, key in all_wanted for sample in range(settings.num_samples)]
@@ -157,9 +158,15 @@ def _samples(row: Trajectory, encoder: Encoder, settings: EvaluateConfig, data: 
         return unroll(row, encoder, settings)
 
 
-def _write_my_losses(out: Path, model: Any, encoder: Encoder, decisions: list[Decision]) -> list[float]:
+def _write_my_losses(
+    out: Path, model: Any, encoder: Encoder, decisions: list[Decision]
+) -> tuple[dict[str, Any], list[str]]:
     """Measure what gold costs at this rank's decision points, but for those that are known already, and write it as it
-    comes. Returns the seconds of all ranks."""
+    comes.
+
+    Returns:
+        What it took, and the decision points where it could not be read, on all ranks.
+    """
     start = time.perf_counter()
     known = read_losses(out)
     writer = JsonlWriter(part_of_rank(out, "loss"), append=True)
@@ -177,8 +184,8 @@ def _write_my_losses(out: Path, model: Any, encoder: Encoder, decisions: list[De
         writer.write({"key": decision_of[id(gold)].key, "loss": loss})
     writer.close()
     failed = [f"{decision_of[id(gold)].place}: {reason}" for gold, reason in reader.failed]
-    _require_answers(list(chain.from_iterable(world.gather_objects(failed))), out)
-    return world.gather_objects(round(time.perf_counter() - start, 3))
+    unread = list(chain.from_iterable(world.gather_objects(failed)))
+    return {"loss_seconds": world.gather_objects(round(time.perf_counter() - start, 3))}, unread
 
 
 def _write_my_part(
@@ -223,6 +230,19 @@ def _require_answers(failed: list[str], out: Path) -> None:
         raise EvaluationError(
             f"{len(failed)} decision points could not be answered, such as {'; '.join(failed[:NUM_NAMED])}. The other "
             f"answers are kept in {out}: run the same command again to try these alone"
+        )
+
+
+def _require_losses(unread: list[str], out: Path) -> None:
+    """Raises EvaluationError on rank 0, PeerError on the others, where gold's answers are `unread`. To be called once
+    there are all answers of the model's own."""
+    if unread and world.rank() > 0:
+        raise PeerError("rank 0 says where gold could not be read")
+    if unread:
+        raise EvaluationError(
+            f"all decision points are answered, but the loss of gold's answers could not be measured at {len(unread)} "
+            f"of them, such as {'; '.join(unread[:NUM_NAMED])}. The answers are kept in {out}: run the same command "
+            "again to try these alone, or with --no-loss for a report without it"
         )
 
 

@@ -123,7 +123,8 @@ def evaluate_server(
         times = _write_answers(asking, out, keyed, lines)
         keys = [(key, sample) for _, key in keyed for sample in range(settings.num_samples)]
         about = {"url": str(address), **server.model_dump(mode="json", exclude={"server"}), "served": served}
-        header = {**run, **made_by(encoder), "settings": settings.model_dump(mode="json"), "server": about}
+        settings_now = settings.model_dump(mode="json") | {"loss": False}  # which no server tells
+        header = {**run, **made_by(encoder), "settings": settings_now, "server": about}
         header["times"] = {"command": command(), **times}
         join_shown(out)
         report = write_results(

@@ -33,6 +33,7 @@ class HeldOut(Schedule):
         """
         self.shards, self.samples, self.plan = shards, samples, plan
         self.packing, self.packing_length, self.quarantine = packing_length > 0, packing_length, frozenset()
+        self._row_groups: dict[int, list[int]] = {}  # of rounds: a loader asks again and again
         self._units = [[sample] for sample in samples]
         if self.packing:
             parts = [samples[start : start + PACKED_AT_ONCE] for start in range(0, len(samples), PACKED_AT_ONCE)]
@@ -66,9 +67,11 @@ class HeldOut(Schedule):
 
     def row_groups(self, block: BlockId) -> list[int]:
         """The row groups that a round lies in."""
-        sequences = self.sequences(block.number, range(self.plan.global_batch_size))
-        samples = chain.from_iterable(sequence.samples for sequence in sequences)
-        return sorted({self.shards.row_group_of(sample) for sample in samples})
+        if block.number not in self._row_groups:
+            sequences = self.sequences(block.number, range(self.plan.global_batch_size))
+            samples = chain.from_iterable(sequence.samples for sequence in sequences)
+            self._row_groups[block.number] = sorted({self.shards.row_group_of(sample) for sample in samples})
+        return self._row_groups[block.number]
 
     def longest_round(self) -> "HeldOut":
         """One round of the longest sequences: what takes most memory."""
@@ -76,7 +79,7 @@ class HeldOut(Schedule):
         order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
         units = [self._units[number] for number in order[: self.plan.global_batch_size]]
         chosen = object.__new__(HeldOut)
-        chosen.__dict__.update(self.__dict__, _units=units, samples=sorted(chain.from_iterable(units)))
+        chosen.__dict__.update(self.__dict__, _units=units, samples=sorted(chain.from_iterable(units)), _row_groups={})
         return chosen
 
     def _packed(self, samples: list[int]) -> list[list[int]]:

@@ -32,7 +32,8 @@ class Boundary(TrainerCallback):
         self.requests.begins_at(step + 1, num_steps)
         self._saved_step = step
         if checkpoint is not None:
-            self._saved_in = checkpoint.name if checkpoint.parent == self._settings.output_dir else str(checkpoint)
+            is_ours = checkpoint.parent.resolve() == self._settings.output_dir.resolve()
+            self._saved_in = checkpoint.name if is_ours else str(checkpoint)
             self._seconds_to_save = read_marker(checkpoint).get("seconds_to_save")
         exits.note("step", step)
 
@@ -59,10 +60,8 @@ class Boundary(TrainerCallback):
             self.stop(state, control)
 
     def stop(self, state: Any, control: Any) -> None:
-        """Let Trainer log this step, save it, if that is not done and can be done in time, and stop; at the last step,
-        where a run ends anyway, nothing changes. Every rank calls it."""
-        if state.global_step >= state.max_steps:
-            return
+        """Let Trainer log this step, save it, if that is not done and can be done in time, and stop. Every rank calls
+        it; not at the last step, where a run ends anyway."""
         of_ranks = world.gather_objects((self.requests.by(), self.requests.seconds_left(self._settings.stop_grace_s)))
         seconds_to_save = world.gather_objects(self._seconds_to_save)[0]
         by = next(by for by, _ in of_ranks if by)

@@ -9,11 +9,10 @@ taken.
 import contextlib
 import errno
 import json
-import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from gemma_dist.errors import CheckpointError, PeerError
 from gemma_dist.files import seal, size, sync
 from gemma_dist.logs import log, write_json
 from gemma_dist.resolve import Run, RunIdentity
-from gemma_dist.train.best import note_best
+from gemma_dist.train.best import NAME, note_best
 from gemma_dist.train.digests import (
     UNREADABLE,
     FileDigest,
@@ -36,7 +35,6 @@ from gemma_dist.train.digests import (
 
 MARKER = "complete.json"
 UNFINISHED = ".unfinished"
-_NAME = re.compile(r"checkpoint-\d+")
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, identity: RunIdentity) -> tuple[Path | None, int]:
@@ -121,8 +119,13 @@ def _free_name(path: Path) -> Path:
 
 def _damage_at_sight(folder: Path) -> list[str]:
     """What is damaged of a checkpoint, as far as its marker and the sizes of its files show it."""
+    return damage_of(folder, visible_damage)
+
+
+def damage_of(folder: Path, look: Callable[[Path, Mapping[str, FileDigest]], list[str]] = damage) -> list[str]:
+    """What is damaged of a checkpoint, its marker included, in words; its files as `look` sees them."""
     try:
-        return visible_damage(folder, read_marker(folder)["files"])
+        return look(folder, read_marker(folder)["files"])
     except CheckpointError as error:
         return [str(error)]
     except OSError as error:
@@ -331,8 +334,8 @@ def _complete(output_dir: Path) -> list[Path]:
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    """The folders checkpoint-<step>, complete or not, by step; `checkpoint-30-mine` is none."""
-    named = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    """The folders checkpoint-<step>, complete or not, by step."""
+    named = [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(named, key=_step)
 
 

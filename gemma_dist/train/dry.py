@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from gemma_dist import exits, world
 from gemma_dist.config import RunConfig
+from gemma_dist.data.encode import Encoder
 from gemma_dist.errors import CheckpointError, ConfigError, DataError
 from gemma_dist.files import size
 from gemma_dist.logs import RunLog, log, to_json
@@ -29,6 +30,7 @@ from gemma_dist.resolve import Run
 from gemma_dist.stream.schedule import Schedule
 from gemma_dist.topology import Topology
 from gemma_dist.train.agree import require_same_run
+from gemma_dist.train.best import require_metric
 from gemma_dist.train.checkpoint import (
     MARKER,
     damaged_and_named,
@@ -179,7 +181,7 @@ def dry_run(
             exits.use_folder(folder / HEARTBEATS)
         require_shared(folder)
         _require_whole(checkpoint, start_step)
-        _require_files(run)
+        _require_data(run, encoder)
         clock.ended(f"{run.schedule.shards.num_files:,} shards looked at")
         dry = _into(run, folder, start_step, chosen)
         arguments.output_dir, arguments.report_to, arguments.learning_rate = str(folder), [], 0.0
@@ -258,9 +260,9 @@ def _require_whole(checkpoint: Path | None, start_step: int) -> None:
         )
 
 
-def _require_files(run: Run) -> None:
-    """Raises DataError, on every rank, where a shard is not as its manifest says. The ranks of each node look at all of
-    them, as each node may have disks of its own; no row group is read."""
+def _require_data(run: Run, encoder: Encoder) -> None:
+    """Raises DataError, on every rank, where a shard is not as its manifest says; and what `require_metric` raises. The
+    ranks of each node look at all shards, as each node may have disks of its own; no row group is read for it."""
     for key, schedule in (("data.train", run.schedule), ("data.eval", run.held_out)):
         if schedule is None:
             continue
@@ -271,6 +273,7 @@ def _require_files(run: Run) -> None:
                 f"{key}: {len(found):,} of {schedule.shards.num_files:,} shards are not what their manifest says: "
                 f"{_some(found)}. Restore them from their source, or make the shards again"
             )
+    require_metric(run, encoder)
 
 
 def _some(problems: list[str]) -> str:
@@ -391,4 +394,5 @@ def _report(
         disk=disk,
         evaluation=evaluation,
         keeps_best=settings.best_metric is not None,
+        steps_per_epoch=run.schedule.steps_per_epoch if settings.saves_each_epoch else None,
     )

@@ -1,6 +1,5 @@
 """What a dry run has measured, and what the run itself would take by it: arithmetic and words."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,6 +76,7 @@ class DryRun:
     disk: DiskTaken
     evaluation: EvaluationTaken | None = None
     keeps_best: bool = False  # a checkpoint beside those that save_total_limit keeps
+    steps_per_epoch: int | None = None  # where the end of each epoch is saved, too
 
     @property
     def timed(self) -> list[StepSeen]:
@@ -90,7 +90,9 @@ class DryRun:
     @property
     def num_saves(self) -> int:
         """Checkpoints that the run has yet to write; the last step is always saved."""
-        return math.ceil(self.num_steps / self.save_steps) - self.start_step // self.save_steps
+        every = [self.save_steps, *([self.steps_per_epoch] if self.steps_per_epoch else [])]
+        saved = {step for one in every for step in range(one, self.num_steps, one) if step > self.start_step}
+        return len(saved) + 1
 
     @property
     def seconds_left(self) -> float:

@@ -2,13 +2,13 @@
 
 All ranks take part, in every launch: each runs the model on as many micro-batches, fillers among them, and their sums
 are added once at the end. Nothing of training changes: no dropout, no gradients, and what is random in a step follows
-from its number. A request to stop ends an evaluation; a run that goes on from there makes up for it.
+from its number. A request to stop ends an evaluation, but for that of the last step; a run that goes on from there
+makes up for it.
 """
 
 import contextlib
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ import torch
 from transformers import TrainerCallback
 
 from gemma_dist import world
-from gemma_dist.config import TrainConfig
-from gemma_dist.errors import ConfigError, DataError
+from gemma_dist.errors import DataError
 from gemma_dist.logs import write_json
 from gemma_dist.model import fsdp
 from gemma_dist.model.attention import Shape
 from gemma_dist.model.head import KINDS
+from gemma_dist.resolve import Run
 from gemma_dist.stream.held_out import HeldOut
 from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.train.best import EVALUATION, note_best
@@ -43,23 +43,25 @@ class Evaluation(TrainerCallback):
     @property
     def place(self) -> str:
         """What this rank is at, for the watchdog; empty where it evaluates nothing."""
-        if self._round is None or self._held_out is None:
+        number = self._round  # once: the watchdog asks from threads of its own
+        if number is None or self._held_out is None:
             return ""
-        return f"an evaluation, batch {self._round + 1} of {self._held_out.num_rounds}"
+        return f"an evaluation, batch {number + 1} of {self._held_out.num_rounds}"
 
     def samples(self, rank: int) -> str:
-        """What a rank evaluates there."""
-        assert self._held_out is not None, "there are no evaluations"
-        assert self._round is not None, "none is at work"
-        return sample_ids(self._held_out, self._round, rank)
+        """What a rank evaluates there; empty likewise."""
+        number = self._round
+        return "" if number is None or self._held_out is None else sample_ids(self._held_out, number, rank)
 
     def on_train_begin(self, args: object, state: Any, control: Any, **kwargs: object) -> None:
         """Before the first step of all; or, where the checkpoint that the run goes on from lacks its evaluation, that
         one. Steps that are asked to stop meanwhile stop after the first."""
         run, step, checkpoint = self._trainer.run, state.global_step, self._trainer.checkpoint
-        if not run.evaluates_at(step) or (checkpoint is not None and (checkpoint / EVALUATION).is_file()):
+        if not run.evaluates_at(step):
             return
-        is_ours = checkpoint is not None and checkpoint.parent == run.config.train.output_dir
+        if not world.gather_objects(is_due_at_start(run, step, checkpoint))[0]:  # rank 0 has written the files
+            return
+        is_ours = checkpoint is not None and checkpoint.parent.resolve() == run.config.train.output_dir.resolve()
         if self._evaluate(step) and is_ours and world.rank() == 0:
             write_json(checkpoint / EVALUATION, self._last)
             note_best(run)
@@ -82,12 +84,13 @@ class Evaluation(TrainerCallback):
             write_json(folder / EVALUATION, self._last)
 
     def _evaluate(self, step: int) -> bool:
-        """Measure, say and keep. False: asked to stop meanwhile, on any rank."""
+        """Measure, say and keep. False: asked to stop meanwhile, on any rank; not at the last step, where a run ends
+        anyway, and nobody would make up for it."""
         held_out, trainer = self._held_out, self._trainer
         assert held_out is not None, "nothing is due"
         self._tried_step = step
         begun = time.perf_counter()
-        totals = self._totals(held_out)
+        totals = self._totals(held_out, ends_if_asked=step < trainer.state.max_steps)
         if totals is None:
             return False
         if totals.target_tokens != held_out.num_target_tokens:
@@ -96,7 +99,6 @@ class Evaluation(TrainerCallback):
                 f"{held_out.num_target_tokens:,}; make the shards anew (`gemma-dist shard`)"
             )
         values = values_of(totals)
-        require_metric(trainer.run.config.train, values)
         counts = {"eval_samples": len(held_out.samples), "eval_target_tokens": totals.target_tokens}
         self._last = {"step": step, **values, **counts, "data": held_out.identity}
         seconds = time.perf_counter() - begun
@@ -105,8 +107,8 @@ class Evaluation(TrainerCallback):
             trainer.log({name: value for name, value in values.items() if value is not None})
         return True
 
-    def _totals(self, held_out: HeldOut) -> Totals | None:
-        """The sums over all ranks; None: asked to stop meanwhile, on any of them."""
+    def _totals(self, held_out: HeldOut, *, ends_if_asked: bool) -> Totals | None:
+        """The sums over all ranks; None: asked to stop meanwhile, on any of them, where that ends it."""
         trainer = self._trainer
         device, of_training = trainer.args.device, trainer.loader
         loader = TrajectoryLoader(
@@ -127,8 +129,7 @@ class Evaluation(TrainerCallback):
         try:
             with contextlib.closing(batches), torch.no_grad():
                 for self._round, inputs in enumerate(batches):
-                    (asked,) = world.any_rank([bool(trainer.boundary.requests.by())])
-                    if asked:
+                    if ends_if_asked and any(world.any_rank([bool(trainer.boundary.requests.by())])):
                         return None
                     with trainer.compute_loss_context_manager():
                         outputs = model(**{name: value for name, value in inputs.items() if name != KINDS})
@@ -148,11 +149,6 @@ def values_of(totals: Totals) -> dict[str, float | None]:
     return {f"eval_{name}": value if math.isfinite(value) else None for name, value in found.items()}
 
 
-def require_metric(settings: TrainConfig, values: Mapping[str, float | None]) -> None:
-    """Raises ConfigError where the best checkpoint is asked for by what data.eval has nothing of."""
-    name = settings.best_metric
-    if name is not None and name not in values:
-        raise ConfigError(
-            f"train.metric_for_best_model: {name}, but data.eval has no tokens of that kind; name one of "
-            f"{', '.join(values)}"
-        )
+def is_due_at_start(run: Run, step: int, checkpoint: Path | None) -> bool:
+    """Whether a run evaluates before it goes on from `checkpoint`, which has `step` steps, as this rank sees it."""
+    return run.evaluates_at(step) and (checkpoint is None or not (checkpoint / EVALUATION).is_file())

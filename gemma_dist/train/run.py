@@ -33,17 +33,17 @@ from gemma_dist.stream.held_out import describe_held_out, trained_too
 from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.topology import current_topology, require_fit
 from gemma_dist.train.agree import require_same_run
-from gemma_dist.train.best import note_best
+from gemma_dist.train.best import note_best, require_metric
 from gemma_dist.train.checkpoint import (
     changed_settings,
+    damage_of,
     damaged_and_named,
     find_checkpoint,
     put_aside,
-    read_marker,
     require_shared,
     whole_checkpoint,
 )
-from gemma_dist.train.digests import damage
+from gemma_dist.train.evaluation import is_due_at_start
 from gemma_dist.train.memory import MemoryReport, MemoryWatch, gpu_at_hand
 from gemma_dist.train.owner import HEARTBEATS, lock_output_dir, own
 from gemma_dist.train.stop import StopRequests
@@ -98,7 +98,7 @@ def train(
             )
         requests.ends("" if stopped else "the run is done, and publishes its result first")
         if world.rank() == 0 and not stopped:
-            _publish(_best(run) or checkpoint, output_dir)
+            _publish(_best(run, checkpoint) or checkpoint, output_dir)
     world.disconnect()
     ranklog.close()
     if stopped:
@@ -182,11 +182,13 @@ def _train_from(
     )
     ranklog.write_to(settings.output_dir, _attempt(run, start_step))
     _say_held_out(run)
+    require_metric(run, encoder)
     log.info("%d trajectories, %s, %d of %d steps done", len(run.schedule.shards), run.plan, start_step, run.num_steps)
     loader = run_loader(run, encoder, start_step)
     model = load_run_model(run, loader.table)
     metrics = settings.output_dir / "metrics.jsonl"
-    run_log = RunLog(metrics, start_step=loader.start_step, num_steps=run.num_steps)
+    is_due = is_due_at_start(run, start_step, checkpoint)
+    run_log = RunLog(metrics, start_step=start_step, num_steps=run.num_steps, evaluates_anew=is_due)
     trainer = trainer_class(run, arguments, model, loader, run_log, requests)
     if watch is not None and not use_cpu():
         trainer.add_callback(MemoryReport(watch))
@@ -239,7 +241,7 @@ def run_loader(run: Run, encoder: Encoder, start_step: int) -> TrajectoryLoader:
 def _require_whole(checkpoint: Path | None, resume_from_checkpoint: str) -> None:
     """Raises CheckpointError where the last checkpoint of a run, whose result is to be published, is damaged."""
     assert checkpoint is not None, "a run of no steps"
-    problems = damage(checkpoint, read_marker(checkpoint)["files"])
+    problems = damage_of(checkpoint)
     if problems and resume_from_checkpoint != "auto":
         raise CheckpointError(damaged_and_named(checkpoint, problems))
     if problems:
@@ -250,16 +252,19 @@ def _require_whole(checkpoint: Path | None, resume_from_checkpoint: str) -> None
         )
 
 
-def _best(run: Run) -> Path | None:
-    """The best checkpoint, if that is what is to be published and there is one; damaged ones are put aside."""
+def _best(run: Run, last: Path | None) -> Path | None:
+    """The best checkpoint, if that is what is to be published and there is one; damaged ones are put aside. Raises
+    CheckpointError where that is the `last` one, without which the run has not ended."""
     if not run.config.train.load_best_model_at_end:
         return None
     while best := note_best(run):
-        problems = damage(best, read_marker(best)["files"])
-        if not problems:
-            log.info("published is %s, the best by %s", best.name, run.config.train.best_metric)
-            return best
-        put_aside(best, problems)
+        if last is not None and best.resolve() == last.resolve():
+            _require_whole(last, run.config.train.resume_from_checkpoint)
+        elif problems := damage_of(best):
+            put_aside(best, problems)
+            continue
+        log.info("published is %s, the best by %s", best.name, run.config.train.best_metric)
+        return best
     log.warning("train.load_best_model_at_end: no checkpoint that is there was evaluated; the last one is published")
     return None
 

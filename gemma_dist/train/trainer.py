@@ -295,9 +295,9 @@ class ToolCallTrainer(SFTTrainer):
 
     def _samples(self, rank: int) -> str:
         """What a rank works on there."""
-        if self.evaluation.place:
-            return f"samples {self.evaluation.samples(rank)}"
-        return f"samples {sample_ids(self.loader.schedule, self.state.global_step - self._at_end, rank)}"
+        evaluated = self.evaluation.samples(rank)
+        step = self.state.global_step - self._at_end
+        return f"samples {evaluated or sample_ids(self.loader.schedule, step, rank)}"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One line a step, on the terminal and in metrics.jsonl, from what Trainer and TRL have measured."""
