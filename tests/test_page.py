@@ -80,7 +80,7 @@ def make_run(out: Path, texts: tuple[str, ...], *, with_images: bool = True, fau
     keep_shown(out, trajectories)
     join_shown(out)
     header: dict[str, Any] = {"model": texts[0], "adapter": None, "data": texts[-1], "versions": {"torch": texts[0]}}
-    header |= {"settings": EvaluateConfig().model_dump(mode="json"), "times": {"command": texts[1]}}
+    header |= {"settings": EvaluateConfig(loss=False).model_dump(mode="json"), "times": {"command": texts[1]}}
     write_results(out, header, lines, SETS)
     return out
 

@@ -40,6 +40,8 @@ OWNERS = {
     "show/stats_report.py": "stats",
     "evaluate/client.py": "evaluate",
     "evaluate/compare.py": "compare",
+    "evaluate/extra_body.py": "evaluate",
+    "evaluate/faults.py": "evaluate",
     "evaluate/rescore.py": "score",
     "evaluate/room.py": "evaluate",
     "evaluate/run.py": "evaluate",

@@ -60,11 +60,14 @@ class Bench:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
         from safetensors.torch import load_file, save_file
 
+        from gemma_dist.model.four_bit_cpu import dequantize_as_gpus_do
+
         model, out = self.model(style, dtype), self.folder / f"model-{style}-{dtype}-full-experts"
         if style != "26b":
             return model
         if not out.exists():
             shutil.copytree(model, out)
+            dequantize_as_gpus_do()
             tensors = load_file(model / "model.safetensors")
             for name in [name for name in tensors if ".experts." in name]:
                 codes = quantize_4bit(tensors[name], blocksize=64, compress_statistics=True, quant_type="nf4")
