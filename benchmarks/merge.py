@@ -75,6 +75,8 @@ def make_giant(folder: Path) -> Path:
 
 def merge_with_ours(base: Path, adapter: Path, out: Path) -> Callable[[], object]:
     """`gemma-dist merge`, imported."""
+    from transformers import AutoTokenizer  # noqa: F401 (with which the result's is tried)
+
     from gemma_dist.merge.run import merge
 
     if json.loads((adapter / "gemma_dist.json").read_text() if (adapter / "gemma_dist.json").exists() else "{}"):

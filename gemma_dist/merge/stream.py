@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from gemma_dist.errors import CheckpointError
-from gemma_dist.files import naming
+from gemma_dist.files import naming, sync
 from gemma_dist.tensorfile import TORCH_DTYPES, Entry, TensorFile, write_header
 
 # Of a tensor taken as a matrix, rows start … stop-1, in any order and by several threads at once.
@@ -168,6 +168,7 @@ def write_weights(
             at += tensor.entry.num_bytes
         copy.flush()
         workers.wait()
+    workers.submit(sync, path)  # while the next file is computed
 
 
 def _compute(name: str, tensor: Computed, target: int, at: int, workers: Workers) -> None:
