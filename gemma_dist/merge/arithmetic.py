@@ -4,6 +4,7 @@ Each step takes a tensor's rows and gives its rows (`stream.Rows`), so that a bl
 it is in the processor's cache: stored, taken to 4 bit and back, with the adapter added.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -61,18 +62,23 @@ def four_bit_rows(
         values = values if dtype is None else values.to(dtype)
         return torch.nn.functional.pad(values, (0, -len(values) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
 
-    def scales_of(start: int, stop: int) -> torch.Tensor:
-        return loaded(start, stop).float().abs().amax(1)
+    # One tensor, filled in place: thousands of small ones between the blocks would keep the memory of these from reuse.
+    scales = torch.empty(-(-math.prod(shape) // BLOCK_SIZE))
 
-    scales = torch.cat(workers.map(scales_of, row_blocks(shape)))
+    def measure(start: int, stop: int) -> None:
+        found = loaded(start, stop).float().abs().amax(1)
+        first = start * num_columns // BLOCK_SIZE
+        scales[first : first + len(found)] = found
+
+    workers.map(measure, row_blocks(shape))
     if quantization.get("bnb_4bit_use_double_quant", False):
         mean = scales.mean()
 
-        def rounded(start: int) -> torch.Tensor:
-            piece = scales[start : start + SCALES_AT_ONCE] - mean
-            return dequantize_blockwise(*quantize_blockwise(piece, blocksize=256)) + mean
+        def round_off(start: int) -> None:
+            piece = scales[start : start + SCALES_AT_ONCE]
+            piece.copy_(dequantize_blockwise(*quantize_blockwise(piece - mean, blocksize=256)) + mean)
 
-        scales = torch.cat(workers.map(rounded, ((start,) for start in range(0, len(scales), SCALES_AT_ONCE))))
+        workers.map(round_off, ((start,) for start in range(0, len(scales), SCALES_AT_ONCE)))
 
     def rows(start: int, stop: int) -> torch.Tensor:
         packed, state = quantize(loaded(start, stop))
