@@ -28,9 +28,9 @@ FLOORS = [
     {"shards"},
     {"stream"},
     {"resolve"},
-    {"train", "evaluate", "merge", "show"},
+    {"train", "evaluate", "merge", "show", "serving"},
     {"plan"},
-    {"cli_evaluate"},
+    {"cli_evaluate", "cli_serving"},
     {"cli"},
     {"__main__"},
 ]

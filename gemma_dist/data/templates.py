@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from gemma_dist.errors import ConfigError
+from gemma_dist.model.tiny import newest_template
 
 LOST_OPENING = (
     "the model's own chat template opens an empty thought in front of each answer while thinking is off, and the one "
@@ -17,9 +18,7 @@ def read_template(name: str) -> str:
     Raises:
         ConfigError: it is neither.
     """
-    import trl
-
-    shipped = {path.stem: path for path in (Path(trl.__file__).parent / "chat_templates").glob("gemma4*.jinja")}
+    shipped = _shipped()
     path = shipped.get(name, Path(name))
     if not path.is_file():
         raise ConfigError(
@@ -27,3 +26,20 @@ def read_template(name: str) -> str:
             "name one of these"
         )
     return path.read_text(encoding="utf-8")
+
+
+def revision_of(template: str) -> str:
+    """Which of the known templates this is, in words for a report."""
+    for name, path in _shipped().items():
+        if template.strip() == path.read_text(encoding="utf-8").strip():
+            return f"{name}, that of E2B and E4B"
+    if template.strip() == newest_template("31b").strip():
+        return "gemma4_v5 as 12B, 26B-A4B and 31B have it, which opens an empty thought where thinking is off"
+    return "none of the revisions that are known here"
+
+
+def _shipped() -> dict[str, Path]:
+    """Gemma 4's templates that TRL ships, by their names, the newest last."""
+    import trl
+
+    return {path.stem: path for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("gemma4*.jinja"))}

@@ -1,0 +1,28 @@
+"""The part of the command line that brings a result to a server: check-model.
+
+As in `cli.py`, a command reads its options and calls one function, and nothing heavy is imported before it runs.
+"""
+
+from pathlib import Path
+
+import click
+
+from gemma_dist.options import EXISTING
+
+
+@click.command()
+@click.argument("folder", type=EXISTING)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
+def check_model(folder: Path, as_json: bool) -> None:
+    """Check that a model folder is fit for servers.
+
+    Names, shapes and dtypes of all tensors, index and files, tokenizer, chat template, stop ids, processor: what
+    transformers, vLLM, SGLang and llama.cpp need. Prints the command of each. Exit code 1: something is to be mended.
+    """
+    from gemma_dist.logs import to_json
+    from gemma_dist.serving.check import check_model as check
+
+    report = check(folder)
+    click.echo(to_json(report.to_json()) if as_json else report.render())
+    if report.faults:
+        click.get_current_context().exit(1)
