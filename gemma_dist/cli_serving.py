@@ -1,4 +1,4 @@
-"""The part of the command line that brings a result to a server: check-model.
+"""The part of the command line that brings a result to a server: check-model, serve.
 
 As in `cli.py`, a command reads its options and calls one function, and nothing heavy is imported before it runs.
 """
@@ -26,3 +26,17 @@ def check_model(folder: Path, as_json: bool) -> None:
     click.echo(to_json(report.to_json()) if as_json else report.render())
     if report.faults:
         click.get_current_context().exit(1)
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("model")
+@click.argument("arguments", metavar="[ARGUMENT]...", nargs=-1, type=click.UNPROCESSED)
+def serve(model: str, arguments: tuple[str, ...]) -> None:
+    """Serve MODEL over OpenAI's API by `transformers serve`.
+
+    MODEL is a folder or Hub name. Further arguments go to `transformers serve`: --port 8000, --host 0.0.0.0, --dtype
+    bfloat16; its own --help lists them. docs/serving.md has a request, and the other servers.
+    """
+    from gemma_dist.serving.serve import serve as run
+
+    run(model, arguments)

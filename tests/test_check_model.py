@@ -272,7 +272,7 @@ def test_a_template_of_a_users_own_is_said_to_be_one(copied: Path) -> None:
     [
         (lambda folder: (folder / MODEL).unlink(), "has neither model.safetensors"),
         (lambda folder: (folder / MODEL).rename(folder / "pytorch_model.bin"), "can run code when read"),
-        (remove("config.json"), "not a model folder"),
+        (remove("config.json"), "not the folder of a whole Gemma 4"),
         (write("config.json", "{"), "is not JSON"),
         (change("config.json", "model_type", to="llama"), "model_type 'llama'"),
         (lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"), "is an adapter"),

@@ -1,4 +1,4 @@
-"""A real server, `transformers serve`, on a tiny model: it answers what the model answers here.
+"""A real server, `gemma-dist serve`, on a tiny model: it answers what the model answers here.
 
 It needs what `pip install 'transformers[serving]'` brings.
 """
@@ -20,8 +20,8 @@ from gemma_dist.__main__ import main
 from gemma_dist.config import EvaluateConfig
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.evaluate import client
-from gemma_dist.gemma_format import CALL, CALL_END, QUOTE, RESPONSE, THOUGHT
-from tests.support.corpus import call, row, write_rows
+from gemma_dist.gemma_format import CALL, CALL_END, QUOTE, RESPONSE, THOUGHT, TURN_END
+from tests.support.corpus import TOOLS, call, row, write_rows
 from tests.support.ranks import ENVIRONMENT, kill, long, start
 
 for package in ("fastapi", "openai", "uvicorn"):
@@ -32,9 +32,9 @@ NO_FIELD = {"return_token_ids": None}  # which this server does not know, and re
 
 @contextmanager
 def serving(model: str, folder: Path) -> Iterator[str]:
-    """`transformers serve` of a model; its URL."""
+    """`gemma-dist serve` of a model, which becomes `transformers serve`; its URL."""
     log = folder / "serve.log"
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", model]
+    command = [sys.executable, "-m", "gemma_dist", "serve", model]
     options = ["--host", "127.0.0.1", "--port", "0", "--device", "cpu", "--dtype", "float32"]
     environment = os.environ | ENVIRONMENT | {"HF_HOME": str(folder / "hub")}
     with log.open("w") as file:
@@ -120,7 +120,11 @@ def _writes(model: str, texts: Sequence[str]) -> dict[str, Any]:
     tokenizer = load_encoder(model, EvaluateConfig()).tokenizer
     ids = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     bias = [[ids[: end + 1], 1000.0 * (end + 1)] for end in range(len(ids))]
-    settings = {"sequence_bias": bias, "eos_token_id": tokenizer.convert_tokens_to_ids([RESPONSE]), "do_sample": False}
+    settings = {
+        "sequence_bias": bias,
+        "eos_token_id": tokenizer.convert_tokens_to_ids([RESPONSE, TURN_END]),
+        "do_sample": False,
+    }
     return {"generation_config": json.dumps(settings)}
 
 
@@ -138,7 +142,7 @@ def test_calls_are_scored_as_this_server_reads_them(
     assert sample["score"]["right"]
     assert sample["parsed"]["reasoning"] == "Hm."
     assert sample["stopped"]
-    torn = json.dumps(_writes(model, [f"{CALL}call:my-plot{{n:1}}{CALL_END}", RESPONSE]))
+    torn = json.dumps(_writes(model, [f"{CALL}call:plot{{n:}}{CALL_END}", RESPONSE]))
     words += ["--extra-body", torn, "--max-retries", 1]
     evaluate(tmp_path / "torn", *words, code=2)
     error = capsys.readouterr().err
@@ -147,6 +151,38 @@ def test_calls_are_scored_as_this_server_reads_them(
     (sample,) = evaluate(tmp_path / "counted", *words, "--server-errors", "malformed")
     assert sample["score"]["failure"] == "malformed"
     assert "In the place of 1 of 1 answers the server sent an error" in (tmp_path / "counted/report.md").read_text()
+
+
+def test_openais_client_gets_calls_whole_and_streamed(url: str, model: str) -> None:
+    """The walk of docs/serving.md: a call of a tool whose name has more than letters, its result, and an answer."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=url, api_key="none", max_retries=0)
+    tool: Any = {
+        "type": "function",
+        "function": {"name": "get-weather.v2", "parameters": TOOLS[0]["function"]["parameters"]},
+    }
+    messages: list[Any] = [{"role": "user", "content": "How is the weather in Bern?"}]
+    text = [f"{CALL}call:get-weather.v2{{city:{QUOTE}Bern, CH{QUOTE},days:2}}{CALL_END}", RESPONSE]
+    asked: dict[str, Any] = {"model": model, "messages": messages, "tools": [tool], "max_tokens": 100}
+    asked["extra_body"] = _writes(model, text)
+    answer = client.chat.completions.create(**asked)
+    assert answer.choices[0].finish_reason == "tool_calls"
+    (made,) = answer.choices[0].message.tool_calls or []
+    assert (made.function.name, json.loads(made.function.arguments)) == (
+        "get-weather.v2",
+        {"city": "Bern, CH", "days": 2},
+    )
+    pieces = [chunk.choices[0].delta for chunk in client.chat.completions.create(**asked, stream=True)]
+    streamed = [one.function for piece in pieces for one in piece.tool_calls or []]
+    assert [one.name for one in streamed if one.name] == ["get-weather.v2"]
+    assert json.loads("".join(one.arguments or "" for one in streamed)) == {"city": "Bern, CH", "days": 2}
+    assert CALL not in "".join(piece.content or "" for piece in pieces)
+    messages += [answer.choices[0].message.model_dump(exclude_none=True)]
+    messages += [{"role": "tool", "tool_call_id": made.id, "content": "sunny"}]
+    final = client.chat.completions.create(**asked | {"extra_body": _writes(model, ["It is sunny.", TURN_END])})
+    assert final.choices[0].message.content == "It is sunny."
+    assert final.choices[0].finish_reason == "stop"
 
 
 @long

@@ -6,11 +6,11 @@ Nothing of the weights but their headers is read, no code of the folder is run, 
 from pathlib import Path
 
 from gemma_dist.errors import CheckpointError
-from gemma_dist.model.folder import read_json_object, refuse_custom_code
-from gemma_dist.model.load import ADAPTER_CONFIG, read_config
+from gemma_dist.model.folder import refuse_custom_code
+from gemma_dist.model.load import read_config
 from gemma_dist.serving.commands import server_commands
 from gemma_dist.serving.prompts import check_prompts
-from gemma_dist.serving.report import Finding, ModelReport
+from gemma_dist.serving.report import ADAPTER_CONFIG, Finding, ModelReport, require_model
 from gemma_dist.serving.weights import check_weights
 
 
@@ -22,22 +22,14 @@ def check_model(folder: Path) -> ModelReport:
             model, or nothing.
     """
     report = ModelReport(folder, commands=server_commands(folder))
-    is_adapter = (folder / ADAPTER_CONFIG).exists()
-    if is_adapter and not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder} is an adapter, which is no model: add it to its base by `gemma-dist merge`")
-    named = f"{folder} is not a model folder"
-    if not folder.is_dir():
-        raise CheckpointError(f"{named}, but a file; give the folder that `gemma-dist merge` or `train` wrote")
-    model_type = read_json_object(folder / "config.json", named).get("model_type")
-    if model_type not in ("gemma4", "gemma4_unified"):
-        raise CheckpointError(f"{named} of a whole Gemma 4: its config.json says model_type {model_type!r}")
+    require_model(folder)
     try:
         refuse_custom_code(folder)
     except CheckpointError as error:
         why = "servers stop at it, or run the code if they are told to trust it"
         report.findings.append(Finding("auto_map", str(error), why, "take auto_map out of that file"))
         return report
-    if is_adapter:
+    if (folder / ADAPTER_CONFIG).exists():
         why = "transformers adds the adapter to the model on loading, other servers do not"
         report.findings.append(Finding(ADAPTER_CONFIG, "lies in a whole model's folder", why, "move the adapter away"))
     try:

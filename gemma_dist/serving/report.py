@@ -1,11 +1,14 @@
-"""What `gemma-dist check-model` says of a model folder."""
+"""What `gemma-dist check-model` says of a model folder, and what is none."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from gemma_dist.errors import CheckpointError
 from gemma_dist.files import size
+from gemma_dist.model.folder import read_json_object
 
+ADAPTER_CONFIG = "adapter_config.json"
 NUM_NAMED = 3  # tensors that a finding names
 
 
@@ -74,3 +77,15 @@ def named(names: list[str]) -> str:
     """A few of many names: the first ones, and how many more there are."""
     more = f" and {len(names) - NUM_NAMED:,} more" if len(names) > NUM_NAMED else ""
     return ", ".join(names[:NUM_NAMED]) + more
+
+
+def require_model(folder: Path) -> None:
+    """Raises CheckpointError for what is no folder of a whole Gemma 4: an adapter, another model, or nothing."""
+    if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} is an adapter, which is no model: add it to its base by `gemma-dist merge`")
+    named = f"{folder} is not the folder of a whole Gemma 4"
+    if not folder.is_dir():
+        raise CheckpointError(f"{named}, but a file; give the folder that `gemma-dist merge` or `train` wrote")
+    model_type = read_json_object(folder / "config.json", named).get("model_type")
+    if model_type not in ("gemma4", "gemma4_unified"):
+        raise CheckpointError(f"{named}: its config.json says model_type {model_type!r}; give one of Gemma 4")
