@@ -233,10 +233,14 @@ def test_extras_that_no_model_loads_are_counted(copied: Path) -> None:
     assert [finding.where for finding in check_model(copied).faults] == [own]
 
 
-def test_a_split_model_is_whole(copied: Path) -> None:
+def test_a_split_model_is_whole_and_a_file_beside_it_a_note(copied: Path) -> None:
     whole = check_model(copied)
     split(copied)
     assert check_model(copied) == whole
+    shutil.copy(copied / "model-00001-of-00002.safetensors", copied / "model-00001-of-00003.safetensors")
+    report = check_model(copied)
+    assert not report.faults
+    assert len(report.findings) == len(whole.findings) + 1
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -40,7 +40,9 @@ def check_weights(folder: Path, config: Any, report: ModelReport) -> None:
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         report.quantization = str(quantization.get("quant_method", "by a method that is not named"))
-    if entries and not findings:  # else tensors are missing because files are
+    if entries and not any(
+        finding.level == "fault" for finding in findings
+    ):  # else tensors are missing because files are
         report.findings += _compare(entries, config, report)
     report.findings += _check_dtypes(entries, config, is_quantized=bool(quantization))
 
@@ -67,7 +69,7 @@ def _read_entries(folder: Path) -> tuple[dict[str, Entry], list[Finding]]:
             return {}, [Finding(WEIGHTS_INDEX, "has no weight_map", "no loader finds a tensor", AGAIN)]
         wanted = sorted(set(weight_map.values()))
     if others := [name for name in beside if name not in wanted]:
-        findings.append(_other_files(others, wanted, both=whole and index))
+        findings.append(_other_files(others, wanted, has_whole=whole))
     files = []
     for name in wanted:
         if not (folder / name).is_file():
@@ -78,19 +80,19 @@ def _read_entries(folder: Path) -> tuple[dict[str, Entry], list[Finding]]:
         except CheckpointError as error:
             findings.append(Finding(name, str(error), "a download or a copy was cut short", AGAIN))
     entries = {name: entry for file in files for name, entry in file.entries.items()}
-    if weight_map is not None and not findings:
+    if weight_map is not None and len(files) == len(wanted):
         findings += _check_index(weight_map, files)
     return entries, findings
 
 
-def _other_files(others: list[str], wanted: list[str], *, both: bool) -> Finding:
-    """For weights that lie beside those that are loaded."""
-    return Finding(
-        named(others),
-        f"lies beside {named(wanted)}, which {'transformers takes' if both else 'alone is loaded'}",
-        "llama.cpp's converter reads every model*.safetensors, and a download fetches all of them",
-        "remove what an earlier save left",
-    )
+def _other_files(others: list[str], wanted: list[str], *, has_whole: bool) -> Finding:
+    """For weights that lie beside those that transformers takes: the whole file, or else what the index names."""
+    why = "a download fetches it as well"
+    if has_whole:
+        why = "loaders differ: llama.cpp's converter takes what an index names, or without one every model*.safetensors"
+    where, remedy = named(others), "remove what an earlier save left"
+    what = f"lies beside {named(wanted)}, which alone transformers loads"
+    return Finding(where, what, why, remedy, "fault" if has_whole else "note")
 
 
 def _check_index(weight_map: Mapping[str, str], files: Iterable[TensorFile]) -> list[Finding]:
