@@ -151,7 +151,7 @@ def stats(
 @cli.command(cls=SettingsCommand, section=lambda config: config.RowConfig)
 @click.argument("data")
 @click.option("--model", required=True, help="Folder or Hub name of the model that is trained.")
-@click.option("--server-template", help="A Jinja file, or the name of a revision; default: the model's own.")
+@click.option("--server-template", help="A Jinja or GGUF file, or the name of a revision; default: the model's own.")
 @click.option("--limit", type=click.IntRange(min=1), help="Look at only this many rows, the first ones.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def check_prompts(

@@ -11,18 +11,20 @@ from gemma_dist.options import EXISTING
 
 
 @click.command()
-@click.argument("folder", type=EXISTING)
+@click.argument("model", type=EXISTING)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
-def check_model(folder: Path, as_json: bool) -> None:
-    """Check that a model folder is fit for servers.
+def check_model(model: Path, as_json: bool) -> None:
+    """Check that a model folder, or a GGUF file, is fit for servers.
 
     Names, shapes and dtypes of all tensors, index and files, tokenizer, chat template, stop ids, processor: what
     transformers, vLLM, SGLang and llama.cpp need. Prints the command of each. Exit code 1: something is to be mended.
     """
+    from gemma_dist.data.gguf import is_gguf
     from gemma_dist.logs import to_json
     from gemma_dist.serving.check import check_model as check
+    from gemma_dist.serving.gguf import check_gguf
 
-    report = check(folder)
+    report = check_gguf(model) if is_gguf(model) else check(model)
     click.echo(to_json(report.to_json()) if as_json else report.render())
     if report.faults:
         click.get_current_context().exit(1)

@@ -271,6 +271,23 @@ def test_a_template_of_a_users_own_is_said_to_be_one(copied: Path) -> None:
     assert "none of the revisions" in str(report.chat_template)
 
 
+def test_sizes_that_older_readers_miss_are_named_and_read_alike(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A config as transformers saves it is one note; ours says both, and is the same model to transformers."""
+    from transformers import AutoConfig
+
+    ours = tiny_model("31b")
+    theirs = Path(shutil.copytree(ours, tmp_path / "31b"))
+    config = AutoConfig.from_pretrained(ours)
+    config.save_pretrained(theirs)
+    told = [finding.remedy for finding in check_model(theirs).findings if "per_layer_config" in finding.what]
+    assert told == ['add to text_config: "global_head_dim": 64, "num_global_key_value_heads": 1']
+    assert not [finding for finding in check_model(ours).findings if "per_layer_config" in finding.what]
+    again = AutoConfig.from_pretrained(theirs).to_dict()
+    assert again | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}
+
+
 @pytest.mark.parametrize(
     ("prepare", "told"),
     [

@@ -128,7 +128,7 @@ def test_below_the_command_line_no_message_spells_an_option() -> None:
     for path, tree in syntax_trees():
         for line, text in texts(tree):
             text = re.sub(
-                r"(vllm serve|sglang\.launch_server|convert_hf_to_gguf\.py|llama-server) [^`\n]*", "", text
+                r"(vllm serve|sglang serve|convert_hf_to_gguf\.py|llama-server) [^`\n]*", "", text
             )  # of servers
             text = re.sub(r"accelerate launch [^`\n]*", "", text)  # its options are its own
             text = re.sub(r"^--(query-(gpu|compute-apps)|format)=.*", "", text)  # and so are those of nvidia-smi

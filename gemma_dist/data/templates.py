@@ -1,7 +1,8 @@
-"""Chat templates other than a model's own: by the name of a revision, or a file."""
+"""Chat templates other than a model's own: by the name of a revision, or a file, which may be a GGUF."""
 
 from pathlib import Path
 
+from gemma_dist.data.gguf import is_gguf, read_metadata
 from gemma_dist.errors import ConfigError
 from gemma_dist.model.tiny import newest_template
 
@@ -13,10 +14,10 @@ LOST_OPENING = (
 
 
 def read_template(name: str) -> str:
-    """A revision that TRL ships, by its name (`gemma4_v5`), or a Jinja file.
+    """A revision that TRL ships, by its name (`gemma4_v5`), a Jinja file, or the template within a GGUF file.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is none of these.
     """
     shipped = _shipped()
     path = shipped.get(name, Path(name))
@@ -25,7 +26,21 @@ def read_template(name: str) -> str:
             f"the chat_template {name!r} is neither a file nor one of {', '.join(sorted(shipped))}; check the path, or "
             "name one of these"
         )
-    return path.read_text(encoding="utf-8")
+    return template_of_gguf(path) if is_gguf(path) else path.read_text(encoding="utf-8")
+
+
+def template_of_gguf(path: Path) -> str:
+    """The chat template that llama.cpp takes from a GGUF file.
+
+    Raises:
+        ConfigError: it has none, or is damaged.
+    """
+    template = read_metadata(path).get("tokenizer.chat_template")
+    if not isinstance(template, str):
+        raise ConfigError(
+            f"{path} holds no tokenizer.chat_template; convert the model again from a folder with chat_template.jinja"
+        )
+    return template
 
 
 def revision_of(template: str) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_dist import gemma_format
 from gemma_dist.errors import ConfigError
 from gemma_dist.files import require_free, whole_folder
+from gemma_dist.model.flat_sizes import add_flat_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +104,7 @@ def write_tiny_model(
     model.to(getattr(torch, dtype))
     with whole_folder(out, model.get_memory_footprint()) as folder:
         model.save_pretrained(folder)
+        add_flat_sizes(folder)
         processor.save_pretrained(folder)
 
 

@@ -3,10 +3,12 @@
 Nothing of the weights but their headers is read, no code of the folder is run, and nothing is written.
 """
 
+import json
 from pathlib import Path
 
 from gemma_dist.errors import CheckpointError
-from gemma_dist.model.folder import refuse_custom_code
+from gemma_dist.model.flat_sizes import flat_sizes
+from gemma_dist.model.folder import read_json_object, refuse_custom_code
 from gemma_dist.model.load import read_config
 from gemma_dist.serving.commands import server_commands
 from gemma_dist.serving.prompts import check_prompts
@@ -43,6 +45,11 @@ def check_model(folder: Path) -> ModelReport:
         what = f"architectures is {config.architectures!r}"
         remedy = "let it be the base's: Gemma4ForConditionalGeneration, or of 12B Gemma4UnifiedForConditionalGeneration"
         report.findings.append(Finding("config.json", what, why, remedy))
+    if sizes := flat_sizes(read_json_object(folder / "config.json", "the config is broken")):
+        what = "tells the sizes of full layers by per_layer_config alone, as transformers does from 5.15 on"
+        why = "transformers before 5.15, vLLM before 0.28 and llama.cpp before August 2026 do not know it"
+        remedy = f"add to text_config: {json.dumps(sizes)[1:-1]}"
+        report.findings.append(Finding("config.json", what, why, remedy, "note"))
     check_weights(folder, config, report)
     check_prompts(folder, config, report)
     return report

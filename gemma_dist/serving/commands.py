@@ -12,9 +12,7 @@ def server_commands(folder: Path | str) -> dict[str, str]:
     return {
         "transformers": f"gemma-dist serve {place}",
         "vLLM": f"vllm serve {place} --enable-auto-tool-choice --tool-call-parser gemma4 --reasoning-parser gemma4",
-        "SGLang": (
-            f"python -m sglang.launch_server --model-path {place} --tool-call-parser gemma4 --reasoning-parser gemma4"
-        ),
+        "SGLang": f"sglang serve --model-path {place} --tool-call-parser gemma4 --reasoning-parser gemma4",
         LLAMA_CPP: (
             f"python convert_hf_to_gguf.py {place} --outfile model.gguf --outtype bf16 && "
             "llama-server --model model.gguf --jinja"

@@ -13,20 +13,18 @@ from gemma_dist.gemma_format import (
     AUDIO,
     AUDIO_BEGIN,
     AUDIO_END,
-    CALL,
     CONTROL_TOKENS,
     EOS,
     IMAGE,
     IMAGE_BEGIN,
     IMAGE_END,
     STOP_TOKENS,
-    TOOL,
-    TURN,
     VIDEO,
 )
 from gemma_dist.model.folder import read_json_object
 from gemma_dist.model.towers import UNIFIED
 from gemma_dist.serving.commands import LLAMA_CPP
+from gemma_dist.serving.rendering import check_for_llama_cpp, check_rendering
 from gemma_dist.serving.report import Finding, ModelReport
 
 GENERATION_CONFIG = "generation_config.json"
@@ -45,18 +43,6 @@ CONFIG_IDS = {
     "video_token_id": VIDEO,
 }
 
-# A run of the kind that the template has to render: a call whose tool answers with text and an image.
-TOOLS = [{"type": "function", "function": {"name": "plot_it", "description": "Draws.", "parameters": {
-    "type": "object", "properties": {"n": {"type": "integer"}, "title": {"type": "string"}}}}}]  # fmt: skip
-ARGUMENTS = {"n": 7, "title": None}
-HISTORY: list[dict[str, Any]] = [
-    {"role": "user", "content": "Draw seven."},
-    {"role": "assistant", "content": "", "tool_calls": [
-        {"id": "call_0", "type": "function", "function": {"name": "plot_it", "arguments": ARGUMENTS}}]},
-    {"role": "tool", "tool_call_id": "call_0", "name": "plot_it", "content": [
-        {"type": "text", "text": "drawn-by-seven"}, {"type": "image"}]},
-]  # fmt: skip
-
 
 def check_prompts(folder: Path, config: Any, report: ModelReport) -> None:
     """Add to `report` which template the folder has, and what is wrong with all that makes prompts and ends answers.
@@ -67,7 +53,9 @@ def check_prompts(folder: Path, config: Any, report: ModelReport) -> None:
     templates = _templates(folder)
     report.findings += _check_templates(templates)
     if templates:
-        report.chat_template = revision_of(next(iter(templates.values())))
+        where, template = next(iter(templates.items()))
+        report.chat_template = revision_of(template)
+        report.findings += check_rendering(template, where) + check_for_llama_cpp(template, where, "note")
     try:  # without a template of its own, with another one: the rest is to be looked at, too
         encoder = load_encoder(str(folder), EncodingConfig(chat_template=None if templates else "gemma4_v5"))
     except GemmaDistError as error:
@@ -75,8 +63,6 @@ def check_prompts(folder: Path, config: Any, report: ModelReport) -> None:
         report.findings.append(Finding("tokenizer and processor", str(error), why, FROM_BASE))
         return
     report.findings += _check_tokens(encoder.tokenizer, config)
-    if templates:
-        report.findings += _check_rendering(encoder.processor)
     report.findings += _check_stops(folder, encoder.tokenizer, config)
     if config.model_type == UNIFIED and getattr(encoder.tokenizer, "response_template", None) is None:
         why = "it knows the calls of `gemma4`, and 12B is `gemma4_unified`"
@@ -157,33 +143,6 @@ def _check_tokens(tokenizer: Any, config: Any) -> list[Finding]:
 
 def _is_one_token(tokenizer: Any, token: str) -> bool:
     return tokenizer(token, add_special_tokens=False)["input_ids"] == [tokenizer.convert_tokens_to_ids(token)]
-
-
-def _check_rendering(processor: Any) -> list[Finding]:
-    """Whether the template declares tools, and shows a call, its result and the image in that."""
-    newer = "take a newer revision: gemma4_v5, which TRL ships, or the base's newest"
-    try:
-        text = processor.apply_chat_template(HISTORY, tools=TOOLS, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template may raise anything: jinja's own errors, or its raise_exception
-        return [Finding(TEMPLATE, f"cannot render a tool call: {error}", "a server answers with an error", newer)]
-    lacking = {
-        "declares no tools": f"{TOOL}declaration:plot_it",
-        "does not show a call": f"{CALL}call:plot_it{{",
-        "does not show a tool's result": "drawn-by-seven",
-        "opens no turn of a user": f"{TURN}user",
-    }
-    findings = [
-        Finding(TEMPLATE, what, "the model never sees it, and so cannot call tools as it was trained to", newer)
-        for what, piece in lacking.items()
-        if piece not in text
-    ]
-    if IMAGE not in text:
-        why = "the model answers without having seen them; gemma4 and gemma4_v3 are such revisions"
-        findings.append(Finding(TEMPLATE, "loses the images that a tool returns", why, newer))
-    if "title:None" in text:
-        why = "the model sees Python's None in the place of null; all revisions before gemma4_v5 do so"
-        findings.append(Finding(TEMPLATE, "writes a null argument as None", why, newer, "note"))
-    return findings
 
 
 def _check_stops(folder: Path, tokenizer: Any, config: Any) -> list[Finding]:

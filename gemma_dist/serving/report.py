@@ -51,8 +51,12 @@ class ModelReport:
         """The report as lines for the terminal."""
         lines = [f"{self.folder}: {self._verdict()}"]
         if self.model_class:
-            held = f"{self.model_class}, {self.num_tensors:,} tensors, {size(self.num_bytes)}, {'/'.join(self.dtypes)}"
-            lines.append(f"  {held}{f', quantized: {self.quantization}' if self.quantization else ''}")
+            held = [self.model_class, size(self.num_bytes)]
+            if self.dtypes:
+                held.append(f"{self.num_tensors:,} tensors in {'/'.join(self.dtypes)}")
+            if self.quantization:
+                held.append(f"quantized: {self.quantization}")
+            lines.append(f"  {', '.join(held)}")
         lines += [f"  {number:,} more that no model loads: {what}" for what, number in self.extras.items()]
         if self.chat_template:
             lines.append(f"  chat template: {self.chat_template}")

@@ -37,6 +37,7 @@ from gemma_dist import world
 from gemma_dist.logs import RunLog
 from gemma_dist.model import fsdp
 from gemma_dist.model.attention import Shape
+from gemma_dist.model.flat_sizes import add_flat_sizes
 from gemma_dist.model.head import KINDS, use_target_head
 from gemma_dist.model.load import use_cpu
 from gemma_dist.model.record import write_record
@@ -347,6 +348,7 @@ class ToolCallTrainer(SFTTrainer):
         if self.is_fsdp_enabled and self.run.config.tuning == "full":
             self.model.config.dtype = dtype  # it was given that of the copy that trains
             self.model.config.save_pretrained(folder)
+        add_flat_sizes(folder)
         self.processing_class.save_pretrained(folder)
         write_record(folder, self.run.config, self.model, **self.run.identity.to_json())
         require_gathered(folder)
