@@ -1,4 +1,4 @@
-"""The part of the command line that brings a result to a server: check-model, serve.
+"""The part of the command line that brings a result to a server, or to the hub: check-model, card, serve.
 
 As in `cli.py`, a command reads its options and calls one function, and nothing heavy is imported before it runs.
 """
@@ -28,6 +28,20 @@ def check_model(model: Path, as_json: bool) -> None:
     click.echo(to_json(report.to_json()) if as_json else report.render())
     if report.faults:
         click.get_current_context().exit(1)
+
+
+@click.command()
+@click.argument("folder", type=EXISTING)
+@click.option("--evaluation", type=EXISTING, help="Folder that `evaluate` wrote of this very adapter or model.")
+def card(folder: Path, evaluation: Path | None) -> None:
+    """Write the model card of a result, with its evaluation.
+
+    `train` and `merge` write README.md beside what they make: base, data, recipe, versions. This writes it again, with
+    the metrics of an evaluation. One that was written by hand stays.
+    """
+    from gemma_dist.serving.card import write_card_of
+
+    click.echo(f"written: {write_card_of(folder, evaluation)}")
 
 
 @click.command(context_settings={"ignore_unknown_options": True})

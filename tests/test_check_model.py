@@ -14,6 +14,7 @@ from gemma_dist.__main__ import main
 from gemma_dist.data.templates import read_template
 from gemma_dist.model.tiny import STYLES, newest_template
 from gemma_dist.serving.check import check_model
+from gemma_dist.serving.commands import server_commands
 from gemma_dist.serving.report import ModelReport
 
 MODEL = "model.safetensors"
@@ -254,6 +255,14 @@ def test_each_damage_is_named(damage: str, copied: Path) -> None:
     text = report.render()
     assert found[0].remedy in text
     assert "served by" not in text
+
+
+def test_the_page_on_serving_has_the_commands_that_are_printed() -> None:
+    page = " ".join((Path(__file__).parents[1] / "docs/serving.md").read_text(encoding="utf-8").split())
+    commands = server_commands("merged")
+    for server in ("transformers", "vLLM", "SGLang"):
+        assert commands[server] in page
+    assert commands["llama.cpp"].partition(" && ")[0] in page
 
 
 def test_a_null_that_is_pythons_is_a_note(copied: Path) -> None:

@@ -27,6 +27,7 @@ from gemma_dist.files import UMASK
 from gemma_dist.model.fingerprint import fingerprint_base
 from gemma_dist.recipe import load_config
 from gemma_dist.resolve import RunIdentity, require_output_dir, resolve, state_layout
+from gemma_dist.serving.check import check_model
 from gemma_dist.shards.reader import open_shards
 from gemma_dist.topology import Topology
 from gemma_dist.train.checkpoint import MARKER, find_checkpoint, saving
@@ -532,12 +533,18 @@ def test_adapter_loads_with_plain_peft_and_is_trained(run: Any, model: str, reci
     assert all(torch.equal(loaded[name], saved[name].to(loaded[name].dtype)) for name in saved)
     record = json.loads((out / "gemma_dist.json").read_text())
     assert bool(record["quantization"]) == (recipe == "cpu_qlora")
+    card = (out / "README.md").read_text()
+    assert record["manifest"] in card
+    assert f"| learning_rate | {record['recipe']['learning_rate']} |" in card
+    assert "[More Information Needed]" not in card
 
 
 def test_nothing_is_left_behind_and_no_pickle_anywhere(run: Any) -> None:
     out = run("cpu_full", "cpu_ddp")
     names = {path.name for path in out.iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "gemma_dist.json"} <= names
+    assert "README.md" in names
+    assert not check_model(out).faults
     assert not [name for name in names if name.startswith((".", "optimizer"))]
     modes = {path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
     assert modes == {0o666 & ~UMASK}, "a group could not share them"

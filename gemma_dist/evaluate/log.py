@@ -48,7 +48,7 @@ def describe_run(
         "model": model,
         "model_hash": "-".join(fingerprint_base(model).values()),
         "adapter": None if adapter is None else str(adapter),
-        "adapter_hash": None if adapter is None else _hash_files(adapter, sorted(adapter.glob("adapter_*"))),
+        "adapter_hash": None if adapter is None else hash_adapter(adapter),
         "data": str(data),
         "data_hash": hash_data(data),
         "limit": limit,
@@ -203,6 +203,11 @@ def hash_data(data: Path) -> str:
     if is_shard_folder(data):
         return open_shards(data).manifest_hash
     return _hash_files(data, [data] if data.is_file() else sorted(filter(Path.is_file, data.rglob("*"))))
+
+
+def hash_adapter(adapter: Path) -> str:
+    """A hash of an adapter's settings and weights."""
+    return _hash_files(adapter, sorted(adapter.glob("adapter_*")))
 
 
 def _hash_files(folder: Path, paths: Iterable[Path]) -> str:

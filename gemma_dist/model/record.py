@@ -4,16 +4,26 @@ After QLoRA it names the layers of the base that were held in 4 bits, and how. E
 and merging adds the adapter to just that. It is written and read here alone.
 """
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import torch
 
+from gemma_dist import __version__
 from gemma_dist.config import EXPERT_WEIGHTS, QuantizationConfig, RunConfig
 from gemma_dist.logs import write_json
+from gemma_dist.model.card import write_card
 from gemma_dist.model.folder import read_json_object
 
 ADAPTER_RECORD = "gemma_dist.json"
+
+# The settings of train that a model card names, in its order.
+RECIPE = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim"),
+    *("num_train_epochs", "max_steps", "global_batch_size", "packing", "seed"),
+)
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
 class Quantization(TypedDict, total=False):
@@ -49,8 +59,11 @@ def write_record(folder: Path, config: RunConfig, model: Any, **more: Any) -> No
         quantization["weights_dtype"] = config.model.dtype
         quantization["modules"] = four_bit_modules(model)
         quantization["parameters"] = four_bit_stacks(model)
-    record = {"base_model": config.model.model_name_or_path, "quantization": quantization}
-    write_json(folder / ADAPTER_RECORD, record | more)
+    record = {"base_model": config.model.model_name_or_path, "quantization": quantization, **more}
+    record["recipe"] = config.train.model_dump(mode="json", include=set(RECIPE)) | {"dtype": config.model.dtype}
+    record["versions"] = _versions()
+    write_card(folder, record)
+    write_json(folder / ADAPTER_RECORD, record)
 
 
 def write_merge_record(
@@ -74,8 +87,16 @@ def write_merge_record(
         "base_weights": base_weights,
         "quantization": quantization,
         "verification": verification,
+        "training": {key: value for key, value in (read_record(adapter) or {}).items() if key != "quantization"},
+        "versions": _versions(),
     }
+    write_card(folder, record)
     write_json(folder / ADAPTER_RECORD, record)
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that made the weights."""
+    return {"gemma_dist": __version__, **{package: version(package) for package in PACKAGES}}
 
 
 def read_record(adapter: Path) -> AdapterRecord | None:

@@ -22,6 +22,7 @@ from gemma_dist.data.encode import Encoder, load_encoder
 from gemma_dist.errors import CheckpointError, Stopped
 from gemma_dist.files import link_or_copy, writing
 from gemma_dist.logs import RunLog, log
+from gemma_dist.model.card import CARD, publish_card
 from gemma_dist.model.cards import card_at_hand, require_card, require_cpu, slow
 from gemma_dist.model.compiled import compile_layers
 from gemma_dist.model.load import add_adapter, load_model, read_config, use_cpu
@@ -55,7 +56,7 @@ STATE_FILES = (
     "complete.json",
     "evaluation.json",
     "optimizer*",
-    "README.md",
+    CARD,  # a user may have written another one meanwhile
 )
 
 # Files of weights that a result may consist of.
@@ -312,6 +313,7 @@ def _publish(checkpoint: Path | None, output_dir: Path) -> None:
     for old in output_dir.iterdir():
         if WEIGHTS.fullmatch(old.name) and old.name not in names:
             old.unlink()  # of an earlier end, in other pieces
+    publish_card(checkpoint, output_dir)
     for path in sorted(result, key=lambda path: path.name == ADAPTER_RECORD):
         with writing(output_dir / path.name) as temporary:
             (link_or_copy if WEIGHTS.fullmatch(path.name) else shutil.copyfile)(path, temporary)

@@ -1,0 +1,202 @@
+"""The model card, README.md beside every adapter and model that this package writes: what it is, and how it came about.
+
+It says what the folder's own record and settings say, so the same folder has the same card. The format of its head is
+the hub's (https://huggingface.co/docs/hub/model-cards). PEFT writes a template of a card into what it saves, with
+"[More Information Needed]" in every section; that one is replaced.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gemma_dist.files import writing
+
+CARD = "README.md"
+OURS = "<!-- Written by gemma_dist from gemma_dist.json. `gemma-dist card` writes it anew, with an evaluation. -->"
+PEFTS = "[More Information Needed]"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
+
+# What is shown first of an evaluation, where it has it.
+METRICS = {
+    "overall": "answers right, calls and texts",
+    "call_exact": "calls exact",
+    "tool_f1": "right tools (F1)",
+    "arg_f1": "right arguments (F1)",
+    "abstain_acc": "no call where none is due",
+    "schema_valid": "calls that fit their tool's schema",
+    "answer_exact": "texts exact",
+    "trajectory_exact": "trajectories right from end to end",
+}
+
+
+def public_name(model: str) -> str:
+    """A model as others can name it: the hub's name, also of a folder in its cache, or the name of a folder alone."""
+    if found := CACHED.search(model):
+        return f"{found[1]}/{found[2]}"
+    if HUB_NAME.fullmatch(model) and not Path(model).exists():
+        return model
+    return Path(model).name
+
+
+def license_of(base: str) -> dict[str, str]:
+    """What the card of a base in a folder says of its license; nothing where it has none at hand."""
+    try:
+        text = (Path(base) / CARD).read_text(encoding="utf-8")
+        head = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        return {}
+    if not isinstance(head, dict):
+        return {}
+    keys = ("license", "license_name", "license_link")
+    return {key: head[key] for key in keys if isinstance(head.get(key), str)}
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a card may be written anew: there is none, or one that nobody has written by hand."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return OURS in text or text.count(PEFTS) > 10
+
+
+def write_card(folder: Path, record: Mapping[str, Any], report: Mapping[str, Any] | None = None) -> bool:
+    """Write the card of a folder, unless somebody wrote one by hand. Returns whether it was written.
+
+    Args:
+        record: of the folder, as gemma_dist.json has it.
+        report: of an evaluation, as report.json has it.
+    """
+    if not is_ours(folder / CARD):
+        return False
+    adapter = None
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    with writing(folder / CARD) as temporary:
+        temporary.write_text(render_card(record, adapter, report), encoding="utf-8")
+    return True
+
+
+def publish_card(checkpoint: Path, result: Path) -> None:
+    """Copy the card of a checkpoint to the result of its run, where nobody wrote one by hand."""
+    try:
+        text = (checkpoint / CARD).read_text(encoding="utf-8")
+    except (OSError, ValueError):  # an earlier version wrote none
+        return
+    if OURS in text and is_ours(result / CARD):
+        with writing(result / CARD) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def render_card(record: Mapping[str, Any], adapter: Mapping[str, Any] | None, report: Mapping[str, Any] | None) -> str:
+    """The card's text.
+
+    Args:
+        adapter: adapter_config.json, where the folder holds an adapter and no model.
+    """
+    base = str(record.get("base_model") or (adapter or {}).get("base_model_name_or_path") or "")
+    name, license_words = public_name(base), license_of(base)
+    trained = record.get("training") or record
+    tuning = "adapter" if adapter else ("finetune" if "adapter" not in record else "merge")
+    head: dict[str, Any] = {}
+    if HUB_NAME.fullmatch(name):
+        head |= {"base_model": name, "base_model_relation": "adapter" if adapter else "finetune"}
+    head |= license_words
+    head |= {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "image-text-to-text"}
+    head["tags"] = sorted({"gemma4", "tool-calling", "gemma_dist", *({"lora"} if tuning != "finetune" else ())})
+    kinds = {
+        "adapter": f"A LoRA adapter of {name}, trained on tool calling.",
+        "merge": f"{name}, with a LoRA adapter that was trained on tool calling added to its weights.",
+        "finetune": f"{name}, fine-tuned on tool calling.",
+    }
+    license_line = "as its base" + (f": {license_words['license']}" if "license" in license_words else "")
+    lines = [
+        "---",
+        yaml.safe_dump(head, sort_keys=False, allow_unicode=True).rstrip(),
+        "---",
+        OURS,
+        "",
+        f"# {name.rpartition('/')[2] or 'Gemma 4'} for tool calling",
+        "",
+        kinds[tuning],
+        "",
+        "## How it came about",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {what} | {value} |" for what, value in _rows(record, trained, adapter)),
+        f"| license | {license_line} |",
+        *_evaluation(report),
+        "",
+        "## Use",
+        "",
+        *_use(tuning),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(
+    record: Mapping[str, Any], trained: Mapping[str, Any], adapter: Mapping[str, Any] | None
+) -> Iterator[tuple[str, str]]:
+    """What the table says: only what is known."""
+    lora = trained.get("lora") or {key: (adapter or {}).get(key) for key in ("r", "lora_alpha", "lora_dropout")}
+    if any(lora.get(key) is not None for key in ("r", "lora_alpha")):
+        options = [key for key in ("use_rslora", "use_dora") if lora.get(key)]
+        yield "LoRA", f"r {lora.get('r')}, alpha {lora.get('lora_alpha')}" + "".join(f", {key}" for key in options)
+    elif trained.get("tuning") == "full":
+        yield "tuning", "all weights"
+    quantization = trained.get("quantization") or trained.get("four_bit") or record.get("quantization")
+    if isinstance(quantization, Mapping) and quantization.get("bnb_4bit_quant_type"):
+        held = f"4 bits ({quantization['bnb_4bit_quant_type']})"
+        yield "base while training", held
+        if "base_weights" in record:
+            yield (
+                "added to",
+                "those weights made full again" if record["base_weights"] == "as_trained" else "the original",
+            )
+    if trained.get("manifest"):
+        yield "data", f"{trained.get('num_samples'):,} samples, manifest `{trained['manifest']}`"
+    for key, value in (trained.get("recipe") or {}).items():
+        yield key, f"{value}"
+    if trained.get("base_weights_hash"):
+        yield "base weights", f"`{trained['base_weights_hash']}`"
+    verification = record.get("verification")
+    if isinstance(verification, Mapping) and "kl" in verification:
+        yield "verified", f"logits of base and adapter: KL {verification['kl']:.2g}"
+    yield from (record.get("versions") or {}).items()
+
+
+def _evaluation(report: Mapping[str, Any] | None) -> list[str]:
+    """The metrics of an evaluation, with how many decision points they are of."""
+    if report is None:
+        return []
+    metrics = report.get("metrics", {})
+    lines = ["", "## Evaluation", "", "| | | of |", "|---|---|---|"]
+    for name, words in METRICS.items():
+        metric = metrics.get(name) or {}
+        if metric.get("value") is not None:
+            lines.append(f"| {words} (`{name}`) | {metric['value']:.1%} | {metric['denominator']:,} |")
+    data = f"{report.get('num_decision_points', 0):,} decision points of {report.get('num_trajectories', 0):,}"
+    return [
+        *lines,
+        "",
+        f"By `gemma-dist evaluate`, on {data} held-out trajectories (data `{report.get('data_hash')}`).",
+    ]
+
+
+def _use(tuning: str) -> list[str]:
+    if tuning == "adapter":
+        return ["    gemma-dist merge --base BASE --adapter . --out merged"]
+    return [
+        "    gemma-dist check-model .",
+        "    gemma-dist serve .",
+        "",
+        "vLLM and SGLang read its calls by their parser `gemma4`.",
+    ]
