@@ -17,7 +17,7 @@ import click
 
 from gemma_dist import __version__
 from gemma_dist.cli_evaluate import compare, evaluate, read_calls, score
-from gemma_dist.cli_serving import card, check_model, serve
+from gemma_dist.cli_serving import card, check_model, push, serve
 from gemma_dist.errors import spell
 from gemma_dist.options import EXISTING, NEW, OrderedGroup, SettingsCommand, spellings
 
@@ -361,5 +361,5 @@ def merge(base: str, adapter: Path, out: Path, verify: bool, settings: "MergeCon
     click.echo(run.merge(base, adapter, out, verify=verify, base_weights=settings.base_weights).summary())
 
 
-for command in (check_model, card, serve):
+for command in (check_model, card, serve, push):
     cli.add_command(command)

@@ -1,4 +1,5 @@
-"""The part of the command line that brings a result to a server, or to the hub: check-model, card, serve.
+"""The part of the command line that brings a result to a server, or to the hub: check-model, card, serve,
+push.
 
 As in `cli.py`, a command reads its options and calls one function, and nothing heavy is imported before it runs.
 """
@@ -56,3 +57,27 @@ def serve(model: str, arguments: tuple[str, ...]) -> None:
     from gemma_dist.serving.serve import serve as run
 
     run(model, arguments)
+
+
+@click.command()
+@click.argument("folder", type=EXISTING)
+@click.argument("name", metavar="OWNER/MODEL")
+@click.option("--private", is_flag=True, help="Make a private model, where there is none of that name yet.")
+@click.option("--yes", is_flag=True, help="Send it. Without, nothing is sent, and no network is asked.")
+def push(folder: Path, name: str, private: bool, yes: bool) -> None:
+    """Show what of FOLDER would go to the hub, or send it.
+
+    Weights, settings, tokenizer, template and card, without places on this machine; optimizer states, checkpoints and
+    logs stay. A model is checked as by `check-model`. Exit code 1: it has faults.
+    """
+    from gemma_dist.serving.push import plan_upload
+    from gemma_dist.serving.push import push as send
+
+    upload = plan_upload(folder, name, private=private)
+    click.echo(upload.render())
+    if yes:
+        click.echo(f"sent: {send(upload)}")
+        return
+    click.echo("nothing was sent: --yes sends it")
+    if upload.report is not None and upload.report.faults:
+        click.get_current_context().exit(1)

@@ -48,6 +48,7 @@ OWNERS = {
     "evaluate/server.py": "evaluate",
     "merge/folders.py": "merge",
     "merge/verify.py": "merge",
+    "model/card.py": "merge",
 }
 
 
