@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from gemma_dist.__main__ import main
 from gemma_dist.merge.run import merge
-from gemma_dist.model.card import CARD, OURS, license_of, public_name, publish_card, render_card, write_card
+from gemma_dist.model.card import CARD, license_of, public_name, publish_card, render_card, write_card
 from gemma_dist.serving.check import check_model
 from tests.support.corpus import row, write_rows
 from tests.test_merge import write_adapter
@@ -86,7 +86,10 @@ def test_the_license_is_what_the_bases_own_card_says(tmp_path: Path) -> None:
     assert license_of(str(tmp_path)) == said
     text = render_card(RECORD | {"base_model": str(tmp_path)}, ADAPTER, None)
     assert head_of(text) | said == head_of(text)
-    assert "as its base: apache-2.0" in text
+    assert "as its base: apache-2.0 |" in text
+    (tmp_path / "LICENSE.txt").write_text("Terms")
+    text = render_card(RECORD | {"base_model": str(tmp_path)}, ADAPTER, None)
+    assert "as its base: apache-2.0 (LICENSE.txt in its folder)" in text
     for broken in ("---\n: [\n---", "no head", "---\n- a\n---\n"):
         (tmp_path / CARD).write_text(broken)
         assert license_of(str(tmp_path)) == {}
@@ -109,10 +112,11 @@ def test_pefts_template_is_replaced_and_a_users_own_card_stays(tmp_path: Path) -
     result.mkdir()
     publish_card(tmp_path, result)
     assert (result / CARD).read_bytes() == first
-    (result / CARD).write_text("Mine.")
-    publish_card(tmp_path, result)
-    assert not write_card(result, RECORD)
-    assert (result / CARD).read_text() == "Mine."
+    for own in ("Mine.", first.decode() + "And a word of mine.\n", first.decode().replace("16", "8", 1)):
+        (result / CARD).write_text(own)
+        publish_card(tmp_path, result)
+        assert not write_card(result, RECORD)
+        assert (result / CARD).read_text() == own
 
 
 @pytest.fixture(scope="module")
@@ -163,4 +167,4 @@ def test_the_card_takes_the_metrics_of_an_evaluation_of_these_very_weights(
     (model / CARD).write_text("Mine.")
     assert main(["card", str(model)]) == 2
     assert "was written by hand" in capsys.readouterr().err
-    assert OURS not in (model / CARD).read_text()
+    assert (model / CARD).read_text() == "Mine."

@@ -5,6 +5,7 @@ the hub's (https://huggingface.co/docs/hub/model-cards). PEFT writes a template 
 "[More Information Needed]" in every section; that one is replaced.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,8 @@ import yaml
 from gemma_dist.files import writing
 
 CARD = "README.md"
-OURS = "<!-- Written by gemma_dist from gemma_dist.json. `gemma-dist card` writes it anew, with an evaluation. -->"
+# By this line a card is known to be as it was written: the hash is that of all other lines.
+OURS = re.compile(r"^<!-- gemma_dist wrote this \(([0-9a-f]{16})\).* -->\n", re.MULTILINE)
 PEFTS = "[More Information Needed]"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
@@ -57,14 +59,20 @@ def license_of(base: str) -> dict[str, str]:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a card may be written anew: there is none, or one that nobody has written by hand."""
+    """Whether a card may be written anew: there is none, or one that nobody wrote or changed by hand."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return True
     except (OSError, ValueError):
         return False
-    return OURS in text or text.count(PEFTS) > 10
+    line = OURS.search(text)
+    is_unchanged = line is not None and line[1] == _hash(text.replace(line[0], "", 1))
+    return is_unchanged or text.count(PEFTS) > 10
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write_card(folder: Path, record: Mapping[str, Any], report: Mapping[str, Any] | None = None) -> bool:
@@ -90,7 +98,7 @@ def publish_card(checkpoint: Path, result: Path) -> None:
         text = (checkpoint / CARD).read_text(encoding="utf-8")
     except (OSError, ValueError):  # an earlier version wrote none
         return
-    if OURS in text and is_ours(result / CARD):
+    if OURS.search(text) and is_ours(result / CARD):
         with writing(result / CARD) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
@@ -117,11 +125,12 @@ def render_card(record: Mapping[str, Any], adapter: Mapping[str, Any] | None, re
         "finetune": f"{name}, fine-tuned on tool calling.",
     }
     license_line = "as its base" + (f": {license_words['license']}" if "license" in license_words else "")
+    if texts := sorted(path.name for path in Path(base).glob("LICENSE*")) if base else []:
+        license_line += f" ({', '.join(texts)} in its folder)"
     lines = [
         "---",
         yaml.safe_dump(head, sort_keys=False, allow_unicode=True).rstrip(),
         "---",
-        OURS,
         "",
         f"# {name.rpartition('/')[2] or 'Gemma 4'} for tool calling",
         "",
@@ -139,7 +148,10 @@ def render_card(record: Mapping[str, Any], adapter: Mapping[str, Any] | None, re
         "",
         *_use(tuning),
     ]
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    words = "`gemma-dist card` writes it anew, with an evaluation, as long as nobody changes it by hand."
+    head_end = text.index("\n---\n") + len("\n---\n")
+    return f"{text[:head_end]}<!-- gemma_dist wrote this ({_hash(text)}). {words} -->\n{text[head_end:]}"
 
 
 def _rows(
@@ -157,10 +169,7 @@ def _rows(
         held = f"4 bits ({quantization['bnb_4bit_quant_type']})"
         yield "base while training", held
         if "base_weights" in record:
-            yield (
-                "added to",
-                "those weights made full again" if record["base_weights"] == "as_trained" else "the original",
-            )
+            yield "added to", "those, made full again" if record["base_weights"] == "as_trained" else "the original"
     if trained.get("manifest"):
         yield "data", f"{trained.get('num_samples'):,} samples, manifest `{trained['manifest']}`"
     for key, value in (trained.get("recipe") or {}).items():
@@ -183,12 +192,9 @@ def _evaluation(report: Mapping[str, Any] | None) -> list[str]:
         metric = metrics.get(name) or {}
         if metric.get("value") is not None:
             lines.append(f"| {words} (`{name}`) | {metric['value']:.1%} | {metric['denominator']:,} |")
-    data = f"{report.get('num_decision_points', 0):,} decision points of {report.get('num_trajectories', 0):,}"
-    return [
-        *lines,
-        "",
-        f"By `gemma-dist evaluate`, on {data} held-out trajectories (data `{report.get('data_hash')}`).",
-    ]
+    points = f"{report.get('num_decision_points', 0):,} decision points"
+    data = f"{report.get('num_trajectories', 0):,} held-out trajectories (data `{report.get('data_hash')}`)"
+    return [*lines, "", f"By `gemma-dist evaluate`, on {points} of {data}."]
 
 
 def _use(tuning: str) -> list[str]:

@@ -47,7 +47,7 @@ def check_model(folder: Path) -> ModelReport:
         report.findings.append(Finding("config.json", what, why, remedy))
     if sizes := flat_sizes(read_json_object(folder / "config.json", "the config is broken")):
         what = "tells the sizes of full layers by per_layer_config alone, as transformers does from 5.15 on"
-        why = "transformers before 5.15, vLLM before 0.28 and llama.cpp before August 2026 do not know it"
+        why = "transformers before 5.15, vLLM up to 0.27 and llama.cpp before its pull request 26882 do not know it"
         remedy = f"add to text_config: {json.dumps(sizes)[1:-1]}"
         report.findings.append(Finding("config.json", what, why, remedy, "note"))
     check_weights(folder, config, report)

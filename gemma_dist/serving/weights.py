@@ -40,9 +40,8 @@ def check_weights(folder: Path, config: Any, report: ModelReport) -> None:
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         report.quantization = str(quantization.get("quant_method", "by a method that is not named"))
-    if entries and not any(
-        finding.level == "fault" for finding in findings
-    ):  # else tensors are missing because files are
+    has_faults = any(finding.level == "fault" for finding in findings)
+    if entries and not has_faults:  # else tensors are missing because files are
         report.findings += _compare(entries, config, report)
     report.findings += _check_dtypes(entries, config, is_quantized=bool(quantization))
 
