@@ -87,11 +87,20 @@ def write_merge_record(
         "base_weights": base_weights,
         "quantization": quantization,
         "verification": verification,
-        "training": {key: value for key, value in (read_record(adapter) or {}).items() if key != "quantization"},
+        "training": _training_of(adapter),
         "versions": _versions(),
     }
     write_card(folder, record)
     write_json(folder / ADAPTER_RECORD, record)
+
+
+def _training_of(adapter: Path) -> dict[str, Any]:
+    """What is known of how an adapter was trained: what its record says, or its own settings."""
+    known = {key: value for key, value in (read_record(adapter) or {}).items() if key != "quantization"}
+    if "lora" not in known:
+        settings = read_json_object(adapter / "adapter_config.json", "the adapter is not a folder that PEFT saved")
+        known["lora"] = {key: settings.get(key) for key in ("r", "lora_alpha", "use_rslora", "use_dora")}
+    return known
 
 
 def _versions() -> dict[str, str]:
