@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,53 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(whole: tuple[Path, Path
     shard([source], out, model)
     assert contents(out) == contents(folder)
     assert (out / "train-00000.parquet").stat().st_ino == finished, "what was done is not done again"
+
+
+def kill_while_clearing(num_removed: int, *arguments: Any, **options: Any) -> None:
+    """A run that ends once its manifest is there, and so many of its work files are gone."""
+    real = assemble.work_files
+
+    def until_then(out: Path) -> Iterator[Path]:
+        """The work files. KeyboardInterrupt after some of them."""
+        yield from real(out)[:num_removed]
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assemble, "work_files", until_then)
+        with pytest.raises(KeyboardInterrupt):
+            shard(*arguments, **options)
+
+
+@pytest.mark.parametrize("num_removed", [0, 1])
+def test_a_run_that_was_killed_with_its_manifest_in_place_is_done(
+    num_removed: int, whole: tuple[Path, Path], model: str, tmp_path: Path
+) -> None:
+    source, folder = whole
+    out = tmp_path / "shards"
+    kill_while_clearing(num_removed, [source], out, model)
+    assert ids(out) == [row["id"] for row in ROWS], "it can be read as it is"
+    report = shard([source], out, model)
+    assert (report.num_written, report.num_shards) == (60, len(list(out.glob("train-*.parquet"))))
+    assert contents(out) == contents(folder)
+    more = write_rows(tmp_path / "more.jsonl", [row(number) for number in range(60, 66)])
+    kill_while_clearing(num_removed, [more], out, model, append=True)
+    assert shard([more], out, model, append=True).num_written == 6
+    assert ids(out) == [f"row-{number}" for number in range(66)]
+    assert not list(out.glob(".*"))
+
+
+def test_what_another_run_left_beside_its_manifest_is_cleared_away(model: str, tmp_path: Path) -> None:
+    first, second = write_rows(tmp_path / "a.jsonl", ROWS[:8]), write_rows(tmp_path / "b.jsonl", ROWS[8:12])
+    out = tmp_path / "shards"
+    kill_while_clearing(1, [first], out, model)
+    with pytest.raises(DataError, match="finished shards already"):
+        shard([second], out, model)
+    assert not list(out.glob(".*"))
+    kill_while_clearing(1, [second], out, model, append=True)
+    third = write_rows(tmp_path / "c.jsonl", ROWS[12:16])
+    assert shard([third], out, model, append=True).num_written == 4
+    assert ids(out) == [row["id"] for row in ROWS[:16]]
+    assert not list(out.glob(".*"))
 
 
 def test_workers_end_with_a_killed_run(whole: tuple[Path, Path], model: str, tmp_path: Path) -> None:

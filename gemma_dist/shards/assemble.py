@@ -133,13 +133,15 @@ def finish(jobs: list[ShardJob], before: Manifest | None, plan: Plan, log_sizes:
     report.num_shards = sum(len(piece.shards) for piece in pieces)
     names = [shard_name(len(old_shards) + i) for i in range(report.num_shards)]
     # Named before they are there: they are known for ours, should this run be killed.
-    write_json(out / UNFINISHED, {**plan, "logs": log_sizes, "shards": names})
+    marker = {**plan, "logs": log_sizes, "shards": names}
+    write_json(out / UNFINISHED, marker)
     new_shards = _name_shards(pieces, names)
     _join_files(_logs(pieces, REJECTED), out / REJECTED, log_sizes.get(REJECTED, 0))
     _join_files(_logs(pieces, TOO_LONG), out / TOO_LONG, log_sizes.get(TOO_LONG, 0))
     tools = write_tools(out, before, _logs(pieces, PIECE_TOOLS))
     if twice := tools.names_declared_twice():
         report.notes[f"tools are declared in different ways, such as {twice[0]}; {TOOLS} holds each"] = len(twice)
+    write_json(out / UNFINISHED, marker | {"report": report.to_json()})
     write_manifest(out, plan, old_shards + new_shards, _join_lines(pieces, before), len(tools))
     for path in work_files(out):
         path.unlink(missing_ok=True)

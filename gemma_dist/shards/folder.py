@@ -9,14 +9,14 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from gemma_dist.aliases import current_values
 from gemma_dist.errors import DataError
 from gemma_dist.logs import log, write_json
 from gemma_dist.shards.manifest import MANIFEST, UNFINISHED, CorpusHeader, Manifest, read_manifest
 from gemma_dist.shards.pieces import piece_files
-from gemma_dist.shards.report import REJECTED, TOO_LONG
+from gemma_dist.shards.report import REJECTED, TOO_LONG, ShardReport
 from gemma_dist.shards.tools import TOOLS, refuse_foreign_tools
 
 APPEND_REJECTED = "append_rejected.jsonl"  # of an --append that was refused
@@ -40,6 +40,7 @@ class Marker(TypedDict, total=False):
     append_to: str | None
     logs: dict[str, int]  # bytes of the logs before the append
     shards: list[str]  # those that were about to get their names
+    report: dict[str, Any]  # a ShardReport's; there once nothing but the manifest is wanting
 
 
 def open_to_append(out: Path, corpus: CorpusHeader) -> Manifest:
@@ -69,6 +70,26 @@ def open_to_append(out: Path, corpus: CorpusHeader) -> Manifest:
         raise DataError(f"{out} was made with other settings: {'; '.join(changed)}; append with the same ones")
     refuse_foreign_tools(out, manifest)
     return manifest
+
+
+def finished_already(out: Path, plan: Plan) -> ShardReport | None:
+    """What a run that was killed with its manifest in place has done, if it had this plan. What it left is removed.
+
+    Args:
+        plan: what this call is to do; `append_to` is not looked at.
+    """
+    left = _read_marker(out)
+    if "report" not in left or not (out / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(out / MANIFEST, str(out / MANIFEST))
+    if not set(left["shards"]) <= {shard["name"] for shard in manifest.header["shards"]}:
+        return None  # the manifest is the one from before the append
+    for path in work_files(out):
+        path.unlink(missing_ok=True)
+    if any(left.get(name) != value for name, value in plan.items() if name != "append_to"):
+        return None
+    log.info("%s: an earlier run of this command wrote all of it, and was killed before it could say so", out)
+    return ShardReport(**left["report"])
 
 
 def claim_folder(out: Path, plan: Plan, before: Manifest | None) -> dict[str, int]:

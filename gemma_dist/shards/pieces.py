@@ -29,7 +29,7 @@ from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import DataError, spell
 from gemma_dist.files import publish
 from gemma_dist.logs import JsonlWriter
-from gemma_dist.shards.manifest import COUNTS, RowGroupPlace, ShardEntry, row_group_line
+from gemma_dist.shards.manifest import COUNTS, RowGroupPlace, ShardEntry, digest, row_group_line
 from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
 from gemma_dist.shards.report import OPTIONS, REJECTED, TOO_LONG, ShardReport
 from gemma_dist.shards.tools import SeenTools
@@ -339,15 +339,18 @@ def _describe(path: Path) -> _FinishedShard:
     metadata = pq.read_metadata(path)
     places = []
     with path.open("rb") as file:
-        rest_crc32 = zlib.crc32(file.read(4))
+        magic = file.read(4)
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
             columns = [group.column(column) for column in range(group.num_columns)]
             offset = columns[0].data_page_offset
             num_bytes = sum(column.total_compressed_size for column in columns)
             assert offset == file.tell(), "row groups lie one behind the other, without dictionary pages"
-            places.append(RowGroupPlace(offset, num_bytes, zlib.crc32(file.read(num_bytes))))
+            places.append(RowGroupPlace(offset, num_bytes, digest(file.read(num_bytes))))
         footer = file.read()
-        rest_crc32 = zlib.crc32(footer, rest_crc32)
-        entry: ShardEntry = {"name": path.name, "bytes": file.tell(), "rest_crc32": rest_crc32}
+        entry: ShardEntry = {
+            "name": path.name,
+            "bytes": file.tell(),
+            "rest_digest": digest(magic + footer).hex(),
+        }
     return _FinishedShard(entry, places, zlib.compress(footer))

@@ -32,7 +32,7 @@ from gemma_dist.data.rows import InputRange, ReadRow, read_ranges, split_input
 from gemma_dist.errors import DataError
 from gemma_dist.logs import log, progress
 from gemma_dist.shards.assemble import find_repeated, finish
-from gemma_dist.shards.folder import Plan, claim_folder, open_to_append
+from gemma_dist.shards.folder import Plan, claim_folder, finished_already, open_to_append
 from gemma_dist.shards.manifest import CorpusHeader
 from gemma_dist.shards.pieces import ShardJob, run_job
 from gemma_dist.shards.report import ShardReport
@@ -76,7 +76,6 @@ def run_shard(
         "fingerprint": encoder.fingerprint,
         "settings": settings.model_dump(mode="json", exclude={"media_root"}),
     }
-    before = open_to_append(out, corpus) if append else None
     pieces = list(_split_pieces(inputs))
     jobs = [
         ShardJob(out, number, ranges, model, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES)
@@ -88,8 +87,12 @@ def run_shard(
         "media_root": str(settings.media_root),
         "skip_invalid": skip_invalid,
         "sizes": [PIECE_BYTES, ROW_GROUP_BYTES, SHARD_BYTES],
-        "append_to": before.sha256 if before else None,
+        "append_to": None,
     }
+    if done := finished_already(out, plan):
+        return done
+    before = open_to_append(out, corpus) if append else None
+    plan["append_to"] = before.sha256 if before else None
     log_sizes = claim_folder(out, plan, before)
     _work_on(jobs, encoder, num_workers)
     if repeated := find_repeated(jobs, before, out):  # those pieces are done again, without these rows
