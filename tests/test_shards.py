@@ -92,7 +92,10 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path, model: str, small_p
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         shard_rows(tmp_path / name, model, ROWS)
-        contents.append({path.name: path.read_bytes() for path in (tmp_path / name / "shards").iterdir()})
+        files = set((tmp_path / name / "shards").iterdir()) - {
+            tmp_path / name / "shards" / ".finished"
+        }  # names the input
+        contents.append({path.name: path.read_bytes() for path in files})
     assert contents[0] == contents[1]
 
 
@@ -129,6 +132,7 @@ def test_skip_invalid_writes_the_rest_and_counts_everything(tmp_path: Path, mode
         "manifest.arrow",
         "rejected.jsonl",
         "tools.json",
+        ".finished",
     }
 
 
@@ -156,7 +160,7 @@ def test_nothing_left_to_write_is_an_error(tmp_path: Path, model: str) -> None:
 def test_finished_shards_and_strange_folders_are_never_overwritten(tmp_path: Path, model: str) -> None:
     shard_rows(tmp_path, model, ROWS[:1])
     with pytest.raises(DataError, match="finished shards already"):
-        shard_rows(tmp_path, model, ROWS[:1])
+        shard_rows(tmp_path, model, ROWS[:2])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "train-00000.parquet").touch()
     with pytest.raises(DataError, match=r"train-00000\.parquet"):
@@ -176,7 +180,7 @@ def test_what_a_killed_run_left_is_no_shard_folder_and_is_replaced(tmp_path: Pat
         list(load_trajectories(folder, ShardConfig()))
     shard_rows(tmp_path, model, ROWS[:1])
     assert len(open_shards(folder)) == 1
-    assert {path.name for path in folder.iterdir()} == {"train-00000.parquet", "manifest.arrow"}
+    assert {path.name for path in folder.iterdir()} == {"train-00000.parquet", "manifest.arrow", ".finished"}
 
 
 # ---- too long --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from gemma_dist.data.rows import row_of_sample
 from gemma_dist.errors import DataError
 from gemma_dist.files import publish, sync
 from gemma_dist.logs import write_json
-from gemma_dist.shards.folder import APPEND_REJECTED, Plan, clear_folder, shard_name, work_files
+from gemma_dist.shards.folder import APPEND_REJECTED, Plan, clear_folder, shard_name, tidy
 from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
 from gemma_dist.shards.manifest import UNFINISHED, Manifest, ShardEntry, write_manifest
 from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, PIECE_TOOLS, PLACES, PieceHeader, Refused, ShardJob
@@ -141,10 +141,10 @@ def finish(jobs: list[ShardJob], before: Manifest | None, plan: Plan, log_sizes:
     tools = write_tools(out, before, _logs(pieces, PIECE_TOOLS))
     if twice := tools.names_declared_twice():
         report.notes[f"tools are declared in different ways, such as {twice[0]}; {TOOLS} holds each"] = len(twice)
-    write_json(out / UNFINISHED, marker | {"report": report.to_json()})
+    what_was_done = {name: value for name, value in report.to_json().items() if name != "out"}
+    write_json(out / UNFINISHED, marker | {"report": what_was_done})
     write_manifest(out, plan, old_shards + new_shards, _join_lines(pieces, before), len(tools))
-    for path in work_files(out):
-        path.unlink(missing_ok=True)
+    tidy(out)
     return report
 
 

@@ -36,6 +36,7 @@ from gemma_dist.logs import log
 FORMAT_VERSION, EARLIER_VERSION = 3, 2
 MANIFEST = "manifest.arrow"
 UNFINISHED = ".unfinished"  # stands in a folder while `gemma-dist shard` writes to it
+FINISHED = ".finished"  # what it becomes: what the last call did
 END = b"GEMMDIST"  # of the file, behind its SHA-256
 NUM_CRC32_BYTES = 4
 READ_BYTES = 1 << 20
