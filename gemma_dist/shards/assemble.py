@@ -41,6 +41,11 @@ def _read_piece(job: ShardJob) -> _Piece:
     return _Piece(job, ShardReport(**header["report"]), header["errors"], header["shards"], table)
 
 
+def num_rejected(jobs: list[ShardJob]) -> int:
+    """Rows that were refused in jobs that are done."""
+    return sum(_read_piece(job).report.num_rejected for job in jobs)
+
+
 # ---- repeated ids ----------------------------------------------------------------------------------------------------
 
 

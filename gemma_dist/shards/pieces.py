@@ -10,7 +10,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
@@ -112,8 +112,12 @@ def piece_files(out: Path, number: int | None = None) -> list[Path]:
     return found
 
 
-def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow]) -> None:
-    """Write the shards, the logs and last the record of a piece."""
+def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow], tell: Callable[[str], None]) -> None:
+    """Write the shards, the logs and last the record of a piece.
+
+    Args:
+        tell: called with the error of each row that is refused, at once.
+    """
     job.record.unlink(missing_ok=True)  # first: a record stands for files that are there
     for left in piece_files(job.out, job.number):
         left.unlink()
@@ -136,6 +140,7 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow]) -> None:
                 ]
         except DataError as error:
             report.num_rejected += 1
+            tell(spell(str(error), OPTIONS))
             rejected.write(place | {"error": spell(str(error), OPTIONS)})
             if len(errors) < NUM_ERRORS_SHOWN:
                 errors.append(str(error))
