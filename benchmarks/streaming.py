@@ -148,7 +148,7 @@ def write_synthetic_manifest(folder: Path, lengths: np.ndarray) -> Path:
         "shard": numbers // SHARD_ROW_GROUPS,
         "offset": 4 + numbers % SHARD_ROW_GROUPS * ROW_GROUP_BYTES,
         "num_bytes": np.full(num_row_groups, ROW_GROUP_BYTES),
-        "crc32": np.zeros(num_row_groups, np.int64),
+        "digest": [bytes(32)] * num_row_groups,
         "num_samples": np.full(num_row_groups, ROW_GROUP_SAMPLES),
         "num_tokens": lengths.reshape(-1, ROW_GROUP_SAMPLES).sum(1),
         "footer": [zlib.compress(b"") if number % SHARD_ROW_GROUPS == 0 else None for number in numbers],
@@ -156,7 +156,7 @@ def write_synthetic_manifest(folder: Path, lengths: np.ndarray) -> Path:
         **dict(zip(COUNTS, lists, strict=True)),
     }
     files: list[ShardEntry] = [
-        {"name": f"train-{i:05}.parquet", "bytes": 0, "rest_crc32": 0}
+        {"name": f"train-{i:05}.parquet", "bytes": 0, "rest_digest": ""}
         for i in range(1 + numbers[-1] // SHARD_ROW_GROUPS)
     ]
     folder.mkdir()

@@ -80,6 +80,9 @@ def tiny(out: Path, style: str) -> None:
 @click.option("--out", required=True, type=NEW, help="Folder for the shards; must hold none, except with --append.")
 @click.option("--model", required=True, help="Folder or Hub name of the model whose tokens are counted.")
 @click.option("--skip-invalid", is_flag=True, help="Write invalid rows to OUT/rejected.jsonl instead of stopping.")
+@click.option(
+    "--max-rejected", type=click.IntRange(min=0), help="Stop once more rows are invalid; default: look at all."
+)
 @click.option("--append", is_flag=True, help="Add to finished shards, which stay as they are.")
 @click.option("--num-workers", type=click.IntRange(min=1), help="Number of processes; default: one per core.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
@@ -88,6 +91,7 @@ def shard(
     out: Path,
     model: str,
     skip_invalid: bool,
+    max_rejected: int | None,
     append: bool,
     num_workers: int | None,
     as_json: bool,
@@ -100,7 +104,16 @@ def shard(
     """
     from gemma_dist.shards.sharding import run_shard
 
-    report = run_shard(list(inputs), out, model, settings, skip_invalid, append=append, num_workers=num_workers)
+    report = run_shard(
+        list(inputs),
+        out,
+        model,
+        settings,
+        skip_invalid,
+        append=append,
+        num_workers=num_workers,
+        max_rejected=max_rejected,
+    )
     click.echo(json.dumps(report.to_json()) if as_json else report.summary())
 
 

@@ -1,6 +1,7 @@
 """Encoding: the ids are the processor's own, and the labels lie on what the model itself emits and on nothing else."""
 
 import base64
+import copy
 import functools
 import io
 import json
@@ -21,6 +22,7 @@ from PIL import Image
 from gemma_dist.config import EncodingConfig, EvaluateConfig, RowConfig
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded, Encoder, load_encoder
 from gemma_dist.data.rows import read_rows
+from gemma_dist.data.templates import without_sandbox
 from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.data.types import Message
 from gemma_dist.errors import CheckpointError, ConfigError, DataError
@@ -148,6 +150,17 @@ def real_rows(shared: Path) -> list[Trajectory]:
     names = ("toolcalls/train", "toolcalls/eval_multiturn", "multimodal/train", "multimodal/eval")
     files = [shared / "data" / f"{name}.jsonl" for name in (*names, "multimodal/image_pairs")]
     return [parse_row(row, where, EvaluateConfig()) for where, row in read_rows(files)]  # test cases among them
+
+
+def test_only_templates_that_are_known_are_rendered_without_the_sandbox(encoder_of: EncoderOf) -> None:
+    for name in TEMPLATES:
+        known = encoder_of(name).processor.chat_template
+        assert without_sandbox(known) is not None
+        assert without_sandbox(known + " ") is None
+    strange = copy.copy(encoder_of().processor)
+    strange.chat_template = "{{ ''.__class__.__mro__ }}" + strange.chat_template
+    with pytest.raises(DataError, match="unsafe"):
+        Encoder(strange).encode(trajectory({"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}))
 
 
 def expected_refusal(template: str, row: Trajectory) -> str | None:

@@ -1,5 +1,6 @@
 """Fetching: one request a row group, patience with what may pass, and never a byte that was not written."""
 
+import hashlib
 import logging
 import multiprocessing
 import resource
@@ -8,25 +9,27 @@ import socket
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from gemma_dist.config import ShardConfig
 from gemma_dist.errors import ConfigError, DataError
 from gemma_dist.shards import fetch as module
 from gemma_dist.shards import sharding
 from gemma_dist.shards.fetch import Fetcher, FetchError
+from gemma_dist.shards.manifest import digest
 from gemma_dist.shards.reader import open_shards
-from tests.support.corpus import row, shard_rows
+from gemma_dist.shards.sharding import run_shard
+from tests.support.corpus import row, shard_rows, write_rows
 from tests.support.store import Server, serve
 
 DATA = bytes(range(256)) * 40
 PIECE = slice(1000, 3000)
-CRC = zlib.crc32(DATA[PIECE])
-WHERE = (1000, 2000, CRC)
+DIGEST = digest(DATA[PIECE])
+WHERE = (1000, 2000, DIGEST)
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def num_kept_bytes(cache_dir: Path) -> int:
 
 def reads_well(fetcher: Fetcher, url: str, start: int, num_bytes: int) -> bool:
     expected = DATA[start : start + num_bytes]
-    return fetcher.read(url, start, num_bytes, zlib.crc32(expected)) == expected
+    return fetcher.read(url, start, num_bytes, digest(expected)) == expected
 
 
 def test_a_local_file_is_read_and_checked(tmp_path: Path) -> None:
@@ -72,9 +75,9 @@ def test_a_local_file_is_read_and_checked(tmp_path: Path) -> None:
     assert fetcher.size(path) == len(DATA)
     assert fetcher.download(path) == Path(path)
     with pytest.raises(FetchError, match="checksum"):
-        fetcher.read(path, 1001, 2000, CRC)
+        fetcher.read(path, 1001, 2000, DIGEST)
     with pytest.raises(FetchError, match="ends early: 240 bytes"):
-        fetcher.read(path, 10_000, 2000, CRC)
+        fetcher.read(path, 10_000, 2000, DIGEST)
     with pytest.raises(FileNotFoundError):
         fetcher.read(path + "x", *WHERE)
 
@@ -120,7 +123,7 @@ def test_what_may_pass_is_tried_again(server: Server, trouble: list[str], log: p
 def test_what_does_not_pass_is_an_error(server: Server) -> None:
     url = f"{server.url}/data"
     with pytest.raises(FetchError, match=rf"{url} cannot be fetched, tried 6 times: .*checksum"):
-        Fetcher(None, 0).read(url, 1000, 2000, CRC + 1)
+        Fetcher(None, 0).read(url, 1000, 2000, digest(b""))
     assert len(server.requests) == module.NUM_TRIES
     server.trouble = ["503"] * 20
     with pytest.raises(FetchError, match="tried 6 times"):
@@ -173,7 +176,7 @@ def test_memory_files_work_from_many_threads() -> None:
 
     fsspec.filesystem("memory").pipe_file("/many", DATA)
     fetcher = Fetcher(None, 0)
-    places = [(start, 100, zlib.crc32(DATA[start : start + 100])) for start in range(0, 10_000, 50)]
+    places = [(start, 100, digest(DATA[start : start + 100])) for start in range(0, 10_000, 50)]
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda place: fetcher.read("memory://many", *place), places))
     assert found == [DATA[start : start + 100] for start, _, _ in places]
@@ -204,7 +207,7 @@ def test_damage_on_the_way_is_not_cached(server: Server, tmp_path: Path) -> None
     assert fetcher.read(f"{server.url}/data", *WHERE) == fetcher.read(f"{server.url}/data", *WHERE) == DATA[PIECE]
     assert len(server.requests) == 2
     with pytest.raises(FetchError, match="checksum"):
-        fetcher.read(f"{server.url}/data", 0, 2000, CRC)
+        fetcher.read(f"{server.url}/data", 0, 2000, DIGEST)
     assert len(kept(tmp_path)) == 1
 
 
@@ -265,24 +268,27 @@ def test_a_full_disk_stops_nothing(server: Server, tmp_path: Path, log: pytest.L
 
 
 def test_what_a_killed_process_left_is_removed(server: Server, tmp_path: Path) -> None:
-    for left in ("gemma_dist-row-groups/abc.77.tmp", "gemma_dist-manifests/abc.77.tmp"):
+    url = f"{server.url}/data"
+    manifest = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-data"
+    for left in ("gemma_dist-row-groups/abc.77.tmp", f"gemma_dist-manifests/{manifest}.77.tmp"):
         (tmp_path / left).parent.mkdir()
         (tmp_path / left).write_bytes(DATA)
     fetcher = Fetcher(tmp_path, 10**6)
-    fetcher.download(f"{server.url}/data")
+    fetcher.download(url)
     assert not list(tmp_path.rglob("*.tmp"))
     assert fetcher.read(f"{server.url}/data", *WHERE) == DATA[PIECE]
 
 
 READER = """
-import sys, zlib
+import sys
 from pathlib import Path
 from gemma_dist.shards.fetch import Fetcher
+from gemma_dist.shards.manifest import digest
 data, fetcher = bytes(range(256)) * 40, Fetcher(Path(sys.argv[2]), 10**6)
 print("ready", flush=True)
 sys.stdin.readline()
 for start in range(0, 10_000, 500):
-    assert fetcher.read(sys.argv[1], start, 500, zlib.crc32(data[start : start + 500])) == data[start : start + 500]
+    assert fetcher.read(sys.argv[1], start, 500, digest(data[start : start + 500])) == data[start : start + 500]
 """
 
 
@@ -361,6 +367,90 @@ def test_shards_over_http_cost_one_request_a_row_group(server: Server, shard_fol
     assert len(server.requests) == 1 + num_row_groups, "the manifest, and each row group once"
 
 
+def test_a_manifest_that_is_kept_is_taken_while_the_store_has_the_same(
+    server: Server, shard_folder: Path, model: str, tmp_path: Path
+) -> None:
+    def put() -> None:
+        server.files = {f"corpus/{path.name}": path.read_bytes() for path in shard_folder.iterdir()}
+
+    def manifest_requests() -> list[str | None]:
+        """The ranges that were asked for since the last time."""
+        found = [wanted for name, wanted in server.requests if name == "corpus/manifest.arrow"]
+        server.requests.clear()
+        return found
+
+    put()
+    url, fetcher = f"{server.url}/corpus", Fetcher(tmp_path / "cache", 10**8)
+    check(url, shard_folder, fetcher)
+    assert manifest_requests() == [None]
+    size = (shard_folder / "manifest.arrow").stat().st_size
+    for process in (fetcher, Fetcher(tmp_path / "cache", 10**8)):
+        check(url, shard_folder, process)
+        assert manifest_requests() == [f"bytes={size - 40}-{size}"], "its last 40 bytes, and none behind them"
+    (kept,) = (tmp_path / "cache").rglob("*manifest.arrow")
+    damaged = bytearray(kept.read_bytes())
+    damaged[100] ^= 1
+    kept.unlink()
+    kept.write_bytes(damaged)
+    check(url, shard_folder, fetcher)
+    assert manifest_requests() == [None], "what the disk damaged is fetched again"
+    source = write_rows(tmp_path / "more.jsonl", [row(number) for number in range(20, 24)])
+    run_shard([source], shard_folder, model, ShardConfig(), False, append=True)
+    put()
+    assert len(open_shards(url, fetcher=fetcher)) == 24
+    assert manifest_requests()[-1] is None, "what was appended to is fetched again"
+
+
+REFUSALS = [
+    (404, "NoSuchBucket", "there is no such bucket .*check its name"),
+    (403, "InvalidAccessKeyId", "does not know these credentials .*AWS_ACCESS_KEY_ID"),
+    (403, "SignatureDoesNotMatch", "secret key .*AWS_SECRET_ACCESS_KEY"),
+    (400, "ExpiredToken", "have expired .*renew"),
+    (403, "RequestTimeTooSkewed", "clock is wrong .*set it"),
+    (403, "AccessDenied", "may not read it .*s3:GetObject"),
+    (400, "AuthorizationHeaderMalformed", "another region .*AWS_DEFAULT_REGION"),
+]
+
+
+@pytest.fixture
+def s3_of_now() -> Iterator[None]:
+    """s3fs keeps its clients, with the endpoint and the credentials of then."""
+    import fsspec
+
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    yield
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def test_a_refusal_of_a_store_is_told_with_its_cause_and_no_word_of_damage(
+    s3_of_now: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve({}) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "testing")
+        for status, code, words in REFUSALS:
+            server.refusal = status, code
+            with pytest.raises(DataError, match=f"not given: s3://bucket/corpus/manifest.arrow: .*{words}") as caught:
+                open_shards("s3://bucket/corpus")
+            assert "make shards" not in str(caught.value)
+            assert "restore" not in str(caught.value).lower()
+            with pytest.raises(FetchError, match=words):
+                Fetcher(None, 0).read("s3://bucket/data", *WHERE)
+
+
+def test_credentials_that_are_not_there_are_told_as_such(
+    s3_of_now: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    with pytest.raises(FetchError, match=r"no credentials were found .*AWS_PROFILE"):
+        Fetcher(None, 0).read("s3://bucket/data", *WHERE)
+
+
 def test_damage_in_a_store_is_named(server: Server, shard_folder: Path) -> None:
     server.files = {f"corpus/{path.name}": path.read_bytes() for path in shard_folder.iterdir()}
     whole = server.files["corpus/train-00000.parquet"]
@@ -399,11 +489,12 @@ def test_shards_in_an_s3_store(
             assert fetcher.read("s3://bucket/data", *WHERE) == DATA[PIECE]
         served = [record.getMessage() for record in caplog.records if record.name == "werkzeug"]
         assert ["GET /bucket/data" in line for line in served] == [True], "one request"
-        for url in ("s3://bucket/absent", "s3://absent/data"):
-            with pytest.raises(FileNotFoundError):
-                fetcher.read(url, *WHERE)
+        with pytest.raises(FileNotFoundError):
+            fetcher.read("s3://bucket/absent", *WHERE)
+        with pytest.raises(FetchError, match=r"s3://absent/data: there is no such bucket .*AWS_ENDPOINT_URL"):
+            fetcher.read("s3://absent/data", *WHERE)
         with pytest.raises(FetchError, match=r"s3://bucket/data cannot be fetched: .*range"):
-            fetcher.read("s3://bucket/data", len(DATA) + 10, 10, 0)
+            fetcher.read("s3://bucket/data", len(DATA) + 10, 10, b"")
         with pytest.raises(DataError, match=r"holds no manifest\.arrow"):
             open_shards("s3://bucket/elsewhere")
     finally:

@@ -110,6 +110,76 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(whole: tuple[Path, Path
     assert (out / "train-00000.parquet").stat().st_ino == finished, "what was done is not done again"
 
 
+def kill_while_clearing(num_removed: int, *arguments: Any, **options: Any) -> None:
+    """A run that ends once its manifest is there, and so many of its work files are gone."""
+
+    def killed(out: Path) -> None:
+        for path in folder_module.work_files(out)[:num_removed]:
+            path.unlink()
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assemble, "tidy", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shard(*arguments, **options)
+
+
+@pytest.mark.parametrize("num_removed", [0, 1])
+def test_a_run_that_was_killed_with_its_manifest_in_place_is_done(
+    num_removed: int, whole: tuple[Path, Path], model: str, tmp_path: Path
+) -> None:
+    source, folder = whole
+    out = tmp_path / "shards"
+    kill_while_clearing(num_removed, [source], out, model)
+    assert ids(out) == [row["id"] for row in ROWS], "it can be read as it is"
+    report = shard([source], out, model)
+    assert (report.num_written, report.num_shards) == (60, len(list(out.glob("train-*.parquet"))))
+    assert contents(out) == contents(folder)
+    more = write_rows(tmp_path / "more.jsonl", [row(number) for number in range(60, 66)])
+    kill_while_clearing(num_removed, [more], out, model, append=True)
+    assert shard([more], out, model, append=True).num_written == 6
+    assert ids(out) == [f"row-{number}" for number in range(66)]
+    assert list(out.glob(".*")) == [out / ".finished"]
+
+
+def test_the_same_command_again_says_that_all_is_there(model: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "a.jsonl", tmp_path / "shards"
+    write_rows(source, ROWS[:8])
+    first = shard([source], out, model)
+    before = contents(out)
+    assert shard([source], out, model) == first
+    more = write_rows(tmp_path / "b.jsonl", ROWS[8:12])
+    second = shard([more], out, model, append=True)
+    after = contents(out)
+    assert shard([more], out, model, append=True) == second
+    assert contents(out) == after != before
+    source.write_text(source.read_text() + json.dumps(ROWS[12]) + "\n")
+    with pytest.raises(DataError, match="finished shards already"):
+        shard([source], out, model)
+
+
+def test_a_run_that_was_killed_in_its_first_write_is_in_nobodys_way(model: str, tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "a.jsonl", ROWS[:2]), tmp_path / "shards"
+    out.mkdir()
+    (out / "..unfinished.77.tmp").write_text("{")
+    assert shard([source], out, model).num_written == 2
+    assert list(out.glob(".*")) == [out / ".finished"]
+
+
+def test_what_another_run_left_beside_its_manifest_is_cleared_away(model: str, tmp_path: Path) -> None:
+    first, second = write_rows(tmp_path / "a.jsonl", ROWS[:8]), write_rows(tmp_path / "b.jsonl", ROWS[8:12])
+    out = tmp_path / "shards"
+    kill_while_clearing(1, [first], out, model)
+    with pytest.raises(DataError, match="finished shards already"):
+        shard([second], out, model)
+    assert list(out.glob(".*")) == [out / ".finished"]
+    kill_while_clearing(1, [second], out, model, append=True)
+    third = write_rows(tmp_path / "c.jsonl", ROWS[12:16])
+    assert shard([third], out, model, append=True).num_written == 4
+    assert ids(out) == [row["id"] for row in ROWS[:16]]
+    assert list(out.glob(".*")) == [out / ".finished"]
+
+
 def test_workers_end_with_a_killed_run(whole: tuple[Path, Path], model: str, tmp_path: Path) -> None:
     source, folder = whole
     out = tmp_path / "shards"
@@ -164,7 +234,7 @@ def test_what_another_run_left_is_replaced(whole: tuple[Path, Path], model: str,
     kill_at(out / ".piece-00001.arrow", whole[0], out, model)
     shard([write_rows(tmp_path / "rows.jsonl", ROWS[50:])], out, model)
     assert ids(out) == [row["id"] for row in ROWS[50:]]
-    assert not list(out.glob(".*"))
+    assert list(out.glob(".*")) == [out / ".finished"]
 
 
 # ---- append ----------------------------------------------------------------------------------------------------------
@@ -178,7 +248,7 @@ def test_appended_rows_come_behind_the_others_which_stay(model: str, tmp_path: P
     opened = open_shards(out)
     report = shard([second], out, model, append=True)
     after = contents(out)
-    assert all(after[name] == data for name, data in before.items() if name != "manifest.arrow")
+    assert all(after[name] == data for name, data in before.items() if name not in ("manifest.arrow", ".finished"))
     assert ids(out) == [row["id"] for row in ROWS]
     assert (report.num_written, report.num_shards) == (20, len(after) - len(before))
     assert len(opened) == 40
@@ -197,7 +267,7 @@ def test_a_killed_append_leaves_the_corpus_whole_and_goes_on(model: str, tmp_pat
     )
     shard([second], out, model, append=True)
     assert ids(out) == [row["id"] for row in ROWS]
-    assert not list(out.glob(".*"))
+    assert list(out.glob(".*")) == [out / ".finished"]
 
 
 def test_an_append_that_does_not_go_is_refused_and_changes_nothing(model: str, tmp_path: Path) -> None:
@@ -254,7 +324,7 @@ def check_foreign(folder: Path) -> None:
     for name in FOREIGN:
         assert (folder / name).read_text() == name
     hidden = {path.name for path in folder.glob(".*")}
-    assert hidden <= {Path(name).parts[0] for name in FOREIGN}, "of ours, nothing is left behind"
+    assert hidden <= {".finished", *(Path(name).parts[0] for name in FOREIGN)}, "of ours, nothing is left behind"
 
 
 def kill_before_the_manifest(*arguments: Any, **options: Any) -> None:
@@ -321,6 +391,28 @@ def test_shards_that_the_manifest_does_not_name_are_not_written_over(model: str,
 
 
 # ---- refused rows over all pieces ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_refused_rows_are_told_as_they_come_and_stop_a_run_that_has_too_many(
+    num_workers: int, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module.log, "propagate", True)
+    bad = [{"id": f"bad-{number}", "messages": []} for number in range(4)]
+    source = write_rows(tmp_path / "rows.jsonl", [bad[0], *ROWS[:6], bad[1], *ROWS[6:12], *bad[2:], ROWS[0]])
+    out = tmp_path / "shards"
+    for skip_invalid in (False, True):
+        with pytest.raises(DataError, match=r"\d rows are refused already, more than --max-rejected [03]"):
+            shard([source], out, model, skip_invalid, num_workers=num_workers, max_rejected=3 * skip_invalid)
+    assert not (out / "manifest.arrow").exists()
+    told = [message for message in caplog.messages if message.startswith("refused: ")]
+    assert f"{source}:1: " in told[0]
+    caplog.clear()
+    with pytest.raises(DataError, match="5 rows are refused already, more than --max-rejected 4"):  # the repeated id
+        shard([source], out, model, True, num_workers=num_workers, max_rejected=4)
+    assert "'row-0' belongs to" in caplog.messages[-1]
+    report = shard([source], out, model, True, num_workers=num_workers, max_rejected=5)
+    assert (report.num_written, report.num_rejected) == (12, 5)
 
 
 def test_repeated_ids_are_found_over_all_pieces(model: str, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Shards: whole or absent, the same bytes for the same input, and no damaged byte is ever read."""
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,6 +17,7 @@ from gemma_dist.data.unroll import first_messages
 from gemma_dist.errors import DataError
 from gemma_dist.shards import reader as shards_module
 from gemma_dist.shards import sharding as module
+from gemma_dist.shards.manifest import read_manifest
 from gemma_dist.shards.reader import load_trajectories, open_shards
 from gemma_dist.shards.sharding import run_shard
 from tests.support.corpus import answer, call, picture, row, shard_rows, write_rows
@@ -89,7 +92,10 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path, model: str, small_p
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         shard_rows(tmp_path / name, model, ROWS)
-        contents.append({path.name: path.read_bytes() for path in (tmp_path / name / "shards").iterdir()})
+        files = set((tmp_path / name / "shards").iterdir()) - {
+            tmp_path / name / "shards" / ".finished"
+        }  # names the input
+        contents.append({path.name: path.read_bytes() for path in files})
     assert contents[0] == contents[1]
 
 
@@ -126,6 +132,7 @@ def test_skip_invalid_writes_the_rest_and_counts_everything(tmp_path: Path, mode
         "manifest.arrow",
         "rejected.jsonl",
         "tools.json",
+        ".finished",
     }
 
 
@@ -153,7 +160,7 @@ def test_nothing_left_to_write_is_an_error(tmp_path: Path, model: str) -> None:
 def test_finished_shards_and_strange_folders_are_never_overwritten(tmp_path: Path, model: str) -> None:
     shard_rows(tmp_path, model, ROWS[:1])
     with pytest.raises(DataError, match="finished shards already"):
-        shard_rows(tmp_path, model, ROWS[:1])
+        shard_rows(tmp_path, model, ROWS[:2])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "train-00000.parquet").touch()
     with pytest.raises(DataError, match=r"train-00000\.parquet"):
@@ -173,7 +180,7 @@ def test_what_a_killed_run_left_is_no_shard_folder_and_is_replaced(tmp_path: Pat
         list(load_trajectories(folder, ShardConfig()))
     shard_rows(tmp_path, model, ROWS[:1])
     assert len(open_shards(folder)) == 1
-    assert {path.name for path in folder.iterdir()} == {"train-00000.parquet", "manifest.arrow"}
+    assert {path.name for path in folder.iterdir()} == {"train-00000.parquet", "manifest.arrow", ".finished"}
 
 
 # ---- too long --------------------------------------------------------------------------------------------------------
@@ -259,18 +266,98 @@ def test_a_truncated_or_missing_shard_is_found_and_named(tmp_path: Path, model: 
         open_shards(tmp_path / "shards").read(0)
 
 
-def test_a_damaged_manifest_is_found(tmp_path: Path, model: str) -> None:
-    shard_rows(tmp_path, model, ROWS[:3])
+def test_no_flipped_bit_of_a_manifest_is_unseen(tmp_path: Path, model: str) -> None:
+    """`benchmarks/faults.py` flips every one."""
+    shard_rows(tmp_path, model, ROWS[:2])
     file = tmp_path / "shards" / "manifest.arrow"
     intact = file.read_bytes()
-    lengths = np.array(open_shards(tmp_path / "shards").num_text_tokens).tobytes()
-    flipped = bytearray(intact)
-    flipped[intact.index(lengths)] ^= 1
-    for damaged in (bytes(flipped), intact[: len(intact) // 2], b"", intact.replace(b"fingerprint", b"fingerprinx")):
-        file.unlink()  # the old one may still be mapped
+    for bit in range(0, 8 * len(intact), 37):
+        flipped = bytearray(intact)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        with pytest.raises(DataError, match=r"manifest\.arrow is damaged .*; make the shards again"):
+            read_manifest(file, str(file))
+    for damaged in (intact[: len(intact) // 2], b"", intact[:-1], intact + b"x", intact[40:], b"x" + intact):
         file.write_bytes(damaged)
         with pytest.raises(DataError, match=r"manifest\.arrow is damaged"):
             open_shards(tmp_path / "shards")
+
+
+# ---- shards of an earlier version ------------------------------------------------------------------------------------
+
+
+def as_version_2(folder: Path) -> None:
+    """Write the manifest of a folder anew as earlier versions did, with CRC-32 alone."""
+    manifest = read_manifest(folder / "manifest.arrow", "")
+    header: dict[str, Any] = {**manifest.header, "format_version": 2}
+    places = [manifest.place(row_group) for row_group in range(manifest.table.num_rows)]
+    files = [(folder / entry["name"]).read_bytes() for entry in header["shards"]]
+    crc32 = [zlib.crc32(files[shard][at.offset : at.offset + at.num_bytes]) for shard, at in places]
+    for number, (entry, data) in enumerate(zip(header["shards"], files, strict=True)):
+        del entry["rest_digest"]
+        entry["rest_crc32"] = zlib.crc32(data[:4] + data[-len(manifest.footer(number)) :])
+    column = manifest.table.schema.get_field_index("digest")
+    table = manifest.table.set_column(column, "crc32", pa.array(crc32, pa.int64()))
+    text = json.dumps(header)
+    crc = zlib.crc32(text.encode())
+    for buffer in (buffer for column in table.columns for chunk in column.chunks for buffer in chunk.buffers()):
+        crc = zlib.crc32(buffer, crc) if buffer else crc
+    table = table.replace_schema_metadata({"header": text, "crc32": str(crc)})
+    (folder / "manifest.arrow").unlink()  # it may be mapped
+    with pa.ipc.new_file(folder / "manifest.arrow", table.schema) as target:
+        target.write_table(table)
+
+
+def test_shards_of_an_earlier_version_are_read_checked_and_added_to(
+    tmp_path: Path, model: str, small_pieces: None
+) -> None:
+    shard_rows(tmp_path, model, ROWS[:8])
+    folder = tmp_path / "shards"
+    before = [open_shards(folder).read(index) for index in range(8)]
+    as_version_2(folder)
+    assert [open_shards(folder).read(index) for index in range(8)] == before
+    more = write_rows(tmp_path / "more.jsonl", ROWS[8:])
+    run_shard([more], folder, model, ShardConfig(), False, append=True)
+    shards = open_shards(folder)
+    assert [shards.read(index).id for index in range(12)] == [row["id"] for row in ROWS]
+    for name in ("train-00000.parquet", sorted(folder.glob("train-*"))[-1].name):
+        file = folder / name
+        intact = file.read_bytes()
+        for position in (2, 600, len(intact) - 20):
+            file.write_bytes(intact[:position] + bytes([intact[position] ^ 1]) + intact[position + 1 :])
+            with pytest.raises(DataError, match=f"{name}, row group .*checksum"):
+                list(load_trajectories(folder, ShardConfig()))
+        file.write_bytes(intact)
+
+
+def test_a_picture_that_was_exchanged_under_the_same_crc_is_found(tmp_path: Path, model: str) -> None:
+    """CRC-32 can be given any value by four bytes of a file; SHA-256 cannot."""
+    shard_rows(tmp_path, model, ROWS[:4])
+    file = tmp_path / "shards" / "train-00000.parquet"
+    intact = file.read_bytes()
+    _, place = read_manifest(tmp_path / "shards" / "manifest.arrow", "").place(0)
+    group = intact[place.offset : place.offset + place.num_bytes]
+    forged = with_crc32(group[:1] + b"evil" + group[5:], zlib.crc32(group))
+    assert zlib.crc32(forged) == zlib.crc32(group)
+    assert forged != group
+    file.write_bytes(intact[: place.offset] + forged + intact[place.offset + place.num_bytes :])
+    with pytest.raises(DataError, match=r"train-00000\.parquet, row group 0: .*checksum"):
+        open_shards(tmp_path / "shards").read(0)
+
+
+def with_crc32(data: bytes, wanted: int) -> bytes:
+    """`data` with its last four bytes so that its CRC-32 is `wanted` (each bit of them changes the sum on its own)."""
+    start = data[:-4] + bytes(4)
+    base = zlib.crc32(start)
+    effects = [zlib.crc32(data[:-4] + (1 << bit).to_bytes(4, "little")) ^ base for bit in range(32)]
+    rows = [(effect, 1 << bit) for bit, effect in enumerate(effects)]
+    last, left = 0, base ^ wanted
+    for bit in range(32):  # elimination over GF(2)
+        pivot = next(row for row in rows if row[0] >> bit & 1)
+        rows = [(e ^ pivot[0], b ^ pivot[1]) if e >> bit & 1 else (e, b) for e, b in rows if (e, b) != pivot]
+        if left >> bit & 1:
+            left, last = left ^ pivot[0], last ^ pivot[1]
+    return data[:-4] + last.to_bytes(4, "little")
 
 
 def test_a_folder_without_shards_says_how_to_make_them(tmp_path: Path) -> None:

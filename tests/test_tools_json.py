@@ -56,6 +56,7 @@ def test_each_declaration_once_in_any_number_of_processes(
         assert listed(folder) == [NOW, ADD, PLOT]
         found.append((folder / "out" / "tools.json").read_bytes())
         assert {path.name for path in (folder / "out").iterdir()} == {
+            ".finished",
             "manifest.arrow",
             "tools.json",
             *(path.name for path in (folder / "out").glob("train-*.parquet")),

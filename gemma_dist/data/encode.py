@@ -19,14 +19,15 @@ import copy
 import functools
 import hashlib
 import json
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from gemma_dist.config import EncodingConfig
 from gemma_dist.data.content import count_images
@@ -34,7 +35,7 @@ from gemma_dist.data.emitted import NEWER_TEMPLATE, Emitted, find_emitted
 from gemma_dist.data.images import decode_image, image_size
 from gemma_dist.data.kinds import kinds_of_characters
 from gemma_dist.data.served import NO_THOUGHT, as_served, is_target, opening_of
-from gemma_dist.data.templates import LOST_OPENING, read_template
+from gemma_dist.data.templates import LOST_OPENING, read_template, without_sandbox
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Json, Message, Processor, Tokenizer, Tool, ToolCall
 from gemma_dist.errors import CheckpointError, DataError, setting
@@ -73,7 +74,7 @@ class Encoded:
 
     @property
     def num_target_tokens(self) -> int:
-        return sum(label != IGNORE_INDEX for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
 @dataclass(frozen=True)
@@ -142,26 +143,22 @@ class Encoder:
             self.openings[rendered.thinking],
             thinking=rendered.thinking,
         )
-        of_characters = kinds_of_characters(served.text, served.spans)
         encoding = self.tokenizer(served.text, add_special_tokens=False, return_offsets_mapping=True)
-        input_ids, places = encoding["input_ids"], encoding["offset_mapping"]
-        labels, kinds = [], bytearray(len(input_ids))
-        for number, (token, (start, end)) in enumerate(zip(input_ids, places, strict=True)):
-            characters = of_characters[start : max(end, start + 1)]
-            is_trained = all(characters)
-            labels.append(token if is_trained else IGNORE_INDEX)
-            kinds[number] = characters[0] if is_trained else 0
-        token_starts = [start for start, _ in places]
+        input_ids = encoding["input_ids"]
+        starts, ends = np.fromiter(chain.from_iterable(encoding["offset_mapping"]), np.int64).reshape(-1, 2).T
+        of_characters = np.frombuffer(kinds_of_characters(served.text, served.spans), np.uint8)
+        num_untrained = np.concatenate([[0], np.cumsum(of_characters == 0)])  # of the characters in front of each
+        is_trained = num_untrained[np.maximum(ends, starts + 1)] == num_untrained[starts]
         return Encoded(
             input_ids=input_ids,
-            labels=labels,
+            labels=np.where(is_trained, input_ids, IGNORE_INDEX).tolist(),
             mm_token_type_ids=self._token_types(input_ids),
             num_images=len(trajectory.images),
             num_dropped_reasoning=rendered.emitted.num_dropped_reasoning,
             enable_thinking=rendered.thinking,
-            answers=[(index, bisect_left(token_starts, start)) for index, start in served.starts],
+            answers=[(index, int(np.searchsorted(starts, start))) for index, start in served.starts],
             notes=served.notes,
-            kinds=bytes(kinds),
+            kinds=np.where(is_trained, of_characters[starts], 0).astype(np.uint8).tobytes(),
         )
 
     def prompts(self, trajectory: Trajectory) -> list[Prompt]:
@@ -256,20 +253,19 @@ class Encoder:
         thinking: bool = False,
         add_generation_prompt: bool = False,
     ) -> str:
+        shown = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+        settled = {"add_generation_prompt": add_generation_prompt, "enable_thinking": thinking}
+        plain = without_sandbox(self.processor.chat_template)
         try:
-            return self.processor.apply_chat_template(
-                [{key: value for key, value in message.items() if key != "train"} for message in messages],
-                tools=tools or None,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                enable_thinking=thinking,
-            )
+            if plain is not None:
+                return plain.render(messages=shown, tools=tools or None, **settled, **self.tokenizer.special_tokens_map)
+            return self.processor.apply_chat_template(shown, tools=tools or None, tokenize=False, **settled)
         except Exception as error:  # a template may raise anything: jinja's own errors, or its raise_exception
             raise DataError(f"the chat template cannot render this row: {error}") from error
 
     def _token_types(self, input_ids: list[int]) -> list[int]:
         """(T,): 1 on image soft tokens, else 0."""
-        return [int(token == self.image_token_id) for token in input_ids]
+        return (np.array(input_ids) == self.image_token_id).astype(int).tolist()
 
     def _render_whole(self, trajectory: Trajectory) -> "_Rendered":
         """All messages as one string, with each image as wide as the model sees it, and with thinking on or off as the

@@ -101,6 +101,7 @@ class Tokenizer(Protocol):
     backend_tokenizer: BackendTokenizer
     bos_token_id: int
     pad_token_id: int
+    special_tokens_map: dict[str, str]  # bos_token, eos_token …
 
     def __call__(self, text: str, *, add_special_tokens: bool, return_offsets_mapping: bool = False) -> "Encoding":
         """Token ids of a string."""

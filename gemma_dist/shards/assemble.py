@@ -14,7 +14,7 @@ from gemma_dist.data.rows import row_of_sample
 from gemma_dist.errors import DataError
 from gemma_dist.files import publish, sync
 from gemma_dist.logs import write_json
-from gemma_dist.shards.folder import APPEND_REJECTED, Plan, clear_folder, shard_name, work_files
+from gemma_dist.shards.folder import APPEND_REJECTED, Plan, clear_folder, shard_name, tidy
 from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
 from gemma_dist.shards.manifest import UNFINISHED, Manifest, ShardEntry, write_manifest
 from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, PIECE_TOOLS, PLACES, PieceHeader, Refused, ShardJob
@@ -39,6 +39,11 @@ def _read_piece(job: ShardJob) -> _Piece:
     table = pa.ipc.open_file(pa.memory_map(str(job.record))).read_all()
     header: PieceHeader = json.loads(table.schema.metadata[b"header"])
     return _Piece(job, ShardReport(**header["report"]), header["errors"], header["shards"], table)
+
+
+def num_rejected(jobs: list[ShardJob]) -> int:
+    """Rows that were refused in jobs that are done."""
+    return sum(_read_piece(job).report.num_rejected for job in jobs)
 
 
 # ---- repeated ids ----------------------------------------------------------------------------------------------------
@@ -133,16 +138,18 @@ def finish(jobs: list[ShardJob], before: Manifest | None, plan: Plan, log_sizes:
     report.num_shards = sum(len(piece.shards) for piece in pieces)
     names = [shard_name(len(old_shards) + i) for i in range(report.num_shards)]
     # Named before they are there: they are known for ours, should this run be killed.
-    write_json(out / UNFINISHED, {**plan, "logs": log_sizes, "shards": names})
+    marker = {**plan, "logs": log_sizes, "shards": names}
+    write_json(out / UNFINISHED, marker)
     new_shards = _name_shards(pieces, names)
     _join_files(_logs(pieces, REJECTED), out / REJECTED, log_sizes.get(REJECTED, 0))
     _join_files(_logs(pieces, TOO_LONG), out / TOO_LONG, log_sizes.get(TOO_LONG, 0))
     tools = write_tools(out, before, _logs(pieces, PIECE_TOOLS))
     if twice := tools.names_declared_twice():
         report.notes[f"tools are declared in different ways, such as {twice[0]}; {TOOLS} holds each"] = len(twice)
+    what_was_done = {name: value for name, value in report.to_json().items() if name != "out"}
+    write_json(out / UNFINISHED, marker | {"report": what_was_done})
     write_manifest(out, plan, old_shards + new_shards, _join_lines(pieces, before), len(tools))
-    for path in work_files(out):
-        path.unlink(missing_ok=True)
+    tidy(out)
     return report
 
 

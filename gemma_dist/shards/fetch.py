@@ -15,7 +15,6 @@ import random
 import tempfile
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +22,8 @@ from typing import Any, Protocol, TypeVar
 
 from gemma_dist.errors import ConfigError
 from gemma_dist.logs import log
+from gemma_dist.shards.manifest import has_digest, read_seal
+from gemma_dist.shards.refusals import refusal
 
 NUM_TRIES = 6
 FIRST_WAIT_S = 0.5  # doubled at each try, times 0.5 to 1.5 by chance, so that ranks do not ask in step: 16 s in all
@@ -35,6 +36,10 @@ os.register_at_fork(before=_making.acquire, after_in_parent=_making.release, aft
 
 class FetchError(Exception):
     """The bytes are unreachable or fail their checksum."""
+
+
+class StoreRefusalError(FetchError):
+    """The store refuses to give them; says why, and what helps."""
 
 
 def is_url(path: str | Path) -> bool:
@@ -95,40 +100,59 @@ class Fetcher:
             raise FetchError(f"the server of {path} does not say how large it is")
         return num_bytes
 
-    def read(self, path: str, offset: int, num_bytes: int, crc32: int) -> bytes:
+    def read(self, path: str, offset: int, num_bytes: int, digest: bytes) -> bytes:
         """The bytes [offset, offset + num_bytes) of a file. Raises OSError or FetchError if they cannot be read or fail
         their checksum."""
         if not is_url(path):
             with open(path, "rb") as file:
                 file.seek(offset)
-                return _checked(file.read(num_bytes), num_bytes, crc32)
+                return _checked(file.read(num_bytes), num_bytes, digest)
 
         def fetch() -> bytes:
             """The bytes, asked for once. FetchError where other ones came."""
             data = self._system(path).cat_file(path, start=offset, end=offset + num_bytes)
-            return _checked(data, num_bytes, crc32)
+            return _checked(data, num_bytes, digest)
 
         if self._cache is None:
             return self._patiently(path, fetch)
-        name = hashlib.sha256(f"{path}\n{offset}\n{num_bytes}\n{crc32}".encode()).hexdigest()[:32]
-        return self._cache.get(name, num_bytes, crc32, lambda: self._patiently(path, fetch))
+        name = hashlib.sha256(f"{path}\n{offset}\n{num_bytes}\n{digest.hex()}".encode()).hexdigest()[:32]
+        return self._cache.get(name, num_bytes, digest, lambda: self._patiently(path, fetch))
 
     def download(self, path: str) -> Path:
-        """A whole file as a local one, fetched anew unless it is local. It is replaced, never written to, so that who
-        has mapped it keeps what he has. OSError or FetchError as `size`."""
+        """A whole file as a local one. What is kept of it is taken only if it is a manifest, and the store's has the
+        same seal. It is replaced, never written to, so that who has mapped it keeps what he has.
+
+        Of the processes that share a cache one fetches it. OSError or FetchError as `size`.
+        """
         if not is_url(path):
             Path(path).stat()
             return Path(path)
-        data = self._patiently(path, lambda: self._system(path).cat_file(path))
         with _making:
             if self._downloads is None:
                 self._temporary = tempfile.TemporaryDirectory(prefix="gemma_dist-")  # goes with the Fetcher
                 self._downloads = Path(self._temporary.name)
         file = self._downloads / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}-{path.rsplit('/', 1)[1]}"
-        with _locked(file.with_name("lock")):
-            _remove_unfinished(file.parent)
-            _write(file, data)
+        with _locked(file.with_suffix(".lock")):
+            _remove_unfinished(file.parent, file.name)
+            if not self._has_seal_of(path, file):
+                _write(file, self._patiently(path, lambda: self._system(path).cat_file(path)))
         return file
+
+    def _has_seal_of(self, path: str, kept: Path) -> bool:
+        """Whether the file `kept` is the manifest that the store has at `path`: one request for a few bytes."""
+        seal = read_seal(kept) if kept.is_file() else None
+        if seal is None:
+            return False
+        end = kept.stat().st_size
+
+        def ask() -> bytes:
+            """The end of the store's, and one byte behind it if there is one."""
+            return self._system(path).cat_file(path, start=end - len(seal), end=end + 1)
+
+        try:
+            return self._patiently(path, ask) == seal
+        except FetchError:  # such as of a shorter file
+            return False
 
     def _system(self, path: str) -> FileSystem:
         """fsspec's file system for a URL: credentials and endpoints come from where it looks for them."""
@@ -153,9 +177,13 @@ class Fetcher:
         for number in range(1, NUM_TRIES + 1):
             try:
                 return attempt()
-            except (FileNotFoundError, PermissionError, ConfigError):
+            except ConfigError:
                 raise
             except Exception as error:  # each file system has errors of its own
+                if is_url(path) and (words := refusal(error, lambda: self._system(path).cat_file(path, 0, 1))):
+                    raise StoreRefusalError(f"{path}: {words}") from error
+                if isinstance(error, FileNotFoundError | PermissionError):
+                    raise
                 if _is_final(error):
                     raise FetchError(f"{path} cannot be fetched: {_words(error)}") from error
                 if number == NUM_TRIES:
@@ -180,14 +208,14 @@ class _Cache:
         with _locked(folder / "size.lock") as ledger:
             _note(ledger, self._make_room(0))
 
-    def get(self, name: str, num_bytes: int, crc32: int, fetch: Callable[[], bytes]) -> bytes:
+    def get(self, name: str, num_bytes: int, digest: bytes, fetch: Callable[[], bytes]) -> bytes:
         """The file `name`, or what `fetch` gives: once for all processes that ask for it now."""
         path = self._folder / name
-        data = _find(path, num_bytes, crc32)
+        data = _find(path, num_bytes, digest)
         if data is None:
             # 4096 locks, so that files rarely wait for one another, and there is not a lock file for each of them
             with _locked(self._folder / f"{name[:3]}.lock"):
-                data = _find(path, num_bytes, crc32)
+                data = _find(path, num_bytes, digest)
                 if data is None:
                     data = fetch()
                     self._keep(path, data)
@@ -253,10 +281,10 @@ def _note(ledger: io.FileIO, num_bytes: int) -> None:
     ledger.write(b"%d" % num_bytes)
 
 
-def _find(path: Path, num_bytes: int, crc32: int) -> bytes | None:
+def _find(path: Path, num_bytes: int, digest: bytes) -> bytes | None:
     """What a file holds, if it is there and whole."""
     try:
-        data = _checked(path.read_bytes(), num_bytes, crc32)
+        data = _checked(path.read_bytes(), num_bytes, digest)
     except (OSError, FetchError):
         return None
     with suppress(OSError):
@@ -264,9 +292,10 @@ def _find(path: Path, num_bytes: int, crc32: int) -> bytes | None:
     return data
 
 
-def _remove_unfinished(folder: Path) -> None:
-    """Remove what killed processes left. The caller has the lock under which all write, so no writer is alive."""
-    for path in folder.glob("*.tmp"):
+def _remove_unfinished(folder: Path, name: str = "") -> None:
+    """Remove what killed processes left of a file, or of all. The caller has the lock under which these are written, so
+    no writer is alive."""
+    for path in folder.glob(f"{name}*.tmp"):
         path.unlink(missing_ok=True)
 
 
@@ -281,13 +310,13 @@ def _write(path: Path, data: bytes) -> None:
         raise
 
 
-def _checked(data: bytes, num_bytes: int, crc32: int) -> bytes:
+def _checked(data: bytes, num_bytes: int, digest: bytes) -> bytes:
     """`data`. FetchError where it has not this length and checksum."""
     if len(data) < num_bytes:
         raise FetchError(f"the file ends early: {len(data):,} bytes came instead of {num_bytes:,}")
     if len(data) > num_bytes:
         raise FetchError(f"{len(data):,} bytes came instead of {num_bytes:,}: the server has no ranges")
-    if zlib.crc32(data) != crc32:
+    if not has_digest(data, digest):
         raise FetchError("the bytes differ from those that were written (checksum)")
     return data
 

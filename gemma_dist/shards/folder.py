@@ -9,17 +9,18 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from gemma_dist.aliases import current_values
 from gemma_dist.errors import DataError
 from gemma_dist.logs import log, write_json
-from gemma_dist.shards.manifest import MANIFEST, UNFINISHED, CorpusHeader, Manifest, read_manifest
+from gemma_dist.shards.manifest import FINISHED, MANIFEST, UNFINISHED, CorpusHeader, Manifest, read_manifest
 from gemma_dist.shards.pieces import piece_files
-from gemma_dist.shards.report import REJECTED, TOO_LONG
+from gemma_dist.shards.report import REJECTED, TOO_LONG, ShardReport
 from gemma_dist.shards.tools import TOOLS, refuse_foreign_tools
 
 APPEND_REJECTED = "append_rejected.jsonl"  # of an --append that was refused
+_MARKER_BEGUN = re.compile(rf"\.{re.escape(UNFINISHED)}\.\d+\.tmp")  # as `write_json` begins it
 _SHARD = re.compile(r"train-\d{5,}\.parquet")  # as `shard_name` names it
 
 
@@ -40,6 +41,7 @@ class Marker(TypedDict, total=False):
     append_to: str | None
     logs: dict[str, int]  # bytes of the logs before the append
     shards: list[str]  # those that were about to get their names
+    report: dict[str, Any]  # a ShardReport's, without `out`; there once nothing but the manifest is wanting
 
 
 def open_to_append(out: Path, corpus: CorpusHeader) -> Manifest:
@@ -69,6 +71,35 @@ def open_to_append(out: Path, corpus: CorpusHeader) -> Manifest:
         raise DataError(f"{out} was made with other settings: {'; '.join(changed)}; append with the same ones")
     refuse_foreign_tools(out, manifest)
     return manifest
+
+
+def finished_already(out: Path, plan: Plan) -> ShardReport | None:
+    """What the last call did, if it had this plan: then nothing is left to do. It may have been killed with its
+    manifest in place; what it left is then removed.
+
+    Args:
+        plan: what this call is to do; `append_to` is not looked at.
+    """
+    if not (out / MANIFEST).is_file():
+        return None
+    named = {shard["name"] for shard in read_manifest(out / MANIFEST, str(out / MANIFEST)).header["shards"]}
+    left = _read_marker(out)
+    if "report" in left and named.issuperset(left["shards"]):  # else the manifest is the one from before the append
+        tidy(out)
+    done = _read_marker(out, FINISHED)
+    same = all(done.get(name) == value for name, value in plan.items() if name != "append_to")
+    if not same or not named.issuperset(done["shards"]):
+        return None
+    log.info("%s: all of it is there already; an earlier run of the same command wrote it", out)
+    return ShardReport(str(out), **done["report"])
+
+
+def tidy(out: Path) -> None:
+    """Leave nothing in a folder but a corpus, whose manifest is in place, and what the last call did."""
+    for path in work_files(out):
+        if path.name != UNFINISHED:
+            path.unlink(missing_ok=True)
+    (out / UNFINISHED).replace(out / FINISHED)
 
 
 def claim_folder(out: Path, plan: Plan, before: Manifest | None) -> dict[str, int]:
@@ -126,17 +157,17 @@ def _require_unfinished(out: Path, names: set[str]) -> None:
         raise DataError(
             f"{out} holds finished shards already; remove it, name another folder with --out, or add to it by --append"
         )
-    others = names - {REJECTED}
+    others = {name for name in names - {REJECTED} if not _MARKER_BEGUN.fullmatch(name)}
     if others and not (out / UNFINISHED).is_file():
         raise DataError(
             f"{out} holds {min(others)!r}, which `gemma-dist shard` did not leave there; name a new folder with --out"
         )
 
 
-def _read_marker(out: Path) -> Marker:
-    """What a run that is not finished noted of itself; nothing where there is none."""
+def _read_marker(out: Path, name: str = UNFINISHED) -> Marker:
+    """What a run noted of itself; nothing where there is no such file."""
     try:
-        return json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
+        return json.loads((out / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
@@ -148,7 +179,7 @@ def clear_folder(out: Path, append: bool, keep: str, shown: Iterable[str] = ()) 
         append: the logs are of the finished corpus, which stays.
         shown: the shards that the run had given their names already.
     """
-    logs = [APPEND_REJECTED] if append else [REJECTED, TOO_LONG, APPEND_REJECTED, TOOLS]
+    logs = [APPEND_REJECTED] if append else [REJECTED, TOO_LONG, APPEND_REJECTED, TOOLS, FINISHED]
     left = [out / name for name in (*shown, *logs)] + work_files(out)
     for path in left:
         if path.name != keep:
@@ -160,8 +191,7 @@ def clear_folder(out: Path, append: bool, keep: str, shown: Iterable[str] = ()) 
 def work_files(out: Path) -> list[Path]:
     """What a run has in `out` only while it works; the marker, which says whose the others are, comes last."""
     names = {f".{name}.tmp" for name in (MANIFEST, REJECTED, TOO_LONG, APPEND_REJECTED, TOOLS)}
-    marker = re.compile(rf"\.{re.escape(UNFINISHED)}\.\d+\.tmp")  # as `write_json` begins it
-    begun = [path for path in out.iterdir() if path.name in names or marker.fullmatch(path.name)]
+    begun = [path for path in out.iterdir() if path.name in names or _MARKER_BEGUN.fullmatch(path.name)]
     return [*piece_files(out), *begun, out / UNFINISHED]
 
 

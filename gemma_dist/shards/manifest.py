@@ -1,16 +1,20 @@
 """The manifest of a shard folder: where each row group lies, and how long each sample is.
 
 `manifest.arrow` is an Arrow IPC file of one record batch with one line a row group, written last: its presence marks a
-finished folder. It is memory-mapped, so that ten million samples cost a rank what it looks at and no more.
+finished folder. It is memory-mapped, so that ten million samples cost a rank what it looks at and no more. Behind it
+stand its SHA-256 (32 bytes) and `GEMMDIST`: what Arrow is given to read has been found whole.
 
-    shard, offset, num_bytes, crc32     the bytes of the row group: number of the file in the header, place, checksum
+    shard, offset, num_bytes, digest    the bytes of the row group: number of the file in the header, place, SHA-256
     num_samples, num_tokens             its totals; tokens of text and images together
     footer                              on the first line of a shard: the bytes behind its last row group, deflated, so
                                         that a row group can be read with one request and nothing else of the file
     id, num_text_tokens, …              one list a line: a value for each of its samples, in the order of the rows
 
 The schema's metadata holds `header`, JSON: format version, fingerprint of the encoding, settings, and the `shards` as
-{name, bytes, rest_crc32}, where `rest_crc32` covers all bytes outside of the row groups; and `crc32` of all of it.
+{name, bytes, rest_digest}, where `rest_digest` (hexadecimal) covers all bytes outside of the row groups.
+
+Version 2 had CRC-32 in the place of each SHA-256, and one of its own in the metadata, after which Arrow had been given
+the file. It is still read; what is appended to it comes with SHA-256.
 """
 
 import hashlib
@@ -27,17 +31,22 @@ import pyarrow as pa
 
 from gemma_dist.errors import DataError
 from gemma_dist.files import publish
+from gemma_dist.logs import log
 
-FORMAT_VERSION = 2
+FORMAT_VERSION, EARLIER_VERSION = 3, 2
 MANIFEST = "manifest.arrow"
 UNFINISHED = ".unfinished"  # stands in a folder while `gemma-dist shard` writes to it
+FINISHED = ".finished"  # what it becomes: what the last call did
+END = b"GEMMDIST"  # of the file, behind its SHA-256
+NUM_CRC32_BYTES = 4
+READ_BYTES = 1 << 20
 COUNTS = ("num_text_tokens", "num_image_tokens", "num_images", "num_target_tokens")
 SCHEMA = pa.schema(
     {
         "shard": pa.int32(),
         "offset": pa.int64(),
         "num_bytes": pa.int64(),
-        "crc32": pa.int64(),
+        "digest": pa.binary(),  # of 4 bytes where it is an earlier version's CRC-32
         "num_samples": pa.int64(),
         "num_tokens": pa.int64(),
         "footer": pa.large_binary(),
@@ -52,7 +61,7 @@ class ShardEntry(TypedDict):
 
     name: str  # of the file
     bytes: int  # the size of the file
-    rest_crc32: int  # of all bytes outside of the row groups
+    rest_digest: str  # of all bytes outside of the row groups, hexadecimal
 
 
 class CorpusHeader(TypedDict):
@@ -75,7 +84,22 @@ class RowGroupPlace(NamedTuple):
 
     offset: int
     num_bytes: int
-    crc32: int
+    digest: bytes
+
+
+def digest(data: bytes) -> bytes:
+    """The checksum that is written of bytes: their SHA-256."""
+    return hashlib.sha256(data).digest()
+
+
+def has_digest(data: bytes, written: bytes) -> bool:
+    """Whether bytes are those of which `written` is the checksum: SHA-256, or the CRC-32 of an earlier version."""
+    found = _crc32_bytes(zlib.crc32(data)) if len(written) == NUM_CRC32_BYTES else digest(data)
+    return found == written
+
+
+def _crc32_bytes(crc32: int) -> bytes:
+    return crc32.to_bytes(NUM_CRC32_BYTES)
 
 
 @dataclass(frozen=True)
@@ -91,13 +115,13 @@ class Manifest:
         return self.table.to_batches()[0]
 
     def row_groups(self, name: str) -> np.ndarray:
-        """(R,) of `shard`, `offset`, `num_bytes`, `crc32`, `num_samples` or `num_tokens`."""
+        """(R,) of `shard`, `offset`, `num_bytes`, `num_samples` or `num_tokens`."""
         return self._batch.column(name).to_numpy()
 
     def place(self, row_group: int) -> tuple[int, RowGroupPlace]:
         """The shard of a row group, and where it lies in it."""
-        place = RowGroupPlace(*(int(self.row_groups(name)[row_group]) for name in RowGroupPlace._fields))
-        return int(self.row_groups("shard")[row_group]), place
+        shard, *place = (self._batch.column(name)[row_group].as_py() for name in ("shard", *RowGroupPlace._fields))
+        return shard, RowGroupPlace(*place)
 
     def footer(self, shard: int) -> bytes:
         """The bytes of a shard behind its last row group: parquet's metadata, its length, and `PAR1`."""
@@ -155,11 +179,14 @@ def write_manifest(
     if num_tools is not None:
         header["num_tools"] = num_tools
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
-    table = table.replace_schema_metadata({"header": text, "crc32": str(_crc32(text, table))})
+    table = table.replace_schema_metadata({"header": text})
     path = folder / MANIFEST
     temporary = path.with_name(f".{MANIFEST}.tmp")
     with pa.ipc.new_file(temporary, table.schema) as file:
         file.write_table(table, max_chunksize=max(1, table.num_rows))
+    sha256 = _sha256(temporary, temporary.stat().st_size)
+    with temporary.open("ab") as file:
+        file.write(sha256 + END)
     publish(temporary, path)
 
 
@@ -170,22 +197,72 @@ def read_manifest(path: Path, origin: str) -> Manifest:
         DataError: a byte of it differs from what was written, or it is of another format version.
     """
     try:
-        # Checked through a map of its own, which ends here: what is mapped afterwards has not been touched yet.
-        intact = _is_intact(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        header: ManifestHeader = json.loads(table.schema.metadata[b"header"])
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        return _read_manifest(path, origin)
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{origin} is damaged ({error}); make the shards again") from error
-    if not intact:
-        raise DataError(f"{origin} is damaged (its checksum differs); make the shards again")
-    if header["format_version"] != FORMAT_VERSION:
+
+
+def _read_manifest(path: Path, origin: str) -> Manifest:
+    """The manifest. Raises DataError, or one of many where it is damaged."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - len(END)))
+        if file.read() != END:
+            return _read_earlier(path, origin)
+    sealed = read_seal(path)
+    if sealed is None:
+        raise ValueError("its checksum differs")
+    table = pa.ipc.open_file(pa.memory_map(str(path)).read_buffer(path.stat().st_size - len(sealed))).read_all()
+    header: ManifestHeader = json.loads(table.schema.metadata[b"header"])
+    _require_version(header, FORMAT_VERSION, origin)
+    return Manifest(header, table, sealed.removesuffix(END).hex())
+
+
+def read_seal(path: Path) -> bytes | None:
+    """What stands behind the Arrow file of a manifest; None where it is not the seal of what comes before it."""
+    num_bytes = path.stat().st_size - hashlib.sha256().digest_size - len(END)
+    if num_bytes < 0:
+        return None
+    with path.open("rb") as file:
+        file.seek(num_bytes)
+        found = file.read()
+    return found if found == _sha256(path, num_bytes) + END else None
+
+
+def _sha256(path: Path, num_bytes: int) -> bytes:
+    """Of the beginning of a file. It is read, not mapped: a map that has not been touched takes no memory."""
+    hashed, piece = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while num_bytes and (done := file.readinto(piece[: min(num_bytes, READ_BYTES)])):
+            hashed.update(piece[:done])
+            num_bytes -= done
+    return hashed.digest()
+
+
+def _require_version(header: ManifestHeader, version: int, origin: str) -> None:
+    if header["format_version"] != version:
         raise DataError(
-            f"{origin} has format version {header['format_version']}, this gemma_dist reads {FORMAT_VERSION}; make the "
-            "shards again"
+            f"{origin} has format version {header['format_version']}, this gemma_dist reads {EARLIER_VERSION} and "
+            f"{FORMAT_VERSION}; make the shards again"
         )
-    return Manifest(header, table, sha256)
+
+
+# ---- version 2 -------------------------------------------------------------------------------------------------------
+
+
+def _read_earlier(path: Path, origin: str) -> Manifest:
+    """A manifest of version 2 in the words of today: its CRC-32 stand where SHA-256 do."""
+    # Checked through a map of its own, which ends here: what is mapped afterwards has not been touched yet.
+    if not _is_intact(pa.ipc.open_file(pa.memory_map(str(path))).read_all()):
+        raise ValueError("its checksum differs")
+    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    header = json.loads(table.schema.metadata[b"header"])
+    _require_version(header, EARLIER_VERSION, origin)
+    for entry in header["shards"]:
+        entry["rest_digest"] = _crc32_bytes(entry.pop("rest_crc32")).hex()
+    digests = pa.array([_crc32_bytes(crc32) for crc32 in table["crc32"].to_pylist()], SCHEMA.field("digest").type)
+    table = table.set_column(table.schema.get_field_index("crc32"), SCHEMA.field("digest"), [digests])
+    log.info("%s is of an earlier version: CRC-32 tells of accidents with its shards, and not of forgery", origin)
+    return Manifest(header, table, _sha256(path, path.stat().st_size).hex())
 
 
 def _is_intact(table: pa.Table) -> bool:

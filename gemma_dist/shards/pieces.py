@@ -10,7 +10,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
@@ -29,7 +29,7 @@ from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import DataError, spell
 from gemma_dist.files import publish
 from gemma_dist.logs import JsonlWriter
-from gemma_dist.shards.manifest import COUNTS, RowGroupPlace, ShardEntry, row_group_line
+from gemma_dist.shards.manifest import COUNTS, RowGroupPlace, ShardEntry, digest, row_group_line
 from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
 from gemma_dist.shards.report import OPTIONS, REJECTED, TOO_LONG, ShardReport
 from gemma_dist.shards.tools import SeenTools
@@ -112,8 +112,12 @@ def piece_files(out: Path, number: int | None = None) -> list[Path]:
     return found
 
 
-def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow]) -> None:
-    """Write the shards, the logs and last the record of a piece."""
+def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow], tell: Callable[[str], None]) -> None:
+    """Write the shards, the logs and last the record of a piece.
+
+    Args:
+        tell: called with the error of each row that is refused, at once.
+    """
     job.record.unlink(missing_ok=True)  # first: a record stands for files that are there
     for left in piece_files(job.out, job.number):
         left.unlink()
@@ -136,6 +140,7 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow]) -> None:
                 ]
         except DataError as error:
             report.num_rejected += 1
+            tell(spell(str(error), OPTIONS))
             rejected.write(place | {"error": spell(str(error), OPTIONS)})
             if len(errors) < NUM_ERRORS_SHOWN:
                 errors.append(str(error))
@@ -339,15 +344,18 @@ def _describe(path: Path) -> _FinishedShard:
     metadata = pq.read_metadata(path)
     places = []
     with path.open("rb") as file:
-        rest_crc32 = zlib.crc32(file.read(4))
+        magic = file.read(4)
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
             columns = [group.column(column) for column in range(group.num_columns)]
             offset = columns[0].data_page_offset
             num_bytes = sum(column.total_compressed_size for column in columns)
             assert offset == file.tell(), "row groups lie one behind the other, without dictionary pages"
-            places.append(RowGroupPlace(offset, num_bytes, zlib.crc32(file.read(num_bytes))))
+            places.append(RowGroupPlace(offset, num_bytes, digest(file.read(num_bytes))))
         footer = file.read()
-        rest_crc32 = zlib.crc32(footer, rest_crc32)
-        entry: ShardEntry = {"name": path.name, "bytes": file.tell(), "rest_crc32": rest_crc32}
+        entry: ShardEntry = {
+            "name": path.name,
+            "bytes": file.tell(),
+            "rest_digest": digest(magic + footer).hex(),
+        }
     return _FinishedShard(entry, places, zlib.compress(footer))

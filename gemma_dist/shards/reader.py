@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import threading
-import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -31,8 +30,8 @@ from gemma_dist.data.encode import Encoder
 from gemma_dist.data.fit import parse
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.errors import ConfigError, DataError, setting
-from gemma_dist.shards.fetch import Fetcher, FetchError, is_url, join
-from gemma_dist.shards.manifest import COUNTS, MANIFEST, UNFINISHED, Manifest, ShardEntry, read_manifest
+from gemma_dist.shards.fetch import Fetcher, FetchError, StoreRefusalError, is_url, join
+from gemma_dist.shards.manifest import COUNTS, MANIFEST, UNFINISHED, Manifest, ShardEntry, has_digest, read_manifest
 
 NUM_IDS_SHOWN = 50
 THINKING = {  # how shards may have been made, and how a command says the same
@@ -162,6 +161,8 @@ class Shards:
         """The checked rows of a row group. DataError, with shard, row group and ids, where its bytes are damaged."""
         try:
             return self._read_row_group(row_group)
+        except StoreRefusalError as error:
+            raise DataError(f"{self._place(row_group)} was not given: {error}, and run the same again") from error
         except (_DamagedError, FetchError, OSError, pa.ArrowException) as error:
             first, end = self.first_sample[row_group : row_group + 2].tolist()
             ids = [self.id(index) for index in range(first, min(end, first + NUM_IDS_SHOWN))]
@@ -281,9 +282,9 @@ def _check_file(path: str, entry: ShardEntry, footer: bytes) -> None:
     if num_bytes != entry["bytes"]:
         raise _DamagedError(f"the file has {num_bytes:,} bytes instead of {entry['bytes']:,}")
     with open(path, "rb") as file:
-        rest = zlib.crc32(file.read(4))
+        rest = file.read(4)
         file.seek(-len(footer), io.SEEK_END)
-        if zlib.crc32(file.read(), rest) != entry["rest_crc32"]:
+        if not has_digest(rest + file.read(), bytes.fromhex(entry["rest_digest"])):
             raise _DamagedError("the footer differs from the one that was written (checksum)")
 
 
@@ -292,6 +293,8 @@ def _open_manifest(folder: str, fetcher: Fetcher) -> Manifest:
     origin = join(folder, MANIFEST)
     try:
         path = fetcher.download(origin)
+    except StoreRefusalError as error:
+        raise DataError(f"the manifest was not given: {error}") from error
     except (FetchError, OSError) as error:
         if not is_url(folder) and Path(folder).is_file():
             raise DataError(

@@ -31,10 +31,10 @@ from gemma_dist.data.encode import Encoder, load_encoder
 from gemma_dist.data.rows import InputRange, ReadRow, read_ranges, split_input
 from gemma_dist.errors import DataError
 from gemma_dist.logs import log, progress
-from gemma_dist.shards.assemble import find_repeated, finish
-from gemma_dist.shards.folder import Plan, claim_folder, open_to_append
+from gemma_dist.shards.assemble import find_repeated, finish, num_rejected
+from gemma_dist.shards.folder import Plan, claim_folder, finished_already, open_to_append
 from gemma_dist.shards.manifest import CorpusHeader
-from gemma_dist.shards.pieces import ShardJob, run_job
+from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, ShardJob, run_job
 from gemma_dist.shards.report import ShardReport
 
 PIECE_BYTES = 256 << 20  # of input, that one process works on at a time
@@ -51,6 +51,7 @@ def run_shard(
     *,
     append: bool = False,
     num_workers: int | None = None,
+    max_rejected: int | None = None,
 ) -> ShardReport:
     """Check, measure and write all rows of `inputs` to the shard folder `out`.
 
@@ -60,11 +61,12 @@ def run_shard(
     Args:
         append: add the rows to a finished folder. Its files stay as they are, and it can be read all the while.
         num_workers: processes; None: one for each core.
+        max_rejected: stop as soon as more rows than this are refused; None: look at all of them.
 
     Raises:
         DataError: `out` is taken, or made with other settings; an input is named twice; or rows were refused and
-            `skip_invalid` is not set (`out` then holds nothing new but a list of every refused row); or no row is left
-            to write.
+            `skip_invalid` is not set (`out` then holds nothing new but a list of every refused row), or more of them
+            than `max_rejected`; or no row is left to write.
     """
     for number, path in enumerate(inputs):
         if path.resolve() in [earlier.resolve() for earlier in inputs[:number]]:
@@ -76,7 +78,6 @@ def run_shard(
         "fingerprint": encoder.fingerprint,
         "settings": settings.model_dump(mode="json", exclude={"media_root"}),
     }
-    before = open_to_append(out, corpus) if append else None
     pieces = list(_split_pieces(inputs))
     jobs = [
         ShardJob(out, number, ranges, model, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES)
@@ -88,12 +89,20 @@ def run_shard(
         "media_root": str(settings.media_root),
         "skip_invalid": skip_invalid,
         "sizes": [PIECE_BYTES, ROW_GROUP_BYTES, SHARD_BYTES],
-        "append_to": before.sha256 if before else None,
+        "append_to": None,
     }
+    if done := finished_already(out, plan):
+        return done
+    before = open_to_append(out, corpus) if append else None
+    plan["append_to"] = before.sha256 if before else None
     log_sizes = claim_folder(out, plan, before)
-    _work_on(jobs, encoder, num_workers)
+    refusals = _Refusals(max_rejected)
+    _work_on(jobs, encoder, num_workers, refusals)
     if repeated := find_repeated(jobs, before, out):  # those pieces are done again, without these rows
-        _work_on([replace(jobs[number], refused=rows) for number, rows in repeated.items()], encoder, num_workers)
+        for error in chain.from_iterable(rows.values() for rows in repeated.values()):
+            refusals.add(error)
+        again = [replace(jobs[number], refused=rows) for number, rows in repeated.items()]
+        _work_on(again, encoder, num_workers, None)
     return finish(jobs, before, plan, log_sizes)
 
 
@@ -119,33 +128,69 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 # ---- the work, in processes ------------------------------------------------------------------------------------------
 
-# Of a worker process: its encoder, and the number of rows that all workers have read together.
+
+class _Refusals:
+    """The rows that were refused so far: the first few are told at once."""
+
+    def __init__(self, max_rejected: int | None) -> None:
+        self.num_rejected, self._max_rejected = 0, max_rejected
+
+    def add(self, error: str, num_rows: int = 1) -> None:
+        """Count rows that were refused. DataError where they are too many."""
+        if error and self.num_rejected < NUM_ERRORS_SHOWN:
+            log.warning("refused: %s", error)
+        self.num_rejected += num_rows
+        if self._max_rejected is not None and self.num_rejected > self._max_rejected:
+            raise DataError(
+                f"{self.num_rejected:,} rows are refused already, more than --max-rejected {self._max_rejected:,}, so "
+                "not all were looked at; fix them and run it again, or allow more, and what is done stays done"
+            )
+
+
+# Of a worker process: its encoder, the numbers of rows that all workers have read and refused together, and where the
+# errors of the first few of these go.
 _encoder: Encoder
 _num_rows: Any
+_num_rejected: Any
+_errors: Any
 
 
-def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None) -> None:
-    """Do the jobs that are not done, here or in `num_workers` processes."""
+def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None, refusals: _Refusals | None) -> None:
+    """Do the jobs that are not done, here or in `num_workers` processes.
+
+    Args:
+        refusals: counts the rows that are refused, those of jobs that are done, too; None: they are counted already.
+    """
+    refusals_before = num_rejected([job for job in jobs if not job.refused and job.record.exists()])
     jobs = [job for job in jobs if job.refused or not job.record.exists()]
+    tell = refusals.add if refusals else _ignore
+    if refusals_before:
+        tell("", refusals_before)
     num_workers = min(len(jobs), len(os.sched_getaffinity(0)) if num_workers is None else num_workers)
     if num_workers <= 1:
         for job in jobs:
             rows = progress(read_ranges(job.ranges), total=None, desc="sharding", unit=" rows")
-            run_job(job, encoder, rows)
+            run_job(job, encoder, rows, tell)
         return
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    setup = (jobs[0].model, jobs[0].settings, counter)
+    counter, rejected, errors = context.Value("q", 0), context.Value("q", 0), context.SimpleQueue()
+    setup = (jobs[0].model, jobs[0].settings, counter, rejected, errors)
     with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=setup) as pool:
         running = [pool.submit(_work_in_worker, job) for job in jobs]
 
         def rows_read() -> Iterator[None]:
             """One item for each row that the workers read, while they do."""
-            num_seen, pending = 0, set(running)
+            num_seen, num_told, pending = 0, 0, set(running)
             while pending:
                 done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()
+                while not errors.empty():
+                    tell(errors.get())
+                    num_told += 1
+                if rejected.value > num_told:
+                    tell("", rejected.value - num_told)
+                    num_told = rejected.value
                 yield from [None] * (counter.value - num_seen)
                 num_seen = counter.value
 
@@ -162,12 +207,16 @@ def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None) ->
             raise
 
 
-def _start_worker(model: str, settings: ShardConfig, num_rows: Any) -> None:
-    global _encoder, _num_rows
+def _ignore(error: str, num_rows: int = 1) -> None:
+    """A row that is refused and was told already."""
+
+
+def _start_worker(model: str, settings: ShardConfig, num_rows: Any, num_rejected: Any, errors: Any) -> None:
+    global _encoder, _num_rows, _num_rejected, _errors
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: this one ends silently
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = load_encoder(model, settings)
-    _num_rows = num_rows
+    _num_rows, _num_rejected, _errors = num_rows, num_rejected, errors
 
 
 def _end_with_parent() -> None:
@@ -185,4 +234,10 @@ def _work_in_worker(job: ShardJob) -> None:
                 _num_rows.value += 1
             yield row
 
-    run_job(job, _encoder, counted())
+    def tell(error: str) -> None:
+        with _num_rejected.get_lock():
+            if _num_rejected.value < NUM_ERRORS_SHOWN:
+                _errors.put(error)
+            _num_rejected.value += 1
+
+    run_job(job, _encoder, counted(), tell)

@@ -20,6 +20,7 @@ class Server(ThreadingHTTPServer):
         self.requests: list[tuple[str, str | None]] = []  # name and range of each GET
         self.trouble: list[str] = []  # of the next ones: 503, 404, short, flip
         self.pause_s = 0.0
+        self.refusal: tuple[int, str] | None = None  # status and code, as S3 says them of every request
 
     @property
     def url(self) -> str:
@@ -29,7 +30,23 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: Server
 
+    def _refuse(self) -> bool:
+        """As S3 does, if the server was told to: HEAD gets no code."""
+        if self.server.refusal is None:
+            return False
+        status, code = self.server.refusal
+        body = f"<Error><Code>{code}</Code><Message>Words of {code}.</Message></Error>".encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+        return True
+
     def do_GET(self) -> None:
+        if self._refuse():
+            return
         name, wanted = self.path.lstrip("/"), self.headers.get("Range")
         self.server.requests.append((name, wanted))
         time.sleep(self.server.pause_s)
@@ -40,6 +57,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         if wanted and self.server.ranges:
             start, end = wanted.removeprefix("bytes=").split("-")
+            end = str(min(int(end), len(data) - 1))
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{end}/{len(data)}")
             data = data[int(start) : int(end) + 1]
@@ -54,6 +72,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def do_HEAD(self) -> None:
+        if self._refuse():
+            return
         data = self.server.files.get(self.path.lstrip("/"))
         self.send_response(200 if data is not None else 404)
         self.send_header("Content-Length", str(len(data or b"")))
