@@ -68,9 +68,7 @@ def run_shard(
             `skip_invalid` is not set (`out` then holds nothing new but a list of every refused row), or more of them
             than `max_rejected`; or no row is left to write.
     """
-    for number, path in enumerate(inputs):
-        if path.resolve() in [earlier.resolve() for earlier in inputs[:number]]:
-            raise DataError(f"{path} is named twice; name each input once")
+    _require_distinct(inputs)
     encoder = load_encoder(model, settings)
     if note := encoder.lost_opening():
         log.warning(note)
@@ -104,6 +102,13 @@ def run_shard(
         again = [replace(jobs[number], refused=rows) for number, rows in repeated.items()]
         _work_on(again, encoder, num_workers, None)
     return finish(jobs, before, plan, log_sizes)
+
+
+def _require_distinct(inputs: list[Path]) -> None:
+    """Raises DataError where an input is named twice."""
+    for number, path in enumerate(inputs):
+        if path.resolve() in [earlier.resolve() for earlier in inputs[:number]]:
+            raise DataError(f"{path} is named twice; name each input once")
 
 
 def _split_pieces(inputs: list[Path]) -> Iterator[list[InputRange]]:
