@@ -357,4 +357,5 @@ def merge(base: str, adapter: Path, out: Path, verify: bool, settings: "MergeCon
     """Add an adapter to its base and write a whole model."""
     from gemma_dist.merge import run
 
-    click.echo(run.merge(base, adapter, out, verify=verify, base_weights=settings.base_weights).summary())
+    on = (settings.verify_data, settings.verify_samples) if settings.verify_data else verify
+    click.echo(run.merge(base, adapter, out, verify=on, base_weights=settings.base_weights).summary())

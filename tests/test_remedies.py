@@ -47,7 +47,7 @@ OWNERS = {
     "evaluate/run.py": "evaluate",
     "evaluate/server.py": "evaluate",
     "merge/folders.py": "merge",
-    "merge/verify.py": "merge",
+    "merge/layerwise.py": "merge",
 }
 
 
