@@ -1,5 +1,5 @@
 """The command line, in the order of use: make a model, shard, look, check, plan, look at the nodes, train,
-evaluate (`cli_evaluate.py`), merge.
+evaluate (`cli_evaluate.py`), talk (`cli_chat.py`), merge.
 
 A command reads its options and calls one function of another module. Nothing heavy is imported before a command runs,
 not even the settings, which need pydantic: so `--help` answers at once.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma_dist import __version__
+from gemma_dist.cli_chat import chat
 from gemma_dist.cli_evaluate import compare, evaluate, read_calls, score
 from gemma_dist.errors import spell
 from gemma_dist.options import EXISTING, NEW, OrderedGroup, SettingsCommand, spellings
@@ -344,7 +345,7 @@ def train(
         run.train(settings, watch=watch, requests=requests)
 
 
-for command in (evaluate, score, compare, read_calls):
+for command in (evaluate, score, compare, read_calls, chat):
     cli.add_command(command)
 
 
