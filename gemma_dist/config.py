@@ -385,4 +385,4 @@ class MergeConfig(Section):
     verify_data: Path | None = Field(
         None, description="Verify on these trajectories: a JSONL file or a shard folder; default: made-up prompts."
     )
-    verify_samples: int = Field(8, gt=0, description="How many trajectories of it, the first ones.")
+    verify_samples: int = Field(8, gt=0, description="How many of these trajectories, the first ones.")

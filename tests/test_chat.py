@@ -322,6 +322,11 @@ def test_what_a_function_returns_is_text_or_pictures(tmp_path: Path) -> None:
     assert run(lambda: tmp_path / "b.png", {}).text.startswith("Error: FileNotFoundError")
     assert run(sys.exit, {}).text.startswith("Error: SystemExit")
 
+    async def later(x: int) -> int:
+        return x + 1
+
+    assert run(later, {"x": 1}).text == "2"
+
 
 # ---- the command itself ----------------------------------------------------------------------------------------------
 

@@ -24,9 +24,11 @@ from gemma_dist.data.encode import Encoder, load_encoder
 from gemma_dist.data.read import Call, Reading, read_output
 from gemma_dist.data.strict import reason
 from gemma_dist.errors import ConfigError, DataError
-from gemma_dist.logs import JsonlWriter
+from gemma_dist.files import writing
+from gemma_dist.logs import to_json
 
 MOST_ROUNDS = 32  # of calls without a word of the user
+MOST_SHOWN = 2000  # characters of a tool's result
 COMMANDS = ("/image", "/system", "/reset", "/save", "/quit", "/help")
 HELP = "/image PATH, /system TEXT, /reset, /save FILE.jsonl, /quit; //TEXT says /TEXT; a line that ends with \\ goes on"
 
@@ -150,12 +152,11 @@ class Talk:
         if not name:
             raise DataError("name a file: /save FILE.jsonl")
         path = Path(name).expanduser()
-        number = len(path.read_bytes().splitlines()) + 1 if path.exists() else 1
-        row = self.conversation.row(f"{path.stem}-{number}")
-        file = JsonlWriter(path, append=True)
-        file.write(row)
-        file.close()
-        self.screen.say(f"saved as row {number} of {path}", DIM)
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        row = self.conversation.row(f"{path.stem}-{len(lines) + 1}")
+        with writing(path) as temporary:  # an interrupt leaves all that was saved before
+            temporary.write_bytes(b"\n".join([*lines, to_json(row).encode(), b""]))
+        self.screen.say(f"saved as row {len(lines) + 1} of {path}", DIM)
 
     def _answer(self) -> None:
         """Let the model answer, and what it calls, until it calls nothing more."""
@@ -216,7 +217,8 @@ class Talk:
             result = Result(f"Error: {error}")
             self.conversation.respond(number, result.text)
         pictures = f" [{len(result.images)} images]" if result.images else ""
-        self.screen.say(f"← {result.text}{pictures}", DIM)
+        rest = f" … ({len(result.text):,} characters)" if len(result.text) > MOST_SHOWN else ""
+        self.screen.say(f"← {result.text[:MOST_SHOWN]}{rest}{pictures}", DIM)
 
     def _may_run(self, call: Call) -> bool:
         """Whether the user lets a function run."""

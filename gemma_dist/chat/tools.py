@@ -4,7 +4,9 @@
 --tools my_tools:search     a function, or a list or dict of functions, of a module in this folder or on Python's path
 """
 
+import asyncio
 import importlib
+import inspect
 import io
 import json
 import sys
@@ -101,7 +103,8 @@ def _declaration(name: str, function: Function) -> dict[str, Any]:
 def run(function: Function, arguments: Mapping[str, Any]) -> Result:
     """Call a function; what it raises is the model's to read."""
     try:
-        return as_result(function(**arguments))
+        value = function(**arguments)
+        return as_result(asyncio.run(value) if inspect.iscoroutine(value) else value)
     except KeyboardInterrupt:
         return Result("Error: the user interrupted this call.")
     except (Exception, SystemExit) as error:
