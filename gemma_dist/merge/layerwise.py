@@ -70,11 +70,12 @@ class LayerwiseModel:
                 tensor.data = _stand_in(tensor)
             elif tensor.is_floating_point():
                 tensor.data = tensor.data.float()
-        self._whole = _with_adapters(model, adapters) if adapters else model
+        self.vocab_size = model.lm_head.weight.shape[0]
+        if adapters:
+            _add_adapters(model, adapters)
         self._model = model.eval()
         text = getattr(model.model, "language_model", model.model)
         self._layers, self._norm = list(text.layers), text.norm
-        self.vocab_size = model.lm_head.weight.shape[0]
         self._softcap = model.config.get_text_config().final_logit_softcapping
         self._hold_while_called(model, text.layers)
 
@@ -206,8 +207,8 @@ def _load_mapped(folder: Path) -> Any:
     return model
 
 
-def _with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
-    """The model with a weighted sum of adapters, as PEFT computes it."""
+def _add_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> None:
+    """Put a weighted sum of adapters into the model's modules, as PEFT computes it."""
     from peft.tuners.lora.layer import LoraLayer
 
     (first, _), *more = adapters
@@ -222,7 +223,6 @@ def _with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
                     module.scaling[name] *= weight
     if more:
         adapted.base_model.set_adapter(names)
-    return adapted
 
 
 def _parameters_in_4_bits(model: Any, quantization: Quantization | None) -> set[torch.Tensor]:

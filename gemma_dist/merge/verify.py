@@ -36,6 +36,7 @@ NOISE_FACTOR = 4.0
 NOISE_KL_FLOOR = 1e-6  # nats per position: a model without noise may still differ in the last bit
 PROMPT_LENGTHS = (8, 24, 48)
 BLOCK_LOGITS = 1 << 22  # that are compared at once
+BLOCK_TOKENS = 1 << 13  # most rows of the head that are held at once
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def _compare(
     noisy = references[len(results) :]
     found = [_Comparison(len(hidden)) for hidden in results]
     noise = [_Comparison(len(hidden)) for hidden in noisy]
-    block = max(1, BLOCK_LOGITS // max(len(hidden) for hidden in results))
+    block = min(BLOCK_TOKENS, max(1, BLOCK_LOGITS // max(len(hidden) for hidden in results)))
     for start in range(0, trained.vocab_size, block):
         stop = min(start + block, trained.vocab_size)
         head_of_trained, head_of_merged = trained.head(start, stop), merged.head(start, stop)
