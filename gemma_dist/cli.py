@@ -1,5 +1,5 @@
 """The command line, in the order of use: make a model, shard, look, check, plan, look at the nodes, train,
-evaluate (`cli_evaluate.py`), merge, serve (`cli_serving.py`).
+evaluate (`cli_evaluate.py`), talk (`cli_chat.py`), merge, serve (`cli_serving.py`).
 
 A command reads its options and calls one function of another module. Nothing heavy is imported before a command runs,
 not even the settings, which need pydantic: so `--help` answers at once.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma_dist import __version__
+from gemma_dist.cli_chat import chat
 from gemma_dist.cli_evaluate import compare, evaluate, read_calls, score
 from gemma_dist.cli_serving import card, check_model, push, serve
 from gemma_dist.errors import spell
@@ -358,7 +359,7 @@ def train(
         run.train(settings, watch=watch, requests=requests)
 
 
-for command in (evaluate, score, compare, read_calls):
+for command in (evaluate, score, compare, read_calls, chat):
     cli.add_command(command)
 
 
@@ -371,7 +372,8 @@ def merge(base: str, adapter: Path, out: Path, verify: bool, settings: "MergeCon
     """Add an adapter to its base and write a whole model."""
     from gemma_dist.merge import run
 
-    click.echo(run.merge(base, adapter, out, verify=verify, base_weights=settings.base_weights).summary())
+    on = (settings.verify_data, settings.verify_samples) if settings.verify_data else verify
+    click.echo(run.merge(base, adapter, out, verify=on, base_weights=settings.base_weights).summary())
 
 
 for command in (check_model, card, serve, push):

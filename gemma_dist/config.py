@@ -382,3 +382,7 @@ class MergeConfig(Section):
         "as_trained",
         description="Add to the base as training saw it (QLoRA: quantized to 4 bits and back), or to the original.",
     )
+    verify_data: Path | None = Field(
+        None, description="Verify on these trajectories: a JSONL file or a shard folder; default: made-up prompts."
+    )
+    verify_samples: int = Field(8, gt=0, description="How many of these trajectories, the first ones.")

@@ -435,7 +435,7 @@ def test_as_trained_is_the_trained_function_and_original_is_not(bases: Any, tmp_
     assert any("differs from what was trained" in note for note in original.notes)
     assert json.loads((tmp_path / "original" / "gemma_dist.json").read_text())["base_weights"] == "original"
     with pytest.raises(CheckpointError, match="does not compute what base"):
-        verify(base, adapter, tmp_path / "original", quantization=quantization)
+        verify(base, [(adapter, 1.0)], tmp_path / "original", quantization=quantization)
 
 
 def test_16_bit_qlora_is_verified_against_its_own_rounding(bases: Any, tmp_path: Path) -> None:
@@ -474,7 +474,7 @@ def test_verify_notices_a_wrong_merge(bases: Any, name: str, wrong: str, tmp_pat
     (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(settings))
     merge(bases(name), tmp_path / "other", tmp_path / "out", verify=False, base_weights="as_trained")
     with pytest.raises(CheckpointError, match="does not compute what base"):
-        verify(bases(name), tmp_path / "adapter", tmp_path / "out", quantization=None)
+        verify(bases(name), [(tmp_path / "adapter", 1.0)], tmp_path / "out", quantization=None)
 
 
 def test_an_interrupted_merge_leaves_nothing(pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

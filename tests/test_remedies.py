@@ -29,6 +29,8 @@ RECIPE = Path(__file__).parents[1] / "launch" / "cpu_lora.yaml"
 
 # Modules that one verb alone reaches may name its own options.
 OWNERS = {
+    "chat/run.py": "chat",
+    "chat/tools.py": "chat",
     "shards/assemble.py": "shard",
     "shards/folder.py": "shard",
     "shards/sharding.py": "shard",
@@ -47,7 +49,7 @@ OWNERS = {
     "evaluate/run.py": "evaluate",
     "evaluate/server.py": "evaluate",
     "merge/folders.py": "merge",
-    "merge/verify.py": "merge",
+    "merge/layerwise.py": "merge",
     "model/card.py": "merge",
 }
 
@@ -55,7 +57,7 @@ OWNERS = {
 def syntax_trees() -> Iterator[tuple[str, ast.Module]]:
     """Each module of the package but those of the command line, by its path."""
     for path in sorted(FOLDER.rglob("*.py")):
-        if path.name not in ("cli.py", "cli_evaluate.py", "cli_serving.py"):
+        if path.name not in ("cli.py", "cli_chat.py", "cli_evaluate.py", "cli_serving.py"):
             yield str(path.relative_to(FOLDER)), ast.parse(path.read_text(encoding="utf-8"))
 
 

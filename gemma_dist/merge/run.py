@@ -35,7 +35,7 @@ from gemma_dist.merge.folders import (
 from gemma_dist.merge.names import with_names_of_peft
 from gemma_dist.merge.plan import TensorOp, plan_merge
 from gemma_dist.merge.stream import Copied, Workers, write_weights
-from gemma_dist.merge.verify import check_memory
+from gemma_dist.merge.verify import Samples, describe, read_samples
 from gemma_dist.merge.verify import verify as compare
 from gemma_dist.model.record import Quantization, write_merge_record
 from gemma_dist.model.vision import name_in_model
@@ -71,24 +71,25 @@ class MergeReport:
         ]
         lines += [f"  from the {source}: {', '.join(files)}" for source, files in origins.items() if files]
         if self.verification:
-            lines.append(
-                "  verified: largest logit difference {max_logit_difference:.2g}, KL {kl:.2g}, same top token "
-                "{top1_agreement:.1%} of {num_positions} positions".format(**self.verification)
-            )
+            lines += describe(self.verification)
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
-def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weights: BaseWeights) -> MergeReport:
+def merge(
+    base: Path | str, adapter: Path, out: Path, *, verify: bool | tuple[Path, int], base_weights: BaseWeights
+) -> MergeReport:
     """Write base + adapter to the folder `out`, complete or not at all.
 
     Args:
         base: a model folder, or a name on the hub whose files are in the local cache or can be fetched.
         adapter: a folder with `adapter_config.json` and `adapter_model.safetensors`, as PEFT saves it.
-        verify: compare the logits of the result with those of base + adapter before the folder gets its name.
+        verify: compare the logits of the result with those of base + adapter before the folder gets its name: on so
+            many trajectories, the first ones, of a JSONL file or a folder of shards; True: on prompts that are made up.
         base_weights: `as_trained` adds to the weights that training saw, which after QLoRA are those of the base taken
             to 4 bit and back (recorded in the adapter's `gemma_dist.json`); `original` to those of the base as it is.
 
     Raises:
+        DataError: those trajectories cannot be read.
         ConfigError: `out` is taken, lies in the base or the adapter, or is being written; or there is no room for it.
         CheckpointError: base and adapter do not fit, are incomplete or of a kind that cannot be merged; or the result
             failed the comparison.
@@ -103,8 +104,7 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
     notes = _notes(base, base_model, trained, base_weights, ops)
     side_files = find_side_files(base_model, trained)
     check_side_files(side_files, base_model, trained)
-    if verify:
-        check_memory(base_model.headers)
+    samples = read_samples(*verify, base_model.folder, trained.folder) if isinstance(verify, tuple) else None
     if trained.record is None:
         base_weights = "original"
 
@@ -112,10 +112,7 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
         _write_weights(base_model, trained.weights, ops, quantization, folder)
         for name, file in side_files.items():
             shutil.copyfile(file.path, folder / name)
-        verification = None
-        if verify:
-            with as_peft_saves(trained) as known:
-                verification = compare(base_model.folder, known, folder, quantization=quantization)
+        verification = _compare_logits(base_model, trained, folder, quantization, samples) if verify else None
         write_merge_record(
             folder,
             base=base,
@@ -128,16 +125,29 @@ def merge(base: Path | str, adapter: Path, out: Path, *, verify: bool, base_weig
     return MergeReport(
         out=out,
         base_weights=base_weights,
-        num_tensors=len(ops),
-        num_adapted=sum(op.lora is not None for op in ops),
-        num_quantized=sum(op.quantized for op in ops),
-        num_replaced=sum(op.replaced_by is not None for op in ops),
+        **_counts(ops),
         num_bytes=base_model.num_bytes,
         seconds=time.monotonic() - started,
         side_files={name: file.origin for name, file in side_files.items()},
         notes=notes,
         verification=verification,
     )
+
+
+def _counts(ops: list[TensorOp]) -> dict[str, int]:
+    return {
+        "num_tensors": len(ops),
+        "num_adapted": sum(op.lora is not None for op in ops),
+        "num_quantized": sum(op.quantized for op in ops),
+        "num_replaced": sum(op.replaced_by is not None for op in ops),
+    }
+
+
+def _compare_logits(
+    base: BaseModel, adapter: Adapter, folder: Path, quantization: Quantization | None, samples: Samples | None
+) -> dict[str, Any]:
+    with as_peft_saves(adapter) as known:
+        return compare(base.folder, [(known, 1.0)], folder, quantization=quantization, samples=samples)
 
 
 def _with_names_of_peft(adapter: Adapter, base: BaseModel) -> Adapter:

@@ -1,7 +1,8 @@
 """Does the merged model compute what base + adapter did? Both are loaded with plain transformers and PEFT and asked.
 
-Both run in float32 on the CPU, on a few short prompts of fixed pseudo-random ids, and one with an image if the model
-sees. What remains is then the rounding of the merged weights to the dtype that they are stored in:
+Both run in float32 on the CPU, layer by layer (`layerwise.py`), on trajectories that are given, or else on a few short
+prompts of fixed pseudo-random ids, and one with an image if the model sees. What remains is then the rounding of the
+merged weights to the dtype that they are stored in:
 
 - float32 weights: nothing but the order of summation. The logits must agree to 1e-3 (tiny models: 1e-5; the
   soft-capped logits lie in ±30).
@@ -11,97 +12,72 @@ sees. What remains is then the rounding of the merged weights to the dtype that 
   in that noise anyway.
 """
 
-import gc
 import json
-import math
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gemma_dist.errors import CheckpointError
-from gemma_dist.merge.plan import Headers
-from gemma_dist.model.load import keep_four_bit_exact, with_adapter
-from gemma_dist.model.record import Quantization, four_bit_config, four_bit_stacks
+from gemma_dist.config import RowConfig
+from gemma_dist.data.encode import IGNORE_INDEX, load_encoder
+from gemma_dist.data.fit import encode_trained
+from gemma_dist.data.strict import error_context
+from gemma_dist.errors import CheckpointError, DataError
+from gemma_dist.merge.layerwise import Inputs, LayerwiseModel, Run
+from gemma_dist.model.record import Quantization
 from gemma_dist.model.vision import patches_of_config
+from gemma_dist.shards.reader import load_trajectories
 
 FLOAT32_MAX_LOGIT_DIFFERENCE = 1e-3
 NOISE_FACTOR = 4.0
 NOISE_KL_FLOOR = 1e-6  # nats per position: a model without noise may still differ in the last bit
 PROMPT_LENGTHS = (8, 24, 48)
+BLOCK_LOGITS = 1 << 22  # that are compared at once
+BLOCK_TOKENS = 1 << 13  # most rows of the head that are held at once
 
 
-def check_memory(headers: Headers) -> None:
-    """Refuse before a long merge what could not be verified after it: one model in float32 must fit in memory."""
-    needed = 4 * sum(math.prod(shape) for _, shape in headers.values())
-    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > present:
-        raise CheckpointError(
-            f"--verify holds the model in float32, {needed / 2**30:.0f} GiB, and this machine has "
-            f"{present / 2**30:.0f} GiB of memory; merge without --verify, or on a larger machine"
-        )
+@dataclass(frozen=True)
+class Sample:
+    """A row that both models read."""
+
+    inputs: Inputs
+    trained: torch.Tensor  # (T,) bool: whether the token behind each position is trained
 
 
-def verify(base: Path, adapter: Path, merged: Path, *, quantization: Quantization | None) -> dict[str, Any]:
-    """Compare the logits of `merged` with those of `base` + `adapter`.
+@dataclass(frozen=True)
+class Samples:
+    """The rows that both models read, one or more."""
 
-    Args:
-        quantization: how training held the base, if `merged` was made from that (`read_quantization`).
+    rows: Sequence[Sample]
+    data: str | None  # where they come from; None: made up
 
-    Returns:
-        `max_logit_difference`, `kl` (nats per position, trained from merged), `top1_agreement` (0 to 1),
-        `num_positions`, `limit` (what was demanded) and `noise_kl` (of computing in bfloat16; 16-bit weights only).
+
+def read_samples(data: Path, limit: int, model: Path, adapter: Path) -> Samples:
+    """The first `limit` trajectories of a JSONL file or a folder of shards, as training with the adapter saw them.
 
     Raises:
-        CheckpointError: the merged model lacks weights, or its logits are further off than rounding explains.
+        DataError: there are none, or one of them cannot be read.
+        CheckpointError: the model has no processor.
     """
-    from transformers import AutoConfig
-
-    prompts = make_prompts(AutoConfig.from_pretrained(merged, trust_remote_code=False).to_dict())
-
-    trained = _load_trained(base, adapter, quantization)
-    reference = _logits(trained, prompts)
-    exact = _stored_in_float32(merged, quantization)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not exact):
-        noisy = reference if exact else _logits(trained, prompts)
-    del trained
-    gc.collect()
-
-    model, loading = _model_class(merged).from_pretrained(
-        merged, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-    )
-    if loading["missing_keys"] or loading["mismatched_keys"]:
-        raise CheckpointError(
-            f"the merged model lacks weights, such as {sorted(loading['missing_keys'])[:3]}; so does its base: "
-            f"check {base} with transformers' from_pretrained"
-        )
-    result = _logits(model.eval(), prompts)
-
-    report: dict[str, Any] = {
-        "max_logit_difference": (result - reference).abs().max().item(),
-        "kl": _kl(reference, result),
-        "top1_agreement": (result.argmax(-1) == reference.argmax(-1)).double().mean().item(),
-        "num_positions": len(reference),
-    }
-    if exact:
-        found, limit, what = report["max_logit_difference"], FLOAT32_MAX_LOGIT_DIFFERENCE, "a logit differs"
-        report["limit"] = {"max_logit_difference": limit}
-    else:
-        report["noise_kl"] = _kl(reference, noisy)
-        found, limit, what = report["kl"], max(NOISE_FACTOR * report["noise_kl"], NOISE_KL_FLOOR), "its KL differs"
-        report["limit"] = {"kl": limit}
-    if not found <= limit:  # so that NaN fails too
-        raise CheckpointError(
-            f"the merged model does not compute what base + adapter do: {what} by {found:.3g}, rounding explains "
-            f"{limit:.3g}. Nothing was written. Check that {base} is the base that {adapter} was trained on"
-        )
-    return report
+    encoder = load_encoder(str(model), RowConfig(), adapter=adapter)
+    samples = []
+    for trajectory in islice(load_trajectories(data, RowConfig()), limit):
+        with error_context(f"{data}: {trajectory.id}"):
+            encoded = encode_trained(trajectory, encoder)
+            inputs = {name: torch.tensor([getattr(encoded, name)]) for name in ("input_ids", "mm_token_type_ids")}
+            pixels = encoder.pixels(trajectory.images) if trajectory.images else {}
+        following = torch.tensor([*encoded.labels[1:], IGNORE_INDEX])
+        samples.append(Sample({**inputs, **pixels}, following != IGNORE_INDEX))
+    if not samples:
+        raise DataError(f"{data} holds no trajectories, so there is nothing to compare logits on")
+    return Samples(samples, str(data))
 
 
-def make_prompts(config: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
-    """Model inputs of one row each: pseudo-random ids, always the same; one with a small image if the model sees.
+def made_up_samples(config: Mapping[str, Any]) -> Samples:
+    """Pseudo-random ids, always the same; in the last row with a small image if the model sees.
 
     Args:
         config: of the model, with all defaults in it.
@@ -130,75 +106,162 @@ def make_prompts(config: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
                 **patches.image(2, 1, colors),
             }
         )
-    return prompts
+    rows = [Sample(prompt, torch.zeros(prompt["input_ids"].shape[1], dtype=torch.bool)) for prompt in prompts]
+    return Samples(rows, data=None)
 
 
-def _load_trained(base: Path, adapter: Path, quantization: Quantization | None) -> Any:
-    """Base + adapter as training held them, computing in float32."""
-    if quantization is None:
-        model = _model_class(base).from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
-    else:
-        model = _load_quantized(base, quantization)
-    return with_adapter(model, adapter).eval()
+def verify(
+    base: Path,
+    adapters: Sequence[tuple[Path, float]],
+    merged: Path,
+    *,
+    quantization: Quantization | None,
+    samples: Samples | None = None,
+) -> dict[str, Any]:
+    """Compare the logits of `merged` with those of `base` + the weighted sum of `adapters`.
 
+    Args:
+        quantization: how training held the base, if `merged` was made from that (`read_quantization`).
+        samples: what both read; None: prompts that are made up.
 
-def _load_quantized(base: Path, quantization: Quantization) -> Any:
-    """The base with exactly the recorded modules in 4 bit, from the dtype that training loaded; the rest float32."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    Returns:
+        `max_logit_difference` and `mean_logit_difference` (absolute), `kl` (nats per position, trained from merged),
+        `top1_agreement` (0 to 1), `num_positions`; the same of the positions whose next token is trained, as
+        `trained`, where there are some; `data` and `num_samples`; `limit` (what was demanded) and `noise_kl` (of
+        computing in bfloat16; 16-bit weights only).
+
+    Raises:
+        CheckpointError: the merged model lacks weights, or its logits are further off than rounding explains.
+    """
     from transformers import AutoConfig
 
-    from gemma_dist.model.experts import loading_experts
+    if samples is None:
+        samples = made_up_samples(AutoConfig.from_pretrained(merged, trust_remote_code=False).to_dict())
+    exact = _stored_in_float32(merged, quantization)
+    trained = LayerwiseModel(base, adapters, quantization)
+    runs = [Run(row.inputs) for row in samples.rows]
+    noisy = [] if exact else [Run(row.inputs, in_bfloat16=True) for row in samples.rows]
+    references = trained.run([*runs, *noisy])
+    result = LayerwiseModel(merged)
+    found, noise = _compare(trained, result, references, result.run(runs))
 
-    modules = set(quantization["modules"])
-    with torch.device("meta"):
-        skeleton = _model_class(base)(AutoConfig.from_pretrained(base, trust_remote_code=False))
-    linears = {name for name, module in skeleton.named_modules() if type(module) is torch.nn.Linear}
-    stacks = set(quantization.get("parameters", ()))
-    with loading_experts("gpu" if stacks else None):
-        model = _model_class(base).from_pretrained(
-            base,
-            dtype=quantization.get("weights_dtype", "auto"),
-            device_map="cpu",
-            trust_remote_code=False,
-            quantization_config=four_bit_config(
-                {**quantization, "bnb_4bit_compute_dtype": "float32"}, skip_modules=sorted(linears - modules)
-            ),
-        )
-    odd = modules ^ {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-    if odd := odd | stacks ^ set(four_bit_stacks(model)):
+    report: dict[str, Any] = _measures(found, torch.ones(sum(len(one) for one in found), dtype=torch.bool))
+    is_trained = torch.cat([row.trained for row in samples.rows])
+    if is_trained.any():
+        report["trained"] = _measures(found, is_trained)
+    report |= {"data": samples.data, "num_samples": len(samples.rows)}
+    if exact:
+        value, limit, what = report["max_logit_difference"], FLOAT32_MAX_LOGIT_DIFFERENCE, "a logit differs"
+        report["limit"] = {"max_logit_difference": limit}
+    else:
+        report["noise_kl"] = torch.cat([one.kl for one in noise]).mean().item()
+        value, limit, what = report["kl"], max(NOISE_FACTOR * report["noise_kl"], NOISE_KL_FLOOR), "its KL differs"
+        report["limit"] = {"kl": limit}
+    if not value <= limit:  # so that NaN fails too
         raise CheckpointError(
-            f"{len(odd)} modules or stacks of experts, such as {min(odd)}, are 4-bit in only one of gemma_dist.json "
-            "and the model as it loads now; merge with the versions of transformers and bitsandbytes that trained it, "
-            "or without --verify"
+            f"the merged model does not compute what base + adapter do: {what} by {value:.3g}, rounding explains "
+            f"{limit:.3g}. Nothing was written. Check that {base} is the base that "
+            f"{' and '.join(str(folder) for folder, _ in adapters)} was trained on"
         )
-    keep_four_bit_exact(model)
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point() and not isinstance(tensor, Params4bit):
-            tensor.data = tensor.data.float()
-    return model
+    return report
 
 
-def _model_class(folder: Path) -> Any:
-    """The class that config.json names: the automatic ones may choose another wrapper, with other tensor names."""
-    import transformers
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    name = (config.get("architectures") or ["AutoModelForImageTextToText"])[0]
-    if not hasattr(transformers, name):
-        raise CheckpointError(f"{folder / 'config.json'}: architectures {name!r} is not in transformers; update it")
-    return getattr(transformers, name)
+def describe(report: Mapping[str, Any]) -> list[str]:
+    """What `verify` found, in lines for the terminal."""
+    lines = ["  verified: " + _WORDS.format(**report)]
+    if "trained" in report:
+        lines.append("    trained tokens: " + _WORDS.format(**report["trained"]))
+    return lines
 
 
-@torch.no_grad()
-def _logits(model: torch.nn.Module, prompts: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """Logits of all positions of all prompts, (positions, vocabulary), float32."""
-    return torch.cat([model(**prompt).logits[0].float() for prompt in prompts])
+_WORDS = (
+    "largest logit difference {max_logit_difference:.2g}, mean {mean_logit_difference:.2g}, KL {kl:.2g}, same top "
+    "token {top1_agreement:.1%} of {num_positions:,} positions"
+)
 
 
-def _kl(reference: torch.Tensor, other: torch.Tensor) -> float:
-    """KL divergence of `other` from `reference`, in nats, mean over positions."""
-    log_p, log_q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+class _Comparison:
+    """Logits of two models at the T positions of a sample, compared as they come, block by block of the vocabulary."""
+
+    def __init__(self, num_positions: int) -> None:
+        zeros, lowest = torch.zeros(num_positions).double(), torch.full((num_positions,), -torch.inf).double()
+        self.max_difference, self.sum_of_differences, self.num_tokens = zeros.clone(), zeros.clone(), 0
+        self._most, self._sum, self._weighted = lowest.clone(), zeros.clone(), zeros.clone()  # of e^(p - most)
+        self._log_sum_of_other = lowest.clone()
+        self._top = [(lowest.clone(), torch.zeros(num_positions).long()) for _ in range(2)]
+
+    def __len__(self) -> int:
+        return len(self._sum)
+
+    def add(self, reference: torch.Tensor, other: torch.Tensor) -> None:
+        """Take the logits (T, V) of the next V tokens."""
+        logits = reference.double(), other.double()
+        difference = logits[0] - logits[1]
+        self.max_difference = torch.maximum(self.max_difference, difference.abs().amax(-1))
+        self.sum_of_differences += difference.abs().sum(-1)
+        most = torch.maximum(self._most, logits[0].amax(-1))
+        kept, weights = (self._most - most).exp(), (logits[0] - most[:, None]).exp()
+        self._most, self._sum = most, self._sum * kept + weights.sum(-1)
+        self._weighted = self._weighted * kept + (weights * difference).sum(-1)
+        self._log_sum_of_other = torch.logaddexp(self._log_sum_of_other, logits[1].logsumexp(-1))
+        for number, values in enumerate(logits):
+            value, token = values.max(-1)
+            before, best = self._top[number]
+            self._top[number] = (
+                torch.maximum(before, value),
+                torch.where(value > before, token + self.num_tokens, best),
+            )
+        self.num_tokens += reference.shape[1]
+
+    @property
+    def kl(self) -> torch.Tensor:
+        """(T,): the divergence of the other from the reference, in nats: the mean of log p - log q under p."""
+        return self._weighted / self._sum - (self._most + self._sum.log()) + self._log_sum_of_other
+
+    @property
+    def same_top(self) -> torch.Tensor:
+        """(T,) bool: whether both have the same likeliest token."""
+        return self._top[0][1] == self._top[1][1]
+
+
+def _compare(
+    trained: LayerwiseModel, merged: LayerwiseModel, references: list[torch.Tensor], results: list[torch.Tensor]
+) -> tuple[list[_Comparison], list[_Comparison]]:
+    """What two models' heads make of what came out of their layers.
+
+    Args:
+        references: (T, width) of each sample, and behind these, if there are more, those computed in bfloat16.
+
+    Returns:
+        One of each sample: the merged model against the trained one, and the trained one in bfloat16 against itself.
+    """
+    noisy = references[len(results) :]
+    found = [_Comparison(len(hidden)) for hidden in results]
+    noise = [_Comparison(len(hidden)) for hidden in noisy]
+    block = min(BLOCK_TOKENS, max(1, BLOCK_LOGITS // max(len(hidden) for hidden in results)))
+    for start in range(0, trained.vocab_size, block):
+        stop = min(start + block, trained.vocab_size)
+        head_of_trained, head_of_merged = trained.head(start, stop), merged.head(start, stop)
+        for number, hidden in enumerate(results):
+            reference = head_of_trained(references[number])
+            found[number].add(reference, head_of_merged(hidden))
+            if noisy:
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    noise[number].add(reference, head_of_trained(noisy[number]))
+    return found, noise
+
+
+def _measures(found: Sequence[_Comparison], chosen: torch.Tensor) -> dict[str, Any]:
+    """The figures of the chosen positions of all samples, one behind the other."""
+    num_tokens = found[0].num_tokens
+    return {
+        "max_logit_difference": torch.cat([one.max_difference for one in found])[chosen].max().item(),
+        "mean_logit_difference": torch.cat([one.sum_of_differences for one in found])[chosen].mean().item()
+        / num_tokens,
+        "kl": torch.cat([one.kl for one in found])[chosen].mean().item(),
+        "top1_agreement": torch.cat([one.same_top for one in found])[chosen].double().mean().item(),
+        "num_positions": int(chosen.sum()),
+    }
 
 
 def _stored_in_float32(merged: Path, quantization: Quantization | None) -> bool:
