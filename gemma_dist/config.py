@@ -382,3 +382,11 @@ class MergeConfig(Section):
         "as_trained",
         description="Add to the base as training saw it (QLoRA: quantized to 4 bits and back), or to the original.",
     )
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        None, description="Dtype of the result; default: that of each tensor of the base."
+    )
+    max_shard_size: str | None = Field(
+        None,
+        pattern=r"^[1-9]\d*[KMGT]B$",
+        description="Largest file of the result, such as 5GB (of 10^9 bytes); default: the base's own files.",
+    )

@@ -5,33 +5,57 @@ it is in the processor's cache: stored, taken to 4 bit and back, with the adapte
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from gemma_dist.errors import CheckpointError, setting
-from gemma_dist.merge.plan import Lora, TensorOp
+from gemma_dist.merge.plan import Lora, Replacement, TensorOp
 from gemma_dist.merge.stream import Computed, Rows, Workers, as_matrix, row_blocks, stored_rows
 from gemma_dist.model.record import Quantization
-from gemma_dist.tensorfile import TensorFile
+from gemma_dist.tensorfile import Entry, TensorFile
 
 SCALES_AT_ONCE = 1 << 14  # a multiple of 256; bitsandbytes takes a KiB of memory for each that it quantizes on a CPU
 
 
-def merged(op: TensorOp, shard: TensorFile, adapter: TensorFile, quantization: Quantization | None) -> Computed:
-    """A tensor of the base, which `shard` has, as the adapter changes it; of the base's shape and dtype."""
-    entry = shard.entries[op.name]
-    if op.replaced_by is not None:
-        return Computed(entry, partial(stored_rows, file=adapter, name=op.replaced_by))
+def merged(
+    op: TensorOp, shard: TensorFile, adapters: Sequence[TensorFile], quantization: Quantization | None, entry: Entry
+) -> Computed:
+    """A tensor of the base, which `shard` has, as the adapters change it; of the dtype of `entry`."""
+    shape = entry.shape
 
     def rows(workers: Workers) -> Rows:
+        if (new := op.replaced_by) is not None:
+            source = adapters[new.adapter]
+            if new.rows is None:
+                return stored_rows(workers, source, new.tensor)
+            return token_rows(stored_rows(workers, shard, op.name), new, source)
         found = stored_rows(workers, shard, op.name)
         if op.quantized:
             assert quantization is not None
-            found = four_bit_rows(workers, found, op.name, entry.shape, quantization)
-        return found if op.lora is None else lora_rows(found, op.lora, adapter, entry.shape)
+            found = four_bit_rows(workers, found, op.name, shape, quantization)
+        for lora in op.loras:
+            found = lora_rows(found, lora, adapters[lora.adapter], shape)
+        return found
 
-    return Computed(entry, rows)
+    return Computed(entry, rows, converted=op.untouched)
+
+
+def token_rows(weight: Rows, new: Replacement, adapter: TensorFile) -> Rows:
+    """An embedding with the rows of some tokens in the place of its own."""
+    assert new.rows is not None
+    trained = adapter.read(new.tensor).float()
+    place = {token: number for number, token in enumerate(new.rows)}
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        found, here = weight(start, stop), sorted(place.keys() & range(start, stop))
+        if here:
+            found = found.float()  # so that what is rounded is rounded once, to the dtype of the result
+            found[[token - start for token in here]] = trained[[place[token] for token in here]]
+        return found
+
+    return rows
 
 
 def four_bit_rows(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from gemma_dist.errors import CheckpointError
+from gemma_dist.errors import CheckpointError, setting
 from gemma_dist.files import naming, sync
 from gemma_dist.tensorfile import TORCH_DTYPES, Entry, TensorFile, write_header
 
@@ -49,6 +49,7 @@ class Computed:
 
     entry: Entry
     rows: Callable[["Workers"], Rows]
+    converted: bool = False  # to the dtype of `entry` and no more: what is not finite in it may have been so before
 
 
 class Workers:
@@ -177,12 +178,21 @@ def _compute(name: str, tensor: Computed, target: int, at: int, workers: Workers
     width = as_matrix(tensor.entry.shape)[2] * dtype.itemsize
 
     def write(start: int, stop: int) -> None:
-        block = rows(start, stop).to(dtype)
+        values = rows(start, stop)
+        block = values.to(dtype)
         if not torch.stack(torch.aminmax(block)).isfinite().all():  # a NaN is both the least and the greatest
-            raise CheckpointError(
-                f"{name} would hold NaN or infinity after the merge: the training diverged, or {dtype} cannot "
-                "hold the sum. Merge an earlier checkpoint of the adapter"
-            )
+            finite = values.isfinite()
+            if finite.logical_and(block.isfinite().logical_not()).any():
+                largest = values[finite].abs().max().item()
+                raise CheckpointError(
+                    f"{name} would hold {largest:.6g}, and {dtype} ends at {torch.finfo(dtype).max:.6g}; use "
+                    f"{setting('dtype', 'bfloat16')}"
+                )
+            if not tensor.converted:
+                raise CheckpointError(
+                    f"{name} would hold NaN or infinity after the merge: the training diverged. Merge an earlier "
+                    "checkpoint of the adapter"
+                )
         write_at(target, block.contiguous().view(-1).view(torch.uint8).numpy().data, at + start * width)
 
     for start, stop in row_blocks(tensor.entry.shape):

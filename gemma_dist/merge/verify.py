@@ -23,7 +23,7 @@ import torch
 
 from gemma_dist.errors import CheckpointError
 from gemma_dist.merge.plan import Headers
-from gemma_dist.model.load import keep_four_bit_exact, with_adapter
+from gemma_dist.model.load import keep_four_bit_exact, load_another, with_adapter
 from gemma_dist.model.record import Quantization, four_bit_config, four_bit_stacks
 from gemma_dist.model.vision import patches_of_config
 
@@ -44,10 +44,13 @@ def check_memory(headers: Headers) -> None:
         )
 
 
-def verify(base: Path, adapter: Path, merged: Path, *, quantization: Quantization | None) -> dict[str, Any]:
+def verify(
+    base: Path, adapter: Path | Mapping[Path, float], merged: Path, *, quantization: Quantization | None
+) -> dict[str, Any]:
     """Compare the logits of `merged` with those of `base` + `adapter`.
 
     Args:
+        adapter: a folder, or several with the weight of each.
         quantization: how training held the base, if `merged` was made from that (`read_quantization`).
 
     Returns:
@@ -61,7 +64,8 @@ def verify(base: Path, adapter: Path, merged: Path, *, quantization: Quantizatio
 
     prompts = make_prompts(AutoConfig.from_pretrained(merged, trust_remote_code=False).to_dict())
 
-    trained = _load_trained(base, adapter, quantization)
+    adapters = adapter if isinstance(adapter, Mapping) else {adapter: 1.0}
+    trained = _load_trained(base, adapters, quantization)
     reference = _logits(trained, prompts)
     exact = _stored_in_float32(merged, quantization)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not exact):
@@ -95,7 +99,8 @@ def verify(base: Path, adapter: Path, merged: Path, *, quantization: Quantizatio
     if not found <= limit:  # so that NaN fails too
         raise CheckpointError(
             f"the merged model does not compute what base + adapter do: {what} by {found:.3g}, rounding explains "
-            f"{limit:.3g}. Nothing was written. Check that {base} is the base that {adapter} was trained on"
+            f"{limit:.3g}. Nothing was written. Check that {base} is the base that "
+            f"{' and '.join(map(str, adapters))} was trained on"
         )
     return report
 
@@ -133,13 +138,31 @@ def make_prompts(config: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
     return prompts
 
 
-def _load_trained(base: Path, adapter: Path, quantization: Quantization | None) -> Any:
-    """Base + adapter as training held them, computing in float32."""
+def _load_trained(base: Path, adapters: Mapping[Path, float], quantization: Quantization | None) -> Any:
+    """Base + adapters as training held them, computing in float32."""
     if quantization is None:
         model = _model_class(base).from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     else:
         model = _load_quantized(base, quantization)
-    return with_adapter(model, adapter).eval()
+    return _with_adapters(model, adapters).eval()
+
+
+def _with_adapters(model: Any, adapters: Mapping[Path, float]) -> Any:
+    """`model` with all of some adapters at work, each with its weight."""
+    from peft.tuners.lora import LoraLayer
+
+    (first, _), *more = adapters.items()
+    names = {f"adapter_{number}": weight for number, weight in enumerate(adapters.values())}
+    adapted = with_adapter(model, first, adapter_name="adapter_0")
+    for (folder, _), name in zip(more, list(names)[1:], strict=True):
+        load_another(adapted, folder, name)
+    if more:
+        adapted.base_model.set_adapter(list(names))
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            for name, weight in names.items():
+                module.set_scale(name, weight)
+    return adapted
 
 
 def _load_quantized(base: Path, quantization: Quantization) -> Any:

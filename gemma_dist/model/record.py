@@ -4,6 +4,7 @@ After QLoRA it names the layers of the base that were held in 4 bits, and how. E
 and merging adds the adapter to just that. It is written and read here alone.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -57,7 +58,7 @@ def write_merge_record(
     folder: Path,
     *,
     base: Path | str,
-    adapter: Path,
+    adapters: Mapping[str, float],
     base_weights: str,
     quantization: Quantization | None,
     verification: dict[str, Any] | None,
@@ -65,12 +66,13 @@ def write_merge_record(
     """Write the record of a merged model.
 
     Args:
+        adapters: their folders, with the weights of their sums.
         quantization: what the base went through before the sum; None: nothing.
         verification: what comparing the logits found; None: they were not compared.
     """
     record = {
         "base_model": str(base),
-        "adapter": str(adapter),
+        "adapters": dict(adapters),
         "base_weights": base_weights,
         "quantization": quantization,
         "verification": verification,
