@@ -36,7 +36,7 @@ def merged(
             assert quantization is not None
             found = four_bit_rows(workers, found, op.name, shape, quantization)
         for lora in op.loras:
-            found = lora_rows(found, lora, adapters[lora.adapter], shape)
+            found = lora_rows(workers, found, lora, adapters[lora.adapter], shape)
         return found
 
     return Computed(entry, rows, converted=op.untouched)
@@ -114,17 +114,20 @@ def four_bit_rows(
     return rows
 
 
-def lora_rows(weight: Rows, lora: Lora, adapter: TensorFile, shape: tuple[int, ...]) -> Rows:
+def lora_rows(workers: Workers, weight: Rows, lora: Lora, adapter: TensorFile, shape: tuple[int, ...]) -> Rows:
     """W + s * (B @ A) in float32; with DoRA, each row scaled from its norm to its trained magnitude.
 
     In PEFT's order of operations (`get_delta_weight` of `Linear` and `ParamWrapper`, `DoraLinearVariant.merge_unsafe`),
     so that the bits agree.
     """
-    delta = _delta_rows(lora, adapter, as_matrix(shape)[1])
+    delta = _delta_rows(workers, lora, adapter, as_matrix(shape)[1])
     magnitude = adapter.read(lora.magnitude).float() if lora.magnitude is not None else None
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        found = delta(start, stop).mul_(lora.scale).add_(weight(start, stop).float())
+        found = weight(start, stop)
+        if found.dtype != torch.float32:
+            found = workers.room("sum", found.shape, torch.float32).copy_(found)
+        found.add_(delta(start, stop).mul_(lora.scale))
         if magnitude is None:
             return found
         return found.mul_((magnitude[start:stop] / torch.linalg.norm(found, dim=1)).view(-1, 1))
@@ -132,17 +135,22 @@ def lora_rows(weight: Rows, lora: Lora, adapter: TensorFile, shape: tuple[int, .
     return rows
 
 
-def _delta_rows(lora: Lora, adapter: TensorFile, in_matrix: int) -> Rows:
+def _delta_rows(workers: Workers, lora: Lora, adapter: TensorFile, in_matrix: int) -> Rows:
     """B @ A; of a stack of experts, each one's."""
     a, b = adapter.read(lora.a).float(), adapter.read(lora.b).float()
+
+    def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Left @ right."""
+        return torch.mm(left, right, out=workers.room("delta", (len(left), right.shape[1]), torch.float32))
+
     if lora.num_experts is None:
-        return lambda start, stop: b[start:stop] @ a
+        return lambda start, stop: product(b[start:stop], a)
     a = a.view(lora.num_experts, -1, a.shape[1])
     b = b.view(len(b), -1, lora.num_experts).permute(2, 0, 1).contiguous()  # (experts, out, r)
 
     def rows(start: int, stop: int) -> torch.Tensor:
         expert = start // in_matrix
         first = expert * in_matrix
-        return b[expert, start - first : stop - first] @ a[expert]
+        return product(b[expert, start - first : stop - first], a[expert])
 
     return rows

@@ -258,7 +258,8 @@ def check_side_files(side_files: Mapping[str, SideFile], base: BaseModel, adapte
     chosen = side_files["tokenizer.json"]
     with tempfile.TemporaryDirectory() as folder:  # as they will stand together
         for name, file in side_files.items():
-            (Path(folder) / name).symlink_to(file.path.resolve())
+            if name != "config.json":  # nothing of a tokenizer is in it, and its class takes a second to import
+                (Path(folder) / name).symlink_to(file.path.resolve())
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # of Rust, of transformers, of json: a broken file may raise anything
