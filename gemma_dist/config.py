@@ -24,6 +24,7 @@ LANGUAGE_MODEL_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate
 
 # Stacked weights of the experts, of shape (experts, out, in): parameters, not linear layers. In transformers' order.
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+FOUR_BIT_BLOCK_SIZE = 64  # 4-bit weights that share a scale: bitsandbytes' default
 
 
 def option(name: str) -> str:

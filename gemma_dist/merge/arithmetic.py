@@ -10,12 +10,14 @@ from functools import partial
 
 import torch
 
+from gemma_dist.config import FOUR_BIT_BLOCK_SIZE as BLOCK_SIZE
 from gemma_dist.errors import CheckpointError, setting
 from gemma_dist.merge.plan import Lora, Replacement, TensorOp
 from gemma_dist.merge.stream import Computed, Rows, Workers, as_matrix, row_blocks, stored_rows
 from gemma_dist.model.record import Quantization
 from gemma_dist.tensorfile import Entry, TensorFile
 
+BLOCKS_AT_ONCE = 1 << 10  # of 4-bit values: bitsandbytes goes through a dozen tensors of their size
 SCALES_AT_ONCE = 1 << 14  # a multiple of 256; bitsandbytes takes a KiB of memory for each that it quantizes on a CPU
 
 
@@ -70,8 +72,6 @@ def four_bit_rows(
     """
     from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
 
-    from gemma_dist.model.experts import BLOCK_SIZE
-
     _, in_matrix, num_columns = as_matrix(shape)
     if len(shape) == 3 and in_matrix * num_columns % BLOCK_SIZE:
         raise CheckpointError(
@@ -84,13 +84,14 @@ def four_bit_rows(
     def loaded(start: int, stop: int) -> torch.Tensor:
         values = stored(start, stop).reshape(-1)
         values = values if dtype is None else values.to(dtype)
-        return torch.nn.functional.pad(values, (0, -len(values) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
+        missing = -len(values) % BLOCK_SIZE
+        return (torch.nn.functional.pad(values, (0, missing)) if missing else values).view(-1, BLOCK_SIZE)
 
     # One tensor, filled in place: thousands of small ones between the blocks would keep the memory of these from reuse.
     scales = torch.empty(-(-math.prod(shape) // BLOCK_SIZE))
 
     def measure(start: int, stop: int) -> None:
-        found = loaded(start, stop).float().abs().amax(1)
+        found = loaded(start, stop).abs().amax(1)
         first = start * num_columns // BLOCK_SIZE
         scales[first : first + len(found)] = found
 
@@ -105,11 +106,14 @@ def four_bit_rows(
         workers.map(round_off, ((start,) for start in range(0, len(scales), SCALES_AT_ONCE)))
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        packed, state = quantize(loaded(start, stop))
-        first = start * num_columns // BLOCK_SIZE
-        state.absmax = scales[first : first + len(state.absmax)]
+        values, first = loaded(start, stop), start * num_columns // BLOCK_SIZE
+        found = workers.room("four bit", values.shape, values.dtype)
+        for at in range(0, len(values), BLOCKS_AT_ONCE):
+            packed, state = quantize(values[at : at + BLOCKS_AT_ONCE])
+            state.absmax = scales[first + at :][: len(state.absmax)]
+            found[at : at + BLOCKS_AT_ONCE] = dequantize_4bit(packed, state)
         num_values = (stop - start) * num_columns
-        return dequantize_4bit(packed, state).view(-1)[:num_values].view(stop - start, num_columns)
+        return found.view(-1)[:num_values].view(stop - start, num_columns)
 
     return rows
 
