@@ -391,3 +391,7 @@ class MergeConfig(Section):
         pattern=r"^[1-9]\d*[KMGT]B$",
         description="Largest file of the result, such as 5GB (of 10^9 bytes); default: the base's own files.",
     )
+    save_in_4bit: bool = Field(
+        False,
+        description="After QLoRA: sum nothing, but write the base in 4 bits, as trained, with the adapter beside it.",
+    )

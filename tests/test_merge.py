@@ -25,13 +25,14 @@ from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.files import whole_folder
 from gemma_dist.merge import arithmetic, stream
 from gemma_dist.merge import run as merge_run
-from gemma_dist.merge.arithmetic import four_bit_rows
+from gemma_dist.merge.four_bit import four_bit_rows
 from gemma_dist.merge.plan import Replacement, plan_merge
 from gemma_dist.merge.run import merge
 from gemma_dist.merge.stream import Workers, row_blocks
 from gemma_dist.merge.verify import verify
 from gemma_dist.model.fingerprint import fingerprint_base
 from gemma_dist.model.four_bit_cpu import dequantize_as_gpus_do
+from gemma_dist.model.load import keep_four_bit_exact
 from gemma_dist.model.record import Quantization
 
 TARGETS = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -1113,3 +1114,77 @@ def test_a_size_that_is_none_is_refused(value: str, pair: Any, tmp_path: Path) -
     words = ["--base", base, "--adapter", adapter, "--out", tmp_path / "out", "--max-shard-size", value]
     assert main(["merge", *map(str, words)]) == 2
     assert not (tmp_path / "out").exists()
+
+
+# --- the base in 4 bits, with the adapter beside it ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "double"), [("e4b-bfloat16", True), ("31b", False), ("12b-bfloat16", True)])
+def test_a_4_bit_folder_loads_as_the_trained_model(bases: Any, name: str, double: bool, tmp_path: Path) -> None:
+    """By transformers alone, to the last bit of the logits; its tensors are those that transformers would save."""
+    from bitsandbytes.nn import Linear4bit
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    base, adapter, out = bases(name), tmp_path / "adapter", tmp_path / "out"
+    settings: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+                                "bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": "float32"}  # fmt: skip
+    model = AutoModelForImageTextToText.from_pretrained(
+        base, dtype="float32", quantization_config=BitsAndBytesConfig(**settings)
+    )
+    model.save_pretrained(tmp_path / "expected")
+    modules = [path for path, module in model.named_modules() if isinstance(module, Linear4bit)]
+    write_adapter(base, adapter)
+    change_record(adapter, quantization=settings | {"modules": modules, "weights_dtype": "float32"})
+    merge(base, adapter, out, verify=False, base_weights="as_trained", save_in_4bit=True, max_shard_size="500KB")
+
+    assert len(list(out.glob("model-*.safetensors"))) > 2
+    stored = {name: tensor for path in out.glob("model-*") for name, tensor in load_file(path).items()}
+    expected = tensors_of(tmp_path / "expected")
+    assert expected.keys() <= stored.keys()
+    for tensor, value in expected.items():
+        if ".quant_state." in tensor:
+            ours, theirs = (json.loads(bytes(one.tolist())) for one in (stored[tensor], value))
+            assert ours == theirs
+        else:
+            assert torch.equal(stored[tensor], value), tensor
+    from peft import PeftModel
+
+    loaded = AutoModelForImageTextToText.from_pretrained(out, dtype="auto").eval()
+    trained = PeftModel.from_pretrained(model, adapter).eval()
+    keep_four_bit_exact(loaded)
+    keep_four_bit_exact(trained)
+    ids = torch.arange(60, 90)[None]
+    inputs = {"input_ids": ids, "mm_token_type_ids": 0 * ids}
+    with torch.no_grad():
+        logits, expected_logits = loaded(**inputs).logits, trained(**inputs).logits
+        assert torch.equal(logits, expected_logits)
+        with trained.disable_adapter():
+            assert not torch.equal(logits, trained(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--dtype", "float32"], "sums nothing"),
+        (["--verify"], "sums nothing"),
+        (["--base-weights", "original"], "was not trained on a base in 4 bits"),
+    ],
+)
+def test_what_goes_with_a_sum_alone_is_refused(
+    words: list[str], told: str, bases: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_adapter(bases("31b"), tmp_path / "adapter", four_bit=True)
+    paths = ["--base", bases("31b"), "--adapter", tmp_path / "adapter", "--out", tmp_path / "out"]
+    assert main(["merge", *map(str, paths), "--save-in-4bit", *words]) == 2
+    assert told in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_experts_in_4_bits_are_none_that_transformers_loads(bases: Any, tmp_path: Path) -> None:
+    write_adapter(bases("26b-bfloat16"), tmp_path / "adapter", four_bit=True)
+    held = json.loads((tmp_path / "adapter" / "gemma_dist.json").read_text())["quantization"]
+    stacks = ["model.language_model.layers.0.experts.down_proj"]
+    change_record(tmp_path / "adapter", quantization=held | {"parameters": stacks})
+    with pytest.raises(CheckpointError, match=r"experts.down_proj was held in 4 bits too"):
+        merge(bases("26b-bfloat16"), tmp_path / "adapter", tmp_path / "out", verify=False, base_weights="as_trained",
+              save_in_4bit=True)  # fmt: skip

@@ -47,6 +47,8 @@ OWNERS = {
     "evaluate/run.py": "evaluate",
     "evaluate/server.py": "evaluate",
     "merge/folders.py": "merge",
+    "merge/four_bit.py": "merge",
+    "merge/run.py": "merge",
     "merge/verify.py": "merge",
 }
 

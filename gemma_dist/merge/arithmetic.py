@@ -4,21 +4,15 @@ Each step takes a tensor's rows and gives its rows (`stream.Rows`), so that a bl
 it is in the processor's cache: stored, taken to 4 bit and back, with the adapter added.
 """
 
-import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 
-from gemma_dist.config import FOUR_BIT_BLOCK_SIZE as BLOCK_SIZE
-from gemma_dist.errors import CheckpointError, setting
+from gemma_dist.merge.four_bit import four_bit_rows
 from gemma_dist.merge.plan import Lora, Replacement, TensorOp
-from gemma_dist.merge.stream import Computed, Rows, Workers, as_matrix, row_blocks, stored_rows
+from gemma_dist.merge.stream import Computed, Rows, Workers, as_matrix, stored_rows
 from gemma_dist.model.record import Quantization
 from gemma_dist.tensorfile import Entry, TensorFile
-
-BLOCKS_AT_ONCE = 1 << 10  # of 4-bit values: bitsandbytes goes through a dozen tensors of their size
-SCALES_AT_ONCE = 1 << 14  # a multiple of 256; bitsandbytes takes a KiB of memory for each that it quantizes on a CPU
 
 
 def merged(
@@ -56,64 +50,6 @@ def token_rows(weight: Rows, new: Replacement, adapter: TensorFile) -> Rows:
             found = found.float()  # so that what is rounded is rounded once, to the dtype of the result
             found[[token - start for token in here]] = trained[[place[token] for token in here]]
         return found
-
-    return rows
-
-
-def four_bit_rows(
-    workers: Workers, stored: Rows, name: str, shape: tuple[int, ...], quantization: Quantization
-) -> Rows:
-    """Rows as a 4-bit layer of bitsandbytes holds them, made full again.
-
-    Bit-equal to `dequantize_4bit(layer.weight.data, layer.weight.quant_state)` of the loaded layer on a GPU: same block
-    size (64, its default), same double quantization, from and to the dtype that the weight was loaded in. Given as rows
-    of 64 values, since of others a CPU may take the wrong scales (`model/four_bit_cpu.py`). Double quantization hangs
-    on all scales of a tensor, so it is gone through twice.
-    """
-    from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
-
-    _, in_matrix, num_columns = as_matrix(shape)
-    if len(shape) == 3 and in_matrix * num_columns % BLOCK_SIZE:
-        raise CheckpointError(
-            f"{name} has matrices of {in_matrix * num_columns} values, and blocks of {BLOCK_SIZE} would lie in two of "
-            f"them; use {setting('base_weights', 'original')}"
-        )
-    dtype = getattr(torch, quantization["weights_dtype"]) if quantization.get("weights_dtype") else None
-    quantize = partial(quantize_4bit, blocksize=BLOCK_SIZE, quant_type=quantization["bnb_4bit_quant_type"])
-
-    def loaded(start: int, stop: int) -> torch.Tensor:
-        values = stored(start, stop).reshape(-1)
-        values = values if dtype is None else values.to(dtype)
-        missing = -len(values) % BLOCK_SIZE
-        return (torch.nn.functional.pad(values, (0, missing)) if missing else values).view(-1, BLOCK_SIZE)
-
-    # One tensor, filled in place: thousands of small ones between the blocks would keep the memory of these from reuse.
-    scales = torch.empty(-(-math.prod(shape) // BLOCK_SIZE))
-
-    def measure(start: int, stop: int) -> None:
-        found = loaded(start, stop).abs().amax(1)
-        first = start * num_columns // BLOCK_SIZE
-        scales[first : first + len(found)] = found
-
-    workers.map(measure, row_blocks(shape))
-    if quantization.get("bnb_4bit_use_double_quant", False):
-        mean = scales.mean()
-
-        def round_off(start: int) -> None:
-            piece = scales[start : start + SCALES_AT_ONCE]
-            piece.copy_(dequantize_blockwise(*quantize_blockwise(piece - mean, blocksize=256)) + mean)
-
-        workers.map(round_off, ((start,) for start in range(0, len(scales), SCALES_AT_ONCE)))
-
-    def rows(start: int, stop: int) -> torch.Tensor:
-        values, first = loaded(start, stop), start * num_columns // BLOCK_SIZE
-        found = workers.room("four bit", values.shape, values.dtype)
-        for at in range(0, len(values), BLOCKS_AT_ONCE):
-            packed, state = quantize(values[at : at + BLOCKS_AT_ONCE])
-            state.absmax = scales[first + at :][: len(state.absmax)]
-            found[at : at + BLOCKS_AT_ONCE] = dequantize_4bit(packed, state)
-        num_values = (stop - start) * num_columns
-        return found.view(-1)[:num_values].view(stop - start, num_columns)
 
     return rows
 

@@ -175,6 +175,17 @@ def as_peft_saves(adapter: Adapter) -> Iterator[Path]:
         yield folder
 
 
+def model_class(folder: Path) -> Any:
+    """The class that config.json names: the automatic ones may choose another wrapper, with other tensor names."""
+    import transformers
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = (config.get("architectures") or ["AutoModelForImageTextToText"])[0]
+    if not hasattr(transformers, name):
+        raise CheckpointError(f"{folder / 'config.json'}: architectures {name!r} is not in transformers; update it")
+    return getattr(transformers, name)
+
+
 def read_quantization(adapter: Adapter, base_weights: BaseWeights) -> Quantization | None:
     """What the base's weights go through before the sum; None: they are added to as they are.
 

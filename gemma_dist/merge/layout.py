@@ -1,11 +1,13 @@
 """The files of a result: which tensors stand in which, in what dtype. The base's own, unless others are asked for."""
 
 import math
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gemma_dist.merge.folders import BaseModel
+from gemma_dist.merge.four_bit import PackedWeight
 from gemma_dist.model.folder import WEIGHTS
 from gemma_dist.tensorfile import TORCH_DTYPES, Entry
 
@@ -32,27 +34,35 @@ class Layout:
         return sum(entry.num_bytes for file in self.files for entry in file.entries.values())
 
 
-def lay_out(base: BaseModel, *, dtype: str | None, max_shard_size: str | None) -> Layout:
+def lay_out(
+    base: BaseModel,
+    *,
+    dtype: str | None,
+    max_shard_size: str | None,
+    packed: Mapping[str, PackedWeight] = types.MappingProxyType({}),
+) -> Layout:
     """The files of a model with the tensors of `base`.
 
     Args:
+        packed: tensors of the base that are stored in 4 bits.
         dtype: `bfloat16`, `float16` or `float32`, which all floating-point tensors get; None: each keeps its own.
         max_shard_size: of a file, such as 5GB (of 10^9 bytes), cut as transformers cuts; None: the base's files.
     """
-    files = [
-        File(shard.path.name, {name: _in_dtype(entry, dtype) for name, entry in shard.entries.items()}, shard.metadata)
-        for shard in base.shards
-    ]
-    index = base.index
+    files = []
+    for shard in base.shards:
+        entries: dict[str, Entry] = {}
+        for name, entry in shard.entries.items():
+            entries |= packed[name].entries() if name in packed else {name: _in_dtype(entry, dtype)}
+        files.append(File(shard.path.name, entries, shard.metadata))
     if max_shard_size is not None:
         files = _cut(files, max_shard_size)
-        weight_map = {name: file.name for file in files for name in file.entries}
-        index = {"weight_map": dict(sorted(weight_map.items()))} if len(files) > 1 else None
-    layout = Layout(files, index)
-    if index is None:
+    layout = Layout(files, None)
+    if len(files) == 1 and (max_shard_size is not None or base.index is None):
         return layout
-    metadata = index.get("metadata", {}) | {"total_size": layout.num_bytes}  # without headers
-    return replace(layout, index={"metadata": metadata} | index | {"metadata": metadata})
+    known = base.index or {}
+    metadata = known.get("metadata", {}) | {"total_size": layout.num_bytes}  # without headers
+    weight_map = {name: file.name for file in files for name in file.entries}
+    return replace(layout, index={**known, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _in_dtype(entry: Entry, dtype: str | None) -> Entry:

@@ -14,10 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.files import whole_folder
 from gemma_dist.logs import log, progress, write_json
 from gemma_dist.merge.arithmetic import merged
 from gemma_dist.merge.folders import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     WEIGHTS_INDEX,
     Adapter,
     BaseModel,
@@ -34,6 +37,7 @@ from gemma_dist.merge.folders import (
     open_base,
     read_quantization,
 )
+from gemma_dist.merge.four_bit import PackedWeight, linears_left_whole
 from gemma_dist.merge.layout import Layout, config_in_dtype, lay_out
 from gemma_dist.merge.names import with_names_of_peft
 from gemma_dist.merge.plan import TensorOp, plan_merge
@@ -41,7 +45,7 @@ from gemma_dist.merge.several import combine, require_alike
 from gemma_dist.merge.stream import Computed, Copied, Workers, write_weights
 from gemma_dist.merge.verify import check_memory
 from gemma_dist.merge.verify import verify as compare
-from gemma_dist.model.record import Quantization, write_merge_record
+from gemma_dist.model.record import Quantization, four_bit_config, write_merge_record
 from gemma_dist.model.vision import name_in_model
 from gemma_dist.tensorfile import Entry
 
@@ -58,6 +62,8 @@ class Plan:
     layout: Layout
     side_files: dict[str, SideFile]
     notes: list[str]
+    config: dict[str, Any] | None  # of the result; None: that of the base
+    packed: Mapping[str, PackedWeight] | None = None  # what is stored in 4 bits; None: everything is summed
 
     @property
     def keeps_dtypes(self) -> bool:
@@ -125,6 +131,7 @@ def merge(
     base_weights: BaseWeights,
     dtype: str | None = None,
     max_shard_size: str | None = None,
+    save_in_4bit: bool = False,
 ) -> MergeReport:
     """Write base + adapter to the folder `out`, complete or not at all.
 
@@ -137,6 +144,7 @@ def merge(
             to 4 bit and back (recorded in the adapter's `gemma_dist.json`); `original` to those of the base as it is.
         dtype: of all tensors of the result; None: as in the base.
         max_shard_size: of the result's files, such as 5GB; None: those of the base.
+        save_in_4bit: write the base in 4 bits, as QLoRA held it, and the adapter beside it; nothing is summed.
 
     Raises:
         ConfigError: `out` is taken, lies in the base or the adapter, or is being written; or there is no room for it.
@@ -146,7 +154,9 @@ def merge(
     started = time.monotonic()
     out = Path(out).resolve()
     weights = adapter if isinstance(adapter, Mapping) else {Path(adapter): 1.0}
-    plan = _plan(base, weights, out, base_weights=base_weights, dtype=dtype, max_shard_size=max_shard_size)
+    plan = _plan(base, weights, out, base_weights, dtype, max_shard_size)
+    if save_in_4bit:
+        plan = _in_4_bits(plan, weights, dtype, max_shard_size, verify=verify)
     if verify:
         check_memory(plan.base.headers)
 
@@ -155,8 +165,12 @@ def merge(
         _write_weights(plan, folder)
         for name, file in plan.side_files.items():
             shutil.copyfile(file.path, folder / name)
-        if dtype is not None:
-            write_json(folder / "config.json", config_in_dtype(plan.base.config, dtype))
+        if plan.config is not None:
+            write_json(folder / "config.json", plan.config)
+        if plan.packed is not None:
+            with as_peft_saves(plan.adapters[0]) as saved:
+                for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                    shutil.copyfile(saved / name, folder / name)
         if verify:
             with contextlib.ExitStack() as copies:
                 known = {copies.enter_context(as_peft_saves(one)): weights[one.folder] for one in plan.adapters}
@@ -176,7 +190,6 @@ def _plan(
     base: Path | str,
     weights: Mapping[Path, float],
     out: Path,
-    *,
     base_weights: BaseWeights,
     dtype: str | None,
     max_shard_size: str | None,
@@ -194,7 +207,48 @@ def _plan(
     check_side_files(side_files, opened, adapters)
     if all(one.record is None for one in adapters):
         base_weights = "original"
-    return Plan(opened, adapters, base_weights, quantization, ops, layout, side_files, notes)
+    config = None if dtype is None else config_in_dtype(opened.config, dtype)
+    return Plan(opened, adapters, base_weights, quantization, ops, layout, side_files, notes, config)
+
+
+def _in_4_bits(
+    plan: Plan, weights: Mapping[Path, float], dtype: str | None, max_shard_size: str | None, *, verify: bool
+) -> Plan:
+    """The plan that sums nothing, but puts base and adapter side by side.
+
+    Raises:
+        ConfigError: what else is asked for goes with a sum alone.
+        CheckpointError: the adapter was not trained on layers in 4 bits, or on others too that transformers does not
+            load so.
+    """
+    quantization = plan.quantization
+    if dtype is not None or verify or len(weights) > 1 or set(weights.values()) != {1.0}:
+        raise ConfigError(
+            "--save-in-4bit sums nothing, so it goes neither with --dtype nor --verify, nor with a second --adapter or "
+            "a weight; leave one of them out"
+        )
+    (adapter,) = plan.adapters
+    if quantization is None:
+        raise CheckpointError(
+            f"--save-in-4bit: {adapter.folder} was not trained on a base in 4 bits, as far as its gemma_dist.json "
+            "says, or --base-weights original leaves that aside; merge without it"
+        )
+    if stacks := quantization.get("parameters"):
+        raise CheckpointError(
+            f"--save-in-4bit: {stacks[0]} was held in 4 bits too, and transformers loads no experts so; merge without "
+            "it, or train with quantize_moe_experts: false"
+        )
+    shard_of = {name: shard for shard in plan.base.shards for name in shard.entries}
+    packed = {op.name: PackedWeight(shard_of[op.name], op.name, quantization) for op in plan.ops if op.quantized}
+    loaded_in = quantization.get("weights_dtype")
+    settings = four_bit_config(quantization, skip_modules=linears_left_whole(plan.base.folder, quantization)).to_dict()
+    config = config_in_dtype(plan.base.config, loaded_in) if loaded_in else plan.base.config
+    return replace(
+        plan,
+        layout=lay_out(plan.base, dtype=loaded_in, max_shard_size=max_shard_size, packed=packed),
+        packed=packed,
+        config={**config, "quantization_config": settings},
+    )
 
 
 def _with_names_of_peft(adapter: Adapter, base: BaseModel) -> Adapter:
@@ -255,17 +309,23 @@ def _write_weights(plan: Plan, folder: Path) -> None:
     op_of = {op.name: op for op in plan.ops}
     shard_of = {name: shard for shard in plan.base.shards for name in shard.entries}
     adapters = [one.weights for one in plan.adapters]
+    names = [name for file in plan.layout.files for name in file.entries]
 
     def tensor(name: str, entry: Entry) -> Copied | Computed:
-        """What the result has in the place of one of the base."""
+        """What the result has under a name."""
+        if plan.packed is not None:
+            owner = name if name in plan.packed else name.partition(".weight.")[0] + ".weight"
+            if owner in plan.packed:
+                return plan.packed[owner].computed(name, entry)
+        op = op_of[name] if plan.packed is None else TensorOp(name)
         shard = shard_of[name]
-        if op_of[name].untouched and entry.dtype == shard.entries[name].dtype:
+        if op.untouched and entry.dtype == shard.entries[name].dtype:
             return Copied(shard, name)
-        return merged(op_of[name], shard, adapters, plan.quantization, entry)
+        return merged(op, shard, adapters, plan.quantization, entry)
 
     with (
         Workers() as workers,
-        contextlib.closing(progress(plan.ops, total=len(plan.ops), desc="merge", unit="tensor")) as bar,
+        contextlib.closing(progress(names, total=len(names), desc="merge", unit="tensor")) as bar,
     ):
         for file in plan.layout.files:
             tensors = {name: tensor(name, entry) for name, entry in file.entries.items()}

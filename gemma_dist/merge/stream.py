@@ -19,7 +19,7 @@ import torch
 
 from gemma_dist.errors import CheckpointError, setting
 from gemma_dist.files import naming, sync
-from gemma_dist.tensorfile import TORCH_DTYPES, Entry, TensorFile, write_header
+from gemma_dist.tensorfile import DTYPE_OF, Entry, TensorFile, write_header
 
 # Of a tensor taken as a matrix, rows start … stop-1, in any order and by several threads at once; until the same thread
 # asks again. Whoever gets them may change them.
@@ -204,7 +204,7 @@ def write_weights(
 
 def _compute(name: str, tensor: Computed, target: int, at: int, workers: Workers) -> None:
     """Have a tensor's blocks computed and written from byte `at` on."""
-    rows, dtype = tensor.rows(workers), TORCH_DTYPES[tensor.entry.dtype]
+    rows, dtype = tensor.rows(workers), DTYPE_OF[tensor.entry.dtype]
     width = as_matrix(tensor.entry.shape)[2] * dtype.itemsize
 
     def write(start: int, stop: int) -> None:

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 
 from gemma_dist.errors import CheckpointError
+from gemma_dist.merge.folders import model_class
+from gemma_dist.merge.four_bit import linears_left_whole
 from gemma_dist.merge.plan import Headers
 from gemma_dist.model.load import keep_four_bit_exact, load_another, with_adapter
 from gemma_dist.model.record import Quantization, four_bit_config, four_bit_stacks
@@ -73,7 +75,7 @@ def verify(
     del trained
     gc.collect()
 
-    model, loading = _model_class(merged).from_pretrained(
+    model, loading = model_class(merged).from_pretrained(
         merged, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     if loading["missing_keys"] or loading["mismatched_keys"]:
@@ -141,7 +143,7 @@ def make_prompts(config: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
 def _load_trained(base: Path, adapters: Mapping[Path, float], quantization: Quantization | None) -> Any:
     """Base + adapters as training held them, computing in float32."""
     if quantization is None:
-        model = _model_class(base).from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+        model = model_class(base).from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     else:
         model = _load_quantized(base, quantization)
     return _with_adapters(model, adapters).eval()
@@ -168,23 +170,20 @@ def _with_adapters(model: Any, adapters: Mapping[Path, float]) -> Any:
 def _load_quantized(base: Path, quantization: Quantization) -> Any:
     """The base with exactly the recorded modules in 4 bit, from the dtype that training loaded; the rest float32."""
     from bitsandbytes.nn import Linear4bit, Params4bit
-    from transformers import AutoConfig
 
     from gemma_dist.model.experts import loading_experts
 
     modules = set(quantization["modules"])
-    with torch.device("meta"):
-        skeleton = _model_class(base)(AutoConfig.from_pretrained(base, trust_remote_code=False))
-    linears = {name for name, module in skeleton.named_modules() if type(module) is torch.nn.Linear}
     stacks = set(quantization.get("parameters", ()))
     with loading_experts("gpu" if stacks else None):
-        model = _model_class(base).from_pretrained(
+        model = model_class(base).from_pretrained(
             base,
             dtype=quantization.get("weights_dtype", "auto"),
             device_map="cpu",
             trust_remote_code=False,
             quantization_config=four_bit_config(
-                {**quantization, "bnb_4bit_compute_dtype": "float32"}, skip_modules=sorted(linears - modules)
+                {**quantization, "bnb_4bit_compute_dtype": "float32"},
+                skip_modules=linears_left_whole(base, quantization),
             ),
         )
     odd = modules ^ {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
@@ -199,17 +198,6 @@ def _load_quantized(base: Path, quantization: Quantization) -> Any:
         if tensor.is_floating_point() and not isinstance(tensor, Params4bit):
             tensor.data = tensor.data.float()
     return model
-
-
-def _model_class(folder: Path) -> Any:
-    """The class that config.json names: the automatic ones may choose another wrapper, with other tensor names."""
-    import transformers
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    name = (config.get("architectures") or ["AutoModelForImageTextToText"])[0]
-    if not hasattr(transformers, name):
-        raise CheckpointError(f"{folder / 'config.json'}: architectures {name!r} is not in transformers; update it")
-    return getattr(transformers, name)
 
 
 @torch.no_grad()
