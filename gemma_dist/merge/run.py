@@ -163,14 +163,7 @@ def merge(
     verification = None
     with whole_folder(out, plan.layout.num_bytes) as folder:
         _write_weights(plan, folder)
-        for name, file in plan.side_files.items():
-            shutil.copyfile(file.path, folder / name)
-        if plan.config is not None:
-            write_json(folder / "config.json", plan.config)
-        if plan.packed is not None:
-            with as_peft_saves(plan.adapters[0]) as saved:
-                for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-                    shutil.copyfile(saved / name, folder / name)
+        _write_side_files(plan, folder)
         if verify:
             with contextlib.ExitStack() as copies:
                 known = {copies.enter_context(as_peft_saves(one)): weights[one.folder] for one in plan.adapters}
@@ -334,3 +327,15 @@ def _write_weights(plan: Plan, folder: Path) -> None:
         assert next(bar, None) is None, "a planned tensor was not written"
     if plan.layout.index is not None:
         write_json(folder / WEIGHTS_INDEX, plan.layout.index)
+
+
+def _write_side_files(plan: Plan, folder: Path) -> None:
+    """Config, tokenizer, processor and template; and the adapter, where it is not summed."""
+    for name, file in plan.side_files.items():
+        shutil.copyfile(file.path, folder / name)
+    if plan.config is not None:
+        write_json(folder / "config.json", plan.config)
+    if plan.packed is not None:
+        with as_peft_saves(plan.adapters[0]) as saved:
+            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                shutil.copyfile(saved / name, folder / name)
