@@ -697,7 +697,7 @@ def test_a_disk_that_fills_meanwhile_is_named_with_what_is_needed(
     assert main_merge(base, adapter, out) == 2
     assert re.search(r"--out .*out needs \d+\.\d MiB and its disk has 1\.0 MiB free", capfd.readouterr().err)
     with monkeypatch.context() as patch:
-        patch.setattr(merge_run, "check_out", lambda *_: None)  # there was room when it looked
+        patch.setattr(merge_run, "check_room", lambda *_: None)  # there was room when it looked
         assert main_merge(base, adapter, out) == 2
     said = capfd.readouterr().err
     assert re.search(
@@ -1025,7 +1025,7 @@ TOKENS = "token_adapter.trainable_tokens_delta"
 @pytest.mark.parametrize(
     ("module", "rows", "listed", "told"),
     [
-        (EMBEDDING, 2, [1, 50], r"replace its rows \[1, 50\]"),
+        (EMBEDDING, 2, [1, 50], "replace 2 of its rows, up to 50"),
         (EMBEDDING, 3, [1, 2], r"has shape \[3, 8\]"),
         (EMBEDDING, 2, [1, 1], "does not list once each token"),
         (EMBEDDING, 2, [1, -1], "does not list once each token"),
@@ -1163,17 +1163,19 @@ def test_a_4_bit_folder_loads_as_the_trained_model(bases: Any, name: str, double
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("settings", "words", "told"),
     [
-        (["--dtype", "float32"], "sums nothing"),
-        (["--verify"], "sums nothing"),
-        (["--base-weights", "original"], "was not trained on a base in 4 bits"),
+        ({}, ["--dtype", "float32"], "sums nothing"),
+        ({}, ["--verify"], "sums nothing"),
+        ({}, ["--base-weights", "original"], "was not trained on a base in 4 bits"),
+        ({"use_dora": True}, [], "is a DoRA adapter, of which transformers"),
+        ({"trainable_token_indices": [3]}, [], "replaces weights of the base, of which transformers"),
     ],
 )
-def test_what_goes_with_a_sum_alone_is_refused(
-    words: list[str], told: str, bases: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_what_does_not_go_with_a_folder_in_4_bits_is_refused(
+    settings: Any, words: list[str], told: str, bases: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write_adapter(bases("31b"), tmp_path / "adapter", four_bit=True)
+    write_adapter(bases("31b"), tmp_path / "adapter", four_bit=True, **settings)
     paths = ["--base", bases("31b"), "--adapter", tmp_path / "adapter", "--out", tmp_path / "out"]
     assert main(["merge", *map(str, paths), "--save-in-4bit", *words]) == 2
     assert told in capfd.readouterr().err

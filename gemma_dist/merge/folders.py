@@ -282,12 +282,11 @@ def check_side_files(side_files: Mapping[str, SideFile], base: BaseModel, adapte
     require_embeddings(tokenizer, rows, tokenizer_of=chosen.path.parent, model=base.folder)
 
 
-def check_out(out: Path, base: BaseModel, adapters: Iterable[Adapter], num_bytes: int) -> None:
-    """Refuse a place that would overwrite something, or where the result cannot fit.
+def check_out(out: Path, base: BaseModel, adapters: Iterable[Adapter]) -> None:
+    """Refuse a place that would overwrite something, or where nothing can be written.
 
     Args:
         out: an absolute path; folders above it may be missing, and the nearest one that exists is asked.
-        num_bytes: of the result's tensors.
 
     Raises:
         ConfigError: `out` is such a place.
@@ -296,14 +295,21 @@ def check_out(out: Path, base: BaseModel, adapters: Iterable[Adapter], num_bytes
         if out.is_relative_to(folder.resolve()):
             raise ConfigError(f"--out {out} lies in the {role}'s folder {folder}; name a folder outside it")
     require_free(out)
-    parent = out.parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _nearest_parent(out)
     if not parent.is_dir():
         raise ConfigError(f"--out {out} would lie in {parent}, which is a file; name a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(f"--out {out}: you may not write in {parent}; change its permissions or name another folder")
-    if (free := shutil.disk_usage(parent).free) < num_bytes:
+
+
+def check_room(out: Path, num_bytes: int) -> None:
+    """Raises ConfigError where the disk of `out` has less room than that."""
+    if (free := shutil.disk_usage(_nearest_parent(out)).free) < num_bytes:
         raise ConfigError(
             f"--out {out} needs {size(num_bytes)} and its disk has {size(free)} free; name a folder on another disk"
         )
+
+
+def _nearest_parent(out: Path) -> Path:
+    """The folder, or file, nearest above a path that exists."""
+    return next(parent for parent in out.parents if parent.exists())

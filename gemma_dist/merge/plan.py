@@ -309,7 +309,7 @@ def _replaced_tensor(
     shape = base[name][1]
     needed = shape if rows is None else (len(rows), *shape[1:])
     if adapter[tensor][1] != needed or max(rows or [0]) >= shape[0]:
-        of_rows = "" if rows is None else f" and is to replace its rows {list(rows)}"
+        of_rows = "" if rows is None else f" and is to replace {len(rows)} of its rows, up to {max(rows)}"
         raise CheckpointError(
             f"{tensor} in the adapter has shape {list(adapter[tensor][1])}, {name} in the base {list(shape)}{of_rows}; "
             "give the base that the adapter was trained on, and its own adapter_config.json"

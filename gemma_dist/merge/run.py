@@ -28,6 +28,7 @@ from gemma_dist.merge.folders import (
     SideFile,
     as_peft_saves,
     check_out,
+    check_room,
     check_side_files,
     find_side_files,
     note_other_base,
@@ -106,9 +107,7 @@ class MergeReport:
         lines = [
             f"{self.out}: {len(self.plan.ops)} tensors, {self.plan.layout.num_bytes / 2**20:.1f} MiB, in "
             f"{self.seconds:.1f} s",
-            f"  adapter added to {self.num_adapted} tensors, {self.num_replaced} replaced, {self.num_quantized} taken "
-            f"to 4 bit and back (base weights: {self.plan.base_weights}), the rest "
-            f"{'copied byte for byte' if self.plan.keeps_dtypes else 'converted'}",
+            self._what_became(),
         ]
         for origin in ("base", "adapter"):
             names = [name for name, file in self.plan.side_files.items() if file.origin == origin]
@@ -120,6 +119,16 @@ class MergeReport:
                 "{top1_agreement:.1%} of {num_positions} positions".format(**self.verification)
             )
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+    def _what_became(self) -> str:
+        """Of the tensors, in a line."""
+        if self.plan.packed is not None:
+            return f"  {len(self.plan.packed)} weights in 4 bits as trained, the adapter beside them: nothing was added"
+        return (
+            f"  adapter added to {self.num_adapted} tensors, {self.num_replaced} replaced, {self.num_quantized} taken "
+            f"to 4 bit and back (base weights: {self.plan.base_weights}), the rest "
+            f"{'copied byte for byte' if self.plan.keeps_dtypes else 'converted'}"
+        )
 
 
 def merge(
@@ -157,6 +166,7 @@ def merge(
     plan = _plan(base, weights, out, base_weights, dtype, max_shard_size)
     if save_in_4bit:
         plan = _in_4_bits(plan, weights, dtype, max_shard_size, verify=verify)
+    check_room(out, plan.layout.num_bytes)
     if verify:
         check_memory(plan.base.headers)
 
@@ -189,8 +199,7 @@ def _plan(
 ) -> Plan:
     """Open the folders and decide everything that `merge` does, or raise what speaks against it."""
     opened, adapters = open_base(base), [open_adapter(path) for path in weights]
-    layout = lay_out(opened, dtype=dtype, max_shard_size=max_shard_size)
-    check_out(out, opened, adapters, layout.num_bytes)
+    check_out(out, opened, adapters)
     adapters = [_with_names_of_peft(one, opened) for one in adapters]
     require_alike(adapters, base_weights)
     quantization = read_quantization(adapters[0], base_weights)
@@ -200,6 +209,7 @@ def _plan(
     check_side_files(side_files, opened, adapters)
     if all(one.record is None for one in adapters):
         base_weights = "original"
+    layout = lay_out(opened, dtype=dtype, max_shard_size=max_shard_size)
     config = None if dtype is None else config_in_dtype(opened.config, dtype)
     return Plan(opened, adapters, base_weights, quantization, ops, layout, side_files, notes, config)
 
@@ -230,6 +240,13 @@ def _in_4_bits(
         raise CheckpointError(
             f"--save-in-4bit: {stacks[0]} was held in 4 bits too, and transformers loads no experts so; merge without "
             "it, or train with quantize_moe_experts: false"
+        )
+    dora = any(lora.magnitude is not None for op in plan.ops for lora in op.loras)
+    if dora or any(op.replaced_by is not None for op in plan.ops):
+        kind = "is a DoRA adapter" if dora else "replaces weights of the base"
+        raise CheckpointError(
+            f"--save-in-4bit: {adapter.folder} {kind}, of which transformers (5.23) loads a part alone without an error; "
+            "merge without it"
         )
     shard_of = {name: shard for shard in plan.base.shards for name in shard.entries}
     packed = {op.name: PackedWeight(shard_of[op.name], op.name, quantization) for op in plan.ops if op.quantized}

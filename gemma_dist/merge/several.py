@@ -6,6 +6,7 @@ What has no such sum is refused: a weight that was replaced cannot be replaced t
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 
 from gemma_dist.errors import CheckpointError, setting
 from gemma_dist.merge.folders import SIDE_FILES, Adapter, BaseWeights
@@ -18,8 +19,7 @@ def require_alike(adapters: Sequence[Adapter], base_weights: BaseWeights) -> Non
     Raises:
         CheckpointError: two of them differ in it.
     """
-    first = adapters[0]
-    for other in adapters[1:]:
+    for first, other in combinations(adapters, 2):
         both = f"{first.folder} and {other.folder}"
         hashes = {one.record.get("base_weights_hash") for one in (first, other) if one.record} - {None}
         if len(hashes) > 1:
