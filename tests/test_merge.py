@@ -1120,11 +1120,14 @@ def test_a_size_that_is_none_is_refused(value: str, pair: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("name", "double"), [("e4b-bfloat16", True), ("31b", False), ("12b-bfloat16", True)])
-def test_a_4_bit_folder_loads_as_the_trained_model(bases: Any, name: str, double: bool, tmp_path: Path) -> None:
+def test_a_4_bit_folder_loads_as_the_trained_model(
+    bases: Any, name: str, double: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By transformers alone, to the last bit of the logits; its tensors are those that transformers would save."""
     from bitsandbytes.nn import Linear4bit
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
+    monkeypatch.setattr(stream, "BLOCK_VALUES", 1 << 11)
     base, adapter, out = bases(name), tmp_path / "adapter", tmp_path / "out"
     settings: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
                                 "bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": "float32"}  # fmt: skip

@@ -245,8 +245,8 @@ def _in_4_bits(
     if dora or any(op.replaced_by is not None for op in plan.ops):
         kind = "is a DoRA adapter" if dora else "replaces weights of the base"
         raise CheckpointError(
-            f"--save-in-4bit: {adapter.folder} {kind}, of which transformers (5.23) loads a part alone without an error; "
-            "merge without it"
+            f"--save-in-4bit: {adapter.folder} {kind}, of which transformers (5.23) loads a part alone, without an "
+            "error; merge without it"
         )
     shard_of = {name: shard for shard in plan.base.shards for name in shard.entries}
     packed = {op.name: PackedWeight(shard_of[op.name], op.name, quantization) for op in plan.ops if op.quantized}
