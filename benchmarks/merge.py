@@ -116,22 +116,24 @@ def sync(folder: Path) -> None:
     subprocess.run(["sync", *folder.iterdir()], check=True)
 
 
-def run_here(contestant: str, base: Path, adapter: Path, out: Path) -> None:
+def run_here(contestant: str, base: Path, adapter: Path, out: Path, *, watched: bool) -> None:
     """In a process of its own: prepare, measure, and print what it took."""
     from loading import Memory
 
     work = CONTESTANTS[contestant](base, adapter, out)
-    memory, start = Memory(), time.monotonic()
+    memory, start = Memory() if watched else None, time.monotonic()
     work()
-    print(json.dumps({"seconds": time.monotonic() - start, **memory.stop()}))
+    print(json.dumps({"seconds": time.monotonic() - start, **(memory.stop() if memory else {})}))
 
 
-def run(contestant: str, base: Path, adapter: Path) -> dict[str, float]:
-    """What one run of a contestant took."""
+def run(contestant: str, base: Path, adapter: Path, *, watched: bool) -> dict[str, float]:
+    """What one run of a contestant took: its memory where it is watched, which a thread does every millisecond, and
+    takes part of the time."""
     out = base.with_name("out")
     shutil.rmtree(out, ignore_errors=True)
     subprocess.run(["sync"], check=True)  # nothing of the one before is still to be written
     words = [sys.executable, __file__, "--run", contestant, str(base), str(adapter), str(out)]
+    words += ["--watched"] if watched else []
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{contestant} failed:\n{done.stderr[-8000:]}")
@@ -147,17 +149,18 @@ def speed(folder: Path, rounds: int) -> None:
         num_bytes = sum(path.stat().st_size for path in base.glob("*.safetensors"))
         for path in base.glob("*.safetensors"):  # into the page cache
             path.read_bytes()
-        took: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
+        adapter = folder / f"adapter-{times}"
+        peaks = {name: run(name, base, adapter, watched=True)["peak"] for name in CONTESTANTS}
+        took: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
         for _ in range(rounds):
-            for name, runs in took.items():
-                runs.append(run(name, base, folder / f"adapter-{times}"))
+            for name, seconds in took.items():
+                seconds.append(run(name, base, adapter, watched=False)["seconds"])
         print(f"\nspeed: {num_bytes / MB:,.0f} MB of bfloat16, rank {RANK}; median of {rounds}, least and most")
         print(f"  {'':18} {'seconds':>8} {'least':>7} {'most':>7} {'x cp':>6} {'MB of memory':>13}")
-        limit = statistics.median(one["seconds"] for one in took["cp"])
-        for name, runs in took.items():
-            seconds = sorted(one["seconds"] for one in runs)
-            median, peak = statistics.median(seconds), max(one["peak"] for one in runs) / MB
-            shown = f"{median:>8.2f} {seconds[0]:>7.2f} {seconds[-1]:>7.2f} {median / limit:>6.2f}"
+        limit = statistics.median(took["cp"])
+        for name, seconds in took.items():
+            median, peak = statistics.median(seconds), peaks[name] / MB
+            shown = f"{median:>8.2f} {min(seconds):>7.2f} {max(seconds):>7.2f} {median / limit:>6.2f}"
             print(f"  {name:18} {shown} {peak if name != 'cp' else 0:>13,.0f}", flush=True)
 
 
@@ -166,7 +169,7 @@ def memory(folder: Path) -> None:
     base = make_giant(folder)
     print(f"\nmemory: one tensor of {GIANT[0] * GIANT[1] * 2 / MB:,.0f} MB")
     for adapter in ("giant", "giant-4-bit"):
-        one = run("gemma-dist merge", base, folder / f"adapter-{adapter}")
+        one = run("gemma-dist merge", base, folder / f"adapter-{adapter}", watched=True)
         print(f"  {adapter:18} {one['seconds']:>8.2f} s {one['peak'] / MB:>7,.0f} MB", flush=True)
 
 
@@ -177,9 +180,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="keep the models here for the next time")
     parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--watched", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
-        run_here(options.run[0], *map(Path, options.run[1:]))
+        run_here(options.run[0], *map(Path, options.run[1:]), watched=options.watched)
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = options.folder or Path(temporary)

@@ -24,6 +24,7 @@ LANGUAGE_MODEL_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate
 
 # Stacked weights of the experts, of shape (experts, out, in): parameters, not linear layers. In transformers' order.
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+FOUR_BIT_BLOCK_SIZE = 64  # 4-bit weights that share a scale: bitsandbytes' default
 
 
 def option(name: str) -> str:
@@ -381,6 +382,18 @@ class MergeConfig(Section):
     base_weights: Literal["as_trained", "original"] = Field(
         "as_trained",
         description="Add to the base as training saw it (QLoRA: quantized to 4 bits and back), or to the original.",
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        None, description="Dtype of the result; default: that of each tensor of the base."
+    )
+    max_shard_size: str | None = Field(
+        None,
+        pattern=r"^[1-9]\d*[KMGT]B$",
+        description="Largest file of the result, such as 5GB (of 10^9 bytes); default: the base's own files.",
+    )
+    save_in_4bit: bool = Field(
+        False,
+        description="After QLoRA: sum nothing, but write the base in 4 bits, as trained, with the adapter beside it.",
     )
     verify_data: Path | None = Field(
         None, description="Verify on these trajectories: a JSONL file or a shard folder; default: made-up prompts."

@@ -4,11 +4,12 @@ Nothing heavy is imported before a command is called, not even the settings, whi
 """
 
 import functools
+import math
 import types
 from collections.abc import Callable, Mapping
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
 
@@ -103,7 +104,7 @@ def _option_of(name: str, field: "FieldInfo") -> click.Option:
     from gemma_dist.config import option
 
     kind = field.annotation
-    if get_origin(kind) is types.UnionType:  # with None, which is to leave the option out
+    if get_origin(kind) in (types.UnionType, Union):  # with None, which is to leave the option out
         kind = get_args(kind)[0]
     choices = [_word(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
     can_be_left_out = kind is bool and field.default is True
@@ -111,7 +112,7 @@ def _option_of(name: str, field: "FieldInfo") -> click.Option:
         [f"{option(name)}/{option(f'no_{name}')}" if can_be_left_out else option(name)],
         type=SettingChoice(choices) if choices else kind,
         is_flag=kind is bool,
-        default=_word(field.default) if choices else field.default,
+        default=_word(field.default) if choices and field.default is not None else field.default,
         show_default=field.default is not None,
         help=field.description,
     )
@@ -128,6 +129,27 @@ class SettingChoice(click.Choice):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """A value as it is written today, if it is one of them."""
         return super().convert(current_value(value), param, ctx)
+
+
+class WeightedFolder(click.ParamType):
+    """FOLDER or FOLDER=WEIGHT, as the pair. A folder that exists under the whole name is taken so, with weight 1."""
+
+    name = "folder[=weight]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Path, float]:
+        """The folder and its weight."""
+        if isinstance(value, tuple):
+            return value
+        folder, equals, text = value.rpartition("=")
+        if Path(value).exists() or not equals:
+            return EXISTING.convert(value, param, ctx), 1.0
+        try:
+            weight = float(text)
+        except ValueError:
+            self.fail(f"{value!r}: {text!r} is no number, and there is no folder of the whole name", param, ctx)
+        if not math.isfinite(weight):
+            self.fail(f"{value!r}: the weight must be finite", param, ctx)
+        return EXISTING.convert(folder, param, ctx), weight
 
 
 def spellings(command: click.Command) -> dict[str, str]:

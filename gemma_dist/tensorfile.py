@@ -27,6 +27,7 @@ DTYPE_NAMES = {
     torch.int8: "I8",
     torch.bool: "BOOL",
 }
+DTYPE_OF = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader
 
 

@@ -25,13 +25,14 @@ from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.files import whole_folder
 from gemma_dist.merge import arithmetic, stream
 from gemma_dist.merge import run as merge_run
-from gemma_dist.merge.arithmetic import four_bit_rows
-from gemma_dist.merge.plan import plan_merge
+from gemma_dist.merge.four_bit import four_bit_rows
+from gemma_dist.merge.plan import Replacement, plan_merge
 from gemma_dist.merge.run import merge
 from gemma_dist.merge.stream import Workers, row_blocks
 from gemma_dist.merge.verify import verify
 from gemma_dist.model.fingerprint import fingerprint_base
 from gemma_dist.model.four_bit_cpu import dequantize_as_gpus_do
+from gemma_dist.model.load import keep_four_bit_exact
 from gemma_dist.model.record import Quantization
 
 TARGETS = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -78,14 +79,14 @@ def test_every_base_tensor_has_one_step_in_order() -> None:
     assert [op.name for op in ops] == list(BASE)
     assert [op.name for op in ops if not op.untouched] == [f"{Q}.weight", f"{K}.weight"]
     assert [op.quantized for op in ops] == [False, False, True, False, False]
-    assert all(op.lora.scale == 2.0 for op in ops if op.lora)
+    assert all(lora.scale == 2.0 for op in ops for lora in op.loras)
 
 
 def test_scale_follows_rank_and_its_root_for_rslora() -> None:
     wide = factors(Q, 12, rank=4)
-    (q,) = [op.lora for op in plan(wide, r=4) if op.lora]
-    (root,) = [op.lora for op in plan(wide, r=4, use_rslora=True) if op.lora]
-    (own,) = [op.lora for op in plan(wide, rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 3}) if op.lora]
+    (q,) = [lora for op in plan(wide, r=4) for lora in op.loras]
+    (root,) = [lora for op in plan(wide, r=4, use_rslora=True) for lora in op.loras]
+    (own,) = [lora for op in plan(wide, rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 3}) for lora in op.loras]
     assert (q.scale, root.scale, own.scale) == (1.0, 2.0, 0.75)
 
 
@@ -93,7 +94,7 @@ def test_modules_to_save_replaces_the_weight() -> None:
     name = "model.embed_vision.embedding_projection.weight"
     ops = plan(factors(Q, 12) | {f"base_model.model.{name}": ("F32", (8, 5))}, modules_to_save=["embedding_projection"])
     (op,) = [op for op in ops if op.replaced_by]
-    assert (op.name, op.replaced_by) == (name, f"base_model.model.{name}")
+    assert (op.name, op.replaced_by) == (name, Replacement(f"base_model.model.{name}"))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ GATE_UP, DOWN = factors(f"{EXPERTS}.base_layer", 10, 8, 3 * 2), factors(EXPERTS,
 def plan_experts(adapter: dict[str, Any], *weights: str, **settings: Any) -> dict[str, Any]:
     targets = {"target_parameters": [f"experts.{weight}" for weight in weights]}
     ops = plan_merge(STACKS, adapter, SETTINGS | targets | settings, tied_embeddings=True, quantized_modules=())
-    return {op.name.rpartition(".")[2]: op.lora for op in ops if op.lora}
+    return {op.name.rpartition(".")[2]: lora for op in ops for lora in op.loras}
 
 
 def test_stacked_experts_find_their_factors_however_peft_nests_them() -> None:
@@ -255,7 +256,7 @@ def write_adapter(base: Path, out: Path, *, std: float = 0.05, four_bit: bool = 
             torch.nn.init.normal_(parameter, std=std)
         elif "magnitude" in name:
             parameter.data *= 1 + 0.1 * torch.rand_like(parameter)
-        elif "modules_to_save" in name:
+        elif "modules_to_save" in name or "trainable_tokens" in name:
             parameter.data += 0.1
     peft_model.save_pretrained(out)
     record = {"quantization": quantization | {"modules": modules} if four_bit else None, "base_model": str(base)}
@@ -413,7 +414,7 @@ def test_four_bit_weights_are_the_loaded_models(bases: Any, name: str, dtype: st
         with Workers() as workers:
             stored = partial(rows_of, weight)
             rows = four_bit_rows(workers, stored, path, weight.shape, {**four_bit, "weights_dtype": dtype})
-            ours = torch.cat([rows(*block) for block in row_blocks(weight.shape)])
+            ours = torch.cat([rows(*block).clone() for block in row_blocks(weight.shape)])
         assert torch.equal(real, ours), path
         assert real.dtype == ours.dtype
 
@@ -451,7 +452,7 @@ def test_a_foreign_adapter_is_added_to_the_original_with_a_word(bases: Any, tmp_
     write_adapter(bases("e4b"), tmp_path / "adapter", four_bit=True)
     (tmp_path / "adapter" / "gemma_dist.json").unlink()
     report = merge(bases("e4b"), tmp_path / "adapter", tmp_path / "out", verify=False, base_weights="as_trained")
-    assert (report.base_weights, report.num_quantized) == ("original", 0)
+    assert (report.plan.base_weights, report.num_quantized) == ("original", 0)
     assert any("gemma_dist.json is absent" in note for note in report.notes)
 
 
@@ -535,8 +536,8 @@ def test_the_adapters_own_template_wins_and_is_named(pair: Any, tmp_path: Path) 
     (adapter / "chat_template.jinja").write_text("{{ 'chosen in training' }}")
     report = merge(base, adapter, tmp_path / "out", verify=False, base_weights="as_trained")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ 'chosen in training' }}"
-    assert report.side_files["chat_template.jinja"] == "adapter"
-    assert report.side_files["tokenizer.json"] == "base"
+    assert report.plan.side_files["chat_template.jinja"].origin == "adapter"
+    assert report.plan.side_files["tokenizer.json"].origin == "base"
     assert "from the adapter: chat_template.jinja" in report.summary()
     for name in ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
@@ -635,7 +636,7 @@ def test_of_two_merges_into_one_folder_one_is_refused(bases: Any, tmp_path: Path
                 worker.stdin.write(f"--base {base} --adapter {tmp_path / name} --out {out}\n")
                 worker.stdin.flush()
             assert codes() == [0, 2]
-            winner = Path(json.loads((out / "gemma_dist.json").read_text())["adapter"]).name
+            (winner,) = [Path(folder).name for folder in json.loads((out / "gemma_dist.json").read_text())["adapters"]]
             result = tensors_of(out)
             assert all(torch.equal(tensor, expected[winner][name]) for name, tensor in result.items())
         said = [worker.communicate()[1] for worker in workers.values()]
@@ -696,7 +697,7 @@ def test_a_disk_that_fills_meanwhile_is_named_with_what_is_needed(
     assert main_merge(base, adapter, out) == 2
     assert re.search(r"--out .*out needs \d+\.\d MiB and its disk has 1\.0 MiB free", capfd.readouterr().err)
     with monkeypatch.context() as patch:
-        patch.setattr(merge_run, "check_out", lambda *_: None)  # there was room when it looked
+        patch.setattr(merge_run, "check_room", lambda *_: None)  # there was room when it looked
         assert main_merge(base, adapter, out) == 2
     said = capfd.readouterr().err
     assert re.search(
@@ -856,3 +857,339 @@ def test_an_adapter_in_a_folder_of_its_own_name_is_pointed_to(pair: Any, tmp_pat
     shutil.copytree(adapter, tmp_path / "run" / "tools")
     with pytest.raises(CheckpointError, match=r"but tools in it: give --adapter .*run/tools"):
         merge(base, tmp_path / "run", tmp_path / "out", verify=False, base_weights="as_trained")
+
+
+# --- several adapters --------------------------------------------------------------------------------------------
+
+
+def merge_with_peft(base: Path, adapters: dict[Path, float], dtype: str = "float32") -> dict[str, torch.Tensor]:
+    """PEFT's own sum, one adapter after the other."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
+    names = {f"a{number}": folder for number, folder in enumerate(adapters)}
+    peft_model = PeftModel.from_pretrained(model, names["a0"], adapter_name="a0")
+    for name, folder in list(names.items())[1:]:
+        peft_model.load_adapter(folder, adapter_name=name)
+    for module in peft_model.modules():
+        if isinstance(module, LoraLayer):
+            for name, folder in names.items():
+                module.set_scale(name, adapters[folder])
+    peft_model.base_model.set_adapter(list(names))  # for what replaces weights
+    merged: dict[str, torch.Tensor] = peft_model.merge_and_unload(adapter_names=list(names)).state_dict()
+    return merged
+
+
+@pytest.fixture
+def three(bases: Any, tmp_path: Path) -> tuple[Path, dict[Path, float]]:
+    """A base in bfloat16 and adapters of different kinds, ranks and layers, with weights."""
+    base = bases("31b-bfloat16")
+    write_adapter(base, tmp_path / "a")
+    write_adapter(base, tmp_path / "b", r=3, use_rslora=True, target_modules=r".*language_model.*\.(q_proj|up_proj)")
+    write_adapter(base, tmp_path / "c", rank_pattern={"q_proj": 2}, modules_to_save=["embedding_projection"])
+    return base, {tmp_path / "a": 0.7, tmp_path / "b": -0.3, tmp_path / "c": 1.0}
+
+
+def test_several_adapters_are_summed_as_peft_does_in_float32(three: Any, tmp_path: Path) -> None:
+    base, adapters = three
+    merge(base, adapters, tmp_path / "out", verify=True, base_weights="as_trained")
+    result, expected, before = tensors_of(tmp_path / "out"), merge_with_peft(base, adapters), tensors_of(base)
+    for name, tensor in result.items():
+        assert torch.equal(tensor, expected[name].bfloat16()), name
+    changed = {name for name in before if not torch.equal(before[name], result[name])}
+    assert "model.embed_vision.embedding_projection.weight" in changed
+    assert json.loads((tmp_path / "out" / "gemma_dist.json").read_text())["adapters"] == {
+        str(folder): weight for folder, weight in adapters.items()
+    }
+
+
+def test_the_sum_of_several_is_pefts_cat(bases: Any, tmp_path: Path) -> None:
+    """Which sums up in another order, so the last bits differ."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    base = bases("31b")
+    write_adapter(base, tmp_path / "a")
+    write_adapter(base, tmp_path / "b", r=3, lora_alpha=5, target_modules=r".*language_model.*\.(q_proj|up_proj)")
+    merge(base, {tmp_path / "a": 0.7, tmp_path / "b": 0.3}, tmp_path / "out", verify=True, base_weights="as_trained")
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
+    peft_model = PeftModel.from_pretrained(model, tmp_path / "a", adapter_name="a")
+    peft_model.load_adapter(tmp_path / "b", adapter_name="b")
+    peft_model.base_model.add_weighted_adapter(["a", "b"], [0.7, 0.3], "both", combination_type="cat")
+    peft_model.set_adapter("both")
+    expected = peft_model.merge_and_unload(adapter_names=["both"]).state_dict()
+    for name, tensor in tensors_of(tmp_path / "out").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_experts_of_several_adapters_are_summed(bases: Any, tmp_path: Path) -> None:
+    base = bases("26b")
+    targets: dict[str, Any] = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    write_adapter(base, tmp_path / "a", **targets)
+    write_adapter(base, tmp_path / "b", std=0.1, r=2, **targets)
+    adapters = {tmp_path / "a": 0.5, tmp_path / "b": 0.25}
+    merge(base, adapters, tmp_path / "out", verify=True, base_weights="as_trained")
+    expected = merge_with_peft(base, adapters)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(tmp_path / "out").items())
+
+
+def test_one_adapter_with_a_weight_has_the_scale_of_peft(pair: Any, tmp_path: Path) -> None:
+    base, adapter = pair
+    merge(base, {adapter: 0.3}, tmp_path / "out", verify=True, base_weights="as_trained")
+    expected = merge_with_peft(base, {adapter: 0.3})
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(tmp_path / "out").items())
+
+
+def change_record(adapter: Path, **values: Any) -> None:
+    record = json.loads((adapter / "gemma_dist.json").read_text())
+    (adapter / "gemma_dist.json").write_text(json.dumps(record | values))
+
+
+@pytest.mark.parametrize(
+    ("second", "change", "weight", "told"),
+    [
+        ({"use_dora": True}, None, 1.0, "is a DoRA adapter.*no place beside other"),
+        ({"modules_to_save": ["embedding_projection"]}, None, 0.5, "which has no weight"),
+        ({"target_modules": "all-linear", "exclude_modules": r".*tower.*"}, None, 1.0, "is replaced by .* and changed"),
+        ({}, {"quantization": {"load_in_4bit": True}}, 1.0, "held differently.*base_weights: original"),
+        ({}, {"base_weights_hash": "other"}, 1.0, "trained on different bases"),
+        ({}, "chat_template.jinja", 1.0, "have a chat_template.jinja each"),
+    ],
+)
+def test_adapters_that_have_no_sum_are_refused(
+    bases: Any, second: Any, change: Any, weight: float, told: str, tmp_path: Path
+) -> None:
+    base = bases("31b")
+    write_adapter(base, tmp_path / "a", modules_to_save=["embedding_projection"])
+    write_adapter(base, tmp_path / "b", **second)
+    change_record(tmp_path / "a", base_weights_hash="one")
+    if isinstance(change, str):
+        for name in "ab":
+            (tmp_path / name / change).write_text(name)
+    elif change:
+        change_record(tmp_path / "b", **change)
+    with pytest.raises(CheckpointError, match=told):
+        merge(base, {tmp_path / "a": 1.0, tmp_path / "b": weight}, tmp_path / "out", verify=False,
+              base_weights="as_trained")  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_weights_are_typed_behind_the_folder(pair: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base, adapter = pair
+    odd = adapter.with_name("odd=0.5")
+    shutil.copytree(adapter, odd)
+
+    def call(out: str, *adapters: object) -> int:
+        words = [word for each in adapters for word in ("--adapter", str(each))]
+        return main(["merge", "--base", str(base), *words, "--out", str(tmp_path / out)])
+
+    assert call("sum", f"{adapter}=0.7", odd) == 0
+    assert call("other", f"{odd}=-2e-1", f"{adapter}=1") == 0
+    recorded = [json.loads((tmp_path / name / "gemma_dist.json").read_text())["adapters"] for name in ("sum", "other")]
+    assert recorded == [{str(adapter): 0.7, str(odd): 1.0}, {str(odd): -0.2, str(adapter): 1.0}]
+    capfd.readouterr()
+    for adapters, told in (
+        ((f"{adapter}=much",), "'much' is no number"),
+        ((f"{adapter}=nan",), "must be finite"),
+        ((f"{tmp_path}/nowhere=0.5",), "does not exist"),
+        ((adapter, f"{adapter}=2"), "is given twice"),
+    ):
+        assert call("refused", *adapters) == 2
+        assert told in capfd.readouterr().err
+    assert not (tmp_path / "refused").exists()
+
+
+# --- trained tokens ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["e4b", "31b-bfloat16"])
+@pytest.mark.parametrize("listed", [[70, 5, 9], {"embed_tokens": [0, 3], "lm_head": [0, 3]}])
+def test_trained_tokens_have_the_bits_of_peft(bases: Any, name: str, listed: Any, tmp_path: Path) -> None:
+    """Of the tied embedding: its rows are the LM head's too, in training as here."""
+    base = bases(name)
+    peft_model = write_adapter(base, tmp_path / "adapter", trainable_token_indices=listed)
+    report = merge(base, tmp_path / "adapter", tmp_path / "out", verify=True, base_weights="as_trained")
+    expected, before, after = peft_model.merge_and_unload().state_dict(), tensors_of(base), tensors_of(tmp_path / "out")
+    assert all(torch.equal(tensor, expected.get(name, before[name])) for name, tensor in after.items())
+    changed = (after[f"{EMBEDDING}.weight"] != before[f"{EMBEDDING}.weight"]).any(1).nonzero().flatten().tolist()
+    assert changed == sorted(listed if isinstance(listed, list) else listed["embed_tokens"])
+    assert torch.equal(expected["lm_head.weight"], after[f"{EMBEDDING}.weight"])
+    assert report.num_replaced == 1
+
+
+TOKENS = "token_adapter.trainable_tokens_delta"
+
+
+@pytest.mark.parametrize(
+    ("module", "rows", "listed", "told"),
+    [
+        (EMBEDDING, 2, [1, 50], "replace 2 of its rows, up to 50"),
+        (EMBEDDING, 3, [1, 2], r"has shape \[3, 8\]"),
+        (EMBEDDING, 2, [1, 1], "does not list once each token"),
+        (EMBEDDING, 2, [1, -1], "does not list once each token"),
+        (EMBEDDING, 2, None, "does not list once each token"),
+        (EMBEDDING, 2, {"lm_head": [1, 2]}, "does not list once each token"),
+        ("lm_head", 2, {"lm_head": [1, 2]}, "which this base ties"),
+        ("model.other.embed_tokens", 2, [1, 2], "which the base does not have"),
+    ],
+)
+def test_trained_tokens_without_their_place_are_refused(module: str, rows: int, listed: Any, told: str) -> None:
+    adapter = {f"base_model.model.{module}.{TOKENS}": ("F32", (rows, 8))}
+    with pytest.raises(CheckpointError, match=told):
+        plan(factors(Q, 12) | adapter, trainable_token_indices=listed)
+
+
+def test_tokens_of_an_untied_head_are_its_own() -> None:
+    base = BASE | {"lm_head.weight": ("BF16", (50, 8))}
+    adapter = {f"base_model.model.lm_head.{TOKENS}": ("F32", (2, 8))}
+    settings = SETTINGS | {"trainable_token_indices": {"lm_head": [7, 1]}}
+    ops = plan_merge(base, adapter, settings, tied_embeddings=False, quantized_modules=())
+    assert [(op.name, op.replaced_by.rows) for op in ops if op.replaced_by] == [("lm_head.weight", (7, 1))]
+
+
+# --- another dtype, other files ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("e4b-bfloat16", "float32"), ("e4b", "bfloat16"), ("e4b", "float16")])
+def test_another_dtype_is_the_sum_rounded_once(bases: Any, name: str, dtype: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    base = bases(name)
+    write_adapter(base, tmp_path / "adapter", trainable_token_indices=[4])
+    merge(base, tmp_path / "adapter", tmp_path / "out", verify=True, base_weights="as_trained", dtype=dtype)
+    expected, before, result = (
+        merge_with_peft(base, {tmp_path / "adapter": 1.0}),
+        tensors_of(base),
+        tensors_of(tmp_path / "out"),
+    )
+    assert result.keys() == before.keys()
+    for name, tensor in result.items():
+        assert torch.equal(tensor, expected.get(name, before[name]).to(getattr(torch, dtype))), name
+    assert any(tensor.isinf().any() for tensor in result.values()), "bounds of clipped layers stay infinite"
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.dtype == getattr(torch, dtype)
+    assert sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) > 1000
+
+
+def test_what_float16_cannot_hold_is_named(bases: Any, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bases("31b"), base)
+    write_adapter(base, tmp_path / "adapter")
+    tensors = load_file(base / "model.safetensors")
+    tensors[f"{EMBEDDING}.weight"][3, 1] = 70_000
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{EMBEDDING}.weight would hold 70000, and .*float16 ends at 65504"):
+        merge(base, tmp_path / "adapter", tmp_path / "out", verify=False, base_weights="as_trained", dtype="float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_files_of_another_size_are_those_of_save_pretrained(pair: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    base, adapter = pair
+    merge(base, adapter, tmp_path / "whole", verify=False, base_weights="as_trained")
+    merge(base, adapter, tmp_path / "cut", verify=True, base_weights="as_trained", max_shard_size="900KB")
+    merge(tmp_path / "cut", adapter, tmp_path / "one", verify=False, base_weights="as_trained", max_shard_size="1GB")
+    whole, cut = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole", dtype="auto")
+    model.save_pretrained(tmp_path / "saved", max_shard_size="900KB")
+    names = [sorted(path.name for path in (tmp_path / folder).glob("*.safetensors")) for folder in ("cut", "saved")]
+    assert names[0] == names[1]
+    assert len(names[0]) > 3
+    index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in cut.values())
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / "cut" / file, "pt") as shard:
+            assert name in set(shard.keys())
+    assert [path.name for path in (tmp_path / "one").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("value", ["5", "5 GB", "0GB", "1.5GB", "5GiB"])
+def test_a_size_that_is_none_is_refused(value: str, pair: Any, tmp_path: Path) -> None:
+    base, adapter = pair
+    words = ["--base", base, "--adapter", adapter, "--out", tmp_path / "out", "--max-shard-size", value]
+    assert main(["merge", *map(str, words)]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+# --- the base in 4 bits, with the adapter beside it ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "double"), [("e4b-bfloat16", True), ("31b", False), ("12b-bfloat16", True)])
+def test_a_4_bit_folder_loads_as_the_trained_model(
+    bases: Any, name: str, double: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By transformers alone, to the last bit of the logits; its tensors are those that transformers would save."""
+    from bitsandbytes.nn import Linear4bit
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    monkeypatch.setattr(stream, "BLOCK_VALUES", 1 << 11)
+    base, adapter, out = bases(name), tmp_path / "adapter", tmp_path / "out"
+    settings: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+                                "bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": "float32"}  # fmt: skip
+    model = AutoModelForImageTextToText.from_pretrained(
+        base, dtype="float32", quantization_config=BitsAndBytesConfig(**settings)
+    )
+    model.save_pretrained(tmp_path / "expected")
+    modules = [path for path, module in model.named_modules() if isinstance(module, Linear4bit)]
+    write_adapter(base, adapter)
+    change_record(adapter, quantization=settings | {"modules": modules, "weights_dtype": "float32"})
+    merge(base, adapter, out, verify=False, base_weights="as_trained", save_in_4bit=True, max_shard_size="500KB")
+
+    assert len(list(out.glob("model-*.safetensors"))) > 2
+    stored = {name: tensor for path in out.glob("model-*") for name, tensor in load_file(path).items()}
+    expected = tensors_of(tmp_path / "expected")
+    assert expected.keys() <= stored.keys()
+    for tensor, value in expected.items():
+        if ".quant_state." in tensor:
+            ours, theirs = (json.loads(bytes(one.tolist())) for one in (stored[tensor], value))
+            assert ours == theirs
+        else:
+            assert torch.equal(stored[tensor], value), tensor
+    from peft import PeftModel
+
+    loaded = AutoModelForImageTextToText.from_pretrained(out, dtype="auto").eval()
+    trained = PeftModel.from_pretrained(model, adapter).eval()
+    keep_four_bit_exact(loaded)
+    keep_four_bit_exact(trained)
+    ids = torch.arange(60, 90)[None]
+    inputs = {"input_ids": ids, "mm_token_type_ids": 0 * ids}
+    with torch.no_grad():
+        logits, expected_logits = loaded(**inputs).logits, trained(**inputs).logits
+        assert torch.equal(logits, expected_logits)
+        with trained.disable_adapter():
+            assert not torch.equal(logits, trained(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words", "told"),
+    [
+        ({}, ["--dtype", "float32"], "sums nothing"),
+        ({}, ["--verify"], "sums nothing"),
+        ({}, ["--base-weights", "original"], "was not trained on a base in 4 bits"),
+        ({"use_dora": True}, [], "is a DoRA adapter, of which transformers"),
+        ({"trainable_token_indices": [3]}, [], "replaces weights of the base, of which transformers"),
+    ],
+)
+def test_what_does_not_go_with_a_folder_in_4_bits_is_refused(
+    settings: Any, words: list[str], told: str, bases: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_adapter(bases("31b"), tmp_path / "adapter", four_bit=True, **settings)
+    paths = ["--base", bases("31b"), "--adapter", tmp_path / "adapter", "--out", tmp_path / "out"]
+    assert main(["merge", *map(str, paths), "--save-in-4bit", *words]) == 2
+    assert told in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_experts_in_4_bits_are_none_that_transformers_loads(bases: Any, tmp_path: Path) -> None:
+    write_adapter(bases("26b-bfloat16"), tmp_path / "adapter", four_bit=True)
+    held = json.loads((tmp_path / "adapter" / "gemma_dist.json").read_text())["quantization"]
+    stacks = ["model.language_model.layers.0.experts.down_proj"]
+    change_record(tmp_path / "adapter", quantization=held | {"parameters": stacks})
+    with pytest.raises(CheckpointError, match=r"experts.down_proj was held in 4 bits too"):
+        merge(bases("26b-bfloat16"), tmp_path / "adapter", tmp_path / "out", verify=False, base_weights="as_trained",
+              save_in_4bit=True)  # fmt: skip

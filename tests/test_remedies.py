@@ -49,7 +49,9 @@ OWNERS = {
     "evaluate/run.py": "evaluate",
     "evaluate/server.py": "evaluate",
     "merge/folders.py": "merge",
+    "merge/four_bit.py": "merge",
     "merge/layerwise.py": "merge",
+    "merge/run.py": "merge",
     "model/card.py": "merge",
 }
 

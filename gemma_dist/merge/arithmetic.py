@@ -4,103 +4,70 @@ Each step takes a tensor's rows and gives its rows (`stream.Rows`), so that a bl
 it is in the processor's cache: stored, taken to 4 bit and back, with the adapter added.
 """
 
-import math
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 
-from gemma_dist.errors import CheckpointError, setting
-from gemma_dist.merge.plan import Lora, TensorOp
-from gemma_dist.merge.stream import Computed, Rows, Workers, as_matrix, row_blocks, stored_rows
+from gemma_dist.merge.four_bit import four_bit_rows
+from gemma_dist.merge.plan import Lora, Replacement, TensorOp
+from gemma_dist.merge.stream import Computed, Rows, Workers, as_matrix, stored_rows
 from gemma_dist.model.record import Quantization
-from gemma_dist.tensorfile import TensorFile
-
-SCALES_AT_ONCE = 1 << 14  # a multiple of 256; bitsandbytes takes a KiB of memory for each that it quantizes on a CPU
+from gemma_dist.tensorfile import Entry, TensorFile
 
 
-def merged(op: TensorOp, shard: TensorFile, adapter: TensorFile, quantization: Quantization | None) -> Computed:
-    """A tensor of the base, which `shard` has, as the adapter changes it; of the base's shape and dtype."""
-    entry = shard.entries[op.name]
-    if op.replaced_by is not None:
-        return Computed(entry, partial(stored_rows, file=adapter, name=op.replaced_by))
+def merged(
+    op: TensorOp, shard: TensorFile, adapters: Sequence[TensorFile], quantization: Quantization | None, entry: Entry
+) -> Computed:
+    """A tensor of the base, which `shard` has, as the adapters change it; of the dtype of `entry`."""
+    shape = entry.shape
 
     def rows(workers: Workers) -> Rows:
+        if (new := op.replaced_by) is not None:
+            source = adapters[new.adapter]
+            if new.rows is None:
+                return stored_rows(workers, source, new.tensor)
+            return token_rows(stored_rows(workers, shard, op.name), new, source)
         found = stored_rows(workers, shard, op.name)
         if op.quantized:
             assert quantization is not None
-            found = four_bit_rows(workers, found, op.name, entry.shape, quantization)
-        return found if op.lora is None else lora_rows(found, op.lora, adapter, entry.shape)
+            found = four_bit_rows(workers, found, op.name, shape, quantization)
+        for lora in op.loras:
+            found = lora_rows(workers, found, lora, adapters[lora.adapter], shape)
+        return found
 
-    return Computed(entry, rows)
+    return Computed(entry, rows, converted=op.untouched)
 
 
-def four_bit_rows(
-    workers: Workers, stored: Rows, name: str, shape: tuple[int, ...], quantization: Quantization
-) -> Rows:
-    """Rows as a 4-bit layer of bitsandbytes holds them, made full again.
-
-    Bit-equal to `dequantize_4bit(layer.weight.data, layer.weight.quant_state)` of the loaded layer on a GPU: same block
-    size (64, its default), same double quantization, from and to the dtype that the weight was loaded in. Given as rows
-    of 64 values, since of others a CPU may take the wrong scales (`model/four_bit_cpu.py`). Double quantization hangs
-    on all scales of a tensor, so it is gone through twice.
-    """
-    from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
-
-    from gemma_dist.model.experts import BLOCK_SIZE
-
-    _, in_matrix, num_columns = as_matrix(shape)
-    if len(shape) == 3 and in_matrix * num_columns % BLOCK_SIZE:
-        raise CheckpointError(
-            f"{name} has matrices of {in_matrix * num_columns} values, and blocks of {BLOCK_SIZE} would lie in two of "
-            f"them; use {setting('base_weights', 'original')}"
-        )
-    dtype = getattr(torch, quantization["weights_dtype"]) if quantization.get("weights_dtype") else None
-    quantize = partial(quantize_4bit, blocksize=BLOCK_SIZE, quant_type=quantization["bnb_4bit_quant_type"])
-
-    def loaded(start: int, stop: int) -> torch.Tensor:
-        values = stored(start, stop).reshape(-1)
-        values = values if dtype is None else values.to(dtype)
-        return torch.nn.functional.pad(values, (0, -len(values) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
-
-    # One tensor, filled in place: thousands of small ones between the blocks would keep the memory of these from reuse.
-    scales = torch.empty(-(-math.prod(shape) // BLOCK_SIZE))
-
-    def measure(start: int, stop: int) -> None:
-        found = loaded(start, stop).float().abs().amax(1)
-        first = start * num_columns // BLOCK_SIZE
-        scales[first : first + len(found)] = found
-
-    workers.map(measure, row_blocks(shape))
-    if quantization.get("bnb_4bit_use_double_quant", False):
-        mean = scales.mean()
-
-        def round_off(start: int) -> None:
-            piece = scales[start : start + SCALES_AT_ONCE]
-            piece.copy_(dequantize_blockwise(*quantize_blockwise(piece - mean, blocksize=256)) + mean)
-
-        workers.map(round_off, ((start,) for start in range(0, len(scales), SCALES_AT_ONCE)))
+def token_rows(weight: Rows, new: Replacement, adapter: TensorFile) -> Rows:
+    """An embedding with the rows of some tokens in the place of its own."""
+    assert new.rows is not None
+    trained = adapter.read(new.tensor).float()
+    place = {token: number for number, token in enumerate(new.rows)}
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        packed, state = quantize(loaded(start, stop))
-        first = start * num_columns // BLOCK_SIZE
-        state.absmax = scales[first : first + len(state.absmax)]
-        num_values = (stop - start) * num_columns
-        return dequantize_4bit(packed, state).view(-1)[:num_values].view(stop - start, num_columns)
+        found, here = weight(start, stop), sorted(place.keys() & range(start, stop))
+        if here:
+            found = found.float()  # so that what is rounded is rounded once, to the dtype of the result
+            found[[token - start for token in here]] = trained[[place[token] for token in here]]
+        return found
 
     return rows
 
 
-def lora_rows(weight: Rows, lora: Lora, adapter: TensorFile, shape: tuple[int, ...]) -> Rows:
+def lora_rows(workers: Workers, weight: Rows, lora: Lora, adapter: TensorFile, shape: tuple[int, ...]) -> Rows:
     """W + s * (B @ A) in float32; with DoRA, each row scaled from its norm to its trained magnitude.
 
     In PEFT's order of operations (`get_delta_weight` of `Linear` and `ParamWrapper`, `DoraLinearVariant.merge_unsafe`),
     so that the bits agree.
     """
-    delta = _delta_rows(lora, adapter, as_matrix(shape)[1])
+    delta = _delta_rows(workers, lora, adapter, as_matrix(shape)[1])
     magnitude = adapter.read(lora.magnitude).float() if lora.magnitude is not None else None
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        found = delta(start, stop).mul_(lora.scale).add_(weight(start, stop).float())
+        found = weight(start, stop)
+        if found.dtype != torch.float32:
+            found = workers.room("sum", found.shape, torch.float32).copy_(found)
+        found.add_(delta(start, stop).mul_(lora.scale))
         if magnitude is None:
             return found
         return found.mul_((magnitude[start:stop] / torch.linalg.norm(found, dim=1)).view(-1, 1))
@@ -108,17 +75,22 @@ def lora_rows(weight: Rows, lora: Lora, adapter: TensorFile, shape: tuple[int, .
     return rows
 
 
-def _delta_rows(lora: Lora, adapter: TensorFile, in_matrix: int) -> Rows:
+def _delta_rows(workers: Workers, lora: Lora, adapter: TensorFile, in_matrix: int) -> Rows:
     """B @ A; of a stack of experts, each one's."""
     a, b = adapter.read(lora.a).float(), adapter.read(lora.b).float()
+
+    def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Left @ right."""
+        return torch.mm(left, right, out=workers.room("delta", (len(left), right.shape[1]), torch.float32))
+
     if lora.num_experts is None:
-        return lambda start, stop: b[start:stop] @ a
+        return lambda start, stop: product(b[start:stop], a)
     a = a.view(lora.num_experts, -1, a.shape[1])
     b = b.view(len(b), -1, lora.num_experts).permute(2, 0, 1).contiguous()  # (experts, out, r)
 
     def rows(start: int, stop: int) -> torch.Tensor:
         expert = start // in_matrix
         first = expert * in_matrix
-        return b[expert, start - first : stop - first] @ a[expert]
+        return product(b[expert, start - first : stop - first], a[expert])
 
     return rows

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from typing import Any, Literal
 from gemma_dist.errors import CheckpointError, ConfigError, setting
 from gemma_dist.files import require_free, size
 from gemma_dist.logs import write_json
-from gemma_dist.merge.plan import LORA_TENSOR, Headers, TensorOp
+from gemma_dist.merge.plan import LORA_TENSOR, Headers, Lora
 from gemma_dist.model.fingerprint import fingerprint_base
 from gemma_dist.model.folder import (
     WEIGHTS,
@@ -70,11 +70,6 @@ class BaseModel:
         for shard in self.shards:
             headers |= _headers(shard)
         return headers
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all tensors, as the base stores them: those of the result take as many."""
-        return sum(entry.num_bytes for shard in self.shards for entry in shard.entries.values())
 
     @property
     def tied_embeddings(self) -> bool:
@@ -180,6 +175,17 @@ def as_peft_saves(adapter: Adapter) -> Iterator[Path]:
         yield folder
 
 
+def model_class(folder: Path) -> Any:
+    """The class that config.json names: the automatic ones may choose another wrapper, with other tensor names."""
+    import transformers
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = (config.get("architectures") or ["AutoModelForImageTextToText"])[0]
+    if not hasattr(transformers, name):
+        raise CheckpointError(f"{folder / 'config.json'}: architectures {name!r} is not in transformers; update it")
+    return getattr(transformers, name)
+
+
 def read_quantization(adapter: Adapter, base_weights: BaseWeights) -> Quantization | None:
     """What the base's weights go through before the sum; None: they are added to as they are.
 
@@ -228,27 +234,27 @@ def note_other_base(base_name: Path | str, base: BaseModel, adapter: Adapter) ->
     return None
 
 
-def note_untrained(adapter: Adapter, ops: Iterable[TensorOp]) -> str | None:
+def note_untrained(adapter: Adapter, loras: Collection[Lora]) -> str | None:
     """Say so where every lora_B is zero, as it is at the start of training."""
-    loras = [op.lora for op in ops if op.lora is not None]
     trained = any(adapter.weights.read(lora.b).any() for lora in loras)
     if trained or not loras:
         return None
-    return "every lora_B of the adapter is zero: it was never trained, and the result computes what the base does"
+    return f"every lora_B of {adapter.folder} is zero: it was never trained, and the result computes what the base does"
 
 
-def find_side_files(base: BaseModel, adapter: Adapter) -> dict[str, SideFile]:
+def find_side_files(base: BaseModel, adapters: Iterable[Adapter]) -> dict[str, SideFile]:
     """Config, tokenizer, processor and template of the result, by name."""
     found = {"config.json": SideFile(base.folder / "config.json", "base")}
     for name in SIDE_FILES:
-        if (adapter.folder / name).is_file():
-            found[name] = SideFile(adapter.folder / name, "adapter")
+        paths = [adapter.folder / name for adapter in adapters if (adapter.folder / name).is_file()]
+        if paths:
+            found[name] = SideFile(paths[0], "adapter")
         elif (base.folder / name).is_file():
             found[name] = SideFile(base.folder / name, "base")
     return found
 
 
-def check_side_files(side_files: Mapping[str, SideFile], base: BaseModel, adapter: Adapter) -> None:
+def check_side_files(side_files: Mapping[str, SideFile], base: BaseModel, adapters: Iterable[Adapter]) -> None:
     """Refuse side files that no loader would take, or whose tokenizer has more tokens than the embeddings have rows.
 
     Raises:
@@ -256,28 +262,28 @@ def check_side_files(side_files: Mapping[str, SideFile], base: BaseModel, adapte
     """
     from transformers import AutoTokenizer
 
-    refuse_custom_code(base.folder)
-    refuse_custom_code(adapter.folder)
+    for source in (base.folder, *(adapter.folder for adapter in adapters)):
+        refuse_custom_code(source)
     if "tokenizer.json" not in side_files:
         return
-    origin = side_files["tokenizer.json"].origin
+    chosen = side_files["tokenizer.json"]
     with tempfile.TemporaryDirectory() as folder:  # as they will stand together
         for name, file in side_files.items():
-            (Path(folder) / name).symlink_to(file.path.resolve())
+            if name != "config.json":  # nothing of a tokenizer is in it, and its class takes a second to import
+                (Path(folder) / name).symlink_to(file.path.resolve())
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # of Rust, of transformers, of json: a broken file may raise anything
             raise CheckpointError(
                 f"the tokenizer of the result cannot be loaded ({error}); its files are tokenizer.json of the "
-                f"{origin} and those beside it: save or download them again"
+                f"{chosen.origin} and those beside it: save or download them again"
             ) from error
     rows = {name: shape[0] for name, (_, shape) in base.headers.items() if EMBEDDING.search(name)}
-    owner = adapter.folder if origin == "adapter" else base.folder
-    require_embeddings(tokenizer, rows, tokenizer_of=owner, model=base.folder)
+    require_embeddings(tokenizer, rows, tokenizer_of=chosen.path.parent, model=base.folder)
 
 
-def check_out(out: Path, base: BaseModel, adapter: Adapter) -> None:
-    """Refuse a place that would overwrite something, or where the result cannot fit.
+def check_out(out: Path, base: BaseModel, adapters: Iterable[Adapter]) -> None:
+    """Refuse a place that would overwrite something, or where nothing can be written.
 
     Args:
         out: an absolute path; folders above it may be missing, and the nearest one that exists is asked.
@@ -285,19 +291,25 @@ def check_out(out: Path, base: BaseModel, adapter: Adapter) -> None:
     Raises:
         ConfigError: `out` is such a place.
     """
-    for folder, role in ((base.folder, "base"), (adapter.folder, "adapter")):
+    for folder, role in ((base.folder, "base"), *((adapter.folder, "adapter") for adapter in adapters)):
         if out.is_relative_to(folder.resolve()):
             raise ConfigError(f"--out {out} lies in the {role}'s folder {folder}; name a folder outside it")
     require_free(out)
-    parent = out.parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _nearest_parent(out)
     if not parent.is_dir():
         raise ConfigError(f"--out {out} would lie in {parent}, which is a file; name a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(f"--out {out}: you may not write in {parent}; change its permissions or name another folder")
-    if (free := shutil.disk_usage(parent).free) < base.num_bytes:
+
+
+def check_room(out: Path, num_bytes: int) -> None:
+    """Raises ConfigError where the disk of `out` has less room than that."""
+    if (free := shutil.disk_usage(_nearest_parent(out)).free) < num_bytes:
         raise ConfigError(
-            f"--out {out} needs {size(base.num_bytes)} and its disk has {size(free)} free; "
-            "name a folder on another disk"
+            f"--out {out} needs {size(num_bytes)} and its disk has {size(free)} free; name a folder on another disk"
         )
+
+
+def _nearest_parent(out: Path) -> Path:
+    """The folder, or file, nearest above a path that exists."""
+    return next(parent for parent in out.parents if parent.exists())

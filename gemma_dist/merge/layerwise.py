@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 
 from gemma_dist.errors import CheckpointError
-from gemma_dist.model.load import with_adapter
+from gemma_dist.model.load import load_another, with_adapter
 from gemma_dist.model.record import Quantization
 
 Inputs = dict[str, torch.Tensor]  # of one row, as the model's `forward` takes them
@@ -215,7 +215,7 @@ def _add_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> None:
     adapted = with_adapter(model, first)
     names = ["default", *(f"adapter_{number}" for number in range(2, 2 + len(more)))]
     for name, (folder, _) in zip(names[1:], more, strict=True):
-        adapted.load_adapter(str(folder), adapter_name=name)
+        load_another(adapted, folder, name)
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
             for name, (_, weight) in zip(names, adapters, strict=True):

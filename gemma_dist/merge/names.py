@@ -103,7 +103,8 @@ def _with_moved_patterns(settings: Mapping[str, Any], modules: Iterable[str], ro
 def _module(name: str) -> str:
     """What a tensor of an adapter belongs to: a module of the base, or one of its tensors."""
     match = FACTOR.fullmatch(name)
-    return (match["path"] if match else name.rpartition(".")[0]).replace(".base_layer", "")
+    path = match["path"] if match else name.rpartition(".")[0]
+    return path.replace(".base_layer", "").removesuffix(".token_adapter")
 
 
 def _moved(name: str, old: str, new: str) -> str:

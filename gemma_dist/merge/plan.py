@@ -13,43 +13,18 @@ from typing import Any
 
 from gemma_dist.config import EXPERT_WEIGHTS
 from gemma_dist.errors import CheckpointError
+from gemma_dist.merge.kinds import require_mergeable, token_indices
 
 # Tensor name -> (dtype as safetensors writes it, shape).
 Headers = Mapping[str, tuple[str, tuple[int, ...]]]
 
 MERGEABLE_DTYPES = ("F32", "BF16", "F16")
 PREFIX = "base_model.model."  # PEFT's two wrappers; what follows is the module's path, and so the checkpoint's
+TOKEN_ROWS = re.compile(re.escape(PREFIX) + r"(.+)\.token_adapter\.trainable_tokens_delta")
 LORA_TENSOR = re.compile(re.escape(PREFIX) + r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
 
 TIED_MODULES = ("embed_tokens", "lm_head")  # the last part of their paths
 ADAPTER_CUT_SHORT = "the file is incomplete or does not belong to its adapter_config.json: save the adapter again"
-
-# Settings of PEFT's LoraConfig that change what the adapter computes in a way that is not a sum of ours.
-REFUSED_SETTINGS = {
-    "alora_invocation_tokens": "it acts only after certain tokens, and a merged weight acts on all",
-    "arrow_config": "it routes between several adapters",
-    "fan_in_fan_out": "its weights are stored transposed, and Gemma's are not",
-    "kasa_config": "it truncates the base weight",
-    "layer_replication": "it repeats layers of the base",
-    "lora_bias": "it trains a bias, and Gemma's linear layers have none to add it to",
-    "monteclora_config": "it samples its weights",
-    "trainable_token_indices": "it retrains single rows of the embedding, which Gemma ties to the LM head",
-    "use_bdlora": "its factors are block-diagonal",
-    "use_qalora": "its input is pooled in groups",
-    "velora_config": "its kind is not known here",
-}
-# Settings that say how the adapter was made, not what it computes; the tensors and the scale say the rest.
-# fmt: off
-HARMLESS_SETTINGS = frozenset((
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
-    "eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
-    "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
-    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
-    "target_parameters", "task_type", "use_dora", "use_rslora",
-))
-# fmt: on
-# Initializations that leave the base weight alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take their start out of it.
-PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -65,21 +40,31 @@ class Lora:
     scale: float
     magnitude: str | None  # (out,)
     num_experts: int | None = None
+    adapter: int = 0  # which of several adapters has them, in the order in which they are given
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A tensor of an adapter that training put in the place of one of the base, or of some rows of it."""
+
+    tensor: str
+    rows: tuple[int, ...] | None = None  # of which tokens its rows are; None: it is the whole tensor
+    adapter: int = 0
 
 
 @dataclass(frozen=True)
 class TensorOp:
-    """What becomes of one tensor of the base. The result keeps its name, shape and dtype."""
+    """What becomes of one tensor of the base. The result keeps its name and shape."""
 
     name: str
     quantized: bool = False  # to 4 bit and back first, as the trained model held it
-    lora: Lora | None = None
-    replaced_by: str | None = None  # name of the adapter tensor that training put in its place
+    loras: tuple[Lora, ...] = ()
+    replaced_by: Replacement | None = None
 
     @property
     def untouched(self) -> bool:
         """The result has the bytes of the base, so they can be copied."""
-        return not self.quantized and self.lora is None and self.replaced_by is None
+        return not self.quantized and not self.loras and self.replaced_by is None
 
 
 def plan_merge(
@@ -102,16 +87,17 @@ def plan_merge(
     Raises:
         CheckpointError: an adapter of a kind that has no sum here, a tensor without its place or of the wrong shape.
     """
-    _check_kind(settings)
+    require_mergeable(settings)
     _check_not_empty(adapter)
 
     factors: dict[str, dict[str, str]] = {}  # module -> kind of tensor -> its name in the adapter
-    replaced_by: dict[str, str] = {}
+    others = []
     for tensor in adapter:
         if match := LORA_TENSOR.fullmatch(tensor):
             factors.setdefault(match[1], {})[match[2]] = tensor
         else:
-            replaced_by[_replaced_tensor(tensor, base, adapter, settings, tied_embeddings)] = tensor
+            others.append(tensor)
+    replaced_by = _replacements(others, base, adapter, settings, tied_embeddings)
     experts = _expert_weights(base, settings.get("target_parameters") or ())
     loras: dict[str, Lora] = {}
     for module, found in factors.items():
@@ -124,7 +110,9 @@ def plan_merge(
                 f"{ADAPTER_CUT_SHORT}"
             )
     for name in loras.keys() & replaced_by.keys():
-        raise CheckpointError(f"{name} is both adapted and replaced (by {replaced_by[name]}); train it one way only")
+        raise CheckpointError(
+            f"{name} is both adapted and replaced (by {replaced_by[name].tensor}); train it one way only"
+        )
     quantized = {f"{module}.weight" for module in quantized_modules} | set(quantized_parameters)
     _check_quantized(quantized, base)
 
@@ -132,7 +120,7 @@ def plan_merge(
     used: list[str] = []
     for name in base:
         held_in_4_bits = name in quantized and name not in replaced_by
-        op = TensorOp(name, held_in_4_bits, loras.get(name), replaced_by.get(name))
+        op = TensorOp(name, held_in_4_bits, (loras[name],) if name in loras else (), replaced_by.get(name))
         ops.append(op)
         used += _adapter_tensors(op)
     assert sorted(used) == sorted(adapter), "an adapter tensor is not used exactly once"
@@ -141,42 +129,8 @@ def plan_merge(
 
 def _adapter_tensors(op: TensorOp) -> Iterable[str]:
     """The tensors of the adapter that go into one tensor of the result."""
-    lora = op.lora
-    names = (lora.a, lora.b, lora.magnitude) if lora else (op.replaced_by,)
-    return [name for name in names if name is not None]
-
-
-def _check_kind(settings: Mapping[str, Any]) -> None:
-    """Refuse every adapter that is not W + s * B @ A (or DoRA's rescaling of it)."""
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(
-            f"adapter_config.json: peft_type {kind!r} is not merged; only LORA (with rsLoRA, DoRA and patterns) is. "
-            "Merge it with PEFT's merge_and_unload"
-        )
-    for key, value in settings.items():
-        if not value:
-            continue
-        if key in REFUSED_SETTINGS:
-            raise CheckpointError(
-                f"adapter_config.json: {key} = {value!r} cannot be merged: {REFUSED_SETTINGS[key]}. "
-                "Keep adapter and base apart, or train without it"
-            )
-        if key not in HARMLESS_SETTINGS:
-            raise CheckpointError(
-                f"adapter_config.json: {key} = {value!r} is not known here and may change what the adapter computes; "
-                f"merge it with the PEFT that wrote it (version {settings.get('peft_version', 'unknown')})"
-            )
-    if (bias := settings.get("bias", "none")) != "none":
-        raise CheckpointError(
-            f"adapter_config.json: bias = {bias!r} cannot be merged: only weights are. Train with bias = 'none'"
-        )
-    if (start := settings.get("init_lora_weights", True)) not in PLAIN_INITIALISATIONS:
-        raise CheckpointError(
-            f"adapter_config.json: init_lora_weights = {start!r} moves part of the base weight into the adapter, so "
-            "the sum with the original base is wrong; save the adapter with PEFT's "
-            "path_initial_model_for_weight_conversion, which turns it into plain LoRA"
-        )
+    names = [name for lora in op.loras for name in (lora.a, lora.b, lora.magnitude) if name is not None]
+    return [*names, op.replaced_by.tensor] if op.replaced_by else names
 
 
 def _check_not_empty(adapter: Headers) -> None:
@@ -308,41 +262,73 @@ def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) ->
     return default
 
 
+def _replacements(
+    tensors: Iterable[str], base: Headers, adapter: Headers, settings: Mapping[str, Any], tied_embeddings: bool
+) -> dict[str, Replacement]:
+    """What some tensors of the adapter replace: tensor of the base -> by what."""
+    found: dict[str, Replacement] = {}
+    for tensor in tensors:
+        name, rows = _replaced_tensor(tensor, base, adapter, settings, tied_embeddings)
+        if name in found:
+            raise CheckpointError(f"{tensor} and {found[name].tensor} both replace {name}; train it one way only")
+        found[name] = Replacement(tensor, rows)
+    if settings.get("trainable_token_indices") and all(new.rows is None for new in found.values()):
+        raise CheckpointError(
+            "adapter_config.json: trainable_token_indices lists tokens, but the adapter has no trainable_tokens_delta; "
+            f"{ADAPTER_CUT_SHORT}"
+        )
+    return found
+
+
 def _replaced_tensor(
     tensor: str, base: Headers, adapter: Headers, settings: Mapping[str, Any], tied_embeddings: bool
-) -> str:
-    """The tensor of the base that a whole weight in the adapter (from `modules_to_save`) replaces.
+) -> tuple[str, tuple[int, ...] | None]:
+    """The tensor of the base that one of the adapter replaces, and which rows of it (None: all).
 
-    PEFT saves every module whose path ends with one of `modules_to_save`, with all that is in it.
+    PEFT saves every module whose path ends with one of `modules_to_save`, with all that is in it, and of an embedding
+    the rows of `trainable_token_indices`. Those of a tied one are the LM head's, too, in training as after merging.
     """
-    name = tensor.removeprefix(PREFIX)
-    parts = name.split(".")
-    paths = [".".join(parts[:end]) for end in range(1, len(parts))]  # of the modules that the tensor is in
-    saved = settings.get("modules_to_save") or []
-    in_saved_module = any(path.endswith(tuple(saved)) for path in paths)
-    if not tensor.startswith(PREFIX) or not in_saved_module:
-        raise CheckpointError(
-            f"{tensor} in the adapter is neither lora_A, lora_B nor lora_magnitude_vector of a linear layer, nor part "
-            f"of modules_to_save ({', '.join(saved) or 'none'} in adapter_config.json), so its place in the sum is not "
-            "known; train without adapting or resizing embeddings, and save with PEFT's save_pretrained"
-        )
-    if tied_embeddings and parts[-2] in TIED_MODULES:
+    if match := TOKEN_ROWS.fullmatch(tensor):
+        name, module = f"{match[1]}.weight", match[1]
+        rows = token_indices(settings, module, tensor)
+    else:
+        name, module, rows = tensor.removeprefix(PREFIX), tensor.removeprefix(PREFIX).rpartition(".")[0], None
+        _require_saved_module(tensor, settings)
+    tied = module.rpartition(".")[2] in (TIED_MODULES if rows is None else TIED_MODULES[1:])
+    if tied_embeddings and tied:
         raise CheckpointError(
             f"{tensor} in the adapter replaces one of the token embedding and the LM head, which this base ties: "
-            "the merged weight would change both. Train without embed_tokens and lm_head among modules_to_save"
+            "the merged weight would change both. Train without embed_tokens and lm_head among modules_to_save, and "
+            "single tokens by those of embed_tokens"
         )
     if name not in base:
         raise CheckpointError(
             f"{tensor} in the adapter replaces {name}, which the base does not have{_similar(name, base)}; "
             "give the base that the adapter was trained on"
         )
-    if adapter[tensor][1] != base[name][1]:
+    shape = base[name][1]
+    needed = shape if rows is None else (len(rows), *shape[1:])
+    if adapter[tensor][1] != needed or max(rows or [0]) >= shape[0]:
+        of_rows = "" if rows is None else f" and is to replace {len(rows)} of its rows, up to {max(rows)}"
         raise CheckpointError(
-            f"{tensor} in the adapter has shape {list(adapter[tensor][1])}, {name} in the base {list(base[name][1])}; "
-            "give the base that the adapter was trained on"
+            f"{tensor} in the adapter has shape {list(adapter[tensor][1])}, {name} in the base {list(shape)}{of_rows}; "
+            "give the base that the adapter was trained on, and its own adapter_config.json"
         )
     _check_dtype(name, base)
-    return name
+    return name, rows
+
+
+def _require_saved_module(tensor: str, settings: Mapping[str, Any]) -> None:
+    """Refuse a whole weight that is in none of `modules_to_save`."""
+    parts = tensor.removeprefix(PREFIX).split(".")
+    paths = [".".join(parts[:end]) for end in range(1, len(parts))]  # of the modules that the tensor is in
+    saved = settings.get("modules_to_save") or []
+    if not tensor.startswith(PREFIX) or not any(path.endswith(tuple(saved)) for path in paths):
+        raise CheckpointError(
+            f"{tensor} in the adapter is neither lora_A, lora_B nor lora_magnitude_vector of a linear layer, nor part "
+            f"of modules_to_save ({', '.join(saved) or 'none'} in adapter_config.json), so its place in the sum is not "
+            "known; train without adapting or resizing embeddings, and save with PEFT's save_pretrained"
+        )
 
 
 def _check_dtype(name: str, base: Headers) -> None:

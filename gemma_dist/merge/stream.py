@@ -17,16 +17,18 @@ from typing import Any
 
 import torch
 
-from gemma_dist.errors import CheckpointError
+from gemma_dist.errors import CheckpointError, setting
 from gemma_dist.files import naming, sync
-from gemma_dist.tensorfile import TORCH_DTYPES, Entry, TensorFile, write_header
+from gemma_dist.tensorfile import DTYPE_OF, Entry, TensorFile, write_header
 
-# Of a tensor taken as a matrix, rows start … stop-1, in any order and by several threads at once.
+# Of a tensor taken as a matrix, rows start … stop-1, in any order and by several threads at once; until the same thread
+# asks again. Whoever gets them may change them.
 Rows = Callable[[int, int], torch.Tensor]
 
-BLOCK_VALUES = 1 << 18  # of one block: 1 MiB in float32, in which it is summed
+BLOCK_VALUES = 1 << 19  # of one block: 2 MiB in float32, in which it is summed
 MIN_ROWS = 64  # matrix products of fewer may have other bits than those of all; and 4-bit blocks begin at each 64th
 COPY_BYTES = 64 << 20
+SYNC_BYTES = 64 << 20
 MAX_THREADS = 8
 
 
@@ -49,6 +51,7 @@ class Computed:
 
     entry: Entry
     rows: Callable[["Workers"], Rows]
+    converted: bool = False  # to the dtype of `entry` and no more: what is not finite in it may have been so before
 
 
 class Workers:
@@ -64,18 +67,25 @@ class Workers:
         self._torch_threads = torch.get_num_threads()
         torch.set_num_threads(1)  # before the threads start, which take it over
         self._pool = ThreadPoolExecutor(self.num_threads)
+        self._disk = ThreadPoolExecutor(1)  # waits for the disk, so that none of the others does
+        self._syncing: Future[None] | None = None
+        self._num_unsynced = 0
         self._room = threading.BoundedSemaphore(2 * self.num_threads)  # so that no more than these wait in memory
         self._futures: list[Future[Any]] = []
         self._files = contextlib.ExitStack()
         self._handles: dict[Path, int] = {}
+        self._rooms = threading.local()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
             if kind is None:
                 self.wait()
+                if self._syncing is not None:
+                    self._syncing.result()
         finally:
             self._pool.shutdown(cancel_futures=True)
+            self._disk.shutdown(cancel_futures=True)
             self._files.close()
             torch.set_num_threads(self._torch_threads)
 
@@ -97,9 +107,30 @@ class Workers:
             future.result()
         self._futures = []
 
+    def sync(self, path: Path, num_bytes: int) -> None:
+        """Have a file on the disk now and then while it is written, of which so many more bytes are.
+
+        A kernel that is left alone lets them pile up, and the last call of all then waits for them.
+        """
+        self._num_unsynced += num_bytes
+        if self._num_unsynced >= SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+            if self._syncing is not None:
+                self._syncing.result()
+            self._syncing, self._num_unsynced = self._disk.submit(sync, path), 0
+
     def map(self, work: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> list[Any]:
         """What `work` returns for each of `arguments`, in their order."""
         return [future.result() for future in [self._pool.submit(work, *each) for each in arguments]]
+
+    def room(self, purpose: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory of the calling thread, which its next call for the same purpose gives again: fresh memory for each
+        block would have to be cleared by the kernel first."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        kept = self._rooms.__dict__
+        if len(kept.get(purpose, ())) < num_bytes:
+            kept[purpose] = torch.empty(num_bytes, dtype=torch.uint8)
+        room: torch.Tensor = kept[purpose][:num_bytes]
+        return room.view(dtype).view(*shape)
 
     def handle(self, path: Path) -> int:
         """Of a file that is read, open until the end."""
@@ -124,7 +155,7 @@ def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
     MIN_ROWS unless its matrix has."""
     num_rows, in_matrix, num_columns = as_matrix(shape)
     step = max(1, BLOCK_VALUES // max(1, num_columns) // MIN_ROWS) * MIN_ROWS
-    starts = range(0, max(1, in_matrix // step) * step, step)  # the last block takes the remainder, too
+    starts = range(0, max(0, (in_matrix - MIN_ROWS) // step) * step + 1, step)  # the last takes a small remainder, too
     for first in range(0, num_rows, max(1, in_matrix)):
         for start in starts:
             yield first + start, first + (in_matrix if start == starts[-1] else start + step)
@@ -138,9 +169,9 @@ def stored_rows(workers: Workers, file: TensorFile, name: str) -> Rows:
     handle = workers.handle(file.path)
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        data = torch.empty((stop - start) * width, dtype=torch.uint8)
-        read_into(handle, data.numpy().data, entry.begin + start * width, file.path)
-        return data.view(dtype).view(stop - start, num_columns)
+        found = workers.room("stored", (stop - start, num_columns), dtype)
+        read_into(handle, as_bytes(found), entry.begin + start * width, file.path)
+        return found
 
     return rows
 
@@ -166,27 +197,47 @@ def write_weights(
             else:
                 _compute(name, tensor, target.fileno(), at, workers)
             at += tensor.entry.num_bytes
+            workers.sync(path, tensor.entry.num_bytes)
         copy.flush()
         workers.wait()
-    workers.submit(sync, path)  # while the next file is computed
 
 
 def _compute(name: str, tensor: Computed, target: int, at: int, workers: Workers) -> None:
     """Have a tensor's blocks computed and written from byte `at` on."""
-    rows, dtype = tensor.rows(workers), TORCH_DTYPES[tensor.entry.dtype]
+    rows, dtype = tensor.rows(workers), DTYPE_OF[tensor.entry.dtype]
     width = as_matrix(tensor.entry.shape)[2] * dtype.itemsize
 
     def write(start: int, stop: int) -> None:
-        block = rows(start, stop).to(dtype)
-        if not torch.stack(torch.aminmax(block)).isfinite().all():  # a NaN is both the least and the greatest
-            raise CheckpointError(
-                f"{name} would hold NaN or infinity after the merge: the training diverged, or {dtype} cannot "
-                "hold the sum. Merge an earlier checkpoint of the adapter"
-            )
-        write_at(target, block.contiguous().view(-1).view(torch.uint8).numpy().data, at + start * width)
+        values = block = rows(start, stop)
+        if values.dtype != dtype:
+            block = workers.room("result", values.shape, dtype).copy_(values)
+        if not block.sum().isfinite():  # the sum of finite ones may overflow, too
+            _check_finite(name, values, block, tensor.converted)
+        write_at(target, as_bytes(block), at + start * width)
 
     for start, stop in row_blocks(tensor.entry.shape):
         workers.submit(write, start, stop)
+
+
+def as_bytes(block: torch.Tensor) -> memoryview:
+    """The memory of a tensor."""
+    data: memoryview = block.contiguous().view(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _check_finite(name: str, values: torch.Tensor, block: torch.Tensor, converted: bool) -> None:
+    """Refuse `values` that are not finite as `block`, in the dtype of the result; unless they came so from the base."""
+    finite, dtype = values.isfinite(), block.dtype
+    if finite.logical_and(block.isfinite().logical_not()).any():
+        raise CheckpointError(
+            f"{name} would hold {values[finite].abs().max().item():.6g}, and {dtype} ends at "
+            f"{torch.finfo(dtype).max:.6g}; use {setting('dtype', 'bfloat16')}"
+        )
+    if not converted and not finite.all():
+        raise CheckpointError(
+            f"{name} would hold NaN or infinity after the merge: the training diverged. Merge an earlier checkpoint of "
+            "the adapter"
+        )
 
 
 class _Copy:

@@ -112,16 +112,19 @@ def render_card(record: Mapping[str, Any], adapter: Mapping[str, Any] | None, re
     base = str(record.get("base_model") or (adapter or {}).get("base_model_name_or_path") or "")
     name, license_words = public_name(base), license_of(base)
     trained = record.get("training") or record
-    tuning = "adapter" if adapter else ("finetune" if "adapter" not in record else "merge")
+    adapters: Mapping[str, float] = record.get("adapters") or {}
+    tuning = "adapter" if adapter else ("merge" if adapters else "finetune")
     head: dict[str, Any] = {}
     if HUB_NAME.fullmatch(name):
         head |= {"base_model": name, "base_model_relation": "adapter" if adapter else "finetune"}
     head |= license_words
     head |= {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "image-text-to-text"}
     head["tags"] = sorted({"gemma4", "tool-calling", "gemma_dist", *({"lora"} if tuning != "finetune" else ())})
+    added = "a LoRA adapter that was" if len(adapters) == 1 else f"{len(adapters)} LoRA adapters that were"
+    held, where = (" in 4 bits", "beside it") if record.get("saved_in_4bit") else ("", "added to its weights")
     kinds = {
         "adapter": f"A LoRA adapter of {name}, trained on tool calling.",
-        "merge": f"{name}, with a LoRA adapter that was trained on tool calling added to its weights.",
+        "merge": f"{name}{held}, with {added} trained on tool calling {where}.",
         "finetune": f"{name}, fine-tuned on tool calling.",
     }
     license_line = "as its base" + (f": {license_words['license']}" if "license" in license_words else "")
@@ -164,6 +167,8 @@ def _rows(
         yield "LoRA", f"r {lora.get('r')}, alpha {lora.get('lora_alpha')}" + "".join(f", {key}" for key in options)
     elif trained.get("tuning") == "full":
         yield "tuning", "all weights"
+    if len(adapters := record.get("adapters") or {}) > 1:
+        yield "adapters", ", ".join(f"{weight:g} x {Path(folder).name}" for folder, weight in adapters.items())
     quantization = trained.get("quantization") or trained.get("four_bit") or record.get("quantization")
     if isinstance(quantization, Mapping) and quantization.get("bnb_4bit_quant_type"):
         held = f"4 bits ({quantization['bnb_4bit_quant_type']})"

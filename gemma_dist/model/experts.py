@@ -29,9 +29,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from gemma_dist.config import EXPERT_WEIGHTS
+from gemma_dist.config import FOUR_BIT_BLOCK_SIZE as BLOCK_SIZE
 from gemma_dist.model.host_experts import HostExperts
-
-BLOCK_SIZE = 64  # weights that share a scale: bitsandbytes' default
 
 RANK_MULTIPLE = 8  # grouped products want rows of a multiple of 16 bytes
 

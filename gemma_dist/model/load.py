@@ -159,6 +159,16 @@ def with_adapter(model: Any, adapter: Path, **arguments: Any) -> Any:
     return PeftModel.from_pretrained(model, str(adapter), config=settings, **arguments)
 
 
+def load_another(adapted: Any, adapter: Path, name: str) -> None:
+    """Give a model with an adapter one more, under a name of its own."""
+    from peft import PeftConfig
+
+    from gemma_dist.model.experts import adapt_four_bit_experts
+
+    adapted.add_adapter(name, adapt_four_bit_experts(PeftConfig.from_pretrained(str(adapter))))
+    adapted.load_adapter(str(adapter), adapter_name=name)
+
+
 def place_of_experts(
     config: Any, settings: ModelConfig, quantization: QuantizationConfig | None
 ) -> Literal["gpu", "host"] | None:

@@ -4,6 +4,7 @@ After QLoRA it names the layers of the base that were held in 4 bits, and how. E
 and merging adds the adapter to just that. It is written and read here alone.
 """
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -70,24 +71,28 @@ def write_merge_record(
     folder: Path,
     *,
     base: Path | str,
-    adapter: Path,
+    adapters: Mapping[str, float],
     base_weights: str,
     quantization: Quantization | None,
+    saved_in_4bit: bool,
     verification: dict[str, Any] | None,
 ) -> None:
     """Write the record of a merged model.
 
     Args:
+        adapters: their folders, with the weights of their sums.
         quantization: what the base went through before the sum; None: nothing.
+        saved_in_4bit: whether the base is stored so, with the adapter beside it, and nothing was summed.
         verification: what comparing the logits found; None: they were not compared.
     """
     record = {
         "base_model": str(base),
-        "adapter": str(adapter),
+        "adapters": dict(adapters),
         "base_weights": base_weights,
         "quantization": quantization,
+        "saved_in_4bit": saved_in_4bit,
         "verification": verification,
-        "training": _training_of(adapter),
+        "training": _training_of(Path(next(iter(adapters)))) if len(adapters) == 1 else {},
         "versions": _versions(),
     }
     write_card(folder, record)
