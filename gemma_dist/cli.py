@@ -1,5 +1,5 @@
 """The command line, in the order of use: make a model, shard, look, check, plan, look at the nodes, train,
-evaluate (`cli_evaluate.py`), merge.
+evaluate (`cli_evaluate.py`), merge, export (`cli_export.py`).
 
 A command reads its options and calls one function of another module. Nothing heavy is imported before a command runs,
 not even the settings, which need pydantic: so `--help` answers at once.
@@ -17,6 +17,7 @@ import click
 
 from gemma_dist import __version__
 from gemma_dist.cli_evaluate import compare, evaluate, read_calls, score
+from gemma_dist.cli_export import export
 from gemma_dist.errors import spell
 from gemma_dist.options import EXISTING, NEW, OrderedGroup, SettingsCommand, spellings
 
@@ -358,3 +359,6 @@ def merge(base: str, adapter: Path, out: Path, verify: bool, settings: "MergeCon
     from gemma_dist.merge import run
 
     click.echo(run.merge(base, adapter, out, verify=verify, base_weights=settings.base_weights).summary())
+
+
+cli.add_command(export)

@@ -382,3 +382,14 @@ class MergeConfig(Section):
         "as_trained",
         description="Add to the base as training saw it (QLoRA: quantized to 4 bits and back), or to the original.",
     )
+
+
+class ExportConfig(Section):
+    """Settings of `export`."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        None, description="Dtype of the weights; default: as stored, of DeepSpeed's folders that of config.json."
+    )
+    max_shard_size: str = Field(
+        "5GB", pattern=r"^[1-9]\d*[KMGT]B$", description="Largest file of weights that is written, such as 5GB."
+    )

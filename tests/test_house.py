@@ -29,8 +29,8 @@ FLOORS = [
     {"stream"},
     {"resolve"},
     {"train", "evaluate", "merge", "show"},
-    {"plan"},
-    {"cli_evaluate"},
+    {"plan", "export"},
+    {"cli_evaluate", "cli_export"},
     {"cli"},
     {"__main__"},
 ]

@@ -49,6 +49,7 @@ class Computed:
 
     entry: Entry
     rows: Callable[["Workers"], Rows]
+    converted: bool = False  # to the dtype of `entry` and no more: what is not finite in it may have been so before
 
 
 class Workers:
@@ -178,7 +179,9 @@ def _compute(name: str, tensor: Computed, target: int, at: int, workers: Workers
 
     def write(start: int, stop: int) -> None:
         block = rows(start, stop).to(dtype)
-        if not torch.stack(torch.aminmax(block)).isfinite().all():  # a NaN is both the least and the greatest
+        if (
+            not tensor.converted and not torch.stack(torch.aminmax(block)).isfinite().all()
+        ):  # a NaN is both the least and the greatest
             raise CheckpointError(
                 f"{name} would hold NaN or infinity after the merge: the training diverged, or {dtype} cannot "
                 "hold the sum. Merge an earlier checkpoint of the adapter"

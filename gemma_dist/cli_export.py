@@ -1,0 +1,31 @@
+"""The part of the command line that makes folders for other tools of what was trained: export.
+
+As in `cli.py`, a command reads its options and calls one function, and nothing heavy is imported before it runs.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from gemma_dist.options import EXISTING, NEW, SettingsCommand
+
+if TYPE_CHECKING:
+    from gemma_dist.config import ExportConfig
+
+
+@click.command(cls=SettingsCommand, section=lambda config: config.ExportConfig)
+@click.argument("checkpoint", type=EXISTING)
+@click.option("--out", required=True, type=NEW, help="Folder of the result.")
+@click.option("--base", help="Folder or Hub name of the model that was trained: what the checkpoint lacks is added.")
+@click.option("--with-lm-head", is_flag=True, help="Also write lm_head.weight, which Gemma ties to its embedding.")
+def export(checkpoint: Path, out: Path, base: str | None, with_lm_head: bool, settings: "ExportConfig") -> None:
+    """Write the model of a checkpoint, without its optimizer.
+
+    CHECKPOINT is a checkpoint-N of `train`, a model folder, or a folder of DeepSpeed's engine (global_stepN, of TRL,
+    axolotl, LLaMA-Factory …), of ZeRO-1, 2 or 3 and any number of ranks. Needs no GPU, and little memory. With --base,
+    keys and values of layers that share them, which transformers leaves out, are added byte for byte.
+    """
+    from gemma_dist.export import run
+
+    click.echo(run.export(checkpoint, out, settings, base=base, lm_head=with_lm_head).summary())
