@@ -46,6 +46,7 @@ OWNERS = {
     "evaluate/room.py": "evaluate",
     "evaluate/run.py": "evaluate",
     "evaluate/server.py": "evaluate",
+    "export/lora.py": "export",
     "export/run.py": "export",
     "export/weights.py": "export",
     "merge/folders.py": "merge",
@@ -130,6 +131,7 @@ def test_below_the_command_line_no_message_spells_an_option() -> None:
     for path, tree in syntax_trees():
         for line, text in texts(tree):
             text = re.sub(r"accelerate launch [^`\n]*", "", text)  # its options are its own
+            text = re.sub(r"vllm serve [^`\n]*", "", text)  # and so are those of vLLM
             text = re.sub(r"^--(query-(gpu|compute-apps)|format)=.*", "", text)  # and so are those of nvidia-smi
             text = re.sub(r"^--(no-optional-locks|always|abbrev=40|dirty|exclude=\*)$", "", text)  # and of git
             for verb, typed in re.findall(r"(?:gemma-dist ([a-z-]+) [^`]*?)?(--[a-z][\w-]*)", text):

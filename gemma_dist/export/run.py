@@ -153,7 +153,7 @@ def _require_whole_model(checkpoint: Path) -> None:
         )
         raise CheckpointError(
             f"{checkpoint} holds an adapter, not a model; add it to its base: `gemma-dist merge --base {base} "
-            f"--adapter {checkpoint} --out FOLDER`"
+            f"--adapter {checkpoint} --out FOLDER`. For a server's LoRA, use --adapter {checkpoint} --for vllm"
         )
     if not (checkpoint / CONFIG).is_file():
         raise CheckpointError(
