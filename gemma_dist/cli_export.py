@@ -47,6 +47,8 @@ def export(
 
         click.echo(run.export(checkpoint, out, settings, base=base, lm_head=with_lm_head).summary())
         return
+    if with_lm_head:
+        raise click.UsageError("--with-lm-head is for a model; an adapter has no head")
     if adapter is None or base is None or engine is None:
         raise click.UsageError("--adapter needs the --base that it was trained on, and a server: --for vllm")
     from gemma_dist.export import lora

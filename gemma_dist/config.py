@@ -387,8 +387,8 @@ class MergeConfig(Section):
 class ExportConfig(Section):
     """Settings of `export`."""
 
-    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
-        None, description="Dtype of the weights; default: as stored, of DeepSpeed's folders that of config.json."
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Dtype of the weights; auto: as stored, and of DeepSpeed's folders that of config.json."
     )
     max_shard_size: str = Field(
         "5GB", pattern=r"^[1-9]\d*[KMGT]B$", description="Largest file of weights that is written, such as 5GB."

@@ -101,8 +101,10 @@ def require_sum_of(folder: Path, base: Path, merged: Path) -> set[str]:
     return set(found)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("style", ["e4b", "e2b", "31b", "12b"])
+@pytest.mark.parametrize(
+    ("style", "kind"),
+    [*(("e4b", kind) for kind in KINDS), *((style, "patterns") for style in ("e2b", "31b", "12b"))],
+)
 def test_vllm_would_add_what_merging_adds(
     tiny_model: Callable[..., Path], tmp_path: Path, style: str, kind: str
 ) -> None:

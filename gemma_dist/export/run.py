@@ -52,9 +52,11 @@ class ExportReport:
 
     def summary(self) -> str:
         """A few lines for the terminal."""
+        more = [f"{self.num_linked} files linked"] if self.num_linked else []
+        more += [f"{self.num_from_base} tensors added from the base"] if self.num_from_base else []
         lines = [
             f"{self.out}: {self.num_tensors} tensors, {self.num_bytes / 2**20:.1f} MiB, in {self.seconds:.1f} s",
-            f"  from {self.kind}; {self.num_linked} files linked, {self.num_from_base} tensors added from the base",
+            f"  from {'; '.join([self.kind, *more])}",
         ]
         folders = {path.parent for path in self.side_files.values()}
         for folder in sorted(folders):
@@ -84,10 +86,10 @@ def export(
     zero_folder = find_zero_folder(checkpoint)
     zero = open_zero_folder(zero_folder) if zero_folder else None
     if zero is not None and zero.is_adapter:
-        if base is not None:
+        if base is not None or lm_head:
             raise CheckpointError(
-                f"{checkpoint} holds an adapter: export it without --base, and then use `gemma-dist merge --base "
-                f"{base} --adapter {out}`"
+                f"{checkpoint} holds an adapter: export it without --base and --with-lm-head, and add the result to "
+                f"its base: `gemma-dist merge --base {base or 'BASE'} --adapter {out} --out FOLDER`"
             )
         result, places = from_adapter(zero, settings), [checkpoint, zero.folder.parent]
     else:

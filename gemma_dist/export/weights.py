@@ -63,7 +63,7 @@ def from_model(model: BaseModel, settings: ExportConfig) -> Result:
             "being gathered. Give the folder of DeepSpeed's *_model_states.pt, if there is one, or another checkpoint"
         )
     kind, tied = model.config.get("model_type", ""), model.tied_embeddings
-    if settings.dtype is None:
+    if settings.dtype == "auto":
         return Result({}, model.shards, kind, tied)
     wanted = getattr(torch, settings.dtype)
     tensors: dict[str, Copied | Computed] = {}
@@ -76,7 +76,7 @@ def from_model(model: BaseModel, settings: ExportConfig) -> Result:
 def from_zero(zero: ZeroFolder, config: dict[str, Any], settings: ExportConfig) -> Result:
     """The model that DeepSpeed's engine held, under the names that its files have, in the dtype of `config`."""
     kind = config.get("model_type", "")
-    dtype = settings.dtype or _dtype_of(config)
+    dtype = _dtype_of(config) if settings.dtype == "auto" else settings.dtype
     tensors: dict[str, Copied | Computed] = {}
     for name, pieces in zero.tensors.items():
         tensors[name_in_file(name.replace("_orig_mod.", ""), kind)] = _joined(name, pieces, getattr(torch, dtype))
@@ -87,27 +87,27 @@ def from_zero(zero: ZeroFolder, config: dict[str, Any], settings: ExportConfig) 
             f"{zero.folder}: {LM_HEAD} was tied to {zero.tied[LM_HEAD]}, but config.json says that it is not; put the "
             "config.json of the trained model beside the checkpoint"
         )
-    return Result(tensors, [], kind, tied, _with_dtype(config, dtype) if settings.dtype else None)
+    return Result(tensors, [], kind, tied, _with_dtype(config, dtype) if settings.dtype != "auto" else None)
 
 
 def from_adapter(zero: ZeroFolder, settings: ExportConfig) -> Result:
     """The adapter that DeepSpeed's engine trained, under the names that PEFT gives its tensors; in float32."""
-    dtype = getattr(torch, settings.dtype or "float32")
+    dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     tensors: dict[str, Copied | Computed] = {}
     for name, pieces in zero.tensors.items():
-        if not pieces.is_trained:
-            continue
         short = name.replace("_orig_mod.", "")
         if factor := FACTOR.fullmatch(short):
             ending = "" if factor["kind"] == "magnitude_vector" else ".weight"
             short = f"{factor['path']}.lora_{factor['kind']}{ending}"
         elif saved := SAVED_MODULE.fullmatch(short):
             short = f"{saved['path']}.{saved['rest']}"
-        else:
+        elif pieces.is_trained:
             raise CheckpointError(
                 f"{zero.folder}: {name} was trained beside the adapter and is no part of one; save the adapter with "
                 "PEFT's save_pretrained instead"
             )
+        else:
+            continue
         if short in tensors:
             raise CheckpointError(f"{zero.folder}: several adapters were trained, which both have {short}")
         tensors[short] = _joined(name, pieces, dtype)
@@ -157,12 +157,16 @@ def require_complete(result: Result, config: Path, checkpoint: Path) -> None:
     would load random values in its place, with a warning at most."""
     import transformers
 
-    settings = transformers.AutoConfig.from_pretrained(config.parent, trust_remote_code=False)
-    name = (settings.architectures or ["AutoModelForImageTextToText"])[0]
-    if not hasattr(transformers, name):
-        raise CheckpointError(f"{config}: architectures {name!r} is not in transformers; update it")
-    with torch.device("meta"):
-        model = getattr(transformers, name)(settings)
+    try:
+        settings = transformers.AutoConfig.from_pretrained(config.parent, trust_remote_code=False)
+        name = (settings.architectures or ["AutoModelForImageTextToText"])[0]
+        with torch.device("meta"):
+            model = getattr(transformers, name)(settings)
+    except Exception as error:  # a broken config may raise anything
+        raise CheckpointError(
+            f"transformers makes no model of {config} ({str(error).partition(chr(10))[0]}); put the config.json of the "
+            "trained model there, or update transformers"
+        ) from error
     tied = model.all_tied_weights_keys if result.tied else {}
     have = {name_in_model(name, result.model_type): entry for name, entry in result.headers.items()}
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if key not in tied}

@@ -82,8 +82,8 @@ class ZeroFolder:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether what was trained is PEFT's."""
-        return any(pieces.is_trained and ".lora_" in name for name, pieces in self.tensors.items())
+        """Whether PEFT adapted the model."""
+        return any(".lora_" in name for name in self.tensors)
 
 
 def find_zero_folder(checkpoint: Path) -> Path | None:
@@ -155,16 +155,17 @@ def _zero_folder(
     tensors: dict[str, Pieces] = {}
     places: dict[tuple[int, torch.Size], str] = {}  # of the module's whole tensors
     for name, tensor in (first["module"] or {}).items():
-        if name in pieces:
-            tensors[name] = pieces[name]
-        elif name in tied or not torch.is_tensor(tensor):
+        if name in tied or not torch.is_tensor(tensor):
             continue
-        elif name in buffers or stage < 3:
-            twin = places.setdefault((tensor.data_ptr(), tensor.shape), name)
-            if twin != name and tensor.numel():
-                tied[name] = twin
-            else:
-                tensors[name] = Pieces(tuple(tensor.shape), [tensor.reshape(-1)])
+        # ZeRO-3 leaves an empty tensor in the place of a parameter.
+        is_whole = name in buffers or (stage < 3 and tensor.numel() > 0)
+        twin = places.setdefault((tensor.data_ptr(), tensor.shape), name) if is_whole else name
+        if twin != name:
+            tied[name] = twin
+        elif name in pieces:
+            tensors[name] = pieces[name]
+        elif is_whole:
+            tensors[name] = Pieces(tuple(tensor.shape), [tensor.reshape(-1)])
     tensors |= {name: found for name, found in pieces.items() if name not in tensors}  # the module left it out
     return ZeroFolder(folder, tensors, tied, stage, num_ranks, int(first.get("global_steps", 0)))
 
@@ -243,11 +244,11 @@ def _files(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
     """The files of a kind by rank. Refuses those of a model that is split in another way than by ZeRO."""
     found: dict[int, Path] = {}
     for path in sorted(folder.glob("*.pt")):
-        if path.name.startswith(("layer_", "expp_rank_")):
-            what = (
-                "a pipeline" if "expert" not in path.name and path.name.startswith("layer_") else "expert parallelism"
+        if "expert" in path.name or path.name.startswith(("layer_", "expp_rank_")):
+            raise CheckpointError(
+                f"{path} is of a pipeline, or of experts that are split over ranks, which is not read; convert it with "
+                "the tool that wrote it"
             )
-            raise CheckpointError(f"{path} is of {what}, which is not read; convert it with the tool that wrote it")
         if match := pattern.fullmatch(path.name):
             if int(match["split"]):
                 raise CheckpointError(
@@ -264,7 +265,7 @@ def _check_split(state: Mapping[str, Any], path: Path) -> None:
     for name, size in (("mp_world_size", state.get("mp_world_size")), *dimensions.items()):
         if isinstance(size, int) and size > 1:
             raise CheckpointError(f"{path}: {name} is {size}, and only ZeRO is read; convert it with what wrote it")
-    if state.get("ds_autoep_layers") or state.get("num_experts") not in (None, [0], 0, []):
+    if state.get("ds_autoep_layers"):
         raise CheckpointError(f"{path}: its experts are split over ranks, which is not read; convert it with DeepSpeed")
     if not isinstance(state.get("module"), Mapping):
         raise CheckpointError(f"{path} has no module: it is no checkpoint of DeepSpeed's engine")

@@ -34,6 +34,7 @@ class Case(NamedTuple):
 
 CASES = {
     "zero0": Case(0, "float32"),
+    "zero0-lora": Case(0, "float32", lora=True),
     "zero1": Case(1),
     "zero1-float32": Case(1, "float32"),
     "zero1-bf16-optimizer": Case(1, deepspeed={"data_types": {"grad_accum_dtype": "fp32"}}),
