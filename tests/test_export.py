@@ -243,6 +243,7 @@ DAMAGED = {
         _change(OPTIMIZER_1, lambda state: state["optimizer_state_dict"][FLAT].pop()),
         r"have [\d,]+ values, but its ranks hold [\d,]+",
     ),
+    "an unknown layout": (_change(MODEL_2, lambda state: state.pop("global_steps")), r"not those of a DeepSpeed that"),
     "a frozen part": (
         _change(MODEL_2, lambda state: state["frozen_param_fragments"].popitem()),
         r"a rank's file lacks its part of model\.",
@@ -380,6 +381,19 @@ def test_an_adapter_of_ours_is_told_to_be_merged(tmp_path: Path, capsys: Any) ->
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "google/gemma-4-E4B-it"}))
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert f"`gemma-dist merge --base google/gemma-4-E4B-it --adapter {tmp_path} --out" in capsys.readouterr().err
+
+
+def test_a_full_disk_keeps_links_and_refuses_what_is_written(run: Path, small_disk: Path) -> None:
+    leave = shutil.ignore_patterns("complete.json", "optimizer*")
+    checkpoint = shutil.copytree(run / "checkpoint-1", small_disk / "checkpoint", ignore=leave)
+    with (small_disk / "filler").open("wb") as filler:
+        free = shutil.disk_usage(small_disk).free
+        filler.write(bytes(free - 500_000))
+    with pytest.raises(ConfigError, match=r"needs 3\.\d MiB and its disk has 0\.\d MiB free"):
+        exported(checkpoint, small_disk / "half", dtype="bfloat16")
+    exported(checkpoint, small_disk / "out")
+    assert sorted(path.name for path in small_disk.iterdir()) == ["checkpoint", "filler", "out"]
+    assert (small_disk / "out" / "model.safetensors").samefile(checkpoint / "model.safetensors")
 
 
 @long

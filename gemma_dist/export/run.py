@@ -16,6 +16,7 @@ from gemma_dist.config import ExportConfig
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.export.weights import (
     Result,
+    bytes_to_write,
     from_adapter,
     from_base,
     from_model,
@@ -48,7 +49,6 @@ class ExportReport:
     num_bytes: int
     seconds: float
     side_files: dict[str, Path]
-    notes: list[str]
 
     def summary(self) -> str:
         """A few lines for the terminal."""
@@ -62,7 +62,7 @@ class ExportReport:
         for folder in sorted(folders):
             names = ", ".join(name for name, path in self.side_files.items() if path.parent == folder)
             lines.append(f"  from {folder}: {names}")
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+        return "\n".join(lines)
 
 
 def export(
@@ -101,7 +101,7 @@ def export(
         require_complete(result, side_files[CONFIG], checkpoint)
     num_bytes = num_bytes_of(result)
     _check_place(out, checkpoint, base)
-    _require_room(out, num_bytes)
+    _require_room(out, result)
 
     with whole_folder(out, num_bytes) as folder:
         write_result(result, folder, settings.max_shard_size)
@@ -120,7 +120,6 @@ def export(
         num_bytes=num_bytes,
         seconds=time.monotonic() - started,
         side_files=side_files,
-        notes=result.notes,
     )
 
 
@@ -195,11 +194,12 @@ def _check_place(out: Path, checkpoint: Path, base: Path | str | None) -> None:
     require_free(out)
 
 
-def _require_room(out: Path, num_bytes: int) -> None:
+def _require_room(out: Path, result: Result) -> None:
     """Refuse a disk that has no room for the result."""
     parent = out.parent
     while not parent.exists():
         parent = parent.parent
+    num_bytes = bytes_to_write(result, parent)
     if (free := shutil.disk_usage(parent).free) < num_bytes:
         raise ConfigError(
             f"--out {out} needs {size(num_bytes)} and its disk has {size(free)} free; name a folder on another disk"

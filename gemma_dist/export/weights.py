@@ -39,7 +39,6 @@ class Result:
     config: dict[str, Any] | None = None  # where it is another than that of the checkpoint
     is_adapter: bool = False
     num_from_base: int = 0
-    notes: list[str] = field(default_factory=list)
 
     @property
     def headers(self) -> dict[str, Entry]:
@@ -184,8 +183,14 @@ def require_complete(result: Result, config: Path, checkpoint: Path) -> None:
 
 
 def num_bytes_of(result: Result) -> int:
-    """What a result takes on the disk, that of linked files included (a file system without links copies them)."""
+    """Of all tensors."""
     return sum(entry.num_bytes for entry in result.headers.values())
+
+
+def bytes_to_write(result: Result, parent: Path) -> int:
+    """What a result takes on the disk of `parent`: a linked file takes nothing where it is already on that."""
+    copied = [file for file in result.linked if file.path.stat().st_dev != parent.stat().st_dev]
+    return num_bytes_of(replace(result, linked=copied))
 
 
 def write_result(result: Result, folder: Path, max_shard_size: str) -> None:

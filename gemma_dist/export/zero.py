@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from gemma_dist.errors import CheckpointError
+from gemma_dist.errors import CheckpointError, GemmaDistError
 
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<split>\d+)_model_states\.pt")
 OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<split>\d+)_optim_states\.pt")
@@ -120,6 +120,18 @@ def open_zero_folder(folder: Path) -> ZeroFolder:
         CheckpointError: a rank's file is missing, broken, of another step, or asks for code; or the model was split in
             another way than by ZeRO.
     """
+    try:
+        return _open(folder)
+    except GemmaDistError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # what a file should have is not in it
+        raise CheckpointError(
+            f"{folder}: its files are not those of a DeepSpeed that is known here, 0.19 or earlier ({error!r}); "
+            "convert it with the tool that wrote it"
+        ) from error
+
+
+def _open(folder: Path) -> ZeroFolder:
     models, optimizers = _files(folder, MODEL_FILE), _files(folder, OPTIMIZER_FILE)
     if not models:
         raise CheckpointError(f"{folder} has no *_model_states.pt, which name the tensors; copy the whole folder")
