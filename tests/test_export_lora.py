@@ -207,5 +207,8 @@ def test_sglang_and_odd_words_are_refused(tiny_model: Callable[..., Path], tmp_p
         assert main([*words, *more]) == 2
         assert reason in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+    inside = ["export", "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "adapter" / "out")]
+    assert main([*inside, "--base", str(base), "--for", "vllm"]) == 2
+    assert "which is read; name a folder outside it" in capsys.readouterr().err
     assert main([*words, "--base", str(base), "--for", "vllm"]) == 0
     assert "--enable-lora --max-lora-rank 8" in capsys.readouterr().out

@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 
 from gemma_dist.errors import CheckpointError
+from gemma_dist.export.run import check_place
 from gemma_dist.files import naming, whole_folder
 from gemma_dist.logs import write_json
 from gemma_dist.merge.folders import (
@@ -119,6 +120,7 @@ def export_adapter(adapter: Path, base: Path | str, out: Path, engine: Engine) -
     attention = _attention(opened)
     unused = _require_loadable(ops, trained, attention, base)
     factors, rank = _factors([op for op in ops if op.lora and op.name not in unused], weights, opened, attention)
+    check_place(out, [trained.folder, opened.folder])
     entries = {name: Entry("F32", one.shape, 0, 4 * one.shape[0] * one.shape[1]) for name, one in factors.items()}
     with whole_folder(out, sum(entry.num_bytes for entry in entries.values())) as folder:
         with naming(folder / ADAPTER_WEIGHTS), (folder / ADAPTER_WEIGHTS).open("wb") as target:

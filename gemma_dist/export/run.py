@@ -100,7 +100,7 @@ def export(
     if not result.is_adapter:
         require_complete(result, side_files[CONFIG], checkpoint)
     num_bytes = num_bytes_of(result)
-    _check_place(out, checkpoint, base)
+    check_place(out, [checkpoint, *([local_folder(base, f"--base {base}")] if base is not None else [])])
     _require_room(out, result)
 
     with whole_folder(out, num_bytes) as folder:
@@ -185,10 +185,13 @@ def _side_files(places: Iterable[Path], settings_file: str) -> dict[str, Path]:
     return found
 
 
-def _check_place(out: Path, checkpoint: Path, base: Path | str | None) -> None:
-    """Refuse a place that would overwrite something, or that lies in what is read."""
-    folders = [checkpoint, *([local_folder(base, f"--base {base}")] if base is not None else [])]
-    for folder in folders:
+def check_place(out: Path, read: Iterable[Path]) -> None:
+    """Refuse a place that would overwrite something, or that lies in a folder that is read.
+
+    Raises:
+        ConfigError: `out`, an absolute path, is such a place.
+    """
+    for folder in read:
         if out.is_relative_to(folder.resolve()):
             raise ConfigError(f"--out {out} lies in {folder}, which is read; name a folder outside it")
     require_free(out)

@@ -341,7 +341,7 @@ def _load(path: Path) -> Mapping[str, Any]:
                 "without that (client_state of save_checkpoint)"
             ) from None
         raise CheckpointError(
-            f"{path} is not a whole file of torch.save ({reason.splitlines()[0]}); copy it again"
+            f"{path} is not a whole file of torch.save ({reason.partition('. ')[0]}); copy it again"
         ) from error
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} holds no dict: it is no checkpoint of DeepSpeed's engine")
