@@ -42,7 +42,7 @@ from gemma_dist.merge.folders import (
     open_base,
 )
 from gemma_dist.merge.names import with_names_of_peft
-from gemma_dist.merge.plan import PREFIX, Lora, TensorOp, plan_merge
+from gemma_dist.merge.plan import PREFIX, Lora, plan_merge
 from gemma_dist.merge.run import names_in_model
 from gemma_dist.tensorfile import Entry, TensorFile, write_header, write_tensor
 
@@ -117,9 +117,14 @@ def export_adapter(adapter: Path, base: Path | str, out: Path, engine: Engine) -
         tied_embeddings=opened.tied_embeddings,
         quantized_modules=(),
     )
+    if whole := [op.name for op in ops if op.replaced_by is not None]:
+        why = f"{whole[0]} was trained as a whole (modules_to_save, trainable_token_indices), and vLLM loads factors"
+        raise CheckpointError(f"{why} alone: {_instead(trained, base)}")
+    loras = {op.name: op.lora for op in ops if op.lora}
     attention = _attention(opened)
-    unused = _require_loadable(ops, trained, attention, base)
-    factors, rank = _factors([op for op in ops if op.lora and op.name not in unused], weights, opened, attention)
+    unused = _require_loadable(loras, trained, attention, base)
+    used = {name: lora for name, lora in loras.items() if name not in unused}
+    factors, rank = _factors(used, weights, opened, attention)
     check_place(out, [trained.folder, opened.folder])
     entries = {name: Entry("F32", one.shape, 0, 4 * one.shape[0] * one.shape[1]) for name, one in factors.items()}
     with whole_folder(out, sum(entry.num_bytes for entry in entries.values())) as folder:
@@ -143,25 +148,20 @@ def _instead(adapter: Adapter, base: Path | str) -> str:
     return f"serve the merged model instead, `gemma-dist merge --base {base} --adapter {adapter.folder} --out FOLDER`"
 
 
-def _require_loadable(ops: list[TensorOp], adapter: Adapter, attention: Attention, base_name: Path | str) -> set[str]:
+def _require_loadable(loras: Mapping[str, Lora], adapter: Adapter, attention: Attention, base: Path | str) -> set[str]:
     """Refuse what vLLM cannot load as it is meant; gives the adapted weights that nothing uses."""
     unused = set()
-    for op in ops:
-        if op.replaced_by is not None:
-            why = f"{op.name} was trained as a whole (modules_to_save, trainable_token_indices), and vLLM loads factors"
-            raise CheckpointError(f"{why} alone: {_instead(adapter, base_name)}")
-        if not op.lora:
-            continue
-        if op.lora.magnitude is not None:
-            why = f"{op.name} was adapted with DoRA, which vLLM does not have and plain factors cannot say"
-            raise CheckpointError(f"{why}: {_instead(adapter, base_name)}")
-        linear = LINEAR.fullmatch(op.name)
-        if linear is None and STACK.fullmatch(op.name) is None:
-            why = f"{op.name} was adapted, and vLLM has LoRA for the linear layers and experts of the language model"
-            raise CheckpointError(f"{why} alone (towers: an experiment): {_instead(adapter, base_name)}")
+    for name, lora in loras.items():
+        if lora.magnitude is not None:
+            why = f"{name} was adapted with DoRA, which vLLM does not have and plain factors cannot say"
+            raise CheckpointError(f"{why}: {_instead(adapter, base)}")
+        linear = LINEAR.fullmatch(name)
+        if linear is None and STACK.fullmatch(name) is None:
+            why = f"{name} was adapted, and vLLM has LoRA for the linear layers and experts of the language model"
+            raise CheckpointError(f"{why} alone (towers: an experiment): {_instead(adapter, base)}")
         if linear and linear["module"] in KEYS_AND_VALUES and int(linear["number"]) >= attention.first_shared:
-            unused.add(op.name)
-    if all(op.name in unused for op in ops if op.lora):
+            unused.add(name)
+    if unused == loras.keys():
         raise CheckpointError(f"{adapter.folder} adapts nothing that is used; give the adapter of this base")
     return unused
 
@@ -170,7 +170,10 @@ def _attention(base: BaseModel) -> Attention:
     """Of a base, by its config.json with transformers' defaults."""
     from transformers import AutoConfig
 
-    text = AutoConfig.from_pretrained(base.folder, trust_remote_code=False).get_text_config()
+    try:
+        text = AutoConfig.from_pretrained(base.folder, trust_remote_code=False).get_text_config()
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"transformers cannot read the config of {base.folder} ({error}); update it") from error
     keys_alone = [number for number, kind in enumerate(text.layer_types) if kind == "full_attention"]
     return Attention(
         text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", 0) or 0),
@@ -179,10 +182,9 @@ def _attention(base: BaseModel) -> Attention:
 
 
 def _factors(
-    ops: list[TensorOp], weights: TensorFile, base: BaseModel, attention: Attention
+    loras: Mapping[str, Lora], weights: TensorFile, base: BaseModel, attention: Attention
 ) -> tuple[dict[str, Factor], int]:
     """The tensors of the result, all of one rank, with a scale of 1; and that rank."""
-    loras = {op.name: op.lora for op in ops if op.lora}
     rank = max(_rank(lora, weights) for lora in loras.values())
     if rank > MAX_LORA_RANKS[-1]:
         raise CheckpointError(f"the adapter has rank {rank}, and vLLM takes up to {MAX_LORA_RANKS[-1]}: merge it")
