@@ -1,5 +1,5 @@
 """The command line, in the order of use: make a model, shard, look, check, plan, look at the nodes, train,
-evaluate (`cli_evaluate.py`), talk (`cli_chat.py`), merge, serve (`cli_serving.py`).
+evaluate (`cli_evaluate.py`), talk (`cli_chat.py`), merge and export (`cli_merge.py`), serve (`cli_serving.py`).
 
 A command reads its options and calls one function of another module. Nothing heavy is imported before a command runs,
 not even the settings, which need pydantic: so `--help` answers at once.
@@ -18,12 +18,13 @@ import click
 from gemma_dist import __version__
 from gemma_dist.cli_chat import chat
 from gemma_dist.cli_evaluate import compare, evaluate, read_calls, score
+from gemma_dist.cli_merge import export, merge
 from gemma_dist.cli_serving import card, check_model, push, serve
 from gemma_dist.errors import spell
-from gemma_dist.options import EXISTING, NEW, OrderedGroup, SettingsCommand, WeightedFolder, spellings
+from gemma_dist.options import EXISTING, NEW, OrderedGroup, SettingsCommand, spellings
 
 if TYPE_CHECKING:
-    from gemma_dist.config import HealthConfig, MergeConfig, RowConfig, ShardConfig
+    from gemma_dist.config import HealthConfig, RowConfig, ShardConfig
 
 
 def _spelled(text: str) -> str:
@@ -359,33 +360,5 @@ def train(
         run.train(settings, watch=watch, requests=requests)
 
 
-for command in (evaluate, score, compare, read_calls, chat):
-    cli.add_command(command)
-
-
-@cli.command(cls=SettingsCommand, section=lambda config: config.MergeConfig)
-@click.option("--base", required=True, help="Folder or Hub name of the model that the adapter was trained on.")
-@click.option(
-    "--adapter",
-    "adapters",
-    required=True,
-    multiple=True,
-    type=WeightedFolder(),
-    help="Folder of the LoRA adapter; again for each further one, with weights as in --adapter A=0.7 --adapter B=0.3.",
-)
-@click.option("--out", required=True, type=NEW, help="Folder of the merged model.")
-@click.option("--verify", is_flag=True, help="Also compare the logits of the result with those of base and adapter.")
-def merge(base: str, adapters: list[tuple[Path, float]], out: Path, verify: bool, settings: "MergeConfig") -> None:
-    """Add adapters to their base and write a whole model."""
-    from gemma_dist.merge import run
-
-    given = [adapter.resolve() for adapter, _ in adapters]
-    if twice := next((adapter for adapter in given if given.count(adapter) > 1), None):
-        raise click.UsageError(f"--adapter {twice} is given twice; give it once, with the sum of the weights")
-    options = settings.model_dump(exclude={"verify_data", "verify_samples"})
-    on = (settings.verify_data, settings.verify_samples) if settings.verify_data else verify
-    click.echo(run.merge(base, dict(adapters), out, verify=on, **options).summary())
-
-
-for command in (check_model, card, serve, push):
+for command in (evaluate, score, compare, read_calls, chat, merge, export, check_model, card, serve, push):
     cli.add_command(command)

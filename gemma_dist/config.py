@@ -374,28 +374,3 @@ class HealthConfig(Section):
     timeout_s: float = Field(
         120, gt=0, description="Seconds after which a node that has not answered is unfit, and so is one that hangs."
     )
-
-
-class MergeConfig(Section):
-    """Settings of `merge`."""
-
-    base_weights: Literal["as_trained", "original"] = Field(
-        "as_trained",
-        description="Add to the base as training saw it (QLoRA: quantized to 4 bits and back), or to the original.",
-    )
-    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
-        None, description="Dtype of the result; default: that of each tensor of the base."
-    )
-    max_shard_size: str | None = Field(
-        None,
-        pattern=r"^[1-9]\d*[KMGT]B$",
-        description="Largest file of the result, such as 5GB (of 10^9 bytes); default: the base's own files.",
-    )
-    save_in_4bit: bool = Field(
-        False,
-        description="After QLoRA: sum nothing, but write the base in 4 bits, as trained, with the adapter beside it.",
-    )
-    verify_data: Path | None = Field(
-        None, description="Verify on these trajectories: a JSONL file or a shard folder; default: made-up prompts."
-    )
-    verify_samples: int = Field(8, gt=0, description="How many of these trajectories, the first ones.")

@@ -155,7 +155,8 @@ class WeightedFolder(click.ParamType):
 def spellings(command: click.Command) -> dict[str, str]:
     """How a user of `command` changes each setting that a remedy may name, with {} for the value: by an option of the
     command, by a key of its recipe, or else by the command that decides the setting."""
-    from gemma_dist.config import MergeConfig, ModelConfig, ShardConfig, TrainDataConfig, option
+    from gemma_dist.config import ModelConfig, ShardConfig, TrainDataConfig, option
+    from gemma_dist.config_merge import MergeConfig
 
     params = command.get_params(click.Context(command))
     own = {param.name for param in params if isinstance(param, click.Option)}

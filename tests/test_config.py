@@ -16,10 +16,10 @@ from gemma_dist.batch_plan import BatchPlan, batch_plan
 from gemma_dist.config import (
     LANGUAGE_MODEL_LINEARS,
     EvaluateConfig,
-    MergeConfig,
     RunConfig,
     ShardConfig,
 )
+from gemma_dist.config_merge import ExportConfig, MergeConfig
 from gemma_dist.errors import ConfigError
 from gemma_dist.recipe import KEYS, SECTIONS, load_config, load_section
 
@@ -127,7 +127,7 @@ def test_bare_keys_name_one_setting_each():
 
 
 @pytest.mark.parametrize(
-    "section", [RunConfig, *SECTIONS.values(), EvaluateConfig, MergeConfig], ids=lambda c: c.__name__
+    "section", [RunConfig, *SECTIONS.values(), EvaluateConfig, ExportConfig, MergeConfig], ids=lambda c: c.__name__
 )
 def test_every_setting_says_what_it_is(section):
     for name, field in section.model_fields.items():

@@ -48,6 +48,9 @@ OWNERS = {
     "evaluate/room.py": "evaluate",
     "evaluate/run.py": "evaluate",
     "evaluate/server.py": "evaluate",
+    "export/lora.py": "export",
+    "export/run.py": "export",
+    "export/weights.py": "export",
     "merge/folders.py": "merge",
     "merge/four_bit.py": "merge",
     "merge/layerwise.py": "merge",
@@ -59,7 +62,7 @@ OWNERS = {
 def syntax_trees() -> Iterator[tuple[str, ast.Module]]:
     """Each module of the package but those of the command line, by its path."""
     for path in sorted(FOLDER.rglob("*.py")):
-        if path.name not in ("cli.py", "cli_chat.py", "cli_evaluate.py", "cli_serving.py"):
+        if path.name not in ("cli.py", "cli_chat.py", "cli_evaluate.py", "cli_merge.py", "cli_serving.py"):
             yield str(path.relative_to(FOLDER)), ast.parse(path.read_text(encoding="utf-8"))
 
 

@@ -76,6 +76,14 @@ def name_in_model(tensor: str, model_type: str) -> str:
     return re.sub(r"\bvision_embedder\.", "embed_vision.", tensor)
 
 
+def name_in_file(name: str, model_type: str) -> str:
+    """The name in Google's files of a tensor of transformers' model: `name_in_model` the other way."""
+    if model_type != UNIFIED:
+        return name
+    name = name.replace("embed_vision.multimodal_embedder.embedding_projection", "embed_vision.embedding_projection")
+    return re.sub(r"\bembed_vision\.(?!embedding_projection\b)", "vision_embedder.", name)
+
+
 def use_image_rule(model: Any) -> None:
     """Let a 12B that takes rows attend its images as the rest of the family does; no other model is changed.
 
