@@ -16,6 +16,7 @@ from gemma_dist.export.zero import Pieces, ZeroFolder
 from gemma_dist.files import link_or_copy
 from gemma_dist.logs import progress, write_json
 from gemma_dist.merge.folders import ADAPTER_WEIGHTS, BaseModel
+from gemma_dist.merge.layout import config_in_dtype
 from gemma_dist.merge.names import FACTOR
 from gemma_dist.merge.stream import Computed, Copied, Rows, Workers, as_matrix, stored_rows, write_weights
 from gemma_dist.model.folder import WEIGHTS, WEIGHTS_INDEX
@@ -69,7 +70,7 @@ def from_model(model: BaseModel, settings: ExportConfig) -> Result:
     for shard in model.shards:
         for name in shard.entries:
             tensors[name] = _converted(shard, name, wanted)
-    return Result(tensors, [], kind, tied, _with_dtype(model.config, settings.dtype))
+    return Result(tensors, [], kind, tied, config_in_dtype(model.config, settings.dtype))
 
 
 def from_zero(zero: ZeroFolder, config: dict[str, Any], settings: ExportConfig) -> Result:
@@ -86,7 +87,7 @@ def from_zero(zero: ZeroFolder, config: dict[str, Any], settings: ExportConfig) 
             f"{zero.folder}: {LM_HEAD} was tied to {zero.tied[LM_HEAD]}, but config.json says that it is not; put the "
             "config.json of the trained model beside the checkpoint"
         )
-    return Result(tensors, [], kind, tied, _with_dtype(config, dtype) if settings.dtype != "auto" else None)
+    return Result(tensors, [], kind, tied, config_in_dtype(config, dtype) if settings.dtype != "auto" else None)
 
 
 def from_adapter(zero: ZeroFolder, settings: ExportConfig) -> Result:
@@ -288,12 +289,3 @@ def _dtype_of(config: dict[str, Any]) -> str:
             f"config.json has no dtype that weights can be written in ({found}); use --dtype bfloat16"
         )
     return found
-
-
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The config of weights of another dtype, its parts included."""
-    changed = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
-    if "torch_dtype" in changed:
-        del changed["torch_dtype"]
-        changed["dtype"] = dtype
-    return changed | ({"dtype": dtype} if "dtype" in changed or "architectures" in changed else {})
