@@ -25,6 +25,7 @@ from gemma_dist.options import EXISTING, NEW, OrderedGroup, SettingsCommand, spe
 
 if TYPE_CHECKING:
     from gemma_dist.config import HealthConfig, RowConfig, ShardConfig
+    from gemma_dist.shards.folder import Part
 
 
 def _spelled(text: str) -> str:
@@ -37,6 +38,18 @@ def _from_one(ctx: click.Context, param: click.Parameter, value: int | None) -> 
     if value is not None and value < 1:
         raise click.BadParameter(f"{param.name}s are counted from 1, as in messages, not {value}", ctx, param)
     return value
+
+
+def _part(ctx: click.Context, param: click.Parameter, value: str | None) -> "Part | None":
+    """The part that I/N says."""
+    if value is None:
+        return None
+    from gemma_dist.shards.folder import Part
+
+    number, _, of = value.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise click.BadParameter(f"{value!r} is no part such as 3/8, the third of eight", ctx, param)
+    return Part(int(number), int(of))
 
 
 def recipe_arguments(command: Callable[..., None]) -> Callable[..., None]:
@@ -85,6 +98,7 @@ def tiny(out: Path, style: str) -> None:
 @click.option(
     "--max-rejected", type=click.IntRange(min=0), help="Stop once more rows are invalid; default: look at all."
 )
+@click.option("--part", metavar="I/N", callback=_part, help="Do a share of the work, I from 1 to N: see docs/data.md.")
 @click.option("--append", is_flag=True, help="Add to finished shards, which stay as they are.")
 @click.option("--num-workers", type=click.IntRange(min=1), help="Number of processes; default: one per core.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
@@ -94,6 +108,7 @@ def shard(
     model: str,
     skip_invalid: bool,
     max_rejected: int | None,
+    part: "Part | None",
     append: bool,
     num_workers: int | None,
     as_json: bool,
@@ -115,8 +130,11 @@ def shard(
         append=append,
         num_workers=num_workers,
         max_rejected=max_rejected,
+        part=part,
     )
     click.echo(json.dumps(report.to_json()) if as_json else report.summary())
+    if part and not as_json:
+        click.echo(f"part {part.number} of {part.of} is done; the same command without --part joins all parts")
 
 
 @cli.command(cls=SettingsCommand, section=lambda config: config.ShardConfig)

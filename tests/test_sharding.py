@@ -22,6 +22,7 @@ from gemma_dist.errors import DataError
 from gemma_dist.shards import assemble
 from gemma_dist.shards import folder as folder_module
 from gemma_dist.shards import sharding as module
+from gemma_dist.shards.folder import Part, at_work
 from gemma_dist.shards.manifest import read_manifest
 from gemma_dist.shards.reader import open_shards
 from gemma_dist.shards.sharding import run_shard
@@ -108,6 +109,49 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(whole: tuple[Path, Path
     shard([source], out, model)
     assert contents(out) == contents(folder)
     assert (out / "train-00000.parquet").stat().st_ino == finished, "what was done is not done again"
+
+
+# ---- in parts --------------------------------------------------------------------------------------------------------
+
+
+def test_parts_that_are_done_apart_and_joined_give_the_same_bytes(
+    whole: tuple[Path, Path], model: str, tmp_path: Path
+) -> None:
+    source, folder = whole
+    out = tmp_path / "shards"
+    started = KILLED.replace('"append": len(sys.argv) > 4', '"part": Part(int(sys.argv[4]), 3)')
+    script = "from gemma_dist.shards.folder import Part\n" + started
+    words = [sys.executable, "-c", script, str(source), str(out), model]
+    others = [subprocess.Popen([*words, number], stderr=subprocess.PIPE, text=True) for number in "13"]
+    report = shard([source], out, model, part=Part(2, 3))
+    assert 0 < report.num_written < 60
+    for other in others:
+        _, errors = other.communicate()
+        assert other.returncode == 0, errors
+    assert not (out / "manifest.arrow").exists()
+    assert len(list(out.glob(".piece-*.arrow"))) == 8
+    pieces = {path: path.stat().st_ino for path in out.glob(".piece-*-000.parquet")}
+    assert shard([source], out, model).num_written == 60
+    assert contents(out) == contents(folder)
+    assert {path.stat().st_ino for path in out.glob("train-*.parquet")} >= set(pieces.values()), "nothing is done twice"
+
+
+def test_a_folder_is_not_worked_on_twice_at_a_time(model: str, tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "a.jsonl", ROWS[:8]), tmp_path / "shards"
+    with at_work(out, Part(1, 2)):
+        with pytest.raises(DataError, match="another `gemma-dist shard` is at work; wait"):
+            shard([source], out, model)
+        with pytest.raises(DataError, match="part 1 of 2 is at work already"):
+            shard([source], out, model, part=Part(1, 2))
+        shard([source], out, model, part=Part(2, 2))
+    with at_work(out, None), pytest.raises(DataError, match="another `gemma-dist shard` is at work"):
+        shard([source], out, model, part=Part(2, 2))
+    (out / ".part-1-of-2").touch()  # as a killed one leaves it
+    assert shard([source], out, model).num_written == 8
+    assert list(out.glob(".*")) == [out / ".finished"]
+
+
+# ---- killed with everything in place ---------------------------------------------------------------------------------
 
 
 def kill_while_clearing(num_removed: int, *arguments: Any, **options: Any) -> None:

@@ -41,6 +41,14 @@ def _read_piece(job: ShardJob) -> _Piece:
     return _Piece(job, ShardReport(**header["report"]), header["errors"], header["shards"], table)
 
 
+def report_of(out: Path, jobs: list[ShardJob]) -> ShardReport:
+    """What became of the rows of some jobs that are done."""
+    pieces = [_read_piece(job) for job in jobs]
+    report = _add_reports(out, pieces)
+    report.num_shards = sum(len(piece.shards) for piece in pieces)
+    return report
+
+
 def num_rejected(jobs: list[ShardJob]) -> int:
     """Rows that were refused in jobs that are done."""
     return sum(_read_piece(job).report.num_rejected for job in jobs)

@@ -5,11 +5,14 @@ call then takes over the pieces that are whole, and any other clears them away. 
 removed: a folder with something else in it is refused.
 """
 
+import contextlib
+import fcntl
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from gemma_dist.aliases import current_values
 from gemma_dist.errors import DataError
@@ -20,7 +23,9 @@ from gemma_dist.shards.report import REJECTED, TOO_LONG, ShardReport
 from gemma_dist.shards.tools import TOOLS, refuse_foreign_tools
 
 APPEND_REJECTED = "append_rejected.jsonl"  # of an --append that was refused
+CLAIM = ".claim"  # locked while a run looks at what an earlier one left
 _MARKER_BEGUN = re.compile(rf"\.{re.escape(UNFINISHED)}\.\d+\.tmp")  # as `write_json` begins it
+_PART = re.compile(r"\.part-\d+-of-\d+")  # as `at_work` locks it
 _SHARD = re.compile(r"train-\d{5,}\.parquet")  # as `shard_name` names it
 
 
@@ -32,6 +37,13 @@ class Plan(CorpusHeader):
     skip_invalid: bool
     sizes: list[int]  # of a piece, a row group and a shard, at most, in bytes
     append_to: str | None  # sha256 of the manifest that is appended to
+
+
+class Part(NamedTuple):
+    """One of several calls that share the pieces of a run: number `number` of `of`, from 1."""
+
+    number: int
+    of: int
 
 
 class Marker(TypedDict, total=False):
@@ -71,6 +83,53 @@ def open_to_append(out: Path, corpus: CorpusHeader) -> Manifest:
         raise DataError(f"{out} was made with other settings: {'; '.join(changed)}; append with the same ones")
     refuse_foreign_tools(out, manifest)
     return manifest
+
+
+@contextlib.contextmanager
+def at_work(out: Path, part: Part | None) -> Iterator[None]:
+    """Within, no other call works on the folder; beside a part others may, each on a part of its own.
+
+    Raises:
+        DataError: another one is at work, or `out` is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; name a folder with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        folder = os.open(out, os.O_RDONLY)
+        stack.callback(os.close, folder)
+        _lock(folder, fcntl.LOCK_EX if part is None else fcntl.LOCK_SH, f"{out}: another `gemma-dist shard` is at work")
+        if part is not None:
+            path = out / f".part-{part.number}-of-{part.of}"
+            own = stack.enter_context(path.open("w"))
+            stack.callback(path.unlink, missing_ok=True)
+            _lock(own.fileno(), fcntl.LOCK_EX, f"{out}: part {part.number} of {part.of} is at work already")
+        try:
+            yield
+        finally:
+            if not (out / UNFINISHED).exists():
+                (out / CLAIM).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # it has something in it
+                    out.rmdir()
+
+
+@contextlib.contextmanager
+def one_at_a_time(out: Path) -> Iterator[None]:
+    """Within, no other part of the run claims the folder: it waits."""
+    with (out / CLAIM).open("w") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _lock(handle: int, kind: int, problem: str) -> None:
+    """Lock an open file or folder until it is closed, where its file system has locks. DataError where it is taken."""
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"{problem}; wait for its end, or end it") from None
+    except OSError:
+        return
 
 
 def finished_already(out: Path, plan: Plan) -> ShardReport | None:
@@ -114,8 +173,6 @@ def claim_folder(out: Path, plan: Plan, before: Manifest | None) -> dict[str, in
     Raises:
         DataError: `out` is a file, finished, or holds what no run of ours left there.
     """
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file; name a folder with --out")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     finished = set()
     if before is None:
@@ -157,7 +214,9 @@ def _require_unfinished(out: Path, names: set[str]) -> None:
         raise DataError(
             f"{out} holds finished shards already; remove it, name another folder with --out, or add to it by --append"
         )
-    others = {name for name in names - {REJECTED} if not _MARKER_BEGUN.fullmatch(name)}
+    others = {
+        name for name in names - {REJECTED, CLAIM} if not (_MARKER_BEGUN.fullmatch(name) or _PART.fullmatch(name))
+    }
     if others and not (out / UNFINISHED).is_file():
         raise DataError(
             f"{out} holds {min(others)!r}, which `gemma-dist shard` did not leave there; name a new folder with --out"
@@ -190,8 +249,12 @@ def clear_folder(out: Path, append: bool, keep: str, shown: Iterable[str] = ()) 
 
 def work_files(out: Path) -> list[Path]:
     """What a run has in `out` only while it works; the marker, which says whose the others are, comes last."""
-    names = {f".{name}.tmp" for name in (MANIFEST, REJECTED, TOO_LONG, APPEND_REJECTED, TOOLS)}
-    begun = [path for path in out.iterdir() if path.name in names or _MARKER_BEGUN.fullmatch(path.name)]
+    names = {f".{name}.tmp" for name in (MANIFEST, REJECTED, TOO_LONG, APPEND_REJECTED, TOOLS)} | {CLAIM}
+    begun = [
+        path
+        for path in out.iterdir()
+        if path.name in names or _MARKER_BEGUN.fullmatch(path.name) or _PART.fullmatch(path.name)
+    ]
     return [*piece_files(out), *begun, out / UNFINISHED]
 
 

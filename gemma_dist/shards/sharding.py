@@ -31,9 +31,16 @@ from gemma_dist.data.encode import Encoder, load_encoder
 from gemma_dist.data.rows import InputRange, ReadRow, read_ranges, split_input
 from gemma_dist.errors import DataError
 from gemma_dist.logs import log, progress
-from gemma_dist.shards.assemble import find_repeated, finish, num_rejected
-from gemma_dist.shards.folder import Plan, claim_folder, finished_already, open_to_append
-from gemma_dist.shards.manifest import CorpusHeader
+from gemma_dist.shards.assemble import find_repeated, finish, num_rejected, report_of
+from gemma_dist.shards.folder import (
+    Part,
+    Plan,
+    at_work,
+    claim_folder,
+    finished_already,
+    one_at_a_time,
+    open_to_append,
+)
 from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, ShardJob, run_job
 from gemma_dist.shards.report import ShardReport
 
@@ -52,6 +59,7 @@ def run_shard(
     append: bool = False,
     num_workers: int | None = None,
     max_rejected: int | None = None,
+    part: Part | None = None,
 ) -> ShardReport:
     """Check, measure and write all rows of `inputs` to the shard folder `out`.
 
@@ -62,39 +70,58 @@ def run_shard(
         append: add the rows to a finished folder. Its files stay as they are, and it can be read all the while.
         num_workers: processes; None: one for each core.
         max_rejected: stop as soon as more rows than this are refused; None: look at all of them.
+        part: do a share of the pieces alone, beside other calls, which may run elsewhere, and finish nothing: the same
+            call without it does what is left. The report is of this part.
 
     Raises:
-        DataError: `out` is taken, or made with other settings; an input is named twice; or rows were refused and
-            `skip_invalid` is not set (`out` then holds nothing new but a list of every refused row), or more of them
-            than `max_rejected`; or no row is left to write.
+        DataError: `out` is taken, or made with other settings, or another call is at work there; an input is named
+            twice; or rows were refused and `skip_invalid` is not set (`out` then holds nothing new but a list of every
+            refused row), or more of them than `max_rejected`; or no row is left to write.
     """
     _require_distinct(inputs)
     encoder = load_encoder(model, settings)
     if note := encoder.lost_opening():
         log.warning(note)
-    corpus: CorpusHeader = {
-        "fingerprint": encoder.fingerprint,
-        "settings": settings.model_dump(mode="json", exclude={"media_root"}),
-    }
     pieces = list(_split_pieces(inputs))
     jobs = [
         ShardJob(out, number, ranges, model, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES)
         for number, ranges in enumerate(pieces)
     ]
     plan: Plan = {
-        **corpus,
+        "fingerprint": encoder.fingerprint,
+        "settings": settings.model_dump(mode="json", exclude={"media_root"}),
         "inputs": [[str(one.file), one.start, *_stamp(one.file)] for one in chain.from_iterable(pieces)],
         "media_root": str(settings.media_root),
         "skip_invalid": skip_invalid,
         "sizes": [PIECE_BYTES, ROW_GROUP_BYTES, SHARD_BYTES],
         "append_to": None,
     }
-    if done := finished_already(out, plan):
-        return done
-    before = open_to_append(out, corpus) if append else None
-    plan["append_to"] = before.sha256 if before else None
-    log_sizes = claim_folder(out, plan, before)
-    refusals = _Refusals(max_rejected)
+    with at_work(out, part):
+        return _do(out, jobs, encoder, plan, _Refusals(max_rejected), append=append, num_workers=num_workers, part=part)
+
+
+def _do(
+    out: Path,
+    jobs: list[ShardJob],
+    encoder: Encoder,
+    plan: Plan,
+    refusals: "_Refusals",
+    *,
+    append: bool,
+    num_workers: int | None,
+    part: Part | None,
+) -> ShardReport:
+    """What is left of a plan, or of a part of it."""
+    with one_at_a_time(out):
+        if done := finished_already(out, plan):
+            return done
+        before = open_to_append(out, plan) if append else None
+        plan["append_to"] = before.sha256 if before else None
+        log_sizes = claim_folder(out, plan, before)
+    if part is not None:
+        jobs = jobs[part.number - 1 :: part.of]
+        _work_on(jobs, encoder, num_workers, refusals)
+        return report_of(out, jobs)
     _work_on(jobs, encoder, num_workers, refusals)
     if repeated := find_repeated(jobs, before, out):  # those pieces are done again, without these rows
         for error in chain.from_iterable(rows.values() for rows in repeated.values()):
