@@ -70,6 +70,9 @@ class LayerwiseModel:
                 tensor.data = _stand_in(tensor)
             elif tensor.is_floating_point():
                 tensor.data = tensor.data.float()
+        for module in model.modules():
+            if hasattr(module, "scalar_embed_scale"):  # of an embedding; its buffer was rounded to the files' dtype
+                module.embed_scale = torch.tensor(module.scalar_embed_scale)
         self.vocab_size = model.lm_head.weight.shape[0]
         if adapters:
             _add_adapters(model, adapters)

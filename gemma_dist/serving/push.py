@@ -164,7 +164,7 @@ def _without_places(path: Path) -> str | None:
 def _public(value: Any) -> Any:
     """A value of JSON with the last part of each absolute path in its place."""
     if isinstance(value, dict):
-        return {key: _public(inner) for key, inner in value.items()}
+        return {_public(key): _public(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_public(inner) for inner in value]
     if isinstance(value, str) and (os.path.isabs(value) or value.startswith(("~", "./", "../"))):
