@@ -31,7 +31,7 @@ from gemma_dist.tensorfile import Entry, open_tensors, write_header
 from tests.parity.bench import Bench
 from tests.parity.cells import Cell
 from tests.parity.judge import curve, judge
-from tests.support.ranks import needs_compiler
+from tests.support.ranks import long, needs_compiler
 from tests.test_batch import IDS
 
 NAME = "model.language_model.embed_tokens_per_layer.weight"
@@ -304,6 +304,9 @@ CELLS = [
     Cell("cpu_zero2", "qlora", "e4b", "some", packing=True, dtype="bfloat16", ple="host"),
     Cell("cpu_zero3", "lora", "e4b", "some", packing=True, accumulation=4, checkpointing=True, ple="host"),
 ]
+PARAMS = [
+    pytest.param(cell, marks=[long] * (cell.launch in ("cpu_ddp", "cpu_zero2")), id=cell.launch) for cell in CELLS
+]
 RESUMED = Crossed("single", "qlora", "e4b", "some", packing=True, checkpointing=True, ple="host", resumed_from="single")
 
 
@@ -313,7 +316,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @needs_compiler
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.launch)
+@pytest.mark.parametrize("cell", PARAMS)
 def test_a_run_is_the_same_in_the_last_bit(bench: Bench, cell: Cell) -> None:
     twin = replace(cell, ple="gpu")
     bench.train(cell.launch, [cell, twin])
