@@ -1,4 +1,4 @@
-"""The part of the command line that makes of what was trained what other tools load: merge, export.
+"""The part of the command line that makes of what was trained what other tools load: merge, export, extract.
 
 As in `cli.py`, a command reads its options and calls one function, and nothing heavy is imported before it runs.
 """
@@ -11,7 +11,7 @@ import click
 from gemma_dist.options import EXISTING, NEW, SettingsCommand, WeightedFolder
 
 if TYPE_CHECKING:
-    from gemma_dist.config_merge import ExportConfig, MergeConfig
+    from gemma_dist.config_merge import ExportConfig, ExtractConfig, MergeConfig
 
 
 def _merge_section(_: object) -> "type[MergeConfig]":
@@ -24,6 +24,12 @@ def _export_section(_: object) -> "type[ExportConfig]":
     from gemma_dist.config_merge import ExportConfig
 
     return ExportConfig
+
+
+def _extract_section(_: object) -> "type[ExtractConfig]":
+    from gemma_dist.config_merge import ExtractConfig
+
+    return ExtractConfig
 
 
 @click.command(cls=SettingsCommand, section=_merge_section)
@@ -90,3 +96,18 @@ def export(
     from gemma_dist.export import lora
 
     click.echo(lora.export_adapter(adapter, base, out, engine).summary())
+
+
+@click.command(cls=SettingsCommand, section=_extract_section)
+@click.argument("base")
+@click.argument("tuned")
+@click.option("--out", required=True, type=NEW, help="Folder of the adapter.")
+def extract(base: str, tuned: str, out: Path, settings: "ExtractConfig") -> None:
+    """Write the difference of two models as a LoRA adapter.
+
+    BASE and TUNED are folders or Hub names of models of the same class. What the factors lack of the difference is
+    printed, as a part of it; more of --r lack less. Needs no GPU, and memory for one matrix.
+    """
+    from gemma_dist.export import extract as extraction
+
+    click.echo(extraction.extract(base, tuned, out, settings).summary())

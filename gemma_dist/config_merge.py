@@ -1,4 +1,4 @@
-"""The settings of `merge` and `export`."""
+"""The settings of `merge`, `export` and `extract`."""
 
 from pathlib import Path
 from typing import Literal
@@ -41,4 +41,13 @@ class ExportConfig(Section):
     )
     max_shard_size: str = Field(
         "5GB", pattern=r"^[1-9]\d*[KMGT]B$", description="Largest file of weights that is written, such as 5GB."
+    )
+
+
+class ExtractConfig(Section):
+    """Settings of `extract`."""
+
+    r: int = Field(32, gt=0, description="Rank of the factors: more come nearer to the model, and take more room.")
+    ignore_others: bool = Field(
+        False, description="Leave out what changed beside linear layers of the language model, instead of refusing."
     )

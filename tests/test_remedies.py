@@ -48,6 +48,7 @@ OWNERS = {
     "evaluate/room.py": "evaluate",
     "evaluate/run.py": "evaluate",
     "evaluate/server.py": "evaluate",
+    "export/extract.py": "extract",
     "export/lora.py": "export",
     "export/run.py": "export",
     "export/weights.py": "export",

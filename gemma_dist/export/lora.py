@@ -20,7 +20,7 @@ has `supports_lora = False`.
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -121,7 +121,7 @@ def export_adapter(adapter: Path, base: Path | str, out: Path, engine: Engine) -
         why = f"{whole[0]} was trained as a whole (modules_to_save, trainable_token_indices), and vLLM loads factors"
         raise CheckpointError(f"{why} alone: {_instead(trained, base)}")
     loras = {op.name: op.loras[0] for op in ops if op.loras}
-    attention = _attention(opened)
+    attention = attention_of(opened)
     unused = _require_loadable(loras, trained, attention, base)
     used = {name: lora for name, lora in loras.items() if name not in unused}
     factors, rank = _factors(used, weights, opened, attention)
@@ -132,7 +132,8 @@ def export_adapter(adapter: Path, base: Path | str, out: Path, engine: Engine) -
             write_header(target, entries, {"format": "pt"})
             for one in factors.values():
                 write_tensor(target, one.values())
-        write_json(folder / ADAPTER_CONFIG, _settings(factors, rank, settings))
+        modules = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in factors}
+        write_json(folder / ADAPTER_CONFIG, adapter_settings(modules, rank, settings))
     notes = (
         f"{len(unused)} adapted k_proj and v_proj of layers that share others' were left out: nothing uses them"
         if unused
@@ -166,8 +167,8 @@ def _require_loadable(loras: Mapping[str, Lora], adapter: Adapter, attention: At
     return unused
 
 
-def _attention(base: BaseModel) -> Attention:
-    """Of a base, by its config.json with transformers' defaults."""
+def attention_of(base: BaseModel) -> Attention:
+    """Of a base, by its config.json with transformers' defaults. Raises CheckpointError where it has none of them."""
     from transformers import AutoConfig
 
     try:
@@ -219,15 +220,15 @@ def _pair(
     shape_a, shape_b = weights.entries[lora.a].shape, weights.entries[lora.b].shape
     return {
         f"{PREFIX}{module}.lora_A.weight": Factor(
-            (rank, shape_a[1]), lambda: _filled(read(lora.a).float(), rank, shape_a[1])
+            (rank, shape_a[1]), lambda: filled(read(lora.a).float(), rank, shape_a[1])
         ),
         f"{PREFIX}{module}.lora_B.weight": Factor(
-            (shape_b[0], rank), lambda: _filled(read(lora.b).float() * lora.scale, shape_b[0], rank)
+            (shape_b[0], rank), lambda: filled(read(lora.b).float() * lora.scale, shape_b[0], rank)
         ),
     }
 
 
-def _filled(values: torch.Tensor, num_rows: int, num_columns: int) -> torch.Tensor:
+def filled(values: torch.Tensor, num_rows: int, num_columns: int) -> torch.Tensor:
     """`values` with rows and columns of zeros behind them."""
     return torch.nn.functional.pad(values, (0, num_columns - values.shape[1], 0, num_rows - values.shape[0]))
 
@@ -272,23 +273,23 @@ def _of_expert(
     assert lora.num_experts is not None
     if kind == "A":
         a = read(lora.a)
-        return _filled(a.view(lora.num_experts, -1, a.shape[1])[expert].float(), rank, inputs)
+        return filled(a.view(lora.num_experts, -1, a.shape[1])[expert].float(), rank, inputs)
     b = read(lora.b)
     own = b.view(len(b), -1, lora.num_experts)[rows[0] : rows[1], :, expert]
-    return _filled(own.float() * lora.scale, num_rows, rank)
+    return filled(own.float() * lora.scale, num_rows, rank)
 
 
-def _settings(factors: Mapping[str, Factor], rank: int, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """adapter_config.json: of plain LoRA, whatever the adapter was."""
+def adapter_settings(modules: Iterable[str], rank: int, known: Mapping[str, Any]) -> dict[str, Any]:
+    """adapter_config.json of plain LoRA with a scale of 1, of the base and for the task that are `known`."""
     return {
         "peft_type": "LORA",
-        "base_model_name_or_path": settings.get("base_model_name_or_path"),
-        "task_type": settings.get("task_type"),
+        "base_model_name_or_path": known.get("base_model_name_or_path"),
+        "task_type": known.get("task_type"),
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
         # As whole paths: by the last part alone, PEFT would adapt the towers, too.
-        "target_modules": sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in factors}),
+        "target_modules": sorted(modules),
     }

@@ -131,7 +131,7 @@ def _model(
     places = [checkpoint, *([zero.folder.parent] if zero else []), *([base_model.folder] if base_model else [])]
     if zero is None:
         _require_whole_model(checkpoint)
-        result = from_model(open_base(checkpoint), settings)
+        result = from_model(open_base(checkpoint, "CHECKPOINT"), settings)
     else:
         result = from_zero(zero, _config(places), settings)
     if base_model is not None:

@@ -107,14 +107,17 @@ def _headers(file: TensorFile) -> Headers:
     return {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
 
 
-def open_base(base: Path | str) -> BaseModel:
+def open_base(base: Path | str, named: str = "--base") -> BaseModel:
     """Read config and headers of a model folder (or hub name) with safetensors weights in 16 or 32 bit.
+
+    Args:
+        named: the argument of the command line that gives it.
 
     Raises:
         CheckpointError: there is no such model, its files disagree, or its weights are quantized.
     """
-    folder = local_folder(base, f"--base {base}")
-    config = read_json_object(folder / "config.json", "the base is not a model folder")
+    folder = local_folder(base, f"{named} {base}")
+    config = read_json_object(folder / "config.json", f"{named} {base} is not a model folder")
     if config.get("quantization_config"):
         raise CheckpointError(
             f"{folder} holds quantized weights (quantization_config in its config.json), which cannot be added to; "
@@ -123,7 +126,7 @@ def open_base(base: Path | str) -> BaseModel:
     index = folder / WEIGHTS_INDEX
     if (folder / WEIGHTS).exists() or not index.exists():  # the whole file first, as transformers loads it
         return BaseModel(folder, config, [open_tensors(folder / WEIGHTS)], index=None)
-    content = read_json_object(index, "the base's index is broken")
+    content = read_json_object(index, f"the index of {named} {base} is broken")
     weight_map = content.get("weight_map", {})
     shards = [open_tensors(folder / name) for name in sorted(set(weight_map.values()))]
     found: dict[str, str] = {}  # tensor -> its shard, as `weight_map` has it
@@ -133,7 +136,7 @@ def open_base(base: Path | str) -> BaseModel:
     if found != weight_map or in_two_shards:
         odd = sorted(set(found.items()) ^ set(weight_map.items()))
         raise CheckpointError(
-            f"{index} and the files beside it disagree on {len(odd)} entries, such as {odd[0]}; download the base again"
+            f"{index} and the files beside it disagree on {len(odd)} entries, such as {odd[0]}; download it again"
         )
     return BaseModel(folder, config, shards, content)
 

@@ -169,6 +169,9 @@ def _rows(
         yield "tuning", "all weights"
     if len(adapters := record.get("adapters") or {}) > 1:
         yield "adapters", ", ".join(f"{weight:g} x {Path(folder).name}" for folder, weight in adapters.items())
+    if isinstance(extracted := record.get("extracted"), Mapping):
+        lacks = extracted["relative_error"]["total"]
+        yield "extracted from", f"{public_name(extracted['tuned'])}, of whose change it lacks {lacks:.2%}"
     quantization = trained.get("quantization") or trained.get("four_bit") or record.get("quantization")
     if isinstance(quantization, Mapping) and quantization.get("bnb_4bit_quant_type"):
         held = f"4 bits ({quantization['bnb_4bit_quant_type']})"

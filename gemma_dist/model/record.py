@@ -4,7 +4,7 @@ After QLoRA it names the layers of the base that were held in 4 bits, and how. E
 and merging adds the adapter to just that. It is written and read here alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -15,6 +15,7 @@ from gemma_dist import __version__
 from gemma_dist.config import EXPERT_WEIGHTS, QuantizationConfig, RunConfig
 from gemma_dist.logs import write_json
 from gemma_dist.model.card import write_card
+from gemma_dist.model.fingerprint import fingerprint_base
 from gemma_dist.model.folder import read_json_object
 
 ADAPTER_RECORD = "gemma_dist.json"
@@ -93,6 +94,32 @@ def write_merge_record(
         "saved_in_4bit": saved_in_4bit,
         "verification": verification,
         "training": _training_of(Path(next(iter(adapters)))) if len(adapters) == 1 else {},
+        "versions": _versions(),
+    }
+    write_card(folder, record)
+    write_json(folder / ADAPTER_RECORD, record)
+
+
+def write_extract_record(
+    folder: Path,
+    *,
+    base: Path | str,
+    base_folder: Path,
+    tuned: Path | str,
+    errors: Mapping[str, float],
+    left_out: Sequence[str],
+) -> None:
+    """Write the record of an adapter that was made of a base and a tuned model.
+
+    Args:
+        errors: what it lacks of their difference, as a part of it, by kind of module and in total.
+        left_out: tensors that differ and are not in it.
+    """
+    record = {
+        "base_model": str(base),
+        "quantization": None,
+        "base_weights_hash": fingerprint_base(str(base_folder))["base_weights_hash"],
+        "extracted": {"tuned": str(tuned), "relative_error": dict(errors), "left_out": list(left_out)},
         "versions": _versions(),
     }
     write_card(folder, record)
