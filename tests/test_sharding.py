@@ -153,6 +153,13 @@ def test_the_same_command_again_says_that_all_is_there(model: str, tmp_path: Pat
     after = contents(out)
     assert shard([more], out, model, append=True) == second
     assert contents(out) == after != before
+    kept = next(iter(sorted(out.glob("*.parquet"))))
+    whole = kept.read_bytes()
+    for left in (whole[:-1], None):
+        kept.write_bytes(left) if left else kept.unlink()
+        with pytest.raises(DataError, match="was written whole, and is no longer"):
+            shard([more], out, model, append=True)
+    kept.write_bytes(whole)
     source.write_text(source.read_text() + json.dumps(ROWS[12]) + "\n")
     with pytest.raises(DataError, match="finished shards already"):
         shard([source], out, model)

@@ -79,10 +79,14 @@ def finished_already(out: Path, plan: Plan) -> ShardReport | None:
 
     Args:
         plan: what this call is to do; `append_to` is not looked at.
+
+    Raises:
+        DataError: it had, and a shard has been removed or cut since.
     """
     if not (out / MANIFEST).is_file():
         return None
-    named = {shard["name"] for shard in read_manifest(out / MANIFEST, str(out / MANIFEST)).header["shards"]}
+    shards = read_manifest(out / MANIFEST, str(out / MANIFEST)).header["shards"]
+    named = {shard["name"] for shard in shards}
     left = _read_marker(out)
     if "report" in left and named.issuperset(left["shards"]):  # else the manifest is the one from before the append
         tidy(out)
@@ -90,6 +94,10 @@ def finished_already(out: Path, plan: Plan) -> ShardReport | None:
     same = all(done.get(name) == value for name, value in plan.items() if name != "append_to")
     if not same or not named.issuperset(done["shards"]):
         return None
+    for shard in shards:
+        file = out / shard["name"]
+        if not file.is_file() or file.stat().st_size != shard["bytes"]:
+            raise DataError(f"{file} was written whole, and is no longer; restore it, or remove {out} to make it again")
     log.info("%s: all of it is there already; an earlier run of the same command wrote it", out)
     return ShardReport(str(out), **done["report"])
 
