@@ -273,6 +273,13 @@ def test_a_null_that_is_pythons_is_a_note(copied: Path) -> None:
     assert any("null argument" in finding.what for finding in report.findings)
 
 
+def test_results_in_a_turn_of_their_own_are_a_note(copied: Path) -> None:
+    (copied / "chat_template.jinja").write_text(read_template("gemma4_v2"))
+    report = check_model(copied)
+    assert not report.faults
+    assert any("gemma4_v2 does so" in finding.what for finding in report.findings)
+
+
 def test_a_template_of_a_users_own_is_said_to_be_one(copied: Path) -> None:
     (copied / "chat_template.jinja").write_text("{#- ours -#}" + newest_template("e4b"))
     report = check_model(copied)
