@@ -90,7 +90,7 @@ def test_the_license_is_what_the_bases_own_card_says(tmp_path: Path) -> None:
     (tmp_path / "LICENSE.txt").write_text("Terms")
     text = render_card(RECORD | {"base_model": str(tmp_path)}, ADAPTER, None)
     assert "as its base: apache-2.0 (LICENSE.txt in its folder)" in text
-    for broken in ("---\n: [\n---", "no head", "---\n- a\n---\n"):
+    for broken in ("---\n: [\n---", "no head", "---\n- a\n---\n", f"---\nlicense: {'[' * 9000}\n---\n"):
         (tmp_path / CARD).write_text(broken)
         assert license_of(str(tmp_path)) == {}
 
@@ -115,7 +115,12 @@ def test_pefts_template_is_replaced_and_a_users_own_card_stays(tmp_path: Path) -
     (result / CARD).unlink()
     model.save_pretrained(result)
     begun = (result / CARD).read_text().replace("[More Information Needed]", "It draws charts.", 1)
-    for own in ("Mine.", begun, first.decode() + "And a word of mine.\n", first.decode().replace("16", "8", 1)):
+    for own in (
+        "Mine. [More Information Needed]",
+        begun,
+        first.decode() + "And a word of mine.\n",
+        first.decode().replace("16", "8", 1),
+    ):
         (result / CARD).write_text(own)
         publish_card(tmp_path, result)
         assert not write_card(result, RECORD)

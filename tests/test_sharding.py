@@ -173,6 +173,15 @@ def test_a_run_that_was_killed_in_its_first_write_is_in_nobodys_way(model: str, 
     assert list(out.glob(".*")) == [out / ".finished"]
 
 
+def test_a_folder_that_was_emptied_by_rm_is_empty(model: str, tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "a.jsonl", ROWS[:2]), tmp_path / "shards"
+    shard([source], out, model)
+    for path in out.glob("[!.]*"):
+        path.unlink()
+    assert shard([source], out, model).num_written == 2
+    assert ids(out) == ["row-0", "row-1"]
+
+
 def test_what_another_run_left_beside_its_manifest_is_cleared_away(model: str, tmp_path: Path) -> None:
     first, second = write_rows(tmp_path / "a.jsonl", ROWS[:8]), write_rows(tmp_path / "b.jsonl", ROWS[8:12])
     out = tmp_path / "shards"

@@ -51,7 +51,7 @@ def license_of(base: str) -> dict[str, str]:
     try:
         text = (Path(base) / CARD).read_text(encoding="utf-8")
         head = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
-    except (OSError, ValueError, IndexError, yaml.YAMLError):
+    except (OSError, ValueError, IndexError, RecursionError, yaml.YAMLError):
         return {}
     if not isinstance(head, dict):
         return {}
@@ -78,7 +78,7 @@ def _is_pefts(text: str) -> bool:
 
     known = {"", *ModelCard.from_template(ModelCardData()).text.splitlines()}
     body = text.partition("\n---\n")[2].splitlines()
-    return all(line in known or PEFTS_END.fullmatch(line) for line in body)
+    return bool(body) and all(line in known or PEFTS_END.fullmatch(line) for line in body)
 
 
 def _hash(text: str) -> str:

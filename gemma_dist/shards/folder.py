@@ -160,12 +160,13 @@ def _log_sizes(out: Path) -> dict[str, int]:
 
 
 def _require_unfinished(out: Path, names: set[str]) -> None:
-    """A new corpus takes a folder that is empty but for a list of refused rows, or one that a run of ours began."""
+    """A new corpus takes a folder that is empty but for a list of refused rows and what `rm FOLDER/*` leaves, or one
+    that a run of ours began."""
     if MANIFEST in names:
         raise DataError(
             f"{out} holds finished shards already; remove it, name another folder with --out, or add to it by --append"
         )
-    others = {name for name in names - {REJECTED} if not _MARKER_BEGUN.fullmatch(name)}
+    others = {name for name in names - {REJECTED, FINISHED} if not _MARKER_BEGUN.fullmatch(name)}
     if others and not (out / UNFINISHED).is_file():
         raise DataError(
             f"{out} holds {min(others)!r}, which `gemma-dist shard` did not leave there; name a new folder with --out"
