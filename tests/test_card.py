@@ -90,7 +90,7 @@ def test_the_license_is_what_the_bases_own_card_says(tmp_path: Path) -> None:
     (tmp_path / "LICENSE.txt").write_text("Terms")
     text = render_card(RECORD | {"base_model": str(tmp_path)}, ADAPTER, None)
     assert "as its base: apache-2.0 (LICENSE.txt in its folder)" in text
-    for broken in ("---\n: [\n---", "no head", "---\n- a\n---\n"):
+    for broken in ("---\n: [\n---", "no head", "---\n- a\n---\n", f"---\nlicense: {'[' * 9000}\n---\n"):
         (tmp_path / CARD).write_text(broken)
         assert license_of(str(tmp_path)) == {}
 
@@ -112,11 +112,39 @@ def test_pefts_template_is_replaced_and_a_users_own_card_stays(tmp_path: Path) -
     result.mkdir()
     publish_card(tmp_path, result)
     assert (result / CARD).read_bytes() == first
-    for own in ("Mine.", first.decode() + "And a word of mine.\n", first.decode().replace("16", "8", 1)):
+    (result / CARD).unlink()
+    model.save_pretrained(result)
+    begun = (result / CARD).read_text().replace("[More Information Needed]", "It draws charts.", 1)
+    for own in (
+        "Mine. [More Information Needed]",
+        begun,
+        first.decode() + "And a word of mine.\n",
+        first.decode().replace("16", "8", 1),
+    ):
         (result / CARD).write_text(own)
         publish_card(tmp_path, result)
         assert not write_card(result, RECORD)
         assert (result / CARD).read_text() == own
+
+
+@pytest.mark.parametrize("record", [
+    {"base_model": "/models/a|b: [\"c\"\n---\n# d", "recipe": {"optim": "x\n| y |"}},
+    {"base_model": 7, "training": 5, "recipe": [1], "versions": "v"},
+    {"training": {"manifest": "m", "lora": 3, "recipe": None}, "verification": {"kl": "?"}},
+    {},
+])  # fmt: skip
+def test_a_record_of_anyones_breaks_no_card(record: dict[str, Any], tmp_path: Path) -> None:
+    report = {"metrics": {"overall": {"value": "all"}, "tool_f1": 3}}
+    for adapter in (None, ADAPTER):
+        text = render_card(record, adapter, report)
+        assert isinstance(head_of(text)["tags"], list)
+        assert len([line for line in text.splitlines() if line.startswith("# ")]) == 1
+        assert all(line.replace("\\|", "").count("|") in (0, 3, 4) for line in text.splitlines())
+    (tmp_path / "gemma_dist.json").write_text(json.dumps(record))
+    assert main(["card", str(tmp_path)]) == 0
+    (tmp_path / CARD).unlink()
+    (tmp_path / "adapter_config.json").write_text("{")
+    assert main(["card", str(tmp_path)]) == 2
 
 
 @pytest.fixture(scope="module")

@@ -273,6 +273,13 @@ def test_a_null_that_is_pythons_is_a_note(copied: Path) -> None:
     assert any("null argument" in finding.what for finding in report.findings)
 
 
+def test_results_in_a_turn_of_their_own_are_a_note(copied: Path) -> None:
+    (copied / "chat_template.jinja").write_text(read_template("gemma4_v2"))
+    report = check_model(copied)
+    assert not report.faults
+    assert any("gemma4_v2 does so" in finding.what for finding in report.findings)
+
+
 def test_a_template_of_a_users_own_is_said_to_be_one(copied: Path) -> None:
     (copied / "chat_template.jinja").write_text("{#- ours -#}" + newest_template("e4b"))
     report = check_model(copied)
@@ -322,6 +329,32 @@ def test_the_exit_code_tells_faults(copied: Path, capsys: Any) -> None:
     assert "1 fault that a server would stumble over" in capsys.readouterr().out
 
 
+def test_a_checkpoint_is_no_result(copied: Path) -> None:
+    """vLLM and SGLang read every safetensors file where there is no index: the optimizer's, too."""
+    (copied / "optimizer-00000-of-00001.safetensors").write_bytes(b"state")
+    assert [finding.where for finding in check_model(copied).faults] == ["optimizer-00000-of-00001.safetensors"]
+    split(copied)
+    assert not check_model(copied).faults
+
+
+def test_an_index_names_files_of_its_folder_alone(copied: Path) -> None:
+    split(copied)
+    index = json.loads((copied / f"{MODEL}.index.json").read_text())
+    (copied / "model-00002-of-00002.safetensors").rename(copied.parent / "elsewhere.safetensors")
+    moved = {
+        name: "../elsewhere.safetensors" if "00002-of" in file else file for name, file in index["weight_map"].items()
+    }
+    write_json(copied / f"{MODEL}.index.json", index | {"weight_map": moved})
+    assert "names '../elsewhere.safetensors'" in [finding.what for finding in check_model(copied).faults]
+
+
+def test_other_shapes_are_one_finding(copied: Path) -> None:
+    change("config.json", "text_config", "intermediate_size", to=64)(copied)
+    (fault,) = check_model(copied).faults
+    assert "more" in fault.where
+    assert "the first has the shape" in fault.what
+
+
 def test_a_model_in_4_bits_is_one(copied: Path, tmp_path: Path) -> None:
     """As transformers saves it by bitsandbytes: other shapes, and names beside the weights."""
     from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
@@ -332,4 +365,6 @@ def test_a_model_in_4_bits_is_one(copied: Path, tmp_path: Path) -> None:
     AutoProcessor.from_pretrained(copied).save_pretrained(tmp_path / "small")
     report = check_model(tmp_path / "small")
     assert report.quantization == "bitsandbytes"
+    assert any("does not take these weights" in finding.what for finding in report.findings)
+    assert "llama.cpp" not in report.commands
     assert not report.faults, ModelReport.render(report)

@@ -9,6 +9,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from safetensors.torch import load_file
 
 from gemma_dist.__main__ import main
 from gemma_dist.merge.run import merge
@@ -105,6 +106,28 @@ def test_an_adapter_goes_without_the_path_of_its_base(results: Path, hub: type[H
     assert main(["push", str(adapter), NAME, "--yes"]) == 0
     assert hub.files.keys() == {"adapter_config.json", "adapter_model.safetensors", "gemma_dist.json", "README.md"}
     assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "e4b-float32"
+
+
+def test_weights_of_any_name_go_and_links_are_shown(merged: Path, hub: type[Hub], tmp_path: Path, capsys: Any) -> None:
+    weights = load_file(merged / "model.safetensors")
+    (merged / "model.safetensors").rename(merged / "weights.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "weights.safetensors")}
+    (merged / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "text").write_text("Free.")
+    (merged / "LICENSE").symlink_to(tmp_path / "text")
+    assert main(["push", str(merged), NAME, "--yes"]) == 0
+    assert f"LICENSE   a link to {tmp_path / 'text'}" in capsys.readouterr().out
+    assert {"weights.safetensors", "model.safetensors.index.json"} <= hub.files.keys()
+    assert hub.files["LICENSE"] == b"Free."
+    (merged / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    assert main(["push", str(merged), NAME, "--yes"]) == 2
+
+
+def test_an_adapter_without_settings_is_none(results: Path, tmp_path: Path, hub: type[Hub], capsys: Any) -> None:
+    adapter = Path(shutil.copytree(results / "adapter", tmp_path / "adapter"))
+    (adapter / "adapter_config.json").write_text("{")
+    assert main(["push", str(adapter), NAME, "--yes"]) == 2
+    assert "settings are broken" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

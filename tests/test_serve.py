@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +27,7 @@ def test_it_becomes_the_server(model: str, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(os, "execv", lambda _, command: became.append(command))
     words = ["--port", "0", "--dtype", "bfloat16", "--chat-template-kwargs", '{"enable_thinking": true}']
     main(["serve", model, *words])
-    assert became == [[sys.executable, "-m", "gemma_dist.serving.transformers_serve", model, *words]]
+    assert became == [[sys.executable, "-P", "-m", "gemma_dist.serving.transformers_serve", model, *words]]
     printed = capsys.readouterr().out
     assert model in printed
     assert "'{\"enable_thinking\": true}'" in printed
@@ -59,6 +61,23 @@ def test_what_cannot_be_served_is_refused(
     prepare(tmp_path)
     assert main(["serve", str(tmp_path)]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_an_option_in_the_models_place_is_named(capsys: Any) -> None:
+    assert main(["serve", "--port", "8000"]) == 2
+    assert "gemma-dist serve MODEL --port" in capsys.readouterr().err
+
+
+def test_no_code_of_the_current_folder_is_run(model: str, tmp_path: Path) -> None:
+    """Which is the model's own for who types `gemma-dist serve .` there."""
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    for name in ("fastapi", "typer", "yaml"):
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit(3)\n")
+    start = "import sys\nfrom gemma_dist.serving.serve import serve\nsys.path.remove('')\nserve('.', ['--help'])"
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run([sys.executable, "-c", start], cwd=folder, env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode == 0
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_package_that_is_missing_is_named(model: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -197,6 +197,13 @@ def test_the_same_command_again_says_that_all_is_there(model: str, tmp_path: Pat
     after = contents(out)
     assert shard([more], out, model, append=True) == second
     assert contents(out) == after != before
+    kept = next(iter(sorted(out.glob("*.parquet"))))
+    whole = kept.read_bytes()
+    for left in (whole[:-1], None):
+        kept.write_bytes(left) if left else kept.unlink()
+        with pytest.raises(DataError, match="was written whole, and is no longer"):
+            shard([more], out, model, append=True)
+    kept.write_bytes(whole)
     source.write_text(source.read_text() + json.dumps(ROWS[12]) + "\n")
     with pytest.raises(DataError, match="finished shards already"):
         shard([source], out, model)
@@ -208,6 +215,15 @@ def test_a_run_that_was_killed_in_its_first_write_is_in_nobodys_way(model: str, 
     (out / "..unfinished.77.tmp").write_text("{")
     assert shard([source], out, model).num_written == 2
     assert list(out.glob(".*")) == [out / ".finished"]
+
+
+def test_a_folder_that_was_emptied_by_rm_is_empty(model: str, tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "a.jsonl", ROWS[:2]), tmp_path / "shards"
+    shard([source], out, model)
+    for path in out.glob("[!.]*"):
+        path.unlink()
+    assert shard([source], out, model).num_written == 2
+    assert ids(out) == ["row-0", "row-1"]
 
 
 def test_what_another_run_left_beside_its_manifest_is_cleared_away(model: str, tmp_path: Path) -> None:
@@ -445,17 +461,17 @@ def test_refused_rows_are_told_as_they_come_and_stop_a_run_that_has_too_many(
     bad = [{"id": f"bad-{number}", "messages": []} for number in range(4)]
     source = write_rows(tmp_path / "rows.jsonl", [bad[0], *ROWS[:6], bad[1], *ROWS[6:12], *bad[2:], ROWS[0]])
     out = tmp_path / "shards"
-    for skip_invalid in (False, True):
-        with pytest.raises(DataError, match=r"\d rows are refused already, more than --max-rejected [03]"):
+    for skip_invalid in [False, True][num_workers - 1 :]:
+        with pytest.raises(DataError, match=r"refused rows: \d so far, more than --max-rejected [03]"):
             shard([source], out, model, skip_invalid, num_workers=num_workers, max_rejected=3 * skip_invalid)
     assert not (out / "manifest.arrow").exists()
     told = [message for message in caplog.messages if message.startswith("refused: ")]
     assert f"{source}:1: " in told[0]
     caplog.clear()
-    with pytest.raises(DataError, match="5 rows are refused already, more than --max-rejected 4"):  # the repeated id
-        shard([source], out, model, True, num_workers=num_workers, max_rejected=4)
+    with pytest.raises(DataError, match="refused rows: 5 so far, more than --max-rejected 4"):  # the repeated id
+        shard([source], out, model, True, max_rejected=4)
     assert "'row-0' belongs to" in caplog.messages[-1]
-    report = shard([source], out, model, True, num_workers=num_workers, max_rejected=5)
+    report = shard([source], out, model, True, max_rejected=5)
     assert (report.num_written, report.num_rejected) == (12, 5)
 
 

@@ -15,6 +15,7 @@ from gemma_dist.data.encode import load_encoder
 from gemma_dist.data.fit import cut_points
 from gemma_dist.data.unroll import first_messages
 from gemma_dist.errors import DataError
+from gemma_dist.shards import manifest as manifest_module
 from gemma_dist.shards import reader as shards_module
 from gemma_dist.shards import sharding as module
 from gemma_dist.shards.manifest import read_manifest
@@ -281,6 +282,23 @@ def test_no_flipped_bit_of_a_manifest_is_unseen(tmp_path: Path, model: str) -> N
         file.write_bytes(damaged)
         with pytest.raises(DataError, match=r"manifest\.arrow is damaged"):
             open_shards(tmp_path / "shards")
+
+
+def test_a_manifest_of_another_version_or_of_others_is_not_called_damaged(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard_rows(tmp_path, model, ROWS[:2])
+    file = tmp_path / "shards" / "manifest.arrow"
+    monkeypatch.setattr(manifest_module, "FORMAT_VERSION", 9)
+    with pytest.raises(DataError, match=r"manifest\.arrow has format version 3, this gemma_dist reads 2 and 9; make"):
+        read_manifest(file, "manifest.arrow")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(manifest_module, "read_seal", refuse)
+    with pytest.raises(DataError, match=r"manifest\.arrow cannot be read \(Permission denied\); have its permissions"):
+        read_manifest(file, "manifest.arrow")
 
 
 # ---- shards of an earlier version ------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ the hub's (https://huggingface.co/docs/hub/model-cards). PEFT writes a template 
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,11 +14,13 @@ from typing import Any
 import yaml
 
 from gemma_dist.files import writing
+from gemma_dist.model.folder import read_json_object
 
 CARD = "README.md"
 # By this line a card is known to be as it was written: the hash is that of all other lines.
 OURS = re.compile(r"^<!-- gemma_dist wrote this \(([0-9a-f]{16})\).* -->\n", re.MULTILINE)
 PEFTS = "[More Information Needed]"
+PEFTS_END = re.compile(r"### Framework versions|- PEFT .*")  # what PEFT adds to the hub's template
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
 
@@ -42,7 +43,7 @@ def public_name(model: str) -> str:
         return f"{found[1]}/{found[2]}"
     if HUB_NAME.fullmatch(model) and not Path(model).exists():
         return model
-    return Path(model).name
+    return Path(model).absolute().name
 
 
 def license_of(base: str) -> dict[str, str]:
@@ -50,7 +51,7 @@ def license_of(base: str) -> dict[str, str]:
     try:
         text = (Path(base) / CARD).read_text(encoding="utf-8")
         head = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
-    except (OSError, ValueError, IndexError, yaml.YAMLError):
+    except (OSError, ValueError, IndexError, RecursionError, yaml.YAMLError):
         return {}
     if not isinstance(head, dict):
         return {}
@@ -68,7 +69,16 @@ def is_ours(path: Path) -> bool:
         return False
     line = OURS.search(text)
     is_unchanged = line is not None and line[1] == _hash(text.replace(line[0], "", 1))
-    return is_unchanged or text.count(PEFTS) > 10
+    return is_unchanged or (PEFTS in text and _is_pefts(text))
+
+
+def _is_pefts(text: str) -> bool:
+    """Whether a card is the template that PEFT saves, with no line of a user's in it."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    known = {"", *ModelCard.from_template(ModelCardData()).text.splitlines()}
+    body = text.partition("\n---\n")[2].splitlines()
+    return bool(body) and all(line in known or PEFTS_END.fullmatch(line) for line in body)
 
 
 def _hash(text: str) -> str:
@@ -81,12 +91,15 @@ def write_card(folder: Path, record: Mapping[str, Any], report: Mapping[str, Any
     Args:
         record: of the folder, as gemma_dist.json has it.
         report: of an evaluation, as report.json has it.
+
+    Raises:
+        CheckpointError: the adapter's settings are broken.
     """
     if not is_ours(folder / CARD):
         return False
     adapter = None
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        adapter = read_json_object(folder / "adapter_config.json", "the adapter's settings are broken")
     with writing(folder / CARD) as temporary:
         temporary.write_text(render_card(record, adapter, report), encoding="utf-8")
     return True
@@ -110,9 +123,9 @@ def render_card(record: Mapping[str, Any], adapter: Mapping[str, Any] | None, re
         adapter: adapter_config.json, where the folder holds an adapter and no model.
     """
     base = str(record.get("base_model") or (adapter or {}).get("base_model_name_or_path") or "")
-    name, license_words = public_name(base), license_of(base)
-    trained = record.get("training") or record
-    adapters: Mapping[str, float] = record.get("adapters") or {}
+    name, license_words = _line(public_name(base)) if base else "a Gemma 4", license_of(base)
+    trained = _object(record.get("training")) or record
+    adapters = _object(record.get("adapters"))
     tuning = "adapter" if adapter else ("merge" if adapters else "finetune")
     head: dict[str, Any] = {}
     if HUB_NAME.fullmatch(name):
@@ -135,7 +148,7 @@ def render_card(record: Mapping[str, Any], adapter: Mapping[str, Any] | None, re
         yaml.safe_dump(head, sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         "",
-        f"# {name.rpartition('/')[2] or 'Gemma 4'} for tool calling",
+        f"# {name.rpartition('/')[2]} for tool calling",
         "",
         kinds[tuning],
         "",
@@ -143,8 +156,8 @@ def render_card(record: Mapping[str, Any], adapter: Mapping[str, Any] | None, re
         "",
         "| | |",
         "|---|---|",
-        *(f"| {what} | {value} |" for what, value in _rows(record, trained, adapter)),
-        f"| license | {license_line} |",
+        *(f"| {_line(what)} | {_line(value)} |" for what, value in _rows(record, trained, adapter)),
+        f"| license | {_line(license_line)} |",
         *_evaluation(report),
         "",
         "## Use",
@@ -157,51 +170,66 @@ def render_card(record: Mapping[str, Any], adapter: Mapping[str, Any] | None, re
     return f"{text[:head_end]}<!-- gemma_dist wrote this ({_hash(text)}). {words} -->\n{text[head_end:]}"
 
 
+def _object(value: object) -> Mapping[str, Any]:
+    """An object of a record, which may come from anyone; an empty one in the place of anything else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _line(value: object) -> str:
+    """A value as text that breaks no line or table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
 def _rows(
     record: Mapping[str, Any], trained: Mapping[str, Any], adapter: Mapping[str, Any] | None
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[tuple[str, object]]:
     """What the table says: only what is known."""
-    lora = trained.get("lora") or {key: (adapter or {}).get(key) for key in ("r", "lora_alpha", "lora_dropout")}
+    lora = _object(trained.get("lora")) or {
+        key: (adapter or {}).get(key) for key in ("r", "lora_alpha", "lora_dropout")
+    }
     if any(lora.get(key) is not None for key in ("r", "lora_alpha")):
         options = [key for key in ("use_rslora", "use_dora") if lora.get(key)]
         yield "LoRA", f"r {lora.get('r')}, alpha {lora.get('lora_alpha')}" + "".join(f", {key}" for key in options)
     elif trained.get("tuning") == "full":
         yield "tuning", "all weights"
-    if len(adapters := record.get("adapters") or {}) > 1:
-        yield "adapters", ", ".join(f"{weight:g} x {Path(folder).name}" for folder, weight in adapters.items())
-    if isinstance(extracted := record.get("extracted"), Mapping):
-        lacks = extracted["relative_error"]["total"]
-        yield "extracted from", f"{public_name(extracted['tuned'])}, of whose change it lacks {lacks:.2%}"
-    quantization = trained.get("quantization") or trained.get("four_bit") or record.get("quantization")
-    if isinstance(quantization, Mapping) and quantization.get("bnb_4bit_quant_type"):
+    if len(adapters := _object(record.get("adapters"))) > 1:
+        yield "adapters", ", ".join(f"{weight} x {Path(folder).name}" for folder, weight in adapters.items())
+    if extracted := _object(record.get("extracted")):
+        lacks = _number(_object(extracted.get("relative_error")).get("total"), ".2%")
+        yield "extracted from", f"{public_name(str(extracted.get('tuned')))}, of whose change it lacks {lacks}"
+    quantization = _object(trained.get("quantization") or trained.get("four_bit") or record.get("quantization"))
+    if quantization.get("bnb_4bit_quant_type"):
         held = f"4 bits ({quantization['bnb_4bit_quant_type']})"
         yield "base while training", held
         if "base_weights" in record:
             yield "added to", "those, made full again" if record["base_weights"] == "as_trained" else "the original"
     if trained.get("manifest"):
-        yield "data", f"{trained.get('num_samples'):,} samples, manifest `{trained['manifest']}`"
-    for key, value in (trained.get("recipe") or {}).items():
-        yield key, f"{value}"
+        yield "data", f"{_number(trained.get('num_samples'), ',')} samples, manifest `{trained['manifest']}`"
+    yield from _object(trained.get("recipe")).items()
     if trained.get("base_weights_hash"):
         yield "base weights", f"`{trained['base_weights_hash']}`"
-    verification = record.get("verification")
-    if isinstance(verification, Mapping) and "kl" in verification:
-        yield "verified", f"logits of base and adapter: KL {verification['kl']:.2g}"
-    yield from (record.get("versions") or {}).items()
+    if "kl" in (verification := _object(record.get("verification"))):
+        yield "verified", f"logits of base and adapter: KL {_number(verification['kl'], '.2g')}"
+    yield from _object(record.get("versions")).items()
+
+
+def _number(value: object, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else "?"
 
 
 def _evaluation(report: Mapping[str, Any] | None) -> list[str]:
     """The metrics of an evaluation, with how many decision points they are of."""
     if report is None:
         return []
-    metrics = report.get("metrics", {})
+    metrics = _object(report.get("metrics"))
     lines = ["", "## Evaluation", "", "| | | of |", "|---|---|---|"]
     for name, words in METRICS.items():
-        metric = metrics.get(name) or {}
+        metric = _object(metrics.get(name))
         if metric.get("value") is not None:
-            lines.append(f"| {words} (`{name}`) | {metric['value']:.1%} | {metric['denominator']:,} |")
-    points = f"{report.get('num_decision_points', 0):,} decision points"
-    data = f"{report.get('num_trajectories', 0):,} held-out trajectories (data `{report.get('data_hash')}`)"
+            value, of = _number(metric["value"], ".1%"), _number(metric.get("denominator"), ",")
+            lines.append(f"| {words} (`{name}`) | {value} | {of} |")
+    points = f"{_number(report.get('num_decision_points'), ',')} decision points"
+    data = f"{_number(report.get('num_trajectories'), ',')} held-out trajectories (data `{report.get('data_hash')}`)"
     return [*lines, "", f"By `gemma-dist evaluate`, on {points} of {data}."]
 
 

@@ -57,8 +57,11 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / WEIGHTS_INDEX).exists():
         return []
-    index = read_json_object(folder / WEIGHTS_INDEX, f"the index of the model in {folder} is broken")
-    return [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
+    problem = f"the index of the model in {folder} is broken"
+    names = read_json_object(folder / WEIGHTS_INDEX, problem).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{problem}: {folder / WEIGHTS_INDEX} has no weight_map; save or download it again")
+    return [folder / name for name in sorted(set(names.values()))]
 
 
 def read_json_object(path: Path, problem: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def write_card_of(folder: Path, evaluation: Path | None) -> Path:
 def _require_same_weights(folder: Path, report: dict[str, Any], evaluation: Path) -> None:
     """Raises CheckpointError where an evaluation is not of the weights in `folder`."""
     if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
-        evaluated, here = report.get("adapter_hash"), hash_adapter(folder)
+        evaluated, here = report.get("adapter_hash") or "no adapter", hash_adapter(folder)
     else:
         evaluated, here = report.get("model_hash"), "-".join(fingerprint_base(str(folder)).values())
         if report.get("adapter_hash") is not None:

@@ -10,7 +10,7 @@ from gemma_dist.errors import CheckpointError
 from gemma_dist.model.flat_sizes import flat_sizes
 from gemma_dist.model.folder import read_json_object, refuse_custom_code
 from gemma_dist.model.load import read_config
-from gemma_dist.serving.commands import server_commands
+from gemma_dist.serving.commands import LLAMA_CPP, server_commands
 from gemma_dist.serving.prompts import check_prompts
 from gemma_dist.serving.report import ADAPTER_CONFIG, Finding, ModelReport, require_model
 from gemma_dist.serving.weights import check_weights
@@ -51,5 +51,10 @@ def check_model(folder: Path) -> ModelReport:
         remedy = f"add to text_config: {json.dumps(sizes)[1:-1]}"
         report.findings.append(Finding("config.json", what, why, remedy, "note"))
     check_weights(folder, config, report)
+    if report.quantization == "bitsandbytes":
+        why, remedy = "it makes no numbers of bitsandbytes' codes", "convert a merge of whole weights"
+        what = "llama.cpp's converter does not take these weights"
+        report.findings.append(Finding("config.json", what, why, remedy, "note"))
+        report.commands.pop(LLAMA_CPP, None)
     check_prompts(folder, config, report)
     return report

@@ -1,5 +1,6 @@
 """`gemma-dist check-model FILE.gguf`: what llama.cpp reads in a GGUF file, beside the tensors."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gemma_dist.gemma_format import (
     RESPONSE_END,
     STOP_TOKENS,
 )
+from gemma_dist.serving.commands import LLAMA_CPP
 from gemma_dist.serving.rendering import check_for_llama_cpp, check_rendering
 from gemma_dist.serving.report import Finding, ModelReport
 
@@ -43,7 +45,7 @@ def check_gguf(path: Path) -> ModelReport:
         raise CheckpointError(f"{path} holds no Gemma 4: its general.architecture is {architecture!r}{hint}")
     report = ModelReport(path, model_class=f"gemma4 of {metadata.get('gemma4.block_count')} layers")
     report.num_bytes = path.stat().st_size
-    report.commands = {"llama.cpp": f"llama-server --model {path} --jinja"}
+    report.commands = {LLAMA_CPP: f"llama-server --model {shlex.quote(str(path))} --jinja"}
     report.findings = _check_tokens(metadata)
     template = metadata.get(TEMPLATE)
     if isinstance(template, str):
@@ -58,8 +60,8 @@ def check_gguf(path: Path) -> ModelReport:
 
 def _check_tokens(metadata: dict[str, Any]) -> list[Finding]:
     """Whether control tokens are there, can be seen by the parser, and end answers."""
-    tokens, types = metadata.get(TOKENS) or [], metadata.get(TYPES) or []
-    id_of = {token: number for number, token in enumerate(tokens)}
+    tokens, types = ((found if isinstance(found := metadata.get(key), list) else []) for key in (TOKENS, TYPES))
+    id_of = {token: number for number, token in enumerate(tokens) if isinstance(token, str)}
     if lacking := [token for token in CONTROL_TOKENS if token not in id_of]:
         why = "the model was trained on these ids, and calls and ends are found by them"
         return [Finding(TOKENS, f"has no {', '.join(lacking)}", why, "convert from the base's own tokenizer")]

@@ -72,7 +72,7 @@ def check_prompts(folder: Path, config: Any, report: ModelReport) -> None:
         why = "it takes a BPE with byte_fallback and a decoder of several steps, as Gemma's own is; this is another one"
         what = "llama.cpp's converter does not know this tokenizer"
         report.findings.append(Finding("tokenizer.json", what, why, "serve it by one of the others", "note"))
-        report.commands.pop(LLAMA_CPP)
+        report.commands.pop(LLAMA_CPP, None)
 
 
 def _templates(folder: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import Any
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.files import size
 from gemma_dist.model.card import CARD, HUB_NAME, PEFTS, public_name
+from gemma_dist.model.folder import read_json_object, weight_files
 from gemma_dist.serving.check import check_model
 from gemma_dist.serving.report import ADAPTER_CONFIG, ModelReport
 from gemma_dist.tensorfile import open_tensors
@@ -57,8 +58,10 @@ class Upload:
         kind = "private" if self.private else "public"
         lines = [f"{self.folder} -> {self.name}, a {kind} model of the hub, made if need be"]
         for name, num_bytes in self.files.items():
-            changed = "   without the places on this machine" if name in self.rewritten else ""
-            lines.append(f"  {size(num_bytes):>10}  {name}{changed}")
+            more = "   without the places on this machine" if name in self.rewritten else ""
+            if (self.folder / name).is_symlink():
+                more += f"   a link to {(self.folder / name).resolve()}"
+            lines.append(f"  {size(num_bytes):>10}  {name}{more}")
         lines.append(f"  {size(sum(self.files.values())):>10}  together")
         if self.left_out:
             lines.append(f"  stays here: {', '.join(self.left_out)}")
@@ -79,12 +82,17 @@ def plan_upload(folder: Path, name: str, *, private: bool) -> Upload:
         raise ConfigError(f"{name!r} is no name of the hub; give OWNER/MODEL")
     report = None
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-        open_tensors(folder / ADAPTER_WEIGHTS)
+        read_json_object(folder / ADAPTER_CONFIG, "the adapter's settings are broken")
+        weights = [folder / ADAPTER_WEIGHTS]
+        open_tensors(weights[0])
     else:
         report = check_model(folder)
+        weights = weight_files(folder)
     held = sorted(folder.iterdir())
-    sent = [path for path in held if path.is_file() and WANTED.fullmatch(path.name)]
+    sent = [path for path in held if path.is_file() and (WANTED.fullmatch(path.name) or path in weights)]
     left_out = [path.name + "/" * path.is_dir() for path in held if path not in sent]
+    if report is not None:  # what stays here is in no server's way
+        report.findings = [finding for finding in report.findings if finding.where not in left_out]
     upload = Upload(folder, name, private, {path.name: path.stat().st_size for path in sent}, left_out, report=report)
     _require_card(folder)
     _require_no_secrets(sent)

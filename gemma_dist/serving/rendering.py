@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from gemma_dist.gemma_format import BOS, CALL, IMAGE, TOOL, TURN
+from gemma_dist.gemma_format import BOS, CALL, IMAGE, RESPONSE, TOOL, TURN
 from gemma_dist.serving.report import Finding
 
 NEWER = "take a newer revision: gemma4_v5, which TRL ships, or the base's newest"
@@ -52,6 +52,10 @@ def check_rendering(template: str, where: str) -> list[Finding]:
     if IMAGE not in text:
         why = "the model answers without having seen them; gemma4 and gemma4_v3 are such revisions"
         findings.append(Finding(where, "loses the images that a tool returns", why, NEWER))
+    if f"{RESPONSE}response:plot_it{{" not in text:
+        what = f"shows a tool's result outside of {RESPONSE}, where Google's newer templates have it; gemma4_v2 does so"
+        why = "a model that was not trained with this very template has not seen results so"
+        findings.append(Finding(where, what, why, NEWER, "note"))
     if "title:None" in text:
         why = "the model sees Python's None in the place of null; all revisions before gemma4_v5 do so"
         findings.append(Finding(where, "writes a null argument as None", why, NEWER, "note"))

@@ -23,13 +23,16 @@ def serve(model: str, arguments: Sequence[str]) -> NoReturn:
 
     Raises:
         CheckpointError: there is no Gemma 4 there, an adapter alone, or code of its own.
-        ConfigError: a package that serving needs is not installed.
+        ConfigError: a package that serving needs is not installed, or an option stands in the model's place.
     """
+    if model.startswith("-"):
+        raise ConfigError(f"{model!r} stands where the model belongs; name it first: gemma-dist serve MODEL {model} …")
     folder = local_folder(model, f"the model {model!r}")
     require_model(folder)
     refuse_custom_code(folder)
     if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"serving needs {', '.join(lacking)}: pip install 'transformers[serving]'")
-    command = [sys.executable, "-m", "gemma_dist.serving.transformers_serve", model, *arguments]
+    # -P: else Python looks for modules in the current folder first, and one is often in the model's own.
+    command = [sys.executable, "-P", "-m", "gemma_dist.serving.transformers_serve", model, *arguments]
     print(shlex.join(command), flush=True)
     os.execv(command[0], command)

@@ -49,7 +49,7 @@ def check_weights(folder: Path, config: Any, report: ModelReport) -> None:
 def _read_entries(folder: Path) -> tuple[dict[str, Entry], list[Finding]]:
     """The header of every tensor that a loader takes, and what is wrong with the files."""
     whole, index = (folder / WEIGHTS).exists(), (folder / WEIGHTS_INDEX).exists()
-    beside = sorted(path.name for path in folder.glob("model*.safetensors"))
+    beside = sorted(path.name for path in folder.glob("*.safetensors"))
     if not whole and not index:
         pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
         held = f"but {pickles[0].name}, which can run code when read" if pickles else "and no other weights"
@@ -67,10 +67,12 @@ def _read_entries(folder: Path) -> tuple[dict[str, Entry], list[Finding]]:
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             return {}, [Finding(WEIGHTS_INDEX, "has no weight_map", "no loader finds a tensor", AGAIN)]
         wanted = sorted(set(weight_map.values()))
-    if others := [name for name in beside if name not in wanted]:
-        findings.append(_other_files(others, wanted, has_whole=whole))
+    findings += [_other_file(name, wanted, has_whole=whole) for name in beside if name not in wanted]
     files = []
     for name in wanted:
+        if Path(name).name != name:
+            findings.append(Finding(WEIGHTS_INDEX, f"names {name!r}", "it is no file of this folder", AGAIN))
+            continue
         if not (folder / name).is_file():
             findings.append(Finding(name, "is named by the index and absent", "its tensors are missing", AGAIN))
             continue
@@ -84,14 +86,14 @@ def _read_entries(folder: Path) -> tuple[dict[str, Entry], list[Finding]]:
     return entries, findings
 
 
-def _other_files(others: list[str], wanted: list[str], *, has_whole: bool) -> Finding:
-    """For weights that lie beside those that transformers takes: the whole file, or else what the index names."""
+def _other_file(name: str, wanted: list[str], *, has_whole: bool) -> Finding:
+    """For a file beside those that transformers takes: the whole one, or else what the index names."""
     why = "a download fetches it as well"
     if has_whole:
-        why = "loaders differ: llama.cpp's converter takes what an index names, or without one every model*.safetensors"
-    where, remedy = named(others), "remove what an earlier save left"
+        why = "loaders differ: vLLM and SGLang take what an index names, or without one every *.safetensors"
     what = f"lies beside {named(wanted)}, which alone transformers loads"
-    return Finding(where, what, why, remedy, "fault" if has_whole else "note")
+    remedy = "remove what an earlier save left, and serve a run's result in the place of its checkpoint"
+    return Finding(name, what, why, remedy, "fault" if has_whole else "note")
 
 
 def _check_index(weight_map: Mapping[str, str], files: Iterable[TensorFile]) -> list[Finding]:
@@ -151,13 +153,18 @@ def _compare(entries: Mapping[str, Entry], config: Any, report: ModelReport) -> 
                 "remove it, or give it the name that the base's files have",
             )
         )
+    others = {}  # shapes other than those of the model
     for name in sorted(expected.keys() & in_model.keys()):
         entry = entries[in_model[name]]
         packed = report.quantization is not None and entry.dtype not in TORCH_DTYPES
         if entry.shape != expected[name] and not packed:
-            what = f"has the shape {list(entry.shape)}, and config.json makes it {list(expected[name])}"
-            remedy = "take config.json and weights from the same model"
-            findings.append(Finding(in_model[name], what, "no loader takes it", remedy))
+            others[in_model[name]] = (
+                f"has the shape {list(entry.shape)}, and config.json makes it {list(expected[name])}"
+            )
+    if others:
+        what = f"{'the first ' * (len(others) > 1)}{next(iter(others.values()))}"
+        remedy = "take config.json and weights from the same model"
+        findings.append(Finding(named([*others]), what, "no loader takes it", remedy))
     return findings
 
 

@@ -138,10 +138,14 @@ def finished_already(out: Path, plan: Plan) -> ShardReport | None:
 
     Args:
         plan: what this call is to do; `append_to` is not looked at.
+
+    Raises:
+        DataError: it had, and a shard has been removed or cut since.
     """
     if not (out / MANIFEST).is_file():
         return None
-    named = {shard["name"] for shard in read_manifest(out / MANIFEST, str(out / MANIFEST)).header["shards"]}
+    shards = read_manifest(out / MANIFEST, str(out / MANIFEST)).header["shards"]
+    named = {shard["name"] for shard in shards}
     left = _read_marker(out)
     if "report" in left and named.issuperset(left["shards"]):  # else the manifest is the one from before the append
         tidy(out)
@@ -149,6 +153,10 @@ def finished_already(out: Path, plan: Plan) -> ShardReport | None:
     same = all(done.get(name) == value for name, value in plan.items() if name != "append_to")
     if not same or not named.issuperset(done["shards"]):
         return None
+    for shard in shards:
+        file = out / shard["name"]
+        if not file.is_file() or file.stat().st_size != shard["bytes"]:
+            raise DataError(f"{file} was written whole, and is no longer; restore it, or remove {out} to make it again")
     log.info("%s: all of it is there already; an earlier run of the same command wrote it", out)
     return ShardReport(str(out), **done["report"])
 
@@ -209,14 +217,14 @@ def _log_sizes(out: Path) -> dict[str, int]:
 
 
 def _require_unfinished(out: Path, names: set[str]) -> None:
-    """A new corpus takes a folder that is empty but for a list of refused rows, or one that a run of ours began."""
+    """A new corpus takes a folder that is empty but for a list of refused rows and what `rm FOLDER/*` leaves, or one
+    that a run of ours began."""
     if MANIFEST in names:
         raise DataError(
             f"{out} holds finished shards already; remove it, name another folder with --out, or add to it by --append"
         )
-    others = {
-        name for name in names - {REJECTED, CLAIM} if not (_MARKER_BEGUN.fullmatch(name) or _PART.fullmatch(name))
-    }
+    ours = (name for name in names if _MARKER_BEGUN.fullmatch(name) or _PART.fullmatch(name))
+    others = names - {REJECTED, CLAIM, FINISHED, *ours}
     if others and not (out / UNFINISHED).is_file():
         raise DataError(
             f"{out} holds {min(others)!r}, which `gemma-dist shard` did not leave there; name a new folder with --out"

@@ -198,6 +198,10 @@ def read_manifest(path: Path, origin: str) -> Manifest:
     """
     try:
         return _read_manifest(path, origin)
+    except DataError:
+        raise
+    except PermissionError as error:
+        raise DataError(f"{origin} cannot be read ({error.strerror}); have its permissions changed") from error
     except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{origin} is damaged ({error}); make the shards again") from error
 

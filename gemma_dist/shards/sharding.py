@@ -174,8 +174,8 @@ class _Refusals:
         self.num_rejected += num_rows
         if self._max_rejected is not None and self.num_rejected > self._max_rejected:
             raise DataError(
-                f"{self.num_rejected:,} rows are refused already, more than --max-rejected {self._max_rejected:,}, so "
-                "not all were looked at; fix them and run it again, or allow more, and what is done stays done"
+                f"refused rows: {self.num_rejected:,} so far, more than --max-rejected {self._max_rejected:,}, so the "
+                "others were not looked at; fix them and run it again, or allow more, and what is done stays done"
             )
 
 
