@@ -52,12 +52,12 @@ def flips(folder: Path, model: Path) -> None:
     """Print what readers make of each flipped bit."""
     source = write_rows(folder / "rows.jsonl", [row(number) for number in range(4)])
     run_shard([source], folder / "shards", str(model), ShardConfig(), False, num_workers=1)
-    print(f"\n{'flipped':<12} {'bits':>8} {'named':>8} {'other data':>11} {'traceback':>10} {'died':>6}")
+    print(f"\n{'flipped':<20} {'bits':>8} {'named':>8} {'other data':>11} {'traceback':>10} {'died':>6}")
     for name, step in ((MANIFEST, 1), ("train-00000.parquet", EVERY_BIT_OF_A_SHARD)):
         found = Counter(outcomes(folder / "shards" / name, step))
         columns = [sum(found.values()), *(found[kind] for kind in ("named", "other data", "traceback", "died"))]
         widths = (8, 8, 11, 10, 6)
-        print(f"{name[:12]:<12}", *(f"{count:>{width},}" for count, width in zip(columns, widths, strict=True)))
+        print(f"{name:<20}", *(f"{count:>{width},}" for count, width in zip(columns, widths, strict=True)))
 
 
 def outcomes(file: Path, step: int) -> Iterator[str]:
