@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from gemma_dist.__main__ import main
 from gemma_dist.errors import CheckpointError, ConfigError
@@ -541,6 +541,29 @@ def test_the_adapters_own_template_wins_and_is_named(pair: Any, tmp_path: Path) 
     assert "from the adapter: chat_template.jinja" in report.summary()
     for name in ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("place", "hidden_by"), [("tokenizer_config.json", "chat_template.jinja"), ("chat_template.jinja", None)]
+)
+def test_a_template_of_the_base_never_hides_that_of_training(
+    bases: Any, place: str, hidden_by: str | None, tmp_path: Path
+) -> None:
+    """transformers prefers chat_template.json to chat_template.jinja, and that to tokenizer_config.json."""
+    base, adapter, chosen = tmp_path / "base", tmp_path / "adapter", "{{ 'chosen in training' }}"
+    shutil.copytree(bases("31b"), base)
+    write_adapter(base, adapter)
+    if hidden_by is None:
+        (base / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 'of the base' }}"}))
+        (adapter / place).write_text(chosen)
+    else:
+        assert (base / hidden_by).is_file()
+        settings = json.loads((base / place).read_text())
+        (adapter / place).write_text(json.dumps(settings | {"chat_template": chosen}))
+    merge(base, adapter, tmp_path / "out", verify=False, base_weights="as_trained")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == chosen
+    if hidden_by is None:  # what a processor's own class reads
+        assert AutoProcessor.from_pretrained(tmp_path / "out").chat_template == chosen
 
 
 def test_an_untrained_adapter_is_remarked_on(bases: Any, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ is frozen, from the module.
 
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from gemma_dist.export.weights import (
 from gemma_dist.export.zero import ZeroFolder, find_zero_folder, open_zero_folder
 from gemma_dist.files import require_free, size, whole_folder
 from gemma_dist.logs import write_json
-from gemma_dist.merge.folders import ADAPTER_CONFIG, SIDE_FILES, open_base
+from gemma_dist.merge.folders import ADAPTER_CONFIG, choose_side_files, open_base
 from gemma_dist.model.folder import local_folder, read_json_object, refuse_custom_code
 from gemma_dist.model.record import ADAPTER_RECORD, read_record
 from gemma_dist.train.checkpoint import MARKER, damage_of
@@ -171,18 +171,14 @@ def _config(places: Iterable[Path]) -> dict[str, Any]:
     raise CheckpointError(f"no {CONFIG} lies beside the checkpoint; give the model that was trained as --base")
 
 
-def _side_files(places: Iterable[Path], settings_file: str) -> dict[str, Path]:
+def _side_files(places: Sequence[Path], settings_file: str) -> dict[str, Path]:
     """Config, tokenizer, processor and template of the result, by name, from the first folder that has each."""
-    found: dict[str, Path] = {}
-    for folder in places:
-        for name in (settings_file, *SIDE_FILES):
-            if name not in found and (folder / name).is_file():
-                found[name] = folder / name
-    if settings_file not in found:
+    settings = [folder / settings_file for folder in places if (folder / settings_file).is_file()]
+    if not settings:
         raise CheckpointError(
             f"no {settings_file} lies beside the checkpoint, which holds an adapter; put the run's own one there"
         )
-    return found
+    return {settings_file: settings[0], **choose_side_files(places)}
 
 
 def check_place(out: Path, read: Iterable[Path]) -> None:
