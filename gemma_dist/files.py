@@ -128,7 +128,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     lies at `target` is taken away first: a copy into a link that a kill left would overwrite what it is a link to."""
     target.unlink(missing_ok=True)
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)  # of a symbolic link, such as the hub's cache has, the file itself
     except OSError:
         shutil.copyfile(source, target)
 

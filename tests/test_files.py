@@ -86,3 +86,13 @@ def test_a_link_that_a_kill_left_is_not_written_through(tmp_path: Path, monkeypa
 
 def refuse(*_: object) -> None:
     raise OSError(errno.EPERM, "no hard links here")
+
+
+def test_of_a_symbolic_link_the_file_itself_is_linked(tmp_path: Path) -> None:
+    """The hub's cache has relative ones, which would lead nowhere from another folder."""
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "blob").write_text("weights")
+    (tmp_path / "snapshot" / "weights").symlink_to("../blob")
+    link_or_copy(tmp_path / "snapshot" / "weights", tmp_path / "out")
+    assert not (tmp_path / "out").is_symlink()
+    assert (tmp_path / "out").samefile(tmp_path / "blob")
