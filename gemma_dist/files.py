@@ -135,10 +135,12 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def seal(folder: Path) -> None:
     """Have all files of a folder, which is about to get its name, on the disk, and readable for whom the umask says:
-    safetensors makes them 0600, so that a group could not share them."""
+    safetensors makes them 0600, so that a group could not share them. A file that another folder has, too, keeps its
+    mode, which is that folder's owner's to choose."""
     for path in folder.iterdir():
         if path.is_file():
-            path.chmod(0o666 & ~UMASK)
+            if path.stat().st_nlink == 1:
+                path.chmod(0o666 & ~UMASK)
             sync(path)
     sync(folder)
 
