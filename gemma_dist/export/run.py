@@ -27,9 +27,9 @@ from gemma_dist.export.weights import (
     write_result,
 )
 from gemma_dist.export.zero import ZeroFolder, find_zero_folder, open_zero_folder
-from gemma_dist.files import require_free, size, whole_folder
+from gemma_dist.files import require_free, whole_folder
 from gemma_dist.logs import write_json
-from gemma_dist.merge.folders import ADAPTER_CONFIG, choose_side_files, open_base
+from gemma_dist.merge.folders import ADAPTER_CONFIG, check_room, choose_side_files, nearest_parent, open_base
 from gemma_dist.model.folder import local_folder, read_json_object, refuse_custom_code
 from gemma_dist.model.record import ADAPTER_RECORD, read_record
 from gemma_dist.train.checkpoint import MARKER, damage_of
@@ -101,7 +101,7 @@ def export(
         require_complete(result, side_files[CONFIG], checkpoint)
     num_bytes = num_bytes_of(result)
     check_place(out, [checkpoint, *([local_folder(base, f"--base {base}")] if base is not None else [])])
-    _require_room(out, result)
+    check_room(out, bytes_to_write(result, nearest_parent(out)))
 
     with whole_folder(out, num_bytes) as folder:
         write_result(result, folder, settings.max_shard_size)
@@ -191,18 +191,6 @@ def check_place(out: Path, read: Iterable[Path]) -> None:
         if out.is_relative_to(folder.resolve()):
             raise ConfigError(f"--out {out} lies in {folder}, which is read; name a folder outside it")
     require_free(out)
-
-
-def _require_room(out: Path, result: Result) -> None:
-    """Refuse a disk that has no room for the result."""
-    parent = out.parent
-    while not parent.exists():
-        parent = parent.parent
-    num_bytes = bytes_to_write(result, parent)
-    if (free := shutil.disk_usage(parent).free) < num_bytes:
-        raise ConfigError(
-            f"--out {out} needs {size(num_bytes)} and its disk has {size(free)} free; name a folder on another disk"
-        )
 
 
 def _write_record(folder: Path, checkpoint: Path, zero: ZeroFolder | None, base: Path | str | None) -> None:

@@ -321,7 +321,7 @@ def check_out(out: Path, base: BaseModel, adapters: Iterable[Adapter]) -> None:
         if out.is_relative_to(folder.resolve()):
             raise ConfigError(f"--out {out} lies in the {role}'s folder {folder}; name a folder outside it")
     require_free(out)
-    parent = _nearest_parent(out)
+    parent = nearest_parent(out)
     if not parent.is_dir():
         raise ConfigError(f"--out {out} would lie in {parent}, which is a file; name a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -330,12 +330,12 @@ def check_out(out: Path, base: BaseModel, adapters: Iterable[Adapter]) -> None:
 
 def check_room(out: Path, num_bytes: int) -> None:
     """Raises ConfigError where the disk of `out` has less room than that."""
-    if (free := shutil.disk_usage(_nearest_parent(out)).free) < num_bytes:
+    if (free := shutil.disk_usage(nearest_parent(out)).free) < num_bytes:
         raise ConfigError(
             f"--out {out} needs {size(num_bytes)} and its disk has {size(free)} free; name a folder on another disk"
         )
 
 
-def _nearest_parent(out: Path) -> Path:
+def nearest_parent(out: Path) -> Path:
     """The folder, or file, nearest above a path that exists."""
     return next(parent for parent in out.parents if parent.exists())
