@@ -128,17 +128,19 @@ def link_or_copy(source: Path, target: Path) -> None:
     lies at `target` is taken away first: a copy into a link that a kill left would overwrite what it is a link to."""
     target.unlink(missing_ok=True)
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)  # of a symbolic link, such as the hub's cache has, the file itself
     except OSError:
         shutil.copyfile(source, target)
 
 
 def seal(folder: Path) -> None:
     """Have all files of a folder, which is about to get its name, on the disk, and readable for whom the umask says:
-    safetensors makes them 0600, so that a group could not share them."""
+    safetensors makes them 0600, so that a group could not share them. A file that another folder has, too, keeps its
+    mode, which is that folder's owner's to choose."""
     for path in folder.iterdir():
         if path.is_file():
-            path.chmod(0o666 & ~UMASK)
+            if path.stat().st_nlink == 1:
+                path.chmod(0o666 & ~UMASK)
             sync(path)
     sync(folder)
 

@@ -16,7 +16,8 @@ from gemma_dist.__main__ import main
 from gemma_dist.config_merge import ExportConfig
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.export.run import export
-from gemma_dist.export.zero import find_zero_folder
+from gemma_dist.export.weights import from_zero
+from gemma_dist.export.zero import Pieces, ZeroFolder, find_zero_folder
 from gemma_dist.merge import stream
 from gemma_dist.recipe import load_config
 from gemma_dist.train.run import train
@@ -375,6 +376,32 @@ def test_a_config_of_no_model_is_refused(run: Path, tmp_path: Path) -> None:
 def test_another_base_is_refused(run: Path, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has shape .* in the checkpoint and .*give the base that was trained"):
         exported(run / "checkpoint-1", tmp_path / "out", base=tiny_model("31b"))
+
+
+def test_a_name_that_the_base_does_not_know_is_not_replaced_by_the_bases_weight(
+    run: Path, base: Path, tmp_path: Path
+) -> None:
+    """Some tools save names of their own: the trained tensor would lie there unused, beside the untrained one."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(run / "checkpoint-1", checkpoint, ignore=shutil.ignore_patterns("complete.json", "optimizer*"))
+    tensors = tensors_of(checkpoint)
+    name = "model.language_model.layers.2.mlp.up_proj"
+    tensors[f"{name}.inner.weight"] = tensors.pop(f"{name}.weight")
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{name}.inner.weight, which .* does not have"):
+        exported(checkpoint, tmp_path / "out", base=base)
+    with pytest.raises(CheckpointError, match=f"lacks 1 of the .*{name}.weight"):
+        exported(checkpoint, tmp_path / "out")
+
+
+def test_a_head_that_was_trained_apart_needs_a_config_that_says_so() -> None:
+    table = torch.ones(8, 4)
+    pieces = {name: Pieces((8, 4), [table.reshape(-1)], is_trained=True) for name in (EMBEDDING, "lm_head.weight")}
+    zero = ZeroFolder(Path("global_step1"), pieces, {}, stage=1, num_ranks=1, step=1)
+    config = {"model_type": "gemma4", "dtype": "bfloat16"}
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight was trained apart from the token embedding"):
+        from_zero(zero, config, ExportConfig())
+    assert len(from_zero(zero, config | {"tie_word_embeddings": False}, ExportConfig()).tensors) == 2
 
 
 def test_an_adapter_of_ours_is_told_to_be_merged(tmp_path: Path, capsys: Any) -> None:

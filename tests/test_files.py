@@ -69,6 +69,15 @@ def test_files_of_libraries_get_the_modes_of_the_umask(tmp_path: Path) -> None:
     assert os.umask(UMASK) == UMASK  # to read it has not changed it
 
 
+def test_a_linked_file_keeps_its_mode(tmp_path: Path) -> None:
+    """It may be another user's, or protected from being written."""
+    (tmp_path / "old").write_text("weights")
+    (tmp_path / "old").chmod(0o444)
+    with whole_folder(tmp_path / "out", 0) as folder:
+        link_or_copy(tmp_path / "old", folder / "linked")
+    assert (tmp_path / "old").stat().st_mode & 0o777 == 0o444
+
+
 def test_a_link_that_a_kill_left_is_not_written_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is a checkpoint's file: a copy into it would overwrite that checkpoint."""
     old, new, left = tmp_path / "old", tmp_path / "new", tmp_path / ".out.1.tmp"
@@ -86,3 +95,13 @@ def test_a_link_that_a_kill_left_is_not_written_through(tmp_path: Path, monkeypa
 
 def refuse(*_: object) -> None:
     raise OSError(errno.EPERM, "no hard links here")
+
+
+def test_of_a_symbolic_link_the_file_itself_is_linked(tmp_path: Path) -> None:
+    """The hub's cache has relative ones, which would lead nowhere from another folder."""
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "blob").write_text("weights")
+    (tmp_path / "snapshot" / "weights").symlink_to("../blob")
+    link_or_copy(tmp_path / "snapshot" / "weights", tmp_path / "out")
+    assert not (tmp_path / "out").is_symlink()
+    assert (tmp_path / "out").samefile(tmp_path / "blob")

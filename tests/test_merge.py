@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from gemma_dist.__main__ import main
 from gemma_dist.errors import CheckpointError, ConfigError
@@ -543,6 +543,29 @@ def test_the_adapters_own_template_wins_and_is_named(pair: Any, tmp_path: Path) 
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("place", "hidden_by"), [("tokenizer_config.json", "chat_template.jinja"), ("chat_template.jinja", None)]
+)
+def test_a_template_of_the_base_never_hides_that_of_training(
+    bases: Any, place: str, hidden_by: str | None, tmp_path: Path
+) -> None:
+    """transformers prefers chat_template.json to chat_template.jinja, and that to tokenizer_config.json."""
+    base, adapter, chosen = tmp_path / "base", tmp_path / "adapter", "{{ 'chosen in training' }}"
+    shutil.copytree(bases("31b"), base)
+    write_adapter(base, adapter)
+    if hidden_by is None:
+        (base / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 'of the base' }}"}))
+        (adapter / place).write_text(chosen)
+    else:
+        assert (base / hidden_by).is_file()
+        settings = json.loads((base / place).read_text())
+        (adapter / place).write_text(json.dumps(settings | {"chat_template": chosen}))
+    merge(base, adapter, tmp_path / "out", verify=False, base_weights="as_trained")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == chosen
+    if hidden_by is None:  # what a processor's own class reads
+        assert AutoProcessor.from_pretrained(tmp_path / "out").chat_template == chosen
+
+
 def test_an_untrained_adapter_is_remarked_on(bases: Any, tmp_path: Path) -> None:
     write_adapter(bases("31b"), tmp_path / "adapter", std=0.0)
     report = merge(bases("31b"), tmp_path / "adapter", tmp_path / "out", verify=False, base_weights="as_trained")
@@ -935,6 +958,21 @@ def test_experts_of_several_adapters_are_summed(bases: Any, tmp_path: Path) -> N
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(tmp_path / "out").items())
 
 
+def test_what_peft_does_not_hold_at_once_is_not_verified(bases: Any, tmp_path: Path) -> None:
+    base, experts = bases("26b"), ["experts.gate_up_proj", "experts.down_proj"]
+    write_adapter(base, tmp_path / "all", target_parameters=experts)
+    write_adapter(base, tmp_path / "some", target_parameters=experts[1:])
+    write_adapter(base, tmp_path / "tokens", trainable_token_indices=[3, 70])
+    two = {tmp_path / "all": 0.5, tmp_path / "some": -1.0}
+    with pytest.raises(CheckpointError, match="hold adapters with different target_parameters at once"):
+        merge(base, two, tmp_path / "out", verify=True, base_weights="as_trained")
+    merge(base, two, tmp_path / "out", verify=False, base_weights="as_trained")
+    # An adapter behind one with trained tokens, which PEFT loads in the other order alone.
+    report = merge(base, {tmp_path / "tokens": 1.0, tmp_path / "some": -0.5}, tmp_path / "tokens_first", verify=True,
+                   base_weights="as_trained")  # fmt: skip
+    assert report.num_replaced == 1
+
+
 def test_one_adapter_with_a_weight_has_the_scale_of_peft(pair: Any, tmp_path: Path) -> None:
     base, adapter = pair
     merge(base, {adapter: 0.3}, tmp_path / "out", verify=True, base_weights="as_trained")
@@ -1017,6 +1055,19 @@ def test_trained_tokens_have_the_bits_of_peft(bases: Any, name: str, listed: Any
     assert changed == sorted(listed if isinstance(listed, list) else listed["embed_tokens"])
     assert torch.equal(expected["lm_head.weight"], after[f"{EMBEDDING}.weight"])
     assert report.num_replaced == 1
+
+
+def test_a_head_that_the_base_has_written_again_gets_the_trained_rows(bases: Any, tmp_path: Path) -> None:
+    """transformers ties it whatever its file says; others read it."""
+    base, head = tmp_path / "base", "lm_head.weight"
+    shutil.copytree(bases("31b"), base)
+    tensors = load_file(base / "model.safetensors")
+    save_file(tensors | {head: tensors[f"{EMBEDDING}.weight"].clone()}, base / "model.safetensors", {"format": "pt"})
+    write_adapter(base, tmp_path / "adapter", trainable_token_indices=[70, 5])
+    merge(base, tmp_path / "adapter", tmp_path / "out", verify=True, base_weights="as_trained")
+    merged = tensors_of(tmp_path / "out")
+    assert torch.equal(merged[head], merged[f"{EMBEDDING}.weight"])
+    assert not torch.equal(merged[head], tensors[f"{EMBEDDING}.weight"])
 
 
 TOKENS = "token_adapter.trainable_tokens_delta"

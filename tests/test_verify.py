@@ -292,6 +292,26 @@ def test_one_layer_without_the_adapter_is_noticed(
         verify(base, [(adapter, 1.0)], out, quantization=None, samples=samples)
 
 
+@pytest.mark.parametrize("table", ["embed_tokens", "embed_tokens_per_layer"])
+def test_one_wrong_row_of_a_trained_token_is_noticed(
+    tiny_model: Callable[..., Path], table: str, tmp_path: Path
+) -> None:
+    base, adapter, out = tiny_model("e4b"), tmp_path / "adapter", tmp_path / "out"
+    write_adapter(base, adapter, trainable_token_indices={table: [3, 70, 401]})
+    name = f"model.language_model.{table}.weight"
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    (rows,) = (tensor for tensor in tensors if "trainable_tokens" in tensor)
+    tensors[rows] += 0.1
+    save_file(tensors, path, {"format": "pt"})
+    merge(base, adapter, out, verify=True, base_weights="as_trained")
+    merged = load_file(out / "model.safetensors")[name]
+    merged[401] = load_file(base / "model.safetensors")[name][401]
+    change(out, name, merged)
+    with pytest.raises(CheckpointError, match="does not compute what base"):
+        verify(base, [(adapter, 1.0)], out, quantization=None)
+
+
 @pytest.mark.parametrize("wrong", ["scales of the scales", "one scale"])
 def test_wrong_4_bit_weights_are_noticed(tiny_model: Callable[..., Path], wrong: str, tmp_path: Path) -> None:
     base, adapter, out = tiny_model("31b"), tmp_path / "adapter", tmp_path / "out"

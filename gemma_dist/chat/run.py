@@ -12,6 +12,7 @@ Ctrl-C stops an answer; a second one leaves.
 """
 
 import json
+import os
 from pathlib import Path
 
 from gemma_dist.chat import tools as tool_functions
@@ -151,7 +152,7 @@ class Talk:
     def _save(self, name: str) -> None:
         if not name:
             raise DataError("name a file: /save FILE.jsonl")
-        path = Path(name).expanduser()
+        path = _path(name)
         lines = path.read_bytes().splitlines() if path.exists() else []
         row = self.conversation.row(f"{path.stem}-{len(lines) + 1}")
         with writing(path) as temporary:  # an interrupt leaves all that was saved before
@@ -297,6 +298,13 @@ def _file(name: str) -> bytes:
 
     if not name:
         raise DataError("name a picture: /image PATH")
-    data = Path(name).expanduser().read_bytes()
+    data = _path(name).read_bytes()
     decode_image(data)
     return data
+
+
+def _path(name: str) -> Path:
+    """What is typed as a file's name. Raises DataError where no file can have it."""
+    if "\0" in name:
+        raise DataError(f"{name!r} is no file's name")
+    return Path(os.path.expanduser(name))  # Path's own raises RuntimeError for a user that there is not

@@ -7,7 +7,7 @@ is frozen, from the module.
 
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from gemma_dist.export.weights import (
     write_result,
 )
 from gemma_dist.export.zero import ZeroFolder, find_zero_folder, open_zero_folder
-from gemma_dist.files import require_free, size, whole_folder
+from gemma_dist.files import require_free, whole_folder
 from gemma_dist.logs import write_json
-from gemma_dist.merge.folders import ADAPTER_CONFIG, SIDE_FILES, open_base
+from gemma_dist.merge.folders import ADAPTER_CONFIG, check_room, choose_side_files, nearest_parent, open_base
 from gemma_dist.model.folder import local_folder, read_json_object, refuse_custom_code
 from gemma_dist.model.record import ADAPTER_RECORD, read_record
 from gemma_dist.train.checkpoint import MARKER, damage_of
@@ -101,7 +101,7 @@ def export(
         require_complete(result, side_files[CONFIG], checkpoint)
     num_bytes = num_bytes_of(result)
     check_place(out, [checkpoint, *([local_folder(base, f"--base {base}")] if base is not None else [])])
-    _require_room(out, result)
+    check_room(out, bytes_to_write(result, nearest_parent(out)))
 
     with whole_folder(out, num_bytes) as folder:
         write_result(result, folder, settings.max_shard_size)
@@ -171,18 +171,14 @@ def _config(places: Iterable[Path]) -> dict[str, Any]:
     raise CheckpointError(f"no {CONFIG} lies beside the checkpoint; give the model that was trained as --base")
 
 
-def _side_files(places: Iterable[Path], settings_file: str) -> dict[str, Path]:
+def _side_files(places: Sequence[Path], settings_file: str) -> dict[str, Path]:
     """Config, tokenizer, processor and template of the result, by name, from the first folder that has each."""
-    found: dict[str, Path] = {}
-    for folder in places:
-        for name in (settings_file, *SIDE_FILES):
-            if name not in found and (folder / name).is_file():
-                found[name] = folder / name
-    if settings_file not in found:
+    settings = [folder / settings_file for folder in places if (folder / settings_file).is_file()]
+    if not settings:
         raise CheckpointError(
             f"no {settings_file} lies beside the checkpoint, which holds an adapter; put the run's own one there"
         )
-    return found
+    return {settings_file: settings[0], **choose_side_files(places)}
 
 
 def check_place(out: Path, read: Iterable[Path]) -> None:
@@ -195,18 +191,6 @@ def check_place(out: Path, read: Iterable[Path]) -> None:
         if out.is_relative_to(folder.resolve()):
             raise ConfigError(f"--out {out} lies in {folder}, which is read; name a folder outside it")
     require_free(out)
-
-
-def _require_room(out: Path, result: Result) -> None:
-    """Refuse a disk that has no room for the result."""
-    parent = out.parent
-    while not parent.exists():
-        parent = parent.parent
-    num_bytes = bytes_to_write(result, parent)
-    if (free := shutil.disk_usage(parent).free) < num_bytes:
-        raise ConfigError(
-            f"--out {out} needs {size(num_bytes)} and its disk has {size(free)} free; name a folder on another disk"
-        )
 
 
 def _write_record(folder: Path, checkpoint: Path, zero: ZeroFolder | None, base: Path | str | None) -> None:

@@ -82,6 +82,11 @@ def from_zero(zero: ZeroFolder, config: dict[str, Any], settings: ExportConfig) 
         tensors[name_in_file(name.replace("_orig_mod.", ""), kind)] = _joined(name, pieces, getattr(torch, dtype))
     text = config.get("text_config") or {}
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
+    if tied and LM_HEAD in zero.tensors and zero.tensors[LM_HEAD].is_trained:
+        raise CheckpointError(
+            f"{zero.folder}: {LM_HEAD} was trained apart from the token embedding, but config.json says that they are "
+            "tied; put the config.json of the trained model beside the checkpoint"
+        )
     if not tied and LM_HEAD in zero.tied:
         raise CheckpointError(
             f"{zero.folder}: {LM_HEAD} was tied to {zero.tied[LM_HEAD]}, but config.json says that it is not; put the "
@@ -119,7 +124,7 @@ def from_base(result: Result, base: BaseModel) -> Result:
     another, which transformers neither makes nor saves; and what was frozen and left out.
 
     Raises:
-        CheckpointError: a tensor has another shape in the base.
+        CheckpointError: a tensor has another shape in the base, or another name.
     """
     have = result.headers
     added: dict[str, Copied | Computed] = {}
@@ -133,8 +138,12 @@ def from_base(result: Result, base: BaseModel) -> Result:
                     f"{name} has shape {list(have[name].shape)} in the checkpoint and {list(entry.shape)} in "
                     f"{base.folder}; give the base that was trained as --base"
                 )
-    if not have.keys() & base.headers.keys():
-        raise CheckpointError(f"{base.folder} has no tensor of the checkpoint's; give the base that was trained")
+    strange = [name for name in have if name not in base.headers and name != LM_HEAD]
+    if added and strange:  # names of another class or tool: the base's weights would stand in for trained ones
+        raise CheckpointError(
+            f"the checkpoint has {strange[0]}, which {base.folder} does not have, and lacks its {next(iter(added))}; "
+            "give the base that was trained as --base"
+        )
     return replace(result, tensors=result.tensors | added, num_from_base=len(added))
 
 

@@ -52,6 +52,8 @@ SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+CONFIGS_WITH_TEMPLATE = ("tokenizer_config.json", "processor_config.json")  # which may hold one, of older versions
 
 
 @dataclass(frozen=True)
@@ -247,14 +249,35 @@ def note_untrained(adapter: Adapter, loras: Collection[Lora]) -> str | None:
 
 def find_side_files(base: BaseModel, adapters: Iterable[Adapter]) -> dict[str, SideFile]:
     """Config, tokenizer, processor and template of the result, by name."""
+    chosen = choose_side_files([*(adapter.folder for adapter in adapters), base.folder])
     found = {"config.json": SideFile(base.folder / "config.json", "base")}
-    for name in SIDE_FILES:
-        paths = [adapter.folder / name for adapter in adapters if (adapter.folder / name).is_file()]
-        if paths:
-            found[name] = SideFile(paths[0], "adapter")
-        elif (base.folder / name).is_file():
-            found[name] = SideFile(base.folder / name, "base")
+    for name, path in chosen.items():
+        found[name] = SideFile(path, "base" if path.parent == base.folder else "adapter")
     return found
+
+
+def choose_side_files(folders: Iterable[Path]) -> dict[str, Path]:
+    """Each of SIDE_FILES from the first folder that has it.
+
+    But for a chat template: transformers reads it from one of several places, and a later folder's file would hide that
+    of an earlier one.
+    """
+    found: dict[str, Path] = {}
+    has_template = False
+    for folder in folders:
+        brought = [name for name in SIDE_FILES if (folder / name).is_file()]
+        for name in brought:
+            if name not in found and not (has_template and name in TEMPLATES):
+                found[name] = folder / name
+        has_template = has_template or any(_holds_template(folder / name) for name in brought)
+    return {name: found[name] for name in SIDE_FILES if name in found}
+
+
+def _holds_template(path: Path) -> bool:
+    """Whether a side file says how messages are rendered."""
+    if path.name not in CONFIGS_WITH_TEMPLATE:
+        return path.name in TEMPLATES
+    return bool(read_json_object(path, "it is to go into the result").get("chat_template"))
 
 
 def check_side_files(side_files: Mapping[str, SideFile], base: BaseModel, adapters: Iterable[Adapter]) -> None:
@@ -298,7 +321,7 @@ def check_out(out: Path, base: BaseModel, adapters: Iterable[Adapter]) -> None:
         if out.is_relative_to(folder.resolve()):
             raise ConfigError(f"--out {out} lies in the {role}'s folder {folder}; name a folder outside it")
     require_free(out)
-    parent = _nearest_parent(out)
+    parent = nearest_parent(out)
     if not parent.is_dir():
         raise ConfigError(f"--out {out} would lie in {parent}, which is a file; name a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -307,12 +330,12 @@ def check_out(out: Path, base: BaseModel, adapters: Iterable[Adapter]) -> None:
 
 def check_room(out: Path, num_bytes: int) -> None:
     """Raises ConfigError where the disk of `out` has less room than that."""
-    if (free := shutil.disk_usage(_nearest_parent(out)).free) < num_bytes:
+    if (free := shutil.disk_usage(nearest_parent(out)).free) < num_bytes:
         raise ConfigError(
             f"--out {out} needs {size(num_bytes)} and its disk has {size(free)} free; name a folder on another disk"
         )
 
 
-def _nearest_parent(out: Path) -> Path:
+def nearest_parent(out: Path) -> Path:
     """The folder, or file, nearest above a path that exists."""
     return next(parent for parent in out.parents if parent.exists())

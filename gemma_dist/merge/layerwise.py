@@ -9,7 +9,6 @@ Of the embeddings only the rows of the samples' tokens are read, and the head is
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from unittest.mock import patch
 import torch
 
 from gemma_dist.errors import CheckpointError
+from gemma_dist.merge.folders import model_class
 from gemma_dist.model.load import load_another, with_adapter
 from gemma_dist.model.record import Quantization
 
@@ -184,17 +184,6 @@ def _look_up(model: LayerwiseModel, table: Any) -> Callable[[torch.Tensor], torc
         return model._full(table.weight, rows) * getattr(table, "scalar_embed_scale", 1.0)
 
     return forward
-
-
-def model_class(folder: Path) -> Any:
-    """The class that config.json names: the automatic ones may choose another wrapper, with other tensor names."""
-    import transformers
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    name = (config.get("architectures") or ["AutoModelForImageTextToText"])[0]
-    if not hasattr(transformers, name):
-        raise CheckpointError(f"{folder / 'config.json'}: architectures {name!r} is not in transformers; update it")
-    return getattr(transformers, name)
 
 
 def _load_mapped(folder: Path) -> Any:

@@ -8,7 +8,7 @@ refused by name, since a wrong merge loads and generates without any error.
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gemma_dist.config import EXPERT_WEIGHTS
@@ -124,7 +124,14 @@ def plan_merge(
         ops.append(op)
         used += _adapter_tensors(op)
     assert sorted(used) == sorted(adapter), "an adapter tensor is not used exactly once"
-    return ops
+    return _with_head_as_embedding(ops) if tied_embeddings else ops
+
+
+def _with_head_as_embedding(ops: list[TensorOp]) -> list[TensorOp]:
+    """An LM head that a base's files have beside the embedding it is tied to stays equal to it: where the two differ,
+    transformers (5.23) unties them."""
+    rows = next((op.replaced_by for op in ops if op.name.endswith("embed_tokens.weight")), None)
+    return [replace(op, replaced_by=rows) if op.name == "lm_head.weight" else op for op in ops]
 
 
 def _adapter_tensors(op: TensorOp) -> Iterable[str]:

@@ -42,7 +42,7 @@ from gemma_dist.merge.four_bit import PackedWeight, linears_left_whole
 from gemma_dist.merge.layout import Layout, config_in_dtype, lay_out
 from gemma_dist.merge.names import with_names_of_peft
 from gemma_dist.merge.plan import TensorOp, plan_merge
-from gemma_dist.merge.several import combine, require_alike
+from gemma_dist.merge.several import combine, require_alike, require_comparable
 from gemma_dist.merge.stream import Computed, Copied, Workers, write_weights
 from gemma_dist.merge.verify import Samples, describe, read_samples
 from gemma_dist.merge.verify import verify as compare
@@ -163,6 +163,8 @@ def merge(
     out = Path(out).resolve()
     weights = adapter if isinstance(adapter, Mapping) else {Path(adapter): 1.0}
     plan = _plan(base, weights, out, base_weights, dtype, max_shard_size)
+    if verify:
+        require_comparable(plan.adapters)
     if save_in_4bit:
         plan = _in_4_bits(plan, weights, dtype, max_shard_size, verify=bool(verify))
     check_room(out, plan.layout.num_bytes)
@@ -186,7 +188,9 @@ def merge(
 
 def _compare_logits(plan: Plan, weights: Mapping[Path, float], folder: Path, samples: Samples | None) -> dict[str, Any]:
     with contextlib.ExitStack() as copies:
-        known = [(copies.enter_context(as_peft_saves(one)), weights[one.folder]) for one in plan.adapters]
+        # PEFT (0.21) loads no other adapter beside one with trained tokens, but that one beside others.
+        in_order = sorted(plan.adapters, key=lambda one: bool(one.settings.get("trainable_token_indices")))
+        known = [(copies.enter_context(as_peft_saves(one)), weights[one.folder]) for one in in_order]
         return compare(plan.base.folder, known, folder, quantization=plan.quantization, samples=samples)
 
 

@@ -42,6 +42,22 @@ def require_alike(adapters: Sequence[Adapter], base_weights: BaseWeights) -> Non
                 )
 
 
+def require_comparable(adapters: Sequence[Adapter]) -> None:
+    """Refuse adapters that PEFT (0.21), whose logits are compared with, does not hold at the same time.
+
+    Raises:
+        CheckpointError: they are such adapters.
+    """
+    experts = {tuple(sorted(one.settings.get("target_parameters") or ())) for one in adapters} - {()}
+    with_tokens = [one.folder for one in adapters if one.settings.get("trainable_token_indices")]
+    if len(experts) > 1 or len(with_tokens) > 1:
+        kind = "different target_parameters" if len(experts) > 1 else "several with trainable_token_indices"
+        raise CheckpointError(
+            f"{' and '.join(str(one.folder) for one in adapters)}: PEFT does not hold adapters with {kind} at once, so "
+            "their sum cannot be verified; verify each adapter alone, and merge them together without verifying"
+        )
+
+
 def combine(plans: Sequence[list[TensorOp]], weights: Sequence[float], names: Sequence[str]) -> list[TensorOp]:
     """One `TensorOp` for each tensor of the base, from those of each adapter alone.
 

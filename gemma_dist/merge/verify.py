@@ -26,6 +26,7 @@ from gemma_dist.data.encode import IGNORE_INDEX, load_encoder
 from gemma_dist.data.fit import encode_trained
 from gemma_dist.data.strict import error_context
 from gemma_dist.errors import CheckpointError, DataError
+from gemma_dist.merge.folders import ADAPTER_CONFIG
 from gemma_dist.merge.layerwise import Inputs, LayerwiseModel, Run
 from gemma_dist.model.record import Quantization
 from gemma_dist.model.vision import patches_of_config
@@ -35,6 +36,7 @@ FLOAT32_MAX_LOGIT_DIFFERENCE = 1e-3
 NOISE_FACTOR = 4.0
 NOISE_KL_FLOOR = 1e-6  # nats per position: a model without noise may still differ in the last bit
 PROMPT_LENGTHS = (8, 24, 48)
+TOKENS_PER_PROMPT = 512  # of those that were trained
 BLOCK_LOGITS = 1 << 22  # that are compared at once
 BLOCK_TOKENS = 1 << 13  # most rows of the head that are held at once
 
@@ -76,11 +78,12 @@ def read_samples(data: Path, limit: int, model: Path, adapter: Path) -> Samples:
     return Samples(samples, str(data))
 
 
-def made_up_samples(config: Mapping[str, Any]) -> Samples:
+def made_up_samples(config: Mapping[str, Any], tokens: Sequence[int] = ()) -> Samples:
     """Pseudo-random ids, always the same; in the last row with a small image if the model sees.
 
     Args:
         config: of the model, with all defaults in it.
+        tokens: whose embeddings were trained; they have rows of their own.
     """
     generator = torch.Generator().manual_seed(0)
     text_config = config.get("text_config") or config
@@ -92,7 +95,9 @@ def made_up_samples(config: Mapping[str, Any]) -> Samples:
         """(1, length): ids of ordinary tokens."""
         return ids[torch.randint(len(ids), (1, length), generator=generator)]
 
-    prompts = [{"input_ids": row, "mm_token_type_ids": torch.zeros_like(row)} for row in map(draw, PROMPT_LENGTHS)]
+    trained = torch.tensor([[token for token in tokens if token not in special]], dtype=torch.long)
+    texts = [*map(draw, PROMPT_LENGTHS), *(row for row in trained.split(TOKENS_PER_PROMPT, dim=1) if row.numel())]
+    prompts = [{"input_ids": row, "mm_token_type_ids": torch.zeros_like(row)} for row in texts]
     if config.get("vision_config"):
         patches = patches_of_config(config)
         colors = torch.rand(patches.num_patches(2), patches.num_values, generator=generator)
@@ -136,7 +141,10 @@ def verify(
     from transformers import AutoConfig
 
     if samples is None:
-        samples = made_up_samples(AutoConfig.from_pretrained(merged, trust_remote_code=False).to_dict())
+        config = AutoConfig.from_pretrained(merged, trust_remote_code=False).to_dict()
+        samples = made_up_samples(
+            config, sorted({token for folder, _ in adapters for token in _trained_tokens(folder)})
+        )
     exact = _stored_in_float32(merged, quantization)
     trained = LayerwiseModel(base, adapters, quantization)
     runs = [Run(row.inputs) for row in samples.rows]
@@ -164,6 +172,13 @@ def verify(
             f"{' and '.join(str(folder) for folder, _ in adapters)} was trained on"
         )
     return report
+
+
+def _trained_tokens(adapter: Path) -> list[int]:
+    """The tokens whose rows of an embedding an adapter has."""
+    settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    listed = settings.get("trainable_token_indices") or []
+    return [token for tokens in (listed.values() if isinstance(listed, dict) else [listed]) for token in tokens]
 
 
 def describe(report: Mapping[str, Any]) -> list[str]:
