@@ -118,6 +118,11 @@ SOURCES = {
     "trl.trainer.utils:add_fused_lm_head": ("model/head.py", "restates", "422d009f04b6"),
     "trl.kernels.chunked_logprob:_use_triton": ("plan/kernels.py", "replaces", "f0510984e05a"),
     "trl.kernels.chunked_logprob:_addmm_fp32": ("plan/kernels.py", "replaces", "136dc3d2a331"),
+    "transformers.cli.serving.utils:get_response_template": (
+        "serving/transformers_serve.py",
+        "adds to what is read by",
+        "8e54dd243033",
+    ),
     "peft.utils.other:get_pattern_key": ("merge/plan.py", "restates", "be585ac2daa2"),
 }
 # The same, with a hash of the parameters: their names, their kinds, and which may be left out.
@@ -204,6 +209,7 @@ def test_each_private_name_that_is_used_of_others_is_listed() -> None:
     listed |= {"_gradient_checkpointing_func", "_hp_mapping", "_weight_conversions", "_is_hf_initialized"}
     listed |= {"_keys_to_ignore_on_load_unexpected", "_attn_implementation", "_no_split_modules"}
     listed |= {"_ChunkedLogProbFunction", "_CHUNKED_LOGPROB_CHUNK_SIZE"}  # names of trl.trainer.utils
+    listed |= {"_RESPONSE_TEMPLATE_FALLBACKS"}
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text())
         defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}

@@ -157,7 +157,7 @@ class LayerwiseModel:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         if isinstance(module, torch.nn.Embedding) and module.weight in self._stored:
-            module.forward = _look_up(self, module)  # type: ignore[method-assign, assignment]
+            module.forward = self._look_up(module)  # type: ignore[method-assign, assignment]
             return
         is_adapted = isinstance(module, BaseTunerLayer)  # may read the weight of the layer that it wraps
         if any(parameter in self._stored for parameter in module.parameters(recurse=is_adapted)):
@@ -175,15 +175,14 @@ class LayerwiseModel:
             if child is not layers:
                 self._hold_while_called(child, layers)
 
+    def _look_up(self, table: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The `forward` of an embedding that reads no more than the rows of its tokens."""
 
-def _look_up(model: LayerwiseModel, table: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The `forward` of an embedding that reads no more than the rows of its tokens."""
+        def forward(input_ids: torch.Tensor) -> torch.Tensor:
+            rows = torch.nn.functional.embedding(input_ids, self._stored[table.weight])
+            return self._full(table.weight, rows) * getattr(table, "scalar_embed_scale", 1.0)
 
-    def forward(input_ids: torch.Tensor) -> torch.Tensor:
-        rows = torch.nn.functional.embedding(input_ids, model._stored[table.weight])
-        return model._full(table.weight, rows) * getattr(table, "scalar_embed_scale", 1.0)
-
-    return forward
+        return forward
 
 
 def _load_mapped(folder: Path) -> Any:
