@@ -58,7 +58,7 @@ def results(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
         (place / "checkpoint-3").mkdir()
         (place / "checkpoint-3/optimizer-00000-of-00001.safetensors").write_bytes(b"state")
         for name in ("metrics.jsonl", "best.json", ".env", "training_args.bin", "optimizer-00000-of-00001.safetensors"):
-            (place / name).write_text(f"{KEY} /root/secret")
+            (place / name).write_text(f"{KEY} /home/somebody/secret")
     return folder
 
 
