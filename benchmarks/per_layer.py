@@ -15,7 +15,7 @@ from gemma_dist.config import LoraConfig, ModelConfig
 from gemma_dist.model.load import add_adapter, load_model, read_config
 from gemma_dist.model.per_layer import INDEX, ROWS, TABLE, PerLayerTable, open_table
 from gemma_dist.model.tiny import DEFAULT_CORPUS, tiny_config, tiny_processor
-from gemma_dist.tensorfile import Entry, open_tensors, write_header
+from gemma_dist.tensorfile import Entry, header_bytes, open_tensors
 
 WARM_UP, STEP_TOKENS = 2, 512
 LAYERS, WIDTH, VOCABULARY = 8, 256, 16_384  # of the model whose steps are timed
@@ -95,7 +95,7 @@ def gathers(path: Path) -> None:
     """Seconds for the rows of a sequence, of E4B's size, from a mapped file that is in the page cache or not."""
     with path.open("wb") as file:
         entry = Entry("BF16", (NUM_ROWS, ROW), 0, 2 * NUM_ROWS * ROW)
-        write_header(file, {f"{TABLE}.weight": entry}, {})
+        file.write(header_bytes({f"{TABLE}.weight": entry}, {}))
         for _ in range(NUM_ROWS // 256):
             file.write(os.urandom(2 * 256 * ROW))
         file.flush()

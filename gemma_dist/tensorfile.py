@@ -99,16 +99,21 @@ def open_tensors(path: Path) -> TensorFile:
     return TensorFile(path, entries, metadata)
 
 
-def write_header(target: BinaryIO, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
-    """Begin a safetensors file; the tensors' bytes must follow in the order of `entries` (whose `begin` is ignored)."""
+def header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str], multiple_of: int = 8) -> bytes:
+    """What a safetensors file begins with; the tensors' bytes must follow in the order of `entries` (whose `begin` is
+    ignored).
+
+    Args:
+        multiple_of: bytes that the data begins at a multiple of; 8 as in files of the reference writer.
+    """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, entry in entries.items():
         begin, end = end, end + entry.num_bytes
         header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # so that the data begins at a multiple of 8 bytes, as the reference writer does
-    target.write(struct.pack("<Q", len(text)) + text)
+    text += b" " * (-(8 + len(text)) % multiple_of)
+    return struct.pack("<Q", len(text)) + text
 
 
 def write_tensor(target: BinaryIO, tensor: torch.Tensor) -> None:
@@ -122,6 +127,6 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         entries[name] = Entry(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
     with writing(path) as temporary, temporary.open("wb") as target:
-        write_header(target, entries, {"format": "pt"})
+        target.write(header_bytes(entries, {"format": "pt"}))
         for tensor in tensors.values():
             write_tensor(target, tensor)

@@ -27,7 +27,7 @@ from gemma_dist.model.record import four_bit_modules
 from gemma_dist.model.towers import unneeded_towers
 from gemma_dist.recipe import load_config
 from gemma_dist.stream.collate import collate, collate_packs
-from gemma_dist.tensorfile import Entry, open_tensors, write_header
+from gemma_dist.tensorfile import Entry, header_bytes, open_tensors
 from tests.parity.bench import Bench
 from tests.parity.cells import Cell
 from tests.parity.judge import curve, judge
@@ -100,7 +100,7 @@ def test_a_base_of_the_true_size_takes_no_memory_of_a_process(model: str, tmp_pa
     text.vocab_size_per_layer_input, text.num_hidden_layers, text.hidden_size_per_layer_input = 262_144, 42, 256
     entry = Entry("BF16", shape, 0, 2 * shape[0] * shape[1])
     with (tmp_path / "model.safetensors").open("wb") as file:
-        write_header(file, {NAME: entry}, {})
+        file.write(header_bytes({NAME: entry}, {}))
         file.truncate(file.tell() + entry.num_bytes)
     before = anonymous_memory()
     table = PerLayerTable(open_tensors(tmp_path / "model.safetensors"), NAME, config, torch.bfloat16)
@@ -156,7 +156,7 @@ def test_a_base_without_the_table_is_refused(
         if entry.dtype == "I8":
             entries = {name: Entry("I8", (rows, 96), 0, 96 * rows)}
     with (tmp_path / "model.safetensors").open("wb") as file:
-        write_header(file, entries, {})
+        file.write(header_bytes(entries, {}))
         file.write(bytes(sum(entry.num_bytes for entry in entries.values())))
     with pytest.raises(CheckpointError, match=message):
         open_table(str(tmp_path), config, torch.float32)

@@ -29,7 +29,7 @@ from gemma_dist.merge.run import names_in_model
 from gemma_dist.merge.stream import as_bytes, as_matrix, read_into, row_blocks
 from gemma_dist.model.folder import refuse_custom_code
 from gemma_dist.model.record import write_extract_record
-from gemma_dist.tensorfile import Entry, TensorFile, write_header, write_tensor
+from gemma_dist.tensorfile import Entry, TensorFile, header_bytes, write_tensor
 
 NUM_ITERATIONS, SEED = 8, 0
 # The matrices of the language model that are a linear layer's: all but its embeddings.
@@ -217,7 +217,7 @@ def _write_factors(path: Path, linear: Mapping[str, Pair], rank: int) -> dict[st
     whole: dict[str, float] = {}
     bar = progress(linear.items(), total=len(linear), desc="extract", unit="matrix")
     with naming(path), path.open("wb") as target, contextlib.closing(bar):
-        write_header(target, _entries(linear, rank), {"format": "pt"})
+        target.write(header_bytes(_entries(linear, rank), {"format": "pt"}))
         for name, pair in bar:
             change = torch.empty(pair.shape)
             for start, stop in row_blocks(pair.shape):

@@ -44,7 +44,7 @@ from gemma_dist.merge.folders import (
 from gemma_dist.merge.names import with_names_of_peft
 from gemma_dist.merge.plan import PREFIX, Lora, plan_merge
 from gemma_dist.merge.run import names_in_model
-from gemma_dist.tensorfile import Entry, TensorFile, write_header, write_tensor
+from gemma_dist.tensorfile import Entry, TensorFile, header_bytes, write_tensor
 
 Engine = Literal["vllm", "sglang"]
 
@@ -129,7 +129,7 @@ def export_adapter(adapter: Path, base: Path | str, out: Path, engine: Engine) -
     entries = {name: Entry("F32", one.shape, 0, 4 * one.shape[0] * one.shape[1]) for name, one in factors.items()}
     with whole_folder(out, sum(entry.num_bytes for entry in entries.values())) as folder:
         with naming(folder / ADAPTER_WEIGHTS), (folder / ADAPTER_WEIGHTS).open("wb") as target:
-            write_header(target, entries, {"format": "pt"})
+            target.write(header_bytes(entries, {"format": "pt"}))
             for one in factors.values():
                 write_tensor(target, one.values())
         modules = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in factors}

@@ -4,6 +4,7 @@ Each step takes a tensor's rows and gives its rows (`stream.Rows`), so that a bl
 it is in the processor's cache: stored, taken to 4 bit and back, with the adapter added.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -60,14 +61,16 @@ def lora_rows(workers: Workers, weight: Rows, lora: Lora, adapter: TensorFile, s
     In PEFT's order of operations (`get_delta_weight` of `Linear` and `ParamWrapper`, `DoraLinearVariant.merge_unsafe`),
     so that the bits agree.
     """
-    delta = _delta_rows(workers, lora, adapter, as_matrix(shape)[1])
+    in_factor = lora.scale >= 1 and math.frexp(lora.scale)[0] == 0.5  # by a power of two, each bit is the same
+    delta = _delta_rows(workers, lora, adapter, as_matrix(shape)[1], lora.scale if in_factor else 1.0)
     magnitude = adapter.read(lora.magnitude).float() if lora.magnitude is not None else None
 
     def rows(start: int, stop: int) -> torch.Tensor:
         found = weight(start, stop)
         if found.dtype != torch.float32:
-            found = workers.room("sum", found.shape, torch.float32).copy_(found)
-        found.add_(delta(start, stop).mul_(lora.scale))
+            found = workers.room("sum", tuple(found.shape), torch.float32).copy_(found)
+        change = delta(start, stop)
+        found.add_(change if in_factor else change.mul_(lora.scale))
         if magnitude is None:
             return found
         return found.mul_((magnitude[start:stop] / torch.linalg.norm(found, dim=1)).view(-1, 1))
@@ -75,9 +78,9 @@ def lora_rows(workers: Workers, weight: Rows, lora: Lora, adapter: TensorFile, s
     return rows
 
 
-def _delta_rows(workers: Workers, lora: Lora, adapter: TensorFile, in_matrix: int) -> Rows:
-    """B @ A; of a stack of experts, each one's."""
-    a, b = adapter.read(lora.a).float(), adapter.read(lora.b).float()
+def _delta_rows(workers: Workers, lora: Lora, adapter: TensorFile, in_matrix: int, scale: float) -> Rows:
+    """(scale * B) @ A; of a stack of experts, each one's."""
+    a, b = adapter.read(lora.a).float(), adapter.read(lora.b).float().mul_(scale)
 
     def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """Left @ right."""

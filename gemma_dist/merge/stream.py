@@ -6,11 +6,12 @@ memory: each thread holds one block, beside what a tensor needs as a whole (the 
 """
 
 import contextlib
+import ctypes
 import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import torch
 
 from gemma_dist.errors import CheckpointError, setting
 from gemma_dist.files import naming, sync
-from gemma_dist.tensorfile import DTYPE_OF, Entry, TensorFile, write_header
+from gemma_dist.merge.direct import PAGE_BYTES, SharedFile
+from gemma_dist.tensorfile import DTYPE_OF, Entry, TensorFile, header_bytes
 
 # Of a tensor taken as a matrix, rows start … stop-1, in any order and by several threads at once; until the same thread
 # asks again. Whoever gets them may change them.
@@ -30,6 +32,7 @@ MIN_ROWS = 64  # matrix products of fewer may have other bits than those of all;
 COPY_BYTES = 64 << 20
 SYNC_BYTES = 64 << 20
 MAX_THREADS = 8
+NUM_WAITING = 2  # threads that wait for the disk while the others compute
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Workers:
     """
 
     def __init__(self) -> None:
-        self.num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+        self.num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0))) + NUM_WAITING
 
     def __enter__(self) -> "Workers":
         self._torch_threads = torch.get_num_threads()
@@ -107,6 +110,16 @@ class Workers:
             future.result()
         self._futures = []
 
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """At the end nothing is at work, also where an error ends it: what had not begun is dropped then."""
+        try:
+            yield
+        finally:
+            for future in self._futures:
+                future.cancel()
+            wait(self._futures)
+
     def sync(self, path: Path, num_bytes: int) -> None:
         """Have a file on the disk now and then while it is written, of which so many more bytes are.
 
@@ -122,15 +135,20 @@ class Workers:
         """What `work` returns for each of `arguments`, in their order."""
         return [future.result() for future in [self._pool.submit(work, *each) for each in arguments]]
 
-    def room(self, purpose: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def room(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory of the calling thread, which its next call for the same purpose gives again: fresh memory for each
-        block would have to be cleared by the kernel first."""
-        num_bytes = math.prod(shape) * dtype.itemsize
-        kept = self._rooms.__dict__
-        if len(kept.get(purpose, ())) < num_bytes:
-            kept[purpose] = torch.empty(num_bytes, dtype=torch.uint8)
-        room: torch.Tensor = kept[purpose][:num_bytes]
-        return room.view(dtype).view(*shape)
+        block would have to be cleared by the kernel first. It begins with a page (see `direct.py`)."""
+        kept, asked = self._rooms.__dict__, (shape, dtype)
+        memory, last_asked, last = kept.get(purpose, (None, None, None))
+        if last_asked != asked:
+            num_bytes = math.prod(shape) * dtype.itemsize
+            if memory is None or len(memory) < num_bytes:
+                memory = torch.empty(num_bytes + PAGE_BYTES, dtype=torch.uint8)
+                memory = memory[-memory.data_ptr() % PAGE_BYTES :][:num_bytes]
+            last = memory[:num_bytes].view(dtype).view(shape)
+            kept[purpose] = memory, asked, last
+        assert last is not None
+        return last
 
     def handle(self, path: Path) -> int:
         """Of a file that is read, open until the end."""
@@ -184,25 +202,41 @@ def write_weights(
     Raises:
         CheckpointError: a file that is read changed meanwhile, or a tensor would not be finite.
     """
-    with naming(path), path.open("wb") as target:
-        write_header(target, {name: tensor.entry for name, tensor in tensors.items()}, metadata)
-        target.flush()
-        at = target.tell()
-        target.truncate(at + sum(tensor.entry.num_bytes for tensor in tensors.values()))
-        copy = _Copy(target.fileno(), workers)
-        for name, tensor in tensors.items():
+    direct = [name for name, tensor in tensors.items() if _has_whole_pages(tensor)]
+    in_order = direct + [name for name in tensors if name not in set(direct)]
+    header = header_bytes({name: tensors[name].entry for name in in_order}, metadata, multiple_of=PAGE_BYTES)
+    at = len(header)
+    num_bytes = at + sum(tensor.entry.num_bytes for tensor in tensors.values())
+    with naming(path), SharedFile(path, num_bytes) as target, workers.settled():
+        copy = _Copy(target, workers)
+        for number, name in enumerate(in_order):
             yield name
+            tensor = tensors[name]
+            if number == len(direct):
+                workers.wait()
+                target.end_direct()
             if isinstance(tensor, Copied):
                 copy.add(tensor.file.path, tensor.entry.begin, at, tensor.entry.num_bytes)
             else:
-                _compute(name, tensor, target.fileno(), at, workers)
+                _compute(name, tensor, target, at, workers)
             at += tensor.entry.num_bytes
-            workers.sync(path, tensor.entry.num_bytes)
+            if not target.is_direct:
+                workers.sync(path, tensor.entry.num_bytes)
         copy.flush()
         workers.wait()
+        target.end_direct()
+        target.write(memoryview(header), 0)
 
 
-def _compute(name: str, tensor: Computed, target: int, at: int, workers: Workers) -> None:
+def _has_whole_pages(tensor: Copied | Computed) -> bool:
+    """Whether a tensor is computed, and in blocks (`row_blocks`) of whole pages."""
+    if isinstance(tensor, Copied):
+        return False
+    width = as_matrix(tensor.entry.shape)[2] * DTYPE_OF[tensor.entry.dtype].itemsize
+    return (MIN_ROWS * width) % PAGE_BYTES == 0 and tensor.entry.num_bytes % PAGE_BYTES == 0
+
+
+def _compute(name: str, tensor: Computed, target: SharedFile, at: int, workers: Workers) -> None:
     """Have a tensor's blocks computed and written from byte `at` on."""
     rows, dtype = tensor.rows(workers), DTYPE_OF[tensor.entry.dtype]
     width = as_matrix(tensor.entry.shape)[2] * dtype.itemsize
@@ -210,19 +244,21 @@ def _compute(name: str, tensor: Computed, target: int, at: int, workers: Workers
     def write(start: int, stop: int) -> None:
         values = block = rows(start, stop)
         if values.dtype != dtype:
-            block = workers.room("result", values.shape, dtype).copy_(values)
-        if not block.sum().isfinite():  # the sum of finite ones may overflow, too
+            block = workers.room("result", tuple(values.shape), dtype).copy_(values)
+        if not math.isfinite(block.sum().item()):  # the sum of finite ones may overflow, too
             _check_finite(name, values, block, tensor.converted)
-        write_at(target, as_bytes(block), at + start * width)
+        if not block.is_contiguous() or (target.is_direct and block.data_ptr() % PAGE_BYTES):
+            block = workers.room("whole pages", tuple(block.shape), dtype).copy_(block)
+        target.write(as_bytes(block), at + start * width)
 
     for start, stop in row_blocks(tensor.entry.shape):
         workers.submit(write, start, stop)
 
 
 def as_bytes(block: torch.Tensor) -> memoryview:
-    """The memory of a tensor."""
-    data: memoryview = block.contiguous().view(-1).view(torch.uint8).numpy().data
-    return data
+    """The memory of a contiguous tensor, which must outlive it."""
+    assert block.is_contiguous()
+    return memoryview((ctypes.c_char * block.nbytes).from_address(block.data_ptr())).cast("B")
 
 
 def _check_finite(name: str, values: torch.Tensor, block: torch.Tensor, converted: bool) -> None:
@@ -243,7 +279,7 @@ def _check_finite(name: str, values: torch.Tensor, block: torch.Tensor, converte
 class _Copy:
     """Ranges of bytes to be copied to a file: neighbors go together."""
 
-    def __init__(self, target: int, workers: Workers) -> None:
+    def __init__(self, target: SharedFile, workers: Workers) -> None:
         self.target, self.workers = target, workers
         self._path, self._from, self._at, self._num_bytes = Path(), 0, 0, 0
 
@@ -261,7 +297,7 @@ class _Copy:
         for done in range(0, self._num_bytes, COPY_BYTES):
             num_bytes = min(COPY_BYTES, self._num_bytes - done)
             self.workers.submit(
-                copy_range, handle, self._path, self._from + done, self.target, self._at + done, num_bytes
+                copy_range, handle, self._path, self._from + done, self.target.handle, self._at + done, num_bytes
             )
         self._num_bytes = 0
 
