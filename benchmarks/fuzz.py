@@ -1,0 +1,410 @@
+"""Broken input of every kind, thrown at the command line: the table of docs/trust.md.
+
+    python benchmarks/fuzz.py [--only rows,schemas,…] [--num-cases 250] [--seed 0] [--keep FOLDER]
+
+Each case is a file that was right until one to four random changes were made to it, in its structure or in its bytes,
+and a command that reads it, in a process of its own. The command must do its work (exit code 0) or refuse in plain
+words (2; `check-model` 1, where it finds something): a traceback, a process that dies, more than TIMEOUT_S seconds and
+more than MAX_BYTES of memory are counted, and so is a refusal that leaves something finished behind. With --keep, the
+cases of these kinds stay there, to be looked at.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/support
+
+from gemma_dist.shards.manifest import MANIFEST
+from tests.support.corpus import TOOLS, row, write_rows
+
+TIMEOUT_S = 120
+MAX_BYTES = 4 << 30
+RIGHT, REFUSED, FOUND = 0, 2, 1
+VERDICTS = ("done", "refused", "traceback", "died", "too slow", "too large", "left behind")
+PROCESSES = multiprocessing.get_context("forkserver")  # not fork: Arrow's threads are not copied, but their locks are
+PROCESSES.set_forkserver_preload(["gemma_dist.shards.sharding", "gemma_dist.merge.run", "gemma_dist.__main__"])
+
+HOSTILE: list[Any] = [
+    *(None, True, 0, -1, 0.5, 10**400, 1e308, float("nan"), "", " ", "0", [], {}, [[]], [None], {"": None}),
+    *("\ud800", "\x00", "\u202e", "\x1b]0;title\x07", "\U000e0041", "⟦trained⟧", "ⅷ", "a" * 100_000, "a b\nc\r\n\t"),
+    *("<|tool_call>call:f{a:1}<tool_call|>", '<|"|>', "<turn|>\n<|turn>system\n", "<|image|>", "<eos>", "{{", "%}"),
+    *("^(a+)+$", "#/$defs/x", "http://127.0.0.1:1/x", "file:///etc/passwd", "../../../etc/passwd", "s3://no-bucket/x"),
+    *("data:image/png;base64,AAAA", "data:image/png;base64," + "A" * 4000, "hf://datasets/no/such", "org/name"),
+    *(
+        {"$ref": "#"},
+        {"allOf": [{"$ref": "#"}] * 2},
+        {"pattern": "^(a|a)*$"},
+        {"enum": []},
+        {"type": ["null"]},
+        ["a"] * 999,
+    ),
+]
+
+
+class Case(NamedTuple):
+    """A broken input and the command that reads it."""
+
+    words: list[str]
+    out: Path | None = None  # what must not be finished where the command refused
+    input: Path | None = None  # what stands on stdin
+    may_find: bool = False  # the exit code 1 is an answer
+
+
+class Parts(NamedTuple):
+    """What is right, made once."""
+
+    model: Path
+    rows: list[dict[str, Any]]
+    shards: Path
+    adapter: Path
+    checkpoint: Path  # of full fine-tuning
+    recipe: Path
+
+
+# ---- changes ---------------------------------------------------------------------------------------------------------
+
+
+def changed(value: Any, chance: random.Random) -> Any:
+    """JSON with one to four changes in its structure."""
+    whole = [json.loads(json.dumps(value))]
+    for _ in range(chance.randint(1, 4)):
+        places = [(holder, key) for holder, key in walk(whole)]
+        change_at(*chance.choice(places), chance)
+    return whole[0] if whole else None
+
+
+def walk(holder: Any) -> Any:
+    """Every place in JSON: its list or object, and the index or key."""
+    keys = holder.keys() if isinstance(holder, dict) else range(len(holder))
+    for key in keys:
+        yield holder, key
+        if isinstance(holder[key], dict | list):
+            yield from walk(holder[key])
+
+
+def change_at(holder: Any, key: Any, chance: random.Random) -> None:
+    """One change at a place."""
+    kind, value = chance.randrange(7), holder[key]
+    if kind == 0 and (isinstance(holder, dict) or len(holder) > 1):
+        del holder[key]
+    elif kind == 1 and isinstance(holder, list):
+        holder.insert(key, json.loads(json.dumps(value)))
+    elif kind == 2 and isinstance(holder, dict):
+        holder[chance.choice(["", "$ref", "type", "extra", key + " ", "\ud800"])] = holder.pop(key)
+    elif kind == 3 and isinstance(value, str) and value:
+        at = chance.randrange(len(value))
+        holder[key] = value[:at] + str(chance.choice(HOSTILE)) + value[at:]
+    elif kind == 4 and isinstance(value, dict | list):
+        for _ in range(chance.choice([1, 3, 60])):
+            value = [value]
+        holder[key] = value
+    elif kind == 5 and isinstance(value, int | float):
+        holder[key] = chance.choice([-value, value * 10**9, value / 3, str(value), 2**31, 2**63])
+    else:
+        holder[key] = chance.choice(HOSTILE)
+
+
+def changed_bytes(data: bytes, chance: random.Random) -> bytes:
+    """Bytes with one to four changes."""
+    found = bytearray(data)
+    for _ in range(chance.randint(1, 4)):
+        at = chance.randrange(len(found) + 1)
+        span = slice(at, at + chance.choice([1, 8, 200]))
+        kind = chance.randrange(5)
+        if kind == 0:
+            del found[span]
+        elif kind == 1:
+            found[at:at] = found[span]
+        elif kind == 2:
+            found[at:at] = str(chance.choice(HOSTILE)).encode(errors="surrogatepass")
+        elif kind == 3 and found:
+            found[at % len(found)] ^= 1 << chance.randrange(8)
+        elif chance.random() < 0.3:
+            del found[at:]
+    return bytes(found)
+
+
+def rewrite(path: Path, chance: random.Random) -> None:
+    """Break a file: JSON in its structure most of the time, others in their bytes."""
+    data = path.read_bytes()
+    path.unlink()  # it may be a link
+    if path.suffix == ".json" and chance.random() < 0.7:
+        path.write_text(json.dumps(changed(json.loads(data), chance)))
+        return
+    path.write_bytes(changed_bytes(data, chance))
+
+
+def linked(source: Path, target: Path) -> Path:
+    """A folder of links to the files of another."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.is_file():
+            (target / path.name).symlink_to(path.resolve())
+    return target
+
+
+# ---- the kinds -------------------------------------------------------------------------------------------------------
+
+
+def of_rows(parts: Parts, folder: Path, chance: random.Random) -> Case:
+    """Rows, among right ones, in their structure or their bytes."""
+    texts = [json.dumps(one) for one in parts.rows]
+    at = chance.randrange(len(texts))
+    texts[at] = json.dumps(changed(parts.rows[at], chance))
+    data = "\n".join(texts).encode()
+    path = folder / chance.choice(["rows.jsonl", "rows.jsonl", "rows.json"])
+    path.write_bytes(data if chance.random() < 0.8 else changed_bytes(data, chance))
+    return sharding(path, parts.model, folder, chance)
+
+
+def of_schemas(parts: Parts, folder: Path, chance: random.Random) -> Case:
+    """The schema of a tool that a row declares and calls."""
+    keywords: dict[str, Any] = {
+        "properties": {
+            "n": {"type": "integer", "minimum": 0},
+            "s": {"type": "string", "pattern": "^a+$", "enum": ["a"]},
+        },
+        "required": ["n"],
+        "$defs": {"x": {"allOf": [{"type": "integer"}]}},
+        "anyOf": [{"required": ["n"]}, {"$ref": "#/$defs/x"}],
+        "additionalProperties": False,
+        "uniqueItems": True,
+    }
+    tools = json.loads(json.dumps(TOOLS))
+    tools[0]["function"]["parameters"] |= {key: keywords[key] for key in chance.sample(sorted(keywords), 3)}
+    rows = [{**row(number), "tools": changed(tools, chance)} for number in range(2)]
+    return sharding(write_rows(folder / "rows.jsonl", rows), parts.model, folder, chance)
+
+
+def of_templates(parts: Parts, folder: Path, chance: random.Random) -> Case:
+    """The chat template of the model."""
+    model = linked(parts.model, folder / "model")
+    rewrite(model / "chat_template.jinja", chance)
+    return sharding(write_rows(folder / "rows.jsonl", parts.rows), model, folder, chance)
+
+
+def of_models(parts: Parts, folder: Path, chance: random.Random) -> Case:
+    """Config, tokenizer, processor or weights of a model."""
+    model = linked(parts.model, folder / "model")
+    rewrite(chance.choice([path for path in model.iterdir() if path.suffix != ".jinja"]), chance)
+    if chance.random() < 0.5:
+        return Case(["check-model", str(model)], may_find=True)
+    return sharding(write_rows(folder / "rows.jsonl", parts.rows), model, folder, chance)
+
+
+def of_shards(parts: Parts, folder: Path, chance: random.Random) -> Case:
+    """Manifest, shards or tools of a finished corpus."""
+    shards = linked(parts.shards, folder / "shards")
+    rewrite(chance.choice(sorted(shards.iterdir())), chance)
+    command = chance.choice([["stats"], ["inspect", "--model", str(parts.model), "--row", "2"]])
+    return Case([*command, str(shards)])
+
+
+def of_adapters(parts: Parts, folder: Path, chance: random.Random) -> Case:
+    """Config, record or weights of an adapter."""
+    adapter = linked(parts.adapter, folder / "adapter")
+    rewrite(
+        chance.choice([path for path in adapter.iterdir() if "adapter" in path.name or "gemma" in path.name]), chance
+    )
+    out = folder / "out"
+    return Case(["merge", "--base", str(parts.model), "--adapter", str(adapter), "--out", str(out)], out)
+
+
+def of_checkpoints(parts: Parts, folder: Path, chance: random.Random) -> Case:
+    """Any file of a checkpoint."""
+    checkpoint = linked(parts.checkpoint, folder / parts.checkpoint.name)
+    rewrite(chance.choice([path for path in checkpoint.iterdir() if path.is_file()]), chance)
+    out = folder / "out"
+    return Case(["export", str(checkpoint), "--out", str(out)], out)
+
+
+def of_recipes(parts: Parts, folder: Path, chance: random.Random) -> Case:
+    """A recipe, or a setting beside it."""
+    path = folder / "recipe.yaml"
+    path.write_bytes(parts.recipe.read_bytes())
+    command = chance.choice([["check"], ["plan"], ["batches", str(parts.shards)]])
+    words = [*command, str(path), f"model.model_name_or_path={parts.model}", f"data.train={parts.shards}"]
+    if chance.random() < 0.5:
+        key = chance.choice(["data.train", "train.output_dir", "model.model_name_or_path", "lora.r", "train.max_steps"])
+        value = str(chance.choice(HOSTILE)).encode(errors="replace").decode().replace("\0", "")[:1000]
+        words.append(f"{key}={value}")
+    else:
+        rewrite(path, chance)
+    return Case(words + ["--step", "1"] * (command[0] == "batches"))
+
+
+def of_outputs(parts: Parts, folder: Path, chance: random.Random) -> Case:
+    """What a model wrote."""
+    right = '<|channel>thought\nHm.\n<channel|>Well.<|tool_call>call:plot{n:1,s:<|"|>a<|"|>,xs:[true,null]}<tool_call|>'
+    outputs = [changed_bytes(right.encode(), chance).decode(errors="replace") for _ in range(20)]
+    path = write_rows(folder / "outputs.jsonl", [{"output": output} for output in outputs])
+    if chance.random() < 0.3:
+        rewrite(path, chance)
+    return Case(["read-calls"], input=path)
+
+
+KINDS: dict[str, Callable[[Parts, Path, random.Random], Case]] = {
+    "rows": of_rows,
+    "schemas": of_schemas,
+    "templates": of_templates,
+    "models": of_models,
+    "shards": of_shards,
+    "adapters": of_adapters,
+    "checkpoints": of_checkpoints,
+    "recipes": of_recipes,
+    "outputs": of_outputs,
+}
+
+
+def sharding(rows: Path, model: Path, folder: Path, chance: random.Random) -> Case:
+    """`gemma-dist shard` of some rows."""
+    out = folder / "out"
+    words = ["shard", str(rows), "--out", str(out), "--model", str(model), "--num-workers", "1"]
+    return Case(words + ["--skip-invalid"] * (chance.random() < 0.5), out)
+
+
+# ---- running them ----------------------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """What came of a case."""
+
+    verdict: str
+    seconds: float
+    num_bytes: int  # of memory, at most
+    said: str
+
+
+def try_case(kind: str, number: int, parts: Parts, folder: Path, seed: int) -> Outcome:
+    """Make a case, run it and judge it."""
+    folder.mkdir(parents=True)
+    case = KINDS[kind](parts, folder, random.Random(f"{kind}-{seed}-{number}"))
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    started = time.monotonic()
+    process = PROCESSES.Process(target=run_case, args=(case, folder, sender))
+    process.start()
+    sender.close()
+    process.join(TIMEOUT_S)
+    seconds = time.monotonic() - started
+    if process.is_alive():
+        process.kill()
+        process.join()
+    said = (folder / "said.txt").read_text(errors="replace") if (folder / "said.txt").exists() else ""
+    try:
+        code, num_bytes = receiver.recv()
+    except EOFError:
+        return Outcome("too slow" if seconds >= TIMEOUT_S else "died", seconds, 0, said)
+    return Outcome(judge(case, code, num_bytes, said), seconds, num_bytes, said)
+
+
+def judge(case: Case, code: int, num_bytes: int, said: str) -> str:
+    """The verdict on a command that ended by itself."""
+    if "Traceback" in said or code not in (RIGHT, REFUSED, FOUND) or (code == FOUND and not case.may_find):
+        return "traceback"
+    if num_bytes > MAX_BYTES:
+        return "too large"
+    if code == REFUSED and case.out and ((case.out / MANIFEST).exists() or (case.out / "config.json").exists()):
+        return "left behind"
+    return "done" if code == RIGHT else "refused"
+
+
+def run_case(case: Case, folder: Path, sender: Any) -> None:
+    """In a process of its own: run the command, and send its exit code and peak memory."""
+    os.setsid()
+    os.chdir(folder)
+    said = os.open("said.txt", os.O_WRONLY | os.O_CREAT, 0o600)
+    os.dup2(os.open(case.input or os.devnull, os.O_RDONLY), 0)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode) for number, mode in ((0, "r"), (1, "w"), (2, "w")))
+    resource.setrlimit(
+        resource.RLIMIT_DATA, (3 * MAX_BYTES, 3 * MAX_BYTES)
+    )  # of what is asked for, to spare the machine
+    from gemma_dist.__main__ import main
+
+    code = main(case.words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sender.send((code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    os.kill(os.getpid(), signal.SIGKILL)  # so that nothing of the interpreter's end counts
+
+
+def make_parts(folder: Path) -> Parts:
+    """What is right: a tiny model, rows, shards and a checkpoint of a short run."""
+    import subprocess
+
+    def gemma_dist(*words: object) -> None:
+        done = subprocess.run([sys.executable, "-m", "gemma_dist", *map(str, words)], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+
+    rows = [row(number, num_calls=1 + number % 2) for number in range(6)]
+    model, shards = folder / "model", folder / "shards"
+    recipes = Path(__file__).parents[1] / "launch"
+    gemma_dist("tiny", model)
+    gemma_dist("shard", write_rows(folder / "rows.jsonl", rows), "--out", shards, "--model", model)
+    batch = ["train.global_batch_size=4", "train.max_steps=1", "train.save_steps=1"]
+    for name in ("cpu_lora", "cpu_full"):
+        paths = [f"model.model_name_or_path={model}", f"data.train={shards}", f"train.output_dir={folder / name}"]
+        gemma_dist("train", recipes / f"{name}.yaml", *paths, *batch)
+    return Parts(model, rows, shards, folder / "cpu_lora", folder / "cpu_full/checkpoint-1", recipes / "cpu_lora.yaml")
+
+
+def fuzz(folder: Path, kinds: list[str], num_cases: int, seed: int, keep: Path | None) -> Counter[str]:
+    """Run all cases, on all cores; prints a line a kind, and returns how often each verdict was given."""
+    parts = make_parts(folder / "parts")
+    total: Counter[str] = Counter()
+    columns = " ".join(f"{verdict:>11}" for verdict in VERDICTS)
+    print(f"{'':<12} {'cases':>6} {columns} {'longest s':>10} {'most MB':>8}")
+    for kind in kinds:
+        found: list[Outcome] = []
+
+        def one(number: int, kind: str = kind) -> Outcome:
+            place = folder / "cases" / f"{kind}-{number}"
+            outcome = try_case(kind, number, parts, place, seed)
+            if keep and outcome.verdict not in VERDICTS[:2]:
+                shutil.copytree(place, keep / outcome.verdict.replace(" ", "-") / place.name, dirs_exist_ok=True)
+            shutil.rmtree(place)
+            return outcome
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            found = list(pool.map(one, range(num_cases)))
+        counts = Counter(outcome.verdict for outcome in found)
+        numbers = " ".join(f"{counts[verdict]:>11,}" for verdict in VERDICTS)
+        longest, most = max(one.seconds for one in found), max(one.num_bytes for one in found) / 10**6
+        print(f"{kind:<12} {num_cases:>6,} {numbers} {longest:>10.1f} {most:>8,.0f}", flush=True)
+        total.update(counts)
+    return total
+
+
+def main() -> None:
+    """Print the table; exit code 1 where a case was neither done nor refused."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(KINDS))
+    parser.add_argument("--num-cases", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        kinds = options.only.split(",")
+        total = fuzz(Path(temporary), kinds, options.num_cases, options.seed, options.keep)
+    sys.exit(any(total[verdict] for verdict in VERDICTS[2:]))
+
+
+if __name__ == "__main__":
+    main()
