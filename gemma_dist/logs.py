@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from gemma_dist import world
 from gemma_dist.files import begin, naming, unfollowed, writing
-from gemma_dist.visible import ShownFormatter, visible_json
+from gemma_dist.visible import ShownFormatter, shown, visible_json
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ def progress(items: Iterable[T], *, total: int | None, desc: str, unit: str) -> 
     yield from tqdm(
         items,
         total=total,
-        desc=desc,
+        desc=shown(desc),
         unit=unit,
         disable=world.rank() != 0,
         mininterval=0.1 if live else 30,

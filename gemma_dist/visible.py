@@ -10,12 +10,13 @@ import logging
 import re
 from typing import Any
 
-# Controls, halves of surrogate pairs, ends of lines that are none elsewhere, and what Unicode wants to be invisible
-# (Default_Ignorable_Code_Point of UAX #44): among them marks that turn text around, and tag characters.
+# Controls, formats, halves of surrogate pairs, ends of lines that are none elsewhere (Unicode's Cc, Cf, Cs, Zl and Zp),
+# and whatever else is meant to be invisible (Default_Ignorable_Code_Point of UAX #44): among them marks that turn text
+# around, and tag characters.
 HIDDEN = (
-    "\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f\u2028-\u202e"
-    "\u2060-\u206f\u3164\ud800-\udfff\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
-    "\U000e0000-\U000e0fff"
+    "\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u115f\u1160\u17b4\u17b5"
+    "\u180b-\u180f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ud800-\udfff\ufeff\uffa0\ufff0-\ufffb"
+    "\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
 # What joins letters of many scripts, and signs to one emoji. Elsewhere it is as invisible as the others.
 _JOINS = "\u200c\u200d\ufe00-\ufe0f"

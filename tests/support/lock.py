@@ -1,7 +1,7 @@
 """requirements.lock from pip's reports: every package that an install takes, with the hashes of its files.
 
-    make lock       asks the index, for each Python, what it would install (`pip install --dry-run --report`)
-    python -m tests.support.lock REPORT... > requirements.lock
+make lock       asks the index, for each Python, what it would install (`pip install --dry-run --report`)
+python -m tests.support.lock REPORT... > requirements.lock
 """
 
 import json
