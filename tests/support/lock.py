@@ -8,13 +8,14 @@ import json
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 HEAD = """\
 # What `make .venv LOCKED=1` installs: linux x86_64, Python {pythons}. Made by `make lock` from constraints.txt.
 # pip takes no file that has another hash, and no package that is not listed."""
 
 
-def lock(reports: list[dict]) -> str:  # type: ignore[type-arg]
+def lock(reports: list[dict[str, Any]]) -> str:
     """The lines of a lock for all `reports`, each of one Python. A package that not all of them have gets a marker."""
     pythons = sorted(report["environment"]["python_version"] for report in reports)
     hashes: dict[str, set[str]] = defaultdict(set)
