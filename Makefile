@@ -2,23 +2,41 @@
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
 	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 INSTALLED := .venv/.installed
+PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check
+LOCKED_PYTHONS := 3.11 3.12
 
 # accelerate and ninja (for the one operator that DeepSpeed compiles) are looked up in PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help .venv demo test test-all test-gpu test-slurm bench parity check format clean
+.PHONY: help .venv lock demo test test-all test-gpu test-slurm bench parity check format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
 	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-.venv: $(INSTALLED) ## make the virtual environment (2 to 4 minutes, 6 GB)
+.venv: $(INSTALLED) ## make the virtual environment (2 to 4 minutes, 6 GB); LOCKED=1: files of known hashes alone
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; install it, or name one: make PYTHON=/path/to/python3"; exit 2; }
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+ifdef LOCKED
+	sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock > .venv/build.lock
+	$(PIP_INSTALL) --require-hashes --requirement .venv/build.lock
+	$(PIP_INSTALL) --require-hashes --no-build-isolation --requirement requirements.lock
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+else
+	$(PIP_INSTALL) --constraint constraints.txt --editable '.[dev]'
+endif
 	@touch $@
+
+lock: ## make requirements.lock anew from constraints.txt; asks the index for Python 3.11 and 3.12, which must be here
+	for version in $(LOCKED_PYTHONS); do \
+		python$$version -m venv .lock/$$version && \
+		.lock/$$version/bin/python -m pip install --quiet --dry-run --ignore-installed --constraint constraints.txt \
+			--report .lock/$$version.json '.[dev]' || exit; \
+	done
+	$(firstword $(LOCKED_PYTHONS:%=python%)) -m tests.support.lock $(LOCKED_PYTHONS:%=.lock/%.json) > .lock/lock
+	mv .lock/lock requirements.lock && rm -r .lock
 
 demo: .venv ## the whole job on a tiny Gemma 4: shard, train, evaluate, merge (about ten minutes on 2 cores)
 	python examples/demo.py

@@ -7,6 +7,7 @@ on. 130: interrupted. 143: another rank ended, or this one was told to. `exits.p
 learns of them.
 """
 
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from gemma_dist.errors import GemmaDistError, PeerError, Stopped
 from gemma_dist.failures import code_of, explain
 from gemma_dist.logs import start_logging
 from gemma_dist.signals import explain_sigterm
+from gemma_dist.visible import shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +41,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         result = cli.main(arguments, prog_name="gemma-dist", standalone_mode=False)
         return result if isinstance(result, int) else exits.DONE  # click returns the code of --help and --version
     except click.ClickException as error:
-        error.show()
+        _show(error)
         meeting.tell(error.format_message(), exits.USER_ERROR)
     except click.Abort:
         return exits.INTERRUPTED
@@ -66,6 +68,13 @@ def _run(arguments: Sequence[str] | None) -> int:
     return exits.USER_ERROR
 
 
+def _show(error: click.ClickException) -> None:
+    """Print what is wrong with the command line, as click words it."""
+    text = io.StringIO()
+    error.show(text)
+    print(shown(text.getvalue()), end="", file=sys.stderr, flush=True)
+
+
 def _say_error(message: str) -> None:
     """For the user: without a traceback."""
     _say(f"error: {message}")
@@ -74,7 +83,7 @@ def _say_error(message: str) -> None:
 def _say(message: str) -> None:
     """Print to stderr; one of several ranks puts its number before each line."""
     prefix = f"[rank {world.rank()}] " if world.world_size() > 1 else ""
-    print("\n".join(prefix + line for line in message.splitlines()), file=sys.stderr, flush=True)
+    print("\n".join(prefix + line for line in shown(message).splitlines()), file=sys.stderr, flush=True)
     ranklog.say(message)
 
 

@@ -21,7 +21,7 @@ from gemma_dist.cli_evaluate import compare, evaluate, read_calls, score
 from gemma_dist.cli_merge import export, extract, merge
 from gemma_dist.cli_serving import card, check_model, push, serve
 from gemma_dist.errors import spell
-from gemma_dist.options import EXISTING, NEW, OrderedGroup, SettingsCommand, spellings
+from gemma_dist.options import EXISTING, NEW, OrderedGroup, SettingsCommand, say, spellings
 
 if TYPE_CHECKING:
     from gemma_dist.config import HealthConfig, RowConfig, ShardConfig
@@ -132,9 +132,9 @@ def shard(
         max_rejected=max_rejected,
         part=part,
     )
-    click.echo(json.dumps(report.to_json()) if as_json else report.summary())
+    say(json.dumps(report.to_json()) if as_json else report.summary(), exact=as_json)
     if part and not as_json:
-        click.echo(f"part {part.number} of {part.of} is done; the same command without --part joins all parts")
+        say(f"part {part.number} of {part.of} is done; the same command without --part joins all parts")
 
 
 @cli.command(cls=SettingsCommand, section=lambda config: config.ShardConfig)
@@ -159,7 +159,7 @@ def inspect(data: str, model: str, row: int | None, row_id: str | None, as_json:
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     notes = {_spelled(note): count for note, count in inspection.notes.items()}
     inspection = dataclasses.replace(inspection, notes=notes)
-    click.echo(json.dumps(inspection.to_json()) if as_json else inspection.render(color))
+    say(json.dumps(inspection.to_json()) if as_json else inspection.render(color), exact=True)
 
 
 @cli.command(cls=SettingsCommand, section=lambda config: config.RowConfig)
@@ -178,7 +178,7 @@ def stats(
     from gemma_dist.show.stats import collect_stats
 
     found = collect_stats(list(data), list(against), model, settings)
-    click.echo(to_json(found.to_json()) if as_json else found.render())
+    say(to_json(found.to_json()) if as_json else found.render(), exact=as_json)
 
 
 @cli.command(cls=SettingsCommand, section=lambda config: config.RowConfig)
@@ -199,7 +199,7 @@ def check_prompts(
 
     report = check(data, model, server_template, settings, limit)
     report.refused = [_spelled(error) for error in report.refused]
-    click.echo(json.dumps(report.to_json()) if as_json else report.render())
+    say(json.dumps(report.to_json()) if as_json else report.render(), exact=as_json)
     if report.differences:
         click.get_current_context().exit(1)
 
@@ -229,7 +229,7 @@ def check(config: Path, overrides: tuple[str, ...], world_size: int | None, acce
 
     description = describe_run(resolve(settings, topology))
     if world.rank() == 0:
-        click.echo(description)
+        say(description)
 
 
 @cli.command(context_settings=UNKNOWN_TO_OVERRIDES)
@@ -274,7 +274,7 @@ def plan(
     request = Request(memory, num_tokens, num_images, tokens_per_image, simulate)
     topology = planned_topology(accelerate_config, num_gpus)
     planned = plan_recipe(config, overrides, topology, read_margin(calibration), request)
-    click.echo(json.dumps(to_json(planned)) if as_json else render(planned))
+    say(json.dumps(to_json(planned)) if as_json else render(planned), exact=as_json)
     if planned.fits is False:
         click.get_current_context().exit(DOES_NOT_FIT)
 
@@ -318,7 +318,7 @@ def batches(
     settings = load_config(config, overrides)
     run = resolve(settings, Topology("", world_size or world.world_size()))
     for described in batches(run.schedule, step, num_steps):
-        click.echo(to_json(described.to_json()) if as_json else described.render())
+        say(to_json(described.to_json()) if as_json else described.render(), exact=as_json)
 
 
 @cli.command(cls=SettingsCommand, section=lambda config: config.HealthConfig)
@@ -366,14 +366,12 @@ def train(
     require_fit(settings, current_topology())  # and so should a batch that the ranks cannot share
     from gemma_dist.logs import say_idle_gpus
     from gemma_dist.plan.watch import PlanWatch
-    from gemma_dist.train import run
+    from gemma_dist.train import dry, run
 
     say_idle_gpus(["train", config, *overrides])
     watch = PlanWatch(calibrate=calibrate)
     if dry_run:
-        from gemma_dist.train.dry import say
-
-        say(settings, watch, requests, as_json=as_json)
+        dry.say(settings, watch, requests, as_json=as_json)
     else:
         run.train(settings, watch=watch, requests=requests)
 

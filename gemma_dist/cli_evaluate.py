@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_dist.options import EXISTING, NEW, SettingsCommand
+from gemma_dist.options import EXISTING, NEW, SettingsCommand, say
 
 if TYPE_CHECKING:
     from gemma_dist.config import EvaluateConfig
@@ -75,7 +75,7 @@ def score(run: Path, data: Path | None, out: Path, answer_tolerance: float | Non
     from gemma_dist.evaluate.rescore import score_again
 
     for line in summary(score_again(run, data, out, answer_tolerance)):
-        click.echo(line)
+        say(line)
 
 
 @click.command()
@@ -97,7 +97,7 @@ def compare(
     from gemma_dist.evaluate.compare_page import compare_runs
 
     page, passes = compare_runs(before, after, out, fail_below, fail_if_worse, as_json=as_json)
-    click.echo(page, nl=False)
+    say(page, exact=as_json, nl=False)
     if not passes:
         click.get_current_context().exit(WORSE)
 
@@ -112,4 +112,4 @@ def read_calls() -> None:
     from gemma_dist.data.read import read_calls_lines
 
     for line in read_calls_lines(sys.stdin.buffer):  # as bytes: UTF-8 in any locale, and lines end at \n alone
-        click.echo(line)
+        say(line, exact=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from gemma_dist.options import EXISTING, NEW, SettingsCommand, WeightedFolder
+from gemma_dist.options import EXISTING, NEW, SettingsCommand, WeightedFolder, say
 
 if TYPE_CHECKING:
     from gemma_dist.config_merge import ExportConfig, ExtractConfig, MergeConfig
@@ -53,7 +53,7 @@ def merge(base: str, adapters: list[tuple[Path, float]], out: Path, verify: bool
         raise click.UsageError(f"--adapter {twice} is given twice; give it once, with the sum of the weights")
     options = settings.model_dump(exclude={"verify_data", "verify_samples"})
     on = (settings.verify_data, settings.verify_samples) if settings.verify_data else verify
-    click.echo(run.merge(base, dict(adapters), out, verify=on, **options).summary())
+    say(run.merge(base, dict(adapters), out, verify=on, **options).summary())
 
 
 @click.command(cls=SettingsCommand, section=_export_section)
@@ -87,7 +87,7 @@ def export(
     if checkpoint is not None:
         from gemma_dist.export import run
 
-        click.echo(run.export(checkpoint, out, settings, base=base, lm_head=with_lm_head).summary())
+        say(run.export(checkpoint, out, settings, base=base, lm_head=with_lm_head).summary())
         return
     if with_lm_head:
         raise click.UsageError("--with-lm-head is for a model; an adapter has no head")
@@ -95,7 +95,7 @@ def export(
         raise click.UsageError("--adapter needs the --base that it was trained on, and a server: --for vllm")
     from gemma_dist.export import lora
 
-    click.echo(lora.export_adapter(adapter, base, out, engine).summary())
+    say(lora.export_adapter(adapter, base, out, engine).summary())
 
 
 @click.command(cls=SettingsCommand, section=_extract_section)
@@ -110,4 +110,4 @@ def extract(base: str, tuned: str, out: Path, settings: "ExtractConfig") -> None
     """
     from gemma_dist.export import extract as extraction
 
-    click.echo(extraction.extract(base, tuned, out, settings).summary())
+    say(extraction.extract(base, tuned, out, settings).summary())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from gemma_dist.options import EXISTING
+from gemma_dist.options import EXISTING, say
 
 
 @click.command()
@@ -26,7 +26,7 @@ def check_model(model: Path, as_json: bool) -> None:
     from gemma_dist.serving.gguf import check_gguf
 
     report = check_gguf(model) if is_gguf(model) else check(model)
-    click.echo(to_json(report.to_json()) if as_json else report.render())
+    say(to_json(report.to_json()) if as_json else report.render(), exact=as_json)
     if report.faults:
         click.get_current_context().exit(1)
 
@@ -42,7 +42,7 @@ def card(folder: Path, evaluation: Path | None) -> None:
     """
     from gemma_dist.serving.card import write_card_of
 
-    click.echo(f"written: {write_card_of(folder, evaluation)}")
+    say(f"written: {write_card_of(folder, evaluation)}")
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -74,10 +74,10 @@ def push(folder: Path, name: str, private: bool, yes: bool) -> None:
     from gemma_dist.serving.push import push as send
 
     upload = plan_upload(folder, name, private=private)
-    click.echo(upload.render())
+    say(upload.render())
     if yes:
-        click.echo(f"sent: {send(upload)}")
+        say(f"sent: {send(upload)}")
         return
-    click.echo("nothing was sent: --yes sends it")
+    say("nothing was sent: --yes sends it")
     if upload.report is not None and upload.report.faults:
         click.get_current_context().exit(1)

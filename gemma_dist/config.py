@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from gemma_dist.aliases import as_bool, current_value
 from gemma_dist.contradictions import contradictions
 from gemma_dist.settings import EvalInTraining, Section
+from gemma_dist.visible import masked_in
 
 # Linear layers of the language model alone. Bare names ("q_proj") also match the vision tower, whose wrapped linears
 # PEFT refuses; "all-linear" adapts the tower and the gates of the per-layer embeddings as well.
@@ -317,8 +318,9 @@ class RunConfig(Section):
         return self.model.ple == "host" or (self.model.ple == "auto" and self.tuning != "full")
 
     def to_json(self) -> dict[str, Any]:
-        """The resolved run as plain JSON values, for `check`, checkpoints and logs."""
-        return self.model_dump(mode="json", exclude_none=True)
+        """The resolved run as plain JSON values, for `check`, checkpoints and logs: without credentials, which may be
+        others when it goes on."""
+        return masked_in(self.model_dump(mode="json", exclude_none=True))
 
 
 class EvaluateConfig(RowConfig):

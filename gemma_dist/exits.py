@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gemma_dist import ranklog, world
+from gemma_dist.files import put
 
 DONE, BUG, USER_ERROR, DOES_NOT_FIT, HUNG, NODE_UNFIT, DISK_FAILED, STOPPED = 0, 1, 2, 3, 4, 5, 74, 75
 INTERRUPTED, ENDED = 130, 143
@@ -99,9 +100,7 @@ def _write_soon(texts: dict[Path, str]) -> None:
 
     def write(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(texts[path] + "\n", encoding="utf-8")
-        temporary.replace(path)
+        put(path, f"{texts[path]}\n".encode())
 
     _soon(texts, write)
 

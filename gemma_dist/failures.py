@@ -26,7 +26,7 @@ USER_ERRNOS = {
     errno.EPERM: "",
     errno.EROFS: "name a folder on another disk",
     errno.ENAMETOOLONG: "name a shorter one",
-    errno.ELOOP: "",
+    errno.ELOOP: "a symbolic link is not followed there: remove it",
     errno.ENOSPC: "make room there, or name a folder on another disk",
     errno.EDQUOT: "make room in your quota, or name a folder on another disk",
     errno.EFBIG: "raise `ulimit -f`, or name a folder on a file system with larger files",

@@ -2,6 +2,10 @@
 
 Whole or not at all means: written under a temporary name, with all bytes on the disk (fsync), and renamed then. A
 reader, or a run after a power failure, finds the file as it was before or as it is now.
+
+Others may write to a folder of ours, or to the one around it, such as /tmp, and plant symbolic links under names that
+we are going to take. So what we write under a name of our own is made there (`begin`) or opened without following a
+link (`unfollowed`), and a folder that nobody else should fill is ours (`make_own`).
 """
 
 import contextlib
@@ -10,6 +14,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,9 +41,11 @@ def whole_folder(out: Path, num_bytes: int) -> Iterator[Path]:
 
     Raises:
         ConfigError: something lies at `out`; another process is writing it, or was faster; there is no room.
+        PermissionError: somebody else made `.<name>.tmp`.
     """
     workshop = out.with_name(f".{out.name}.tmp")
     problem = f"{out}: another process is writing it; wait for it, or name another folder"
+    make_own(workshop)
     with exclusive(workshop, problem) as locked:
         folder = workshop / uuid.uuid4().hex
         try:
@@ -110,10 +117,59 @@ def writing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path):
+            begin(temporary)
             yield temporary
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def begin(path: Path) -> None:
+    """Make an empty file: what is at `path`, such as a link that somebody planted, is removed and not followed. Raises
+    OSError where it cannot be removed."""
+    path.unlink(missing_ok=True)
+    os.close(unfollowed(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+
+
+def unfollowed(path: str | Path, flags: int, mode: int = 0o666) -> int:
+    """An `opener` of `open` that follows no symbolic link at the end of `path`. Raises OSError (ELOOP) at one."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+
+
+def make_own(folder: Path, mode: int = 0o777) -> None:
+    """Make a folder, and those around it, unless it is there and ours: the owner of another one could change what is
+    in it. With a `mode` that shuts others out, so does one that is there.
+
+    Raises:
+        PermissionError: it is a symbolic link, a file, or another user's.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode)
+    except FileExistsError:
+        found = folder.lstat()
+        is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+        if not is_own:
+            what = (
+                f"belongs to user {found.st_uid}" if stat.S_ISDIR(found.st_mode) else "is no folder, or a link to one"
+            )
+            problem = f"{what}, and what is kept there would be in other hands; remove it, or name another folder"
+            raise PermissionError(errno.EPERM, problem, str(folder)) from None
+        if stat.S_IMODE(found.st_mode) & ~mode:
+            folder.chmod(mode)
+
+
+def put(path: Path, data: bytes) -> None:
+    """Write a small file, whole or not at all, without waiting for the disk: what it loses can be written again."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        begin(temporary)
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def publish(temporary: Path, path: Path) -> None:

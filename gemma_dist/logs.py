@@ -5,7 +5,6 @@ Rank 0 speaks, every rank warns.
 
 import json
 import logging
-import re
 import shlex
 import sys
 import time
@@ -15,21 +14,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma_dist import world
-from gemma_dist.files import naming, writing
+from gemma_dist.files import begin, naming, unfollowed, writing
+from gemma_dist.visible import ShownFormatter, shown, visible_json
 
 T = TypeVar("T")
 
 log = logging.getLogger("gemma_dist")
-
-# Half of a surrogate pair cannot be encoded. The others end a line for str.splitlines and some editors.
-_UNSAFE = re.compile(r"[\ud800-\udfff\u0085\u2028\u2029]")
 
 
 def start_logging() -> None:
     """Send the package's messages to stderr: informative ones from rank 0, warnings from every rank with its number."""
     handler = logging.StreamHandler(sys.stderr)
     prefix = f"[rank {world.rank()}] " if world.world_size() > 1 else ""
-    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    handler.setFormatter(ShownFormatter(f"{prefix}%(message)s"))
     handler.setLevel(logging.INFO if world.rank() == 0 else logging.WARNING)
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
@@ -63,7 +60,7 @@ def progress(items: Iterable[T], *, total: int | None, desc: str, unit: str) -> 
     yield from tqdm(
         items,
         total=total,
-        desc=desc,
+        desc=shown(desc),
         unit=unit,
         disable=world.rank() != 0,
         mininterval=0.1 if live else 30,
@@ -79,7 +76,9 @@ class JsonlWriter:
         """Make the file and its folder; what an existing file holds is lost unless `append`."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._file = path.open("a" if append else "w", encoding="utf-8")
+        if not append:
+            begin(path)
+        self._file = open(path, "a", encoding="utf-8", opener=unfollowed)  # noqa: SIM115 (closed by `close`)
 
     def write(self, row: Mapping[str, object]) -> None:
         """Add a line. OSError, with the file's name, where the disk refuses it."""
@@ -187,9 +186,9 @@ class RunLog:
 
 
 def to_json(value: object, *, indent: int | None = None) -> str:
-    """`value` as JSON that UTF-8 can encode and that no reader of lines tears, whatever its strings hold."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent)
-    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    """`value` as JSON that UTF-8 can encode, that no reader of lines tears, and in which no sign is hidden from who
+    looks at it, whatever its strings hold."""
+    return visible_json(json.dumps(value, ensure_ascii=False, indent=indent))
 
 
 def write_json(path: Path, value: object) -> None:

@@ -15,6 +15,7 @@ import click
 
 from gemma_dist.aliases import current_value
 from gemma_dist.errors import GemmaDistError, spell
+from gemma_dist.visible import shown
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 EXISTING = click.Path(exists=True, path_type=Path)
 NEW = click.Path(path_type=Path)
 WORDS = ("auto", "true", "false", "yes", "no", "on", "off")  # what follows an option, where it is no path
+
+
+def say(text: str, *, exact: bool = False, nl: bool = True) -> None:
+    """Print what a person asked for, as `shown` has it; or `exact`, where it is JSON, or has been made visible."""
+    click.echo(text if exact else shown(text), nl=nl)
 
 
 class OrderedGroup(click.Group):

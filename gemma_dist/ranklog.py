@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 
 from gemma_dist import __version__, world
+from gemma_dist.files import unfollowed
+from gemma_dist.visible import ShownFormatter, shown
 
 _kept: list["RankLog"] = []
 
@@ -24,7 +26,7 @@ class RankLog(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self.setFormatter(ShownFormatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
         self._lines: queue.SimpleQueue[str | threading.Event | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -44,7 +46,7 @@ class RankLog(logging.Handler):
         while True:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                with open(path, "a", encoding="utf-8", errors="backslashreplace", opener=unfollowed) as file:
                     file.write("".join(line + "\n" for line in lines))
             except OSError as error:
                 if not failed:
@@ -121,9 +123,8 @@ def _head(details: dict[str, object]) -> str:
         "command": shlex.join(["gemma-dist", *sys.argv[1:]]),
         **details,
     }
-    return "\n".join(
-        [f"==== {time.strftime('%Y-%m-%d %H:%M:%S %z')}", *(f"{key}: {line}" for key, line in lines.items())]
-    )
+    begin = f"==== {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
+    return shown("\n".join([begin, *(f"{key}: {line}" for key, line in lines.items())]))
 
 
 def _commit() -> str:

@@ -6,6 +6,7 @@ Slurm all leave RANK and WORLD_SIZE in the environment; these are the only place
 
 import contextlib
 import datetime
+import json
 import os
 import socket
 import time
@@ -107,14 +108,32 @@ def barrier() -> None:
 
 
 def gather_objects(item: T) -> list[T]:
-    """Every rank's `item`, in rank order, on every rank. For small things: reports and errors, not tensors."""
+    """Every rank's `item`, in rank order, on every rank. For small things: reports and errors, not tensors.
+
+    They travel as JSON (tuples arrive as lists), since unpickling what another machine sent would run what it says.
+    """
     if world_size() == 1:
         return [item]
     import torch
 
-    gathered: list[Any] = [None] * world_size()  # filled in below
-    torch.distributed.all_gather_object(gathered, item)
-    return gathered
+    device = _device_of_exchanges()
+    own = torch.frombuffer(bytearray(json.dumps(item).encode()), dtype=torch.uint8).to(device)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
+    torch.distributed.all_gather(lengths, torch.tensor([len(own)], device=device))
+    num_bytes = [int(length) for length in lengths]
+    padded = torch.zeros(max(num_bytes), dtype=torch.uint8, device=device)
+    padded[: len(own)] = own
+    texts = [torch.empty_like(padded) for _ in num_bytes]
+    torch.distributed.all_gather(texts, padded)
+    pairs = zip(texts, num_bytes, strict=True)
+    return [json.loads(text[:length].cpu().numpy().tobytes()) for text, length in pairs]
+
+
+def _device_of_exchanges() -> str:
+    """Where tensors lie that ranks exchange: NCCL alone takes those of GPUs alone."""
+    import torch
+
+    return "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
 
 
 def note_processes() -> None:
@@ -201,7 +220,7 @@ def any_rank(flags: Sequence[bool]) -> list[bool]:
         return list(flags)
     import torch
 
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    device = _device_of_exchanges()
     highest = torch.tensor(flags, dtype=torch.int32, device=device)  # 0 or 1, on this rank and then on any
     torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
     return [bool(flag) for flag in highest.tolist()]

@@ -21,7 +21,7 @@ from PIL import Image
 from gemma_dist.__main__ import main
 from gemma_dist.chat.conversation import Conversation
 from gemma_dist.chat.run import Talk
-from gemma_dist.chat.screen import Screen, visible
+from gemma_dist.chat.screen import Screen
 from gemma_dist.chat.tools import Tools, as_result, load_tools, run
 from gemma_dist.config import ShardConfig
 from gemma_dist.config_chat import ChatConfig
@@ -31,6 +31,7 @@ from gemma_dist.data.trajectory import parse_row
 from gemma_dist.evaluate.generate import Answer
 from gemma_dist.gemma_format import RESPONSE, TURN_END
 from gemma_dist.show.prompts import check_prompts
+from gemma_dist.visible import visible
 from tests.support.corpus import picture
 from tests.support.ranks import ENVIRONMENT, REPOSITORY, long
 

@@ -16,7 +16,7 @@ MODULES = {
 # From the ground up. A room (a folder, or a file of its own) imports from lower floors and from itself alone, so rooms
 # of one floor never import one another: train, evaluate and merge meet on disk.
 FLOORS = [
-    {"errors"},
+    {"errors", "visible"},
     {"aliases", "contradictions", "family", "files", "gemma_format", "settings"},
     {"config", "costs", "world"},
     {"batch_plan", "config_chat", "config_merge", "config_server", "fsdp_config", "logs", "ranklog"},

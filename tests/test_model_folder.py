@@ -271,3 +271,47 @@ def test_weights_of_another_shape_than_the_config_says_are_named(model: str, tmp
     shapes = rf"1 weights have other shapes .* {name} with \(120,\) instead of \(128,\); get a complete copy"
     with pytest.raises(CheckpointError, match=shapes):
         load_for_evaluation(str(folder), None, ple_on_host=ple_on_host)
+
+
+# ---- weights that are a pickle ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pickled(model: str, adapter: Path, tmp_path: Path) -> tuple[str, str]:
+    """A model and an adapter whose weights are pickles."""
+    for source, name in ((model, "pytorch_model-00001-of-00002.bin"), (adapter, "adapter_model.bin")):
+        copy = tmp_path / Path(source).name.replace("e4b-float32", "model")
+        shutil.copytree(source, copy)
+        (weights,) = copy.glob("*.safetensors")
+        weights.rename(copy / name)
+    return str(tmp_path / "model"), str(tmp_path / adapter.name)
+
+
+@pytest.mark.parametrize("verb", ["shard", "inspect", "check", "train", "evaluate", "merge"])
+def test_a_model_of_pickles_is_refused(verb: str, run: Any, pickled: tuple[str, str], adapter: Path) -> None:
+    code, said = run(verb, pickled[0], adapter)
+    assert code == 2, said
+    assert "holds its weights as a pickle (pytorch_model-00001-of-00002.bin), which can run code when read" in said
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "merge"])
+def test_an_adapter_of_pickles_is_refused(verb: str, run: Any, pickled: tuple[str, str], model: str) -> None:
+    code, said = run(verb, model, pickled[1])
+    assert code == 2, said
+    assert "holds its weights as a pickle (adapter_model.bin), which can run code when read" in said
+
+
+def test_so_are_they_where_one_talks_serves_or_exports(pickled: tuple[str, str], model: str, capsys: Any) -> None:
+    bad_model, bad_adapter = pickled
+    out = str(Path(bad_model).parent / "out")
+    for words in (
+        ["chat", bad_model],
+        ["chat", model, "--adapter", bad_adapter],
+        ["check-model", bad_model],
+        ["serve", bad_model],
+        ["export", bad_model, "--out", out],
+        ["extract", model, bad_model, "--out", out],
+        ["export", "--adapter", bad_adapter, "--base", model, "--for", "vllm", "--out", out],
+    ):
+        assert main(words) == 2, words
+        assert "as a pickle" in capsys.readouterr().err, words

@@ -3,22 +3,10 @@ retitle the window or fake what was asked."""
 
 import os
 import sys
-import unicodedata
+
+from gemma_dist.visible import visible
 
 DIM, BOLD, RED, PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[31m", "\x1b[0m"
-# Control characters, lone surrogates, line ends that are none, and invisible signs: some turn the text around.
-HIDDEN = ("Cc", "Cs", "Zl", "Zp", "Cf")
-HARMLESS = "\n\t\u200b\u200c\u200d"  # the zero-width space that breaks a control token, and what joins letters
-
-
-def visible(text: str) -> str:
-    """Text with each sign that a terminal would act on written out: `\\x1b` for an escape."""
-    return "".join(
-        sign.encode("unicode_escape").decode()
-        if unicodedata.category(sign) in HIDDEN and sign not in HARMLESS
-        else sign
-        for sign in text
-    )
 
 
 class Screen:
@@ -28,6 +16,7 @@ class Screen:
         for stream in (sys.stdin, sys.stdout):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
+        self._last = ""  # sign that was shown: what joins two signs may come apart from them
         self._is_typed = sys.stdin.isatty()
         self._has_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         if self._is_typed:
@@ -35,7 +24,8 @@ class Screen:
 
     def say(self, text: str, style: str = "", end: str = "\n") -> None:
         """Show text, in a style where the terminal has some."""
-        shown = visible(text)
+        shown = visible(self._last + text).removeprefix(visible(self._last))
+        self._last = (self._last + text + end)[-1:]
         if style and shown and self._has_color:
             shown = f"{style}{shown}{PLAIN}"
         print(shown, end=end, flush=True)

@@ -8,6 +8,7 @@ from gemma_dist.evaluate.message import say_reading
 from gemma_dist.evaluate.metrics import MetricReport
 from gemma_dist.evaluate.pass_at_k import metrics_of, pass_metrics
 from gemma_dist.evaluate.report import Report
+from gemma_dist.visible import masked, visible
 
 HEADLINE = (
     "overall",
@@ -138,14 +139,9 @@ def _row(cells: Sequence[object]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return " ".join(_encodable(text).replace("|", "\\|").replace("<", "&lt;").split())
-
-
-def _encodable(text: str) -> str:
-    """The text with halves of surrogate pairs, which UTF-8 does not have, by their numbers."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return visible(" ".join(text.split()), keep="").replace("|", "\\|").replace("<", "&lt;")
 
 
 def code(text: object) -> str:
     """A text as code, which is no markup."""
-    return f"`{_encodable(str(text)).replace('`', chr(39))}`"
+    return f"`{visible(masked(str(text)), keep='').replace('`', chr(39))}`"

@@ -24,6 +24,7 @@ from gemma_dist.evaluate.report import Report, make_report
 from gemma_dist.files import writing
 from gemma_dist.health.facts import versions
 from gemma_dist.logs import JsonlWriter, log, read_jsonl, write_json
+from gemma_dist.visible import masked
 
 if TYPE_CHECKING:
     from gemma_dist.data.encode import Encoder
@@ -104,8 +105,8 @@ def made_by(encoder: "Encoder | None") -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command line of this process."""
-    return shlex.join(["gemma-dist", *sys.argv[1:]])
+    """The command line of this process, without the credentials in it."""
+    return masked(shlex.join(["gemma-dist", *sys.argv[1:]]))
 
 
 def name_of(report: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ from gemma_dist.config import HealthConfig
 from gemma_dist.files import writing
 from gemma_dist.health.facts import Facts, existing, look, read_facts
 from gemma_dist.health.judge import Node, Verdict, judge
+from gemma_dist.visible import shown
 
 BAD_NODES = "bad-nodes"  # file in the folder of exit codes: their hosts, one a line
 MOMENT_S = 30.0  # for what takes no time
@@ -90,7 +91,7 @@ def check_health(
         store = _store(address, port, settings.timeout_s, is_master=world.rank() == 0)
         return _check(Meeting(store, world.rank(), world.world_size()), settings, clock, look)
     except (_UnreachableError, DistError) as error:
-        print(_first_node_is_missing(address, port, settings, error), flush=True)
+        print(shown(_first_node_is_missing(address, port, settings, error)), flush=True)
         return exits.NODE_UNFIT
 
 
@@ -161,7 +162,7 @@ def _judge(meeting: Meeting, settings: HealthConfig, clock: Callable[[], float],
     code = exits.NODE_UNFIT if bad or failed else 0
     if code:
         _note_bad([verdict.node.host for verdict in bad])
-    print("\n".join(lines), flush=True)  # before the others end, see `_decided`
+    print(shown("\n".join(lines)), flush=True)  # before the others end, see `_decided`
     _decided()
     meeting.store.set("verdict", json.dumps({"code": code}))
     answering = [rank for rank, moment in moments.items() if moment and rank > 0]

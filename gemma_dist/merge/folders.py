@@ -26,6 +26,7 @@ from gemma_dist.model.folder import (
     local_folder,
     read_json_object,
     refuse_custom_code,
+    refuse_pickle,
     require_embeddings,
 )
 from gemma_dist.model.record import ADAPTER_RECORD, AdapterRecord, Quantization, names_its_layers, read_record
@@ -125,6 +126,7 @@ def open_base(base: Path | str, named: str = "--base") -> BaseModel:
             f"{folder} holds quantized weights (quantization_config in its config.json), which cannot be added to; "
             "give the 16-bit model that they were made from"
         )
+    refuse_pickle(folder)
     index = folder / WEIGHTS_INDEX
     if (folder / WEIGHTS).exists() or not index.exists():  # the whole file first, as transformers loads it
         return BaseModel(folder, config, [open_tensors(folder / WEIGHTS)], index=None)
@@ -156,13 +158,8 @@ def open_adapter(folder: Path) -> Adapter:
             f"give --adapter {inner[0]}"
         )
     settings = read_json_object(folder / ADAPTER_CONFIG, "the adapter is not a folder that PEFT saved")
-    weights = folder / ADAPTER_WEIGHTS
-    if not weights.exists() and (folder / "adapter_model.bin").exists():
-        raise CheckpointError(
-            f"{folder} holds its weights as a pickle (adapter_model.bin), which can run code when read; load it with "
-            "PEFT where you trust it and save it with safe_serialization=True"
-        )
-    return Adapter(folder, settings, open_tensors(weights), read_record(folder))
+    refuse_pickle(folder)
+    return Adapter(folder, settings, open_tensors(folder / ADAPTER_WEIGHTS), read_record(folder))
 
 
 @contextlib.contextmanager

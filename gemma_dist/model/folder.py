@@ -5,6 +5,7 @@ transformers asks whoever sits at the terminal.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ CLASS_FILES = (
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+
+# Weights as torch.save writes them, for transformers, PEFT or others.
+PICKLE = re.compile(r"(pytorch_model|model|adapter_model|consolidated|checkpoint)\b.*\.(bin|pt|pth|ckpt|pkl)")
 
 # What is fetched of a model of the hub: weights, settings, tokenizer and templates, and no code.
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
@@ -82,11 +86,13 @@ def read_json_object(path: Path, problem: str) -> dict[str, Any]:
 
 
 def refuse_custom_code(model: str | Path) -> None:
-    """Refuse a model folder (or hub name, or adapter folder) whose files name classes of their own.
+    """Refuse a model folder (or hub name, or adapter folder) whose files name classes of their own, or are pickles.
 
     Raises:
-        CheckpointError: one does, even if transformers knows a class to take instead: that would be another one.
+        CheckpointError: one does, even if transformers knows a class to take instead: that would be another one; or as
+            `refuse_pickle`.
     """
+    refuse_pickle(Path(model))
     for name in CLASS_FILES:
         path = _find(model, name)
         if path is None:
@@ -100,6 +106,22 @@ def refuse_custom_code(model: str | Path) -> None:
                 f"{str(model)!r}: {name} asks for code of its own, auto_map = {json.dumps(auto_map)}, and no code from "
                 "a model folder is ever run; give a Gemma 4 that transformers' own classes load, or take auto_map out "
                 "and name their class in the file"
+            )
+
+
+def refuse_pickle(folder: Path) -> None:
+    """Refuse a folder whose weights are a pickle, and no safetensors.
+
+    Raises:
+        CheckpointError: they are: what opens a pickle runs what it says.
+    """
+    if any(folder.glob("*.safetensors")):
+        return
+    for path in sorted(folder.glob("*")):
+        if PICKLE.fullmatch(path.name):
+            raise CheckpointError(
+                f"{folder} holds its weights as a pickle ({path.name}), which can run code when read; where you trust "
+                "it, load it with transformers or PEFT there, and save it with save_pretrained, as safetensors"
             )
 
 

@@ -16,7 +16,7 @@ from gemma_dist import world
 from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.model import fsdp
-from gemma_dist.model.folder import read_json_object, refuse_custom_code
+from gemma_dist.model.folder import read_json_object, refuse_custom_code, refuse_pickle
 from gemma_dist.model.images import use_known_places
 from gemma_dist.model.per_layer import TABLE, PerLayerTable, open_table, table_left_out, take_rows_of_batch
 from gemma_dist.model.record import ADAPTER_RECORD, four_bit_config, names_its_layers, quantization_of, read_record
@@ -306,6 +306,7 @@ def _from_pretrained(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # said below: transformers' own error names none of them
                 trust_remote_code=False,
+                use_safetensors=True,  # of the hub, too
                 **arguments,
             )
     except (OSError, ValueError) as error:
@@ -353,8 +354,10 @@ def _require_gemma4(name: str, model_type: str) -> None:
 
 
 def _require_adapter(folder: Path) -> None:
-    """Raises CheckpointError unless PEFT's settings of an adapter can be read in `folder`: its own errors name none."""
+    """Raises CheckpointError unless PEFT's settings of an adapter can be read in `folder`: its own errors name none;
+    and where its weights are a pickle."""
     path = folder / ADAPTER_CONFIG
+    refuse_pickle(folder)
     if not path.is_file():
         raise CheckpointError(f"{folder} is no adapter: it holds no {ADAPTER_CONFIG}")
     read_json_object(path, "the adapter's settings are broken")

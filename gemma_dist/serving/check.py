@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gemma_dist.errors import CheckpointError
 from gemma_dist.model.flat_sizes import flat_sizes
-from gemma_dist.model.folder import read_json_object, refuse_custom_code
+from gemma_dist.model.folder import read_json_object, refuse_custom_code, refuse_pickle
 from gemma_dist.model.load import read_config
 from gemma_dist.serving.commands import LLAMA_CPP, server_commands
 from gemma_dist.serving.prompts import check_prompts
@@ -25,6 +25,7 @@ def check_model(folder: Path) -> ModelReport:
     """
     report = ModelReport(folder, commands=server_commands(folder))
     require_model(folder)
+    refuse_pickle(folder)
     try:
         refuse_custom_code(folder)
     except CheckpointError as error:

@@ -10,6 +10,7 @@ from typing import NoReturn
 from gemma_dist.errors import ConfigError
 from gemma_dist.model.folder import local_folder, refuse_custom_code
 from gemma_dist.serving.report import require_model
+from gemma_dist.visible import shown
 
 NEEDED = ("fastapi", "openai", "uvicorn")  # what `pip install 'transformers[serving]'` brings
 
@@ -34,5 +35,5 @@ def serve(model: str, arguments: Sequence[str]) -> NoReturn:
         raise ConfigError(f"serving needs {', '.join(lacking)}: pip install 'transformers[serving]'")
     # -P: else Python looks for modules in the current folder first, and one is often in the model's own.
     command = [sys.executable, "-P", "-m", "gemma_dist.serving.transformers_serve", model, *arguments]
-    print(shlex.join(command), flush=True)
+    print(shown(shlex.join(command)), flush=True)
     os.execv(command[0], command)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gemma_dist.errors import CheckpointError
-from gemma_dist.model.folder import WEIGHTS, WEIGHTS_INDEX, read_json_object
+from gemma_dist.model.folder import WEIGHTS, WEIGHTS_INDEX, read_json_object, refuse_pickle
 from gemma_dist.model.vision import name_in_model
 from gemma_dist.serving.report import Finding, ModelReport, named
 from gemma_dist.tensorfile import TORCH_DTYPES, Entry, TensorFile, open_tensors
@@ -51,10 +51,9 @@ def _read_entries(folder: Path) -> tuple[dict[str, Entry], list[Finding]]:
     whole, index = (folder / WEIGHTS).exists(), (folder / WEIGHTS_INDEX).exists()
     beside = sorted(path.name for path in folder.glob("*.safetensors"))
     if not whole and not index:
-        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-        held = f"but {pickles[0].name}, which can run code when read" if pickles else "and no other weights"
+        refuse_pickle(folder)
         raise CheckpointError(
-            f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}, {held}; save it with transformers' save_pretrained"
+            f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}; save it with transformers' save_pretrained"
         )
     findings: list[Finding] = []
     weight_map: dict[str, str] | None = None

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from gemma_dist.data.rows import row_of_sample
 from gemma_dist.errors import DataError
-from gemma_dist.files import publish, sync
+from gemma_dist.files import begin, publish, sync
 from gemma_dist.logs import write_json
 from gemma_dist.shards.folder import APPEND_REJECTED, Plan, clear_folder, shard_name, tidy
 from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
@@ -228,6 +228,7 @@ def _logs(pieces: list[_Piece], name: str) -> list[Path]:
 def _join_files(paths: list[Path], out: Path, keep_bytes: int) -> None:
     """Put the files that exist behind the first `keep_bytes` of `out`, whole or not at all."""
     temporary = out.with_name(f".{out.name}.tmp")
+    begin(temporary)
     with temporary.open("wb") as file:
         if keep_bytes:
             file.write(out.read_bytes()[:keep_bytes])

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from gemma_dist.errors import ConfigError
+from gemma_dist.files import make_own, put, unfollowed
 from gemma_dist.logs import log
 from gemma_dist.shards.manifest import has_digest, read_seal
 from gemma_dist.shards.refusals import refusal
+from gemma_dist.visible import masked
 
 NUM_TRIES = 6
 FIRST_WAIT_S = 0.5  # doubled at each try, times 0.5 to 1.5 by chance, so that ranks do not ask in step: 16 s in all
@@ -115,7 +117,7 @@ class Fetcher:
 
         if self._cache is None:
             return self._patiently(path, fetch)
-        name = hashlib.sha256(f"{path}\n{offset}\n{num_bytes}\n{digest.hex()}".encode()).hexdigest()[:32]
+        name = hashlib.sha256(f"{masked(path)}\n{offset}\n{num_bytes}\n{digest.hex()}".encode()).hexdigest()[:32]
         return self._cache.get(name, num_bytes, digest, lambda: self._patiently(path, fetch))
 
     def download(self, path: str) -> Path:
@@ -131,11 +133,11 @@ class Fetcher:
             if self._downloads is None:
                 self._temporary = tempfile.TemporaryDirectory(prefix="gemma_dist-")  # goes with the Fetcher
                 self._downloads = Path(self._temporary.name)
-        file = self._downloads / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}-{path.rsplit('/', 1)[1]}"
+        file = self._downloads / f"{hashlib.sha256(masked(path).encode()).hexdigest()[:16]}-{path.rsplit('/', 1)[1]}"
         with _locked(file.with_suffix(".lock")):
             _remove_unfinished(file.parent, file.name)
             if not self._has_seal_of(path, file):
-                _write(file, self._patiently(path, lambda: self._system(path).cat_file(path)))
+                put(file, self._patiently(path, lambda: self._system(path).cat_file(path)))
         return file
 
     def _has_seal_of(self, path: str, kept: Path) -> bool:
@@ -232,7 +234,7 @@ class _Cache:
                 used = int(noted) if noted.isdigit() else self._max_bytes
                 if used + len(data) > self._max_bytes:
                     used = self._make_room(len(data))
-                _write(path, data)
+                put(path, data)
                 _note(ledger, used + len(data))
         except OSError as error:  # a full disk, say: slower, no reason to stop
             if not self._told:
@@ -265,8 +267,8 @@ class _Cache:
 @contextmanager
 def _locked(path: Path) -> Iterator[io.FileIO]:
     """The file `path`, open to read and write, alone on this node; the lock of a process that dies is free."""
-    path.parent.mkdir(parents=True, exist_ok=True)  # may be emptied at any time
-    with io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+") as file:
+    make_own(path.parent, 0o700)  # may be emptied at any time
+    with io.FileIO(unfollowed(path, os.O_RDWR | os.O_CREAT, 0o600), "r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield file
@@ -295,19 +297,9 @@ def _find(path: Path, num_bytes: int, digest: bytes) -> bytes | None:
 def _remove_unfinished(folder: Path, name: str = "") -> None:
     """Remove what killed processes left of a file, or of all. The caller has the lock under which these are written, so
     no writer is alive."""
-    for path in folder.glob(f"{name}*.tmp"):
-        path.unlink(missing_ok=True)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Put a file into the cache, whole or not at all. What the disk loses of it is fetched again: no fsync."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    for path in folder.glob("*.tmp"):
+        if name in path.name:
+            path.unlink(missing_ok=True)
 
 
 def _checked(data: bytes, num_bytes: int, digest: bytes) -> bytes:

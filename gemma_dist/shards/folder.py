@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from gemma_dist.aliases import current_values
 from gemma_dist.errors import DataError
+from gemma_dist.files import unfollowed
 from gemma_dist.logs import log, write_json
 from gemma_dist.shards.manifest import FINISHED, MANIFEST, UNFINISHED, CorpusHeader, Manifest, read_manifest
 from gemma_dist.shards.pieces import piece_files
@@ -101,7 +102,7 @@ def at_work(out: Path, part: Part | None) -> Iterator[None]:
         _lock(folder, fcntl.LOCK_EX if part is None else fcntl.LOCK_SH, f"{out}: another `gemma-dist shard` is at work")
         if part is not None:
             path = out / f".part-{part.number}-of-{part.of}"
-            own = stack.enter_context(path.open("w"))
+            own = stack.enter_context(open(path, "w", opener=unfollowed))
             stack.callback(path.unlink, missing_ok=True)
             _lock(own.fileno(), fcntl.LOCK_EX, f"{out}: part {part.number} of {part.of} is at work already")
         try:
@@ -116,7 +117,7 @@ def at_work(out: Path, part: Part | None) -> Iterator[None]:
 @contextlib.contextmanager
 def one_at_a_time(out: Path) -> Iterator[None]:
     """Within, no other part of the run claims the folder: it waits."""
-    with (out / CLAIM).open("w") as file:
+    with open(out / CLAIM, "w", opener=unfollowed) as file:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 
 from gemma_dist.errors import DataError
-from gemma_dist.files import publish
+from gemma_dist.files import begin, publish
 from gemma_dist.logs import log
 
 FORMAT_VERSION, EARLIER_VERSION = 3, 2
@@ -182,6 +182,7 @@ def write_manifest(
     table = table.replace_schema_metadata({"header": text})
     path = folder / MANIFEST
     temporary = path.with_name(f".{MANIFEST}.tmp")
+    begin(temporary)
     with pa.ipc.new_file(temporary, table.schema) as file:
         file.write_table(table, max_chunksize=max(1, table.num_rows))
     sha256 = _sha256(temporary, temporary.stat().st_size)

@@ -27,7 +27,7 @@ from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message, Tool
 from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import DataError, spell
-from gemma_dist.files import publish
+from gemma_dist.files import begin, publish
 from gemma_dist.logs import JsonlWriter
 from gemma_dist.shards.manifest import COUNTS, RowGroupPlace, ShardEntry, digest, row_group_line
 from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
@@ -257,7 +257,7 @@ class _ShardWriter:
         table = pa.Table.from_pylist(self._lines, RECORD_SCHEMA)
         header: PieceHeader = {"report": report.to_json(), "errors": errors, "shards": self._shards}
         table = table.replace_schema_metadata({"header": json.dumps(header)})
-        with pa.ipc.new_file(_partial(self._job.record), table.schema) as file:
+        with pa.ipc.new_file(_begun(self._job.record), table.schema) as file:
             file.write_table(table)
         publish(_partial(self._job.record), self._job.record)
 
@@ -270,7 +270,7 @@ class _ShardWriter:
         if self._parquet is None:
             # Images are compressed already. Statistics of the long strings would only bloat the footer.
             self._parquet = pq.ParquetWriter(
-                _partial(self._path()),
+                _begun(self._path()),
                 SCHEMA,
                 compression={"id": "zstd", "messages": "zstd", "tools": "zstd"},
                 use_dictionary=False,
@@ -321,6 +321,12 @@ class _RowLog:
         if self._file:
             self._file.close()
             publish(_partial(self._path), self._path)
+
+
+def _begun(path: Path) -> Path:
+    """An empty file to write to until it is complete."""
+    begin(_partial(path))
+    return _partial(path)
 
 
 def _partial(path: Path) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from gemma_dist.errors import DataError
-from gemma_dist.files import publish
+from gemma_dist.files import begin, publish
 from gemma_dist.logs import read_jsonl
 from gemma_dist.shards.manifest import Manifest
 
@@ -65,11 +65,12 @@ def write_tools(out: Path, before: Manifest | None, new: Iterable[Path]) -> Seen
     at all; no file where there is none."""
     seen = SeenTools()
     temporary = out / f".{TOOLS}.tmp"
+    begin(temporary)
     with temporary.open("w", encoding="utf-8") as file:
         for tool in _old_and_new(out, before, new):
             if seen.is_new(tool):
-                begin = ",\n" if len(seen) > 1 else "[\n"
-                file.write(begin + json.dumps(tool, ensure_ascii=False, separators=(",", ":")))
+                lead = ",\n" if len(seen) > 1 else "[\n"
+                file.write(lead + json.dumps(tool, ensure_ascii=False, separators=(",", ":")))
         file.write("\n]\n")
     if len(seen):
         publish(temporary, out / TOOLS)

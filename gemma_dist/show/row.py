@@ -19,6 +19,7 @@ from gemma_dist.errors import DataError, setting, spell
 from gemma_dist.gemma_format import IMAGE
 from gemma_dist.shards.reader import Shards, is_shard_folder, open_shards, refuse_unroll
 from gemma_dist.shards.report import OPTIONS
+from gemma_dist.visible import visible
 
 TRAINED, TRAINED_END = "⟦", "⟧"
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
@@ -49,21 +50,27 @@ class Inspection:
 
     def render(self, color: bool) -> str:
         """The row as text under a line of counts. Trained text stands in ⟦ ⟧, and is green with `color`; the soft
-        tokens of an image are counted: `<|image|> x 256`."""
+        tokens of an image are counted: `<|image|> x 256`. What the row itself has of these marks, and of all that
+        would act on a terminal or hide there, is written out: `\\u27e6`."""
         num_tokens = len(self.ids)
         header = (
-            f"{self.id}: {num_tokens:,} tokens = {self.num_text_tokens:,} text + {self.num_image_tokens:,} image "
-            f"({self.num_images} images); {self.num_target_tokens:,} trained; thinking "
+            f"{visible(self.id, keep='')}: {num_tokens:,} tokens = {self.num_text_tokens:,} text + "
+            f"{self.num_image_tokens:,} image ({self.num_images} images); {self.num_target_tokens:,} trained; thinking "
             f"{'on' if self.enable_thinking else 'off'}"
         )
         if len(self.samples) > 1:
-            header += f"\none of the samples {', '.join(self.samples)} of the row"
+            header += f"\none of the samples {visible(', '.join(self.samples), keep='')} of the row"
         for note, count in sorted(self.notes.items()):
-            header += f"\n{count:,} x {note}"
+            header += f"\n{count:,} x {visible(note)}"
         start, end = (GREEN + TRAINED, TRAINED_END + PLAIN) if color else (TRAINED, TRAINED_END)
-        pieces = [f"{start}{text}{end}" if trained else text for trained, text in self.segments]
+        pieces = [f"{start}{_unmarked(text)}{end}" if trained else _unmarked(text) for trained, text in self.segments]
         text = SOFT_TOKENS.sub(lambda found: f"{IMAGE} x {len(found[0]) // len(IMAGE)}", "".join(pieces))
         return f"{header}\n\n{text}"
+
+
+def _unmarked(text: str) -> str:
+    """A row's text, which cannot pass for a mark of ours."""
+    return visible(text).replace(TRAINED, "\\u27e6").replace(TRAINED_END, "\\u27e7")
 
 
 def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardConfig) -> Inspection:

@@ -86,7 +86,7 @@ def require_metric(run: Run, encoder: Encoder) -> None:
             found |= set(encoder.encode(held_out.shards.read(sample)).kinds)
         if wanted in found:
             break
-    found = set().union(*world.gather_objects(found))
+    found = set().union(*world.gather_objects(sorted(found)))
     if wanted not in found:
         others = ["eval_loss", *(f"eval_loss_{word}" for kind, word in KINDS.items() if kind in found)]
         raise ConfigError(

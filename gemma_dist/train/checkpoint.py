@@ -32,6 +32,7 @@ from gemma_dist.train.digests import (
     require_digests,
     visible_damage,
 )
+from gemma_dist.visible import masked_in
 
 MARKER = "complete.json"
 UNFINISHED = ".unfinished"
@@ -144,7 +145,7 @@ def damaged_and_named(folder: Path, problems: list[str]) -> str:
 
 def changed_settings(folder: Path, config: RunConfig) -> list[str]:
     """What of `config` differs from the settings of the run that saved the checkpoint `folder`, in words."""
-    then = flat(read_marker(folder)["settings"])
+    then = flat(masked_in(read_marker(folder)["settings"]))  # an earlier version wrote credentials down
     now = flat(config.to_json())
     changed = []
     for key in sorted(then.keys() | now.keys()):

@@ -48,6 +48,7 @@ from gemma_dist.train.run import STATE_FILES, connect, load_run_model, prepare, 
 from gemma_dist.train.scratch import scratch_folder
 from gemma_dist.train.stop import StopRequests
 from gemma_dist.train.trainer import ToolCallTrainer
+from gemma_dist.visible import shown
 
 SCRATCH = ".dry-run-"  # and the name of the run
 NUM_SHOWN = 5  # problems in a message
@@ -215,7 +216,7 @@ def say(config: RunConfig, watch: MemoryWatch, requests: StopRequests, *, as_jso
     found = dry_run(config, watch=watch, requests=requests)
     if found is None or world.rank() != 0:
         return
-    print(to_json(found.to_json()) if as_json else found.render(), flush=True)
+    print(to_json(found.to_json()) if as_json else shown(found.render()), flush=True)
     require_room(found, config.train.output_dir)
 
 

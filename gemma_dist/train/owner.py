@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gemma_dist import world
 from gemma_dist.errors import ConfigError
-from gemma_dist.files import exclusive
+from gemma_dist.files import exclusive, put
 from gemma_dist.logs import log
 
 HEARTBEATS, OWNER, WAITING = "heartbeats", "owner", "waiting"
@@ -105,9 +105,7 @@ def _write(output_dir: Path, name: str, text: str) -> None:
     path = output_dir / HEARTBEATS / name
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(path)
+        put(path, f"{text}\n".encode())
 
 
 def _read(output_dir: Path, name: str) -> str:

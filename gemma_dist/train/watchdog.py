@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 from gemma_dist import exits, failures, world
+from gemma_dist.files import put, unfollowed
 from gemma_dist.logs import log, to_json
 from gemma_dist.train.checkpoint import UNFINISHED
 from gemma_dist.train.owner import HEARTBEATS, disown, successor
@@ -149,16 +150,13 @@ class Watchdog:
 
     def _beat(self) -> None:
         """Rewrite this rank's heartbeat; a reader sees the old one or the new one."""
-        path = self._path(world.rank())
-        temporary = path.with_suffix(".tmp")
         heartbeat = {
             "at": self._position(),
             "seconds": round(time.monotonic() - self._begun, 1),
             "host": socket.gethostname(),
             "process": os.getpid(),
         }
-        temporary.write_text(to_json(heartbeat | self._hang) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        put(self._path(world.rank()), f"{to_json(heartbeat | self._hang)}\n".encode())
 
     def _end(self, waited_s: float) -> None:
         """Report where this rank stands, let one of those that do tell of all of them, and end the process."""
@@ -190,7 +188,8 @@ class Watchdog:
             with contextlib.suppress(OSError):
                 self._beat()
                 self._hangs().touch()
-                with (self._folder / f"stacks-rank-{world.rank()}.txt").open("a", encoding="utf-8") as file:
+                path = self._folder / f"stacks-rank-{world.rank()}.txt"
+                with open(path, "a", encoding="utf-8", opener=unfollowed) as file:
                     file.write(message)
                     file.flush()
                     faulthandler.dump_traceback(file, all_threads=True)
