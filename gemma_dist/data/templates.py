@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from gemma_dist.data.gguf import is_gguf, read_metadata
 from gemma_dist.errors import ConfigError
-from gemma_dist.model.tiny import newest_template
+from gemma_dist.model.tiny import newest_template, shipped_templates
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -29,7 +29,7 @@ def read_template(name: str) -> str:
     Raises:
         ConfigError: it is none of these.
     """
-    shipped = _shipped()
+    shipped = shipped_templates()
     path = shipped.get(name, Path(name))
     if not path.is_file():
         raise ConfigError(
@@ -55,7 +55,7 @@ def template_of_gguf(path: Path) -> str:
 
 def revision_of(template: str) -> str:
     """Which of the known templates this is, in words for a report."""
-    for name, path in _shipped().items():
+    for name, path in shipped_templates().items():
         if template.strip() == path.read_text(encoding="utf-8").strip():
             return f"{name}, that of E2B and E4B" if name == "gemma4_v5" else f"{name}, an earlier revision"
     if template.strip() == newest_template("31b").strip():
@@ -63,19 +63,12 @@ def revision_of(template: str) -> str:
     return "none of the revisions that are known here"
 
 
-def _shipped() -> dict[str, Path]:
-    """Gemma 4's templates that TRL ships, by their names, the newest last."""
-    import trl
-
-    return {path.stem: path for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("gemma4*.jinja"))}
-
-
 @functools.cache
 def without_sandbox(text: str) -> "Template | None":
     """A template that is known, compiled as transformers does but for the sandbox; None for any other."""
     from jinja2 import Environment
 
-    known = [path.read_text(encoding="utf-8") for path in _shipped().values()]
+    known = [path.read_text(encoding="utf-8") for path in shipped_templates().values()]
     if text not in [*known, newest_template("31b")]:
         return None
     return Environment(trim_blocks=True, lstrip_blocks=True).from_string(text)
