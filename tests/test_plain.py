@@ -106,7 +106,7 @@ def test_no_process_that_shards_imports_torch_but_the_one_that_loads_the_process
     (tmp_path / "said").mkdir()
     paths = [str(tmp_path), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "SAID": str(tmp_path / "said")}
-    command = [sys.executable, tmp_path / "main.py", source, tmp_path / "out", model]
+    command = [sys.executable, str(tmp_path / "main.py"), str(source), str(tmp_path / "out"), model]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout == "12\n", done.stderr
     said = sorted(path.read_text() for path in (tmp_path / "said").iterdir())

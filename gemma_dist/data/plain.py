@@ -15,11 +15,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, cast
 
-from tokenizers import Tokenizer as BackendTokenizer
-
 from gemma_dist.config import EncodingConfig
 from gemma_dist.data.encode import Encoder, load_encoder
-from gemma_dist.data.types import Processor, Tool
+from gemma_dist.data.types import BackendTokenizer, Processor, Tool
 from gemma_dist.errors import CheckpointError
 
 
