@@ -8,13 +8,11 @@ prints one line of JSON: CPU seconds, and the most megabytes that each kind of p
 
 import itertools
 import json
-import os
 import resource
 import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,20 +22,22 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-WATCH_S = 0.1  # between two looks at the memory
+WATCH_S = 0.2  # between two looks at the memory
 ENCODED = pa.schema(
     {"id": pa.string(), "messages": pa.string(), "tools": pa.string(), "input_ids": pa.list_(pa.int64())}
 )
+VOCAB_SIZE = 32_000
 NUM_WARM = 16  # rows of the run whose time is taken off: that of imports and of loading a tokenizer
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run took. MB are those that a process shares with no other, at their most."""
+    """What one run took. MB are those that a process shares with no other, at their most; 0 where there was none."""
 
     cpu_s: float
     parent_mb: float
-    worker_mb: float  # of the largest; 0: there was none
+    child_mb: float  # of the largest child that has not loaded torch
+    torch_child_mb: float  # of the largest that has
 
 
 # ---- the contenders --------------------------------------------------------------------------------------------------
@@ -113,6 +113,37 @@ CONTENDERS: dict[str, Callable[[Path, Path, Path, int], None]] = {
 }
 
 
+# ---- the corpus ------------------------------------------------------------------------------------------------------
+
+
+def make_corpus(folder: Path, source: Path, times: tuple[int, ...]) -> tuple[Path, list[Path]]:
+    """A model folder whose vocabulary is learned from the rows, and files of rows: the first NUM_WARM, and all of them
+    each so many times over. They are in normal form, so that every contender renders the same messages."""
+    from gemma_dist.config import ShardConfig
+    from gemma_dist.data.rows import read_rows
+    from gemma_dist.data.trajectory import parse_row
+    from gemma_dist.model.tiny import tiny_processor
+
+    lines = source.read_text(encoding="utf-8").splitlines()
+    tiny_processor(lines, style="e4b", vocab_size=VOCAB_SIZE, chat_template=None).save_pretrained(folder / "model")
+    rows = [parse_row(row, where, ShardConfig()) for where, row in read_rows([source])]
+    normal = [{"id": row.id, "messages": row.messages, "tools": row.tools} for row in rows]
+    files = [_write(folder / "warm.jsonl", normal[:NUM_WARM])]
+    for number in times:
+        again = [{**row, "id": f"{row['id']}-{turn}"} for turn in range(number) for row in normal]
+        files.append(_write(folder / f"rows-{number}.jsonl", again))
+    return folder / "model", files
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with path.open("w") as file, as_text(path).open("w") as texts:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+            as_json = {key: json.dumps(row[key]) for key in ("messages", "tools")}
+            texts.write(json.dumps(row | as_json) + "\n")
+    return path
+
+
 # ---- one run ---------------------------------------------------------------------------------------------------------
 
 
@@ -128,26 +159,25 @@ def run(contender: str, rows: Path, model: Path, out: Path, num_workers: int = 1
 
 def main() -> None:
     contender, rows, model, out, num_workers = sys.argv[1:]
-    most: dict[bool, float] = defaultdict(float)
-    thread = threading.Thread(target=_watch, args=(most,), daemon=True)
-    thread.start()
+    most: dict[str, float] = dict.fromkeys(("parent_mb", "child_mb", "torch_child_mb"), 0.0)
+    threading.Thread(target=_watch, args=(most,), daemon=True).start()
     CONTENDERS[contender](Path(rows), Path(model), Path(out), int(num_workers))
     used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    cpu_s = sum(one.ru_utime + one.ru_stime for one in used)
-    print(json.dumps({"cpu_s": cpu_s, "parent_mb": most[True], "worker_mb": most[False]}))
+    print(json.dumps({"cpu_s": sum(one.ru_utime + one.ru_stime for one in used), **most}))
 
 
-def _watch(most: dict[bool, float]) -> None:
-    """Keep the most megabytes of this process, under True, and of any of its children."""
+def _watch(most: dict[str, float]) -> None:
+    """Keep the most megabytes of this process and of its children."""
     this = psutil.Process()
     while True:
         for process in [this, *this.children(recursive=True)]:
             try:
                 own = process.memory_full_info().uss / 1e6
+                has_torch = "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
             except (psutil.Error, OSError):  # it has ended
                 continue
-            is_this = process.pid == os.getpid()
-            most[is_this] = max(most[is_this], own)
+            kind = "parent_mb" if process == this else "torch_child_mb" if has_torch else "child_mb"
+            most[kind] = max(most[kind], own)
         time.sleep(WATCH_S)
 
 

@@ -6,8 +6,9 @@ attribute and call: a third of the time that rendering takes. The revisions that
 """
 
 import functools
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemma_dist.data.gguf import is_gguf, read_metadata
 from gemma_dist.errors import ConfigError
@@ -65,10 +66,29 @@ def revision_of(template: str) -> str:
 
 @functools.cache
 def without_sandbox(text: str) -> "Template | None":
-    """A template that is known, compiled as transformers does but for the sandbox; None for any other."""
+    """A template that is known, compiled as transformers does but for the sandbox, and with each declaration of a tool
+    rendered once; None for any other."""
     from jinja2 import Environment
+    from jinja2.runtime import Context
 
     known = [path.read_text(encoding="utf-8") for path in shipped_templates().values()]
     if text not in [*known, newest_template("31b")]:
         return None
-    return Environment(trim_blocks=True, lstrip_blocks=True).from_string(text)
+
+    class PlainContext(Context):
+        """Calls as Python does: these templates call nothing that asks for the context."""
+
+        def call(self, called: Any, *given: Any, _loop_vars: Any = None, _block_vars: Any = None, **named: Any) -> Any:
+            return called(*given, **named)
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True)
+    environment.context_class = PlainContext
+    macros = environment.from_string(text).make_module({"messages": [{"role": "user", "content": ""}]})
+
+    @functools.lru_cache(maxsize=4096)
+    def declaration(tool_json: str) -> str:
+        return str(macros.format_function_declaration(json.loads(tool_json)))
+
+    # Rows share their tools, and a declaration depends on nothing else.
+    environment.globals["declaration"] = lambda tool: declaration(json.dumps(tool))
+    return environment.from_string(text.replace("format_function_declaration(tool)", "declaration(tool)"))
