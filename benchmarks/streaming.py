@@ -318,12 +318,9 @@ def shard(folder: Path) -> None:
     contenders = [("datasets map", 1), ("plain loop", 1), ("gemma_dist", 1), ("datasets map", 2), ("gemma_dist", 2)]
     rows: list[tuple[Any, ...]] = []
     for name, num_workers in contenders:
-        starts, costs = [], []
-        for attempt in range(NUM_REPEATS):
-            out = folder / f"{name}-{num_workers}-{attempt}".replace(" ", "-")
-            starts.append(sharding.run(name, warm, model, out / "warm", num_workers))
-            costs.append(sharding.run(name, once, model, out / "once", num_workers))
-        rows.append((name, num_workers, num_rows, min(starts, key=cpu_s), min(costs, key=cpu_s)))
+        out = folder / f"{name}-{num_workers}"
+        start = sharding.run(name, warm, model, out / "warm", num_workers)
+        rows.append((name, num_workers, num_rows, start, sharding.run(name, once, model, out / "once", num_workers)))
     cost = sharding.run("gemma_dist", ten_times, model, folder / "ten-times", 2)
     rows.append(("gemma_dist", 2, 10 * num_rows, rows[-1][3], cost))
     lines = []
@@ -332,16 +329,10 @@ def shard(folder: Path) -> None:
         memory = (cost.parent_mb, cost.child_mb or "-", cost.torch_child_mb or "-")
         lines.append((name, num_workers, count, f"{rate:.0f}", f"{start.cpu_s:.1f}", *memory))
     show(
-        f"shard: rows from JSONL to parquet a CPU second, of all processes, start taken off, best of {NUM_REPEATS}; "
-        "own MB of each process",
+        "shard: rows from JSONL to parquet a CPU second of all processes, without their start; own MB of each process",
         ("", "processes", "rows", "rows / CPU s", "start, CPU s", "parent", "a child", "a child with torch"),
         *lines,
     )
-
-
-def cpu_s(cost: Any) -> float:
-    """By which the best of several runs is chosen."""
-    return float(cost.cpu_s)
 
 
 SECTIONS: dict[str, Callable[[Path], None]] = {
