@@ -83,7 +83,7 @@ def without_sandbox(text: str) -> "Template | None":
 
     environment = Environment(trim_blocks=True, lstrip_blocks=True)
     environment.context_class = PlainContext
-    macros = environment.from_string(text).make_module({"messages": [{"role": "user", "content": ""}]})
+    macros: Any = environment.from_string(text).make_module({"messages": [{"role": "user", "content": ""}]})
 
     @functools.lru_cache(maxsize=4096)
     def declaration(tool_json: str) -> str:
