@@ -1,6 +1,6 @@
 """What streaming costs and brings, beside what else there is: prints one table a section.
 
-    python benchmarks/streaming.py [--only read|store|index|shuffle|balance|train]
+    python benchmarks/streaming.py [--only read|store|index|shuffle|balance|train|shard]
 
 Needs the `bench` extra for all of its competitors; those that are not installed are left out. `docs/benchmarks.md`
 explains the tables.
@@ -305,6 +305,36 @@ def train(folder: Path) -> None:
         print(f"\n{screenshots}: not there, so its screenshots are left out")
 
 
+def shard(folder: Path) -> None:
+    """Rows a CPU second from JSONL to parquet, beside `datasets`."""
+    import sharding
+
+    source = SHARED / "toolcalls" / "train.jsonl"
+    if not source.exists():
+        print(f"\n{source}: not there, so sharding is left out")
+        return
+    model, (warm, once, ten_times) = sharding.make_corpus(folder, source, (1, 10))
+    num_rows = len(once.read_text().splitlines())
+    contenders = [("datasets map", 1), ("plain loop", 1), ("gemma_dist", 1), ("datasets map", 2), ("gemma_dist", 2)]
+    rows: list[tuple[Any, ...]] = []
+    for name, num_workers in contenders:
+        out = folder / f"{name}-{num_workers}"
+        start = sharding.run(name, warm, model, out / "warm", num_workers)
+        rows.append((name, num_workers, num_rows, start, sharding.run(name, once, model, out / "once", num_workers)))
+    cost = sharding.run("gemma_dist", ten_times, model, folder / "ten-times", 2)
+    rows.append(("gemma_dist", 2, 10 * num_rows, rows[-1][3], cost))
+    lines = []
+    for name, num_workers, count, start, cost in rows:
+        rate = (count - sharding.NUM_WARM) / (cost.cpu_s - start.cpu_s)
+        memory = (cost.parent_mb, cost.child_mb or "-", cost.torch_child_mb or "-")
+        lines.append((name, num_workers, count, f"{rate:.0f}", f"{start.cpu_s:.1f}", *memory))
+    show(
+        "shard: rows from JSONL to parquet a CPU second of all processes, without their start; own MB of each process",
+        ("", "processes", "rows", "rows / CPU s", "start, CPU s", "parent", "a child", "a child with torch"),
+        *lines,
+    )
+
+
 SECTIONS: dict[str, Callable[[Path], None]] = {
     "read": read,
     "store": store,
@@ -312,6 +342,7 @@ SECTIONS: dict[str, Callable[[Path], None]] = {
     "shuffle": shuffle,
     "balance": balance,
     "train": train,
+    "shard": shard,
 }
 
 

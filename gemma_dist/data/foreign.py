@@ -27,6 +27,9 @@ _STRICT = re.compile(
     FLAGS,
 )
 
+_TAGGED_LINE = rf"^[ \t]*+{TAG}(?=\w|[ \t]*+$)"  # not a word of a sentence
+_NAMELESS = re.compile(rf"{MARKED} | {_TAGGED_LINE}", FLAGS)
+
 # JSON: where it may begin, what may stand before it at the start of the text, and behind it at the end.
 _LINE_START = re.compile(r"^[ \t]*+(?:`{3,}+\w*+[ \t]*+)?(?=[{\[])", re.MULTILINE)
 _OPENING = re.compile(r"\s*+(?:`{3,}+\w*+\s*+)?")
@@ -52,7 +55,10 @@ def holds_foreign_call(text: str, tool_names: Iterable[str] = ()) -> bool:
 
 def find_attempt(text: str, tool_names: Iterable[str]) -> re.Match[str] | None:
     """What `holds_foreign_call` finds first in `text`, where tools of these names are declared."""
-    return _attempt(frozenset(filter(None, tool_names))).search(text)
+    names = frozenset(filter(None, tool_names))
+    if not names or any(name in text for name in names):
+        return _attempt(names).search(text)
+    return _NAMELESS.search(text)  # the same, and nothing to compile, which takes longer than a row
 
 
 @lru_cache(maxsize=256)
@@ -63,7 +69,7 @@ def _attempt(names: frozenset[str]) -> re.Pattern[str]:
     parameter = r"""\w++(?::[ ]?+[\w.\[\]| ]++(?:[ ]?+=[ ]?+[\w.'"]++)?+)?+"""  # "x", "x: str", "x: str = 'a'"
     return re.compile(
         rf"""{MARKED}
-    | ^[ \t]*+{TAG}(?=\w|[ \t]*+$)                                                  # not a word of a sentence
+    | {_TAGGED_LINE}
     | (?<!`)(?:{TAG}|\[TOOL_CALLS\]|<\|python_tag\|>)\s*+{name}(?![\w.-])
     | ^Action(?:[ ]\d++)?:[ \t]*+{name}[ \t]*+(?:$|\[)                               # ReAct
     | (?<!`)<{name}>\s*+(?:<[\w.-]++>|\{{|</{name}>)                               # Cline

@@ -14,6 +14,7 @@ import jsonschema
 import referencing
 
 from gemma_dist.data.schema_nulls import drop_schema_nulls
+from gemma_dist.data.schema_plain import is_plainly_valid
 from gemma_dist.data.schema_types import normalize_schema
 from gemma_dist.data.strict import (
     as_object,
@@ -26,7 +27,7 @@ from gemma_dist.data.strict import (
     without,
     without_nulls,
 )
-from gemma_dist.data.types import CalledFunction, Clean, Function, Json, JsonObject, Message, Tool
+from gemma_dist.data.types import ArrowStruct, CalledFunction, Clean, Function, Json, JsonObject, Message, Tool
 from gemma_dist.errors import DataError
 
 # How jsonschema checks one keyword: by validator, rule, value and schema.
@@ -63,14 +64,33 @@ def parse_tools(tools: object, clean: Clean, notes: Counter[str]) -> list[Tool]:
             function = _declared_function(tool)
             name = tool_name(function.get("name"))
         with error_context(f"tool {name}"):
-            function = drop_schema_nulls(function, notes)
-            declared: Tool = {"type": "function", "function": _parse_function(function, clean, notes)}
+            declared = _declare(function, clean, notes)
             if parsed.setdefault(name, declared) is declared:
                 continue
             if parsed[name] != declared:
                 raise DataError("is declared twice, and not the same; keep one of the two, or rename one")
             notes[TWICE] += 1
     return list(parsed.values())
+
+
+def _declare(function: dict[str, object], clean: Clean, notes: Counter[str]) -> Tool:
+    """The declaration in OpenAI's form. Rows share their tools, so one that was parsed before is taken as it is."""
+    if any(isinstance(value, ArrowStruct) for value in (function, *function.values())):
+        return _parse_declaration(function, clean, notes)  # whose nulls mean something else
+    declared, found = _remembered(json.dumps(function), clean)
+    notes.update(found)
+    return declared
+
+
+@functools.lru_cache(maxsize=4096)
+def _remembered(function_json: str, clean: Clean) -> tuple[Tool, Counter[str]]:
+    """A declaration, and the notes on it."""
+    notes: Counter[str] = Counter()
+    return _parse_declaration(json.loads(function_json), clean, notes), notes
+
+
+def _parse_declaration(function: dict[str, object], clean: Clean, notes: Counter[str]) -> Tool:
+    return {"type": "function", "function": _parse_function(drop_schema_nulls(function, notes), clean, notes)}
 
 
 def _declared_function(tool: object) -> dict[str, object]:
@@ -120,7 +140,8 @@ def _validator(schema_json: str) -> jsonschema.protocols.Validator:
     schema = json.loads(schema_json)
     try:
         dialect = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-        dialect.check_schema(schema)
+        if not is_plainly_valid(schema):
+            dialect.check_schema(schema)
         return _nullable(dialect)(schema, registry=referencing.Registry())
     except Exception as error:  # whatever trips the validator's own reading of a schema is a fault of the schema
         raise DataError(f"parameters are no valid JSON schema: {reason(error)}; fix the schema") from None

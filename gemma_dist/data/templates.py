@@ -6,12 +6,13 @@ attribute and call: a third of the time that rendering takes. The revisions that
 """
 
 import functools
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemma_dist.data.gguf import is_gguf, read_metadata
 from gemma_dist.errors import ConfigError
-from gemma_dist.model.tiny import newest_template
+from gemma_dist.model.tiny import newest_template, shipped_templates
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -29,7 +30,7 @@ def read_template(name: str) -> str:
     Raises:
         ConfigError: it is none of these.
     """
-    shipped = _shipped()
+    shipped = shipped_templates()
     path = shipped.get(name, Path(name))
     if not path.is_file():
         raise ConfigError(
@@ -55,7 +56,7 @@ def template_of_gguf(path: Path) -> str:
 
 def revision_of(template: str) -> str:
     """Which of the known templates this is, in words for a report."""
-    for name, path in _shipped().items():
+    for name, path in shipped_templates().items():
         if template.strip() == path.read_text(encoding="utf-8").strip():
             return f"{name}, that of E2B and E4B" if name == "gemma4_v5" else f"{name}, an earlier revision"
     if template.strip() == newest_template("31b").strip():
@@ -63,19 +64,31 @@ def revision_of(template: str) -> str:
     return "none of the revisions that are known here"
 
 
-def _shipped() -> dict[str, Path]:
-    """Gemma 4's templates that TRL ships, by their names, the newest last."""
-    import trl
-
-    return {path.stem: path for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("gemma4*.jinja"))}
-
-
 @functools.cache
 def without_sandbox(text: str) -> "Template | None":
-    """A template that is known, compiled as transformers does but for the sandbox; None for any other."""
+    """A template that is known, compiled as transformers does but for the sandbox, and with each declaration of a tool
+    rendered once; None for any other."""
     from jinja2 import Environment
+    from jinja2.runtime import Context
 
-    known = [path.read_text(encoding="utf-8") for path in _shipped().values()]
+    known = [path.read_text(encoding="utf-8") for path in shipped_templates().values()]
     if text not in [*known, newest_template("31b")]:
         return None
-    return Environment(trim_blocks=True, lstrip_blocks=True).from_string(text)
+
+    class PlainContext(Context):
+        """Calls as Python does: these templates call nothing that asks for the context."""
+
+        def call(self, called: Any, *given: Any, _loop_vars: Any = None, _block_vars: Any = None, **named: Any) -> Any:
+            return called(*given, **named)
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True)
+    environment.context_class = PlainContext
+    macros: Any = environment.from_string(text).make_module({"messages": [{"role": "user", "content": ""}]})
+
+    @functools.lru_cache(maxsize=4096)
+    def declaration(tool_json: str) -> str:
+        return str(macros.format_function_declaration(json.loads(tool_json)))
+
+    # Rows share their tools, and a declaration depends on nothing else.
+    environment.globals["declaration"] = lambda tool: declaration(json.dumps(tool))
+    return environment.from_string(text.replace("format_function_declaration(tool)", "declaration(tool)"))

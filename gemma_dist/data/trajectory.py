@@ -85,7 +85,7 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
         expected = _convert(row, settings)
         converted = expected.row
         notes = converted.notes
-        clean = functools.partial(clean_text, escape=settings.control_tokens == "escape")
+        clean = _cleaner(settings.control_tokens == "escape")
         tools = parse_tools(converted.tools, clean, notes)
         parsed = _parse_messages(converted, clean, settings.arrow_nulls == "keep")
         _check_order(parsed.places, parsed.messages)
@@ -114,6 +114,12 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
             category=_label(row, "category"),
             pair=_label(row, "pair"),
         )
+
+
+@functools.cache
+def _cleaner(escape: bool) -> Clean:
+    """One function for all rows, by which what was cleaned is remembered."""
+    return functools.partial(clean_text, escape=escape)
 
 
 def _label(row: RawRow, key: str) -> str:

@@ -88,11 +88,27 @@ class Tool(TypedDict):
     function: Function
 
 
+class Encoding(Protocol):
+    """What `tokenizers` gives for a string of T tokens."""
+
+    ids: list[int]  # (T,)
+    offsets: list[tuple[int, int]]  # (T,): [start, end) in characters
+
+
 class BackendTokenizer(Protocol):
     """The `tokenizers.Tokenizer` inside of a fast tokenizer."""
 
     def to_str(self) -> str:
         """Everything that it does, as JSON."""
+
+    def encode(self, sequence: str, *, add_special_tokens: bool) -> Encoding:
+        """Tokens of a string, with the padding and truncation of the last call that asked for any."""
+
+    def no_padding(self) -> None:
+        """Stop padding."""
+
+    def no_truncation(self) -> None:
+        """Stop truncating."""
 
 
 class Tokenizer(Protocol):
@@ -103,21 +119,14 @@ class Tokenizer(Protocol):
     pad_token_id: int
     special_tokens_map: dict[str, str]  # bos_token, eos_token …
 
-    def __call__(self, text: str, *, add_special_tokens: bool, return_offsets_mapping: bool = False) -> "Encoding":
-        """Token ids of a string."""
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, list[int]]:
+        """`input_ids` (T,) of a string."""
 
     def decode(self, token_ids: list[int]) -> str:
         """The string of token ids, control tokens kept."""
 
     def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
         """The id of each token."""
-
-
-class Encoding(TypedDict):
-    """What a tokenizer gives for a string of T tokens."""
-
-    input_ids: list[int]  # (T,)
-    offset_mapping: list[tuple[int, int]]  # (T,): [start, end) in characters; only where it is asked for
 
 
 class SoftTokenCounts(Protocol):

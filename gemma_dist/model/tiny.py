@@ -8,6 +8,7 @@ reason.
 """
 
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,14 +136,22 @@ def _with_audio_tower(model: Any) -> Any:
     return heard
 
 
+def shipped_templates() -> dict[str, Path]:
+    """Gemma 4's chat templates that TRL ships, by their names, the newest last. TRL itself, which imports torch, is not
+    imported."""
+    found = find_spec("trl")
+    assert found is not None
+    folder = Path(str(found.origin)).parent / "chat_templates"
+    return {path.stem: path for path in sorted(folder.glob("gemma4*.jinja"))}
+
+
 def newest_template(style: str) -> str:
     """The newest chat template of a style's model, as Jinja text. The newest that TRL ships is that of E2B and E4B.
 
     Google's templates of 12B, 26B and 31B differ from it in the generation prompt: with thinking off, a new turn of the
     model opens with an empty thought, which no history shows.
     """
-    from trl.chat_template_utils import gemma4_v5_chat_template as shipped
-
+    shipped = shipped_templates()["gemma4_v5"].read_text(encoding="utf-8")
     if style in WITH_AUDIO_TOWER:
         return shipped
     head, add_generation_prompt, prompt = shipped.rpartition("{%- if add_generation_prompt -%}")

@@ -83,7 +83,6 @@ class ShardJob:
     out: Path
     number: int
     ranges: list[InputRange]
-    model: str
     settings: ShardConfig
     skip_invalid: bool
     row_group_bytes: int

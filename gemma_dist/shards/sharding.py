@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_dist.config import ShardConfig
-from gemma_dist.data.encode import Encoder, load_encoder
+from gemma_dist.data.encode import Encoder
+from gemma_dist.data.plain import load_plain_encoder
 from gemma_dist.data.rows import InputRange, ReadRow, read_ranges, split_input
 from gemma_dist.errors import DataError
 from gemma_dist.logs import log, progress
@@ -79,12 +80,12 @@ def run_shard(
             refused row), or more of them than `max_rejected`; or no row is left to write.
     """
     _require_distinct(inputs)
-    encoder = load_encoder(model, settings)
+    encoder = load_plain_encoder(model, settings)
     if note := encoder.lost_opening():
         log.warning(note)
     pieces = list(_split_pieces(inputs))
     jobs = [
-        ShardJob(out, number, ranges, model, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES)
+        ShardJob(out, number, ranges, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES)
         for number, ranges in enumerate(pieces)
     ]
     plan: Plan = {
@@ -206,7 +207,7 @@ def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None, re
         return
     context = multiprocessing.get_context("spawn")
     counter, rejected, errors = context.Value("q", 0), context.Value("q", 0), context.SimpleQueue()
-    setup = (jobs[0].model, jobs[0].settings, counter, rejected, errors)
+    setup = (encoder, counter, rejected, errors)
     with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=setup) as pool:
         running = [pool.submit(_work_in_worker, job) for job in jobs]
 
@@ -243,12 +244,11 @@ def _ignore(error: str, num_rows: int = 1) -> None:
     """A row that is refused and was told already."""
 
 
-def _start_worker(model: str, settings: ShardConfig, num_rows: Any, num_rejected: Any, errors: Any) -> None:
+def _start_worker(encoder: Encoder, num_rows: Any, num_rejected: Any, errors: Any) -> None:
     global _encoder, _num_rows, _num_rejected, _errors
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: this one ends silently
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = load_encoder(model, settings)
-    _num_rows, _num_rejected, _errors = num_rows, num_rejected, errors
+    _encoder, _num_rows, _num_rejected, _errors = encoder, num_rows, num_rejected, errors
 
 
 def _end_with_parent() -> None:

@@ -1,0 +1,185 @@
+"""Sharding beside what one would write with `datasets`: each contender as a process of its own, from a JSONL file to
+parquet with token ids, under a thread that watches its memory. `streaming.py` makes the table.
+
+    python benchmarks/sharding.py CONTENDER ROWS MODEL OUT NUM_WORKERS
+
+prints one line of JSON: CPU seconds, and the most megabytes that each kind of process held by itself.
+"""
+
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+WATCH_S = 0.2  # between two looks at the memory
+ENCODED = pa.schema(
+    {"id": pa.string(), "messages": pa.string(), "tools": pa.string(), "input_ids": pa.list_(pa.int64())}
+)
+VOCAB_SIZE = 32_000
+NUM_WARM = 16  # rows of the run whose time is taken off: that of imports and of loading a tokenizer
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one run took. MB are those that a process shares with no other, at their most; 0 where there was none."""
+
+    cpu_s: float
+    parent_mb: float
+    child_mb: float  # of the largest child that has not loaded torch
+    torch_child_mb: float  # of the largest that has
+
+
+# ---- the contenders --------------------------------------------------------------------------------------------------
+
+
+def shard(rows: Path, model: Path, out: Path, num_workers: int) -> None:
+    """`gemma-dist shard`, in as many pieces as there are workers."""
+    from gemma_dist.config import ShardConfig
+    from gemma_dist.shards import sharding
+
+    sharding.PIECE_BYTES = min(sharding.PIECE_BYTES, -(-rows.stat().st_size // num_workers))
+    settings = ShardConfig(media_root=rows.parent)
+    sharding.run_shard([rows], out, str(model), settings, False, num_workers=num_workers)
+
+
+def encoding(model: Path) -> Callable[[list[Any], list[Any]], dict[str, Any]]:
+    """What makes token ids of a row of text, as the documentation of transformers has it."""
+    from transformers import AutoProcessor
+
+    tokenizer = AutoProcessor.from_pretrained(model).tokenizer
+    template = (model / "chat_template.jinja").read_text()
+
+    def encode(messages: list[Any], tools: list[Any]) -> dict[str, Any]:
+        encoded = tokenizer.apply_chat_template(messages, tools=tools or None, chat_template=template, return_dict=True)
+        return {"input_ids": encoded["input_ids"]}
+
+    return encode
+
+
+def datasets_map(rows: Path, model: Path, out: Path, num_workers: int) -> None:
+    """`datasets`: load_dataset, map, to_parquet. Messages are JSON text, since their arguments are no one type."""
+    import datasets
+
+    encode = encoding(model)
+    loaded = datasets.load_dataset("json", data_files=str(as_text(rows)), split="train", cache_dir=str(out / "cache"))
+    mapped = loaded.map(
+        lambda row: encode(json.loads(row["messages"]), json.loads(row["tools"])),
+        num_proc=num_workers if num_workers > 1 else None,
+    )
+    mapped.to_parquet(str(out / "train.parquet"))
+
+
+def as_text(rows: Path) -> Path:
+    """Where the rows lie with messages and tools as JSON text."""
+    return rows.with_suffix(".text.jsonl")
+
+
+def plain_loop(rows: Path, model: Path, out: Path, num_workers: int) -> None:
+    """A loop over the lines, and pyarrow."""
+    encode = encoding(model)
+    with rows.open() as lines, pq.ParquetWriter(out / "train.parquet", ENCODED, compression="zstd") as writer:
+        for batch in _batches(lines, 32):
+            writer.write_batch(pa.RecordBatch.from_pylist([_encode_line(line, encode) for line in batch], ENCODED))
+
+
+def _encode_line(line: str, encode: Callable[[list[Any], list[Any]], dict[str, Any]]) -> dict[str, Any]:
+    row = json.loads(line)
+    messages, tools = row["messages"], row["tools"]
+    texts = {"id": row["id"], "messages": json.dumps(messages), "tools": json.dumps(tools)}
+    return texts | encode(messages, tools)
+
+
+def _batches(lines: Iterable[str], size: int) -> Iterator[list[str]]:
+    remaining = iter(lines)
+    while batch := list(itertools.islice(remaining, size)):
+        yield batch
+
+
+CONTENDERS: dict[str, Callable[[Path, Path, Path, int], None]] = {
+    "gemma_dist": shard,
+    "datasets map": datasets_map,
+    "plain loop": plain_loop,
+}
+
+
+# ---- the corpus ------------------------------------------------------------------------------------------------------
+
+
+def make_corpus(folder: Path, source: Path, times: tuple[int, ...]) -> tuple[Path, list[Path]]:
+    """A model folder whose vocabulary is learned from the rows, and files of rows: the first NUM_WARM, and all of them
+    each so many times over. They are in normal form, so that every contender renders the same messages."""
+    from gemma_dist.config import ShardConfig
+    from gemma_dist.data.rows import read_rows
+    from gemma_dist.data.trajectory import parse_row
+    from gemma_dist.model.tiny import tiny_processor
+
+    lines = source.read_text(encoding="utf-8").splitlines()
+    tiny_processor(lines, style="e4b", vocab_size=VOCAB_SIZE, chat_template=None).save_pretrained(folder / "model")
+    rows = [parse_row(row, where, ShardConfig()) for where, row in read_rows([source])]
+    normal = [{"id": row.id, "messages": row.messages, "tools": row.tools} for row in rows]
+    files = [_write(folder / "warm.jsonl", normal[:NUM_WARM])]
+    for number in times:
+        again = [{**row, "id": f"{row['id']}-{turn}"} for turn in range(number) for row in normal]
+        files.append(_write(folder / f"rows-{number}.jsonl", again))
+    return folder / "model", files
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with path.open("w") as file, as_text(path).open("w") as texts:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+            as_json = {key: json.dumps(row[key]) for key in ("messages", "tools")}
+            texts.write(json.dumps(row | as_json) + "\n")
+    return path
+
+
+# ---- one run ---------------------------------------------------------------------------------------------------------
+
+
+def run(contender: str, rows: Path, model: Path, out: Path, num_workers: int = 1) -> Cost:
+    """What a contender takes for `rows`, in a process of its own, its start among it."""
+    out.mkdir(parents=True)
+    command = [sys.executable, __file__, contender, str(rows), str(model), str(out), str(num_workers)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{contender} failed:\n{done.stderr[-3000:]}")
+    return Cost(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    contender, rows, model, out, num_workers = sys.argv[1:]
+    most: dict[str, float] = dict.fromkeys(("parent_mb", "child_mb", "torch_child_mb"), 0.0)
+    threading.Thread(target=_watch, args=(most,), daemon=True).start()
+    CONTENDERS[contender](Path(rows), Path(model), Path(out), int(num_workers))
+    used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(json.dumps({"cpu_s": sum(one.ru_utime + one.ru_stime for one in used), **most}))
+
+
+def _watch(most: dict[str, float]) -> None:
+    """Keep the most megabytes of this process and of its children."""
+    this = psutil.Process()
+    while True:
+        for process in [this, *this.children(recursive=True)]:
+            try:
+                own = process.memory_full_info().uss / 1e6
+                has_torch = "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
+            except (psutil.Error, OSError):  # it has ended
+                continue
+            kind = "parent_mb" if process == this else "torch_child_mb" if has_torch else "child_mb"
+            most[kind] = max(most[kind], own)
+        time.sleep(WATCH_S)
+
+
+if __name__ == "__main__":
+    main()
