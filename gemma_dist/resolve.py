@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_dist.batch_plan import BatchPlan, batch_plan
-from gemma_dist.config import RunConfig
+from gemma_dist.config import RunConfig, WeightsByStep
 from gemma_dist.errors import ConfigError
 from gemma_dist.model.towers import Tower, unneeded_towers
 from gemma_dist.stream.held_out import HeldOut, open_held_out
@@ -39,7 +39,7 @@ class RunIdentity:
     manifest: str = field(metadata={"meaning": "the corpus (manifest)"})
     num_samples: int = field(metadata={"meaning": "its number of samples"})
     encoding: str = field(metadata={"meaning": "its tokenizer, chat template or image processor (fingerprint)"})
-    weights: list[float] | None = field(metadata={"meaning": "the weights of data.train"})
+    weights: list[Any] | None = field(metadata={"meaning": "the weights of data.train"})  # of each source, or by step
     packing_length: int
     seed: int
     global_batch_size: int
@@ -50,12 +50,15 @@ class RunIdentity:
         metadata={"meaning": "the state of this train.optim, which only the same ranks can read back,"}
     )
 
-    def differences(self, saved: Mapping[str, object]) -> list[str]:
-        """What a checkpoint, whose identity was `saved` as JSON, was made with instead, in words."""
+    def differences(self, saved: Mapping[str, object], step: int) -> list[str]:
+        """What a checkpoint of `step`, whose identity was `saved` as JSON, was made with instead, in words. Weights may
+        differ from that step on."""
         different = []
         for one in fields(self):
             meaning = self.meaning(one.name)
             was, now = saved.get(one.name), getattr(self, one.name)
+            if one.name == "weights":
+                was, now = _weights_before(step, was), _weights_before(step, now)
             if one.name not in saved:
                 different.append(f"{meaning} was not recorded, by an earlier version of gemma_dist")
             elif was != now:
@@ -91,10 +94,9 @@ class Run:
             return settings.eval_on_start
         if settings.eval_strategy == "no":
             return False
-        every = settings.eval_steps or settings.save_steps
         if settings.eval_strategy == "epoch":
-            every = self.schedule.steps_per_epoch
-        return step % every == 0 or step == self.num_steps
+            return self.schedule.ends_epoch(step) or step == self.num_steps
+        return step % (settings.eval_steps or settings.save_steps) == 0 or step == self.num_steps
 
     def num_evaluations(self, start_step: int = 0) -> int:
         """How often the run evaluates behind `start_step`, and before it if that is 0."""
@@ -121,7 +123,7 @@ class Run:
             manifest=shards.manifest_hash,
             num_samples=len(shards),
             encoding=shards.fingerprint,
-            weights=shards.weights,
+            weights=_weights(shards.weights),
             packing_length=self.schedule.packing_length,
             seed=config.train.seed,
             global_batch_size=self.plan.global_batch_size,
@@ -130,6 +132,20 @@ class Run:
             optim=config.train.optim.removesuffix("_fused"),
             optimizer=state_layout(config.train.optim, self.topology),
         )
+
+
+def _weights(by_step: WeightsByStep | None) -> list[Any] | None:
+    """Those of a run: of each source, or, where they change, [step, those from there on] for each change."""
+    if by_step is None or len(by_step) > 1:
+        return by_step and [list(one) for one in by_step]
+    return by_step[0][1]
+
+
+def _weights_before(step: int, weights: Any) -> Any:
+    """What of them, as `_weights` gives them, has been of use before `step`."""
+    if not weights or not isinstance(weights[0], list):
+        return weights
+    return _weights([(first, of_sources) for first, of_sources in weights if first < max(1, step)])
 
 
 def _four_bit(config: RunConfig) -> dict[str, Any] | None:
@@ -168,8 +184,7 @@ def require_output_dir(config: RunConfig) -> None:
         raise ConfigError(f"{problem}: {existing} is a file; name a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"{problem}: nothing may be written to {existing}; name another folder")
-    sources = [source if isinstance(source, str) else source.path for source in (*config.data.train, *config.data.eval)]
-    for place in (config.model.model_name_or_path, *sources):
+    for place in (config.model.model_name_or_path, *config.data.paths, *config.data.eval):
         if Path(place).is_dir() and Path(place).resolve() == output_dir.resolve():
             raise ConfigError(f"{problem}: the run reads from that folder ({place}); name one of its own")
 

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gemma_dist.config import RowConfig
+from gemma_dist.config import RowConfig, WeightsByStep
 from gemma_dist.data.bfcl import read_with_answers
 from gemma_dist.data.encode import Encoder
 from gemma_dist.data.fit import parse
@@ -50,7 +50,7 @@ class Shards:
     single folder lie in its memory-mapped manifest. `row_group_bytes` and `row_group_samples` are (R,).
     """
 
-    def __init__(self, folders: list[str], weights: list[float] | None, fetcher: Fetcher) -> None:
+    def __init__(self, folders: list[str], weights: WeightsByStep | None, fetcher: Fetcher) -> None:
         """Raises DataError: no finished shard folder, a damaged manifest, or folders of different encodings."""
         self.folders, self.weights, self._fetcher = folders, weights, fetcher
         self._manifests = [_open_manifest(folder, fetcher) for folder in folders]
@@ -117,11 +117,13 @@ class Shards:
                     found[place] = list(range(*self.first_sample[row_group : row_group + 2].tolist()))
         return found
 
-    def sources(self) -> tuple[list[range], list[float]]:
-        """Row groups and weight of each source of a mixture; without weights the whole corpus is the only one."""
+    def sources(self) -> tuple[list[list[range]], WeightsByStep]:
+        """Row groups of each folder of each source of a mixture, and their weights; without weights the whole corpus is
+        the only source."""
+        folders = [range(first, end) for first, end in pairwise(self._first_row_group.tolist())]
         if self.weights is None:
-            return [range(len(self.row_group_samples))], [1.0]
-        return [range(first, end) for first, end in pairwise(self._first_row_group.tolist())], self.weights
+            return [folders], [(0, [1.0])]
+        return [[folder] for folder in folders], self.weights
 
     def row_group_of(self, index: int) -> int:
         """The row group that sample `index` lies in."""
@@ -309,7 +311,7 @@ def _open_manifest(folder: str, fetcher: Fetcher) -> Manifest:
     return read_manifest(path, origin)
 
 
-def open_shards(*folders: str | Path, weights: list[float] | None = None, fetcher: Fetcher | None = None) -> Shards:
+def open_shards(*folders: str | Path, weights: WeightsByStep | None = None, fetcher: Fetcher | None = None) -> Shards:
     """Open folders that `gemma-dist shard` finished, local ones or URLs, as one corpus, or as a mixture by `weights`.
 
     Raises:

@@ -196,7 +196,7 @@ def require_shared(output_dir: Path) -> None:
 def _step_of(folder: Path, identity: RunIdentity) -> int:
     """The step of a complete checkpoint. CheckpointError where it belongs to a run of another identity."""
     marker = read_marker(folder)
-    if different := identity.differences(marker["identity"]):
+    if different := identity.differences(marker["identity"], marker["step"]):
         raise CheckpointError(
             f"{folder} belongs to another run: {'; '.join(different)}. Restore that, or start afresh with another "
             "train.output_dir"
@@ -283,7 +283,7 @@ def _finish(written: Path, run: Run, step: int, files: Mapping[str, FileDigest],
     seal(written)
     marker = {
         "step": step,
-        "epoch": step // run.schedule.steps_per_epoch,
+        "epoch": int(run.schedule.epoch(step)),
         "identity": run.identity.to_json(),
         "settings": run.config.to_json(),
         "files": files,

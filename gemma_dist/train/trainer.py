@@ -317,7 +317,7 @@ class ToolCallTrainer(SFTTrainer):
                     **{name: logs[name] for name in SHOWN if name in logs},
                     "grad_norm": logs["grad_norm"],
                     "learning_rate": logs["learning_rate"],
-                    "epoch": round(step / self.loader.schedule.steps_per_epoch, 4),
+                    "epoch": round(self.loader.schedule.epoch(step), 4),
                     "target_tokens": target_tokens,
                 },
                 num_tokens=num_tokens,
