@@ -394,7 +394,9 @@ def test_marks_on_a_part_a_call_or_the_row(shared: Path) -> None:
     call = {"name": "f", "arguments": {}, "weight": 0}
     assert "`weight` of a call is 0" in refusal(USER, {"role": "assistant", "tool_calls": [call]})
     assert "`loss` of the row is False" in refusal(USER, DONE, loss=False)
-    assert "`weight` of the row is 0.5" in refusal(USER, DONE, weight=0.5)
+    assert parse(USER, DONE, weight=0.5).weight == 0.5
+    for weight in (0, False, -1, 2e6, "2", [1]):
+        assert "`weight` of the row is " in refusal(USER, DONE, weight=weight)
     whole = [{"type": "text", "text": "Done.", "train": True}]
     assert texts(parse(USER, {"role": "assistant", "content": whole}, train=True))[1] == [part("Done.")]
     all_of_it = [{"begin_offset": 0, "end_offset": 4, "train": True}]

@@ -72,6 +72,13 @@ class Shards:
         self.num_image_tokens: np.ndarray = counts["num_image_tokens"]
         self.num_images: np.ndarray = counts["num_images"]
         self.num_target_tokens: np.ndarray = counts["num_target_tokens"]
+        of_rows = [manifest.weights for manifest in self._manifests]
+        self.row_weights: np.ndarray | None = None  # (N,) float64, by which losses are multiplied; None: all are 1
+        if any(of_folder is not None for of_folder in of_rows):
+            sizes = [len(manifest.ids) for manifest in self._manifests]
+            self.row_weights = self._joined(
+                [np.ones(size) if one is None else one for one, size in zip(of_rows, sizes, strict=True)]
+            )
         self._ids = pa.chunked_array([manifest.ids for manifest in self._manifests])
         self._lock = threading.Lock()
         self._footers: dict[tuple[int, int], pq.FileMetaData] = {}
@@ -157,6 +164,7 @@ class Shards:
             tools=json.loads(row["tools"]),
             images=[image["bytes"] for image in row["images"]],
             enable_thinking=row.get("enable_thinking"),  # folders of earlier versions have no such column
+            weight=1.0 if self.row_weights is None else float(self.row_weights[index]),
         )
 
     def read_row_group(self, row_group: int) -> pa.Table:
