@@ -6,18 +6,19 @@
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gemma_dist.batch_plan import BatchPlan, batch_plan
-from gemma_dist.config import RunConfig, WeightsByStep
+from gemma_dist.config import RunConfig
+from gemma_dist.config_data import WeightsByStep
 from gemma_dist.errors import ConfigError
 from gemma_dist.model.towers import Tower, unneeded_towers
 from gemma_dist.stream.held_out import HeldOut, open_held_out
-from gemma_dist.stream.schedule import Schedule, open_schedule
+from gemma_dist.stream.schedule import Edition, Schedule, open_schedule
 from gemma_dist.topology import Topology
 
 # Optimizers whose states belong to single elements, so that any launch on any number of ranks can take them over. The
@@ -162,15 +163,18 @@ def _four_bit(config: RunConfig) -> dict[str, Any] | None:
     return settings
 
 
-def resolve(config: RunConfig, topology: Topology) -> Run:
+def resolve(config: RunConfig, topology: Topology, editions: Sequence[Edition] = ()) -> Run:
     """The run that `config` describes on `topology`. No model is touched; see also `topology.require_fit`.
+
+    Args:
+        editions: how its corpus has grown, where it goes on from a checkpoint (`stream/growth.py`).
 
     Raises:
         ConfigError: the batch does not divide among the ranks, or packing does not fit the corpus.
         DataError: the corpus or the quarantine is unreadable.
     """
     plan = batch_plan(config, topology.num_processes)
-    schedule = open_schedule(config, plan)
+    schedule = open_schedule(config, plan, editions)
     held_out = open_held_out(config, plan, schedule)
     return Run(config, topology, plan, schedule, schedule.num_steps(config.train), held_out)
 

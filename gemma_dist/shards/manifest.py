@@ -148,6 +148,17 @@ class Manifest:
         weights[given] = column.flatten().to_numpy()
         return weights
 
+    def beginning(self, num_row_groups: int) -> str:
+        """A hash of the first row groups: equal where their rows, their weights and their order are."""
+        hashed = hashlib.sha256()
+        for name in ("num_bytes", "num_samples"):
+            hashed.update(self.row_groups(name)[:num_row_groups].tobytes())
+        hashed.update(b"".join(self._batch.column("digest")[:num_row_groups].to_pylist()))
+        if (weights := self.weights) is not None:
+            weights = weights[: self.row_groups("num_samples")[:num_row_groups].sum()]
+            hashed.update(weights.tobytes() if (weights != 1).any() else b"")
+        return hashed.hexdigest()[:16]
+
     @property
     def ids(self) -> pa.Array:
         """(N,) strings."""

@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gemma_dist.config import RowConfig, WeightsByStep
+from gemma_dist.config import RowConfig
+from gemma_dist.config_data import WeightsByStep
 from gemma_dist.data.bfcl import read_with_answers
 from gemma_dist.data.encode import Encoder
 from gemma_dist.data.fit import parse
@@ -107,6 +108,16 @@ class Shards:
     def manifest_hash(self) -> str:
         """What a checkpoint notes of its corpus: equal where all samples, their order and their encoding are."""
         return hashlib.sha256("".join(manifest.sha256 for manifest in self._manifests).encode()).hexdigest()[:16]
+
+    @property
+    def num_row_groups(self) -> list[int]:
+        """Of each folder."""
+        return np.diff(self._first_row_group).tolist()
+
+    def beginnings(self, num_row_groups: list[int]) -> list[str]:
+        """What each folder's first row groups are known by: equal where their rows and the order of them are."""
+        counted = zip(self._manifests, num_row_groups, strict=True)
+        return [manifest.beginning(number) for manifest, number in counted]
 
     def id(self, index: int) -> str:
         """The id of sample `index`, from the manifests: no shard is read."""
