@@ -74,11 +74,23 @@ class _Stretch:
         since = step - self.first_step
         if not self.num_lanes:
             return self.epoch, 0, self.left
-        if since < (steps_left := self.num_steps(self.left)):
+        if since < self._steps_of_left:
             return self.epoch, since, self.left
-        whole = (range(self.total),)
-        epochs, steps_before = divmod(since - steps_left, self.num_steps(whole))
-        return self.epoch + 1 + epochs, steps_before, whole
+        epochs, steps_before = divmod(since - self._steps_of_left, self._steps_of_whole)
+        return self.epoch + 1 + epochs, steps_before, self._whole
+
+    @cached_property
+    def _whole(self) -> tuple[range, ...]:
+        """All places of an epoch."""
+        return (range(self.total),)
+
+    @cached_property
+    def _steps_of_whole(self) -> int:
+        return self.num_steps(self._whole)
+
+    @cached_property
+    def _steps_of_left(self) -> int:
+        return self.num_steps(self.left)
 
     def num_steps(self, row: tuple[range, ...]) -> int:
         """Steps that the lanes take for all places of `row`."""
@@ -92,19 +104,13 @@ class _Stretch:
 
     def steps_until(self, epochs: float) -> int:
         """Steps of this stretch until all places have come `epochs` times; 0: they have before."""
-        of_whole = self.num_steps((range(self.total),))
         share = _num_places(self.left) / self.total
         if share == 1:
-            return max(0, math.ceil((epochs - self.epoch) * of_whole))
+            return max(0, math.ceil((epochs - self.epoch) * self._steps_of_whole))
         missing = epochs - self.epoch - 1
         if missing > 0:
-            return self.num_steps(self.left) + math.ceil(missing * of_whole)
-        return max(0, math.ceil((1 + missing / share) * self.num_steps(self.left)))
-
-    def share(self, row: tuple[range, ...], lane: int) -> tuple[int, int]:
-        """Where the slice of `lane` begins and ends among the places of `row`."""
-        num_places = _num_places(row)
-        return lane * num_places // self.num_lanes, (lane + 1) * num_places // self.num_lanes
+            return self._steps_of_left + math.ceil(missing * self._steps_of_whole)
+        return max(0, math.ceil((1 + missing / share) * self._steps_of_left))
 
     def then(self, step: int, num_lanes: int) -> "_Stretch":
         """What comes from `step` on with other lanes: they share what these leave of the epoch."""
@@ -113,7 +119,7 @@ class _Stretch:
         if steps_before:
             left = ()
             for lane in range(self.num_lanes):
-                first, end = self.share(row, lane)
+                first, end = _share(row, self.num_lanes, lane)
                 rest = (first + steps_before, end) if _goes_forward(lane) else (first, end - steps_before)
                 left += _part(row, *rest)
         return _Stretch(step, num_lanes, epoch, left, self.total)
@@ -159,13 +165,13 @@ class Order:
 
         None where the lane has nothing left in this epoch.
         """
-        stretch = self._stretch(step)
-        epoch, steps_before, row = stretch.row(step)
-        first, end = stretch.share(row, lane)
+        num_lanes, epoch, steps_before, row = _row_of(self, step)
+        first, end = _share(row, num_lanes, lane)
         if steps_before >= end - first:
             return None
         number = first + steps_before if _goes_forward(lane) else end - 1 - steps_before
-        position = _part(row, number, number + 1)[0].start  # among the epoch's units
+        # Among the epoch's units. Nearly always there is one range.
+        position = row[0][number] if len(row) == 1 else _part(row, number, number + 1)[0].start
         blocks, starts = _epoch_order(self, epoch)
         slot = bisect_right(starts, position) - 1
         block = int(blocks[slot])
@@ -195,6 +201,19 @@ class Order:
             if stretch.num_lanes and (begin := start - steps_before + stretch.num_steps(row)) <= end:
                 return begin, epoch + 1
         return NEVER, 0
+
+
+@lru_cache(maxsize=64)  # all lanes ask for a step
+def _row_of(order: Order, step: int) -> tuple[int, int, int, tuple[range, ...]]:
+    """The number of lanes at a step, and what `_Stretch.row` says of it."""
+    stretch = order._stretch(step)
+    return stretch.num_lanes, *stretch.row(step)
+
+
+def _share(row: tuple[range, ...], num_lanes: int, lane: int) -> tuple[int, int]:
+    """Where the slice of `lane` begins and ends among the places of `row`."""
+    num_places = _num_places(row)
+    return lane * num_places // num_lanes, (lane + 1) * num_places // num_lanes
 
 
 def _goes_forward(lane: int) -> bool:
