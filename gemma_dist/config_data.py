@@ -56,7 +56,7 @@ class TrainDataConfig(EncodingConfig):
     )
     appended: Literal["refuse", "next_epoch"] = Field(
         "refuse",
-        description="Rows that `shard --append` added to train since the checkpoint: refuse to resume, or take them up "
+        description="Rows that were added to train since the checkpoint: refuse to resume, or take them up "
         "at the next epoch of their source.",
     )
     quarantine: Path | None = Field(

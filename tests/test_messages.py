@@ -327,6 +327,7 @@ def test_what_sounds_like_a_mark_is_asked_about(key: str, value: object) -> None
 def test_what_only_sounds_like_a_mark_passes() -> None:
     assert "`completion_mask` is [1, 0]" in refusal(USER, DONE, completion_mask=[1, 0])
     assert "`sample_weight` is 0.0" in refusal(USER, DONE, sample_weight=0.0)
+    assert "is not known: call it weight, write train: true" in refusal(USER, DONE, sample_weight=0.5)
     harmless = {"split": "train", "training_source": "web", "num_train_tokens": 5, "constraint": 0, "token_mask": []}
     assert parse(USER, {**DONE, **harmless, "is_training": True}, **harmless).messages[1] == DONE
 

@@ -85,9 +85,10 @@ def refuse_unclear(marked: RawRow, of_row: bool = False) -> None:
             )
     for key, value in marked.items():
         if _is_like_mark(str(key), value, of_row):
+            renamed = f"call it {WEIGHT}, " if of_row and _WEIGHS.search(snake_case(str(key))) else ""
             raise DataError(
-                f"`{key}` is {short(value)}, which may be a mark for the loss, but is not known: write train: true or "
-                "train: false on the message, or remove it"
+                f"`{key}` is {short(value)}, which may be a mark for the loss, but is not known: {renamed}write train: "
+                "true or train: false on the message, or remove it"
             )
 
 
