@@ -309,6 +309,7 @@ def batches(
     from gemma_dist.recipe import load_config
     from gemma_dist.resolve import resolve
     from gemma_dist.show.batches import batches
+    from gemma_dist.stream.growth import editions_of_newest
     from gemma_dist.topology import Topology
 
     if data != "-":
@@ -316,7 +317,10 @@ def batches(
     if quarantine:
         overrides = (*overrides, f"data.quarantine={quarantine}")
     settings = load_config(config, overrides)
-    run = resolve(settings, Topology("", world_size or world.world_size()))
+    topology = Topology("", world_size or world.world_size())
+    run = resolve(settings, topology)
+    if editions := editions_of_newest(settings.train.output_dir, run.schedule.shards):
+        run = resolve(settings, topology, editions)
     for described in batches(run.schedule, step, num_steps):
         say(to_json(described.to_json()) if as_json else described.render(), exact=as_json)
 

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from gemma_dist.aliases import as_bool, current_value
+from gemma_dist.aliases import current_value
+from gemma_dist.config_data import EncodingConfig, TrainDataConfig
 from gemma_dist.contradictions import contradictions
 from gemma_dist.settings import EvalInTraining, Section
 from gemma_dist.visible import masked_in
@@ -49,50 +50,6 @@ class ModelConfig(Section):
     )
     ple: Literal["auto", "host", "gpu"] = Field(
         "auto", description="Where per-layer embeddings (E2B, E4B) are; host, auto if frozen: in the base's file."
-    )
-
-
-class SourceConfig(Section):
-    """One source of a mixture."""
-
-    path: str = Field(description="Folder, or URL of one, that `gemma-dist shard` wrote.")
-    weight: float = Field(gt=0, description="Share of each step's sequences, relative to the other sources.")
-
-
-def _as_list(value: object) -> list[object]:
-    return value if isinstance(value, list) else [value]
-
-
-class EncodingConfig(Section):
-    """How the chat template turns a trajectory into tokens."""
-
-    chat_template: str | None = Field(
-        None, description="A Jinja file, or a revision's name (gemma4_v5); default: the adapter's or the model's own."
-    )
-    enable_thinking: Annotated[Literal["auto", True, False], BeforeValidator(as_bool)] = Field(
-        "auto",
-        description="Render the template with enable_thinking, which asks for reasoning; auto: where a row trains any.",
-    )
-
-
-class TrainDataConfig(EncodingConfig):
-    """Which shards a run trains on. How rows became shards is decided before: see ShardConfig."""
-
-    train: Annotated[list[str | SourceConfig], BeforeValidator(_as_list)] = Field(
-        default=[],
-        description="Folders or URLs that `gemma-dist shard` wrote: one, a list, or a list of {path, weight}.",
-    )
-    eval: Annotated[list[str], BeforeValidator(_as_list)] = Field(
-        default=[], description="Held-out shards, as in train (folders or URLs, no weights), for train.eval_strategy."
-    )
-    quarantine: Path | None = Field(
-        None, description="File of what to leave out: one sample id, or damaged row group, per line."
-    )
-    cache_dir: Path | None = Field(
-        None, description="Folder where all ranks of a node cache row groups of URLs, and the number of packs."
-    )
-    cache_gb: float = Field(
-        50, gt=0, description="Size limit of cache_dir, in GB; least recently used row groups are evicted first."
     )
 
 

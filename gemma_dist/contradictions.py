@@ -18,9 +18,19 @@ def contradictions(config: Any) -> Iterator[str]:
 def _of_data(data: Any) -> Iterator[str]:
     if not data.train:
         yield "data.train: nothing to train on; name a folder that `gemma-dist shard` wrote"
-    num_weighted = sum(not isinstance(source, str) for source in data.train)
-    if num_weighted not in (0, len(data.train)):
+    num_weighted = sum(not isinstance(source, str) and source.weight is not None for source in data.train)
+    if data.weights and num_weighted:
+        yield "data.weights: the sources of data.train have weights of their own; keep one of the two"
+    elif num_weighted not in (0, len(data.train)):
         yield "data.train: some sources have a weight and some have none; give each one {path: …, weight: …}, or none"
+    if data.weights and len(set(data.names)) < len(data.names):
+        yield f"data.train: two sources have one name, {data.names}; give each {{path: …, name: …}} of its own"
+    for one in data.weights:
+        if set(one) != {"from_step", *data.names}:
+            yield (
+                f"data.weights: from_step {one['from_step']:g} names {sorted(set(one) - {'from_step'})}, but the "
+                f"sources of data.train are {data.names}; give each a weight, 0 to let it rest"
+            )
 
 
 def _of_tuning(config: Any) -> Iterator[str]:

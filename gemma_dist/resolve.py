@@ -6,7 +6,7 @@
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +14,11 @@ from typing import Any
 
 from gemma_dist.batch_plan import BatchPlan, batch_plan
 from gemma_dist.config import RunConfig
+from gemma_dist.config_data import WeightsByStep
 from gemma_dist.errors import ConfigError
 from gemma_dist.model.towers import Tower, unneeded_towers
 from gemma_dist.stream.held_out import HeldOut, open_held_out
-from gemma_dist.stream.schedule import Schedule, open_schedule
+from gemma_dist.stream.schedule import Edition, Schedule, open_schedule
 from gemma_dist.topology import Topology
 
 # Optimizers whose states belong to single elements, so that any launch on any number of ranks can take them over. The
@@ -39,7 +40,7 @@ class RunIdentity:
     manifest: str = field(metadata={"meaning": "the corpus (manifest)"})
     num_samples: int = field(metadata={"meaning": "its number of samples"})
     encoding: str = field(metadata={"meaning": "its tokenizer, chat template or image processor (fingerprint)"})
-    weights: list[float] | None = field(metadata={"meaning": "the weights of data.train"})
+    weights: list[Any] | None = field(metadata={"meaning": "the weights of data.train"})  # of each source, or by step
     packing_length: int
     seed: int
     global_batch_size: int
@@ -50,12 +51,15 @@ class RunIdentity:
         metadata={"meaning": "the state of this train.optim, which only the same ranks can read back,"}
     )
 
-    def differences(self, saved: Mapping[str, object]) -> list[str]:
-        """What a checkpoint, whose identity was `saved` as JSON, was made with instead, in words."""
+    def differences(self, saved: Mapping[str, object], step: int) -> list[str]:
+        """What a checkpoint of `step`, whose identity was `saved` as JSON, was made with instead, in words. Weights may
+        differ from that step on."""
         different = []
         for one in fields(self):
             meaning = self.meaning(one.name)
             was, now = saved.get(one.name), getattr(self, one.name)
+            if one.name == "weights":
+                was, now = _weights_before(step, was), _weights_before(step, now)
             if one.name not in saved:
                 different.append(f"{meaning} was not recorded, by an earlier version of gemma_dist")
             elif was != now:
@@ -91,10 +95,9 @@ class Run:
             return settings.eval_on_start
         if settings.eval_strategy == "no":
             return False
-        every = settings.eval_steps or settings.save_steps
         if settings.eval_strategy == "epoch":
-            every = self.schedule.steps_per_epoch
-        return step % every == 0 or step == self.num_steps
+            return self.schedule.ends_epoch(step) or step == self.num_steps
+        return step % (settings.eval_steps or settings.save_steps) == 0 or step == self.num_steps
 
     def num_evaluations(self, start_step: int = 0) -> int:
         """How often the run evaluates behind `start_step`, and before it if that is 0."""
@@ -121,7 +124,7 @@ class Run:
             manifest=shards.manifest_hash,
             num_samples=len(shards),
             encoding=shards.fingerprint,
-            weights=shards.weights,
+            weights=_weights(shards.weights),
             packing_length=self.schedule.packing_length,
             seed=config.train.seed,
             global_batch_size=self.plan.global_batch_size,
@@ -130,6 +133,20 @@ class Run:
             optim=config.train.optim.removesuffix("_fused"),
             optimizer=state_layout(config.train.optim, self.topology),
         )
+
+
+def _weights(by_step: WeightsByStep | None) -> list[Any] | None:
+    """Those of a run: of each source, or, where they change, [step, those from there on] for each change."""
+    if by_step is None or len(by_step) > 1:
+        return by_step and [list(one) for one in by_step]
+    return by_step[0][1]
+
+
+def _weights_before(step: int, weights: Any) -> Any:
+    """What of them, as `_weights` gives them, has been of use before `step`."""
+    if not weights or not isinstance(weights[0], list):
+        return weights
+    return _weights([(first, of_sources) for first, of_sources in weights if first < max(1, step)])
 
 
 def _four_bit(config: RunConfig) -> dict[str, Any] | None:
@@ -146,15 +163,18 @@ def _four_bit(config: RunConfig) -> dict[str, Any] | None:
     return settings
 
 
-def resolve(config: RunConfig, topology: Topology) -> Run:
+def resolve(config: RunConfig, topology: Topology, editions: Sequence[Edition] = ()) -> Run:
     """The run that `config` describes on `topology`. No model is touched; see also `topology.require_fit`.
+
+    Args:
+        editions: how its corpus has grown, where it goes on from a checkpoint (`stream/growth.py`).
 
     Raises:
         ConfigError: the batch does not divide among the ranks, or packing does not fit the corpus.
         DataError: the corpus or the quarantine is unreadable.
     """
     plan = batch_plan(config, topology.num_processes)
-    schedule = open_schedule(config, plan)
+    schedule = open_schedule(config, plan, editions)
     held_out = open_held_out(config, plan, schedule)
     return Run(config, topology, plan, schedule, schedule.num_steps(config.train), held_out)
 
@@ -168,8 +188,7 @@ def require_output_dir(config: RunConfig) -> None:
         raise ConfigError(f"{problem}: {existing} is a file; name a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"{problem}: nothing may be written to {existing}; name another folder")
-    sources = [source if isinstance(source, str) else source.path for source in (*config.data.train, *config.data.eval)]
-    for place in (config.model.model_name_or_path, *sources):
+    for place in (config.model.model_name_or_path, *config.data.paths, *config.data.eval):
         if Path(place).is_dir() and Path(place).resolve() == output_dir.resolve():
             raise ConfigError(f"{problem}: the run reads from that folder ({place}); name one of its own")
 

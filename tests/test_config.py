@@ -101,6 +101,8 @@ def test_an_override_may_open_a_section_replace_one_or_hold_a_list(load):
     assert load("data.train=[a, b]").data.train == ["a", "b"]
     mixture = load("data.train=[{path: a, weight: 2}, {path: s3://b, weight: 0.5}]").data.train
     assert [(source.path, source.weight) for source in mixture] == [("a", 2), ("s3://b", 0.5)]
+    by_step = "weights=[{from_step: 0, one: 2, b: 1}, {from_step: 7, b: 0.5, one: 0}]"
+    assert load("data.train=[{path: a, name: one}, b]", by_step).data.weights_by_step == [(0, [2, 1]), (7, [0, 0.5])]
 
 
 def test_a_section_with_all_lines_commented_out_is_no_section(load):
@@ -251,6 +253,13 @@ def test_a_section_given_as_a_value_is_told_once(problems):
         (["max_steps=0"], "train.max_steps: 0"),
         (["data.train=[]"], "data.train: nothing to train on"),
         (["data.train=[a, {path: b, weight: 2}]"], "data.train: some sources have a weight and some have none"),
+        (["data.train=[{path: a, weight: 2}]", "weights=[{from_step: 0, a: 1}]"], "sources of data.train have weights"),
+        (["data.train=[a, a]", "weights=[{from_step: 0, a: 1}]"], "two sources have one name"),
+        (["data.train=[a, b]", "weights=[{from_step: 0, a: 1, c: 1}]"], "sources of data.train are ['a', 'b']"),
+        (["weights=[{from_step: 5, a: 1}]"], "the first begins at from_step 5; begin at 0"),
+        (["weights=[{from_step: 0, a: 1}, {from_step: 0, a: 2}]"], "each a later one than before it"),
+        (["weights=[{a: 1}]"], "give each a from_step"),
+        (["weights=[{from_step: 0, a: 0}]"], "from_step 0 has weights below 0, or none above"),
         (["train.packing_length=4096"], "train.packing_length: 4096, but packing is off"),
         (
             ["data.too_long=drop"],

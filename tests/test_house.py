@@ -18,6 +18,7 @@ MODULES = {
 FLOORS = [
     {"errors", "visible"},
     {"aliases", "contradictions", "family", "files", "gemma_format", "settings"},
+    {"config_data"},
     {"config", "costs", "world"},
     {"batch_plan", "config_chat", "config_merge", "config_server", "fsdp_config", "logs", "ranklog"},
     {"topology", "exits"},

@@ -327,6 +327,7 @@ def test_what_sounds_like_a_mark_is_asked_about(key: str, value: object) -> None
 def test_what_only_sounds_like_a_mark_passes() -> None:
     assert "`completion_mask` is [1, 0]" in refusal(USER, DONE, completion_mask=[1, 0])
     assert "`sample_weight` is 0.0" in refusal(USER, DONE, sample_weight=0.0)
+    assert "is not known: call it weight, write train: true" in refusal(USER, DONE, sample_weight=0.5)
     harmless = {"split": "train", "training_source": "web", "num_train_tokens": 5, "constraint": 0, "token_mask": []}
     assert parse(USER, {**DONE, **harmless, "is_training": True}, **harmless).messages[1] == DONE
 
@@ -394,7 +395,9 @@ def test_marks_on_a_part_a_call_or_the_row(shared: Path) -> None:
     call = {"name": "f", "arguments": {}, "weight": 0}
     assert "`weight` of a call is 0" in refusal(USER, {"role": "assistant", "tool_calls": [call]})
     assert "`loss` of the row is False" in refusal(USER, DONE, loss=False)
-    assert "`weight` of the row is 0.5" in refusal(USER, DONE, weight=0.5)
+    assert parse(USER, DONE, weight=0.5).weight == 0.5
+    for weight in (0, False, -1, 2e6, "2", [1]):
+        assert "`weight` of the row is " in refusal(USER, DONE, weight=weight)
     whole = [{"type": "text", "text": "Done.", "train": True}]
     assert texts(parse(USER, {"role": "assistant", "content": whole}, train=True))[1] == [part("Done.")]
     all_of_it = [{"begin_offset": 0, "end_offset": 4, "train": True}]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_dist.stream.order import Order, cut_blocks, lanes_of, micro_batches, split_lanes, spread_lanes
+from gemma_dist.stream.order import NEVER, Order, cut_blocks, lanes_of, micro_batches, split_lanes, spread_lanes
 
 blocks = st.lists(st.integers(1, 12), min_size=1, max_size=40).map(np.array)
 lanes = st.integers(1, 24)
@@ -26,11 +26,58 @@ def batch(order: Order, step: int) -> list[tuple[int, int]]:
 @settings(deadline=None)
 def test_each_unit_comes_exactly_once_an_epoch(num_units: np.ndarray, num_lanes: int, seed: int, epoch: int) -> None:
     order = Order(num_units, num_lanes, seed)
-    steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+    steps = range(epoch * order.steps_until(1), (epoch + 1) * order.steps_until(1))
     batches = [batch(order, step) for step in steps]
     every_unit = [(block, unit) for block, count in enumerate(num_units) for unit in range(count)]
     assert sorted(chain.from_iterable(batches)) == every_unit
     assert all(len(units) == num_lanes for units in batches[:-1]), "only the last step of an epoch is smaller"
+
+
+@given(
+    num_units=blocks,
+    seed=seeds,
+    num_lanes=st.integers(0, 9),
+    changes=st.lists(st.tuples(st.integers(1, 25), st.integers(0, 9)), max_size=4),
+    first_epoch=st.integers(0, 2),
+)
+@settings(deadline=None)
+def test_lanes_that_change_leave_no_unit_out_and_give_none_twice(
+    num_units: np.ndarray, seed: int, num_lanes: int, changes: list[tuple[int, int]], first_epoch: int
+) -> None:
+    """All units of an epoch, then all of the next: whatever the lanes are, and where they change."""
+    first_step = 7 * first_epoch
+    steps = np.cumsum([first_step, *(after for after, _ in changes)]).tolist()
+    changes = [*zip(steps[1:], (lanes for _, lanes in changes), strict=True), (steps[-1] + 40, 5)]  # in the end, some
+    order = Order(num_units, num_lanes, seed, tuple(changes), first_step, first_epoch)
+    every_unit = [(block, unit) for block, count in enumerate(num_units) for unit in range(count)]
+    given_so_far: list[tuple[int, int]] = []
+    begins = {first_epoch: first_step}
+    for step in range(first_step, steps[-1] + 60):
+        assert int(order.epochs(step) + 1e-9) == first_epoch + len(given_so_far) // order.total
+        num_now = [num for first, num in [(first_step, num_lanes), *changes] if first <= step][-1]
+        units = [unit for lane in range(num_now) if (unit := order.at(step, lane)) is not None]
+        whole, in_epoch = divmod(len(given_so_far), order.total)
+        given_so_far += units
+        assert in_epoch + len(units) <= order.total, "no step has units of two epochs"
+        assert len(units) == min(num_now, order.total - in_epoch), "only the last step of an epoch is smaller"
+        if in_epoch + len(units) == order.total and units:
+            assert sorted(given_so_far[whole * order.total :]) == every_unit
+            epoch = first_epoch + whole + 1
+            begins[epoch] = step + 1
+            assert order.epochs(step + 1) == epoch
+    del begins[first_epoch]
+    for epoch, step in begins.items():
+        assert order.steps_until(epoch) == step
+        assert order.next_epoch(step) == (step, epoch)
+        if order.epochs(step - 1) % 1:  # else it rested between two epochs, or the epoch had one step
+            assert order.next_epoch(step - 1) == (step, epoch)
+
+
+def test_lanes_that_do_not_change_count_as_ever() -> None:
+    order = Order(np.array([7, 4]), num_lanes=3, seed=0)
+    assert [order.steps_until(epochs) for epochs in (0.5, 1, 1.1, 2.26, 3)] == [2, 4, 5, 10, 12]
+    assert [order.epochs(step) for step in (0, 1, 4, 10)] == [0, 0.25, 1, 2.5]
+    assert Order(np.array([7]), 2, 0, changes=((2, 0),)).steps_until(1) == NEVER
 
 
 @given(num_lanes=lanes, per_rank=st.integers(1, 6), world_size=st.integers(1, 8))
@@ -75,7 +122,7 @@ def test_neighboring_lanes_come_to_the_block_between_them_at_the_same_time() -> 
         np.full(10, 8), num_lanes=4, seed=0
     )  # 20 units a lane: a block is shared by lanes 0 and 1, and 2 and 3
     seen: dict[int, list[int]] = {}
-    for step in range(order.steps_per_epoch):
+    for step in range(order.steps_until(1)):
         for block, _ in batch(order, step):
             seen.setdefault(block, []).append(step)
     assert all(max(steps) - min(steps) < 8 for steps in seen.values()), "no block is held or read twice"
@@ -87,14 +134,14 @@ def test_each_block_is_read_by_one_rank_but_for_those_between_two() -> None:
         reads = 0
         for rank in range(world_size):
             mine = lanes_of(rank, world_size, 32)
-            units = (order.at(step, lane) for step in range(order.steps_per_epoch) for lane in mine)
+            units = (order.at(step, lane) for step in range(order.steps_until(1)) for lane in mine)
             reads += len({unit[0] for unit in units if unit})
         assert reads <= 97 + world_size - 1
 
 
 def test_epochs_and_seeds_differ() -> None:
     order = Order(np.full(9, 7), num_lanes=4, seed=1)
-    first, second = batch(order, 0), batch(order, order.steps_per_epoch)
+    first, second = batch(order, 0), batch(order, order.steps_until(1))
     assert first != second
     assert first != batch(Order(np.full(9, 7), num_lanes=4, seed=2), 0)
 
@@ -114,7 +161,7 @@ def test_a_batch_comes_from_as_many_shards_as_a_random_one(num_lanes: int) -> No
     cut = cut_blocks(np.ones(640), np.full(640, rows), 3, 2, 10_000)
     order = Order(cut.sums(np.full(640, rows)), num_lanes, 3)
     found = []
-    for step in range(0, order.steps_per_epoch - 1, 7):
+    for step in range(0, order.steps_until(1) - 1, 7):
         groups = [cut[block][unit // rows] for block, unit in batch(order, step)]
         found.append(len(set(shard_of[groups])))
     rng = np.random.default_rng(0)
@@ -126,7 +173,7 @@ def test_a_batch_comes_from_as_many_shards_as_a_random_one(num_lanes: int) -> No
 def test_neighbors_of_the_corpus_land_anywhere() -> None:
     """The mean jump of a random permutation of n is n / 3."""
     order = Order(np.full(100, 30), num_lanes=20, seed=5)
-    places = [block * 30 + unit for step in range(order.steps_per_epoch) for block, unit in batch(order, step)]
+    places = [block * 30 + unit for step in range(order.steps_until(1)) for block, unit in batch(order, step)]
     jumps = [abs(a - b) for a, b in pairwise(places)]
     assert 900 < sum(jumps) / len(jumps) < 1100
 
@@ -143,6 +190,11 @@ def test_lanes_follow_the_weights(weights: list[float], num_lanes: int) -> None:
     spread = spread_lanes(split)
     assert Counter(source for source, _ in spread) == dict(enumerate(split))
     assert len(set(spread)) == num_lanes
+
+
+def test_a_source_of_weight_0_has_no_lane() -> None:
+    assert split_lanes([1, 0, 3], 4) == [1, 0, 3]
+    assert split_lanes([1, 0, 0], 1) == [1, 0, 0]
 
 
 def test_a_mixture_is_spread_over_the_ranks() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity.cells import DATA, LAUNCHES, STYLES, TUNINGS, Cell, all_cells, pruned_cells
+from tests.parity.cells import DATA, LAUNCHES, STYLES, TUNINGS, WEIGHTED, Cell, all_cells, pruned_cells
 from tests.parity.judge import Figures
 from tests.support.ranks import ENVIRONMENT, REPOSITORY, needs_compiler
 
@@ -47,7 +47,7 @@ def test_a_cell_equals_its_reference(figures: dict[str, Figures], cell: Cell) ->
 
 @pytest.mark.parametrize("cells", [pruned_cells(), all_cells()], ids=["pruned", "all"])
 def test_each_row_and_column_is_touched(cells: list[Cell]) -> None:
-    columns = {"launch": list(LAUNCHES), "tuning": list(TUNINGS), "style": list(STYLES), "data": list(DATA)}
+    columns = {"launch": list(LAUNCHES), "tuning": list(TUNINGS), "style": list(STYLES), "data": [*DATA, WEIGHTED]}
     for name, values in columns.items():
         assert {getattr(cell, name) for cell in cells} == set(values)
     for name in ("packing", "checkpointing", "accumulation", "dtype"):

@@ -1,6 +1,7 @@
 """The schedule of a corpus: the same on every world size, by arithmetic alone, balanced when packed, and elastic."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -25,20 +26,22 @@ from tests.support.corpus import ids_at, row, shard_rows
 from tests.support.ranks import gemma_dist
 
 
-def corpus(lengths: Any, row_group_sizes: Any, weights: list[float] | None = None) -> Any:
-    """What a schedule asks of an open corpus, for lengths that are only numbers. With weights, the second half of the
-    row groups is a source of its own."""
+def corpus(
+    lengths: Any, row_group_sizes: Any, weights: list[float] | None = None, later: Any = (), half: int | None = None
+) -> Any:
+    """What a schedule asks of an open corpus, for lengths that are only numbers. With weights, the row groups from
+    `half` on are a source of its own; `later` weights come from their steps on."""
     lengths, sizes = np.asarray(lengths), np.asarray(row_group_sizes)
     assert sizes.sum() == len(lengths)
-    half = len(sizes) // 2
-    ranges = [range(len(sizes))] if weights is None else [range(half), range(half, len(sizes))]
+    half = len(sizes) // 2 if half is None else half
+    ranges = [[range(len(sizes))]] if weights is None else [[range(half)], [range(half, len(sizes))]]
     return SimpleNamespace(
         num_text_tokens=lengths,
         num_image_tokens=np.zeros_like(lengths),
         row_group_bytes=np.full(len(sizes), 1 << 20),
         row_group_samples=sizes,
         first_sample=np.concatenate([[0], np.cumsum(sizes)]),
-        sources=lambda: (ranges, weights or [1.0]),
+        sources=lambda: (ranges, [(0, weights or [1.0]), *later]),
         place=lambda index: f"place {index}",
         id=str,
         manifest_hash="0123456789abcdef",
@@ -151,6 +154,57 @@ def test_a_mixture_keeps_its_weights_and_counts_epochs_for_each_source() -> None
     assert {seen[sample] for sample in range(100)} == {2, 3}
 
 
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=2, max_size=8),
+    packing=st.booleans(),
+    changes=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 3), st.integers(1, 3)), min_size=1, max_size=3),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=40)
+def test_weights_that_change_at_a_step_keep_every_epoch_whole_on_any_number_of_ranks(
+    sizes: list[int], packing: bool, changes: list[tuple[int, int, int]], data: Any
+) -> None:
+    """A source goes on where it is: each of its samples comes once before one comes again. And a step is the same to
+    whoever starts there, on 1 to 6 ranks."""
+    lengths = data.draw(st.lists(st.integers(1, 300), min_size=sum(sizes), max_size=sum(sizes)))
+    steps = np.cumsum([after for after, _, _ in changes]).tolist()
+    later = [(step, [one, two]) for step, (_, one, two) in zip(steps, changes, strict=True)]
+    shards = corpus(lengths, sizes, [3, 1], later)
+    of_first = range(sum(sizes[: len(sizes) // 2]))
+    alone = schedule(shards, 1, 12, packing)
+    num_steps = steps[-1] + 12
+    batches = [alone.global_batch(step) for step in range(num_steps)]
+    for source in (of_first, range(len(of_first), len(lengths))):
+        seen: list[int] = []
+        for batch in batches:
+            new = [sample for sample in batch if sample in source]
+            in_epoch = seen[len(seen) - len(seen) % len(source) :]
+            assert len(in_epoch) + len(new) <= len(source)
+            assert not set(in_epoch) & set(new)
+            seen += new
+    for world_size in (2, 3, 4, 6, 12):
+        for start in (0, *(step + around for step in steps for around in (-1, 0, 1))):
+            together = schedule(shards, world_size, 12, packing)
+            for step in range(start, start + 2):
+                parts = [of_rank(together, step, rank) for rank in range(world_size)]
+                assert list(chain.from_iterable(parts)) == batches[step]
+                micro_batches = {len(together.micro_batches(step, rank)) for rank in range(world_size)}
+                assert micro_batches == {12 // world_size}, "no rank waits for another"
+
+
+def test_lanes_and_epochs_follow_weights_that_change() -> None:
+    shards = corpus(np.ones(200, int), [10] * 20, [3, 1], later=[(4, [1, 3]), (10, [0, 1])])
+    found = schedule(shards, 2, 16, packing=False)
+    shares = [Counter(sample < 100 for sample in found.global_batch(step))[True] for step in range(12)]
+    assert shares == [12] * 4 + [4] * 6 + [0] * 2
+    assert found.epochs(4) == [0.48, 0.16]
+    assert found.epochs(10) == [0.72, 0.88]
+    assert found.steps_per_epoch == 11, "the first source rests for good, and the second has 12 left at step 10"
+    assert [step for step in range(40) if found.ends_epoch(step)] == [11, 18, 25, 32, 39]
+    assert found.epoch(18) == 2
+    assert found.num_steps(SimpleNamespace(max_steps=-1, num_train_epochs=2.5)) == 22  # type: ignore[arg-type]
+
+
 def test_more_sources_than_sequences_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"train\.global_batch_size: 2 sources"):
         schedule(corpus(np.ones(20, int), [10, 10], weights=[1, 1]), 1, 1, packing=False)
@@ -229,6 +283,22 @@ def test_a_recipe_mixes_sources_by_weight(shards: Path, model: str, tmp_path: Pa
     for step in steps[:6]:
         assert [len(name) for name in ids(step["ranks"])].count(len("row-100")) == 2, "of twelve in lanes of six steps"
     assert len({name for step in steps for name in ids(step["ranks"]) if len(name) < 7}) > 40
+
+
+def test_a_recipe_changes_its_weights_at_a_step(shards: Path, model: str, tmp_path: Path) -> None:
+    shard_rows(tmp_path, model, [row(number) for number in range(100, 112)])
+    sources = f"data.train=[{{path: {shards}, name: plots}}, {{path: {tmp_path / 'shards'}, name: more}}]"
+    weights = "data.weights=[{from_step: 0, plots: 3, more: 1}, {from_step: 2, plots: 0, more: 1}]"
+    words = ["batches", "-", "launch/cpu_full.yaml", sources, "global_batch_size=8", "--step", 1, "--num-steps", 3]
+    first, rest = gemma_dist(*words, weights).split("\nstep 3")
+    assert first.count("sequences of each source: [6, 2]") == 2
+    assert len(set(re.findall(r"row-1\d\d", first))) == 4
+    assert "sequences of each source: [0, 8]" in rest
+    assert len(set(re.findall(r"row-1\d\d", first + rest))) == 12, "the other 8 in one step"
+    unnamed = "data.weights=[{from_step: 0, plots: 3}]"
+    assert "from_step 0 names ['plots'], but the sources of data.train are ['plots', 'more']" in gemma_dist(
+        *words, unnamed, fails=True
+    )
 
 
 def test_packs_are_counted_once_for_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

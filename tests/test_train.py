@@ -428,6 +428,18 @@ def test_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
         find_checkpoint(tmp_path, "auto", identity)
 
 
+def test_weights_may_change_from_the_step_of_a_checkpoint_on(tmp_path: Path) -> None:
+    """Not before it, where they have decided what was trained on."""
+    _mark(tmp_path, 20, _identity(weights=[3.0, 1.0]))
+    for later in ([[0, [3.0, 1.0]], [20, [1.0, 1.0]]], [[0, [3.0, 1.0]], [500, [1.0, 1.0]]]):
+        assert find_checkpoint(tmp_path, "auto", _identity(weights=later))[1] == 20
+    _mark(tmp_path, 30, _identity(weights=[[0, [3.0, 1.0]], [20, [1.0, 1.0]], [90, [1.0, 5.0]]]))
+    assert find_checkpoint(tmp_path, "auto", _identity(weights=[[0, [3.0, 1.0]], [20, [1.0, 1.0]]]))[1] == 30
+    for other in ([3.0, 1.0], [[0, [3.0, 1.0]], [21, [1.0, 1.0]]], None):
+        with pytest.raises(CheckpointError, match=r"the weights of data\.train was \[\[0, \[3\.0, 1\.0\]\], \[20, "):
+            find_checkpoint(tmp_path, "auto", _identity(weights=other))
+
+
 def test_later_checkpoints_of_another_attempt_are_not_mixed_in(tmp_path: Path) -> None:
     """They would be what a restart resumes from, and what save_total_limit keeps instead of new ones."""
     identity = _identity()

@@ -18,6 +18,7 @@ from gemma_dist.data.strict import get, short, without_nulls
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
+WEIGHT, WEIGHTS = "weight", (1e-6, 1e6)  # of a row: the key, and the least and the most that it may be
 # On a message: true (1) trains it, false (0) does not.
 ON_MESSAGE = (
     *("train", "training", "trainable", "loss", "weight", "weights", "loss_weight", "is_train", "is_trainable"),
@@ -84,9 +85,10 @@ def refuse_unclear(marked: RawRow, of_row: bool = False) -> None:
             )
     for key, value in marked.items():
         if _is_like_mark(str(key), value, of_row):
+            renamed = f"call it {WEIGHT}, " if of_row and _WEIGHS.search(snake_case(str(key))) else ""
             raise DataError(
-                f"`{key}` is {short(value)}, which may be a mark for the loss, but is not known: write train: true or "
-                "train: false on the message, or remove it"
+                f"`{key}` is {short(value)}, which may be a mark for the loss, but is not known: {renamed}write train: "
+                "true or train: false on the message, or remove it"
             )
 
 
@@ -155,14 +157,29 @@ def refuse_finer(marked: RawRow, what: str) -> None:
     refuse_unclear(marked)
 
 
+def weight_of_row(row: RawRow) -> float:
+    """What the loss of a row is multiplied by: its `weight`, as Fireworks AI calls it; 1 where it has none. DataError
+    for one that is no number in WEIGHTS."""
+    value = row.get(WEIGHT)
+    if value is None:
+        return 1.0
+    least, most = WEIGHTS
+    if isinstance(value, (bool, int, float)) and least <= value <= most:
+        return float(value)
+    raise DataError(
+        f"`weight` of the row is {short(value)}; the loss of a row is multiplied by it, so write a number from "
+        f"{least:g} to {most:,.0f}, or remove the row if it should train nothing"
+    )
+
+
 def refuse_on_row(row: RawRow) -> None:
-    """DataError for a mark on the whole row that keeps it out of the loss, or weighs it."""
-    marked = {key: value for key, value in row.items() if not _is_column(key, value)}
+    """DataError for a mark on the whole row that keeps it out of the loss, or weighs it in other words."""
+    marked = {key: value for key, value in row.items() if key != WEIGHT and not _is_column(key, value)}
     key = _mark_against(marked)
     if key:
         raise DataError(
             f"`{key}` of the row is {short(row[key])}; a row is trained once or left out: remove the row, write "
-            "train: false on its messages, or weigh it with its source in the recipe's data.train"
+            "train: false on its messages, or give it a `weight` by which its loss is multiplied"
         )
     refuse_unclear(marked, of_row=True)
 

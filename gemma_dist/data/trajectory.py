@@ -33,6 +33,8 @@ from gemma_dist.data.template_kwargs import parse_template_kwargs
 from gemma_dist.data.types import Clean, Message, RawRow, Tool
 from gemma_dist.errors import DataError
 
+WEIGHED = "rows have a weight, by which their loss is multiplied"
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -44,6 +46,7 @@ class Trajectory:
     images: list[bytes]  # files as they came, one for each image part, in the order of the messages
     notes: Counter[str] = field(default_factory=Counter)  # what parsing changed or left out, in words: how often
     enable_thinking: bool | None = None  # as the row itself says; None: the setting decides
+    weight: float = 1.0  # by which its loss is multiplied
     is_outline: bool = False  # of a test case: its answer names tools, or none, and gives no arguments and no words
     any_call: bool = False  # of a test case: any call is right
     answers: tuple[str, ...] = ()  # of a test case: texts, any of which is right
@@ -101,6 +104,9 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
             notes.update(image_notes(image))
         messages = _in_order(parsed.messages, settings, notes)
         thinking = parse_template_kwargs(row.get("chat_template_kwargs"))
+        weight = marks.weight_of_row(row)
+        if weight != 1:
+            notes[WEIGHED] += 1
         return Trajectory(
             id=row_id,
             messages=messages,
@@ -108,6 +114,7 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
             images=images,
             notes=notes,
             enable_thinking=thinking,
+            weight=weight,
             is_outline=expected.is_outline,
             any_call=expected.any_call,
             answers=expected.answers,

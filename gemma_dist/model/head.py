@@ -16,7 +16,13 @@ from gemma_dist.model.zero3 import gathered
 
 # Of a micro-batch: where its K targets are predicted, which tokens they are, and of which kind (`data/kinds.py`).
 POSITIONS, IDS, KINDS = "target_positions", "target_ids", "target_kinds"
+WEIGHTS = "target_weights"  # of those that have some: float32 (K,), by which their losses are multiplied
 OUTPUTS = ("log_probs", "entropy", "is_top1")
+
+
+def inputs_of_model(batch: dict[str, Any]) -> dict[str, Any]:
+    """What of a micro-batch the model is given: not what its loss alone is reckoned by."""
+    return {name: value for name, value in batch.items() if name not in (KINDS, WEIGHTS)}
 
 
 def use_target_head(model: Any) -> None:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from gemma_dist.config import RunConfig
-from gemma_dist.model.head import KINDS, use_target_head
+from gemma_dist.model.head import inputs_of_model, use_target_head
 from gemma_dist.model.towers import Tower
 from gemma_dist.plan import kernels
 from gemma_dist.plan.allocator import ACTIVATIONS, Allocator, Peak, fake_of
@@ -143,7 +143,7 @@ def _loss(model: Any, batch: Batch, config: RunConfig) -> torch.Tensor:
     """As `ToolCallTrainer.compute_loss`, around a model that accelerate wrapped."""
     from accelerate.utils import convert_outputs_to_fp32
 
-    forward, inputs = model.forward, {name: value for name, value in batch.items() if name != KINDS}
+    forward, inputs = model.forward, inputs_of_model(batch)
     with torch.autocast("cpu", torch.bfloat16) if config.train.bf16 else nullcontext():
         outputs = forward(**inputs)
     if config.train.bf16:

@@ -15,8 +15,8 @@ from gemma_dist.errors import DataError
 from gemma_dist.files import begin, publish, sync
 from gemma_dist.logs import write_json
 from gemma_dist.shards.folder import APPEND_REJECTED, Plan, clear_folder, shard_name, tidy
-from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
-from gemma_dist.shards.manifest import UNFINISHED, Manifest, ShardEntry, write_manifest
+from gemma_dist.shards.manifest import SCHEMA_WITH_WEIGHTS as MANIFEST_SCHEMA
+from gemma_dist.shards.manifest import UNFINISHED, WEIGHT, Manifest, ShardEntry, write_manifest
 from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, PIECE_TOOLS, PLACES, PieceHeader, Refused, ShardJob
 from gemma_dist.shards.report import REJECTED, TOO_LONG, ShardReport
 from gemma_dist.shards.tools import TOOLS, write_tools
@@ -218,7 +218,9 @@ def _join_lines(pieces: list[_Piece], before: Manifest | None) -> pa.Table:
         lines = piece.lines.drop_columns(list(PLACES)).set_column(0, "shard", numbers)
         tables.append(lines.cast(MANIFEST_SCHEMA))
         num_shards += len(piece.shards)
-    return pa.concat_tables(tables).combine_chunks()
+    table = pa.concat_tables(tables, promote_options="default").combine_chunks()
+    has_weights = WEIGHT.name in table.column_names and table[WEIGHT.name].null_count < table.num_rows
+    return table if has_weights else table.drop_columns([WEIGHT.name])
 
 
 def _logs(pieces: list[_Piece], name: str) -> list[Path]:

@@ -9,6 +9,8 @@ stand its SHA-256 (32 bytes) and `GEMMDIST`: what Arrow is given to read has bee
     footer                              on the first line of a shard: the bytes behind its last row group, deflated, so
                                         that a row group can be read with one request and nothing else of the file
     id, num_text_tokens, …              one list a line: a value for each of its samples, in the order of the rows
+    weight                              likewise, by which the loss of each is multiplied; null: all are 1. Absent where
+                                        all of the folder are; where it is there, the format version is 4
 
 The schema's metadata holds `header`, JSON: format version, fingerprint of the encoding, settings, and the `shards` as
 {name, bytes, rest_digest}, where `rest_digest` (hexadecimal) covers all bytes outside of the row groups.
@@ -34,6 +36,7 @@ from gemma_dist.files import begin, publish
 from gemma_dist.logs import log
 
 FORMAT_VERSION, EARLIER_VERSION = 3, 2
+VERSION_WITH_WEIGHTS = 4  # which nobody reads who would not heed them
 MANIFEST = "manifest.arrow"
 UNFINISHED = ".unfinished"  # stands in a folder while `gemma-dist shard` writes to it
 FINISHED = ".finished"  # what it becomes: what the last call did
@@ -54,6 +57,8 @@ SCHEMA = pa.schema(
         **{name: pa.large_list(pa.int32()) for name in COUNTS},
     }
 )
+WEIGHT = pa.field("weight", pa.large_list(pa.float64()))
+SCHEMA_WITH_WEIGHTS = SCHEMA.append(WEIGHT)
 
 
 class ShardEntry(TypedDict):
@@ -133,6 +138,28 @@ class Manifest:
         return self._batch.column(name).values.to_numpy()
 
     @property
+    def weights(self) -> np.ndarray | None:
+        """(N,) float64, by which the losses of samples are multiplied; None: all are 1."""
+        if WEIGHT.name not in self.table.column_names:
+            return None
+        column = self._batch.column(WEIGHT.name)
+        given = np.repeat(column.is_valid().to_numpy(zero_copy_only=False), self.row_groups("num_samples"))
+        weights = np.ones(len(given))
+        weights[given] = column.flatten().to_numpy()
+        return weights
+
+    def beginning(self, num_row_groups: int) -> str:
+        """A hash of the first row groups: equal where their rows, their weights and their order are."""
+        hashed = hashlib.sha256()
+        for name in ("num_bytes", "num_samples"):
+            hashed.update(self.row_groups(name)[:num_row_groups].tobytes())
+        hashed.update(b"".join(self._batch.column("digest")[:num_row_groups].to_pylist()))
+        if (weights := self.weights) is not None:
+            weights = weights[: self.row_groups("num_samples")[:num_row_groups].sum()]
+            hashed.update(weights.tobytes() if (weights != 1).any() else b"")
+        return hashed.hexdigest()[:16]
+
+    @property
     def ids(self) -> pa.Array:
         """(N,) strings."""
         return self._batch.column("id").values
@@ -141,11 +168,12 @@ class Manifest:
 def row_group_line(
     ids: Sequence[str],
     counts: Sequence[Sequence[int]],
+    weights: Sequence[float],
     shard: int,
     place: RowGroupPlace,
     footer: bytes | None,
 ) -> dict[str, Any]:
-    """A line of the manifest. `counts` holds, for each sample, the values of COUNTS; `footer` is deflated."""
+    """A line of SCHEMA_WITH_WEIGHTS. `counts` holds, for each sample, the values of COUNTS; `footer` is deflated."""
     columns = {name: [sample[i] for sample in counts] for i, name in enumerate(COUNTS)}
     num_tokens = sum(columns["num_text_tokens"]) + sum(columns["num_image_tokens"])
     return {
@@ -156,6 +184,7 @@ def row_group_line(
         "footer": footer,
         "id": list(ids),
         **columns,
+        WEIGHT.name: None if all(weight == 1 for weight in weights) else list(weights),
     }
 
 
@@ -166,12 +195,13 @@ def write_manifest(
 
     Args:
         num_tools: declarations in tools.json; None: no such list was made.
-        table: lines of SCHEMA, in the order of the shards and of the row groups in them.
+        table: lines of SCHEMA or SCHEMA_WITH_WEIGHTS, in the order of the shards and of the row groups in them.
     """
-    assert table.schema.equals(SCHEMA), table.schema
     table = table.combine_chunks()
+    has_weights = WEIGHT.name in table.column_names
+    assert table.schema.equals(SCHEMA_WITH_WEIGHTS if has_weights else SCHEMA), table.schema
     header: ManifestHeader = {
-        "format_version": FORMAT_VERSION,
+        "format_version": VERSION_WITH_WEIGHTS if has_weights else FORMAT_VERSION,
         "fingerprint": corpus["fingerprint"],
         "settings": corpus["settings"],
         "shards": shards,
@@ -218,7 +248,8 @@ def _read_manifest(path: Path, origin: str) -> Manifest:
         raise ValueError("its checksum differs")
     table = pa.ipc.open_file(pa.memory_map(str(path)).read_buffer(path.stat().st_size - len(sealed))).read_all()
     header: ManifestHeader = json.loads(table.schema.metadata[b"header"])
-    _require_version(header, FORMAT_VERSION, origin)
+    version = VERSION_WITH_WEIGHTS if WEIGHT.name in table.column_names else FORMAT_VERSION
+    _require_version(header, version, origin)
     return Manifest(header, table, sealed.removesuffix(END).hex())
 
 
@@ -246,8 +277,8 @@ def _sha256(path: Path, num_bytes: int) -> bytes:
 def _require_version(header: ManifestHeader, version: int, origin: str) -> None:
     if header["format_version"] != version:
         raise DataError(
-            f"{origin} has format version {header['format_version']}, this gemma_dist reads {EARLIER_VERSION} and "
-            f"{FORMAT_VERSION}; make the shards again"
+            f"{origin} has format version {header['format_version']}, this gemma_dist reads {EARLIER_VERSION} to "
+            f"{VERSION_WITH_WEIGHTS}; make the shards again"
         )
 
 

@@ -30,7 +30,7 @@ from gemma_dist.errors import DataError, spell
 from gemma_dist.files import begin, publish
 from gemma_dist.logs import JsonlWriter
 from gemma_dist.shards.manifest import COUNTS, RowGroupPlace, ShardEntry, digest, row_group_line
-from gemma_dist.shards.manifest import SCHEMA as MANIFEST_SCHEMA
+from gemma_dist.shards.manifest import SCHEMA_WITH_WEIGHTS as MANIFEST_SCHEMA
 from gemma_dist.shards.report import OPTIONS, REJECTED, TOO_LONG, ShardReport
 from gemma_dist.shards.tools import SeenTools
 
@@ -204,6 +204,7 @@ def _measure(sample: Trajectory, encoder: Encoder, settings: ShardConfig) -> _Me
 class _Sample:
     id: str
     counts: list[int]  # the values of COUNTS
+    weight: float
     where: Where
 
 
@@ -243,7 +244,7 @@ class _ShardWriter:
             encoded.num_images,
             encoded.num_target_tokens,
         ]
-        self._samples[-1].append(_Sample(trajectory.id, counts, where))
+        self._samples[-1].append(_Sample(trajectory.id, counts, trajectory.weight, where))
         self.totals.update(dict(zip(COUNTS, counts, strict=True)) | {"num_written": 1})
         self._rows.append(row)
         self._row_bytes += num_bytes
@@ -293,6 +294,7 @@ class _ShardWriter:
             line = row_group_line(
                 [sample.id for sample in samples],
                 [sample.counts for sample in samples],
+                [sample.weight for sample in samples],
                 len(self._shards),
                 place,
                 footer,

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gemma_dist.config import RowConfig
+from gemma_dist.config_data import WeightsByStep
 from gemma_dist.data.bfcl import read_with_answers
 from gemma_dist.data.encode import Encoder
 from gemma_dist.data.fit import parse
@@ -50,7 +51,7 @@ class Shards:
     single folder lie in its memory-mapped manifest. `row_group_bytes` and `row_group_samples` are (R,).
     """
 
-    def __init__(self, folders: list[str], weights: list[float] | None, fetcher: Fetcher) -> None:
+    def __init__(self, folders: list[str], weights: WeightsByStep | None, fetcher: Fetcher) -> None:
         """Raises DataError: no finished shard folder, a damaged manifest, or folders of different encodings."""
         self.folders, self.weights, self._fetcher = folders, weights, fetcher
         self._manifests = [_open_manifest(folder, fetcher) for folder in folders]
@@ -72,6 +73,13 @@ class Shards:
         self.num_image_tokens: np.ndarray = counts["num_image_tokens"]
         self.num_images: np.ndarray = counts["num_images"]
         self.num_target_tokens: np.ndarray = counts["num_target_tokens"]
+        of_rows = [manifest.weights for manifest in self._manifests]
+        self.row_weights: np.ndarray | None = None  # (N,) float64, by which losses are multiplied; None: all are 1
+        if any(of_folder is not None for of_folder in of_rows):
+            sizes = [len(manifest.ids) for manifest in self._manifests]
+            self.row_weights = self._joined(
+                [np.ones(size) if one is None else one for one, size in zip(of_rows, sizes, strict=True)]
+            )
         self._ids = pa.chunked_array([manifest.ids for manifest in self._manifests])
         self._lock = threading.Lock()
         self._footers: dict[tuple[int, int], pq.FileMetaData] = {}
@@ -101,6 +109,16 @@ class Shards:
         """What a checkpoint notes of its corpus: equal where all samples, their order and their encoding are."""
         return hashlib.sha256("".join(manifest.sha256 for manifest in self._manifests).encode()).hexdigest()[:16]
 
+    @property
+    def num_row_groups(self) -> list[int]:
+        """Of each folder."""
+        return np.diff(self._first_row_group).tolist()
+
+    def beginnings(self, num_row_groups: list[int]) -> list[str]:
+        """What each folder's first row groups are known by: equal where their rows and the order of them are."""
+        counted = zip(self._manifests, num_row_groups, strict=True)
+        return [manifest.beginning(number) for manifest, number in counted]
+
     def id(self, index: int) -> str:
         """The id of sample `index`, from the manifests: no shard is read."""
         return self._ids[int(index)].as_py()
@@ -117,11 +135,13 @@ class Shards:
                     found[place] = list(range(*self.first_sample[row_group : row_group + 2].tolist()))
         return found
 
-    def sources(self) -> tuple[list[range], list[float]]:
-        """Row groups and weight of each source of a mixture; without weights the whole corpus is the only one."""
+    def sources(self) -> tuple[list[list[range]], WeightsByStep]:
+        """Row groups of each folder of each source of a mixture, and their weights; without weights the whole corpus is
+        the only source."""
+        folders = [range(first, end) for first, end in pairwise(self._first_row_group.tolist())]
         if self.weights is None:
-            return [range(len(self.row_group_samples))], [1.0]
-        return [range(first, end) for first, end in pairwise(self._first_row_group.tolist())], self.weights
+            return [folders], [(0, [1.0])]
+        return [[folder] for folder in folders], self.weights
 
     def row_group_of(self, index: int) -> int:
         """The row group that sample `index` lies in."""
@@ -155,6 +175,7 @@ class Shards:
             tools=json.loads(row["tools"]),
             images=[image["bytes"] for image in row["images"]],
             enable_thinking=row.get("enable_thinking"),  # folders of earlier versions have no such column
+            weight=1.0 if self.row_weights is None else float(self.row_weights[index]),
         )
 
     def read_row_group(self, row_group: int) -> pa.Table:
@@ -309,7 +330,7 @@ def _open_manifest(folder: str, fetcher: Fetcher) -> Manifest:
     return read_manifest(path, origin)
 
 
-def open_shards(*folders: str | Path, weights: list[float] | None = None, fetcher: Fetcher | None = None) -> Shards:
+def open_shards(*folders: str | Path, weights: WeightsByStep | None = None, fetcher: Fetcher | None = None) -> Shards:
     """Open folders that `gemma-dist shard` finished, local ones or URLs, as one corpus, or as a mixture by `weights`.
 
     Raises:

@@ -36,8 +36,10 @@ def batches(schedule: Schedule, step: int, num_steps: int) -> Iterator[StepListi
 def _describe(schedule: Schedule, step: int) -> StepListing:
     """Step `step`, from 1."""
     shards, epochs = schedule.shards, schedule.epochs(step)
-    epoch = min(epochs)  # of the source that takes longest
-    of_each_source = f" (of each source: {epochs})" if len(epochs) > 1 else ""
+    epoch = round(schedule.epoch(step), 4)
+    of_each_source = ""
+    if len(epochs) > 1:
+        of_each_source = f" (of each source: {epochs}), sequences of each source: {schedule.num_lanes(step - 1)}"
     lines = [f"step {step}, epoch {epoch}{of_each_source}"]
     ranks = []
     for rank in range(schedule.plan.world_size):

@@ -44,6 +44,7 @@ class Inspection:
     notes: dict[str, int]  # what parsing and encoding changed or left out: how often
     enable_thinking: bool  # as the row is rendered
     samples: list[str]  # ids of all samples that a raw row makes
+    weight: float  # by which its loss is multiplied
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "segments"}
@@ -58,6 +59,8 @@ class Inspection:
             f"{self.num_image_tokens:,} image ({self.num_images} images); {self.num_target_tokens:,} trained; thinking "
             f"{'on' if self.enable_thinking else 'off'}"
         )
+        if self.weight != 1:
+            header += f"; weight {self.weight:g}"
         if len(self.samples) > 1:
             header += f"\none of the samples {visible(', '.join(self.samples), keep='')} of the row"
         for note, count in sorted(self.notes.items()):
@@ -122,6 +125,7 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
         notes={spell(note, OPTIONS): count for note, count in (trajectory.notes + encoded.notes).items()},
         enable_thinking=encoded.enable_thinking,
         samples=[sample.id for sample in samples],
+        weight=trajectory.weight,
     )
 
 

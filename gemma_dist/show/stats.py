@@ -29,7 +29,7 @@ from gemma_dist.logs import progress
 from gemma_dist.shards.reader import is_shard_folder, open_shards, refuse_unroll
 from gemma_dist.show.duplicates import find_exact, find_near, find_overlap, find_same_prompt
 from gemma_dist.show.fingerprints import Fingerprints, texts_of
-from gemma_dist.show.stats_report import LENGTHS, TOKENS, CorpusStats, Refusal, Spread
+from gemma_dist.show.stats_report import LENGTHS, TOKENS, CorpusStats, Refusal, Spread, Weights
 from gemma_dist.show.tool_counts import ToolCounts
 
 MAX_REASON_WORDS = 14
@@ -42,6 +42,7 @@ class _Corpus:
     fingerprints: Fingerprints = field(default_factory=Fingerprints)
     tools: ToolCounts = field(default_factory=ToolCounts)
     notes: Counter[str] = field(default_factory=Counter)
+    weights: array = field(default_factory=lambda: array("d"))  # of rows
     refused: dict[str, Refusal] = field(default_factory=dict)
     numbers: dict[str, array] = field(default_factory=lambda: {name: array("q") for name in (*TOKENS, *LENGTHS)})
 
@@ -100,7 +101,15 @@ def collect_stats(data: list[str], against: list[str], model: str | None, settin
         near=find_near(corpus.fingerprints),
         same_prompt=find_same_prompt(corpus.fingerprints),
         against=overlap,
+        weights=_weights(corpus.weights),
     )
+
+
+def _weights(of_rows: array) -> Weights | None:
+    """None: no row has one."""
+    if all(weight == 1 for weight in of_rows):
+        return None
+    return Weights(sum(weight != 1 for weight in of_rows), min(of_rows), max(of_rows), sum(of_rows) / len(of_rows))
 
 
 def _spread(numbers: array) -> Spread:
@@ -176,6 +185,7 @@ def _add(row: _Row, corpus: _Corpus) -> None:
     corpus.fingerprints.add(trajectory, row.source, row.line)
     corpus.tools.add(trajectory, place)
     corpus.notes.update(trajectory.notes)
+    corpus.weights.append(trajectory.weight)
     for name, number in _lengths(trajectory).items():
         corpus.numbers[name].append(number)
     if row.num_tokens:

@@ -37,6 +37,16 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """By which the losses of rows are multiplied."""
+
+    num_rows: int  # of which it is not 1
+    min: float
+    max: float
+    mean: float  # of all rows
+
+
+@dataclass(frozen=True)
 class CorpusStats:
     """What the rows of a corpus are like."""
 
@@ -55,6 +65,7 @@ class CorpusStats:
     near: Duplicates
     same_prompt: Duplicates
     against: Overlap | None
+    weights: Weights | None  # None: no row has one
 
     def to_json(self) -> dict[str, Any]:
         """All of it, as `--json` prints it."""
@@ -79,6 +90,9 @@ def _rows(stats: CorpusStats) -> Iterator[str]:
     yield from _more(len(stats.refused), "reasons")
     for note, count in sorted(stats.notes.items()):
         yield f"{count:,} x {note}"
+    if weights := stats.weights:
+        rows = _count(weights.num_rows, "row")
+        yield f"weights: {rows} with one, from {weights.min:g} to {weights.max:g}; mean of all rows {weights.mean:.3g}"
 
 
 def _lengths(stats: CorpusStats) -> Iterator[str]:

@@ -28,6 +28,7 @@ class Sample:
     id: str
     encoded: Encoded
     pixels: dict[str, torch.Tensor]
+    weight: float = 1.0  # by which its loss is multiplied
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def collate(samples: list[Sample], ids: ControlIds, *, filler: bool = True) -> d
 
     Returns:
         `input_ids`, `labels`, `attention_mask`, `mm_token_type_ids` (B, T) int64, T the longest row, and `kinds` (B, T)
-        uint8, those of the labels (`data/kinds.py`, 0 where there is none); `pixel_values`
+        uint8, those of the labels (`data/kinds.py`, 0 where there is none); where a sample has a weight, `weights`
+        (B, T) float32, by which losses are multiplied; `pixel_values`
         (N, P, values of a patch) float32 and `image_position_ids` (N, P, 2) int64, P the most patches of an image,
         where missing patches are 0 with position -1, as Gemma 4's image processors pad. The images stand in the order
         of the rows.
@@ -106,6 +108,8 @@ def _collate(packs: list[list[Sample]], ids: ControlIds, filler: bool) -> dict[s
         _append(row, [ids.pad] * missing, [IGNORE_INDEX] * missing, [0] * missing, attended=0)
     batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
     batch["kinds"] = batch["kinds"].to(torch.uint8)
+    if any(sample.weight != 1 for pack in packs for sample in pack):
+        batch["weights"] = _weights(packs, length)
     if not images:
         return batch
     most_patches = max(part["pixel_values"].shape[1] for part in images)
@@ -116,6 +120,18 @@ def _collate(packs: list[list[Sample]], ids: ControlIds, filler: bool) -> dict[s
             padded.append(pad(part[name], (0, 0, 0, missing_patches), value=value))
         batch[name] = torch.cat(padded)
     return batch
+
+
+def _weights(packs: list[list[Sample]], length: int) -> torch.Tensor:
+    """(B, T) float32: that of each token's sample; 1 behind them."""
+    weights = torch.ones(len(packs), length)
+    for row, pack in zip(weights, packs, strict=True):
+        start = 0
+        for sample in pack:
+            end = start + len(sample.encoded.input_ids)
+            row[start:end] = sample.weight
+            start = end
+    return weights
 
 
 def _empty_row() -> dict[str, list[int]]:

@@ -31,18 +31,23 @@ def cut(
         filler: False for a model without a vision tower.
 
     Returns:
-        `input_ids`, `position_ids`, `mm_token_type_ids`, `shift_labels` and `shift_kinds` (1, B * T / num_ranks,
-        rounded up), where the label of a token is the token behind it; `pixel_values` and `image_position_ids` of the
-        images in the slice, and which of their soft tokens stand where (`images.places_of`); `SHARE`, and `NUMBERS`
-        (2, num_ranks * the length of a slice) int32: document and image of each token of all.
+        `input_ids`, `position_ids`, `mm_token_type_ids`, `shift_labels`, `shift_kinds` and, if the batch has weights,
+        `shift_weights` (1, B * T / num_ranks, rounded up), where the label of a token is the token behind it;
+        `pixel_values` and `image_position_ids` of the images in the slice, and which of their soft tokens stand where
+        (`images.places_of`); `SHARE`, and `NUMBERS` (2, num_ranks * the length of a slice) int32: document and image of
+        each token of all.
     """
     missing = -batch["input_ids"].numel() % num_ranks
     rows = {}
-    for name, value in (("input_ids", ids.pad), ("labels", IGNORE_INDEX), ("kinds", 0), ("mm_token_type_ids", 0)):
-        rows[name] = pad(batch[name].flatten(), (0, missing), value=value)
+    fill = {"input_ids": ids.pad, "labels": IGNORE_INDEX, "kinds": 0, "weights": 1, "mm_token_type_ids": 0}
+    for name, value in fill.items():
+        if name in batch:
+            rows[name] = pad(batch[name].flatten(), (0, missing), value=value)
     rows["position_ids"] = torch.cat([batch["position_ids"].flatten(), torch.arange(missing)])
     rows["shift_labels"] = pad(rows.pop("labels")[1:], (0, 1), value=IGNORE_INDEX)
     rows["shift_kinds"] = pad(rows.pop("kinds")[1:], (0, 1))
+    if "weights" in rows:
+        rows["shift_weights"] = pad(rows.pop("weights")[1:], (0, 1), value=1)
     layout = lay_out(rows["position_ids"][None], rows["mm_token_type_ids"][None])
     length = len(layout.images) // num_ranks
     own = slice(rank * length, (rank + 1) * length)

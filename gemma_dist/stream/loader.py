@@ -118,12 +118,23 @@ class TrajectoryLoader(IterableDataset):
         try:
             trajectory = self.shards.trajectory(tables[self.shards.row_group_of(index)].result(), index)
             pixels = self.encoder.pixels(trajectory.images) if trajectory.images else {}
-            return Sample(sample_id, self.encoder.encode(trajectory), pixels)
+            return Sample(sample_id, self.encoder.encode(trajectory), pixels, trajectory.weight)
         except DataError as error:
             raise DataError(f"sample {sample_id!r} ({self.shards.place(index)}): {error}") from error
         except Exception as error:
             error.add_note(f"while sample {sample_id!r} ({self.shards.place(index)}) was prepared")
             raise
+
+
+def count_targets(schedule: Schedule, step: int) -> tuple[int, float]:
+    """The target tokens of the global batch of `step`, all ranks together, and what they weigh by the weights of their
+    rows: what the loss is divided by. At least 1 in a step of fillers."""
+    weights, batch = schedule.shards.row_weights, schedule.global_batch(step)
+    of_samples = schedule.shards.num_target_tokens[batch]
+    num_targets = int(of_samples.sum())
+    if weights is None or not num_targets:
+        return num_targets, max(1, num_targets)
+    return num_targets, float((weights[batch] * of_samples).sum())
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from gemma_dist.errors import CheckpointError, PeerError
 from gemma_dist.files import seal, size, sync
 from gemma_dist.logs import log, write_json
 from gemma_dist.resolve import Run, RunIdentity
+from gemma_dist.stream.growth import CORPUS, has_grown, remember
 from gemma_dist.train.best import NAME, note_best
 from gemma_dist.train.digests import (
     UNREADABLE,
@@ -38,13 +39,16 @@ MARKER = "complete.json"
 UNFINISHED = ".unfinished"
 
 
-def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, identity: RunIdentity) -> tuple[Path | None, int]:
+def find_checkpoint(
+    output_dir: Path, resume_from_checkpoint: str, identity: RunIdentity, run: Run | None = None
+) -> tuple[Path | None, int]:
     """The checkpoint to resume from and its step, or (None, 0) for a fresh run. Nothing is changed on the disk: the
     ranks look one by one, before they are connected.
 
     Args:
         resume_from_checkpoint: `auto` (the newest in `output_dir` without damage in sight), `never`, or a folder.
         identity: what a checkpoint must have been made with.
+        run: whose corpus may have been added to since, if it is given.
 
     Raises:
         CheckpointError: the named folder is no complete checkpoint, or damaged, or belongs to another identity; or
@@ -62,7 +66,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, identity: Run
             )
         if problems := _damage_at_sight(folder):
             raise CheckpointError(damaged_and_named(folder, problems))
-    step = _step_of(folder, identity) if folder else 0
+    step = _step_of(folder, identity, run) if folder else 0
     later = [path for path in _checkpoints(output_dir) if _step(path) > step and any(path.iterdir())]
     if auto:
         later = [path for path in later if not (path / MARKER).is_file()]  # damaged: they are going to be put aside
@@ -75,7 +79,11 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, identity: Run
 
 
 def whole_checkpoint(
-    folder: Path | None, output_dir: Path, resume_from_checkpoint: str, identity: RunIdentity
+    folder: Path | None,
+    output_dir: Path,
+    resume_from_checkpoint: str,
+    identity: RunIdentity,
+    run: Run | None = None,
 ) -> tuple[Path | None, int]:
     """The checkpoint `folder`, which `find_checkpoint` found, and its step, once its files are read and found whole;
     else those of the newest that is whole. Damaged ones are put aside. Every rank reads a share, and calls it.
@@ -102,7 +110,7 @@ def whole_checkpoint(
         if world.rank() == 0:
             put_aside(folder, problems)
         world.barrier()
-        folder, _ = find_checkpoint(output_dir, resume_from_checkpoint, identity)
+        folder, _ = find_checkpoint(output_dir, resume_from_checkpoint, identity, run)
 
 
 def put_aside(folder: Path, problems: list[str]) -> None:
@@ -194,10 +202,20 @@ def require_shared(output_dir: Path) -> None:
         )
 
 
-def _step_of(folder: Path, identity: RunIdentity) -> int:
-    """The step of a complete checkpoint. CheckpointError where it belongs to a run of another identity."""
+def _step_of(folder: Path, identity: RunIdentity, run: Run | None) -> int:
+    """The step of a complete checkpoint. CheckpointError where it belongs to a run of another identity, or its corpus
+    was added to and `run` does not take that up."""
     marker = read_marker(folder)
-    if different := identity.differences(marker["identity"]):
+    saved = marker["identity"]
+    if run is not None and has_grown(marker, run.schedule.shards):
+        if run.config.data.appended == "refuse":
+            raise CheckpointError(
+                f"{folder}: data.train was added to since: it had {saved.get('num_samples'):,} samples and has "
+                f"{identity.num_samples:,}. Set data.appended: next_epoch to take the new ones up at the next epoch of "
+                "their source, or put the manifest of then in its place"
+            )
+        saved = saved | {"manifest": identity.manifest, "num_samples": identity.num_samples}
+    if different := identity.differences(saved, marker["step"]):
         raise CheckpointError(
             f"{folder} belongs to another run: {'; '.join(different)}. Restore that, or start afresh with another "
             "train.output_dir"
@@ -284,8 +302,9 @@ def _finish(written: Path, run: Run, step: int, files: Mapping[str, FileDigest],
     seal(written)
     marker = {
         "step": step,
-        "epoch": step // run.schedule.steps_per_epoch,
+        "epoch": int(run.schedule.epoch(step)),
         "identity": run.identity.to_json(),
+        CORPUS: remember(run.schedule),
         "settings": run.config.to_json(),
         "files": files,
         "seconds_to_save": round(time.monotonic() - begun, 3),  # until all but this file was on the disk

@@ -21,7 +21,7 @@ from gemma_dist.errors import DataError
 from gemma_dist.logs import write_json
 from gemma_dist.model import fsdp
 from gemma_dist.model.attention import Shape
-from gemma_dist.model.head import KINDS
+from gemma_dist.model.head import KINDS, inputs_of_model
 from gemma_dist.resolve import Run
 from gemma_dist.stream.held_out import HeldOut
 from gemma_dist.stream.loader import TrajectoryLoader
@@ -132,7 +132,7 @@ class Evaluation(TrainerCallback):
                     if ends_if_asked and any(world.any_rank([bool(trainer.boundary.requests.by())])):
                         return None
                     with trainer.compute_loss_context_manager():
-                        outputs = model(**{name: value for name, value in inputs.items() if name != KINDS})
+                        outputs = model(**inputs_of_model(inputs))
                     sums.add(-outputs.log_probs.sum(), outputs, inputs[KINDS])
                     trainer.moved()
         finally:

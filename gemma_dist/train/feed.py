@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 
 from gemma_dist.data.encode import IGNORE_INDEX
 from gemma_dist.model.attention import LAYOUT, PLACES, Shape, add_calls, lay_out
-from gemma_dist.model.head import IDS, KINDS, POSITIONS
+from gemma_dist.model.head import IDS, KINDS, POSITIONS, WEIGHTS
 from gemma_dist.model.images import IMAGE_PLACES, places_of
 from gemma_dist.model.rows import PADDED_RIGHT
 from gemma_dist.model.sequence import SHARE
@@ -127,9 +127,10 @@ def known_to_host(batch: Batch, shape: Shape | None = None) -> Batch:
         DataError: there are other images than the text has places for.
     """
     batch = with_layout(dict(batch), shape)
-    for shifted, names in ((False, ("labels", "kinds")), (True, ("shift_labels", "shift_kinds"))):
-        if names[0] in batch:
-            batch |= targets_of(*(batch.pop(name) for name in names), shifted=shifted)
+    for shifted, prefix in ((False, ""), (True, "shift_")):
+        if prefix + "labels" in batch:
+            labels, kinds, weights = (batch.pop(prefix + name, None) for name in ("labels", "kinds", "weights"))
+            batch |= targets_of(labels, kinds, weights, shifted=shifted)
     if "pixel_values" in batch and "image_position_ids" in batch and IMAGE_PLACES not in batch:
         batch |= places_of(batch["mm_token_type_ids"], batch["image_position_ids"])
     if batch.pop("attention_mask", None) is not None:
@@ -137,21 +138,25 @@ def known_to_host(batch: Batch, shape: Shape | None = None) -> Batch:
     return batch
 
 
-def targets_of(labels: torch.Tensor, kinds: torch.Tensor, *, shifted: bool = False) -> dict[str, torch.Tensor]:
+def targets_of(
+    labels: torch.Tensor, kinds: torch.Tensor, weights: torch.Tensor | None = None, *, shifted: bool = False
+) -> dict[str, torch.Tensor]:
     """The targets of a micro-batch. To be made on the host: with tensors on a GPU it waits for it.
 
     Args:
         labels: (B, T) int64, `IGNORE_INDEX` where nothing is trained.
-        kinds: (B, T) uint8, of the labels.
+        kinds: (B, T) uint8, of the labels; `weights` (B, T) float32, if there are any.
         shifted: whether they stand already where they are predicted, and not a token behind.
 
     Returns:
-        POSITIONS (K,) int64, of B * T; IDS (K,) int64; KINDS (K,) uint8.
+        POSITIONS (K,) int64, of B * T; IDS (K,) int64; KINDS (K,) uint8; with weights, WEIGHTS (K,) float32.
     """
     if not shifted:
         labels, kinds = pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX), pad(kinds[:, 1:], (0, 1))
+        weights = None if weights is None else pad(weights[:, 1:], (0, 1), value=1)
     positions = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
-    return {POSITIONS: positions, IDS: labels.flatten()[positions], KINDS: kinds.flatten()[positions]}
+    targets = {POSITIONS: positions, IDS: labels.flatten()[positions], KINDS: kinds.flatten()[positions]}
+    return targets if weights is None else targets | {WEIGHTS: weights.flatten()[positions]}
 
 
 def transfer_to(device: torch.device) -> Transfer[Any]:

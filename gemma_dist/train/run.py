@@ -30,8 +30,10 @@ from gemma_dist.model.operators import compile_operators
 from gemma_dist.model.per_layer import PerLayerTable, open_table
 from gemma_dist.model.record import ADAPTER_RECORD
 from gemma_dist.resolve import Run, require_output_dir, resolve
+from gemma_dist.stream.growth import editions_from
 from gemma_dist.stream.held_out import describe_held_out, trained_too
 from gemma_dist.stream.loader import TrajectoryLoader
+from gemma_dist.stream.schedule import Edition
 from gemma_dist.topology import current_topology, require_fit
 from gemma_dist.train.agree import require_same_run
 from gemma_dist.train.best import note_best, require_metric
@@ -41,6 +43,7 @@ from gemma_dist.train.checkpoint import (
     damaged_and_named,
     find_checkpoint,
     put_aside,
+    read_marker,
     require_shared,
     whole_checkpoint,
 )
@@ -131,7 +134,14 @@ def prepare(config: RunConfig, watch: MemoryWatch | None) -> Prepared:
     if world.rank() == 0 and (note := encoder.lost_opening()):
         log.warning(note)
     settings = config.train
-    checkpoint, start_step = find_checkpoint(settings.output_dir, settings.resume_from_checkpoint, run.identity)
+    checkpoint, start_step = find_checkpoint(settings.output_dir, settings.resume_from_checkpoint, run.identity, run)
+    if (
+        checkpoint
+        and (editions := editions_from(read_marker(checkpoint), run.schedule.shards)) != run.schedule.editions
+    ):
+        if editions and editions[-1].from_step == start_step:
+            log.info("data.train was added to: each source takes up what is new at its next epoch")
+        run = resolve(config, topology, editions)
     if checkpoint and (changed := changed_settings(checkpoint, config)):
         log.info("resuming from %s with other settings: %s", checkpoint, "; ".join(changed))
     if watch is not None:
@@ -179,8 +189,9 @@ def _train_from(
     require_same_run(run)
     require_shared(settings.output_dir)
     checkpoint, start_step = whole_checkpoint(
-        checkpoint, settings.output_dir, settings.resume_from_checkpoint, run.identity
+        checkpoint, settings.output_dir, settings.resume_from_checkpoint, run.identity, run
     )
+    _require_same_corpus(run, checkpoint)
     ranklog.write_to(settings.output_dir, _attempt(run, start_step))
     _say_held_out(run)
     require_metric(run, encoder)
@@ -204,6 +215,18 @@ def _train_from(
     requests.ends()
     world.barrier()  # a launcher ends all ranks once the first one has ended
     return words
+
+
+def _require_same_corpus(run: Run, checkpoint: Path | None) -> None:
+    """Raises CheckpointError, on every rank, where the one that is whole is older than the rows that the damaged one
+    had taken up: the order of what comes is another one then."""
+    shards = run.schedule.shards
+    editions = editions_from(read_marker(checkpoint), shards) if checkpoint else [Edition(0, shards.num_row_groups)]
+    if editions and editions != run.schedule.editions:
+        raise CheckpointError(
+            f"the newest checkpoint was damaged and was put aside, and {checkpoint or 'none'} is older than what "
+            "data.train was given since; the same command goes on from there"
+        )
 
 
 def _say_held_out(run: Run) -> None:

@@ -6,9 +6,10 @@ the places where it would train something else on Gemma 4:
 - the batches come ready from `TrajectoryLoader` and do not pass through `accelerate.prepare`, which would cut image
   tensors by the number of rows;
 - the loss is a sum over the target tokens of the global batch, divided by their number, whatever the ranks and the
-  accumulation: loss = sum(nll) / num_target_tokens. `Gemma4ForConditionalGeneration` says that it does not take that
-  number, so Trainer would average averages. Their number is known without asking: no micro-batch waits for the device
-  or for another rank, and a step has one exchange (`sums.py`);
+  accumulation: loss = sum(nll) / num_target_tokens, or sum(weight * nll) / sum(weight) where rows have weights.
+  `Gemma4ForConditionalGeneration` says that it does not take that number, so Trainer would average averages. Their
+  number is known without asking: no micro-batch waits for the device or for another rank, and a step has one exchange
+  (`sums.py`);
 - checkpointing is non-reentrant: reentrant recomputation loses the gradients of keys and values that layers share.
 """
 
@@ -38,13 +39,13 @@ from gemma_dist.logs import RunLog
 from gemma_dist.model import fsdp
 from gemma_dist.model.attention import Shape
 from gemma_dist.model.flat_sizes import add_flat_sizes
-from gemma_dist.model.head import KINDS, use_target_head
+from gemma_dist.model.head import KINDS, WEIGHTS, inputs_of_model, use_target_head
 from gemma_dist.model.load import use_cpu
 from gemma_dist.model.record import write_record
 from gemma_dist.model.zero3 import is_partitioned
 from gemma_dist.resolve import Run
 from gemma_dist.settings import EvalInTraining
-from gemma_dist.stream.loader import TrajectoryLoader
+from gemma_dist.stream.loader import TrajectoryLoader, count_targets
 from gemma_dist.topology import write_recipe_into
 from gemma_dist.train import checkpoint
 from gemma_dist.train.boundary import Boundary
@@ -221,27 +222,27 @@ class ToolCallTrainer(SFTTrainer):
         return prepared
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: object) -> Any:
-        """A step's micro-batches, each taken when its turn comes, and the target tokens of all ranks' micro-batches.
-        Trainer would first fetch the whole step, and count on every rank, in an exchange."""
-        self._targets = self._num_targets(self.state.global_step)
-        return MicroBatches(epoch_iterator, num_batches), max(1, self._targets)
+        """A step's micro-batches, each taken when its turn comes, and the target tokens of all ranks' micro-batches, as
+        much as their rows weigh. Trainer would first fetch the whole step, and count on every rank, in an exchange."""
+        self._targets, weight = self._count_targets(self.state.global_step)
+        return MicroBatches(epoch_iterator, num_batches), weight
 
-    def _num_targets(self, step: int) -> int:
-        """Target tokens of the global batch of `step`: arithmetic, the same on every rank."""
-        return self.loader.counts_at(step)[0]
+    def _count_targets(self, step: int) -> tuple[int, float]:
+        """Target tokens of the global batch of `step`, and what they weigh: arithmetic, the same on every rank."""
+        return count_targets(self.loader.schedule, step)
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: int | None = None
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: float | None = None
     ) -> torch.Tensor:
-        """sum(nll) / num_items_in_batch, as TRL's, times the number of ranks, over which gradients are averaged.
-        Unlike TRL's it waits for neither the device nor another rank."""
+        """sum(weight * nll) / num_items_in_batch, as TRL's, times the number of ranks, over which gradients are
+        averaged. Unlike TRL's it waits for neither the device nor another rank."""
         assert num_items_in_batch is not None, "the loss of a training step"
         assert not return_outputs, "the fused head makes no logits"
         with activations_on_host() if self.run.config.train.activation_offloading else contextlib.nullcontext():
-            kinds = inputs[KINDS]
-            outputs = model(**{name: value for name, value in inputs.items() if name != KINDS})
-            loss: torch.Tensor = -outputs.log_probs.sum() / num_items_in_batch * world.world_size()
-        self._sums.add(loss, outputs, kinds)
+            outputs = model(**inputs_of_model(inputs))
+            log_probs = outputs.log_probs * inputs[WEIGHTS] if WEIGHTS in inputs else outputs.log_probs
+            loss: torch.Tensor = -log_probs.sum() / num_items_in_batch * world.world_size()
+        self._sums.add(loss, outputs, inputs[KINDS])
         return loss
 
     def _get_grad_norm(self, *args: object, **kwargs: object) -> Any:
@@ -317,7 +318,7 @@ class ToolCallTrainer(SFTTrainer):
                     **{name: logs[name] for name in SHOWN if name in logs},
                     "grad_norm": logs["grad_norm"],
                     "learning_rate": logs["learning_rate"],
-                    "epoch": round(step / self.loader.schedule.steps_per_epoch, 4),
+                    "epoch": round(self.loader.schedule.epoch(step), 4),
                     "target_tokens": target_tokens,
                 },
                 num_tokens=num_tokens,

@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from tests.parity.cells import GLOBAL_BATCH, LAUNCHES, TUNINGS, Cell, file_name
+from tests.parity.cells import GLOBAL_BATCH, LAUNCHES, TUNINGS, WEIGHTED, Cell, file_name
 from tests.support.ranks import ENVIRONMENT, REPOSITORY
 
 if TYPE_CHECKING:
@@ -82,10 +82,14 @@ class Bench:
         folder = self.folder / f"data-{style}-{data}"
         if (folder / "shards").exists():
             return folder / "shards"
-        remainders = {"text": (1, 2), "images": (0,), "some": (0, 1, 2), "empty": (0, 1, 2)}[data]
+        remainders = {"text": (1, 2), "images": (0,)}.get(data, (0, 1, 2))
         numbers = [number for number in range(3 * NUM_ROWS) if number % 3 in remainders]
         folder.mkdir()
-        shard_rows(folder, str(self.model(style, "float32")), [row(number) for number in numbers[:NUM_ROWS]])
+        weights: list[dict[str, Any]] = [
+            {"weight": 0.25 + number % 4} if data == WEIGHTED else {} for number in numbers
+        ]
+        rows = [row(number, **weight) for number, weight in zip(numbers[:NUM_ROWS], weights, strict=False)]
+        shard_rows(folder, str(self.model(style, "float32")), rows)
         return folder / "shards"
 
     def probe_of(self, cell: Cell) -> Path:

@@ -32,6 +32,7 @@ TUNINGS = {  # recipe in launch/, and overrides
 FOR_ALL_STYLES = ("full", "lora", "dora", "qlora")
 STYLES = ("e4b", "31b", "26b", "12b", "e2b")
 DATA = ("text", "images", "some", "empty")  # images in none, all, some rows; "empty": a rank's batch is all quarantined
+WEIGHTED = "weighted"  # images in some, and rows with weights
 OPTIMIZERS = ("adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "adafactor", "sgd")
 # Plain SFTTrainer; and the same with `model.accepts_loss_kwargs = True`: transformers' Gemma 4 has it False, and
 # TRL's loss is then not weighted by target tokens.
@@ -176,7 +177,7 @@ def all_cells() -> list[Cell]:
     resumed = [cell for cell in cells if cell.style == "e4b" and cell.data == "some" and cell.dtype == "float32"]
     resumed += [cell for cell in cells if cell.optim != "adamw_torch" and cell.launch in ("cpu_ddp", "cpu_zero2")]
     resumed += [cell for cell in cells if cell.tuning == "experts" and cell.data == "some"]
-    return [*cells, *_resumed(resumed, ELSEWHERE), *_sharing_sequences()]
+    return [*cells, *_resumed(resumed, ELSEWHERE), *_sharing_sequences(), *_weighted()]
 
 
 def _sharing_sequences() -> Iterator[Cell]:
@@ -194,6 +195,14 @@ def _sharing_sequences() -> Iterator[Cell]:
     yield Cell("cpu_fsdp2", "lora", "e4b", "some", packing=True, checkpointing=True, accumulation=2, sequence=2)
     yield Cell("cpu_fsdp2", "full", "31b", "some", packing=True, accumulation=2, sequence=2)
     yield Cell("cpu_ddp", "qlora-host", "26b", "some", packing=True, checkpointing=True, sequence=2)
+
+
+def _weighted() -> Iterator[Cell]:
+    """Rows with weights of their own, under every launch: as rows and as packs, and shared among ranks."""
+    for launch, packing in product(LAUNCHES, (False, True)):
+        yield _dealt(Cell(launch, "full", "e4b", WEIGHTED, packing, accumulation=2))
+    for launch in ("cpu_ddp", "cpu_zero3", "cpu_fsdp2"):
+        yield Cell(launch, "lora", "e4b", WEIGHTED, packing=True, checkpointing=True, sequence=2)
 
 
 def pruned_cells() -> list[Cell]:
@@ -221,6 +230,7 @@ def pruned_cells() -> list[Cell]:
     cells.append(Cell("cpu_zero3", "full", "12b", "images"))
     for launch in ("cpu_ddp", "cpu_zero2", "cpu_zero3"):
         cells.append(Cell(launch, "lora", "e4b", "some", dtype="bfloat16"))
+    cells += [Cell(launch, "full", "e4b", WEIGHTED, accumulation=2) for launch in ("cpu_ddp", "cpu_zero2")]
     cells.append(Cell("cpu_ddp x4", "full", "e4b", "some", packing=True, accumulation=4, sequence=2))
     cells.append(Cell("cpu_zero3", "lora", "12b", "some", packing=True, checkpointing=True, sequence=2))
     staying = ("cpu_zero1", "cpu_zero3", "cpu_zero3_offload", "cpu_ddp x4")

@@ -35,7 +35,7 @@ from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.recipe import load_config
 from gemma_dist.resolve import Run, resolve
 from gemma_dist.stream.collate import Sample, collate, control_ids
-from gemma_dist.stream.loader import TrajectoryLoader
+from gemma_dist.stream.loader import TrajectoryLoader, count_targets
 from gemma_dist.stream.schedule import Schedule
 from gemma_dist.topology import current_topology
 from gemma_dist.train import trainer as trainer_module
@@ -115,10 +115,8 @@ class ObservedTrainer(Observer, ToolCallTrainer):
         )  # a list is a dataset, says DataLoader, not its types
         return DataLoader(batches, batch_size=None)
 
-    def _num_targets(self, step: int) -> int:
-        if not self.task["packs_as_rows"]:
-            return super()._num_targets(step)
-        return int(self.packed.shards.num_target_tokens[self.packed.global_batch(step)].sum())
+    def _count_targets(self, step: int) -> tuple[int, float]:
+        return count_targets(self.packed, step) if self.task["packs_as_rows"] else super()._count_targets(step)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         result = super().train(*args, **kwargs)
@@ -153,7 +151,9 @@ def packs_as_rows(schedule: Schedule, loader: TrajectoryLoader) -> Iterator[dict
             for index in (index for pack in packs for index in pack):
                 trajectory = schedule.shards.read(index)
                 pixels = loader.encoder.pixels(trajectory.images) if trajectory.images else {}
-                samples.append(Sample(schedule.shards.id(index), loader.encoder.encode(trajectory), pixels))
+                samples.append(
+                    Sample(schedule.shards.id(index), loader.encoder.encode(trajectory), pixels, trajectory.weight)
+                )
             yield known_to_host(collate(samples, ids, filler=loader.filler))
 
 
