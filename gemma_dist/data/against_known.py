@@ -16,11 +16,11 @@ from gemma_dist.data.strict import without_spaces
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message, Tool
 from gemma_dist.errors import DataError
-from gemma_dist.gemma_format import CHANNEL_END, QUOTE, RESPONSE, STOP_TOKENS, THOUGHT, TURN
+from gemma_dist.gemma_format import CHANNEL_END, QUOTE, STOP_TOKENS, THOUGHT, TURN
 
 _DECLARED = re.compile(r"declaration:([^{]*)\{")
 _ANSWERED = re.compile(r"response:([^{]*)\{")
-_QUOTED = re.compile(rf"(?<!type:){re.escape(QUOTE)}(.*?){re.escape(QUOTE)}", re.DOTALL)
+_QUOTED = re.compile(rf"(type:)?{re.escape(QUOTE)}(.*?){re.escape(QUOTE)}", re.DOTALL)
 MAX_SHOWN = 200  # characters of what is added, in `inspect`
 REMEDY = "use a template that keeps them, such as the model's own or gemma4_v5"
 
@@ -153,17 +153,17 @@ def _places(text: str, message: Message, position: int) -> list[tuple[int, int]]
 
 def _differences(gap: str, expected: str, messages: list[Message], index: int) -> list[Added]:
     """What a gap holds that another does not. Declarations are gone through word by word."""
-    words = [found for found in _QUOTED.findall(expected) if found.strip()] if _DECLARED.search(expected) else []
-    pieces = zip(_split(gap, words), _split(expected, words), strict=True)
+    quoted = _QUOTED.findall(expected) if _DECLARED.search(expected) else []
+    words = [text for is_type, text in quoted if not is_type and text.strip()]  # types are the template's own words
     added = []
-    for piece, other in pieces:
+    for piece, other in zip(_split(gap, words), _split(expected, words), strict=True):
         if without_spaces(piece) == without_spaces(other):
             continue
         start = _common_prefix(piece, other)
         end = -_common_prefix(piece[start:][::-1], other[start:][::-1]) or None
         text, instead_of = piece[start:end].strip(), other[start:end].strip()
         if text or instead_of:
-            place, role = _turn(messages, index, is_opened=TURN in piece[:start] or RESPONSE in piece[:start])
+            place, role = _turn(messages, index, is_opened=TURN in piece[:start])
             added.append(Added(place, role, text, instead_of))
     return added
 
@@ -179,12 +179,13 @@ def _split(text: str, words: list[str]) -> list[str]:
 
 
 def _turn(messages: list[Message], index: int, *, is_opened: bool) -> tuple[str, str]:
-    """How to name the turn of a difference in front of message `index`: its own turn, once that is opened."""
-    number = min(index if is_opened or index == 0 else index - 1, len(messages) - 1)
-    role = messages[number]["role"]
-    if index == 0 and role != "system":
+    """How to name the turn of a difference in front of message `index`: the turn before it, unless its own is open."""
+    if index == 0 and messages[0]["role"] != "system":
         return "in front of turn 1", "system"
-    return f"turn {number + 1} ({role})", role
+    if not is_opened and index > 0 and (index == len(messages) or messages[index]["role"] != "tool"):
+        index -= 1
+    index = min(index, len(messages) - 1)
+    return f"turn {index + 1} ({messages[index]['role']})", messages[index]["role"]
 
 
 def _require_declarations(given: Rendering, tools: list[Tool], messages: list[Message]) -> None:

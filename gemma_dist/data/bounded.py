@@ -45,6 +45,7 @@ class Bounded:
         """
         self._command = [sys.executable, "-m", "gemma_dist.data.bounded", function, str(seconds), str(num_bytes)]
         self._seconds, self._num_bytes = seconds, num_bytes
+        self._process: subprocess.Popen[bytes] | None = None
         self._forget()
 
     def __call__(self, *args: object) -> Any:
@@ -92,8 +93,7 @@ class Bounded:
 
     def _forget(self) -> None:
         self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._lock, self._process = threading.Lock(), None
 
     def _why(self, code: int) -> str:
         if code == -signal.SIGXCPU:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict, cast
 
 import jsonschema
 import referencing
@@ -124,12 +124,13 @@ def _bounded() -> Bounded:
 
 def run(function: str, *args: Any) -> Any:
     """Call a function of this file, which gives what JSON can say."""
-    return {
+    functions: dict[str, Callable[..., Any]] = {
         "require_valid": _require_valid,
         "best_misfit": _best_misfit,
         "all_misfits": _all_misfits,
         "is_match": _is_match,
-    }[function](*args)
+    }
+    return functions[function](*args)
 
 
 # ---- what jsonschema says --------------------------------------------------------------------------------------------
@@ -151,7 +152,7 @@ def _all_misfits(schema_json: str, arguments: Mapping[str, Json]) -> list[_SaidM
     return [
         {
             "path": list(error.absolute_path),
-            "required": list(error.validator_value) if error.validator == "required" else [],
+            "required": list(cast(list[str], error.validator_value)) if error.validator == "required" else [],
         }
         for error in _with_inner(_errors(schema_json, arguments))
     ]

@@ -41,6 +41,7 @@ class Inspection:
     num_images: int
     num_target_tokens: int
     notes: dict[str, int]  # what parsing and encoding changed or left out: how often
+    added: list[str]  # what a chat template that is not known writes of its own, by turn
     enable_thinking: bool  # as the row is rendered
     samples: list[str]  # ids of all samples that a raw row makes
 
@@ -60,6 +61,9 @@ class Inspection:
             header += f"\none of the samples {', '.join(self.samples)} of the row"
         for note, count in sorted(self.notes.items()):
             header += f"\n{count:,} x {note}"
+        header += "".join(f"\n{words}" for words in self.added[:NUM_PLACES_SHOWN])
+        if len(self.added) > NUM_PLACES_SHOWN:
+            header += f"\nand in {len(self.added) - NUM_PLACES_SHOWN:,} more places, which --json shows"
         start, end = (GREEN + TRAINED, TRAINED_END + PLAIN) if color else (TRAINED, TRAINED_END)
         pieces = [f"{start}{text}{end}" if trained else text for trained, text in self.segments]
         text = SOFT_TOKENS.sub(lambda found: f"{IMAGE} x {len(found[0]) // len(IMAGE)}", "".join(pieces))
@@ -113,6 +117,7 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
         num_images=encoded.num_images,
         num_target_tokens=encoded.num_target_tokens,
         notes={spell(note, OPTIONS): count for note, count in (trajectory.notes + encoded.notes).items()},
+        added=list(map(str, encoded.added)),
         enable_thinking=encoded.enable_thinking,
         samples=[sample.id for sample in samples],
     )
