@@ -155,6 +155,7 @@ def _differences(gap: str, expected: str, messages: list[Message], index: int) -
     """What a gap holds that another does not. Declarations are gone through word by word."""
     quoted = _QUOTED.findall(expected) if _DECLARED.search(expected) else []
     words = [text for is_type, text in quoted if not is_type and text.strip()]  # types are the template's own words
+    words = _in_order(gap, words)
     added = []
     for piece, other in zip(_split(gap, words), _split(expected, words), strict=True):
         if without_spaces(piece) == without_spaces(other):
@@ -169,13 +170,24 @@ def _differences(gap: str, expected: str, messages: list[Message], index: int) -
 
 
 def _split(text: str, words: list[str]) -> list[str]:
-    """The text between the words, as many pieces and one more; a word that is not there leaves an empty piece."""
+    """The text between the words, which stand in it in this order: as many pieces, and one more."""
     pieces, position = [], 0
     for word in words:
-        start = text.find(word, position)
-        pieces.append(text[position : max(start, position)])
-        position = max(position, start + len(word)) if start >= 0 else position
+        start = text.index(word, position)
+        pieces.append(text[position:start])
+        position = start + len(word)
     return [*pieces, text[position:]]
+
+
+def _in_order(text: str, words: list[str]) -> list[str]:
+    """Those of the words that stand in the text behind one another."""
+    found, position = [], 0
+    for word in words:
+        start = text.find(word, position)
+        if start >= 0:
+            found.append(word)
+            position = start + len(word)
+    return found
 
 
 def _turn(messages: list[Message], index: int, *, is_opened: bool) -> tuple[str, str]:
