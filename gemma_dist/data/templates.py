@@ -67,7 +67,7 @@ def revision_of(template: str) -> str:
             return f"{name}, that of E2B and E4B" if name == "gemma4_v5" else f"{name}, an earlier revision"
     if template.strip() == newest_template("31b").strip():
         return "gemma4_v5 as 12B, 26B-A4B and 31B have it, which opens an empty thought where thinking is off"
-    return "none of the revisions that are known here"
+    return f"none of the revisions that are known here (sha256 {_sha256(template)})"
 
 
 def _shipped() -> dict[str, Path]:
