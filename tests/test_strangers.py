@@ -202,7 +202,7 @@ def test_a_system_turn_of_the_templates_own_is_shown(encoder_of: Callable[[str],
 
 def test_real_rows_pass_the_comparison(encoder_of: Callable[[str], Encoder], known: Encoder, shared: Path) -> None:
     blank = encoder_of(changed(END, END.replace("\\n'", "\\n '")))
-    lines = (shared / "data" / "toolcalls" / "train.jsonl").read_text().splitlines()[::25]
+    lines = (shared / "data" / "toolcalls" / "train.jsonl").read_text().splitlines()[::60]
     for number, line in enumerate(lines):
         row = parse_row(json.loads(line), Where(Path("train.jsonl"), number), RowConfig())
         encoded = blank.encode(row)
@@ -251,7 +251,6 @@ def test_a_strangers_template_is_rendered_as_transformers_does(model: str) -> No
 @pytest.mark.parametrize(
     ("template", "refusal"),
     [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "1 seconds"),
         ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}", "1 seconds"),
         ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "recursion"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}abcdefgh{% endfor %}{% endfor %}", "characters"),

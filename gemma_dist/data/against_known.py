@@ -6,12 +6,13 @@ the row's own words are taken out of both renderings, so that what is left are t
 template adds something. That is no fault (a company's system prompt, the date), but nobody should train on it unseen.
 """
 
+import functools
 import re
 from collections import Counter
 from dataclasses import dataclass
 
 from gemma_dist.data.content import content_parts
-from gemma_dist.data.emitted import Emitted, find_emitted
+from gemma_dist.data.emitted import Emitted, Span, find_emitted
 from gemma_dist.data.strict import without_spaces
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message, Tool
@@ -49,6 +50,14 @@ class Rendering:
     text: str
     emitted: Emitted
 
+    @functools.cached_property
+    def spans(self) -> dict[int, list[Span]]:
+        """Those of each assistant message of which something is rendered, by its index."""
+        spans: dict[int, list[Span]] = {}
+        for span in self.emitted.spans:
+            spans.setdefault(span.message_index, []).append(span)
+        return spans
+
 
 def compare(text: str, emitted: Emitted, known_text: str, trajectory: Trajectory) -> list[Added]:
     """What a rendered trajectory holds in the turns of others that the known template's does not.
@@ -64,7 +73,7 @@ def compare(text: str, emitted: Emitted, known_text: str, trajectory: Trajectory
         if message["role"] == "assistant":
             _require_same(_said(given, index), _said(known, index), message, index)
     _require_declarations(given, tools, messages)
-    both = _spoken(given) & _spoken(known)
+    both = given.spans.keys() & known.spans.keys()
     added: list[Added] = []
     for (index, gap), (_, expected) in zip(_gaps(given, messages, both), _gaps(known, messages, both), strict=True):
         if without_spaces(gap) != without_spaces(expected):
@@ -74,7 +83,7 @@ def compare(text: str, emitted: Emitted, known_text: str, trajectory: Trajectory
     return added
 
 
-def count(added: list[Added]) -> Counter[str]:
+def count_added(added: list[Added]) -> Counter[str]:
     """What is added, as the notes of a report count it."""
     return Counter(
         f"words of the chat template's own in a turn of the {one.role}, as `gemma-dist inspect` shows" for one in added
@@ -86,8 +95,7 @@ def count(added: list[Added]) -> Counter[str]:
 
 def _said(rendering: Rendering, index: int) -> tuple[str, bool]:
     """All that a message's spans hold but for the token with which the model stops, and whether there is one."""
-    spans = [span for span in rendering.emitted.spans if span.message_index == index]
-    text = "".join(rendering.text[span.start : span.end] for span in spans)
+    text = "".join(rendering.text[span.start : span.end] for span in rendering.spans.get(index, []))
     for token in STOP_TOKENS:
         if text.endswith(token):
             return text.removesuffix(token), True
@@ -111,10 +119,6 @@ def _require_same(given: tuple[str, bool], known: tuple[str, bool], message: Mes
         )
 
 
-def _spoken(rendering: Rendering) -> set[int]:
-    return {span.message_index for span in rendering.emitted.spans}
-
-
 # ---- what others say -------------------------------------------------------------------------------------------------
 
 
@@ -129,7 +133,7 @@ def _gaps(rendering: Rendering, messages: list[Message], spoken: set[int]) -> li
     gaps: list[tuple[int, str]] = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            spans = [span for span in rendering.emitted.spans if span.message_index == index and index in spoken]
+            spans = rendering.spans[index] if index in spoken else []
             places = [(spans[0].start, spans[-1].end)] if spans else []
         else:
             places = _places(text, message, position)

@@ -71,10 +71,16 @@ class Bounded:
             self._process = _start(self._command)
         process = self._process
         stdin, stdout = _pipes(process)
-        with suppress(BrokenPipeError):
-            stdin.write(line)
-            stdin.flush()
-        answer = stdout.readline()
+        try:
+            with suppress(BrokenPipeError):
+                stdin.write(line)
+                stdin.flush()
+            answer = stdout.readline()
+        except BaseException:  # such as Ctrl-C: what it still answers is to no later question
+            self._process = None
+            process.kill()
+            _close(process)
+            raise
         if answer.endswith(b"\n"):
             return answer, None
         self._process = None

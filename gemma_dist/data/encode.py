@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from gemma_dist.config import EncodingConfig
-from gemma_dist.data.against_known import Added, compare, count
+from gemma_dist.data.against_known import Added, compare, count_added
 from gemma_dist.data.content import count_images
 from gemma_dist.data.emitted import NEWER_TEMPLATE, Emitted, find_emitted
 from gemma_dist.data.images import decode_image, image_size
@@ -161,7 +161,7 @@ class Encoder:
             num_dropped_reasoning=rendered.emitted.num_dropped_reasoning,
             enable_thinking=rendered.thinking,
             answers=[(index, int(np.searchsorted(starts, start))) for index, start in served.starts],
-            notes=served.notes + count(rendered.added),
+            notes=served.notes + count_added(rendered.added),
             added=rendered.added,
             kinds=np.where(is_trained, of_characters[starts], 0).astype(np.uint8).tobytes(),
         )
