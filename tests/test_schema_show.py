@@ -14,7 +14,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from gemma_dist.config import RowConfig
 from gemma_dist.data.rows import read_rows
-from gemma_dist.data.schema import find_misfit
+from gemma_dist.data.schema_fit import find_misfit
 from gemma_dist.data.schema_show import REWRITTEN, show_tools
 from gemma_dist.data.trajectory import parse_row
 from gemma_dist.errors import DataError

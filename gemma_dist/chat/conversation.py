@@ -12,7 +12,7 @@ from gemma_dist.config import RowConfig
 from gemma_dist.data.content import content_parts, count_images
 from gemma_dist.data.encode import Encoder, Prompt
 from gemma_dist.data.read import Call, Reading
-from gemma_dist.data.schema import find_misfit
+from gemma_dist.data.schema_fit import find_misfit
 from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.data.types import RawRow, Tool
 from gemma_dist.errors import DataError

@@ -183,6 +183,12 @@ class _Cursor:
         self._position = self._rendered.index(CALL_END, start) + len(CALL_END)
         found = read_whole_call(self._rendered[start : self._position])
         if found is None or found.name != name or not _equal(found.arguments, called["arguments"]):
+            if _reads_back(name, called["arguments"]):
+                written = short(self._rendered[start : self._position])
+                raise DataError(
+                    f"turn {index + 1}: the chat template writes {written} for the call of {name!r}, with other "
+                    f"arguments than the row's. {NEWER_TEMPLATE}"
+                )
             raise DataError(
                 f"turn {index + 1}: the call of {name!r} does not read back from Gemma's call format as it stands in "
                 f"the row{_difference(called)}; rename what has signs of the format in its name"

@@ -30,14 +30,16 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from gemma_dist.config import EncodingConfig
+from gemma_dist.data.against_known import Added, compare, count_added
 from gemma_dist.data.content import count_images
 from gemma_dist.data.emitted import NEWER_TEMPLATE, Emitted, find_emitted
 from gemma_dist.data.images import decode_image, image_size
 from gemma_dist.data.kinds import kinds_of_characters
 from gemma_dist.data.served import NO_THOUGHT, as_served, is_target, opening_of
-from gemma_dist.data.templates import LOST_OPENING, read_template, without_sandbox
+from gemma_dist.data.strict import holds_null
+from gemma_dist.data.templates import LOST_OPENING, newest, read_template, render, say_if_unknown, without_sandbox
 from gemma_dist.data.trajectory import Trajectory
-from gemma_dist.data.types import Encoding, Json, Message, Processor, Tokenizer, Tool, ToolCall
+from gemma_dist.data.types import Encoding, Message, Processor, Tokenizer, Tool, ToolCall
 from gemma_dist.errors import CheckpointError, DataError, setting
 from gemma_dist.gemma_format import IMAGE
 from gemma_dist.model.folder import embedding_rows, refuse_custom_code, require_embeddings
@@ -66,6 +68,7 @@ class Encoded:
     # in front of what the model writes.
     answers: list[tuple[int, int]] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)  # what is trained otherwise than rendered, in words: how often
+    added: list[Added] = field(default_factory=list)  # what the template writes of its own, if it is not known
     kinds: bytes = b""  # (T,): of `data/kinds.py`, 0 where a token is not trained; b"": all that is trained is text
 
     @property
@@ -95,6 +98,7 @@ class _Rendered:
     image_lengths: list[int]  # (N,) soft tokens of each image
     emitted: Emitted
     thinking: bool
+    added: list[Added]  # by a template that is not known
 
 
 class Encoder:
@@ -157,7 +161,8 @@ class Encoder:
             num_dropped_reasoning=rendered.emitted.num_dropped_reasoning,
             enable_thinking=rendered.thinking,
             answers=[(index, int(np.searchsorted(starts, start))) for index, start in served.starts],
-            notes=served.notes,
+            notes=served.notes + count_added(rendered.added),
+            added=rendered.added,
             kinds=np.where(is_trained, of_characters[starts], 0).astype(np.uint8).tobytes(),
         )
 
@@ -252,14 +257,13 @@ class Encoder:
         *,
         thinking: bool = False,
         add_generation_prompt: bool = False,
+        template: str | None = None,
     ) -> str:
         shown = [{key: value for key, value in message.items() if key != "train"} for message in messages]
         settled = {"add_generation_prompt": add_generation_prompt, "enable_thinking": thinking}
-        plain = without_sandbox(self.processor.chat_template)
+        given = {"messages": shown, "tools": tools or None, "documents": None, **self.tokenizer.special_tokens_map}
         try:
-            if plain is not None:
-                return plain.render(messages=shown, tools=tools or None, **settled, **self.tokenizer.special_tokens_map)
-            return self.processor.apply_chat_template(shown, tools=tools or None, tokenize=False, **settled)
+            return render(template or self.processor.chat_template, given | settled)
         except Exception as error:  # a template may raise anything: jinja's own errors, or its raise_exception
             raise DataError(f"the chat template cannot render this row: {error}") from error
 
@@ -297,7 +301,11 @@ class Encoder:
         text = self._render(trajectory.messages, trajectory.tools, thinking=thinking)
         _require_images(text, len(trajectory.images))
         widened = self._widen(text, image_lengths)
-        return _Rendered(widened, image_lengths, find_emitted(widened, trajectory.messages), thinking)
+        emitted, added = find_emitted(widened, trajectory.messages), []
+        if without_sandbox(self.processor.chat_template) is None:
+            known = self._render(trajectory.messages, trajectory.tools, thinking=thinking, template=newest())
+            added = compare(widened, emitted, self._widen(known, image_lengths), trajectory)
+        return _Rendered(widened, image_lengths, emitted, thinking, added)
 
     def _widen(self, text: str, counts: list[int]) -> str:
         """Rendered text with each image placeholder widened to the soft tokens of its image, as the processor does
@@ -315,7 +323,7 @@ class Encoder:
                     f"{NEWER_TEMPLATE}, or make it one string"
                 )
             for call in message.get("tool_calls", []):
-                if _holds_none(call["function"]["arguments"]) and self._garbles_null:
+                if holds_null(call["function"]["arguments"]) and self._garbles_null:
                     raise DataError(
                         f"turn {turn} calls {call['function']['name']!r} with a null argument, which this chat "
                         f"template writes as Python's None. {NEWER_TEMPLATE}"
@@ -379,6 +387,8 @@ def load_encoder(model: str, settings: EncodingConfig, *, adapter: Path | None =
         raise CheckpointError(f"{folder!r} holds a {type(processor).__name__}, not a Gemma 4 processor")
     require_embeddings(processor.tokenizer, rows, tokenizer_of=folder, model=model)
     model_template = None
+    if isinstance(processor.chat_template, dict):  # several, by name
+        processor.chat_template = processor.chat_template.get("default")
     if settings.chat_template is not None:
         model_template = processor.chat_template
         processor.chat_template = read_template(settings.chat_template)
@@ -388,12 +398,5 @@ def load_encoder(model: str, settings: EncodingConfig, *, adapter: Path | None =
             f"{setting('chat_template', 'FILE')} with the chat_template.jinja of its -it sister, or "
             f"{setting('chat_template', 'gemma4_v5')}, which is that of E2B and E4B"
         )
+    say_if_unknown(processor.chat_template)
     return Encoder(processor, enable_thinking=settings.enable_thinking, model_template=model_template)
-
-
-def _holds_none(value: Json) -> bool:
-    if isinstance(value, dict):
-        return any(map(_holds_none, value.values()))
-    if isinstance(value, list):
-        return any(map(_holds_none, value))
-    return value is None

@@ -34,7 +34,7 @@ FIRST_FRAME = "images of several frames or pages are seen as the first of them"
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 # How base64 of these begins: PNG, JPEG (also with the URL-safe alphabet), GIF, WEBP, BMP, TIFF.
 _BASE64_HEADS = ("iVBORw0KGgo", "/9j/", "_9j_", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
-_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{40,}={0,2}\s*")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{40,}+={0,2}+\s*+")
 _FROM_URL_SAFE = str.maketrans("-_", "+/")
 # How to set upright what is stored in each way of EXIF but the first, which is upright.
 _UPRIGHT = {

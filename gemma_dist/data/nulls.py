@@ -12,15 +12,12 @@ Of JSON rows, a null that the schema does not name or allow is refused, for JSON
 (`Dataset.to_json`). Nulls of arguments that a string holds as JSON text are the row's own.
 """
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias
 
-from jsonschema.exceptions import ValidationError
-
-from gemma_dist.data.schema import find_misfits
+from gemma_dist.data.schema_fit import Misfit, find_misfits, matches
 from gemma_dist.data.strict import as_list, as_object, error_context
 from gemma_dist.data.types import ArrowStruct, CalledFunction, Json, JsonObject, Message, TextObject, Tool
 from gemma_dist.errors import DataError, setting
@@ -147,30 +144,19 @@ def _readings(arguments: JsonObject, nulls: list[Path], schema: JsonObject | Non
     """
     if not nulls:
         return []
-    with_nulls = list(_with_inner(find_misfits(arguments, schema)))
-    without_nulls = list(_with_inner(find_misfits(_changed_object(arguments, dict.fromkeys(nulls)), schema)))
+    with_nulls = find_misfits(arguments, schema)
+    without_nulls = find_misfits(_changed_object(arguments, dict.fromkeys(nulls)), schema)
     return [(path, not _is_about(path, with_nulls), not _is_missed(path, without_nulls)) for path in nulls]
 
 
-def _with_inner(misfits: Iterable[ValidationError]) -> Iterator[ValidationError]:
-    """Also those within an `anyOf`, of which each says what one of its schemas finds amiss."""
-    for misfit in misfits:
-        yield misfit
-        yield from _with_inner(misfit.context or [])
-
-
-def _is_about(path: Path, misfits: list[ValidationError]) -> bool:
+def _is_about(path: Path, misfits: list[Misfit]) -> bool:
     """Whether the value at `path` itself is said not to fit."""
-    return any(tuple(misfit.absolute_path) == path for misfit in misfits)
+    return any(misfit.path == path for misfit in misfits)
 
 
-def _is_missed(path: Path, misfits: list[ValidationError]) -> bool:
+def _is_missed(path: Path, misfits: list[Misfit]) -> bool:
     """Whether the object around `path` is said to lack its key."""
-    for misfit in misfits:
-        is_there = tuple(misfit.absolute_path) == path[:-1]
-        if is_there and misfit.validator == "required" and path[-1] in cast(list[str], misfit.validator_value):
-            return True
-    return False
+    return any(misfit.path == path[:-1] and path[-1] in misfit.required for misfit in misfits)
 
 
 def _undecided(path: Path, why: str) -> DataError:
@@ -270,17 +256,9 @@ def _about_key(schemas: list[JsonObject], key: str, root: JsonObject) -> list[Js
             about.append(properties[key])
             continue
         patterns = as_object(schema.get("patternProperties"))
-        about += [inner for pattern, inner in patterns.items() if _matches(pattern, key)]
+        about += [inner for pattern, inner in patterns.items() if matches(pattern, key)]
         about.append(schema.get("additionalProperties"))
     return _alternatives(about, root)
-
-
-def _matches(pattern: str, key: str) -> bool:
-    """Whether a pattern of `patternProperties` names a key; a broken one names none."""
-    try:
-        return re.search(pattern, key) is not None
-    except re.error:  # said where the schema is applied
-        return False
 
 
 def _about_items(schemas: list[JsonObject], root: JsonObject) -> list[JsonObject]:
@@ -299,13 +277,15 @@ def _alternatives(schemas: list[Json], root: JsonObject) -> list[JsonObject]:
     [{"anyOf": [{"type": "string"}, {"type": "null"}]}] -> [{"anyOf": …}, {"type": "null"}, {"type": "string"}]
     """
     found: list[JsonObject] = []
+    known: set[int] = set()  # by identity, which is quick and tells more apart: each is in `found`
     waiting = list(schemas)
     while waiting:
         schema = waiting.pop()
         if schema is True:
             schema = {}
-        if not isinstance(schema, dict) or any(schema is known for known in found):
+        if not isinstance(schema, dict) or id(schema) in known:
             continue
+        known.add(id(schema))
         found.append(schema)
         for keyword in _SCHEMA_LISTS:
             waiting += as_list(schema.get(keyword))

@@ -7,14 +7,10 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from typing import TypeAlias, cast
+from typing import cast
 
-import jsonschema
-import referencing
-
+from gemma_dist.data.schema_fit import find_misfit, require_valid
 from gemma_dist.data.schema_nulls import drop_schema_nulls
-from gemma_dist.data.schema_plain import is_plainly_valid
 from gemma_dist.data.schema_types import normalize_schema
 from gemma_dist.data.strict import (
     as_object,
@@ -22,16 +18,12 @@ from gemma_dist.data.strict import (
     get,
     map_json_object,
     read_json_text,
-    reason,
     short,
     without,
     without_nulls,
 )
 from gemma_dist.data.types import ArrowStruct, CalledFunction, Clean, Function, Json, JsonObject, Message, Tool
 from gemma_dist.errors import DataError
-
-# How jsonschema checks one keyword: by validator, rule, value and schema.
-Check: TypeAlias = Callable[[object, Json, Json, JsonObject], Iterable[Exception]]
 
 TWICE = "declarations that stood there twice were taken once"
 
@@ -130,42 +122,8 @@ def _parse_parameters(parameters: Json, notes: Counter[str]) -> JsonObject:
         raise DataError(
             f'the type of parameters is {short(parameters.get("type"))}; arguments are an object: write "object"'
         )
-    _validator(json.dumps(parameters))
+    require_valid(parameters)
     return parameters
-
-
-@functools.lru_cache(maxsize=4096)
-def _validator(schema_json: str) -> jsonschema.protocols.Validator:
-    """A validator of the schema in its own dialect, by default 2020-12. It fetches nothing that a $ref names."""
-    schema = json.loads(schema_json)
-    try:
-        dialect = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-        if not is_plainly_valid(schema):
-            dialect.check_schema(schema)
-        return _nullable(dialect)(schema, registry=referencing.Registry())
-    except Exception as error:  # whatever trips the validator's own reading of a schema is a fault of the schema
-        raise DataError(f"parameters are no valid JSON schema: {reason(error)}; fix the schema") from None
-
-
-@functools.cache
-def _nullable(dialect: type[jsonschema.protocols.Validator]) -> type[jsonschema.protocols.Validator]:
-    """The dialect with OpenAPI's `nullable: true`, which Gemma's template shows to the model."""
-
-    def unless_null(keyword: str) -> Check:
-        """The check of a keyword, which null passes beside `nullable: true`."""
-        check = dialect.VALIDATORS[keyword]
-
-        def checked(validator: object, rule: Json, value: Json, schema: JsonObject) -> Iterable[Exception]:
-            if value is None and schema.get("nullable") is True:
-                return ()
-            return check(validator, rule, value, schema) or ()
-
-        return checked
-
-    # Whatever may say what a value is; as OpenAPI's generators write an optional reference, beside anyOf or allOf.
-    saying = ("type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref")
-    known = [keyword for keyword in saying if keyword in dialect.VALIDATORS]  # older dialects lack some
-    return jsonschema.validators.extend(dialect, {keyword: unless_null(keyword) for keyword in known})
 
 
 def without_schemas(tools: list[Tool]) -> list[Tool]:
@@ -212,34 +170,3 @@ def _check_call(call: CalledFunction, declared: dict[str, JsonObject | None]) ->
                 f"the arguments do not fit the tool's schema: {misfit}; fix them, or set train: false on the message "
                 "if it shows a mistake"
             )
-
-
-def find_misfit(arguments: Mapping[str, Json], parameters: JsonObject | None) -> str | None:
-    """Where and why `arguments` do not fit the JSON schema of a tool's parameters; None if they do, or there is none.
-
-    Raises:
-        DataError: the schema is invalid or cannot be applied to these arguments.
-    """
-    error = jsonschema.exceptions.best_match(find_misfits(arguments, parameters))
-    if error is None:
-        return None
-    place = ".".join(map(str, error.absolute_path)) or "as a whole"
-    return f"{place}: {re.sub(r'^None ', 'null ', reason(error))}"
-
-
-def find_misfits(
-    arguments: Mapping[str, Json], parameters: JsonObject | None
-) -> list[jsonschema.exceptions.ValidationError]:
-    """As `find_misfit`, but everything that does not fit, in the validator's words."""
-    if not parameters:
-        return []
-    validator = _validator(json.dumps(parameters))
-    try:
-        return list(validator.iter_errors(arguments))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as broken:  # a $ref that leads nowhere, a pattern that is no regular expression; or endless
-        # recursion, which may end in a panic of jsonschema's Rust: that is no Exception
-        raise DataError(
-            f"the tool's schema cannot be applied: {reason(broken)}; fix the schema (no remote $ref)"
-        ) from None

@@ -7,6 +7,7 @@ must not lose anything silently, so all three are refused here.
 import json
 import math
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeGuard, TypeVar, cast
@@ -99,8 +100,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> RawRow:
     """What `json` makes of the pairs of an object, but for those with one key twice: {"a": 1, "a": 2} is refused."""
     result = dict(pairs)
     if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
         raise DataError(f"the key {short(twice)} stands twice in one JSON object; remove one of the two")
     return result
 
@@ -157,6 +157,13 @@ def is_null(value: object) -> bool:
     """Whether a value is null, or holds nothing but nulls, as Arrow makes of an absent struct: {"path": null}, []."""
     if isinstance(value, (dict, list)):
         return all(map(is_null, value.values() if isinstance(value, dict) else value))
+    return value is None
+
+
+def holds_null(value: Json) -> bool:
+    """Whether a null stands anywhere in a value: {"path": [null]}."""
+    if isinstance(value, (dict, list)):
+        return any(map(holds_null, value.values() if isinstance(value, dict) else value))
     return value is None
 
 

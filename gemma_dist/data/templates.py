@@ -1,17 +1,24 @@
-"""Chat templates: other ones than a model's own, by the name of a revision or a file, which may be a GGUF; and those
-that need no sandbox.
+"""Chat templates: other ones than a model's own, by the name of a revision or a file, which may be a GGUF; and how
+each is rendered.
 
 A template is a program that comes with a model, so transformers lets it run in Jinja's sandbox, which looks at each
-attribute and call: a third of the time that rendering takes. The revisions that TRL ships are no programs of strangers.
+attribute and call: a third of the time that rendering takes. The revisions that TRL ships are no programs of strangers,
+and need none. All others are rendered in a process with limits (`strange_template.py`), and compared with the newest.
 """
 
 import functools
+import hashlib
 import json
+import multiprocessing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_dist import world
+from gemma_dist.data.bounded import Bounded, OverLimitError
 from gemma_dist.data.gguf import is_gguf, read_metadata
+from gemma_dist.data.strange_template import bounded_render
 from gemma_dist.errors import ConfigError
+from gemma_dist.logs import log
 from gemma_dist.model.tiny import newest_template, shipped_templates
 
 if TYPE_CHECKING:
@@ -61,7 +68,7 @@ def revision_of(template: str) -> str:
             return f"{name}, that of E2B and E4B" if name == "gemma4_v5" else f"{name}, an earlier revision"
     if template.strip() == newest_template("31b").strip():
         return "gemma4_v5 as 12B, 26B-A4B and 31B have it, which opens an empty thought where thinking is off"
-    return "none of the revisions that are known here"
+    return f"none of the revisions that are known here (sha256 {_sha256(template)})"
 
 
 @functools.cache
@@ -92,3 +99,40 @@ def without_sandbox(text: str) -> "Template | None":
     # Rows share their tools, and a declaration depends on nothing else.
     environment.globals["declaration"] = lambda tool: declaration(json.dumps(tool))
     return environment.from_string(text.replace("format_function_declaration(tool)", "declaration(tool)"))
+
+
+@functools.cache
+def newest() -> str:
+    """The newest known template, to compare others with: of a whole conversation that of all models makes the same."""
+    return newest_template("e4b")
+
+
+def render(template: str, variables: dict[str, Any]) -> str:
+    """The text of any template. Raises whatever the template does, RefusedError where it goes over a limit."""
+    known = without_sandbox(template)
+    if known is not None:
+        return known.render(**variables)
+    try:
+        return str(_strange()(template, variables))
+    except OverLimitError as error:
+        raise OverLimitError(f"{error} (the template with the sha256 {_sha256(template)})") from None
+
+
+@functools.cache
+def say_if_unknown(template: str) -> None:
+    """Warn of a template that is none of the known revisions, once; of several processes one speaks."""
+    if without_sandbox(template) is None and world.rank() == 0 and multiprocessing.parent_process() is None:
+        log.warning(
+            "the chat template is none of the revisions that are known here (sha256 %s). It is run within limits, what "
+            "it makes of each row is compared with the row, and what it adds is counted: `gemma-dist inspect` shows it",
+            _sha256(template),
+        )
+
+
+@functools.cache
+def _strange() -> Bounded:
+    return bounded_render()
+
+
+def _sha256(template: str) -> str:
+    return hashlib.sha256(template.encode()).hexdigest()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NotRequired, TypedDict
 
 from gemma_dist.data.read import Reading, Status
-from gemma_dist.data.schema import find_misfit
+from gemma_dist.data.schema_fit import find_misfit
 from gemma_dist.errors import DataError
 from gemma_dist.evaluate.answers import says_one_of
 from gemma_dist.evaluate.bfcl_rule import bfcl_faults

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from gemma_dist.data.templates import render
 from gemma_dist.gemma_format import BOS, CALL, IMAGE, RESPONSE, TOOL, TURN
 from gemma_dist.serving.report import Finding
 
@@ -30,12 +31,9 @@ def check_rendering(template: str, where: str) -> list[Finding]:
     Args:
         where: the file that it lies in.
     """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
+    given = {"messages": HISTORY, "tools": TOOLS, "documents": None, "add_generation_prompt": True, "bos_token": BOS}
     try:
-        (text,), _ = render_jinja_template(
-            [HISTORY], tools=TOOLS, chat_template=template, add_generation_prompt=True, bos_token=BOS
-        )
+        text = render(template, given)
     except Exception as error:  # a template may raise anything: jinja's own errors, or its raise_exception
         return [Finding(where, f"cannot render a tool call: {error}", "a server answers with an error", NEWER)]
     lacking = {

@@ -166,7 +166,12 @@ class Fetcher:
             if key not in self._systems:
                 try:
                     # Nothing is listed, so that a file that has changed is never taken for its former self.
-                    self._systems[key] = fsspec.filesystem(protocol, use_listings_cache=False)
+                    if protocol in ("http", "https"):
+                        from gemma_dist.shards.ranged_http import RangedHTTP
+
+                        self._systems[key] = RangedHTTP(use_listings_cache=False)
+                    else:
+                        self._systems[key] = fsspec.filesystem(protocol, use_listings_cache=False)
                 except ImportError as error:
                     install = f"; pip install '{PACKAGES[protocol]}'" if protocol in PACKAGES else ""
                     raise ConfigError(f"{path}: {error}{install}") from error
@@ -307,7 +312,7 @@ def _checked(data: bytes, num_bytes: int, digest: bytes) -> bytes:
     if len(data) < num_bytes:
         raise FetchError(f"the file ends early: {len(data):,} bytes came instead of {num_bytes:,}")
     if len(data) > num_bytes:
-        raise FetchError(f"{len(data):,} bytes came instead of {num_bytes:,}: the server has no ranges")
+        raise FetchError(f"more than the {num_bytes:,} bytes came that were asked for: the server has no ranges")
     if not has_digest(data, digest):
         raise FetchError("the bytes differ from those that were written (checksum)")
     return data

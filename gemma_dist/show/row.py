@@ -42,6 +42,7 @@ class Inspection:
     num_images: int
     num_target_tokens: int
     notes: dict[str, int]  # what parsing and encoding changed or left out: how often
+    added: list[str]  # what a chat template that is not known writes of its own, by turn
     enable_thinking: bool  # as the row is rendered
     samples: list[str]  # ids of all samples that a raw row makes
     weight: float  # by which its loss is multiplied
@@ -65,6 +66,9 @@ class Inspection:
             header += f"\none of the samples {visible(', '.join(self.samples), keep='')} of the row"
         for note, count in sorted(self.notes.items()):
             header += f"\n{count:,} x {visible(note)}"
+        header += "".join(f"\n{visible(words)}" for words in self.added[:NUM_PLACES_SHOWN])
+        if len(self.added) > NUM_PLACES_SHOWN:
+            header += f"\nand in {len(self.added) - NUM_PLACES_SHOWN:,} more places, which --json shows"
         start, end = (GREEN + TRAINED, TRAINED_END + PLAIN) if color else (TRAINED, TRAINED_END)
         pieces = [f"{start}{_unmarked(text)}{end}" if trained else _unmarked(text) for trained, text in self.segments]
         text = SOFT_TOKENS.sub(lambda found: f"{IMAGE} x {len(found[0]) // len(IMAGE)}", "".join(pieces))
@@ -123,6 +127,7 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
         num_images=encoded.num_images,
         num_target_tokens=encoded.num_target_tokens,
         notes={spell(note, OPTIONS): count for note, count in (trajectory.notes + encoded.notes).items()},
+        added=list(map(str, encoded.added)),
         enable_thinking=encoded.enable_thinking,
         samples=[sample.id for sample in samples],
         weight=trajectory.weight,
