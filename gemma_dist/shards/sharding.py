@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import chain
@@ -28,7 +28,9 @@ from typing import Any
 
 from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import Encoder, load_encoder
-from gemma_dist.data.rows import InputRange, ReadRow, read_ranges, split_input
+from gemma_dist.data.inputs import identity
+from gemma_dist.data.places import InputRange, ReadRow, SizedRange
+from gemma_dist.data.rows import read_ranges, split_input
 from gemma_dist.errors import DataError
 from gemma_dist.logs import log, progress
 from gemma_dist.shards.assemble import find_repeated, finish, num_rejected, report_of
@@ -83,6 +85,7 @@ def run_shard(
     if note := encoder.lost_opening():
         log.warning(note)
     pieces = list(_split_pieces(inputs))
+    known = {path: identity(path) for path in inputs}
     jobs = [
         ShardJob(out, number, ranges, model, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES)
         for number, ranges in enumerate(pieces)
@@ -90,7 +93,9 @@ def run_shard(
     plan: Plan = {
         "fingerprint": encoder.fingerprint,
         "settings": settings.model_dump(mode="json", exclude={"media_root"}),
-        "inputs": [[str(one.file), one.start, *_stamp(one.file)] for one in chain.from_iterable(pieces)],
+        "inputs": [
+            [name, one.start, *stamp] for one in chain.from_iterable(pieces) for name, *stamp in [known[one.file]]
+        ],
         "media_root": str(settings.media_root),
         "skip_invalid": skip_invalid,
         "sizes": [PIECE_BYTES, ROW_GROUP_BYTES, SHARD_BYTES],
@@ -133,17 +138,19 @@ def _do(
 
 def _require_distinct(inputs: list[Path]) -> None:
     """Raises DataError where an input is named twice."""
-    for number, path in enumerate(inputs):
-        if path.resolve() in [earlier.resolve() for earlier in inputs[:number]]:
+    seen: set[Path] = set()
+    for path in inputs:
+        if path.resolve() in seen:
             raise DataError(f"{path} is named twice; name each input once")
+        seen.add(path.resolve())
 
 
 def _split_pieces(inputs: list[Path]) -> Iterator[list[InputRange]]:
     """Ranges of the inputs, in order, that make about PIECE_BYTES together."""
     ranges: list[InputRange] = []
     total = 0
-    for path in inputs:
-        for input_range, num_bytes in split_input(path, PIECE_BYTES):
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # unpacking and reading let others run
+        for input_range, num_bytes in chain.from_iterable(threads.map(_split_one, inputs)):
             ranges.append(input_range)
             total += num_bytes
             if total >= PIECE_BYTES:
@@ -153,9 +160,8 @@ def _split_pieces(inputs: list[Path]) -> Iterator[list[InputRange]]:
         yield ranges
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+def _split_one(path: Path) -> list[SizedRange]:
+    return list(split_input(path, PIECE_BYTES))
 
 
 # ---- the work, in processes ------------------------------------------------------------------------------------------
@@ -201,7 +207,8 @@ def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None, re
     num_workers = min(len(jobs), len(os.sched_getaffinity(0)) if num_workers is None else num_workers)
     if num_workers <= 1:
         for job in jobs:
-            rows = progress(read_ranges(job.ranges), total=None, desc="sharding", unit=" rows")
+            read = read_ranges(job.ranges, job.settings.max_row_bytes)
+            rows = progress(read, total=None, desc="sharding", unit=" rows")
             run_job(job, encoder, rows, tell)
         return
     context = multiprocessing.get_context("spawn")
@@ -261,7 +268,7 @@ def _end_with_parent() -> None:
 
 def _work_in_worker(job: ShardJob) -> None:
     def counted() -> Iterator[ReadRow]:
-        for row in read_ranges(job.ranges):
+        for row in read_ranges(job.ranges, job.settings.max_row_bytes):
             with _num_rows.get_lock():
                 _num_rows.value += 1
             yield row
