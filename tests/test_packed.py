@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from gemma_dist.errors import DataError
 
 LINES = b"".join(json.dumps({"n": n, "é": "ü" * (n % 40)}).encode() + b"\n" * (1 + n % 3) for n in range(900))
 ENDS = [0, 1000, 1001, 30_000, 60_000, len(LINES)]  # of the parts that are packed alone: in the middle of lines
-PARTS = [LINES[start:end] for start, end in zip(ENDS, ENDS[1:], strict=False)]
+PARTS = [LINES[start:end] for start, end in pairwise(ENDS)]
 SKIPPED = (0x184D2A57).to_bytes(4, "little") + (3).to_bytes(4, "little") + b"abc"  # a frame of zstd without rows
 
 

@@ -12,6 +12,7 @@ Shards keep an image's file as it came; `decode_image` turns it into pixels wher
 import base64
 import binascii
 import io
+import os
 import re
 import sys
 import unicodedata
@@ -23,6 +24,7 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
+from gemma_dist.data.places import blobs_of
 from gemma_dist.data.png import is_animated_png, mend_png
 from gemma_dist.data.strict import get, reason, short
 from gemma_dist.errors import DataError, setting
@@ -259,9 +261,11 @@ def _from_path(text: str, media: Media, max_bytes: int) -> bytes:
         return media[name]
     try:
         root = media.resolve()
+        blobs = blobs_of(root)
         for spelled in (text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)):
             path = (root / spelled).resolve()  # follows symbolic links, so that they cannot lead out of the root either
-            if not path.is_relative_to(root):
+            is_blob = Path(os.path.normpath(root / spelled)).is_relative_to(root) and path.parent == blobs
+            if not is_blob and not path.is_relative_to(root):
                 raise DataError(
                     f"the image {short(text)} lies outside the media root {root}; move it there or use "
                     f"{setting('media_root', 'FOLDER')}"

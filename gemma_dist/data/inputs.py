@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from gemma_dist.data.formats import mds, saved
+from gemma_dist.data.places import SNAPSHOT
 from gemma_dist.data.strict import reason
 from gemma_dist.errors import DataError
 from gemma_dist.logs import log
@@ -23,7 +24,6 @@ KINDS = (".jsonl", ".ndjson", ".json", ".gz", ".zst", ".parquet", ".tar")
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json")  # what `datasets` writes beside them
 _URL = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?")
 _BARE = re.compile(r"[\w.-]+/[\w.-]+")
-_SNAPSHOT = re.compile(r".*/datasets--(.+)--(.+)/snapshots/([0-9a-f]{40})(/.+)?")
 _NUMBERS = re.compile(r"\d+")
 
 
@@ -42,8 +42,8 @@ def identity(path: Path) -> tuple[str, int, int]:
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     stats = [file.stat() for file in files]
     num_bytes, changed = sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
-    if found := _SNAPSHOT.fullmatch(path.absolute().as_posix()):
-        organization, name, commit, inside = found.groups()
+    if found := SNAPSHOT.fullmatch(path.absolute().as_posix()):
+        _, organization, name, commit, inside = found.groups()
         return f"{HUB}datasets/{organization}/{name}@{commit}{inside or ''}", num_bytes, 0
     return str(path), num_bytes, changed
 

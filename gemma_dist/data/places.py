@@ -1,5 +1,6 @@
 """Where raw rows come from: the place of each, the ranges of an input, and how what cannot be read is said."""
 
+import re
 import sys
 import tarfile
 import zlib
@@ -15,6 +16,8 @@ from gemma_dist.data.strict import error_context, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError, setting
 
+# A folder or file of a commit in the hub's cache: its repository's folder, organization, name, commit, and path.
+SNAPSHOT = re.compile(r"(.*/datasets--([^/]+)--([^/]+))/snapshots/([0-9a-f]{40})(/.+)?")
 ANY_SIZE = sys.maxsize  # of a row, where nothing limits it
 BROKEN_FILE = (OSError, EOFError, zlib.error, pa.ArrowException, tarfile.TarError)
 
@@ -83,6 +86,12 @@ def inside(folder: Path, index: str, name: object) -> Path:
             "folder are read"
         )
     return folder.joinpath(*parts)
+
+
+def blobs_of(folder: Path) -> Path | None:
+    """Where the files of a folder are, if it is one of a commit in the hub's cache, which holds links alone."""
+    found = SNAPSHOT.fullmatch(folder.as_posix())
+    return Path(found[1]) / "blobs" if found else None
 
 
 def cut(path: Path, units: Iterable[tuple[int, int]], range_bytes: int) -> Iterator[SizedRange]:

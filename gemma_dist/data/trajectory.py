@@ -231,8 +231,8 @@ def _check_images(image_places: list[_ImagePlace], images: list[bytes], settings
             num_pixels += count_pixels(data, settings.max_image_pixels)
     if num_pixels > settings.max_row_pixels:
         raise DataError(
-            f"the {len(images)} images of the row have {num_pixels:,} pixels, the limit is {settings.max_row_pixels:,}; "
-            f"scale them down or use {setting('max_row_pixels', num_pixels)}"
+            f"the {len(images)} images of the row have {num_pixels:,} pixels together, the limit is "
+            f"{settings.max_row_pixels:,}; scale them down or use {setting('max_row_pixels', num_pixels)}"
         )
     for image, data in zip(image_places, images, strict=True):
         with error_context(image.place):

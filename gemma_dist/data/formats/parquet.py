@@ -1,7 +1,7 @@
 """Rows of parquet files.
 
 A few kilobytes may unpack to any size: a page of zeros, or one long string that all rows point to. So rows are read one
-at a time where a row group is large, and a page of more than a row may have is not unpacked at all.
+at a time where they may be large, and a page of more than a row may have is not unpacked at all.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from gemma_dist.data.arrow import row_reader
 from gemma_dist.data.formats.pages import unpacked_sizes
 from gemma_dist.data.places import InputRange, ReadRow, SizedRange, Where, cut, read_row, too_large
+from gemma_dist.errors import DataError, setting
 
 ROWS_AT_ONCE = 16  # at most: with screenshots a row is megabytes
 BYTES_AT_ONCE = 64 << 20  # at most, unless a single row has more
@@ -34,14 +35,22 @@ def read(input_range: InputRange, max_row_bytes: int) -> Iterator[ReadRow]:
         for number in range(input_range.start, end):
             group = file.metadata.row_group(number)
             largest_page, row_bytes = unpacked_sizes(path, file.schema, group)
-            if largest_page > max_row_bytes:
+            if largest_page > max(max_row_bytes, BYTES_AT_ONCE):
                 for row in range(line, line + group.num_rows):
-                    yield too_large(Where(path, row), largest_page, max_row_bytes)
+                    yield _in_large_page(Where(path, row), largest_page, max_row_bytes)
             else:
                 at_once = max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE // max(1, row_bytes)))
                 batches = file.iter_batches(batch_size=at_once, row_groups=[number])
                 yield from number_rows(path, file.schema_arrow, batches, line, max_row_bytes)
             line += group.num_rows
+
+
+def _in_large_page(where: Where, page_bytes: int, max_row_bytes: int) -> ReadRow:
+    """What stands in the place of a row whose row group is not read."""
+    return where, DataError(
+        f"{where}: its row group has a page of {page_bytes:,} bytes, which would be unpacked at once, and the limit of a "
+        f"row is {max_row_bytes:,}; write smaller pages or use {setting('max_row_bytes', page_bytes)}"
+    )
 
 
 def number_rows(
