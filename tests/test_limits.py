@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,29 @@ def test_pixels_of_images_one_by_one_are_those_of_all_at_once(model: str) -> Non
     together = encoder.processor.image_processor(images=[decode_image(one) for one in images], return_tensors="pt")
     for name, tensor in encoder.pixels(images).items():
         assert torch.equal(tensor, together[name]), name
+
+
+def peak_of(action: Callable[[], object]) -> int:
+    """MiB that an action takes at most beyond what this process has."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak (VmHWM) is forgotten
+    before = status("VmRSS")
+    action()
+    return status("VmHWM") - before
+
+
+def status(name: str) -> int:
+    return next(int(line.split()[1]) >> 10 for line in Path("/proc/self/status").open() if line.startswith(name))
+
+
+def test_images_of_a_row_are_decoded_one_at_a_time(model: str) -> None:
+    encoder = load_encoder(model, RowConfig())
+    file = io.BytesIO()
+    Image.new("RGB", (4000, 3000), "red").save(file, "PNG", compress_level=1)
+    encoder.pixels([file.getvalue()])  # what is loaded once
+    for read in (encoder.pixels, lambda images: parse_row(shown(*images), "a:1", RowConfig())):
+        one, eight = (peak_of(partial(read, [file.getvalue()] * number)) for number in (1, 8))
+        assert one > 30, "the image alone"
+        assert eight < 2 * one
 
 
 def test_a_bomb_among_rows_is_put_aside_and_the_others_are_written(tmp_path: Path, model: str) -> None:

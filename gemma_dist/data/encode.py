@@ -243,11 +243,9 @@ class Encoder:
         P the patches of the largest budget (position -1 where there is none). At least one image is needed."""
         import torch
 
-        one_by_one = [self._pixels(data) for data in images]  # decoded, a large image takes hundreds of megabytes
+        process = self.processor.image_processor  # one by one: decoded, a large image takes hundreds of megabytes
+        one_by_one = [process(images=[decode_image(data)], return_tensors="pt") for data in images]
         return {name: torch.cat([one[name] for one in one_by_one]) for name in ("pixel_values", "image_position_ids")}
-
-    def _pixels(self, data: bytes) -> "Mapping[str, torch.Tensor]":
-        return self.processor.image_processor(images=[decode_image(data)], return_tensors="pt")
 
     def _render(
         self,

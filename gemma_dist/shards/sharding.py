@@ -85,7 +85,7 @@ def run_shard(
     if note := encoder.lost_opening():
         log.warning(note)
     pieces = list(_split_pieces(inputs))
-    known = {path: identity(path) for path in inputs}
+    identities = {path: identity(path) for path in inputs}
     jobs = [
         ShardJob(out, number, ranges, model, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES)
         for number, ranges in enumerate(pieces)
@@ -93,9 +93,7 @@ def run_shard(
     plan: Plan = {
         "fingerprint": encoder.fingerprint,
         "settings": settings.model_dump(mode="json", exclude={"media_root"}),
-        "inputs": [
-            [name, one.start, *stamp] for one in chain.from_iterable(pieces) for name, *stamp in [known[one.file]]
-        ],
+        "inputs": [_known(one, *identities[one.file]) for one in chain.from_iterable(pieces)],
         "media_root": str(settings.media_root),
         "skip_invalid": skip_invalid,
         "sizes": [PIECE_BYTES, ROW_GROUP_BYTES, SHARD_BYTES],
@@ -149,19 +147,27 @@ def _split_pieces(inputs: list[Path]) -> Iterator[list[InputRange]]:
     """Ranges of the inputs, in order, that make about PIECE_BYTES together."""
     ranges: list[InputRange] = []
     total = 0
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # unpacking and reading let others run
+    threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # unpacking and reading let one another run
+    try:
         for input_range, num_bytes in chain.from_iterable(threads.map(_split_one, inputs)):
             ranges.append(input_range)
             total += num_bytes
             if total >= PIECE_BYTES:
                 yield ranges
                 ranges, total = [], 0
-    if ranges:
-        yield ranges
+        if ranges:
+            yield ranges
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def _split_one(path: Path) -> list[SizedRange]:
     return list(split_input(path, PIECE_BYTES))
+
+
+def _known(one: InputRange, name: str, num_bytes: int, changed: int) -> list[str | int]:
+    """What a plan says of a range of an input."""
+    return [name, one.start, num_bytes, changed]
 
 
 # ---- the work, in processes ------------------------------------------------------------------------------------------

@@ -48,8 +48,8 @@ def read(input_range: InputRange, max_row_bytes: int) -> Iterator[ReadRow]:
 def _in_large_page(where: Where, page_bytes: int, max_row_bytes: int) -> ReadRow:
     """What stands in the place of a row whose row group is not read."""
     return where, DataError(
-        f"{where}: its row group has a page of {page_bytes:,} bytes, which would be unpacked at once, and the limit of a "
-        f"row is {max_row_bytes:,}; write smaller pages or use {setting('max_row_bytes', page_bytes)}"
+        f"{where}: its row group has a page of {page_bytes:,} bytes, which would be unpacked at once, and the limit of "
+        f"a row is {max_row_bytes:,}; write smaller pages or use {setting('max_row_bytes', page_bytes)}"
     )
 
 
