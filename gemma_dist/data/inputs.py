@@ -95,7 +95,7 @@ def _download(url: str, repo: str, revision: str | None, path: str) -> Path:
         if constants.HF_HUB_OFFLINE:
             raise DataError(
                 f"{url}: not, or not all of it, in the hub's cache, and HF_HUB_OFFLINE is set, so that nothing is "
-                f"downloaded; unset it, or fetch it before: hf download --repo-type dataset {repo}"
+                "downloaded; unset it, or give the same command once where there is a network"
             ) from None
         raise DataError(
             f"{url}: cannot be fetched ({reason(error)}); check the name, the revision and the network, and log in "
