@@ -129,6 +129,7 @@ def test_small_batches_are_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for at_once in (1, 300, 3000):
         monkeypatch.setattr(parquet, "BYTES_AT_ONCE", at_once)
         assert list(read_rows([path])) == expected
+    monkeypatch.undo()
     found = list(read_rows([path], 1000))
     refused = [where.line for where, raw in found if isinstance(raw, DataError)]
     assert len(found) == 100

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from gemma_dist.data.formats.packed import CHUNK_BYTES, unpack
 from gemma_dist.data.places import InputRange, ReadRow, SizedRange, Where, cut, inside, read_row, too_large
@@ -217,6 +216,8 @@ def _scalar(dtype: str) -> Callable[[bytes], object]:
 
 def _pil(data: bytes) -> bytes:
     """Width, height, length of the mode (4 bytes each), the mode, raw pixels -> the image as a PNG, or TIFF."""
+    from PIL import Image  # who reads no such column does without it
+
     width, height, mode_size = struct.unpack_from("<III", data)
     mode = data[12 : 12 + mode_size].decode()
     if mode not in PIL_MODES:
