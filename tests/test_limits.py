@@ -30,7 +30,7 @@ from tests.support.corpus import picture, row
 
 MIB = 1 << 20
 ROW = b'{"messages": [{"role": "user", "content": "hi"}]}'
-LARGE = b'{"a": "' + b"x" * (120 * MIB) + b'"}'
+LARGE = b'{"a": "' + b"x" * (60 * MIB) + b'"}'
 MEASURED = """
 import resource, sys
 from pathlib import Path
@@ -77,8 +77,8 @@ def test_a_line_beyond_the_limit_is_refused_and_never_held(tmp_path: Path, name:
     assert mib < 40
     _, (_, error), _ = read_rows([path], 10 * MIB)
     assert isinstance(error, DataError)
-    assert str(error).startswith(f"{path}:2: the row has 125,829,1")
-    assert "the limit is 10,485,760; make it smaller or use `max_row_bytes: 125829" in str(error)
+    assert str(error).startswith(f"{path}:2: the row has 62,914,5")
+    assert "the limit is 10,485,760; make it smaller or use `max_row_bytes: 629145" in str(error)
 
 
 def repeated(folder: Path, num_rows: int, mib: int) -> Path:
@@ -105,7 +105,7 @@ def test_rows_of_parquet_are_read_at_once_by_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["parquet", "jsonl.gz", "json"])
 def test_memory_is_flat_at_ten_times_the_rows(tmp_path: Path, kind: str) -> None:
     taken = []
-    for num_rows in (4000, 40_000):
+    for num_rows in (3000, 30_000):
         texts = [f"word {number} " * 60 for number in range(num_rows)]
         path = tmp_path / f"{num_rows}.{kind}"
         if kind == "parquet":  # in one row group
@@ -117,7 +117,7 @@ def test_memory_is_flat_at_ten_times_the_rows(tmp_path: Path, kind: str) -> None
         mib, *rows = measure(path, 256 * MIB)
         assert rows == [num_rows, 0]
         taken.append(mib)
-    assert taken[1] < taken[0] + 16, "MiB; the larger file has 30 unpacked"
+    assert taken[1] < taken[0] + 12, "MiB; the larger file has 20 unpacked"
 
 
 def test_small_batches_are_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_small_batches_are_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = list(read_rows([path], 1000))
     refused = [where.line for where, raw in found if isinstance(raw, DataError)]
     assert len(found) == 100
-    assert 10 < len(refused) < 40
+    assert refused == [n + 1 for n in range(100) if (n % 4) * (n * 37 % 400) > 950], "some are for roles and offsets"
 
 
 # ---- folders that datasets saved -------------------------------------------------------------------------------------
