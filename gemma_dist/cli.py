@@ -91,7 +91,7 @@ def tiny(out: Path, style: str) -> None:
 
 
 @cli.command(cls=SettingsCommand, section=lambda config: config.ShardConfig)
-@click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=EXISTING)
+@click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @click.option("--out", required=True, type=NEW, help="Folder for the shards; must hold none, except with --append.")
 @click.option("--model", required=True, help="Folder or Hub name of the model whose tokens are counted.")
 @click.option("--skip-invalid", is_flag=True, help="Write invalid rows to OUT/rejected.jsonl instead of stopping.")
@@ -103,7 +103,7 @@ def tiny(out: Path, style: str) -> None:
 @click.option("--num-workers", type=click.IntRange(min=1), help="Number of processes; default: one per core.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def shard(
-    inputs: tuple[Path, ...],
+    inputs: tuple[str, ...],
     out: Path,
     model: str,
     skip_invalid: bool,
@@ -116,13 +116,14 @@ def shard(
 ) -> None:
     """Check trajectories and write them as shards.
 
-    INPUT is JSONL (also .gz, .zst), parquet or a datasets folder; OUT gets parquet files and a manifest. After a kill,
-    the same command resumes where it was.
+    INPUT is JSONL (also .gz, .zst), parquet, a WebDataset tar, a folder of datasets or MDS, a pattern of such, or
+    hf://datasets/ORG/NAME; OUT gets parquet files and a manifest. After a kill, the same command resumes where it was.
     """
+    from gemma_dist.data.inputs import find_inputs
     from gemma_dist.shards.sharding import run_shard
 
     report = run_shard(
-        list(inputs),
+        find_inputs(inputs),
         out,
         model,
         settings,

@@ -56,7 +56,13 @@ class ModelConfig(Section):
 class RowConfig(EncodingConfig):
     """How a raw row becomes a checked trajectory, then tokens: settings of every command that reads raw rows."""
 
+    max_row_bytes: int = Field(
+        256 << 20, gt=0, description="Largest row that is read, in bytes: its JSON, or its columns, images included."
+    )
     max_image_pixels: int = Field(50_000_000, gt=0, description="Largest image that is decoded, in pixels.")
+    max_row_pixels: int = Field(
+        1_000_000_000, gt=0, description="Most pixels of a row: all of its images together, decoded one at a time."
+    )
     text_beside_call: Literal["message", "reasoning"] = Field(
         "message", description="Text in a call's message is moved before the call: as its own message, or as reasoning."
     )

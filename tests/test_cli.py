@@ -69,7 +69,7 @@ def test_version(capsys):
     ("arguments", "told"),
     [
         (["shrad"], "No such command 'shrad'"),
-        (["shard", "nowhere.jsonl", "--out", "o", "--model", "m"], "'nowhere.jsonl' does not exist"),
+        (["shard", "nowhere.jsonl", "--out", "o", "--model", "m"], "nowhere.jsonl: no such file"),
         (["shard", "recipe.yaml", "--out", "o"], "Missing option '--model'"),
         (["inspect", "recipe.yaml", "--model", "m", "--row", "0"], "rows are counted from 1, as in messages, not 0"),
         (["inspect", "recipe.yaml", "--model", "m", "--row", "1", "--id", "a"], "name one row"),

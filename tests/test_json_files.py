@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from gemma_dist.data.rows import InputRange, read_rows, split_input
+from gemma_dist.data.places import InputRange
+from gemma_dist.data.rows import read_rows, split_input
 from gemma_dist.errors import DataError
 
 ROWS: list[dict[str, Any]] = [

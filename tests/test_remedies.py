@@ -17,7 +17,7 @@ from gemma_dist import config, recipe
 from gemma_dist.__main__ import main
 from gemma_dist.cli import cli
 from gemma_dist.data.fit import parse
-from gemma_dist.data.rows import Where
+from gemma_dist.data.places import Where
 from gemma_dist.errors import DataError, setting, spell
 from gemma_dist.options import spellings
 from gemma_dist.shards import sharding

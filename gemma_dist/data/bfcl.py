@@ -13,7 +13,8 @@ several turns, memory and search (programs are run), Java and JavaScript (argume
 from collections.abc import Iterator
 from pathlib import Path
 
-from gemma_dist.data.rows import ReadRow, read_rows
+from gemma_dist.data.places import ANY_SIZE, ReadRow
+from gemma_dist.data.rows import read_rows
 from gemma_dist.data.strict import is_list_of, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
@@ -58,7 +59,7 @@ def as_test_case(row: RawRow) -> RawRow:
     return {**case, "expected_calls": [_expected(call) for call in _list(row["ground_truth"], "ground_truth")]}
 
 
-def read_with_answers(path: Path) -> Iterator[ReadRow]:
+def read_with_answers(path: Path, max_row_bytes: int = ANY_SIZE) -> Iterator[ReadRow]:
     """The rows of a file as `read_rows` gives them, each with its answers where these lie in a file beside it.
 
     Raises:
@@ -67,13 +68,13 @@ def read_with_answers(path: Path) -> Iterator[ReadRow]:
     beside = path.parent / ANSWERS / path.name
     answers: dict[object, object] = {}
     if beside.is_file():
-        for where, answer in read_rows([beside]):
+        for where, answer in read_rows([beside], max_row_bytes):
             if isinstance(answer, DataError):
                 raise answer
             if answer.get("ground_truth") is None:
                 raise DataError(f"{where}: the answer has no `ground_truth`; restore the file")
             answers[answer.get("id")] = answer["ground_truth"]
-    for where, row in read_rows([path]):
+    for where, row in read_rows([path], max_row_bytes):
         if not isinstance(row, DataError) and row.get("id") in answers and "ground_truth" not in row:
             row = {**row, "ground_truth": answers[row.get("id")]}
         yield where, row

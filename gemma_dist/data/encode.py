@@ -246,9 +246,11 @@ class Encoder:
     def pixels(self, images: list[bytes]) -> "dict[str, torch.Tensor]":
         """Images as the model takes them: `pixel_values` (N, P, values of a patch) and `image_position_ids` (N, P, 2),
         P the patches of the largest budget (position -1 where there is none). At least one image is needed."""
-        decoded = [decode_image(data) for data in images]
-        batch = self.processor.image_processor(images=decoded, return_tensors="pt")
-        return {name: batch[name] for name in ("pixel_values", "image_position_ids")}
+        import torch
+
+        process = self.processor.image_processor  # one by one: decoded, a large image takes hundreds of megabytes
+        one_by_one = [process(images=[decode_image(data)], return_tensors="pt") for data in images]
+        return {name: torch.cat([one[name] for one in one_by_one]) for name in ("pixel_values", "image_position_ids")}
 
     def _render(
         self,

@@ -5,7 +5,7 @@ What is sharded and what `inspect` shows goes through here, so that both see the
 
 from gemma_dist.config import RowConfig, ShardConfig
 from gemma_dist.data.encode import Encoded, Encoder
-from gemma_dist.data.rows import Where
+from gemma_dist.data.places import Where
 from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.data.types import Message, RawRow
 from gemma_dist.data.unroll import first_messages

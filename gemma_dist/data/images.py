@@ -12,17 +12,25 @@ Shards keep an image's file as it came; `decode_image` turns it into pixels wher
 import base64
 import binascii
 import io
+import os
 import re
+import sys
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeAlias
 from urllib.parse import unquote
 
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
+from gemma_dist.data.places import blobs_of
 from gemma_dist.data.png import is_animated_png, mend_png
 from gemma_dist.data.strict import get, reason, short
 from gemma_dist.errors import DataError, setting
+
+# Where the images are that a row names: a folder, which no path leads out of, or the files that came with the row.
+Media: TypeAlias = Path | Mapping[str, bytes]
 
 # Where an object says what its image is. Bytes go before the path that they came from, as `datasets` has it.
 SOURCE_KEYS = ("base64", "data", "b64_json", "bytes", "path", "url", "image", "image_url", "source")
@@ -141,6 +149,12 @@ def _white_is_zero(image: Image.Image) -> bool:
 
 def check_image(data: bytes, max_image_pixels: int) -> None:
     """DataError unless `data` decodes to its last row and has at most `max_image_pixels` (width x height)."""
+    count_pixels(data, max_image_pixels)
+    decode_image(data)
+
+
+def count_pixels(data: bytes, max_image_pixels: int) -> int:
+    """Width x height of an image, from the file's header alone. DataError where they are more than the limit."""
     try:
         with _open(data) as opened:
             width, height = opened.size
@@ -156,7 +170,7 @@ def check_image(data: bytes, max_image_pixels: int) -> None:
             f"the image has {width} x {height} = {width * height:,} pixels, the limit is {max_image_pixels:,}; "
             f"scale it down or use {setting('max_image_pixels', width * height)}"
         )
-    decode_image(data)
+    return width * height
 
 
 def image_notes(data: bytes) -> list[str]:
@@ -171,12 +185,12 @@ def image_notes(data: bytes) -> list[str]:
 # ---- where the file is -----------------------------------------------------------------------------------------------
 
 
-def load_image(source: object, media_root: Path) -> bytes:
+def load_image(source: object, media: Media, max_bytes: int = sys.maxsize) -> bytes:
     """The encoded file behind the image entry of a row.
 
-    `source` is bytes, a string (a path inside `media_root`, a file: or data: URL, base64), or an object with one under
-    a key of SOURCE_KEYS: {"bytes", "path"} as `datasets` stores them, {"url"}, {"base64"}, a part. DataError if it is
-    none of these, does not exist, lies outside `media_root` or on a network.
+    `source` is bytes, a string (a path inside `media`, a file: or data: URL, base64), or an object with one under a key
+    of SOURCE_KEYS: {"bytes", "path"} as `datasets` stores them, {"url"}, {"base64"}, a part. DataError if it is none of
+    these, does not exist, lies outside `media` or on a network, or is a file of more than `max_bytes`.
     """
     found = source
     for key in SOURCE_KEYS:
@@ -184,7 +198,7 @@ def load_image(source: object, media_root: Path) -> bytes:
         if given is not None and key in BASE64_KEYS and isinstance(given, str):
             return _from_data_url_or_base64(given)
         if isinstance(given, dict):
-            return load_image(given, media_root)
+            return load_image(given, media, max_bytes)
         if given is not None:
             found = given
             break
@@ -192,23 +206,23 @@ def load_image(source: object, media_root: Path) -> bytes:
         return found
     if not isinstance(found, str) or not found.strip():
         raise DataError(f"the image {short(source)} is no path, data: URL, base64 text or bytes; give one of them")
-    return _from_string(found, media_root)
+    return _from_string(found, media, max_bytes)
 
 
-def _from_string(text: str, media_root: Path) -> bytes:
+def _from_string(text: str, media: Media, max_bytes: int) -> bytes:
     """The file that a string says: data: or file: URL, base64 without a URL around it, or a path."""
     if text.startswith("data:"):
         return _from_data_url_or_base64(text)
     if text[:7].lower() == "file://":
-        return _from_file_url(text, media_root)
+        return _from_path(_path_of_url(text), media, max_bytes)
     if "://" in text[:20]:
         raise DataError(
             f"the image {short(text)} lies elsewhere; nothing is downloaded: fetch it first and give its path"
         )
     is_base64 = text.startswith(_BASE64_HEADS) and _BASE64.fullmatch(text) is not None
-    if is_base64 and not _is_file(media_root / text):
+    if is_base64 and not (_is_file(media / text) if isinstance(media, Path) else text in media):
         return _from_base64(text)
-    return _from_path(text, media_root)
+    return _from_path(text, media, max_bytes)
 
 
 def _from_data_url_or_base64(text: str) -> bytes:
@@ -230,26 +244,38 @@ def _from_base64(text: str) -> bytes:
         raise DataError(f"the image {short(text)} is not base64: {error}; encode the file again") from None
 
 
-def _from_file_url(url: str, media_root: Path) -> bytes:
-    """The file of file:///folder/name.png, with or without `localhost`."""
+def _path_of_url(url: str) -> str:
+    """The path in file:///folder/name.png, with or without `localhost`."""
     host, slash, path = url[7:].partition("/")
     if host not in ("", "localhost") or not slash:
         raise DataError(f"the image {short(url)} names the host {short(host)}; write file:///FOLDER/NAME or the path")
-    return _from_path("/" + unquote(path), media_root)
+    return "/" + unquote(path)
 
 
-def _from_path(text: str, media_root: Path) -> bytes:
+def _from_path(text: str, media: Media, max_bytes: int) -> bytes:
     """The file of a path, whose accents may be composed (as Linux and the web write them) or not (as a Mac does)."""
+    if not isinstance(media, Path):
+        name = text.removeprefix("./")
+        if name not in media:
+            raise DataError(f"the image {short(text)} is none of the files of the row, {short(list(media))}; add it")
+        return media[name]
     try:
-        root = media_root.resolve()
+        root = media.resolve()
+        blobs = blobs_of(root)
         for spelled in (text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)):
             path = (root / spelled).resolve()  # follows symbolic links, so that they cannot lead out of the root either
-            if not path.is_relative_to(root):
+            is_blob = Path(os.path.normpath(root / spelled)).is_relative_to(root) and path.parent == blobs
+            if not is_blob and not path.is_relative_to(root):
                 raise DataError(
                     f"the image {short(text)} lies outside the media root {root}; move it there or use "
                     f"{setting('media_root', 'FOLDER')}"
                 )
             if path.is_file():
+                if (num_bytes := path.stat().st_size) > max_bytes:
+                    raise DataError(
+                        f"the image {short(text)} has {num_bytes:,} bytes, and with it the row has more than it may "
+                        f"have; scale it down or use {setting('max_row_bytes', 2 * num_bytes)}"
+                    )
                 return path.read_bytes()
     except DataError:
         raise

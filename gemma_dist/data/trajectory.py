@@ -20,18 +20,18 @@ from gemma_dist.data.answers import link_answers
 from gemma_dist.data.content import ColumnIndex, clean_text
 from gemma_dist.data.convert import to_openai
 from gemma_dist.data.expected import Expected, is_test_case, with_expected_answer
-from gemma_dist.data.images import check_image, image_notes, load_image
+from gemma_dist.data.images import Media, count_pixels, decode_image, image_notes, load_image
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
 from gemma_dist.data.messages import parse_message
 from gemma_dist.data.model_turns import JOINED, join_neighbors, merge_parallel_calls, text_before_calls
 from gemma_dist.data.nulls import settle_nulls
-from gemma_dist.data.rows import Where
+from gemma_dist.data.places import Where
 from gemma_dist.data.schema import check_calls, parse_tools, without_schemas
 from gemma_dist.data.schema_show import show_tools
 from gemma_dist.data.strict import error_context, get, map_json, require_encodable, short
 from gemma_dist.data.template_kwargs import parse_template_kwargs
-from gemma_dist.data.types import Clean, Message, RawRow, Tool
-from gemma_dist.errors import DataError
+from gemma_dist.data.types import Clean, Message, RawRow, RowWithFiles, Tool
+from gemma_dist.errors import DataError, setting
 
 WEIGHED = "rows have a weight, by which their loss is multiplied"
 
@@ -83,6 +83,7 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
     with error_context(where):
         if not isinstance(row, dict):
             raise DataError(f"the row is {short(row)}, not a JSON object; write one object a line")
+        media = row.files if isinstance(row, RowWithFiles) else _media_root(settings.media_root, where)
         row = bfcl.as_test_case(row) if bfcl.is_row(row) else row
         row_id = name_row(row.get("id"), where)
         expected = _convert(row, settings)
@@ -98,8 +99,7 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
         if tools:
             check_calls(parsed.places, parsed.messages, without_schemas(tools) if expected.is_outline else tools)
             tools = show_tools(tools, settings.schemas, notes)
-        media_root = _media_root(settings.media_root, where)
-        images = _load_images(parsed.image_places, converted.images, media_root, settings.max_image_pixels)
+        images = _load_images(parsed.image_places, converted.images, media, settings)
         for image in images:
             notes.update(image_notes(image))
         messages = _in_order(parsed.messages, settings, notes)
@@ -212,9 +212,7 @@ def _check_order(places: list[str], messages: list[Message]) -> None:
         raise DataError("no assistant message is trained; add one or remove train: false")
 
 
-def _load_images(
-    image_places: list[_ImagePlace], column: object, media_root: Path, max_image_pixels: int
-) -> list[bytes]:
+def _load_images(image_places: list[_ImagePlace], column: object, media: Media, settings: RowConfig) -> list[bytes]:
     """The files of all image parts in order; parts without their own image are filled from the row's `images`."""
     if column is not None and not isinstance(column, list):
         raise DataError(f"`images` is {short(column)}; write a list")
@@ -226,17 +224,32 @@ def _load_images(
             "the numbers must agree: write a part or a marker <image> where each image belongs"
         )
     spare = iter(enumerate(column))
-    images = []
+    images: list[bytes] = []
     for image in image_places:
         with error_context(image.place):
             source = image.source
             if _takes_next_image(image):
                 index, source = next(spare)
                 _require_index(image.source, index)
-            data = load_image(source, media_root)
-            check_image(data, max_image_pixels)
-        images.append(data)
+            images.append(load_image(source, media, settings.max_row_bytes - sum(map(len, images))))
+    _check_images(image_places, images, settings)
     return images
+
+
+def _check_images(image_places: list[_ImagePlace], images: list[bytes], settings: RowConfig) -> None:
+    """Raises DataError unless each image decodes, one at a time, and none and all together are not too large."""
+    num_pixels = 0
+    for image, data in zip(image_places, images, strict=True):
+        with error_context(image.place):
+            num_pixels += count_pixels(data, settings.max_image_pixels)
+    if num_pixels > settings.max_row_pixels:
+        raise DataError(
+            f"the {len(images)} images of the row have {num_pixels:,} pixels together, the limit is "
+            f"{settings.max_row_pixels:,}; scale them down or use {setting('max_row_pixels', num_pixels)}"
+        )
+    for image, data in zip(image_places, images, strict=True):
+        with error_context(image.place):
+            decode_image(data)
 
 
 def _takes_next_image(image: _ImagePlace) -> bool:

@@ -23,6 +23,14 @@ class TextObject(dict[str, object]):
     """An object that a string of the row holds as JSON text: every null in it is the row's own."""
 
 
+class RowWithFiles(dict[str, object]):
+    """A row that came with files, which it names as others name paths."""
+
+    def __init__(self, row: RawRow, files: "Mapping[str, bytes]") -> None:
+        super().__init__(row)
+        self.files = files
+
+
 # What makes a string of a row safe to render, or raises DataError.
 Clean: TypeAlias = Callable[[str], str]
 

@@ -78,8 +78,8 @@ def open_to_append(out: Path, corpus: CorpusHeader) -> Manifest:
     old = current_values(manifest.header["settings"])
     changed = []
     for name, value in corpus["settings"].items():
-        if old.get(name) != value:
-            changed.append(f"{name} was {old.get(name)!r} and is {value!r}")
+        if old.get(name, value) != value:  # an earlier version did not know all of them
+            changed.append(f"{name} was {old[name]!r} and is {value!r}")
     if changed:
         raise DataError(f"{out} was made with other settings: {'; '.join(changed)}; append with the same ones")
     refuse_foreign_tools(out, manifest)

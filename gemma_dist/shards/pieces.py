@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import Encoded, Encoder
 from gemma_dist.data.fit import encode_trained, fit, parse
-from gemma_dist.data.rows import InputRange, ReadRow, Where
+from gemma_dist.data.places import InputRange, ReadRow, Where
 from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message, Tool

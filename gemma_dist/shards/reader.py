@@ -363,5 +363,5 @@ def load_trajectories(path: Path, settings: RowConfig) -> Iterator[Trajectory]:
         shards = open_shards(path)
         yield from map(shards.read, range(len(shards)))
     else:
-        for where, row in read_with_answers(path):
+        for where, row in read_with_answers(path, settings.max_row_bytes):
             yield parse(row, where, settings)

@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import chain
@@ -28,8 +28,10 @@ from typing import Any
 
 from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import Encoder
+from gemma_dist.data.inputs import identity
+from gemma_dist.data.places import InputRange, ReadRow, SizedRange
 from gemma_dist.data.plain import load_plain_encoder
-from gemma_dist.data.rows import InputRange, ReadRow, read_ranges, split_input
+from gemma_dist.data.rows import read_ranges, split_input
 from gemma_dist.errors import DataError
 from gemma_dist.logs import log, progress
 from gemma_dist.shards.assemble import find_repeated, finish, num_rejected, report_of
@@ -84,6 +86,7 @@ def run_shard(
     if note := encoder.lost_opening():
         log.warning(note)
     pieces = list(_split_pieces(inputs))
+    identities = {path: identity(path) for path in inputs}
     jobs = [
         ShardJob(out, number, ranges, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES)
         for number, ranges in enumerate(pieces)
@@ -91,7 +94,7 @@ def run_shard(
     plan: Plan = {
         "fingerprint": encoder.fingerprint,
         "settings": settings.model_dump(mode="json", exclude={"media_root"}),
-        "inputs": [[str(one.file), one.start, *_stamp(one.file)] for one in chain.from_iterable(pieces)],
+        "inputs": [_known(one, *identities[one.file]) for one in chain.from_iterable(pieces)],
         "media_root": str(settings.media_root),
         "skip_invalid": skip_invalid,
         "sizes": [PIECE_BYTES, ROW_GROUP_BYTES, SHARD_BYTES],
@@ -134,29 +137,38 @@ def _do(
 
 def _require_distinct(inputs: list[Path]) -> None:
     """Raises DataError where an input is named twice."""
-    for number, path in enumerate(inputs):
-        if path.resolve() in [earlier.resolve() for earlier in inputs[:number]]:
+    seen: set[Path] = set()
+    for path in inputs:
+        if path.resolve() in seen:
             raise DataError(f"{path} is named twice; name each input once")
+        seen.add(path.resolve())
 
 
 def _split_pieces(inputs: list[Path]) -> Iterator[list[InputRange]]:
     """Ranges of the inputs, in order, that make about PIECE_BYTES together."""
     ranges: list[InputRange] = []
     total = 0
-    for path in inputs:
-        for input_range, num_bytes in split_input(path, PIECE_BYTES):
+    threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # unpacking and reading let one another run
+    try:
+        for input_range, num_bytes in chain.from_iterable(threads.map(_split_one, inputs)):
             ranges.append(input_range)
             total += num_bytes
             if total >= PIECE_BYTES:
                 yield ranges
                 ranges, total = [], 0
-    if ranges:
-        yield ranges
+        if ranges:
+            yield ranges
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+def _split_one(path: Path) -> list[SizedRange]:
+    return list(split_input(path, PIECE_BYTES))
+
+
+def _known(one: InputRange, name: str, num_bytes: int, changed: int) -> list[str | int]:
+    """What a plan says of a range of an input."""
+    return [name, one.start, num_bytes, changed]
 
 
 # ---- the work, in processes ------------------------------------------------------------------------------------------
@@ -202,7 +214,8 @@ def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None, re
     num_workers = min(len(jobs), len(os.sched_getaffinity(0)) if num_workers is None else num_workers)
     if num_workers <= 1:
         for job in jobs:
-            rows = progress(read_ranges(job.ranges), total=None, desc="sharding", unit=" rows")
+            read = read_ranges(job.ranges, job.settings.max_row_bytes)
+            rows = progress(read, total=None, desc="sharding", unit=" rows")
             run_job(job, encoder, rows, tell)
         return
     context = multiprocessing.get_context("spawn")
@@ -261,7 +274,7 @@ def _end_with_parent() -> None:
 
 def _work_in_worker(job: ShardJob) -> None:
     def counted() -> Iterator[ReadRow]:
-        for row in read_ranges(job.ranges):
+        for row in read_ranges(job.ranges, job.settings.max_row_bytes):
             with _num_rows.get_lock():
                 _num_rows.value += 1
             yield row

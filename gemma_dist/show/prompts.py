@@ -126,7 +126,7 @@ def _rows(data: str | Path, encoder: Encoder, settings: RowConfig) -> Iterator[P
         for index in range(len(shards)):
             yield shards.place(index), [shards.read(index)]
         return
-    for where, row in read_rows([data]):
+    for where, row in read_rows([data], settings.max_row_bytes):
         try:
             trajectory = parse(row, where, settings)
             with error_context(where):

@@ -11,7 +11,8 @@ from typing import Any
 from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded, load_encoder
 from gemma_dist.data.fit import encode_trained, fit, parse
-from gemma_dist.data.rows import ReadRow, read_rows, row_of_sample
+from gemma_dist.data.places import ReadRow
+from gemma_dist.data.rows import read_rows, row_of_sample
 from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory, name_row
 from gemma_dist.data.unroll import unroll
@@ -100,7 +101,10 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
         encoded = encoder.encode(trajectory)
         samples = [trajectory]
     else:
-        where, raw = _raw_row_of_id(Path(data), row) if isinstance(row, str) else _raw_row(Path(data), row)
+        limit = settings.max_row_bytes
+        where, raw = (
+            _raw_row_of_id(Path(data), row, limit) if isinstance(row, str) else _raw_row(Path(data), row, limit)
+        )
         trajectory = parse(raw, where, settings)
         encoder = load_encoder(model, settings)
         with error_context(where):
@@ -154,10 +158,10 @@ def _sample(shards: Shards, row: int | str) -> int:
     return found[0]
 
 
-def _raw_row(data: Path, row: int) -> ReadRow:
+def _raw_row(data: Path, row: int, max_row_bytes: int) -> ReadRow:
     """Place and content of a raw row. Those before it need not be valid."""
     last = 0
-    for where, found in read_rows([data]):
+    for where, found in read_rows([data], max_row_bytes):
         if where.line == row:
             return where, found
         if where.line > row >= 1:
@@ -166,10 +170,10 @@ def _raw_row(data: Path, row: int) -> ReadRow:
     raise _no_row(data, row, last)
 
 
-def _raw_row_of_id(data: Path, row_id: str) -> ReadRow:
+def _raw_row_of_id(data: Path, row_id: str, max_row_bytes: int) -> ReadRow:
     """Place and content of the raw row of this id, or whose sample has it. Invalid rows are passed over."""
     found: dict[str, list[ReadRow]] = {row_of_sample(row_id): [], row_id: []}
-    for where, row in read_rows([data]):
+    for where, row in read_rows([data], max_row_bytes):
         with suppress(DataError):
             if isinstance(row, dict) and (name := name_row(row.get("id"), where)) in found:
                 found[name].append((where, row))

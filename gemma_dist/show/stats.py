@@ -151,7 +151,7 @@ def _read_shards(folder: str) -> Iterator[_Row]:
 
 def _read_raw(path: str, encoder: Encoder | None, settings: RowConfig) -> Iterator[_Row]:
     """The rows of a file, parsed; with an encoder as the samples that `shard` makes of each, their tokens counted."""
-    for where, raw in read_rows([path]):
+    for where, raw in read_rows([path], settings.max_row_bytes):
         source = str(where.file)
         try:
             trajectory = parse(raw, where, settings)
