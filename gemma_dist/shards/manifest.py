@@ -20,7 +20,7 @@ the file. It is still read; what is appended to it comes with SHA-256.
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ import pyarrow as pa
 from gemma_dist.errors import DataError
 from gemma_dist.files import publish
 from gemma_dist.logs import log
+from gemma_dist.shards.joined import write_joined
 
 FORMAT_VERSION, EARLIER_VERSION = 3, 2
 MANIFEST = "manifest.arrow"
@@ -160,16 +161,20 @@ def row_group_line(
 
 
 def write_manifest(
-    folder: Path, corpus: CorpusHeader, shards: list[ShardEntry], table: pa.Table, num_tools: int | None
+    folder: Path,
+    corpus: CorpusHeader,
+    shards: list[ShardEntry],
+    tables: Callable[[], Iterable[pa.Table]],
+    num_tools: int | None,
 ) -> None:
     """Write `folder`/manifest.arrow, complete or not at all: the folder is finished from here on.
 
+    Memory: one table, and of all of them what a row group takes beside its samples, some 150 bytes, and the footers.
+
     Args:
         num_tools: declarations in tools.json; None: no such list was made.
-        table: lines of SCHEMA, in the order of the shards and of the row groups in them.
+        tables: gives lines of SCHEMA, in the order of the shards and of the row groups in them. It is called twice.
     """
-    assert table.schema.equals(SCHEMA), table.schema
-    table = table.combine_chunks()
     header: ManifestHeader = {
         "format_version": FORMAT_VERSION,
         "fingerprint": corpus["fingerprint"],
@@ -179,11 +184,9 @@ def write_manifest(
     if num_tools is not None:
         header["num_tools"] = num_tools
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
-    table = table.replace_schema_metadata({"header": text})
     path = folder / MANIFEST
     temporary = path.with_name(f".{MANIFEST}.tmp")
-    with pa.ipc.new_file(temporary, table.schema) as file:
-        file.write_table(table, max_chunksize=max(1, table.num_rows))
+    write_joined(temporary, SCHEMA.with_metadata({"header": text}), tables)
     sha256 = _sha256(temporary, temporary.stat().st_size)
     with temporary.open("ab") as file:
         file.write(sha256 + END)
