@@ -76,6 +76,7 @@ def make_rows(*, refused_at_once: bool) -> list[dict[str, Any]]:
     rows = [row(number, num_calls=1 + number % 3) for number in range(32)]
     for number in range(0, 32, 3):
         rows[number]["messages"][1]["reasoning_content"] = "Hm."
+        rows[number]["messages"] += [{"role": "user", "content": "More?"}, {"role": "assistant", "content": "No."}]
         rows[number]["tools"] = [{"type": "function", "function": {"name": "plot", "description": str(number)}}]
     rows[19] = {"id": "bad", "messages": []}
     for number, earlier in REPEATED.items():
@@ -93,8 +94,8 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SETTINGS = [
     ShardConfig(),
-    ShardConfig(max_length=250, too_long="cut_turns"),
-    ShardConfig(unroll="reasoning", max_length=200, too_long="drop"),
+    ShardConfig(max_length=185, too_long="cut_turns"),
+    ShardConfig(unroll="reasoning", max_length=215, too_long="drop"),
 ]
 
 

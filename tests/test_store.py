@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_a_store_gets_the_files_of_a_folder_and_the_manifest_last(
     assert puts()[-1] == "manifest.arrow"
     assert [opened.read(index).id for index in range(16)] == [row["id"] for row in ROWS[:16]], "readers go on"
     assert len(open_shards(URL)) == 24
-    assert shard(more, URL, model, append=True, skip_invalid=True) == report
+    assert shard(more, URL, model, append=True, skip_invalid=True) == replace(report, out=URL)
     assert not list(tmp_path.glob("s3:*"))
 
 
