@@ -113,12 +113,11 @@ def test_repeated_rows_leave_the_bytes_of_a_run_that_refused_them_at_once(
     monkeypatch.setattr(pieces, "encode_trained", counted)
     reports, contents = [], []
     for refused_at_once in (False, True):
-        folder = tmp_path / str(refused_at_once)
-        folder.mkdir()
-        source = write_rows(folder / "rows.jsonl", make_rows(refused_at_once=refused_at_once))
-        report = run_shard([source], folder / "out", model, settings, True, num_workers=1)
+        source = write_rows(tmp_path / "rows.jsonl", make_rows(refused_at_once=refused_at_once))
+        out = tmp_path / str(refused_at_once)
+        report = run_shard([source], out, model, settings, True, num_workers=1)
         reports.append(report.to_json() | {"out": ""})
-        files = {path.name: path.read_bytes() for path in (folder / "out").iterdir() if path.name != ".finished"}
+        files = {path.name: path.read_bytes() for path in out.iterdir() if path.name != ".finished"}
         lines = [json.loads(line) for line in files.pop("rejected.jsonl").splitlines()]
         contents.append((files, [line["line"] for line in lines]))
         if not refused_at_once and settings.unroll == "none":

@@ -1,7 +1,7 @@
 """Sharding in pieces by several processes beside one, and what 100 million rows would take: the tables of
 docs/streaming.md.
 
-    python benchmarks/sharding.py [--only pieces|end] [--num-rows 200000] [--num-ids 1000000 4000000]
+    python benchmarks/pieces.py [--only pieces|end] [--num-rows 200000] [--num-ids 1000000 4000000]
 
 pieces: rows of a few messages are sharded by one process, and by four calls with `--part` that begin at the same time
 and a fifth that joins them; every byte of the two folders is compared.
