@@ -44,7 +44,10 @@ class Store:
         self.folder = self._root / "shards"
         self._note, self._sent = self._root / "store.json", self._root / "sent.jsonl"
         self._fetcher = Fetcher(None, 0)
-        self._ask(PROBE, lambda system, path: system.pipe_file(path, b"gemma_dist"))
+        try:
+            self._ask(PROBE, lambda system, path: system.pipe_file(path, b"gemma_dist"))
+        except FileNotFoundError as error:  # stores with real folders
+            raise DataError(f"{url} cannot be written: {error}; make the folder first") from error
         self._remove(PROBE)
 
     def _ask(self, name: str, attempt: Callable[[FileSystem, str], T]) -> T:
