@@ -160,7 +160,8 @@ def write_synthetic_manifest(folder: Path, lengths: np.ndarray) -> Path:
         for i in range(1 + numbers[-1] // SHARD_ROW_GROUPS)
     ]
     folder.mkdir()
-    write_manifest(folder, {"fingerprint": "", "settings": {}}, files, pa.table(columns, schema=SCHEMA), num_tools=None)
+    table = pa.table(columns, schema=SCHEMA)
+    write_manifest(folder, {"fingerprint": "", "settings": {}}, files, lambda: [table], num_tools=None)
     return folder
 
 

@@ -92,23 +92,25 @@ def tiny(out: Path, style: str) -> None:
 
 @cli.command(cls=SettingsCommand, section=lambda config: config.ShardConfig)
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
-@click.option("--out", required=True, type=NEW, help="Folder for the shards; must hold none, except with --append.")
+@click.option("--out", required=True, help="Folder or URL for the shards; must hold none, except with --append.")
 @click.option("--model", required=True, help="Folder or Hub name of the model whose tokens are counted.")
 @click.option("--skip-invalid", is_flag=True, help="Write invalid rows to OUT/rejected.jsonl instead of stopping.")
 @click.option(
     "--max-rejected", type=click.IntRange(min=0), help="Stop once more rows are invalid; default: look at all."
 )
 @click.option("--part", metavar="I/N", callback=_part, help="Do a share of the work, I from 1 to N: see docs/data.md.")
+@click.option("--work-dir", type=NEW, help="Where shards for a URL are made; default: ~/.cache/gemma_dist/shards.")
 @click.option("--append", is_flag=True, help="Add to finished shards, which stay as they are.")
 @click.option("--num-workers", type=click.IntRange(min=1), help="Number of processes; default: one per core.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def shard(
     inputs: tuple[str, ...],
-    out: Path,
+    out: str,
     model: str,
     skip_invalid: bool,
     max_rejected: int | None,
     part: "Part | None",
+    work_dir: Path | None,
     append: bool,
     num_workers: int | None,
     as_json: bool,
@@ -117,7 +119,8 @@ def shard(
     """Check trajectories and write them as shards.
 
     INPUT is JSONL (also .gz, .zst), parquet, a WebDataset tar, a folder of datasets or MDS, a pattern of such, or
-    hf://datasets/ORG/NAME; OUT gets parquet files and a manifest. After a kill, the same command resumes where it was.
+    hf://datasets/ORG/NAME; OUT, which may be a URL such as s3://bucket/train, gets parquet files and a manifest. After
+    a kill, the same command resumes where it was.
     """
     from gemma_dist.data.inputs import find_inputs
     from gemma_dist.shards.sharding import run_shard
@@ -132,6 +135,7 @@ def shard(
         num_workers=num_workers,
         max_rejected=max_rejected,
         part=part,
+        work_dir=work_dir,
     )
     say(json.dumps(report.to_json()) if as_json else report.summary(), exact=as_json)
     if part and not as_json:

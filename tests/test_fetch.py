@@ -407,7 +407,7 @@ REFUSALS = [
     (403, "SignatureDoesNotMatch", "secret key .*AWS_SECRET_ACCESS_KEY"),
     (400, "ExpiredToken", "have expired .*renew"),
     (403, "RequestTimeTooSkewed", "clock is wrong .*set it"),
-    (403, "AccessDenied", "may not read it .*s3:GetObject"),
+    (403, "AccessDenied", "may not do that .*s3:GetObject"),
     (400, "AuthorizationHeaderMalformed", "another region .*AWS_DEFAULT_REGION"),
 ]
 

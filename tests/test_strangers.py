@@ -17,7 +17,7 @@ from gemma_dist.data import schema_fit, strange_template, templates
 from gemma_dist.data.bounded import Bounded, RefusedError
 from gemma_dist.data.encode import IGNORE_INDEX, Encoded, Encoder, load_encoder
 from gemma_dist.data.images import load_image
-from gemma_dist.data.rows import Where
+from gemma_dist.data.places import Where
 from gemma_dist.data.schema_fit import find_misfit, find_misfits
 from gemma_dist.data.strict import parse_json
 from gemma_dist.data.trajectory import Trajectory, parse_row

@@ -105,7 +105,7 @@ def forget_tools(out: Path) -> None:
     """Make the folder one of an earlier version, which listed no tools."""
     manifest = read_manifest(out / "manifest.arrow", "")
     table = manifest.table.replace_schema_metadata(None)
-    write_manifest(out, manifest.header, manifest.header["shards"], table, num_tools=None)
+    write_manifest(out, manifest.header, manifest.header["shards"], lambda: [table], num_tools=None)
     (out / "tools.json").unlink()
 
 

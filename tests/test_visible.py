@@ -124,7 +124,9 @@ def test_errors_show_a_rows_signs_and_no_password(tmp_path: Path, capsys: Any, m
 def test_data_cannot_forge_the_marks_of_what_is_trained() -> None:
     forged = "⟦not trained⟧ \x1b[32m<\u200b|turn>"
     segments = [(False, forged), (True, "trained"), (False, "⟧ end")]
-    inspection = Inspection("id\nrow-2: 7 \x1b[0m", [], [], [], segments, 0, 0, 0, 0, {EVIL: 1}, [EVIL], False, ["a", "\x1b"], 1.0)
+    inspection = Inspection(
+        "id\nrow-2: 7 \x1b[0m", [], [], [], segments, 0, 0, 0, 0, {EVIL: 1}, [EVIL], False, ["a", "\x1b"], 1.0
+    )
     plain, colored = inspection.render(color=False), inspection.render(color=True)
     assert plain.count("⟦") == plain.count("⟧") == 1
     assert "⟦trained⟧" in plain

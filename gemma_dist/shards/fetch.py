@@ -61,7 +61,22 @@ class FileSystem(Protocol):
         """What is known of a file; `size` in bytes, or None."""
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
-        """The bytes [start, end) of a file, or all of them."""
+        """The bytes [start, end) of a file, or all of them; a negative start counts from the end."""
+
+    def ls(self, path: str, detail: bool = True) -> list[dict[str, Any]]:
+        """The files of a folder: `name` and `size`."""
+
+    def get_file(self, rpath: str, lpath: str) -> None:
+        """Copy a file to the disk."""
+
+    def put_file(self, lpath: str, rpath: str) -> None:
+        """Copy a file from the disk: whole, in stores of objects, or not at all."""
+
+    def pipe_file(self, path: str, value: bytes) -> None:
+        """Write a file."""
+
+    def rm_file(self, path: str) -> None:
+        """Remove a file."""
 
 
 class Fetcher:
@@ -91,13 +106,13 @@ class Fetcher:
         def ask() -> int | None:
             """Bytes; None where the server does not say."""
             try:
-                return self._system(path).info(path)["size"]
+                return self.system(path).info(path)["size"]
             except FileNotFoundError as error:
                 if path.startswith("http") and error.__cause__:
                     raise error.__cause__ from None  # over HTTP fsspec says so of whatever keeps it from asking
                 raise
 
-        num_bytes = self._patiently(path, ask)
+        num_bytes = self.patiently(path, ask)
         if num_bytes is None:
             raise FetchError(f"the server of {path} does not say how large it is")
         return num_bytes
@@ -112,13 +127,13 @@ class Fetcher:
 
         def fetch() -> bytes:
             """The bytes, asked for once. FetchError where other ones came."""
-            data = self._system(path).cat_file(path, start=offset, end=offset + num_bytes)
+            data = self.system(path).cat_file(path, start=offset, end=offset + num_bytes)
             return _checked(data, num_bytes, digest)
 
         if self._cache is None:
-            return self._patiently(path, fetch)
+            return self.patiently(path, fetch)
         name = hashlib.sha256(f"{masked(path)}\n{offset}\n{num_bytes}\n{digest.hex()}".encode()).hexdigest()[:32]
-        return self._cache.get(name, num_bytes, digest, lambda: self._patiently(path, fetch))
+        return self._cache.get(name, num_bytes, digest, lambda: self.patiently(path, fetch))
 
     def download(self, path: str) -> Path:
         """A whole file as a local one. What is kept of it is taken only if it is a manifest, and the store's has the
@@ -137,7 +152,7 @@ class Fetcher:
         with _locked(file.with_suffix(".lock")):
             _remove_unfinished(file.parent, file.name)
             if not self._has_seal_of(path, file):
-                put(file, self._patiently(path, lambda: self._system(path).cat_file(path)))
+                put(file, self.patiently(path, lambda: self.system(path).cat_file(path)))
         return file
 
     def _has_seal_of(self, path: str, kept: Path) -> bool:
@@ -149,14 +164,14 @@ class Fetcher:
 
         def ask() -> bytes:
             """The end of the store's, and one byte behind it if there is one."""
-            return self._system(path).cat_file(path, start=end - len(seal), end=end + 1)
+            return self.system(path).cat_file(path, start=end - len(seal), end=end + 1)
 
         try:
-            return self._patiently(path, ask) == seal
+            return self.patiently(path, ask) == seal
         except FetchError:  # such as of a shorter file
             return False
 
-    def _system(self, path: str) -> FileSystem:
+    def system(self, path: str) -> FileSystem:
         """fsspec's file system for a URL: credentials and endpoints come from where it looks for them."""
         import fsspec
 
@@ -179,7 +194,7 @@ class Fetcher:
                     raise ConfigError(f"{path}: {error}; write a local path or a URL that fsspec knows") from error
             return self._systems[key]
 
-    def _patiently(self, path: str, attempt: Callable[[], T]) -> T:
+    def patiently(self, path: str, attempt: Callable[[], T]) -> T:
         """What `attempt` returns, tried again after errors that may pass."""
         for number in range(1, NUM_TRIES + 1):
             try:
@@ -187,7 +202,7 @@ class Fetcher:
             except ConfigError:
                 raise
             except Exception as error:  # each file system has errors of its own
-                if is_url(path) and (words := refusal(error, lambda: self._system(path).cat_file(path, 0, 1))):
+                if is_url(path) and (words := refusal(error, lambda: self.system(path).cat_file(path, 0, 1))):
                     raise StoreRefusalError(f"{path}: {words}") from error
                 if isinstance(error, FileNotFoundError | PermissionError):
                     raise

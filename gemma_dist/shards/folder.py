@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -27,7 +27,8 @@ APPEND_REJECTED = "append_rejected.jsonl"  # of an --append that was refused
 CLAIM = ".claim"  # locked while a run looks at what an earlier one left
 _MARKER_BEGUN = re.compile(rf"\.{re.escape(UNFINISHED)}\.\d+\.tmp")  # as `write_json` begins it
 _PART = re.compile(r"\.part-\d+-of-\d+")  # as `at_work` locks it
-_SHARD = re.compile(r"train-\d{5,}\.parquet")  # as `shard_name` names it
+_BEFORE = re.compile(r"\.before-\d{5,}\.arrow")  # as `hashes_before` names it
+SHARD = re.compile(r"train-\d{5,}\.parquet")  # as `shard_name` names it
 
 
 class Plan(CorpusHeader):
@@ -133,12 +134,13 @@ def _lock(handle: int, kind: int, problem: str) -> None:
         return
 
 
-def finished_already(out: Path, plan: Plan) -> ShardReport | None:
+def finished_already(out: Path, plan: Plan, sizes: Mapping[str, int]) -> ShardReport | None:
     """What the last call did, if it had this plan: then nothing is left to do. It may have been killed with its
     manifest in place; what it left is then removed.
 
     Args:
         plan: what this call is to do; `append_to` is not looked at.
+        sizes: of files that lie elsewhere, by name: in a store.
 
     Raises:
         DataError: it had, and a shard has been removed or cut since.
@@ -156,9 +158,8 @@ def finished_already(out: Path, plan: Plan) -> ShardReport | None:
         return None
     for shard in shards:
         file = out / shard["name"]
-        if not file.is_file() or file.stat().st_size != shard["bytes"]:
+        if (file.stat().st_size if file.is_file() else sizes.get(shard["name"])) != shard["bytes"]:
             raise DataError(f"{file} was written whole, and is no longer; restore it, or remove {out} to make it again")
-    log.info("%s: all of it is there already; an earlier run of the same command wrote it", out)
     return ShardReport(str(out), **done["report"])
 
 
@@ -191,7 +192,7 @@ def claim_folder(out: Path, plan: Plan, before: Manifest | None) -> dict[str, in
     out.mkdir(parents=True, exist_ok=True)
     left = _read_marker(out)
     shown = [name for name in left.get("shards", []) if name not in finished]  # of the run that is not finished
-    shards = {name for name in names if _SHARD.fullmatch(name)}
+    shards = {name for name in names if SHARD.fullmatch(name)}
     if strange := shards - finished - set(shown):
         raise DataError(
             f"{out} holds {min(strange)!r}, which no manifest there names, and new shards would take its place; move "
@@ -262,9 +263,14 @@ def work_files(out: Path) -> list[Path]:
     begun = [
         path
         for path in out.iterdir()
-        if path.name in names or _MARKER_BEGUN.fullmatch(path.name) or _PART.fullmatch(path.name)
+        if path.name in names or any(kind.fullmatch(path.name) for kind in (_MARKER_BEGUN, _PART, _BEFORE))
     ]
     return [*piece_files(out), *begun, out / UNFINISHED]
+
+
+def hashes_before(out: Path, number: int) -> Path:
+    """Where an append keeps the hashes of a part of the ids that were there before."""
+    return out / f".before-{number:05d}.arrow"
 
 
 def shard_name(number: int) -> str:

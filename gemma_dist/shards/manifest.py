@@ -22,7 +22,7 @@ the file. It is still read; what is appended to it comes with SHA-256.
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ import pyarrow as pa
 from gemma_dist.errors import DataError
 from gemma_dist.files import begin, publish
 from gemma_dist.logs import log
+from gemma_dist.shards.joined import write_joined
 
 FORMAT_VERSION, EARLIER_VERSION = 3, 2
 VERSION_WITH_WEIGHTS = 4  # which nobody reads who would not heed them
@@ -57,7 +58,7 @@ SCHEMA = pa.schema(
         **{name: pa.large_list(pa.int32()) for name in COUNTS},
     }
 )
-WEIGHT = pa.field("weight", pa.large_list(pa.float64()))
+WEIGHT = pa.field("weight", pa.large_list(pa.float64()))  # empty where all of a row group are 1
 SCHEMA_WITH_WEIGHTS = SCHEMA.append(WEIGHT)
 
 
@@ -143,7 +144,7 @@ class Manifest:
         if WEIGHT.name not in self.table.column_names:
             return None
         column = self._batch.column(WEIGHT.name)
-        given = np.repeat(column.is_valid().to_numpy(zero_copy_only=False), self.row_groups("num_samples"))
+        given = np.repeat(column.value_lengths().to_numpy() > 0, self.row_groups("num_samples"))
         weights = np.ones(len(given))
         weights[given] = column.flatten().to_numpy()
         return weights
@@ -184,22 +185,28 @@ def row_group_line(
         "footer": footer,
         "id": list(ids),
         **columns,
-        WEIGHT.name: None if all(weight == 1 for weight in weights) else list(weights),
+        WEIGHT.name: [] if all(weight == 1 for weight in weights) else list(weights),
     }
 
 
 def write_manifest(
-    folder: Path, corpus: CorpusHeader, shards: list[ShardEntry], table: pa.Table, num_tools: int | None
+    folder: Path,
+    corpus: CorpusHeader,
+    shards: list[ShardEntry],
+    tables: Callable[[], Iterable[pa.Table]],
+    num_tools: int | None,
 ) -> None:
     """Write `folder`/manifest.arrow, complete or not at all: the folder is finished from here on.
 
+    Memory: one table, and of all of them what a row group takes beside its samples, some 150 bytes, and the footers.
+
     Args:
         num_tools: declarations in tools.json; None: no such list was made.
-        table: lines of SCHEMA or SCHEMA_WITH_WEIGHTS, in the order of the shards and of the row groups in them.
+        tables: gives lines of SCHEMA or SCHEMA_WITH_WEIGHTS, in the order of the shards and of the row groups in them.
+            It is called twice or more.
     """
-    table = table.combine_chunks()
-    has_weights = WEIGHT.name in table.column_names
-    assert table.schema.equals(SCHEMA_WITH_WEIGHTS if has_weights else SCHEMA), table.schema
+    has_weights = any(map(_has_weights, tables()))
+    schema = SCHEMA_WITH_WEIGHTS if has_weights else SCHEMA
     header: ManifestHeader = {
         "format_version": VERSION_WITH_WEIGHTS if has_weights else FORMAT_VERSION,
         "fingerprint": corpus["fingerprint"],
@@ -209,16 +216,27 @@ def write_manifest(
     if num_tools is not None:
         header["num_tools"] = num_tools
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
-    table = table.replace_schema_metadata({"header": text})
     path = folder / MANIFEST
     temporary = path.with_name(f".{MANIFEST}.tmp")
     begin(temporary)
-    with pa.ipc.new_file(temporary, table.schema) as file:
-        file.write_table(table, max_chunksize=max(1, table.num_rows))
+    header_schema = schema.with_metadata({"header": text})
+    write_joined(temporary, header_schema, lambda: (_with_columns(table, schema) for table in tables()))
     sha256 = _sha256(temporary, temporary.stat().st_size)
     with temporary.open("ab") as file:
         file.write(sha256 + END)
     publish(temporary, path)
+
+
+def _has_weights(table: pa.Table) -> bool:
+    """Whether one of the samples has another weight than 1."""
+    return WEIGHT.name in table.column_names and any(len(chunk.flatten()) for chunk in table[WEIGHT.name].chunks)
+
+
+def _with_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The columns of `schema`; without weights, all are 1."""
+    if WEIGHT.name in schema.names and WEIGHT.name not in table.column_names:
+        table = table.append_column(WEIGHT, pa.array([[]] * table.num_rows, WEIGHT.type))
+    return table.select(schema.names)
 
 
 def read_manifest(path: Path, origin: str) -> Manifest:

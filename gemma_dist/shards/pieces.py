@@ -2,8 +2,8 @@
 
 Each row is parsed, made one or several samples, encoded (that is how it is measured) and written, one row group in
 memory at a time. What is refused or too long goes into logs of its own. The record is written last: it holds the
-piece's lines of the manifest, and where in the input each sample came from, so that repeated ids can be found over all
-pieces.
+piece's lines of the manifest, and where in the input each sample came from. With the hashes of the ids beside it,
+repeated ones can be found over all pieces, and their rows left out without encoding the others again (`repeated.py`).
 """
 
 import json
@@ -11,9 +11,10 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict
+from sys import intern
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,22 +29,22 @@ from gemma_dist.data.types import Message, Tool
 from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import DataError, spell
 from gemma_dist.files import begin, publish
-from gemma_dist.logs import JsonlWriter
+from gemma_dist.logs import JsonlWriter, to_json
+from gemma_dist.shards.hashes import write_hashes
 from gemma_dist.shards.manifest import COUNTS, RowGroupPlace, ShardEntry, digest, row_group_line
-from gemma_dist.shards.manifest import SCHEMA_WITH_WEIGHTS as MANIFEST_SCHEMA
+from gemma_dist.shards.record import ORIGINS, PieceHeader, Sample, write_record
+from gemma_dist.shards.record import SCHEMA as RECORD_SCHEMA
 from gemma_dist.shards.report import OPTIONS, REJECTED, TOO_LONG, ShardReport
 from gemma_dist.shards.tools import SeenTools
 
 NUM_ERRORS_SHOWN = 5
 PIECE_TOOLS = "tools.jsonl"  # the declarations of a piece, each once
+PIECE_IDS = "ids.arrow"  # hashes of its ids
 UNDECLARED = "rows call tools but declare none"
 _PIECE_FILE = re.compile(  # as `ShardJob.path` names it, or `_partial` while it is written
-    rf"\.?\.piece-(\d{{5,}})(\.arrow|-{re.escape(REJECTED)}|-{re.escape(TOO_LONG)}|-{re.escape(PIECE_TOOLS)}"
-    r"|-\d{3,}\.parquet)(\.tmp)?"
+    rf"\.?\.piece-(\d{{5,}})(?:-again)?(\.arrow|-{re.escape(REJECTED)}|-{re.escape(TOO_LONG)}"
+    rf"|-{re.escape(PIECE_TOOLS)}|-{re.escape(PIECE_IDS)}|-\d{{3,}}\.parquet)(\.tmp)?"
 )
-
-# Rows to refuse, by file and line: the error.
-Refused: TypeAlias = dict[tuple[str, int], str]
 
 IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 # What `datasets.Features(…).arrow_schema` gives for id, Json, Json, List(Image(decode=False)), bool without the import.
@@ -64,16 +65,6 @@ SCHEMA = pa.schema(
     },
     metadata={"huggingface": json.dumps({"info": {"features": FEATURES}})},
 )
-PLACES = {"file": pa.large_list(pa.large_string()), "line": pa.large_list(pa.int64())}
-RECORD_SCHEMA = pa.schema([*MANIFEST_SCHEMA, *(pa.field(name, kind) for name, kind in PLACES.items())])
-
-
-class PieceHeader(TypedDict):
-    """What the record of a piece says beside its lines of the manifest."""
-
-    report: dict[str, Any]  # a ShardReport's
-    errors: list[str]  # the first few
-    shards: list[ShardEntry]
 
 
 @dataclass(frozen=True)
@@ -87,13 +78,18 @@ class ShardJob:
     skip_invalid: bool
     row_group_bytes: int
     shard_bytes: int
-    refused: Refused = field(default_factory=dict)
+    again: bool = False  # it was done, and is written anew without the rows whose ids came before
 
     def path(self, suffix: str) -> Path:
-        return self.out / f".piece-{self.number:05d}{suffix}"
+        return self.out / f".piece-{self.number:05d}{'-again' if self.again else ''}{suffix}"
 
     def shard_path(self, number: int) -> Path:
         return self.path(f"-{number:03d}.parquet")
+
+    @property
+    def ids(self) -> Path:
+        """The hashes of its ids."""
+        return self.path(f"-{PIECE_IDS}")
 
     @property
     def record(self) -> Path:
@@ -121,17 +117,16 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow], tell: Call
     for left in piece_files(job.out, job.number):
         left.unlink()
     report = ShardReport(str(job.out))
+    refused: list[int] = []
     errors: list[str] = []
-    rejected = _RowLog(job.path(f"-{REJECTED}"))
-    too_long = _RowLog(job.path(f"-{TOO_LONG}"))
-    tools, seen_tools = _RowLog(job.path(f"-{PIECE_TOOLS}")), SeenTools()
-    writer = _ShardWriter(job)
-    for where, row in rows:
+    rejected = RowLog(job.path(f"-{REJECTED}"))
+    too_long = RowLog(job.path(f"-{TOO_LONG}"))
+    tools, seen_tools = RowLog(job.path(f"-{PIECE_TOOLS}")), SeenTools()
+    writer = ShardWriter(job)
+    for number, (where, row) in enumerate(rows):
         report.num_read += 1
         place = {"file": str(where.file), "line": where.line}
         try:
-            if error := job.refused.get((str(where.file), where.line)):
-                raise DataError(error)
             trajectory = parse(row, where, job.settings)
             with error_context(where):
                 samples = [
@@ -139,6 +134,7 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow], tell: Call
                 ]
         except DataError as error:
             report.num_rejected += 1
+            refused.append(number)
             tell(spell(str(error), OPTIONS))
             rejected.write(place | {"error": spell(str(error), OPTIONS)})
             if len(errors) < NUM_ERRORS_SHOWN:
@@ -151,17 +147,35 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow], tell: Call
                 report.num_cut += sample.kept is not None
                 report.num_dropped += sample.kept is None
             if sample.kept and sample.encoded:
-                writer.add(sample.kept, sample.encoded, where)
-                report.num_dropped_reasoning += sample.encoded.num_dropped_reasoning
-                report.notes += _notes(sample.kept, sample.encoded)
+                writer.add(*_as_written(sample.kept, sample.encoded, where, number))
                 for tool in filter(seen_tools.is_new, sample.kept.tools):
                     tools.write(tool)
     tools.close()
     rejected.close()
     too_long.close()
-    for name, total in writer.totals.items():
-        setattr(report, name, total)
-    writer.close(report, errors)
+    writer.close(report, refused, errors)
+
+
+def _as_written(trajectory: Trajectory, encoded: Encoded, where: Where, number: int) -> tuple[dict[str, Any], Sample]:
+    """A sample of row `number` as a line of SCHEMA, and what the record holds of it."""
+    images = [{"bytes": image, "path": None} for image in trajectory.images]
+    row = {
+        "id": trajectory.id,
+        "messages": _to_json(trajectory.messages),
+        "tools": _to_json(trajectory.tools),
+        "images": images,
+        "enable_thinking": trajectory.enable_thinking,
+    }
+    counts = [
+        len(encoded.input_ids) - encoded.num_image_tokens,
+        encoded.num_image_tokens,
+        encoded.num_images,
+        encoded.num_target_tokens,
+    ]
+    notes = _notes(trajectory, encoded)
+    noted = {"num_dropped_reasoning": encoded.num_dropped_reasoning, "notes": notes}
+    text = intern(to_json(noted)) if any(noted.values()) else ""  # many samples have the same
+    return row, Sample(trajectory.id, counts, trajectory.weight, str(where.file), where.line, number, text)
 
 
 def _notes(trajectory: Trajectory, encoded: Encoded) -> Counter[str]:
@@ -200,66 +214,61 @@ def _measure(sample: Trajectory, encoder: Encoder, settings: ShardConfig) -> _Me
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Sample:
-    id: str
-    counts: list[int]  # the values of COUNTS
-    weight: float
-    where: Where
-
-
-class _ShardWriter:
-    """Rows into row groups into the shard files of a piece, all bounded by bytes, and in the end its record."""
+class ShardWriter:
+    """Samples into row groups into the shard files of a piece, all bounded by bytes, and in the end its record."""
 
     def __init__(self, job: ShardJob) -> None:
+        self.num_written = 0
         self._job = job
-        self.totals: Counter[str] = Counter()  # as a ShardReport counts them
+        self._totals: Counter[str] = Counter()  # as a ShardReport counts them
+        self._notes: Counter[str] = Counter()
         self._shards: list[ShardEntry] = []  # the finished ones
-        self._lines: list[dict[str, Any]] = []  # of the manifest, with the places: their row groups
-        self._samples: list[list[_Sample]] = [[]]  # for each row group of this shard
-        self._rows: list[dict[str, object]] = []  # of the row group that is being filled
+        self._lines: list[dict[str, Any]] = []  # of the manifest, with ORIGINS: their row groups
+        self._samples: list[list[Sample]] = [[]]  # for each row group of this shard
+        self._rows: list[dict[str, Any]] = []  # of the row group that is being filled
         self._row_bytes = 0
         self._shard_bytes = 0
         self._parquet: pq.ParquetWriter | None = None
 
-    def add(self, trajectory: Trajectory, encoded: Encoded, where: Where) -> None:
-        messages, tools = _to_json(trajectory.messages), _to_json(trajectory.tools)
-        images = [{"bytes": image, "path": None} for image in trajectory.images]
-        row: dict[str, object] = {
-            "id": trajectory.id,
-            "messages": messages,
-            "tools": tools,
-            "images": images,
-            "enable_thinking": trajectory.enable_thinking,
-        }
-        num_bytes = len(messages.encode()) + len(tools.encode()) + sum(map(len, trajectory.images))
+    def add(self, row: dict[str, Any], sample: Sample) -> None:
+        """Write a sample: `row` has the values of SCHEMA."""
+        images = sum(len(image["bytes"]) for image in row["images"])
+        num_bytes = len(row["messages"].encode()) + len(row["tools"].encode()) + images
         if self._rows and self._row_bytes + num_bytes > self._job.row_group_bytes:
             self._end_row_group()
         if self._parquet and self._shard_bytes + num_bytes > self._job.shard_bytes:
             self._end_row_group()
             self._end_shard()
-        counts = [
-            len(encoded.input_ids) - encoded.num_image_tokens,
-            encoded.num_image_tokens,
-            encoded.num_images,
-            encoded.num_target_tokens,
-        ]
-        self._samples[-1].append(_Sample(trajectory.id, counts, trajectory.weight, where))
-        self.totals.update(dict(zip(COUNTS, counts, strict=True)) | {"num_written": 1})
+        self._samples[-1].append(sample)
+        self._totals.update(dict(zip(COUNTS, sample.counts, strict=True)))
+        self.num_written += 1
+        if sample.noted:
+            noted = json.loads(sample.noted)
+            self._notes.update(noted.pop("notes"))
+            self._totals.update(noted)
         self._rows.append(row)
         self._row_bytes += num_bytes
         self._shard_bytes += num_bytes
 
-    def close(self, report: ShardReport, errors: list[str]) -> None:
-        """Finish the last shard, then write the record: the piece is done from here on."""
+    def close(self, report: ShardReport, rejected: list[int], errors: list[str]) -> None:
+        """Finish the last shard, then write the record: the piece is done from here on.
+
+        Args:
+            report: gets what it says of the samples that were added.
+            rejected: the numbers of the rows that were refused.
+        """
         self._end_row_group()
         self._end_shard()
-        table = pa.Table.from_pylist(self._lines, RECORD_SCHEMA)
-        header: PieceHeader = {"report": report.to_json(), "errors": errors, "shards": self._shards}
-        table = table.replace_schema_metadata({"header": json.dumps(header)})
-        with pa.ipc.new_file(_begun(self._job.record), table.schema) as file:
-            file.write_table(table)
-        publish(_partial(self._job.record), self._job.record)
+        for name, total in self._totals.items():
+            setattr(report, name, total)
+        report.num_written, report.notes = self.num_written, self._notes
+        lines = pa.Table.from_pylist(self._lines, RECORD_SCHEMA)
+        ids, record = self._job.ids, self._job.record
+        write_hashes(_begun(ids), lines["id"].combine_chunks().flatten())
+        publish(_partial(ids), ids)
+        header = PieceHeader(report=report.to_json(), rejected=rejected, errors=errors, shards=self._shards)
+        write_record(_begun(record), header, lines)
+        publish(_partial(record), record)
 
     def _path(self) -> Path:
         return self._job.shard_path(len(self._shards))
@@ -299,15 +308,15 @@ class _ShardWriter:
                 place,
                 footer,
             )
-            line["file"] = [str(sample.where.file) for sample in samples]
-            line["line"] = [sample.where.line for sample in samples]
+            for name in ORIGINS:
+                line[name] = [getattr(sample, name) for sample in samples]
             self._lines.append(line)
             footer = None  # on the first line of a shard alone
         self._shards.append(finished.entry)
         self._parquet, self._shard_bytes, self._samples = None, 0, [[]]
 
 
-class _RowLog:
+class RowLog:
     """A JSONL file that appears under its name when it is closed, and only if a row was written to it."""
 
     def __init__(self, path: Path) -> None:

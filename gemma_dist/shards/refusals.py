@@ -1,4 +1,4 @@
-"""Why a store does not give a file to who asks for it, and what helps: none of it is a fault of the shards.
+"""Why a store does not give or take a file, and what helps: none of it is a fault of the shards.
 
 S3 names a code with each refusal (https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html, "List of error
 codes"), which s3fs keeps as the cause of its own error; other stores say a status of HTTP.
@@ -15,7 +15,10 @@ CODES = {
     "ExpiredToken": ("the credentials have expired", "renew them, such as by `aws sso login`"),
     "RequestTimeTooSkewed": ("this machine's clock is wrong", "set it, such as by `chronyc makestep`"),
     "AuthorizationHeaderMalformed": ("the bucket lies in another region", "set AWS_DEFAULT_REGION to it"),
-    "AccessDenied": ("these credentials may not read it", "have s3:GetObject and s3:ListBucket allowed for it"),
+    "AccessDenied": (
+        "these credentials may not do that",
+        "have s3:GetObject and s3:ListBucket allowed for it, and to write s3:PutObject",
+    ),
 }
 KINDS = {  # errors by which clients say that they do not even ask
     "NoCredentialsError": ("no credentials were found", CREDENTIALS),

@@ -2,11 +2,11 @@
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from gemma_dist.config import ShardConfig, option
 from gemma_dist.errors import setting, spell
+from gemma_dist.shards.fetch import join
 
 OPTIONS = {name: f"{option(name)} {{}}" for name in ShardConfig.model_fields}  # of `gemma-dist shard`, in its log
 REJECTED = "rejected.jsonl"
@@ -47,11 +47,11 @@ class ShardReport:
             f"images; {self.num_target_tokens:,} tokens are trained",
         ]
         if self.num_rejected:
-            lines.append(f"refused rows: {self.num_rejected:,}, in {Path(self.out) / REJECTED}")
+            lines.append(f"refused rows: {self.num_rejected:,}, in {join(self.out, REJECTED)}")
         if self.num_dropped or self.num_cut:
             lines.append(
                 f"samples dropped for their length: {self.num_dropped:,}, cut: {self.num_cut:,}, both in "
-                f"{Path(self.out) / TOO_LONG}"
+                f"{join(self.out, TOO_LONG)}"
             )
         if self.num_dropped_reasoning:
             lines.append(

@@ -16,11 +16,13 @@ exact name, and no others.
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -34,7 +36,8 @@ from gemma_dist.data.plain import load_plain_encoder
 from gemma_dist.data.rows import read_ranges, split_input
 from gemma_dist.errors import DataError
 from gemma_dist.logs import log, progress
-from gemma_dist.shards.assemble import find_repeated, finish, num_rejected, report_of
+from gemma_dist.shards.assemble import finish, num_rejected, report_of
+from gemma_dist.shards.fetch import is_url
 from gemma_dist.shards.folder import (
     Part,
     Plan,
@@ -45,7 +48,9 @@ from gemma_dist.shards.folder import (
     open_to_append,
 )
 from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, ShardJob, run_job
+from gemma_dist.shards.repeated import Refused, find_repeated, leave_out
 from gemma_dist.shards.report import ShardReport
+from gemma_dist.shards.store import Store
 
 PIECE_BYTES = 256 << 20  # of input, that one process works on at a time
 ROW_GROUP_BYTES = 4 << 20  # before compression: what is fetched and checked as one
@@ -54,7 +59,7 @@ SHARD_BYTES = 256 << 20
 
 def run_shard(
     inputs: list[Path],
-    out: Path,
+    out: str | Path,
     model: str,
     settings: ShardConfig,
     skip_invalid: bool,
@@ -63,11 +68,13 @@ def run_shard(
     num_workers: int | None = None,
     max_rejected: int | None = None,
     part: Part | None = None,
+    work_dir: Path | None = None,
 ) -> ShardReport:
-    """Check, measure and write all rows of `inputs` to the shard folder `out`.
+    """Check, measure and write all rows of `inputs` to the shard folder `out`: on a disk, or a URL that fsspec knows.
 
     The same call resumes what a killed run left. A process holds one row group, and some 300 bytes for each sample
-    of its piece; in the end about 100 bytes for each sample of the whole are held.
+    of its piece. In the end some 100 MB are held for any number of samples, 150 bytes for each row group, the footers
+    of the shards, and 500 bytes for each repeated id.
 
     Args:
         append: add the rows to a finished folder. Its files stay as they are, and it can be read all the while.
@@ -75,6 +82,7 @@ def run_shard(
         max_rejected: stop as soon as more rows than this are refused; None: look at all of them.
         part: do a share of the pieces alone, beside other calls, which may run elsewhere, and finish nothing: the same
             call without it does what is left. The report is of this part.
+        work_dir: where the shards for a URL are made; None: the user's folder of caches.
 
     Raises:
         DataError: `out` is taken, or made with other settings, or another call is at work there; an input is named
@@ -82,13 +90,15 @@ def run_shard(
             refused row), or more of them than `max_rejected`; or no row is left to write.
     """
     _require_distinct(inputs)
+    store = _open_store(str(out), work_dir, part)
+    folder = store.folder if store else Path(str(out).removeprefix("file://"))
     encoder = load_plain_encoder(model, settings)
     if note := encoder.lost_opening():
         log.warning(note)
     pieces = list(_split_pieces(inputs))
     identities = {path: identity(path) for path in inputs}
     jobs = [
-        ShardJob(out, number, ranges, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES)
+        ShardJob(folder, number, ranges, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES)
         for number, ranges in enumerate(pieces)
     ]
     plan: Plan = {
@@ -100,12 +110,35 @@ def run_shard(
         "sizes": [PIECE_BYTES, ROW_GROUP_BYTES, SHARD_BYTES],
         "append_to": None,
     }
-    with at_work(out, part):
-        return _do(out, jobs, encoder, plan, _Refusals(max_rejected), append=append, num_workers=num_workers, part=part)
+    with at_work(folder, part), store.named(append=append, alone=part is None) if store else nullcontext():
+        if store:
+            store.prepare(plan, alone=part is None)
+        refusals = _Refusals(max_rejected)
+        report = _do(folder, store, jobs, encoder, plan, refusals, append=append, num_workers=num_workers, part=part)
+        if store and part is None:
+            store.publish()
+    return replace(report, out=str(out))
+
+
+def _open_store(out: str, work_dir: Path | None, part: Part | None) -> Store | None:
+    """The store of a URL, which can be written; None for a folder on a disk."""
+    if re.match(r"[a-z][a-z0-9+.-]+:/(?!/)", out):
+        raise DataError(f"{out!r} is no folder, and has one slash too few for a URL; write it as in s3://bucket/train")
+    if not is_url(out) or out.startswith("file://"):
+        if work_dir is not None:
+            raise DataError(f"--work-dir is for shards that go to a store, and {out} is a folder; leave it out")
+        return None
+    if part is not None and work_dir is None:
+        raise DataError(
+            f"the parts of {out} meet in a folder on a disk before they are sent: name one that all of them share by "
+            "--work-dir"
+        )
+    return Store(out.rstrip("/"), work_dir)
 
 
 def _do(
     out: Path,
+    store: Store | None,
     jobs: list[ShardJob],
     encoder: Encoder,
     plan: Plan,
@@ -115,9 +148,11 @@ def _do(
     num_workers: int | None,
     part: Part | None,
 ) -> ShardReport:
-    """What is left of a plan, or of a part of it."""
+    """What is left of a plan, or of a part of it, in the folder `out`, which may be that of a store."""
+    name = store.url if store else str(out)
     with one_at_a_time(out):
-        if done := finished_already(out, plan):
+        if done := finished_already(out, plan, store.sizes() if store else {}):
+            log.info("%s: all of it is there already; an earlier run of the same command wrote it", name)
             return done
         before = open_to_append(out, plan) if append else None
         plan["append_to"] = before.sha256 if before else None
@@ -127,11 +162,10 @@ def _do(
         _work_on(jobs, encoder, num_workers, refusals)
         return report_of(out, jobs)
     _work_on(jobs, encoder, num_workers, refusals)
-    if repeated := find_repeated(jobs, before, out):  # those pieces are done again, without these rows
+    if repeated := find_repeated(jobs, before, name):
         for error in chain.from_iterable(rows.values() for rows in repeated.values()):
             refusals.add(error)
-        again = [replace(jobs[number], refused=rows) for number, rows in repeated.items()]
-        _work_on(again, encoder, num_workers, None)
+        jobs = _leave_out(jobs, repeated, num_workers)
     return finish(jobs, before, plan, log_sizes)
 
 
@@ -200,17 +234,16 @@ _num_rejected: Any
 _errors: Any
 
 
-def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None, refusals: _Refusals | None) -> None:
+def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None, refusals: _Refusals) -> None:
     """Do the jobs that are not done, here or in `num_workers` processes.
 
     Args:
-        refusals: counts the rows that are refused, those of jobs that are done, too; None: they are counted already.
+        refusals: counts the rows that are refused, those of jobs that are done, too.
     """
-    refusals_before = num_rejected([job for job in jobs if not job.refused and job.record.exists()])
-    jobs = [job for job in jobs if job.refused or not job.record.exists()]
-    tell = refusals.add if refusals else _ignore
-    if refusals_before:
+    tell = refusals.add
+    if refusals_before := num_rejected([job for job in jobs if job.record.exists()]):
         tell("", refusals_before)
+    jobs = [job for job in jobs if not job.record.exists()]
     num_workers = min(len(jobs), len(os.sched_getaffinity(0)) if num_workers is None else num_workers)
     if num_workers <= 1:
         for job in jobs:
@@ -253,15 +286,31 @@ def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None, re
             raise
 
 
-def _ignore(error: str, num_rows: int = 1) -> None:
-    """A row that is refused and was told already."""
-
-
 def _start_worker(encoder: Encoder, num_rows: Any, num_rejected: Any, errors: Any) -> None:
     global _encoder, _num_rows, _num_rejected, _errors
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: this one ends silently
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _end_alone()
     _encoder, _num_rows, _num_rejected, _errors = encoder, num_rows, num_rejected, errors
+
+
+def _leave_out(jobs: list[ShardJob], repeated: dict[int, Refused], num_workers: int | None) -> list[ShardJob]:
+    """The jobs, those with `repeated` rows written anew without them, here or in `num_workers` processes."""
+    todo = [jobs[number] for number in repeated]
+    num_rows = sum(map(len, repeated.values()))
+    log.info("%s repeated ids: %s of %s pieces are copied without their rows", num_rows, len(todo), len(jobs))
+    num_workers = min(len(todo), len(os.sched_getaffinity(0)) if num_workers is None else num_workers)
+    if num_workers <= 1:
+        again = list(map(leave_out, todo, repeated.values()))
+    else:
+        with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _end_alone) as pool:
+            again = list(pool.map(leave_out, todo, repeated.values()))
+    done = {job.number: job for job in again}
+    return [done.get(job.number, job) for job in jobs]
+
+
+def _end_alone() -> None:
+    """Of a worker: end with the run, and silently."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
