@@ -27,7 +27,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from gemma_dist.config import ShardConfig
 from gemma_dist.data.places import InputRange
-from gemma_dist.model.tiny import write_tiny_model
 from gemma_dist.shards.assemble import finish
 from gemma_dist.shards.manifest import COUNTS, MANIFEST, WEIGHT
 from gemma_dist.shards.pieces import ShardJob
@@ -96,7 +95,8 @@ def measured(source: Path, out: Path, model: Path, parts: Sequence[int]) -> tupl
 def pieces(folder: Path, num_rows: int) -> float:
     """Print the table; CPU seconds for each row of one process."""
     source, model = folder / "rows.jsonl", folder / "model"
-    write_tiny_model(model, style="e4b")
+    # Not in this process: what it has taken, Linux counts as its children's peak, too.
+    subprocess.run([sys.executable, "-m", "gemma_dist", "tiny", str(model), "--style", "e4b"], check=True)
     write_rows(source, num_rows)
     whole = measured(source, folder / "whole", model, [0])
     parts = measured(source, folder / "joined", model, range(1, NUM_PARTS + 1))
