@@ -21,7 +21,7 @@ from typing import Any, cast
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from gemma_dist.config import EvaluateConfig  # noqa: E402 (found by the line above)
-from gemma_dist.data.encode import decision_points  # noqa: E402
+from gemma_dist.data.served import decision_points  # noqa: E402
 from gemma_dist.data.trajectory import Trajectory  # noqa: E402
 from gemma_dist.evaluate.compare_page import compare_runs  # noqa: E402
 from gemma_dist.evaluate.decision import AnsweredDecision  # noqa: E402

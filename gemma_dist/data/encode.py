@@ -20,10 +20,10 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -35,7 +35,7 @@ from gemma_dist.data.content import count_images
 from gemma_dist.data.emitted import NEWER_TEMPLATE, Emitted, find_emitted
 from gemma_dist.data.images import decode_image, image_size
 from gemma_dist.data.kinds import kinds_of_characters
-from gemma_dist.data.served import NO_THOUGHT, as_served, is_target, opening_of
+from gemma_dist.data.served import NO_THOUGHT, as_served, decision_points, is_target, opening_of
 from gemma_dist.data.strict import holds_null
 from gemma_dist.data.templates import LOST_OPENING, newest, read_template, render, say_if_unknown, without_sandbox
 from gemma_dist.data.trajectory import Trajectory
@@ -353,14 +353,6 @@ def _require_images(text: str, num_images: int) -> None:
             f"the chat template renders {text.count(IMAGE)} of the row's {num_images} images: it loses images that "
             f"tools return. {NEWER_TEMPLATE}"
         )
-
-
-def decision_points(messages: list[Message]) -> Iterator[tuple[int, list[Message]]]:
-    """Index and messages of each assistant turn that is trained as a whole; assistant messages in a row are one."""
-    for is_model, group in groupby(enumerate(messages), key=lambda pair: pair[1]["role"] == "assistant"):
-        turn = list(group)
-        if is_model and all(message.get("train", True) for _, message in turn):
-            yield turn[0][0], [message for _, message in turn]
 
 
 def load_encoder(model: str, settings: EncodingConfig, *, adapter: Path | None = None) -> Encoder:

@@ -14,7 +14,7 @@ get it, since a server shows later answers a history without it: it is not train
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -120,3 +120,11 @@ def as_served(
     if num_thoughts and not thinking:
         served.notes[THINKS_WHILE_OFF] += num_thoughts
     return served
+
+
+def decision_points(messages: list[Message]) -> Iterator[tuple[int, list[Message]]]:
+    """Index and messages of each assistant turn that is trained as a whole; assistant messages in a row are one."""
+    for is_model, group in groupby(enumerate(messages), key=lambda pair: pair[1]["role"] == "assistant"):
+        turn = list(group)
+        if is_model and all(message.get("train", True) for _, message in turn):
+            yield turn[0][0], [message for _, message in turn]

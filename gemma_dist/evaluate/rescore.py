@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from gemma_dist.config import EvaluateConfig
-from gemma_dist.data.encode import decision_points
+from gemma_dist.data.served import decision_points
 from gemma_dist.errors import ConfigError, DataError
 from gemma_dist.evaluate.decision import AnsweredDecision
 from gemma_dist.evaluate.line import asked, score_lines
