@@ -25,6 +25,7 @@ from gemma_dist.shards.folder import APPEND_REJECTED, SHARD, Plan, finished_alre
 from gemma_dist.shards.manifest import END, FINISHED, MANIFEST, UNFINISHED, read_manifest
 from gemma_dist.shards.report import REJECTED, TOO_LONG
 from gemma_dist.shards.tools import TOOLS
+from gemma_dist.visible import masked
 
 BESIDE = (REJECTED, TOO_LONG, TOOLS, FINISHED)  # the shards, and sent behind them
 PROBE = ".writable"  # put into the store and removed, to see whether that goes
@@ -40,7 +41,7 @@ class Store:
         self.url = url
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         work_dir = work_dir or caches / "gemma_dist" / "shards"
-        self._root = work_dir / hashlib.sha256(url.encode()).hexdigest()[:16]
+        self._root = work_dir / hashlib.sha256(masked(url).encode()).hexdigest()[:16]
         self.folder = self._root / "shards"
         self._note, self._sent = self._root / "store.json", self._root / "sent.jsonl"
         self._fetcher = Fetcher(None, 0)
@@ -114,7 +115,7 @@ class Store:
                 if name in sizes:
                     self._get(name)
             self._refuse_strange(sizes)
-            write_json(self._note, {"url": self.url, "tail": self._own_tail()})
+            write_json(self._note, {"url": masked(self.url), "tail": self._own_tail()})
 
     def _is_ours(self, plan: Plan, sizes: Mapping[str, int]) -> bool:
         """Whether the folder has nothing that another plan finished, and the store what it had when it was begun."""
