@@ -6,11 +6,13 @@ What takes time is bounded by the processor's, in a process of its own, or by a 
 import copy
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 from gemma_dist.config import EncodingConfig, RowConfig, ShardConfig
 from gemma_dist.data import schema_fit, strange_template, templates
@@ -20,8 +22,9 @@ from gemma_dist.data.images import load_image
 from gemma_dist.data.places import Where
 from gemma_dist.data.schema_fit import find_misfit, find_misfits
 from gemma_dist.data.strict import parse_json
+from gemma_dist.data.tokenize import tokenize
 from gemma_dist.data.trajectory import Trajectory, parse_row
-from gemma_dist.errors import DataError
+from gemma_dist.errors import CheckpointError, DataError
 from gemma_dist.model.tiny import newest_template
 from gemma_dist.shards.ranged_http import RangedHTTP
 from gemma_dist.show.row import inspect_row
@@ -221,6 +224,75 @@ def test_an_unknown_template_is_named_once_by_its_hash(
     warned = [record.getMessage() for record in caplog.records if "sha256" in record.getMessage()]
     assert len(warned) == 1
     assert templates._sha256(template) in warned[0]
+
+
+# ---- tokenizers that change what is trained --------------------------------------------------------------------------
+
+
+def with_tokenizer(model: str, folder: Path, settings: dict[str, Any], **parts: Any) -> Encoder:
+    """The model's encoder with other `parts` of its tokenizer.json, and other settings of the tokenizer."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    for name, changes in (("tokenizer.json", parts), ("tokenizer_config.json", settings)):
+        given = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(given | changes))
+    return load_encoder(str(folder), EncodingConfig())
+
+
+WITHOUT_GOOD = {"type": "Split", "pattern": {"String": "good"}, "behavior": "Removed", "invert": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "refusal"),
+    [
+        ("normalizer", {"type": "Replace", "pattern": {"String": "good"}, "content": "evil"}, "evil.*the text says"),
+        ("normalizer", {"type": "Lowercase"}, "'be good.*the text says 'Be good"),
+        (
+            "pre_tokenizer",
+            {"type": "Sequence", "pretokenizers": [WITHOUT_GOOD, BYTES]},
+            "says 'good",
+        ),
+    ],
+)
+def test_a_tokenizer_that_changes_the_row_is_refused(
+    model: str, tmp_path: Path, part: str, value: object, refusal: str
+) -> None:
+    encoder = with_tokenizer(model, tmp_path / "model", {}, **{part: value})
+    with pytest.raises(DataError, match=f"(?s){refusal}.*; take the tokenizer"):
+        encoder.encode(parsed())
+
+
+def test_a_tokenizers_own_expression_that_fails_refuses_the_row(model: str) -> None:
+    given = json.loads((Path(model) / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(given | {"pre_tokenizer": split}))
+    with pytest.raises(DataError, match="the tokenizer fails on this row: Onig"):
+        tokenize(backend, "a" * 40 + "b")
+
+
+def test_blanks_that_a_tokenizer_writes_as_gemmas_does_are_none_of_its_words(
+    model: str, known: Encoder, tmp_path: Path
+) -> None:
+    blank = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    byte_level = json.loads((Path(model) / "tokenizer.json").read_text())["decoder"]
+    decoder = {"type": "Sequence", "decoders": [byte_level, blank | {"pattern": {"String": "▁"}, "content": " "}]}
+    encoder = with_tokenizer(model, tmp_path / "model", {}, normalizer=blank, decoder=decoder)
+    row = {"messages": [{"role": "user", "content": "a ▁ b"}, {"role": "assistant", "content": "Hello  there"}]}
+    assert encoder.encode(parsed(row)).num_target_tokens
+    assert encoder.encode(parsed()).num_target_tokens
+
+
+@pytest.mark.parametrize("name", ["bos_token", "boi_token", "eoi_token"])
+def test_a_tokenizer_with_other_words_for_gemmas_tokens_is_refused(model: str, tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"has the {name} 'e', Gemma's is "):
+        with_tokenizer(model, tmp_path / "model", {name: "e"})
+
+
+def test_no_token_takes_the_place_of_the_rows_tools(model: str, known: Encoder, tmp_path: Path) -> None:
+    tokens = {"tools": "<unk>", "messages": "<pad>"}
+    encoder = with_tokenizer(model, tmp_path / "model", {"extra_special_tokens": tokens})
+    assert encoder.tokenizer.special_tokens_map.items() >= tokens.items()
+    assert encoder.encode(parsed()).input_ids == known.encode(parsed()).input_ids
 
 
 # ---- templates that never end ----------------------------------------------------------------------------------------
