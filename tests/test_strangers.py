@@ -265,7 +265,7 @@ def test_a_tokenizer_that_changes_the_row_is_refused(
 def test_a_tokenizers_own_expression_that_fails_refuses_the_row(model: str) -> None:
     given = json.loads((Path(model) / "tokenizer.json").read_text())
     split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
-    backend = tokenizers.Tokenizer.from_str(json.dumps(given | {"pre_tokenizer": split}))
+    backend: Any = tokenizers.Tokenizer.from_str(json.dumps(given | {"pre_tokenizer": split}))
     with pytest.raises(DataError, match="the tokenizer fails on this row: Onig"):
         tokenize(backend, "a" * 40 + "b")
 
@@ -333,6 +333,7 @@ def test_a_strangers_template_is_rendered_as_transformers_does(model: str) -> No
         ("{{ range(10**9) }}", "Range too big"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{% set ns = namespace(_x=1) %}", "_x"),
+        ("{{ raise_exception('a' * 10**7) }}", "^a{2000}$"),
     ],
 )
 def test_a_template_is_stopped_and_the_next_goes_on(template: str, refusal: str) -> None:
@@ -340,6 +341,12 @@ def test_a_template_is_stopped_and_the_next_goes_on(template: str, refusal: str)
     with pytest.raises(RefusedError, match=refusal):
         render(template, {})
     assert render("ok{{ x }}", {"x": 1}) == "ok1"
+
+
+def test_chance_in_a_template_is_the_same_each_time() -> None:
+    render = Bounded("gemma_dist.data.strange_template:render", seconds=SECONDS, num_bytes=NUM_BYTES)
+    template = "{{ range(10**4) | random }} {{ lipsum(1) }}"
+    assert render(template, {}) == render(template, {})
 
 
 def test_a_row_is_refused_with_the_hash_of_a_template_that_takes_too_much(
@@ -395,6 +402,17 @@ def test_a_schema_that_takes_for_ever_refuses_its_row_alone(
     assert parsed(called(PATTERN, a="aaa")).id
     with pytest.raises(DataError, match="'b' does not match"):
         parsed(called(PATTERN, a="b"))
+
+
+@pytest.mark.parametrize("max_steps", [0, schema_fit.MAX_STEPS], ids=["elsewhere", "here"])
+def test_the_calls_of_a_row_have_a_limit_together(max_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = called({"properties": {"a": {"items": {"type": "string"}}}}, a=["x"] * 200)
+    row["messages"][1]["tool_calls"] *= 50
+    monkeypatch.setattr(schema_fit, "MAX_STEPS", max_steps)
+    assert parsed(row).id
+    monkeypatch.setattr(schema_fit, "ROW_SECONDS", 0.001)
+    with pytest.raises(DataError, match=r"rows.jsonl:1: .*cannot be applied: with the others of its row it takes more"):
+        parsed(row)
 
 
 def test_what_is_checked_elsewhere_is_found_as_here(monkeypatch: pytest.MonkeyPatch) -> None:
