@@ -452,6 +452,18 @@ def test_almost_base64_is_read_once(tmp_path: Path, behind: str) -> None:
         load_image("iVBORw0KGgo" + "A" * 200_000 + behind + "!", tmp_path)
 
 
+@pytest.mark.timeout(120)
+def test_backticks_and_answers_in_any_order_are_looked_at_once() -> None:
+    thought = "<think>" + "`</think>`" * 100_000 + "</think>Hi"
+    row = parsed({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": thought}]})
+    assert row.messages[1]["content"] == "Hi"
+    assert row.messages[1]["reasoning_content"] == "`</think>`" * 100_000
+    calls = [{"id": f"c{number}", "function": {"name": "f", "arguments": {}}} for number in range(20_000)]
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": "ok"} for call in reversed(calls)]
+    asked = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    assert len(parsed({"messages": [*asked, *results]}).messages) == 20_002
+
+
 # ---- a store without ranges ------------------------------------------------------------------------------------------
 
 
