@@ -7,6 +7,8 @@ import copy
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -368,6 +370,20 @@ def test_a_fork_has_a_process_of_its_own() -> None:
         os._exit(0 if render("{{ x }}", {"x": 2}) == "2" else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert render("{{ x }}", {"x": 3}) == "3"
+
+
+def test_no_module_of_the_current_folder_is_taken_for_pythons(model: str, tmp_path: Path) -> None:
+    for name in ("pickle", "resource", "signal", "json", "jinja2"):
+        (tmp_path / f"{name}.py").write_text("open('hacked', 'w').close()")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
+    (tmp_path / "own.jinja").write_text(NEWEST + "{#- own -#}")
+    root = str(Path(__file__).parents[1])
+    command = [sys.executable, "-P", "-m", "gemma_dist", "shard", "rows.jsonl", "--model", model]
+    options = ["--chat-template", "own.jinja", "--out", "shards"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"} | {"PYTHONPATH": root}
+    subprocess.run([*command, *options], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "shards").is_dir()
+    assert not (tmp_path / "hacked").exists()
 
 
 # ---- schemas and rows that take for ever -----------------------------------------------------------------------------

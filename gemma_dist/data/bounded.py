@@ -69,7 +69,8 @@ class Bounded:
             seconds: of processor time that a call may take (up to one more).
             num_bytes: of memory that the process may hold, Python's own 40 MB and its libraries among them.
         """
-        self._command = [sys.executable, "-m", "gemma_dist.data.bounded", function, str(seconds), str(num_bytes)]
+        # -P: else Python looks for modules in the current folder first, which may be one of strangers' rows.
+        self._command = [sys.executable, "-P", "-m", "gemma_dist.data.bounded", function, str(seconds), str(num_bytes)]
         self._seconds, self._num_bytes = seconds, num_bytes
         self._process: subprocess.Popen[bytes] | None = None
         self._forget()
