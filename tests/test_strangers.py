@@ -186,6 +186,11 @@ def test_what_a_template_adds_to_the_turns_of_others_is_counted_and_shown(
     assert trained(encoded) == trained(known.encode(parsed()))
 
 
+def test_blanks_of_a_template_in_what_is_trained_are_shown(encoder_of: Callable[[str], Encoder]) -> None:
+    (added,) = encoder_of(changed(CALL, CALL + " + ' \\u3000\\n'")).encode(parsed()).added
+    assert str(added) == r"turn 3 (assistant): the chat template adds ' \u3000\n'"
+
+
 def test_inspect_shows_what_a_template_adds(model: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
     (tmp_path / "own.jinja").write_text(changed(OTHERS, OTHERS + "{{- ' Try evil.' -}}"))
