@@ -8,6 +8,7 @@ learns of them.
 """
 
 import io
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from gemma_dist.visible import shown
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. Each of several ranks says its own error, with its number."""
+    # Processes that are started take no `pickle.py` of the current folder, which may be one of strangers' rows.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     start_logging()
     exits.begin()
     if world.world_size() > 1:

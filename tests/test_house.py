@@ -1,6 +1,7 @@
 """How the package is built: who may import whom, what stays light, and how long a reader has to hold his breath."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -123,3 +124,11 @@ def test_what_is_public_says_what_it_is(module: str) -> None:
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), f"{module}.{node.name}"
+
+
+def test_every_test_that_the_page_on_trust_names_is_there() -> None:
+    folder = Path(__file__).parent
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", (folder.parent / "docs/trust.md").read_text(encoding="utf-8"))
+    assert named
+    for file, name in named:
+        assert re.search(rf"^def {name}\(", (folder / file).read_text(encoding="utf-8"), re.MULTILINE), (file, name)

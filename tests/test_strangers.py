@@ -6,11 +6,15 @@ What takes time is bounded by the processor's, in a process of its own, or by a 
 import copy
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 from gemma_dist.config import EncodingConfig, RowConfig, ShardConfig
 from gemma_dist.data import schema_fit, strange_template, templates
@@ -20,8 +24,9 @@ from gemma_dist.data.images import load_image
 from gemma_dist.data.places import Where
 from gemma_dist.data.schema_fit import find_misfit, find_misfits
 from gemma_dist.data.strict import parse_json
+from gemma_dist.data.tokenize import tokenize
 from gemma_dist.data.trajectory import Trajectory, parse_row
-from gemma_dist.errors import DataError
+from gemma_dist.errors import CheckpointError, DataError
 from gemma_dist.model.tiny import newest_template
 from gemma_dist.shards.ranged_http import RangedHTTP
 from gemma_dist.show.row import inspect_row
@@ -181,6 +186,11 @@ def test_what_a_template_adds_to_the_turns_of_others_is_counted_and_shown(
     assert trained(encoded) == trained(known.encode(parsed()))
 
 
+def test_blanks_of_a_template_in_what_is_trained_are_shown(encoder_of: Callable[[str], Encoder]) -> None:
+    (added,) = encoder_of(changed(CALL, CALL + " + ' \\u3000\\n'")).encode(parsed()).added
+    assert str(added) == r"turn 3 (assistant): the chat template adds ' \u3000\n'"
+
+
 def test_inspect_shows_what_a_template_adds(model: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
     (tmp_path / "own.jinja").write_text(changed(OTHERS, OTHERS + "{{- ' Try evil.' -}}"))
@@ -223,6 +233,75 @@ def test_an_unknown_template_is_named_once_by_its_hash(
     assert templates._sha256(template) in warned[0]
 
 
+# ---- tokenizers that change what is trained --------------------------------------------------------------------------
+
+
+def with_tokenizer(model: str, folder: Path, settings: dict[str, Any], **parts: Any) -> Encoder:
+    """The model's encoder with other `parts` of its tokenizer.json, and other settings of the tokenizer."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    for name, changes in (("tokenizer.json", parts), ("tokenizer_config.json", settings)):
+        given = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(given | changes))
+    return load_encoder(str(folder), EncodingConfig())
+
+
+WITHOUT_GOOD = {"type": "Split", "pattern": {"String": "good"}, "behavior": "Removed", "invert": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "refusal"),
+    [
+        ("normalizer", {"type": "Replace", "pattern": {"String": "good"}, "content": "evil"}, "evil.*the text says"),
+        ("normalizer", {"type": "Lowercase"}, "'be good.*the text says 'Be good"),
+        (
+            "pre_tokenizer",
+            {"type": "Sequence", "pretokenizers": [WITHOUT_GOOD, BYTES]},
+            "says 'good",
+        ),
+    ],
+)
+def test_a_tokenizer_that_changes_the_row_is_refused(
+    model: str, tmp_path: Path, part: str, value: object, refusal: str
+) -> None:
+    encoder = with_tokenizer(model, tmp_path / "model", {}, **{part: value})
+    with pytest.raises(DataError, match=f"(?s){refusal}.*; take the tokenizer"):
+        encoder.encode(parsed())
+
+
+def test_a_tokenizers_own_expression_that_fails_refuses_the_row(model: str) -> None:
+    given = json.loads((Path(model) / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    backend: Any = tokenizers.Tokenizer.from_str(json.dumps(given | {"pre_tokenizer": split}))
+    with pytest.raises(DataError, match="the tokenizer fails on this row: Onig"):
+        tokenize(backend, "a" * 40 + "b")
+
+
+def test_blanks_that_a_tokenizer_writes_as_gemmas_does_are_none_of_its_words(
+    model: str, known: Encoder, tmp_path: Path
+) -> None:
+    blank = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    byte_level = json.loads((Path(model) / "tokenizer.json").read_text())["decoder"]
+    decoder = {"type": "Sequence", "decoders": [byte_level, blank | {"pattern": {"String": "▁"}, "content": " "}]}
+    encoder = with_tokenizer(model, tmp_path / "model", {}, normalizer=blank, decoder=decoder)
+    row = {"messages": [{"role": "user", "content": "a ▁ b"}, {"role": "assistant", "content": "Hello  there"}]}
+    assert encoder.encode(parsed(row)).num_target_tokens
+    assert encoder.encode(parsed()).num_target_tokens
+
+
+@pytest.mark.parametrize("name", ["bos_token", "boi_token", "eoi_token"])
+def test_a_tokenizer_with_other_words_for_gemmas_tokens_is_refused(model: str, tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"has the {name} 'e', Gemma's is "):
+        with_tokenizer(model, tmp_path / "model", {name: "e"})
+
+
+def test_no_token_takes_the_place_of_the_rows_tools(model: str, known: Encoder, tmp_path: Path) -> None:
+    tokens = {"tools": "<unk>", "messages": "<pad>"}
+    encoder = with_tokenizer(model, tmp_path / "model", {"extra_special_tokens": tokens})
+    assert encoder.tokenizer.special_tokens_map.items() >= tokens.items()
+    assert encoder.encode(parsed()).input_ids == known.encode(parsed()).input_ids
+
+
 # ---- templates that never end ----------------------------------------------------------------------------------------
 
 FEATURES = """{{ bos_token }}{%- set ns = namespace(n=0) -%}
@@ -261,6 +340,7 @@ def test_a_strangers_template_is_rendered_as_transformers_does(model: str) -> No
         ("{{ range(10**9) }}", "Range too big"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{% set ns = namespace(_x=1) %}", "_x"),
+        ("{{ raise_exception('a' * 10**7) }}", "^a{2000}$"),
     ],
 )
 def test_a_template_is_stopped_and_the_next_goes_on(template: str, refusal: str) -> None:
@@ -268,6 +348,12 @@ def test_a_template_is_stopped_and_the_next_goes_on(template: str, refusal: str)
     with pytest.raises(RefusedError, match=refusal):
         render(template, {})
     assert render("ok{{ x }}", {"x": 1}) == "ok1"
+
+
+def test_chance_in_a_template_is_the_same_each_time() -> None:
+    render = Bounded("gemma_dist.data.strange_template:render", seconds=SECONDS, num_bytes=NUM_BYTES)
+    template = "{{ range(10**4) | random }} {{ lipsum(1) }}"
+    assert render(template, {}) == render(template, {})
 
 
 def test_a_row_is_refused_with_the_hash_of_a_template_that_takes_too_much(
@@ -289,6 +375,20 @@ def test_a_fork_has_a_process_of_its_own() -> None:
         os._exit(0 if render("{{ x }}", {"x": 2}) == "2" else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert render("{{ x }}", {"x": 3}) == "3"
+
+
+def test_no_module_of_the_current_folder_is_taken_for_pythons(model: str, tmp_path: Path) -> None:
+    for name in ("pickle", "resource", "signal", "json", "jinja2"):
+        (tmp_path / f"{name}.py").write_text("open('hacked', 'w').close()")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
+    (tmp_path / "own.jinja").write_text(NEWEST + "{#- own -#}")
+    root = str(Path(__file__).parents[1])
+    command = [sys.executable, "-P", "-m", "gemma_dist", "shard", "rows.jsonl", "--model", model]
+    options = ["--chat-template", "own.jinja", "--out", "shards"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"} | {"PYTHONPATH": root}
+    subprocess.run([*command, *options], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "shards").is_dir()
+    assert not (tmp_path / "hacked").exists()
 
 
 # ---- schemas and rows that take for ever -----------------------------------------------------------------------------
@@ -323,6 +423,17 @@ def test_a_schema_that_takes_for_ever_refuses_its_row_alone(
     assert parsed(called(PATTERN, a="aaa")).id
     with pytest.raises(DataError, match="'b' does not match"):
         parsed(called(PATTERN, a="b"))
+
+
+@pytest.mark.parametrize("max_steps", [0, schema_fit.MAX_STEPS], ids=["elsewhere", "here"])
+def test_the_calls_of_a_row_have_a_limit_together(max_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = called({"properties": {"a": {"items": {"type": "string"}}}}, a=["x"] * 200)
+    row["messages"][1]["tool_calls"] *= 50
+    monkeypatch.setattr(schema_fit, "MAX_STEPS", max_steps)
+    assert parsed(row).id
+    monkeypatch.setattr(schema_fit, "ROW_SECONDS", 0.001)
+    with pytest.raises(DataError, match=r"rows.jsonl:1: .*cannot be applied: with the others of its row it takes more"):
+        parsed(row)
 
 
 def test_what_is_checked_elsewhere_is_found_as_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,6 +471,18 @@ def test_repeated_keys_are_counted_once() -> None:
 def test_almost_base64_is_read_once(tmp_path: Path, behind: str) -> None:
     with pytest.raises(DataError, match=r"cannot be read|no file"):
         load_image("iVBORw0KGgo" + "A" * 200_000 + behind + "!", tmp_path)
+
+
+@pytest.mark.timeout(120)
+def test_backticks_and_answers_in_any_order_are_looked_at_once() -> None:
+    thought = "<think>" + "`</think>`" * 100_000 + "</think>Hi"
+    row = parsed({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": thought}]})
+    assert row.messages[1]["content"] == "Hi"
+    assert row.messages[1]["reasoning_content"] == "`</think>`" * 100_000
+    calls = [{"id": f"c{number}", "function": {"name": "f", "arguments": {}}} for number in range(20_000)]
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": "ok"} for call in reversed(calls)]
+    asked = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    assert len(parsed({"messages": [*asked, *results]}).messages) == 20_002
 
 
 # ---- a store without ranges ------------------------------------------------------------------------------------------

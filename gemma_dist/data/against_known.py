@@ -1,9 +1,10 @@
 """What a chat template of strangers makes of a row, against what the newest known one makes of it.
 
 A template is a program: it may put words of its own into any turn, or change the row's. Known revisions are proved by
-tests. Of any other one, what is trained must be what the known one writes, but for blanks; and of the turns of others,
-the row's own words are taken out of both renderings, so that what is left are the templates': where these differ, the
-template adds something. That is no fault (a company's system prompt, the date), but nobody should train on it unseen.
+tests. Of any other one, what is trained must be what the known one writes, but for blanks, which are shown; and of the
+turns of others, the row's own words are taken out of both renderings, so that what is left are the templates': where
+these differ, the template adds something. That is no fault (a company's system prompt, the date), but nobody should
+train on it unseen.
 """
 
 import functools
@@ -69,12 +70,12 @@ def compare(text: str, emitted: Emitted, known_text: str, trajectory: Trajectory
         return []
     messages, tools = trajectory.messages, trajectory.tools
     given, known = Rendering(text, emitted), Rendering(known_text, find_emitted(known_text, messages))
+    added: list[Added] = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            _require_same(_said(given, index), _said(known, index), message, index)
+            added += _blanks(_said(given, index), _said(known, index), message, index)
     _require_declarations(given, tools, messages)
     both = given.spans.keys() & known.spans.keys()
-    added: list[Added] = []
     for (index, gap), (_, expected) in zip(_gaps(given, messages, both), _gaps(known, messages, both), strict=True):
         if without_spaces(gap) != without_spaces(expected):
             if index < len(messages) and messages[index]["role"] == "tool":
@@ -102,7 +103,8 @@ def _said(rendering: Rendering, index: int) -> tuple[str, bool]:
     return text, False
 
 
-def _require_same(given: tuple[str, bool], known: tuple[str, bool], message: Message, index: int) -> None:
+def _blanks(given: tuple[str, bool], known: tuple[str, bool], message: Message, index: int) -> list[Added]:
+    """Blanks in which what is trained differs, as in a call; DataError where it differs in more."""
     (text, stops), (expected, should_stop) = given, known
     thought = f"{THOUGHT}{message.get('reasoning_content', '')}\n{CHANNEL_END}"  # some show it where others do not
     text, expected = text.removeprefix(thought), expected.removeprefix(thought)
@@ -117,6 +119,9 @@ def _require_same(given: tuple[str, bool], known: tuple[str, bool], message: Mes
             f"turn {index + 1}: the chat template writes something between what the model says and the token with "
             f"which it stops, so that a model would not learn to stop; {REMEDY}"
         )
+    if text == expected:
+        return []
+    return [Added(f"turn {index + 1} (assistant)", "assistant", *_difference(text, expected))]
 
 
 # ---- what others say -------------------------------------------------------------------------------------------------
@@ -164,11 +169,10 @@ def _differences(gap: str, expected: str, messages: list[Message], index: int) -
     for piece, other in zip(_split(gap, words), _split(expected, words), strict=True):
         if without_spaces(piece) == without_spaces(other):
             continue
-        start = _common_prefix(piece, other)
-        end = -_common_prefix(piece[start:][::-1], other[start:][::-1]) or None
-        text, instead_of = piece[start:end].strip(), other[start:end].strip()
+        text, instead_of = (one.strip() for one in _difference(piece, other))
         if text or instead_of:
-            place, role = _turn(messages, index, is_opened=TURN in piece[:start])
+            is_opened = TURN in piece[: _common_prefix(piece, other)]
+            place, role = _turn(messages, index, is_opened=is_opened)
             added.append(Added(place, role, text, instead_of))
     return added
 
@@ -226,6 +230,13 @@ def _require_name(gap: str, expected: str, index: int) -> None:
             f"turn {index + 1}: the chat template writes the result of {_short(right[-1])} as one of "
             f"{_short(found[-1])}; {REMEDY}"
         )
+
+
+def _difference(one: str, other: str) -> tuple[str, str]:
+    """Both without what they begin and end with alike."""
+    start = _common_prefix(one, other)
+    end = -_common_prefix(one[start:][::-1], other[start:][::-1]) or None
+    return one[start:end], other[start:end]
 
 
 def _common_prefix(one: str, other: str) -> int:

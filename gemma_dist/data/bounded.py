@@ -4,7 +4,8 @@ A chat template is a program, and a pattern or a schema can take hours of a row 
 of these from harmless ones, so the system counts: seconds of the processor's time (not of the clock, so that a busy
 machine refuses nothing) and bytes of memory. What goes over is stopped with its process, and the next gets a new one.
 
-The process answers lines of JSON with lines of JSON: {"call": [...]} -> {"returned": ...}, or {"refused": "why"}.
+The process answers lines of JSON with lines of JSON: {"call": [...]} -> {"returned": ..., "seconds": 0.1}, or
+{"refused": "why", "seconds": 0.1}.
 """
 
 import importlib
@@ -16,12 +17,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import IO, Any
 
 ENDED_BY_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 OUT_OF_MEMORY = 77  # an exit code of ours
+MAX_SAID = 2000  # characters of a refusal: a template may raise gigabytes
 
 
 class RefusedError(Exception):
@@ -30,6 +33,29 @@ class RefusedError(Exception):
 
 class OverLimitError(RefusedError):
     """The function took more than it may: the message says of what."""
+
+
+_left: ContextVar[float | None] = ContextVar("_left", default=None)  # seconds; None: no limit
+
+
+@contextmanager
+def together(seconds: float) -> Iterator[None]:
+    """Within, what this thread calls may take so many seconds of processor time in all: a row may have a thousand calls
+    that each take a little less than one may."""
+    token = _left.set(seconds)
+    try:
+        yield
+    finally:
+        _left.reset(token)
+
+
+def spend(seconds: float) -> None:
+    """Take processor time from what `together` gives. OverLimitError where that has none left."""
+    left = _left.get()
+    if left is not None:
+        _left.set(left - seconds)
+        if seconds > left:
+            raise OverLimitError("with the others of its row it takes more processor time than a row may")
 
 
 class Bounded:
@@ -43,7 +69,8 @@ class Bounded:
             seconds: of processor time that a call may take (up to one more).
             num_bytes: of memory that the process may hold, Python's own 40 MB and its libraries among them.
         """
-        self._command = [sys.executable, "-m", "gemma_dist.data.bounded", function, str(seconds), str(num_bytes)]
+        # -P: else Python looks for modules in the current folder first, which may be one of strangers' rows.
+        self._command = [sys.executable, "-P", "-m", "gemma_dist.data.bounded", function, str(seconds), str(num_bytes)]
         self._seconds, self._num_bytes = seconds, num_bytes
         self._process: subprocess.Popen[bytes] | None = None
         self._forget()
@@ -61,6 +88,7 @@ class Bounded:
         if code is not None:
             raise OverLimitError(self._why(code))
         said = json.loads(answer)
+        spend(said["seconds"])
         if "refused" in said:
             raise RefusedError(said["refused"])
         return said["returned"]
@@ -143,7 +171,8 @@ def _serve(function: Callable[..., object], seconds: int, num_bytes: int) -> Non
         used = time.process_time()
         resource.setrlimit(resource.RLIMIT_CPU, (int(used) + 1 + seconds, resource.RLIM_INFINITY))
         try:
-            answer = json.dumps(_answer(function, json.loads(line)["call"]))
+            said = _answer(function, json.loads(line)["call"])
+            answer = json.dumps(said | {"seconds": time.process_time() - used})
         except MemoryError:
             os._exit(OUT_OF_MEMORY)
         sys.stdout.write(answer + "\n")
@@ -156,7 +185,7 @@ def _answer(function: Callable[..., object], args: list[object]) -> dict[str, ob
     except (MemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of Rust is no Exception
-        return {"refused": str(error) or type(error).__name__}
+        return {"refused": str(error)[:MAX_SAID] or type(error).__name__}
 
 
 if __name__ == "__main__":

@@ -38,8 +38,9 @@ from gemma_dist.data.kinds import kinds_of_characters
 from gemma_dist.data.served import NO_THOUGHT, as_served, decision_points, is_target, opening_of
 from gemma_dist.data.strict import holds_null
 from gemma_dist.data.templates import LOST_OPENING, newest, read_template, render, say_if_unknown, without_sandbox
+from gemma_dist.data.tokenize import require_tokens, tokenize
 from gemma_dist.data.trajectory import Trajectory
-from gemma_dist.data.types import Encoding, Message, Processor, Tokenizer, Tool, ToolCall
+from gemma_dist.data.types import Message, Processor, Tokenizer, Tool, ToolCall
 from gemma_dist.errors import CheckpointError, DataError, setting
 from gemma_dist.gemma_format import IMAGE
 from gemma_dist.model.folder import embedding_rows, refuse_custom_code, require_embeddings
@@ -137,7 +138,8 @@ class Encoder:
         """Token ids and labels of a whole trajectory.
 
         Raises:
-            DataError: the chat template loses or tears a part of this row; the message says which and what to do.
+            DataError: the chat template loses or tears a part of this row, or the tokenizer changes it; the message
+                says which and what to do.
         """
         rendered = self._render_whole(trajectory)
         served = as_served(
@@ -147,7 +149,7 @@ class Encoder:
             self.openings[rendered.thinking],
             thinking=rendered.thinking,
         )
-        encoding = self._tokenize(served.text)
+        encoding = tokenize(self.tokenizer.backend_tokenizer, served.text)
         input_ids = encoding.ids
         starts, ends = np.fromiter(chain.from_iterable(encoding.offsets), np.int64).reshape(-1, 2).T
         of_characters = np.frombuffer(kinds_of_characters(served.text, served.spans), np.uint8)
@@ -207,7 +209,7 @@ class Encoder:
         num_images = sum(map(count_images, history))
         _require_images(text, num_images)
         widened = self._widen(text, image_lengths[:num_images])
-        return text, self._tokenize(widened).ids
+        return text, tokenize(self.tokenizer.backend_tokenizer, widened).ids
 
     @functools.cached_property
     def openings(self) -> Mapping[bool, Mapping[str, str]]:
@@ -263,18 +265,11 @@ class Encoder:
     ) -> str:
         shown = [{key: value for key, value in message.items() if key != "train"} for message in messages]
         settled = {"add_generation_prompt": add_generation_prompt, "enable_thinking": thinking}
-        given = {"messages": shown, "tools": tools or None, "documents": None, **self.tokenizer.special_tokens_map}
-        try:
-            return render(template or self.processor.chat_template, given | settled)
+        given = {"messages": shown, "tools": tools or None, "documents": None, **settled}
+        try:  # a tokenizer may have a token of any name, such as `tools`
+            return render(template or self.processor.chat_template, self.tokenizer.special_tokens_map | given)
         except Exception as error:  # a template may raise anything: jinja's own errors, or its raise_exception
             raise DataError(f"the chat template cannot render this row: {error}") from error
-
-    def _tokenize(self, text: str) -> Encoding:
-        """As transformers' `tokenizer(text, add_special_tokens=False)`, which takes a third longer to hand it over."""
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_padding()  # of another call
-        backend.no_truncation()
-        return backend.encode(text, add_special_tokens=False)
 
     def _token_types(self, input_ids: list[int]) -> list[int]:
         """(T,): 1 on image soft tokens, else 0."""
@@ -363,7 +358,7 @@ def load_encoder(model: str, settings: EncodingConfig, *, adapter: Path | None =
 
     Raises:
         CheckpointError: there is no Gemma 4 processor; it wants to run code of its own; its tokenizer has more tokens
-            than the model's embeddings have rows.
+            than the model's embeddings have rows, or other words for Gemma's tokens.
         ConfigError: the template is neither a shipped name nor a file.
     """
     from transformers import AutoProcessor, Gemma4Processor, Gemma4UnifiedProcessor
@@ -380,6 +375,7 @@ def load_encoder(model: str, settings: EncodingConfig, *, adapter: Path | None =
     if not isinstance(processor, Gemma4Processor | Gemma4UnifiedProcessor):
         raise CheckpointError(f"{folder!r} holds a {type(processor).__name__}, not a Gemma 4 processor")
     require_embeddings(processor.tokenizer, rows, tokenizer_of=folder, model=model)
+    require_tokens(processor, folder)
     model_template = None
     if isinstance(processor.chat_template, dict):  # several, by name
         processor.chat_template = processor.chat_template.get("default")

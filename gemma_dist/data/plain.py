@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from gemma_dist.config import EncodingConfig
 from gemma_dist.data.encode import Encoder, load_encoder
-from gemma_dist.data.types import BackendTokenizer, Processor, Tool
+from gemma_dist.data.types import BackendTokenizer, Processor
 from gemma_dist.errors import CheckpointError
 
 
@@ -57,17 +57,6 @@ class PlainProcessor:
     image_token_id: int
     boi_token: str
     eoi_token: str
-
-    def apply_chat_template(
-        self, conversation: list[dict[str, object]], *, tools: list[Tool] | None, tokenize: bool, **settled: bool
-    ) -> str:
-        """The messages as one string, rendered in transformers' sandbox: a template that is not known."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        assert not tokenize
-        given = {**self.tokenizer.special_tokens_map, **settled}
-        rendered, _ = render_jinja_template([conversation], tools, chat_template=self.chat_template, **given)
-        return str(rendered[0])
 
     def _get_num_multimodal_tokens(self, *, image_sizes: list[tuple[int, int]]) -> PlainSoftTokens:
         settings = self.image_processor.settings

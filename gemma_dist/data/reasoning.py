@@ -85,9 +85,14 @@ def split_think_tags(text: str) -> tuple[str, str]:
 
 def _find_closer(text: str, start: int) -> re.Match[str] | None:
     """The first closing tag from a place on, but for those that a thought talks about: `</think>`, in backticks."""
+    counted, num_ticks = start, 0  # up to where the backticks of the tag's line are counted
     for closer in _CLOSER.finditer(text, start):
-        line = text[max(start, text.rfind("\n", 0, closer.start()) + 1) : closer.start()]
-        is_quoted = line.endswith("`") and line.count("`") % 2 == 1 and text.startswith("`", closer.end())
+        line_start = text.rfind("\n", counted, closer.start()) + 1
+        if line_start:
+            counted, num_ticks = line_start, 0
+        num_ticks += text.count("`", counted, closer.start())
+        counted = closer.start()
+        is_quoted = num_ticks % 2 == 1 and text[counted - 1] == "`" and text.startswith("`", closer.end())
         if not is_quoted:
             return closer
     return None

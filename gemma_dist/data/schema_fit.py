@@ -9,6 +9,7 @@ that each name the next one twice 2^24 of any value: such a schema, and whatever
 import functools
 import json
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict, cast
@@ -17,7 +18,7 @@ import jsonschema
 import referencing
 from jsonschema.exceptions import ValidationError
 
-from gemma_dist.data.bounded import Bounded, OverLimitError, RefusedError
+from gemma_dist.data.bounded import Bounded, OverLimitError, RefusedError, spend
 from gemma_dist.data.schema_plain import is_plainly_valid
 from gemma_dist.data.schema_walk import keywords, subschemas
 from gemma_dist.data.strict import reason
@@ -25,6 +26,7 @@ from gemma_dist.data.types import Json, JsonObject
 from gemma_dist.errors import DataError
 
 SECONDS = 2  # of processor time, for one call's arguments; what is no trap takes milliseconds
+ROW_SECONDS = 10  # for all schemas and calls of a row
 NUM_BYTES = 2**30
 MAX_STEPS = 10_000_000  # characters of schema and arguments, multiplied: what is checked without a process of its own
 MAX_SCHEMA_CHARACTERS = 20_000  # of a schema that is itself checked so: `uniqueItems` of 500 entries
@@ -54,7 +56,7 @@ def require_valid(schema: JsonObject) -> None:
     """DataError where a schema is none of its dialect."""
     schema_json = json.dumps(schema)
     if len(schema_json) <= MAX_SCHEMA_CHARACTERS:
-        _validator(schema_json)
+        _here("require_valid", schema_json)
     else:
         _elsewhere("require_valid", schema_json)
 
@@ -90,7 +92,7 @@ def _apply(function: str, arguments: Mapping[str, Json], schema: JsonObject) -> 
     size = len(json.dumps(arguments))
     is_short = len(schema_json) <= MAX_SCHEMA_CHARACTERS and max(len(schema_json), size) * size <= MAX_STEPS
     if is_short and _is_tree(schema_json):
-        return run(function, schema_json, arguments)
+        return _here(function, schema_json, arguments)
     return _elsewhere(function, schema_json, arguments)
 
 
@@ -107,15 +109,27 @@ def _is_tree_within(schema: JsonObject) -> bool:
     return not schema.keys() & _UNBOUNDED and all(map(_is_tree_within, subschemas(schema)))
 
 
+def _here(function: str, *args: object) -> Any:
+    start = time.thread_time()
+    found = run(function, *args)
+    try:
+        spend(time.thread_time() - start)
+    except OverLimitError as error:
+        raise _too_much(error) from None
+    return found
+
+
 def _elsewhere(function: str, *args: object) -> Any:
     try:
         return _bounded()(function, *args)
     except OverLimitError as error:
-        raise DataError(
-            f"the tool's schema cannot be applied: {error}; make its patterns and references simpler"
-        ) from None
+        raise _too_much(error) from None
     except RefusedError as error:
         raise DataError(str(error)) from None
+
+
+def _too_much(error: OverLimitError) -> DataError:
+    return DataError(f"the tool's schema cannot be applied: {error}; make its patterns and references simpler")
 
 
 @functools.cache

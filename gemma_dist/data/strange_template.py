@@ -8,6 +8,7 @@ once more since that module would bring all of transformers, and torch, into a p
 
 import functools
 import json
+import random
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, NoReturn
@@ -36,6 +37,7 @@ def bounded_render() -> Bounded:
 def render(template: str, variables: dict[str, Any]) -> str:
     """A template's text for these variables. Raises what Jinja and the template raise, TemplateError where the text is
     too long."""
+    random.seed(0)  # of Jinja's `random` and `lipsum`: what is inspected is what is trained
     limit = 2 * len(json.dumps(variables, ensure_ascii=False)) + MAX_CHARACTERS_ADDED
     return "".join(_at_most(limit, compiled(template).generate(**variables)))
 

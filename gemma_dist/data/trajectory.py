@@ -15,8 +15,9 @@ from itertools import chain
 from pathlib import Path
 
 from gemma_dist.config import EvaluateConfig, RowConfig
-from gemma_dist.data import bfcl, marks
+from gemma_dist.data import bfcl, marks, schema_fit
 from gemma_dist.data.answers import link_answers
+from gemma_dist.data.bounded import together
 from gemma_dist.data.content import ColumnIndex, clean_text
 from gemma_dist.data.convert import to_openai
 from gemma_dist.data.expected import Expected, is_test_case, with_expected_answer
@@ -80,7 +81,7 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
     Raises:
         DataError: for the first thing that is wrong.
     """
-    with error_context(where):
+    with error_context(where), together(schema_fit.ROW_SECONDS):
         if not isinstance(row, dict):
             raise DataError(f"the row is {short(row)}, not a JSON object; write one object a line")
         media = row.files if isinstance(row, RowWithFiles) else _media_root(settings.media_root, where)

@@ -112,6 +112,9 @@ class BackendTokenizer(Protocol):
     def encode(self, sequence: str, *, add_special_tokens: bool) -> Encoding:
         """Tokens of a string, with the padding and truncation of the last call that asked for any."""
 
+    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        """The string of token ids."""
+
     def no_padding(self) -> None:
         """Stop padding."""
 
@@ -162,17 +165,6 @@ class Processor(Protocol):
     image_token_id: int
     boi_token: str
     eoi_token: str
-
-    def apply_chat_template(
-        self,
-        conversation: list[dict[str, object]],
-        *,
-        tools: list[Tool] | None,
-        tokenize: Literal[False],
-        add_generation_prompt: bool,
-        enable_thinking: bool,
-    ) -> str:
-        """The messages as one string."""
 
     def _get_num_multimodal_tokens(self, *, image_sizes: list[tuple[int, int]]) -> SoftTokenCounts:
         """The soft tokens of images of (height, width) pixels. ValueError where one cannot be made into patches."""

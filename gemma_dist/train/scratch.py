@@ -30,9 +30,12 @@ def scratch_folder(folder: Path, num_ranks: int = 1) -> Iterator[None]:
         num_ranks: that write to it.
     """
     made = [path for path in (folder.parent, *folder.parent.parents) if not path.exists()]
-    command = [sys.executable, "-m", "gemma_dist.train.scratch", str(folder), *map(str, made)]
+    command = [sys.executable, "-P", "-m", "gemma_dist.train.scratch", str(folder), *map(str, made)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     quiet = subprocess.DEVNULL  # whoever reads our output is not to wait for that process
-    waits = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
+    waits = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True, env=environment
+    )
     assert waits.stdin is not None, "a pipe"
     ended_well = False
     try:
