@@ -229,7 +229,7 @@ def write_weights(
 
 
 def _has_whole_pages(tensor: Copied | Computed) -> bool:
-    """Whether a tensor is computed, and in blocks (`row_blocks`) of whole pages: none goes beyond a matrix of a stack."""
+    """Whether a tensor is computed, and in blocks of whole pages (`row_blocks`): none goes beyond one matrix."""
     if isinstance(tensor, Copied):
         return False
     _, in_matrix, num_columns = as_matrix(tensor.entry.shape)
