@@ -25,6 +25,8 @@ def _of_data(data: Any) -> Iterator[str]:
         yield "data.train: some sources have a weight and some have none; give each one {path: …, weight: …}, or none"
     if data.weights and len(set(data.names)) < len(data.names):
         yield f"data.train: two sources have one name, {data.names}; give each {{path: …, name: …}} of its own"
+    if data.weights and "from_step" in data.names:
+        yield "data.train: no source can have the name from_step where data.weights has steps; give it another one"
     for one in data.weights:
         if set(one) != {"from_step", *data.names}:
             yield (

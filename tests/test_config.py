@@ -260,6 +260,10 @@ def test_a_section_given_as_a_value_is_told_once(problems):
         (["weights=[{from_step: 0, a: 1}, {from_step: 0, a: 2}]"], "each a later one than before it"),
         (["weights=[{a: 1}]"], "give each a from_step"),
         (["weights=[{from_step: 0, a: 0}]"], "from_step 0 has weights below 0, or none above"),
+        (
+            ["data.train=[{path: a, name: from_step}, b]", "weights=[{from_step: 0, b: 1}]"],
+            "no source can have the name from_step",
+        ),
         (["train.packing_length=4096"], "train.packing_length: 4096, but packing is off"),
         (
             ["data.too_long=drop"],

@@ -22,6 +22,7 @@ SHAPES = {
     "a row of no whole page": (65, 10),
     "one value": (),
     "a stack": (4, 128, 96),
+    "a stack of whole pages, a matrix of which has a part of one": (64, 1, 32),
 }
 
 

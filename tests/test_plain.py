@@ -86,16 +86,16 @@ def say():
     open(os.path.join(os.environ["SAID"], str(os.getpid())), "w").write(" ".join(found))
 atexit.register(say)
 """
+# A script as people write it: without `if __name__ == "__main__"`, no other process may begin with it.
 MAIN = """
 import sys
 from pathlib import Path
 from gemma_dist.config import ShardConfig
 from gemma_dist.shards import sharding
-if __name__ == "__main__":
-    sharding.PIECE_BYTES = 6000
-    rows, out, model = map(Path, sys.argv[1:])
-    report = sharding.run_shard([rows], out, str(model), ShardConfig(), False, num_workers=2)
-    print(report.num_written)
+sharding.PIECE_BYTES = 6000
+rows, out, model = map(Path, sys.argv[1:])
+report = sharding.run_shard([rows], out, str(model), ShardConfig(), False, num_workers=2)
+print(report.num_written)
 """
 
 

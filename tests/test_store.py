@@ -162,6 +162,26 @@ def killed(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("removed", [".finished", "manifest.arrow"])
+def test_a_kill_while_the_folder_is_removed_leaves_nothing_to_do(
+    removed: str, bucket: Any, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_rows(tmp_path / "a.jsonl", ROWS[:8])
+    shard(source, URL, model)
+    there = contents(bucket)
+
+    def remove_one(folder: Path, **_: object) -> None:
+        (folder / "shards" / removed).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.shutil, "rmtree", remove_one)
+        with pytest.raises(KeyboardInterrupt):
+            shard(source, URL, model)
+    assert shard(source, URL, model).num_written == 8
+    assert contents(bucket) == there
+
+
 def test_what_another_call_finished_meanwhile_is_not_written_over(
     bucket: Any, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

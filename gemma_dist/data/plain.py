@@ -10,8 +10,10 @@ import math
 import multiprocessing
 import signal
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -105,8 +107,8 @@ def load_plain_encoder(model: str, settings: EncodingConfig) -> Encoder:
     """
     if "torch" in sys.modules:
         return _load(model, settings)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)) as pool:
+    context, end = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_DFL)
+    with without_script(), ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=end) as pool:
         try:
             return pool.submit(_load, model, settings).result()
         except BrokenProcessPool:
@@ -114,6 +116,20 @@ def load_plain_encoder(model: str, settings: EncodingConfig) -> Encoder:
                 f"the process that loaded the processor of {model!r} was killed, most often for want of memory: about "
                 "1 GB has to be free"
             ) from None
+
+
+@contextmanager
+def without_script() -> Iterator[None]:
+    """Within, spawned processes do not begin with the user's script, as `multiprocessing` has it: what they are to do
+    is ours, and a script without `if __name__ == "__main__"` would do its work anew in each of them, or fail."""
+    main = vars(sys.modules["__main__"])
+    kept = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    main.pop("__file__", None)
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.update(kept)
 
 
 def _load(model: str, settings: EncodingConfig) -> Encoder:

@@ -229,11 +229,12 @@ def write_weights(
 
 
 def _has_whole_pages(tensor: Copied | Computed) -> bool:
-    """Whether a tensor is computed, and in blocks (`row_blocks`) of whole pages."""
+    """Whether a tensor is computed, and in blocks of whole pages (`row_blocks`): none goes beyond one matrix."""
     if isinstance(tensor, Copied):
         return False
-    width = as_matrix(tensor.entry.shape)[2] * DTYPE_OF[tensor.entry.dtype].itemsize
-    return (MIN_ROWS * width) % PAGE_BYTES == 0 and tensor.entry.num_bytes % PAGE_BYTES == 0
+    _, in_matrix, num_columns = as_matrix(tensor.entry.shape)
+    width = num_columns * DTYPE_OF[tensor.entry.dtype].itemsize
+    return (MIN_ROWS * width) % PAGE_BYTES == 0 and (in_matrix * width) % PAGE_BYTES == 0
 
 
 def _compute(name: str, tensor: Computed, target: SharedFile, at: int, workers: Workers) -> None:

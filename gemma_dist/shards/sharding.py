@@ -32,7 +32,7 @@ from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import Encoder
 from gemma_dist.data.inputs import identity
 from gemma_dist.data.places import InputRange, ReadRow, SizedRange
-from gemma_dist.data.plain import load_plain_encoder
+from gemma_dist.data.plain import load_plain_encoder, without_script
 from gemma_dist.data.rows import read_ranges, split_input
 from gemma_dist.errors import DataError
 from gemma_dist.logs import log, progress
@@ -254,7 +254,8 @@ def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None, re
     context = multiprocessing.get_context("spawn")
     counter, rejected, errors = context.Value("q", 0), context.Value("q", 0), context.SimpleQueue()
     setup = (encoder, counter, rejected, errors)
-    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=setup) as pool:
+    workers = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=setup)
+    with without_script(), workers as pool:
         running = [pool.submit(_work_in_worker, job) for job in jobs]
 
         def rows_read() -> Iterator[None]:
@@ -301,7 +302,8 @@ def _leave_out(jobs: list[ShardJob], repeated: dict[int, Refused], num_workers: 
     if num_workers <= 1:
         again = list(map(leave_out, todo, repeated.values()))
     else:
-        with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _end_alone) as pool:
+        workers = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _end_alone)
+        with without_script(), workers as pool:
             again = list(pool.map(leave_out, todo, repeated.values()))
     done = {job.number: job for job in again}
     return [done.get(job.number, job) for job in jobs]

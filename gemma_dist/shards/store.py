@@ -182,7 +182,7 @@ class Store:
                     )
             self._require_unchanged()
             self._put(MANIFEST)
-        shutil.rmtree(self._root)
+        self._remove_folder()
 
     def _send_shards(self, names: list[str]) -> None:
         """Send those that were not sent yet."""
@@ -221,8 +221,12 @@ class Store:
                 refused = APPEND_REJECTED if append else REJECTED
                 if (self.folder / refused).exists():
                     self._put(refused)
-                shutil.rmtree(self._root, ignore_errors=True)
+                self._remove_folder()
             raise DataError(str(error).replace(str(self.folder), self.url)) from error
+
+    def _remove_folder(self) -> None:
+        self._note.unlink(missing_ok=True)  # first: what a killed call leaves of the others is of no run that goes on
+        shutil.rmtree(self._root, ignore_errors=True)
 
     def _is_unchanged(self) -> bool:
         return not self._note.exists() or self._own_tail() == self._begun_with()
