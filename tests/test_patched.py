@@ -123,6 +123,7 @@ SOURCES = {
         "adds to what is read by",
         "8e54dd243033",
     ),
+    "fsspec.implementations.http:HTTPFileSystem._cat_file": ("shards/ranged_http.py", "restates", "00dd13ebc58d"),
     "peft.utils.other:get_pattern_key": ("merge/plan.py", "restates", "be585ac2daa2"),
 }
 # The same, with a hash of the parameters: their names, their kinds, and which may be left out.
@@ -148,6 +149,11 @@ SIGNATURES = {
     f"{ZERO3}.has_overflow": ("train/trainer.py", "calls", "42e8122937a2"),
     f"{ZERO2}.has_overflow": ("train/trainer.py", "calls", "2f133dcf6730"),
     f"{ZERO3}.get_param_id": ("train/optimizer.py", "calls", "78864d891a75"),
+    "fsspec.implementations.http:HTTPFileSystem._raise_not_found_for_status": (
+        "shards/ranged_http.py",
+        "calls",
+        "8d338e37a1c0",
+    ),
     "peft.tuners.lora.layer:ParamWrapper": ("model/load.py", "names to DeepSpeed", "5c6bc7e99056"),
 }
 KINDS = [("source", name) for name in SOURCES] + [("parameters", name) for name in SIGNATURES]

@@ -96,28 +96,33 @@ def run_shard(
     if note := encoder.lost_opening():
         log.warning(note)
     pieces = list(_split_pieces(inputs))
-    identities = {path: identity(path) for path in inputs}
     jobs = [
         ShardJob(folder, number, ranges, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES)
         for number, ranges in enumerate(pieces)
     ]
-    plan: Plan = {
+    plan = _plan(encoder, settings, pieces, skip_invalid=skip_invalid)
+    with at_work(folder, part), store.named(append=append, alone=part is None) if store else nullcontext():
+        if store:
+            store.prepare(plan, alone=part is None)
+        told = _Refusals(max_rejected)
+        report = _do(folder, store, jobs, encoder, plan, told, append=append, num_workers=num_workers, part=part)
+        if store and part is None:
+            store.publish()
+    return replace(report, out=str(out))
+
+
+def _plan(encoder: Encoder, settings: ShardConfig, pieces: list[list[InputRange]], *, skip_invalid: bool) -> Plan:
+    ranges = list(chain.from_iterable(pieces))
+    identities = {file: identity(file) for file in {one.file for one in ranges}}
+    return {
         "fingerprint": encoder.fingerprint,
         "settings": settings.model_dump(mode="json", exclude={"media_root"}),
-        "inputs": [_known(one, *identities[one.file]) for one in chain.from_iterable(pieces)],
+        "inputs": [_known(one, *identities[one.file]) for one in ranges],
         "media_root": str(settings.media_root),
         "skip_invalid": skip_invalid,
         "sizes": [PIECE_BYTES, ROW_GROUP_BYTES, SHARD_BYTES],
         "append_to": None,
     }
-    with at_work(folder, part), store.named(append=append, alone=part is None) if store else nullcontext():
-        if store:
-            store.prepare(plan, alone=part is None)
-        refusals = _Refusals(max_rejected)
-        report = _do(folder, store, jobs, encoder, plan, refusals, append=append, num_workers=num_workers, part=part)
-        if store and part is None:
-            store.publish()
-    return replace(report, out=str(out))
 
 
 def _open_store(out: str, work_dir: Path | None, part: Part | None) -> Store | None:

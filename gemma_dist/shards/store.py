@@ -207,7 +207,7 @@ class Store:
         if self._tail() != self._begun_with():
             raise DataError(
                 f"{self.url}: another call has written its manifest meanwhile, which stays as it is; look at what is "
-                "there and run the same command again, with --append to add to it"
+                "there, and run the command again to add to it"
             )
 
     @contextmanager
