@@ -134,7 +134,7 @@ def without_script() -> Iterator[None]:
     """Within, spawned processes do not begin with the user's script, as `multiprocessing` has it: what they are to do
     is ours, and a script without `if __name__ == "__main__"` would do its work anew in each of them, or fail."""
     main = vars(sys.modules["__main__"])
-    kept = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    kept: dict[str, Any] = {name: main[name] for name in ("__file__", "__spec__") if name in main}
     main.pop("__file__", None)
     main["__spec__"] = None
     try:
