@@ -259,8 +259,7 @@ def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None, re
     context = multiprocessing.get_context("spawn")
     counter, rejected, errors = context.Value("q", 0), context.Value("q", 0), context.SimpleQueue()
     setup = (encoder, counter, rejected, errors)
-    workers = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=setup)
-    with without_script(), workers as pool:
+    with without_script(), ProcessPoolExecutor(num_workers, context, _start_worker, setup) as pool:
         running = [pool.submit(_work_in_worker, job) for job in jobs]
 
         def rows_read() -> Iterator[None]:
@@ -307,8 +306,8 @@ def _leave_out(jobs: list[ShardJob], repeated: dict[int, Refused], num_workers: 
     if num_workers <= 1:
         again = list(map(leave_out, todo, repeated.values()))
     else:
-        workers = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _end_alone)
-        with without_script(), workers as pool:
+        context = multiprocessing.get_context("spawn")
+        with without_script(), ProcessPoolExecutor(num_workers, context, _end_alone) as pool:
             again = list(pool.map(leave_out, todo, repeated.values()))
     done = {job.number: job for job in again}
     return [done.get(job.number, job) for job in jobs]
