@@ -91,6 +91,14 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     return row
 
 
+def nested_schema(depth: int) -> dict[str, Any]:
+    """A JSON schema of objects in objects."""
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
 # ---- what goes through ----
 
 
@@ -498,6 +506,8 @@ REFUSED = [
         "an integer of thousands of digits",
     ),
     (changed("messages.2.tool_calls.0.function.arguments", '{"a":' * 5000 + "1" + "}" * 5000), "nested"),
+    (changed("tools.0.function.parameters.properties.a", nested_schema(90)), "nested deeper than 64 levels"),
+    (changed("tools.0.function.parameters.properties.a", nested_schema(400)), "nested too deeply"),
     (
         changed("messages.2.tool_calls.0.function.arguments", {"a": 1}),
         "do not fit the tool's schema: as a whole: 'b' is a required",

@@ -44,6 +44,8 @@ def error_context(place: object) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
+    except RecursionError:  # JSON that is taken may still be too deep for what walks over it
+        raise DataError(f"{place}: it is nested too deeply; make it flatter") from None
 
 
 def parse_json(text: str) -> object:

@@ -69,7 +69,7 @@ class Inspection:
             header += f"\n{count:,} x {visible(note)}"
         header += "".join(f"\n{visible(words)}" for words in self.added[:NUM_PLACES_SHOWN])
         if len(self.added) > NUM_PLACES_SHOWN:
-            header += f"\nand in {len(self.added) - NUM_PLACES_SHOWN:,} more places, which --json shows"
+            header += f"\nand in {len(self.added) - NUM_PLACES_SHOWN:,} more places, which the JSON of this row has"
         start, end = (GREEN + TRAINED, TRAINED_END + PLAIN) if color else (TRAINED, TRAINED_END)
         pieces = [f"{start}{_unmarked(text)}{end}" if trained else _unmarked(text) for trained, text in self.segments]
         text = SOFT_TOKENS.sub(lambda found: f"{IMAGE} x {len(found[0]) // len(IMAGE)}", "".join(pieces))
