@@ -125,11 +125,12 @@ def assert_same_logits(logits: torch.Tensor, expected: list[list[torch.Tensor]],
 
 
 def assert_same_gradients(actual: Tensors, expected: Tensors) -> None:
-    """Each parameter's difference is within 1e-5 of the norm of its gradient."""
+    """Each parameter's difference is within 3e-5 of the norm of its gradient: what float32 rounds on processors without
+    AVX-512, too."""
     for name in actual.keys() | expected.keys():
         zero = torch.zeros(())
         a, e = actual.get(name, zero), expected.get(name, zero)
-        assert (a - e).norm() <= 1e-5 * e.norm() + 1e-9, name
+        assert (a - e).norm() <= 3e-5 * e.norm() + 1e-9, name
 
 
 @pytest.mark.parametrize("case", PACKS)

@@ -228,7 +228,7 @@ def test_an_unknown_template_is_named_once_by_its_hash(
     for text in (NEWEST, template, template):
         (tmp_path / "own.jinja").write_text(text)
         load_encoder(model, EncodingConfig(chat_template=str(tmp_path / "own.jinja")))
-    warned = [record.getMessage() for record in caplog.records if "sha256" in record.getMessage()]
+    warned = {id(record) for record in caplog.records if "sha256" in record.getMessage()}  # two handlers may have one
     assert len(warned) == 1
     assert templates._sha256(template) in warned[0]
 
