@@ -33,7 +33,6 @@ OWNERS = {
     "chat/tools.py": "chat",
     "shards/assemble.py": "shard",
     "shards/folder.py": "shard",
-    "shards/repeated.py": "shard",
     "shards/sharding.py": "shard",
     "plan/levers.py": "plan",
     "plan/margin.py": "plan",

@@ -73,7 +73,8 @@ def test_no_code_of_the_current_folder_is_run(model: str, tmp_path: Path) -> Non
     folder = Path(shutil.copytree(model, tmp_path / "model"))
     for name in ("fastapi", "typer", "yaml"):
         (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit(3)\n")
-    start = "import sys\nfrom gemma_dist.serving.serve import serve\nsys.path.remove('')\nserve('.', ['--help'])"
+    own_folder_left_out = "import sys\nsys.path[:] = filter(None, sys.path)\n"
+    start = f"from gemma_dist.serving.serve import serve\n{own_folder_left_out}serve('.', ['--help'])"
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run([sys.executable, "-c", start], cwd=folder, env={**os.environ, "PYTHONPATH": paths})
     assert done.returncode == 0

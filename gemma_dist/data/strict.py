@@ -44,8 +44,15 @@ def error_context(place: object) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
-    except RecursionError:  # JSON that is taken may still be too deep for what walks over it
-        raise DataError(f"{place}: it is nested too deeply; make it flatter") from None
+
+
+@contextmanager
+def bounded_depth() -> Iterator[None]:
+    """DataError where what walks over JSON within goes too deep: a text that is taken may still be so for that."""
+    try:
+        yield
+    except RecursionError:
+        raise DataError("it is nested too deeply; make it flatter") from None
 
 
 def parse_json(text: str) -> object:

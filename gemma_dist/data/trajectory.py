@@ -29,7 +29,7 @@ from gemma_dist.data.nulls import settle_nulls
 from gemma_dist.data.places import Where
 from gemma_dist.data.schema import check_calls, parse_tools, without_schemas
 from gemma_dist.data.schema_show import show_tools
-from gemma_dist.data.strict import error_context, get, map_json, require_encodable, short
+from gemma_dist.data.strict import bounded_depth, error_context, get, map_json, require_encodable, short
 from gemma_dist.data.template_kwargs import parse_template_kwargs
 from gemma_dist.data.types import Clean, Message, RawRow, RowWithFiles, Tool
 from gemma_dist.errors import DataError, setting
@@ -81,7 +81,7 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
     Raises:
         DataError: for the first thing that is wrong.
     """
-    with error_context(where), together(schema_fit.ROW_SECONDS):
+    with error_context(where), bounded_depth(), together(schema_fit.ROW_SECONDS):
         if not isinstance(row, dict):
             raise DataError(f"the row is {short(row)}, not a JSON object; write one object a line")
         media = row.files if isinstance(row, RowWithFiles) else _media_root(settings.media_root, where)
