@@ -21,6 +21,7 @@ from gemma_dist.shards import fetch as module
 from gemma_dist.shards import sharding
 from gemma_dist.shards.fetch import Fetcher, FetchError
 from gemma_dist.shards.manifest import digest
+from gemma_dist.shards.ranged_s3 import RangedS3
 from gemma_dist.shards.reader import open_shards
 from gemma_dist.shards.sharding import run_shard
 from tests.support.corpus import row, shard_rows, write_rows
@@ -415,11 +416,10 @@ REFUSALS = [
 @pytest.fixture
 def s3_of_now() -> Iterator[None]:
     """s3fs keeps its clients, with the endpoint and the credentials of then."""
-    import fsspec
 
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    RangedS3.clear_instance_cache()
     yield
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    RangedS3.clear_instance_cache()
 
 
 def test_a_refusal_of_a_store_is_told_with_its_cause_and_no_word_of_damage(

@@ -123,6 +123,7 @@ SOURCES = {
         "adds to what is read by",
         "8e54dd243033",
     ),
+    "s3fs:S3FileSystem._cat_file": ("shards/ranged_s3.py", "restates", "6f7b053c0211"),
     "fsspec.implementations.http:HTTPFileSystem._cat_file": ("shards/ranged_http.py", "restates", "00dd13ebc58d"),
     "peft.utils.other:get_pattern_key": ("merge/plan.py", "restates", "be585ac2daa2"),
 }
@@ -149,6 +150,7 @@ SIGNATURES = {
     f"{ZERO3}.has_overflow": ("train/trainer.py", "calls", "42e8122937a2"),
     f"{ZERO2}.has_overflow": ("train/trainer.py", "calls", "2f133dcf6730"),
     f"{ZERO3}.get_param_id": ("train/optimizer.py", "calls", "78864d891a75"),
+    "s3fs:S3FileSystem._call_s3": ("shards/ranged_s3.py", "calls", "ccc302da4a3f"),
     "fsspec.implementations.http:HTTPFileSystem._raise_not_found_for_status": (
         "shards/ranged_http.py",
         "calls",

@@ -16,6 +16,7 @@ from gemma_dist.config import ShardConfig
 from gemma_dist.errors import DataError
 from gemma_dist.shards import fetch, sharding, store
 from gemma_dist.shards.folder import Part
+from gemma_dist.shards.ranged_s3 import RangedS3
 from gemma_dist.shards.reader import open_shards
 from gemma_dist.shards.sharding import run_shard
 from tests.support.corpus import row, write_rows
@@ -35,7 +36,6 @@ def endpoint() -> Iterator[str]:
 @pytest.fixture
 def bucket(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An empty bucket, as boto3 knows it; caches are in `tmp_path`, pieces are small."""
-    import fsspec
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
@@ -45,14 +45,15 @@ def bucket(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(fetch, "FIRST_WAIT_S", 0.001)
     for name, size in (("PIECE_BYTES", 6000), ("ROW_GROUP_BYTES", 3000), ("SHARD_BYTES", 5000)):
         monkeypatch.setattr(sharding, name, size)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    RangedS3.clear_instance_cache()
     found = boto3.resource("s3", endpoint_url=endpoint).Bucket("bucket")
     found.create()
+    found.objects.all().delete()  # moto's servers of one process share what they hold
     monkeypatch.chdir(tmp_path)
     yield found
     found.objects.all().delete()
     found.delete()
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    RangedS3.clear_instance_cache()
 
 
 @pytest.fixture

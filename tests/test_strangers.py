@@ -29,6 +29,7 @@ from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.errors import CheckpointError, DataError
 from gemma_dist.model.tiny import newest_template
 from gemma_dist.shards.ranged_http import RangedHTTP
+from gemma_dist.shards.ranged_s3 import RangedS3
 from gemma_dist.show.row import inspect_row
 from tests.support.store import serve
 
@@ -494,3 +495,13 @@ def test_an_answer_is_cut_at_the_length_asked_for() -> None:
         assert len(RangedHTTP(skip_instance_cache=True).cat_file(f"{server.url}/data", 0, 100)) == 101
         server.ranges = True
         assert len(RangedHTTP(skip_instance_cache=True).cat_file(f"{server.url}/data", 0, 100)) == 100
+
+
+def test_so_is_one_of_a_store_that_speaks_s3() -> None:
+    with serve({"bucket/data": bytes(64 * 2**20)}) as server:
+        store = RangedS3(anon=True, endpoint_url=server.url, skip_instance_cache=True)
+        server.ranges = False
+        assert len(store.cat_file("bucket/data", start=0, end=100)) == 101
+        server.ranges = True
+        assert len(store.cat_file("bucket/data", start=7, end=107)) == 100
+        assert len(store.cat_file("bucket/data")) == 64 * 2**20

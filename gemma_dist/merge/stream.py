@@ -202,8 +202,8 @@ def write_weights(
     Raises:
         CheckpointError: a file that is read changed meanwhile, or a tensor would not be finite.
     """
-    direct = [name for name, tensor in tensors.items() if _has_whole_pages(tensor)]
-    in_order = direct + [name for name in tensors if name not in set(direct)]
+    direct = [name for name in tensors if _has_whole_pages(tensors[name])]
+    in_order = direct + [name for name in tensors if not _has_whole_pages(tensors[name])]
     header = header_bytes({name: tensors[name].entry for name in in_order}, metadata, multiple_of=PAGE_BYTES)
     at = len(header)
     num_bytes = at + sum(tensor.entry.num_bytes for tensor in tensors.values())

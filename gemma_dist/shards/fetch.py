@@ -185,6 +185,10 @@ class Fetcher:
                         from gemma_dist.shards.ranged_http import RangedHTTP
 
                         self._systems[key] = RangedHTTP(use_listings_cache=False)
+                    elif protocol in ("s3", "s3a"):
+                        from gemma_dist.shards.ranged_s3 import RangedS3
+
+                        self._systems[key] = RangedS3(use_listings_cache=False)
                     else:
                         self._systems[key] = fsspec.filesystem(protocol, use_listings_cache=False)
                 except ImportError as error:
