@@ -339,7 +339,7 @@ def _write_weights(plan: Plan, folder: Path) -> None:
         return merged(op, shard, adapters, plan.quantization, entry)
 
     with (
-        Workers() as workers,
+        Workers() if plan.quantization is None else Workers(num_waiting=0) as workers,
         contextlib.closing(progress(names, total=len(names), desc="merge", unit="tensor")) as bar,
     ):
         for file in plan.layout.files:

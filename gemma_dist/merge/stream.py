@@ -32,7 +32,7 @@ MIN_ROWS = 64  # matrix products of fewer may have other bits than those of all;
 COPY_BYTES = 64 << 20
 SYNC_BYTES = 64 << 20
 MAX_THREADS = 8
-NUM_WAITING = 2  # threads that wait for the disk while the others compute
+NUM_WAITING = 1  # thread that waits for the disk while the others compute
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ class Workers:
     A context manager: at its end all work is done, or the first error is raised and the rest is dropped.
     """
 
-    def __init__(self) -> None:
-        self.num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0))) + NUM_WAITING
+    def __init__(self, *, num_waiting: int = NUM_WAITING) -> None:
+        """`num_waiting` threads more than cores: 0 where the sums take so long that nobody waits, and much memory."""
+        self.num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0))) + num_waiting
 
     def __enter__(self) -> "Workers":
         self._torch_threads = torch.get_num_threads()
