@@ -1,22 +1,35 @@
-"""Every launch config trains the same model: the pruned parity matrix, cell by cell.
+"""Every launch config trains the same model: the core of the parity matrix, cell by cell, or its pruned form.
 
-Slow, 8 minutes, or 14 beside another test: `python -m tests.parity --pruned` starts ten sets of processes and trains
-some forty tiny runs.
+Slow, a few minutes: `python -m tests.parity --core` starts seven sets of processes and trains thirty tiny runs,
+`--pruned` twice as many.
 """
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from tests.parity.cells import DATA, LAUNCHES, STYLES, TUNINGS, WEIGHTED, Cell, all_cells, pruned_cells
+from tests.parity.cells import (
+    DATA,
+    LAUNCHES,
+    STYLES,
+    TUNINGS,
+    UP_TO_TWO,
+    WEIGHTED,
+    Cell,
+    all_cells,
+    core_cells,
+    pruned_cells,
+)
 from tests.parity.judge import Figures
 from tests.support.ranks import ENVIRONMENT, REPOSITORY, needs_compiler
 
 pytestmark = needs_compiler
+SIZE, CELLS = ("--pruned", pruned_cells()) if "LONG_TESTS" in os.environ else ("--core", core_cells())
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +37,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Figures]:
     """What the command found for each cell."""
     found: Path = tmp_path_factory.mktemp("parity") / "figures.json"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.parity", "--pruned", "--json", found],
+        [sys.executable, "-m", "tests.parity", SIZE, "--json", found],
         cwd=REPOSITORY,
         env=os.environ | ENVIRONMENT,
         capture_output=True,
@@ -38,16 +51,20 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Figures]:
 
 
 @pytest.mark.timeout(1600)  # the first one waits for the command
-@pytest.mark.parametrize("cell", pruned_cells(), ids=lambda cell: cell.name)
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_a_cell_equals_its_reference(figures: dict[str, Figures], cell: Cell) -> None:
     found = figures[cell.name]
     assert "error" not in found, found["error"]
     assert found["ok"], found
 
 
-@pytest.mark.parametrize("cells", [pruned_cells(), all_cells()], ids=["pruned", "all"])
-def test_each_row_and_column_is_touched(cells: list[Cell]) -> None:
-    columns = {"launch": list(LAUNCHES), "tuning": list(TUNINGS), "style": list(STYLES), "data": [*DATA, WEIGHTED]}
+@pytest.mark.parametrize(
+    ("cells", "launches"),
+    [(core_cells(), UP_TO_TWO), (pruned_cells(), LAUNCHES), (all_cells(), LAUNCHES)],
+    ids=["core", "pruned", "all"],
+)
+def test_each_row_and_column_is_touched(cells: list[Cell], launches: Iterable[str]) -> None:
+    columns = {"launch": list(launches), "tuning": list(TUNINGS), "style": list(STYLES), "data": [*DATA, WEIGHTED]}
     for name, values in columns.items():
         assert {getattr(cell, name) for cell in cells} == set(values)
     for name in ("packing", "checkpointing", "accumulation", "dtype"):

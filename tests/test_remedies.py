@@ -1,6 +1,7 @@
 """What a message tells the user to do can be typed: each setting that it names, as the verb that prints it takes it."""
 
 import ast
+import functools
 import json
 import re
 import shutil
@@ -79,14 +80,17 @@ def option(verb: str, name: str) -> click.Parameter | None:
 # ---- every place in the code -----------------------------------------------------------------------------------------
 
 
-def named_settings() -> Iterator[tuple[str, str]]:
+@functools.cache
+def named_settings() -> set[tuple[str, str]]:
     """Name and value of each `setting(…)` of the package; 7 for a value that is known only when it runs."""
+    found = set()
     for path, tree in syntax_trees():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setting":
                 name, value = node.args
                 assert isinstance(name, ast.Constant), f"{path}:{node.lineno}"
-                yield str(name.value), str(value.value) if isinstance(value, ast.Constant) else "7"
+                found.add((str(name.value), str(value.value) if isinstance(value, ast.Constant) else "7"))
+    return found
 
 
 def require_accepted(verb: str, name: str, value: str, words: str) -> None:
@@ -111,9 +115,8 @@ def test_every_setting_that_a_remedy_names_can_be_typed(
     monkeypatch.chdir(tmp_path)
     Path("FILE").touch()
     Path("FOLDER").mkdir()
-    remedies = set(named_settings())
-    assert len({name for name, _ in remedies}) >= 8
-    for name, value in remedies:
+    assert len({name for name, _ in named_settings()}) >= 8
+    for name, value in named_settings():
         words = spell(setting(name, value), spellings(cli.commands[verb]))
         require_accepted(verb, name, value, words)
 

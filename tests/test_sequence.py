@@ -41,7 +41,7 @@ from gemma_dist.stream.cut import cut
 from gemma_dist.topology import Topology, write_recipe_into
 from gemma_dist.train.offload import activations_on_host
 from tests.support.documents import document
-from tests.support.ranks import ENVIRONMENT, REPOSITORY
+from tests.support.ranks import ENVIRONMENT, REPOSITORY, long
 from tests.support.steps import Counting, measure, prepare
 
 # Documents as `document` takes them, for windows of 16 tokens. Two ranks cut in the middle of all rows.
@@ -122,6 +122,7 @@ def test_two_ranks_find_the_loss_and_the_gradients_of_one(
         assert max(figures.values()) <= LIMITS[dtype_of(style)], (how, figures)
 
 
+@long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", PACKS)
 def test_four_ranks_find_them_as_well(of_four: dict[str, dict[str, float]], case: str) -> None:

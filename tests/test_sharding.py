@@ -81,10 +81,12 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(
 
 
 KILLED = """
-import sys
+import os, signal, sys
 from pathlib import Path
 from gemma_dist.config import ShardConfig
 from gemma_dist.shards import sharding
+if record := os.environ.get("KILLED_AT"):  # in the first call to the system after that one
+    sys.addaudithook(lambda *_: os.path.exists(record) and signal.raise_signal(signal.SIGKILL))
 sharding.PIECE_BYTES, sharding.ROW_GROUP_BYTES, sharding.SHARD_BYTES = 6000, 3000, 5000
 options = {"append": len(sys.argv) > 4, "num_workers": 1}
 sharding.run_shard([Path(sys.argv[1])], Path(sys.argv[2]), sys.argv[3], ShardConfig(), False, **options)
@@ -92,13 +94,10 @@ sharding.run_shard([Path(sys.argv[1])], Path(sys.argv[2]), sys.argv[3], ShardCon
 
 
 def kill_at(record: Path, *words: object) -> None:
-    """Start a run and kill -9 it when `record` is there."""
-    run = subprocess.Popen([sys.executable, "-c", KILLED, *map(str, words)], stderr=subprocess.DEVNULL)
-    while not record.exists():
-        assert run.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.001)
-    os.kill(run.pid, signal.SIGKILL)
-    run.wait()
+    """A run that ends by kill -9 when `record` is there."""
+    environment = os.environ | {"KILLED_AT": str(record)}
+    run = subprocess.run([sys.executable, "-c", KILLED, *map(str, words)], capture_output=True, env=environment)
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()[-4000:]
 
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(whole: tuple[Path, Path], model: str, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from gemma_dist.train import owner
 from gemma_dist.train.stop import Request, StopRequests
 from gemma_dist.train.watchdog import Watchdog
 from tests.support.corpus import row, shard_rows
-from tests.support.ranks import ENVIRONMENT, REPOSITORY, kill, needs_compiler
+from tests.support.ranks import ENVIRONMENT, REPOSITORY, kill, long, needs_compiler
 from tests.support.stops import ASKS, NUM_STEPS, NUM_STEPS_OF_RANKS, SETTINGS, checkpoints, codes, steps
 
 ACCELERATE = ["-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
@@ -310,7 +310,7 @@ def test_each_rank_has_a_log_with_a_head_for_each_attempt(runs: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("launcher", "ask", "rank"),
     [
-        pytest.param([*ACCELERATE, "accelerate_configs/cpu_zero3.yaml"], "SIGTERM", None, marks=needs_compiler),
+        pytest.param([*ACCELERATE, "accelerate_configs/cpu_zero3.yaml"], "SIGTERM", None, marks=[needs_compiler, long]),
         (TORCHRUN, "SIGUSR1", 1),
     ],
     ids=["accelerate, ZeRO-3", "torchrun, DDP"],

@@ -34,7 +34,7 @@ from gemma_dist.train.checkpoint import MARKER, find_checkpoint, saving
 from gemma_dist.train.owner import lock_output_dir
 from gemma_dist.train.trainer import warm_up_ddp_buckets
 from tests.support.corpus import row, write_rows
-from tests.support.ranks import ENVIRONMENT, REPOSITORY, gemma_dist, kill, needs_compiler, start, wait_for
+from tests.support.ranks import ENVIRONMENT, REPOSITORY, gemma_dist, kill, long, needs_compiler, start, wait_for
 from tests.support.store import serve
 
 NUM_STEPS = 4
@@ -86,7 +86,7 @@ def _curve(out: Path) -> list[tuple[float, float]]:
     ("recipe", "launch"),
     [
         ("cpu_full", "cpu_ddp"),
-        pytest.param("cpu_full", "cpu_zero2", marks=needs_compiler),
+        pytest.param("cpu_full", "cpu_zero2", marks=[needs_compiler, long]),
         pytest.param("cpu_lora", "cpu_zero3", marks=needs_compiler),
     ],
 )
@@ -102,6 +102,7 @@ def test_the_command_learns_the_same_under_every_kind_of_launch(run: Any, recipe
     assert len(parts) == (2 if "zero" in launch else 1)
 
 
+@long
 @needs_compiler
 def test_a_deepspeed_config_that_leaves_something_out_gets_it_from_the_recipe(
     run: Any, model: str, shards: Path, tmp_path: Path

@@ -151,6 +151,11 @@ class Workers:
         assert last is not None
         return last
 
+    def lies_in(self, purpose: str, values: torch.Tensor) -> bool:
+        """Whether `values` are in the memory that the calling thread has for a purpose."""
+        memory, *_ = self._rooms.__dict__.get(purpose, (None,))
+        return memory is not None and memory.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
+
     def handle(self, path: Path) -> int:
         """Of a file that is read, open until the end."""
         if path not in self._handles:
@@ -246,7 +251,9 @@ def _compute(name: str, tensor: Computed, target: SharedFile, at: int, workers: 
     def write(start: int, stop: int) -> None:
         values = block = rows(start, stop)
         if values.dtype != dtype:
-            block = workers.room("result", tuple(values.shape), dtype).copy_(values)
+            # In the memory that the rows were read into, which the processor's cache has, unless they are there still.
+            free = "result" if workers.lies_in("stored", values) else "stored"
+            block = workers.room(free, tuple(values.shape), dtype).copy_(values)
         if not math.isfinite(block.sum().item()):  # the sum of finite ones may overflow, too
             _check_finite(name, values, block, tensor.converted)
         if not block.is_contiguous() or (target.is_direct and block.data_ptr() % PAGE_BYTES):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tests.parity
 from tests.parity.bench import Bench
-from tests.parity.cells import PEERS, Cell, all_cells, peer_cells, pruned_cells
+from tests.parity.cells import PEERS, Cell, all_cells, core_cells, peer_cells, pruned_cells
 from tests.parity.judge import Figures, judge
 from tests.parity.table import show, show_peer, write_csv
 
@@ -18,7 +18,8 @@ from tests.parity.table import show, show_peer, write_csv
 def main() -> int:
     """Run the matrix, print its table and write what was asked for; 1 where a cell differs from its reference."""
     parser = argparse.ArgumentParser(prog="tests.parity", description=(tests.parity.__doc__ or "").partition("\n")[0])
-    parser.add_argument("--pruned", action="store_true", help="the set that the tests run")
+    parser.add_argument("--pruned", action="store_true", help="the set that `make test-all` runs")
+    parser.add_argument("--core", action="store_true", help="the part of it that `make test` runs")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cells whose name has all these words")
     parser.add_argument(
         "--against", nargs="+", choices=PEERS, default=[], help="train what plain TRL takes of the cells with it, too"
@@ -38,7 +39,7 @@ def main() -> int:
         return {cell: judge(bench, cell) for cell in cells}
 
     try:
-        results = run(pruned_cells() if options.pruned else all_cells())
+        results = run(core_cells() if options.core else pruned_cells() if options.pruned else all_cells())
         if results:
             show(results)
         peers: dict[Cell, Figures] = {}

@@ -1,7 +1,7 @@
 """The cells of the matrix: which launch trains what, how, and what it is compared with."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 
 from gemma_dist.fsdp_config import OPTIMIZERS as FSDP_OPTIMIZERS
@@ -235,6 +235,18 @@ def pruned_cells() -> list[Cell]:
     cells.append(Cell("cpu_zero3", "lora", "12b", "some", packing=True, checkpointing=True, sequence=2))
     staying = ("cpu_zero1", "cpu_zero3", "cpu_zero3_offload", "cpu_ddp x4")
     return [*cells, *_resumed(resumed, ELSEWHERE | dict.fromkeys(staying))]
+
+
+def core_cells() -> list[Cell]:
+    """Of the pruned ones, what `make test` trains: on up to two processes, each value of each column once."""
+    cells: list[Cell] = []
+    seen: set[tuple[str, object]] = set()
+    for cell in pruned_cells():
+        columns = asdict(cell) | {"resumed_from": cell.resumed_from and ("itself" if cell.stays else "another")}
+        if cell.launch in UP_TO_TWO and cell.resumed_from in ("", *UP_TO_TWO) and not columns.items() <= seen:
+            cells.append(cell)
+            seen |= columns.items()
+    return cells
 
 
 def peer_cells(peer: str) -> list[Cell]:
