@@ -1,0 +1,297 @@
+"""Own runs: calls are executed and answered, each run ends in an outcome, and what is kept is what the model saw."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_dist.__main__ import main
+from gemma_dist.act.compare import calls_text, first_wrong_step, nearest
+from gemma_dist.act.report import make_report
+from gemma_dist.act.tools import Box, Functions, ToolServer
+from gemma_dist.chat.tools import Result
+from gemma_dist.config import ShardConfig
+from gemma_dist.data.encode import load_encoder
+from gemma_dist.data.rows import read_rows
+from gemma_dist.data.trajectory import parse_row
+from gemma_dist.errors import ConfigError, EvaluationError
+from gemma_dist.logs import read_jsonl
+from tests.support.corpus import picture, row, write_rows
+from tests.support.ranks import kill, start
+from tests.support.standin import MODEL, Asked, Reply, called, message, standing_in
+
+MY_TOOLS = '''
+import os, subprocess, time
+from pathlib import Path
+from PIL import Image
+
+count = 0
+
+def plot(n: int):
+    """Draw a chart.
+
+    Args:
+        n: How many bars.
+    """
+    global count
+    count += 1
+    if n == 13:
+        raise ValueError("13 is no number of bars")
+    return [f"chart {n}, call {count}", Image.new("RGB", (48, 64), (n % 256, 40, 200))]
+
+def sleep(seconds: float) -> str:
+    """Sleep.
+
+    Args:
+        seconds: How long.
+    """
+    time.sleep(seconds)
+    return f"slept, count {count}"
+
+def stubborn(pid_file: str) -> str:
+    """Does not heed a time limit.
+
+    Args:
+        pid_file: Where to leave the number of a process that this one starts.
+    """
+    child = subprocess.Popen(["sleep", "600"])
+    Path(pid_file).write_text(str(child.pid))
+    while True:
+        try:
+            time.sleep(600)
+        except TimeoutError:
+            pass
+
+def die() -> str:
+    """Ends the process."""
+    os._exit(3)
+
+def setup(row):
+    global count
+    count = row.get("count", 0)
+    if row.get("broken"):
+        raise KeyError("a table")
+
+def check(row, messages):
+    if row["id"] == "odd":
+        raise KeyError("expected")
+    return 0.5 if row.get("half") else count > 0 and "chart" in messages[-1]["content"]
+
+TOOLS = [plot, sleep, stubborn, die]
+'''
+FUNCTIONS = ["--tools", "act_tools:TOOLS", "--check", "act_tools:check", "--setup", "act_tools:setup"]
+Act = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a module of tools, in which these tests run."""
+    made = tmp_path_factory.mktemp("mine")
+    (made / "act_tools.py").write_text(MY_TOOLS)
+    with contextlib.chdir(made), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""), prepend=os.pathsep)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def tools(folder: Path) -> Iterator[ToolServer]:
+    functions = Functions("act_tools:TOOLS", "act_tools:check", "act_tools:setup")
+    with contextlib.closing(ToolServer(functions, timeout_s=0.5, declare=True)) as server:
+        yield server
+
+
+@pytest.fixture
+def box(tools: ToolServer) -> Iterator[Box]:
+    with contextlib.closing(Box(tools, {"id": "one", "count": 5})) as made:
+        yield made
+
+
+@pytest.fixture
+def act(folder: Path, tmp_path: Path) -> Act:
+    """Act on tasks into a folder of that name, and expect an exit code; the folder."""
+
+    def run(name: str, tasks: Sequence[Any], *options: object, code: int = 0) -> Path:
+        data = write_rows(tmp_path / f"{name}.jsonl", list(tasks))
+        words = ["act", "--data", data, "--out", tmp_path / name, *options]
+        assert main([str(word) for word in words]) == code
+        return tmp_path / name
+
+    return run
+
+
+def task(number: int, **fields: Any) -> dict[str, Any]:
+    """What is asked, and nothing behind it."""
+    return {"id": f"task-{number}", "messages": [{"role": "user", "content": f"Draw {number}, please."}], **fields}
+
+
+def lines_of(out: Path) -> list[dict[str, Any]]:
+    return list(read_jsonl(out / "runs.jsonl"))
+
+
+def report_of(out: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return report
+
+
+# ---- the user's functions --------------------------------------------------------------------------------------------
+
+
+def test_functions_are_declared_and_their_runs_share_no_state(tools: ToolServer, box: Box) -> None:
+    assert tools.names == ["plot", "sleep", "stubborn", "die"]
+    assert [tool["function"]["name"] for tool in tools.declared] == tools.names
+    first = box.call("plot", {"n": 3})
+    assert first.text == "chart 3, call 6"
+    assert len(first.images) == 1
+    assert box.call("plot", {"n": 3}).text == "chart 3, call 7"
+    with contextlib.closing(Box(tools, {"id": "two"})) as other:
+        assert other.check([{"content": "a chart"}]) == (0.0, "")
+        assert other.call("plot", {"n": 3}).text == "chart 3, call 1"
+        assert other.check([{"content": "a chart"}]) == (1.0, "")
+
+
+def test_errors_are_answers(box: Box) -> None:
+    assert box.call("plot", {"n": 13}) == Result("Error: ValueError: 13 is no number of bars")
+    assert "unexpected keyword argument 'm'" in box.call("plot", {"m": 1}).text
+    assert box.call("paint", {}).text == "Error: there is no tool paint; there are: plot, sleep, stubborn, die"
+
+
+def test_a_call_that_takes_too_long_is_interrupted_and_its_run_keeps_its_state(box: Box) -> None:
+    box.call("plot", {"n": 1})
+    assert box.call("sleep", {"seconds": 60}).text == "Error: TimeoutError: no answer within 0.5 s"
+    assert box.call("sleep", {"seconds": 0}).text == "slept, count 6"
+
+
+def test_a_call_that_heeds_nothing_is_killed_with_what_it_started(box: Box, tmp_path: Path) -> None:
+    box.call("plot", {"n": 1})
+    told = box.call("stubborn", {"pid_file": str(tmp_path / "pid")}).text
+    assert told == "Error: TimeoutError: no answer within 0.5 s; the process of the tools was begun anew"
+    child = int((tmp_path / "pid").read_text())
+    end = time.monotonic() + 10
+    while (state := _state_of(child)) not in ("", "Z"):
+        assert time.monotonic() < end, state
+        time.sleep(0.01)
+    assert box.call("sleep", {"seconds": 0}).text == "slept, count 5", "set up anew"
+    assert "the process of the tools ended" in box.call("die", {}).text
+    assert box.call("sleep", {"seconds": 0}).text == "slept, count 5"
+
+
+def _state_of(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def test_what_cannot_be_used_is_told_before_a_model_is_loaded(tools: ToolServer) -> None:
+    for functions, told in {
+        Functions("act_tools:nothing"): "--tools act_tools:nothing cannot be loaded: AttributeError",
+        Functions("act_tools:TOOLS", "act_tools"): "--check act_tools is no MODULE:FUNCTION",
+        Functions("act_tools:check"): "the tool check cannot be declared",
+    }.items():
+        with pytest.raises(ConfigError, match=told):
+            ToolServer(functions, timeout_s=1, declare=True)
+    with contextlib.closing(Box(tools, {"id": "x", "broken": True})) as broken:
+        with pytest.raises(EvaluationError, match="could not be set up for this task: KeyError: 'a table'"):
+            broken.call("plot", {"n": 1})
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def agent(asked: Asked) -> Reply:
+    """Draws as many bars as the user says, and says what came of it; some numbers it gets wrong."""
+    history = asked.body["messages"]
+    number = int(history[0]["content"].split()[1].strip(","))
+    num_answers = sum(one["role"] == "assistant" for one in history)
+    plot = called("plot", json.dumps({"n": number}))
+    if num_answers == 0 and number == 1:
+        return Reply(message("I am not drawing that."))
+    if num_answers == 0 and number == 2:
+        return Reply(message(None, [called("paint", "{}")], "tool_calls"))
+    if num_answers < 4 and number == 4:
+        return Reply(message(None, [plot, plot], "tool_calls"))
+    if number == 5:
+        return Reply(message("Here is a chart and", finish="length"))
+    if number == 6:
+        return Reply(message(None, [called("plot", "{n")], "tool_calls"))
+    if number == 7:
+        return Reply(message(""))
+    if number == 8 and num_answers:
+        return Reply({"error": "the prompt is too long"}, 400)
+    if history[-1]["role"] == "user" or (number == 2 and num_answers == 1):
+        return Reply(message(None, [plot], "tool_calls"))
+    return Reply(message("Here is the chart."))
+
+
+def test_each_run_ends_in_an_outcome_and_what_succeeds_is_kept(act: Act, tmp_path: Path) -> None:
+    tasks = [task(number) for number in (0, 1, 2, 4, 5, 6, 7, 8, 13)] + [task(9, half=True)]
+    kept = tmp_path / "kept.jsonl"
+    with standing_in(agent) as server:
+        out = act("out", tasks, "--server", server.url, *FUNCTIONS, "--keep", kept, "--max-steps", 3)
+    lines = {line["task"]: line for line in lines_of(out)}
+    assert [line["task"] for line in lines_of(out)] == [one["id"] for one in tasks]
+    assert {name: (line["outcome"], line["reward"], len(line["steps"])) for name, line in lines.items()} == {
+        "task-0": ("success", 1.0, 2),
+        "task-1": ("failure", 0.0, 1),
+        "task-2": ("success", 1.0, 3),
+        "task-4": ("step_limit", 0.0, 3),
+        "task-5": ("truncated", 0.0, 1),
+        "task-6": ("malformed", 0.0, 1),
+        "task-7": ("silent", 0.0, 1),
+        "task-8": ("refused", 0.0, 1),
+        "task-13": ("success", 1.0, 2),
+        "task-9": ("failure", 0.5, 2),
+    }
+    results = {
+        name: [one["content"] for one in line["row"]["messages"] if one["role"] == "tool"] for name, line in lines.items()
+    }
+    assert results["task-13"] == ["Error: ValueError: 13 is no number of bars"]
+    assert results["task-2"][0] == "Error: there is no tool paint; there are: plot, sleep, stubborn, die"
+    assert [part["type"] for part in results["task-0"][0]] == ["text", "image"]
+    assert len(results["task-4"]) == 6
+    report = report_of(out)
+    assert (report["num_tasks"], report["num_runs"], report["kept"]) == (10, 1, 3)
+    assert (report["metrics"]["success"]["numerator"], report["metrics"]["success"]["denominator"]) == (3, 10)
+    rows = list(read_jsonl(kept))
+    assert [one["id"] for one in rows] == ["task-0/run-1", "task-2/run-1", "task-13/run-1"]
+    assert rows[1]["messages"][1]["train"] is False, "a call of a tool that there is not is shown, not trained"
+    assert not list(out.glob(".runs-*"))
+    assert main(["act", "--data", "x", "--out", str(out), *FUNCTIONS]) == 2
+
+
+def test_kept_rows_hold_what_the_model_saw(act: Act, model: str, tmp_path: Path) -> None:
+    """Each prompt that was asked with stands in the row as training encodes it: ids, tools and all."""
+
+    def write(asked: Asked) -> Reply:
+        prompts.append(asked.body["prompt"])
+        text = encoder.tokenizer.decode(asked.body["prompt"])
+        plots = "<|tool_call>call:sleep{seconds:0}<tool_call|>" * 2 + "<|tool_response>"
+        said = "Two <|tool_call>call:plot{n:3}<tool_call|>" if False else plots
+        answer = "All is well: a chart.<turn|>" if "slept" in text else said
+        return Reply({"choices": [{"text": answer, "finish_reason": "stop"}]})
+
+    encoder, prompts = load_encoder(model, ShardConfig()), list[list[int]]()
+    kept = tmp_path / "kept.jsonl"
+    with standing_in(write) as server:
+        options = ["--endpoint", "completions", "--processor", model, "--keep", kept, "--concurrency", 1]
+        tasks = [task(0, count=1), task(1, count=1, tools=[])]
+        out = act("out", tasks, "--server", server.url, *FUNCTIONS, *options)
+    steps = [step for line in lines_of(out) for step in line["steps"]]
+    assert [step["prompt_ids"] for step in steps] == prompts
+    rows = [parse_row(one, where, ShardConfig()) for where, one in read_rows([kept])]
+    assert len(rows) == 2
+    points = [prompt for one in rows for prompt in encoder.prompts(one)]
+    assert [point.input_ids for point in points] == prompts
+    assert [point.turn for point in points] == [step["turn"] for step in steps]
+    for one in rows:
+        encoded = encoder.encode(one)
+        for index, start_of_answer in encoded.answers:
+            (seen,) = [point.input_ids for point in encoder.prompts(one) if point.turn == index + 1]
+            assert encoded.input_ids[:start_of_answer] == seen
+    words = [str(kept), "--model", model, "--out", str(tmp_path / "shards"), "--num-workers", "1"]
+    assert main(["shard", *words]) == 0
