@@ -11,7 +11,9 @@ class ActConfig(ChatConfig):
     """Settings of `act`. enable_thinking: auto is as the row says, else as its own answers show thoughts; else off."""
 
     num_runs: int = Field(1, gt=0, description="Runs of each task; several need a temperature.")
-    max_steps: int = Field(32, gt=0, description="Most answers of the model in a run; one that needs more has failed.")
+    max_steps: int = Field(
+        32, gt=0, description="Most answers of the model in a run, of a replay as many as the row has."
+    )
     tool_timeout_s: float = Field(
         60,
         gt=0,

@@ -5,14 +5,15 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations, product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 from gemma_dist.__main__ import main
 from gemma_dist.act.compare import calls_text, first_wrong_step, nearest
-from gemma_dist.act.report import make_report
 from gemma_dist.act.tools import Box, Functions, ToolServer
 from gemma_dist.chat.tools import Result
 from gemma_dist.config import ShardConfig
@@ -20,10 +21,10 @@ from gemma_dist.data.encode import load_encoder
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import parse_row
 from gemma_dist.errors import ConfigError, EvaluationError
+from gemma_dist.evaluate.sampling import Sampling
 from gemma_dist.logs import read_jsonl
-from tests.support.corpus import picture, row, write_rows
-from tests.support.ranks import kill, start
-from tests.support.standin import MODEL, Asked, Reply, called, message, standing_in
+from tests.support.corpus import TOOLS, row, write_rows
+from tests.support.standin import Asked, Reply, called, message, standing_in
 
 MY_TOOLS = '''
 import os, subprocess, time
@@ -195,9 +196,9 @@ def test_what_cannot_be_used_is_told_before_a_model_is_loaded(tools: ToolServer)
     }.items():
         with pytest.raises(ConfigError, match=told):
             ToolServer(functions, timeout_s=1, declare=True)
-    with contextlib.closing(Box(tools, {"id": "x", "broken": True})) as broken:
-        with pytest.raises(EvaluationError, match="could not be set up for this task: KeyError: 'a table'"):
-            broken.call("plot", {"n": 1})
+    told = "could not be set up for this task: KeyError: 'a table'"
+    with contextlib.closing(Box(tools, {"broken": True})) as broken, pytest.raises(EvaluationError, match=told):
+        broken.call("plot", {"n": 1})
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -248,7 +249,8 @@ def test_each_run_ends_in_an_outcome_and_what_succeeds_is_kept(act: Act, tmp_pat
         "task-9": ("failure", 0.5, 2),
     }
     results = {
-        name: [one["content"] for one in line["row"]["messages"] if one["role"] == "tool"] for name, line in lines.items()
+        name: [one["content"] for one in line["row"]["messages"] if one["role"] == "tool"]
+        for name, line in lines.items()
     }
     assert results["task-13"] == ["Error: ValueError: 13 is no number of bars"]
     assert results["task-2"][0] == "Error: there is no tool paint; there are: plot, sleep, stubborn, die"
@@ -270,9 +272,10 @@ def test_kept_rows_hold_what_the_model_saw(act: Act, model: str, tmp_path: Path)
     def write(asked: Asked) -> Reply:
         prompts.append(asked.body["prompt"])
         text = encoder.tokenizer.decode(asked.body["prompt"])
-        plots = "<|tool_call>call:sleep{seconds:0}<tool_call|>" * 2 + "<|tool_response>"
-        said = "Two <|tool_call>call:plot{n:3}<tool_call|>" if False else plots
-        answer = "All is well: a chart.<turn|>" if "slept" in text else said
+        calls = (
+            "I sleep.<|tool_call>call:sleep{seconds:0}<tool_call|>" + "<|tool_call>call:sleep{seconds:0.0}<tool_call|>"
+        )
+        answer = "All is well: a chart.<turn|>" if "slept" in text else calls + "<|tool_response>"
         return Reply({"choices": [{"text": answer, "finish_reason": "stop"}]})
 
     encoder, prompts = load_encoder(model, ShardConfig()), list[list[int]]()
@@ -295,3 +298,181 @@ def test_kept_rows_hold_what_the_model_saw(act: Act, model: str, tmp_path: Path)
             assert encoded.input_ids[:start_of_answer] == seen
     words = [str(kept), "--model", model, "--out", str(tmp_path / "shards"), "--num-workers", "1"]
     assert main(["shard", *words]) == 0
+
+
+def test_runs_that_fail_say_where_and_pass_at_k_is_over_all_choices(act: Act) -> None:
+    """Of a task's runs, which differ by their seeds, those that fail are compared with one that does not."""
+
+    def gamble(asked: Asked) -> Reply:
+        history, luck = asked.body["messages"], asked.body["seed"] % 3
+        if len(history) < 4 and luck:
+            return Reply(message(None, [called("plot", json.dumps({"n": len(history)}))], "tool_calls"))
+        return Reply(message("Here is the chart." if luck else "No."))
+
+    tasks = [task(number) for number in range(6)]
+    with standing_in(gamble) as server:
+        options = ["--server", server.url, *FUNCTIONS, "--temperature", 1, "--num-runs", 4]
+        out, again = (act(name, tasks, *options, "--concurrency", num) for name, num in {"a": 1, "b": 8}.items())
+    lines = lines_of(out)
+    assert (again / "runs.jsonl").read_bytes() == (out / "runs.jsonl").read_bytes()
+    assert [(line["task_number"], line["run"]) for line in lines] == list(product(range(1, 7), range(1, 5)))
+    of_task = [[line["outcome"] == "success" for line in lines if line["task_number"] == n] for n in range(1, 7)]
+    assert len(set(map(sum, of_task))) > 1, "tasks differ, or nothing is shown"
+    metrics = report_of(out)["metrics"]
+    for k in (2, 4):
+        choices = [list(combinations(runs, k)) for runs in of_task]
+        assert metrics[f"pass^{k}"]["value"] == fmean(fmean(map(all, of)) for of in choices)
+        assert metrics[f"pass@{k}"]["value"] == fmean(fmean(map(any, of)) for of in choices)
+    for metric in metrics.values():
+        assert metric["low"] <= metric["value"] <= metric["high"]
+    right = {line["task"]: line["id"] for line in reversed(lines) if line["outcome"] == "success"}
+    for line in lines:
+        expected = (None, None)
+        if line["outcome"] != "success" and line["task"] in right:
+            calls = [len(step["calls"]) for step in line["steps"]]
+            expected = (1 if calls[0] == 0 else 2 if calls[1:2] == [0] else 3, right[line["task"]])
+        assert (line["first_wrong_step"], line["compared_with"]) == expected
+
+
+def test_the_first_wrong_step_is_that_of_calls_in_any_order() -> None:
+    one, two = {"name": "f", "arguments": {"x": 1, "y": 2}}, {"name": "g", "arguments": {}}
+    assert calls_text([one, two]) == calls_text([two, {"arguments": {"y": 2, "x": 1}, "name": "f"}])
+    a, b, text = calls_text([one]), calls_text([two]), calls_text([])
+    assert first_wrong_step([a, b, text], [a, a, text]) == 2
+    assert first_wrong_step([a, text], [a, text]) == 2, "the same calls: the words are wrong"
+    assert first_wrong_step([a, b], [a, b, text]) == 2, "and so are those of a run that was cut off there"
+    assert first_wrong_step([a, a, a], [a]) == 2
+    assert nearest([a, b], [("x", [b, b]), ("y", [a, text]), ("z", [a, b])]) == ("z", [a, b])
+    assert nearest([a], []) is None
+
+
+# ---- replay ----------------------------------------------------------------------------------------------------------
+
+
+def test_replay_answers_as_the_log_did_and_says_where_a_run_leaves_it(act: Act, tmp_path: Path) -> None:
+    """Parallel calls in another order get the right answers, and the user of the log goes on."""
+    both = row(1, num_calls=2)
+    both["messages"][1]["tool_calls"] += both["messages"].pop(3)["tool_calls"]
+    longer = row(3, num_calls=2)
+    longer["messages"] += [{"role": "user", "content": "Thanks."}, {"role": "assistant", "content": "Any time."}]
+    rows = [both, longer, row(5), row(6, num_calls=3), row(8)]
+
+    def follow(asked: Asked) -> Reply:
+        history = asked.body["messages"]
+        number = int(history[0]["content"].split()[1].strip(","))
+        seen.setdefault(number, []).append(history)
+        num_answers = sum(one["role"] == "assistant" for one in history)
+        if number == 5:
+            return Reply(message("I would rather not."))
+        ns = [[101, 100]] if number == 1 else [[100 * number + step] for step in range({3: 2, 6: 3}.get(number, 1))]
+        if num_answers >= len(ns):
+            return Reply(message("So be it."))
+        if number == 6 and num_answers == 2:
+            ns[2] = [7]
+        return Reply(message(None, [called("plot", json.dumps({"n": n})) for n in ns[num_answers]], "tool_calls"))
+
+    seen: dict[int, list[Any]] = {}
+    with standing_in(follow) as server:
+        out = act("out", rows, "--server", server.url, "--replay", "--keep", tmp_path / "kept.jsonl")
+    lines = {line["task"]: line for line in lines_of(out)}
+    assert {name: line["outcome"] for name, line in lines.items()} == {
+        **{"row-1": "success", "row-3": "success", "row-5": "left", "row-6": "left", "row-8": "success"}
+    }
+    assert [one["content"] for one in seen[1][1] if one["role"] == "tool"] == ["chart 101", "chart 100"]
+    assert [one["content"] for one in seen[3][-1] if one["role"] in ("user", "assistant")][-2:] == [
+        "So be it.",
+        "Thanks.",
+    ]
+    assert (
+        sum(part["type"] == "image_url" for one in seen[3][2] if one["role"] == "tool" for part in one["content"]) == 2
+    )
+    left = {name: line["left"] for name, line in lines.items() if line["left"]}
+    assert {name: (one["step"], one["turn"], one["how"]) for name, one in left.items()} == {
+        "row-5": (1, 2, "no_call"),
+        "row-6": (3, 6, "wrong_value"),
+    }
+    assert left["row-6"]["errors"][0]["got"] == 7
+    assert [lines[name]["first_wrong_step"] for name in ("row-5", "row-6")] == [1, 3]
+    assert len(lines["row-6"]["row"]["messages"]) == 5, "up to where it left"
+    assert report_of(out)["left"] == {"by_how": {"no_call": 1, "wrong_value": 1}, "by_step": {"1": 1, "3": 1}}
+    assert report_of(out)["kept"] == 3
+
+
+# ---- a model here ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scripted(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model of this process writes what a step of a task calls for, token by token, whatever its logits say."""
+    tokenizer = load_encoder(model, ShardConfig()).tokenizer
+
+    def numbers(_: Sampling, key: str, sample: int) -> Any:
+        name, step = key.split()[1], int(key.split()[3])
+        text = "Here is the chart.<turn|>"
+        if name == "task-1" and sample == 1:
+            text = "<|tool_call>call:plot{n:<tool_call|><|tool_response>"
+        elif step == 1:
+            text = "<|tool_call>call:plot{n:" + str(sample + 3) + "}<tool_call|><|tool_response>"
+        return iter(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    monkeypatch.setattr(Sampling, "numbers", numbers)
+    monkeypatch.setattr(Sampling, "pick", lambda _, logits, rows: [next(one) for one in rows])
+
+
+def test_how_many_runs_are_at_work_and_an_earlier_end_change_nothing(
+    act: Act, model: str, scripted: None, tmp_path: Path
+) -> None:
+    tasks = [task(number, tools=TOOLS if number else []) for number in range(3)]
+    options = ["--model", model, *FUNCTIONS, "--declare", "rows", "--num-runs", 2, "--temperature", 1]
+    kept = tmp_path / "kept.jsonl"
+    alone = act("alone", tasks, *options, "--per-device-eval-batch-size", 1, "--keep", kept)
+    lines = lines_of(alone)
+    assert [line["outcome"] for line in lines] == [*["success"] * 3, "malformed", *["success"] * 2]
+    encoder = load_encoder(model, ShardConfig())
+    rows = [parse_row(one, where, ShardConfig()) for where, one in read_rows([kept])]
+    points = [prompt for one in rows for prompt in encoder.prompts(one)]
+    steps = [step for line in lines if line["outcome"] == "success" for step in line["steps"]]
+    assert [step["prompt_ids"] for step in steps] == [point.input_ids for point in points]
+    assert [step["num_images"] for step in steps] == [len(point.images) for point in points] == [0, 1] * 5
+    for step in steps:
+        assert encoder.tokenizer.decode(step["completion_ids"]) == step["output"]
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "run.json").write_bytes((alone / "run.json").read_bytes())
+    whole = (alone / "runs.jsonl").read_bytes().splitlines(keepends=True)
+    (again / ".runs-4.jsonl").write_bytes(b"".join(whole[:3]) + whole[3][:-9])
+    (tmp_path / "again.jsonl").write_bytes((tmp_path / "alone.jsonl").read_bytes())
+    act("again", tasks, *options)
+    assert (again / "runs.jsonl").read_bytes() == (alone / "runs.jsonl").read_bytes()
+    assert report_of(again)["times"]["ranks"][0]["runs"] == 3
+    assert {path.name for path in again.iterdir()} == {"run.json", "runs.jsonl", "report.json"}
+
+
+def test_what_does_not_go_together_is_refused_by_name(act: Act, model: str, capsys: Any) -> None:
+    here = ["--model", model]
+    for options, told in [
+        ([*here], "Name what it may call by --tools"),
+        ([*here, "--replay", "--check", "act_tools:check"], "--replay runs no functions"),
+        ([*here, "--replay"], "task-0 has no answers to replay"),
+        ([*here, "--tools", "act_tools:TOOLS", "--keep", "kept.jsonl"], "name a checker by --check"),
+        ([*here, *FUNCTIONS, "--num-runs", 2], "with a temperature of 0 all 2 would be the same"),
+        (
+            [*here, *FUNCTIONS, "--declare", "rows", "--setup", "act_tools:nothing"],
+            "--setup act_tools:nothing cannot be",
+        ),
+        ([*here, "--tools", "tools.json"], "--tools tools.json is neither a file nor MODULE:FUNCTION"),
+        ([*here, *FUNCTIONS, "--concurrency", 3], "--concurrency is for a server"),
+    ]:
+        act("out", [task(0), task(1)], *options, code=2)
+        assert told in capsys.readouterr().err
+    act("out", [task(0), task(0)], *here, *FUNCTIONS, "--declare", "rows", code=2)
+    assert "tasks 1 and 2 are both called task-0" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_be_judged_is_told_and_the_others_are_kept(act: Act, capsys: Any) -> None:
+    tasks = [task(0), {**task(1), "id": "odd"}, task(13)]
+    with standing_in(agent) as server:
+        options = ["--server", server.url, "--tools", "act_tools:TOOLS", "--check", "act_tools:check"]
+        out = act("out", tasks, *options, "--declare", "rows", code=2)
+        assert "odd run 1: the checker cannot judge it: KeyError: 'expected'" in capsys.readouterr().err
+        assert sum(part.read_bytes().count(b"\n") for part in out.glob(".runs-*")) == 2

@@ -114,7 +114,8 @@ def begin(job: Job, work: Work, tools: ToolServer | None) -> Episode:
     settings = work.settings
     if tools is None:
         conversation = job.task.begin(settings, None, job.task.called)
-        return Episode(job.task, job.number, conversation, ReplayDesk(job.task), settings.max_steps)
+        num_steps = len(job.task.points)  # the log ends there
+        return Episode(job.task, job.number, conversation, ReplayDesk(job.task), num_steps)
     desk = LiveDesk(Box(tools, job.task.row), checks=work.check is not None)
     conversation = job.task.begin(settings, tools.declared, tools.names)
     return Episode(job.task, job.number, conversation, desk, settings.max_steps)
