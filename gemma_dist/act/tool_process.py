@@ -26,11 +26,10 @@ def main() -> None:
     try:
         functions = load_functions(options["tools"])
         check, setup = (load(options[name], f"--{name}") if options[name] else None for name in ("check", "setup"))
-        declared = declare(functions) if options["declare"] else []
     except GemmaDistError as error:
         _tell(server, {"error": reason(error)})
         return
-    _tell(server, {"names": list(functions), "declared": declared})
+    _tell_names(server, functions, with_declarations=options["declare"])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended runs leave nothing to wait for
     while True:
         mark, handles, _, _ = socket.recv_fds(server, 1, 1)
@@ -46,6 +45,23 @@ def main() -> None:
             finally:
                 os._exit(0)
         os.close(handles[0])
+
+
+def _tell_names(server: socket.socket, functions: Mapping[str, Function], *, with_declarations: bool) -> None:
+    """What the functions are called, and how they are declared: by another process, since that imports transformers,
+    which no run needs."""
+    process = os.fork() if with_declarations else 0
+    if process:
+        os.waitpid(process, 0)
+        return
+    try:
+        declared = declare(functions) if with_declarations else []
+        _tell(server, {"names": list(functions), "declared": declared})
+    except GemmaDistError as error:
+        _tell(server, {"error": reason(error)})
+    finally:
+        if with_declarations:
+            os._exit(0)
 
 
 def _tell(connection: socket.socket, value: object) -> None:
