@@ -69,21 +69,26 @@ class Source:
         return str(self.random.randint(100, 999))
 
     def chart(self, kind: str) -> tuple[str, str]:
-        """Draw four bars (lying) or columns (standing) on 192 x 192 pixels; the image's path and the longest's
-        color."""
-        size, names = 192, self.random.sample(list(COLORS), 4)
-        lengths = [*self.random.sample(range(30, 101, 10), 3), self.random.randint(150, 170)]
-        self.random.shuffle(lengths)
-        image = Image.new("RGB", (size, size), "white")
-        pen = ImageDraw.Draw(image)
-        for place, (name, length) in enumerate(zip(names, lengths, strict=True)):
-            low, high = 12 + 44 * place, 12 + 44 * place + 34
-            box = (10, low, 10 + length, high) if kind == "bars" else (low, size - 10 - length, high, size - 10)
-            pen.rectangle(box, fill=COLORS[name])
+        """A chart; the image's path and the longest's color."""
+        image, longest = draw(self.random, kind)
         path = f"charts/{self.num_charts:05d}.png"
         self.num_charts += 1
         image.save(self.out / path)
-        return path, names[lengths.index(max(lengths))]
+        return path, longest
+
+
+def draw(numbers: random.Random, kind: str) -> tuple[Image.Image, str]:
+    """Draw four bars (lying) or columns (standing) on 192 x 192 pixels; the image and the longest's color."""
+    size, names = 192, numbers.sample(list(COLORS), 4)
+    lengths = [*numbers.sample(range(30, 101, 10), 3), numbers.randint(150, 170)]
+    numbers.shuffle(lengths)
+    image = Image.new("RGB", (size, size), "white")
+    pen = ImageDraw.Draw(image)
+    for place, (name, length) in enumerate(zip(names, lengths, strict=True)):
+        low, high = 12 + 44 * place, 12 + 44 * place + 34
+        box = (10, low, 10 + length, high) if kind == "bars" else (low, size - 10 - length, high, size - 10)
+        pen.rectangle(box, fill=COLORS[name])
+    return image, names[lengths.index(max(lengths))]
 
 
 def write_trajectories(out: Path, *, num_trajectories: int, seed: int, held_out: bool) -> Path:

@@ -1,5 +1,6 @@
 """The command line, in the order of use: make a model, shard, look, check, plan, look at the nodes, train,
-evaluate (`cli_evaluate.py`), talk (`cli_chat.py`), merge, export, extract (`cli_merge.py`), serve (`cli_serving.py`).
+evaluate (`cli_evaluate.py`), act (`cli_act.py`), talk (`cli_chat.py`), merge, export, extract (`cli_merge.py`), serve
+(`cli_serving.py`).
 
 A command reads its options and calls one function of another module. Nothing heavy is imported before a command runs,
 not even the settings, which need pydantic: so `--help` answers at once.
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma_dist import __version__
+from gemma_dist.cli_act import act
 from gemma_dist.cli_chat import chat
 from gemma_dist.cli_evaluate import compare, evaluate, read_calls, score
 from gemma_dist.cli_merge import export, extract, merge
@@ -385,5 +387,7 @@ def train(
         run.train(settings, watch=watch, requests=requests)
 
 
-for command in (evaluate, score, compare, read_calls, chat, merge, export, extract, check_model, card, serve, push):
+for command in (
+    *(evaluate, score, compare, read_calls, act, chat, merge, export, extract, check_model, card, serve, push),
+):
     cli.add_command(command)

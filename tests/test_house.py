@@ -22,7 +22,7 @@ FLOORS = [
     {"config_data"},
     {"config", "costs", "world"},
     {"batch_plan", "config_chat", "config_merge", "config_server", "fsdp_config", "logs", "ranklog"},
-    {"topology", "exits"},
+    {"config_act", "topology", "exits"},
     {"recipe", "tensorfile", "failures"},
     {"options", "signals", "meeting"},
     {"health", "model"},
@@ -33,7 +33,8 @@ FLOORS = [
     {"train", "evaluate", "merge", "show"},
     {"serving"},
     {"chat", "export", "plan"},
-    {"cli_chat", "cli_evaluate", "cli_merge", "cli_serving"},
+    {"act"},
+    {"cli_act", "cli_chat", "cli_evaluate", "cli_merge", "cli_serving"},
     {"cli"},
     {"__main__"},
 ]

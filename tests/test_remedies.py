@@ -30,6 +30,10 @@ RECIPE = Path(__file__).parents[1] / "launch" / "cpu_lora.yaml"
 
 # Modules that one verb alone reaches may name its own options.
 OWNERS = {
+    "act/finish.py": "act",
+    "act/run.py": "act",
+    "act/served.py": "act",
+    "act/tools.py": "act",
     "chat/run.py": "chat",
     "chat/tools.py": "chat",
     "shards/assemble.py": "shard",

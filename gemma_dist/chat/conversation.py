@@ -4,8 +4,8 @@ The messages are kept as agents log them, and read as `shard` reads a row whenev
 front of an answer are those that training puts there, and what is saved is a row that `shard` takes.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gemma_dist.config import RowConfig
@@ -31,6 +31,7 @@ class Conversation:
     thinking: bool
     declared: Any = None  # tools, in any form that a row may have
     messages: list[RawRow] = field(default_factory=list)
+    known: Collection[str] = ()  # names of tools that need no declaration, where there is none at all
 
     def __post_init__(self) -> None:
         """Raises DataError where a tool's declaration is none."""
@@ -48,15 +49,25 @@ class Conversation:
 
     def prompt(self, encoder: Encoder) -> Prompt:
         """What stands in front of the next answer. Raises DataError where the template cannot render it."""
-        trajectory = self._read([*self.messages, ANSWER])
-        index = len(trajectory.messages) - 1
+        trajectory = self.so_far()
+        index = len(trajectory.messages)
         lengths = encoder.count_soft_tokens(trajectory.images)
         text, input_ids = encoder.generation_prompt(trajectory, index, lengths, thinking=self.thinking)
         types = [int(token == encoder.image_token_id) for token in input_ids]
         return Prompt(input_ids, types, trajectory.images, text, index + 1, [])
 
+    def so_far(self) -> Trajectory:
+        """What was said, in normal form; it ends before an answer, or behind one without calls. Raises DataError where
+        that is no row."""
+        if self.messages[-1]["role"] == "assistant":
+            return self._read(self.messages)
+        trajectory = self._read([*self.messages, ANSWER])
+        return replace(trajectory, messages=trajectory.messages[:-1])
+
     def misfit(self, call: Call) -> str | None:
         """Why a call does not fit what is declared; None if it does."""
+        if not self.tools and call.name in self.known:
+            return None
         for tool in self.tools:
             if tool["function"]["name"] == call.name:
                 return find_misfit(call.arguments, tool["function"].get("parameters"))
@@ -99,7 +110,10 @@ class Conversation:
         whole = [end for end in ends if not _calls(self.messages[end - 1])]
         if not whole:
             raise DataError("no answer was kept yet, so there is nothing to save")
-        trajectory = self._read(self.messages[: whole[-1]])
+        return self.as_row(row_id, self._read(self.messages[: whole[-1]]))
+
+    def as_row(self, row_id: str, trajectory: Trajectory) -> RawRow:
+        """A part of the conversation as a row, images within."""
         images = iter(trajectory.images)
         messages: list[RawRow] = []
         for message in trajectory.messages:

@@ -53,18 +53,29 @@ def load_tools(given: str) -> Tools:
             return Tools(parse_json(text.decode("utf-8-sig")))
         except (DataError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: {reason(error)}; write a list of declarations as JSON") from None
+    if given.endswith(".json"):
+        raise ConfigError(_neither(given, "--tools", "a file"))
+    functions = load_functions(given)
+    return Tools(declare(functions), functions)
+
+
+def load_functions(given: str) -> dict[str, Function]:
+    """The functions, by name, that MODULE:FUNCTION names: one, those of a list, or of a dict. ConfigError: it names
+    none."""
+    found = load(given, "--tools")
+    listed = found if isinstance(found, list | tuple) else [found]
+    functions = found if isinstance(found, dict) else {getattr(one, "__name__", str(one)): one for one in listed}
+    if not functions or not all(map(callable, functions.values())) or len(functions) < len(listed):
+        raise ConfigError(f"--tools {given} is neither a function nor a list or dict of functions with different names")
+    return functions
+
+
+def load(given: str, option: str) -> Any:
+    """What MODULE:NAME names. The module is of the user's own choice, and runs. ConfigError, with the `option` that was
+    given: it cannot be loaded."""
     module, colon, name = given.partition(":")
-    if not colon or not name or given.endswith(".json"):
-        raise ConfigError(
-            f"--tools {given} is neither a file nor MODULE:FUNCTION, such as my_tools:search for the function `search` "
-            "of my_tools.py in this folder"
-        )
-    functions = _functions(_find(module, name), given)
-    return Tools([_declaration(key, function) for key, function in functions.items()], functions)
-
-
-def _find(module: str, name: str) -> Any:
-    """What a module calls `name`. The module is of the user's own choice, and runs."""
+    if not colon or not name:
+        raise ConfigError(_neither(given, option, "a file" if option == "--tools" else ""))
     if (folder := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, folder)
     try:
@@ -72,17 +83,18 @@ def _find(module: str, name: str) -> Any:
         for part in name.split("."):
             found = getattr(found, part)
     except Exception as error:  # whatever a module raises as it is imported
-        raise ConfigError(f"--tools {module}:{name} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{option} {given} cannot be loaded: {type(error).__name__}: {error}") from error
     return found
 
 
-def _functions(found: Any, given: str) -> dict[str, Function]:
-    """Functions by name: one, a list of them, or a dict."""
-    listed = found if isinstance(found, list | tuple) else [found]
-    functions = found if isinstance(found, dict) else {getattr(one, "__name__", str(one)): one for one in listed}
-    if not functions or not all(map(callable, functions.values())) or len(functions) < len(listed):
-        raise ConfigError(f"--tools {given} is neither a function nor a list or dict of functions with different names")
-    return functions
+def _neither(given: str, option: str, other: str) -> str:
+    what = f"is neither {other} nor MODULE:FUNCTION" if other else "is no MODULE:FUNCTION"
+    return f"{option} {given} {what}, such as my_tools:search for the function `search` of my_tools.py in this folder"
+
+
+def declare(functions: Mapping[str, Function]) -> list[dict[str, Any]]:
+    """The declarations of functions. ConfigError: one says too little of itself."""
+    return [_declaration(name, function) for name, function in functions.items()]
 
 
 def _declaration(name: str, function: Function) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 from PIL import ExifTags, Image
 
 from gemma_dist.config import EvaluateConfig
+from gemma_dist.config_act import ActConfig
 from gemma_dist.data.content import content_parts
 from gemma_dist.data.images import decode_image
 from gemma_dist.data.strict import as_list, as_object, get, short
@@ -60,7 +61,7 @@ def chat_fields(history: Sequence[Message], images: Sequence[bytes], tools: Sequ
     return {**fields, "chat_template_kwargs": {"enable_thinking": thinking}}
 
 
-def sampling_fields(settings: EvaluateConfig, place: str, sample: int) -> dict[str, Any]:
+def sampling_fields(settings: EvaluateConfig | ActConfig, place: str, sample: int) -> dict[str, Any]:
     """The fields of any request that say how to sample; servers take their own defaults for what is not said.
 
     Args:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from gemma_dist import world
-from gemma_dist.config import EvaluateConfig
+from gemma_dist.config import RowConfig
 from gemma_dist.data.encode import Encoder
 from gemma_dist.errors import ConfigError, EvaluationError, GemmaDistError, PeerError
 from gemma_dist.evaluate.decision import AnsweredDecision, KindLoss
@@ -41,7 +41,7 @@ Losses = dict[str, dict[str, KindLoss] | None]  # key of the point -> by kind; N
 
 
 def describe_run(
-    model: str, adapter: Path | None, data: Path, limit: int | None, encoder: Encoder, settings: EvaluateConfig
+    model: str, adapter: Path | None, data: Path, limit: int | None, encoder: Encoder, settings: RowConfig
 ) -> dict[str, Any]:
     """What an evaluation is, as run.json holds it. Raises CheckpointError: there is no model in safetensors."""
     return {
@@ -74,9 +74,11 @@ def key_of(run: Mapping[str, Any], place: str, prompt: Any, images: Sequence[byt
 
 
 @contextlib.contextmanager
-def opened(out: Path, describe: Callable[[], dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Lines]]:
+def opened(
+    out: Path, describe: Callable[[], dict[str, Any]], holds_more: Callable[[], bool] = lambda: False
+) -> Iterator[tuple[dict[str, Any], Lines]]:
     """Within, `out` is this run's; yields what `describe` says and the lines that ranks wrote before. Every rank calls
-    it.
+    it. `holds_more`: whether other things than answers are there that only this run may add to.
 
     Raises:
         ConfigError: `out` holds answers of a run of something else, which the message names, or another is at work
@@ -88,7 +90,8 @@ def opened(out: Path, describe: Callable[[], dict[str, Any]]) -> Iterator[tuple[
             problem = f"{out}: another evaluation is writing there; wait for it, or name another folder"
             stack.enter_context(exclusive(out, problem))
             run = describe()
-            if (out / RUN).is_file() and (read_lines(out) or read_losses(out) or (out / SAMPLES).is_file()):
+            holds = read_lines(out) or read_losses(out) or (out / SAMPLES).is_file() or holds_more()
+            if (out / RUN).is_file() and holds:
                 _require_same(out, json.loads((out / RUN).read_text(encoding="utf-8")), run)
             else:
                 write_json(out / RUN, run)
@@ -128,7 +131,7 @@ def read_losses(out: Path) -> Losses:
 
 def _whole_lines(out: Path, what: str) -> Iterator[dict[str, Any]]:
     """The objects that all ranks wrote; what is damaged is left out."""
-    for part in _parts(out, what):
+    for part in parts_of(out, what):
         for raw in part.read_bytes().split(b"\n")[:-1]:  # what no line end follows was torn, though it may look whole
             with contextlib.suppress(ValueError):
                 line = json.loads(raw)
@@ -154,11 +157,12 @@ def complete(out: Path, wanted: Sequence[LineKey], *, with_loss: bool = False) -
 
 def remove_parts(out: Path) -> None:
     """Remove the files that ranks wrote, and no others."""
-    for part in (*_parts(out, "samples"), *_parts(out, "loss")):
+    for part in (*parts_of(out, "samples"), *parts_of(out, "loss")):
         part.unlink()
 
 
-def _parts(out: Path, what: str) -> list[Path]:
+def parts_of(out: Path, what: str) -> list[Path]:
+    """The files of lines, or of losses, that ranks wrote."""
     return sorted(path for path in out.iterdir() if re.fullmatch(rf"\.{what}-\d+\.jsonl", path.name))
 
 

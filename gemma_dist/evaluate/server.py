@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from gemma_dist import world
 from gemma_dist.config import EvaluateConfig, Section, option
+from gemma_dist.config_act import ActConfig
 from gemma_dist.config_server import ServerConfig
 from gemma_dist.data.encode import Encoder, load_encoder
 from gemma_dist.data.read import open_block
@@ -49,12 +50,12 @@ OF_A_MODEL_HERE = ("per_device_eval_batch_size", "max_batch_tokens", "ple")  # s
 
 
 @dataclass
-class _Asking:
-    """How a server is asked in this run."""
+class Asking:
+    """How a server is asked in a run of `evaluate`, or of `act`."""
 
     client: Client
     model: str
-    settings: EvaluateConfig
+    settings: EvaluateConfig | ActConfig
     server: ServerConfig
     encoder: Encoder | None
     extra: dict[str, Any]
@@ -108,19 +109,19 @@ def evaluate_server(
     """
     if (out / REPORT).exists():
         raise ConfigError(f"{out / REPORT} exists already; name another folder or remove it")
-    extra = _require_fit(settings, server)
+    extra = require_fit(settings, server)
     address = parse_address(server.server or "")
     client = Client(address, read_key(), timeout_s=server.request_timeout_s, max_retries=server.max_retries)
     name, served = find_model(client, model)
     encoder = None if server.processor is None else load_encoder(server.processor, settings)
-    asking = _Asking(client, name, settings, server, encoder, extra)
-    with opened(out, lambda: _describe(asking, data, limit)) as (run, lines):
+    asking = Asking(client, name, settings, server, encoder, extra)
+    with opened(out, lambda: describe_served(asking, data, limit)) as (run, lines):
         points, tool_sets = find_points(data, limit, settings, encoder)
         if server.endpoint == "completions":
             _require_no_images(points)
         keyed = [(point, _key_of(run, point)) for point in points]
         keep_shown(out, {point.number: point.trajectory for point in points})
-        times = _write_answers(asking, out, keyed, lines)
+        times = _write_answers(asking, out, keyed, lines, settings.num_samples)
         keys = [(key, sample) for _, key in keyed for sample in range(settings.num_samples)]
         about = {"url": str(address), **server.model_dump(mode="json", exclude={"server"}), "served": served}
         settings_now = settings.model_dump(mode="json") | {"loss": False}  # which no server tells
@@ -187,13 +188,13 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:NUM_NAMED]) + (f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else "")
 
 
-def _require_fit(settings: EvaluateConfig, server: ServerConfig) -> dict[str, Any]:
+def require_fit(settings: EvaluateConfig | ActConfig, server: ServerConfig) -> dict[str, Any]:
     """What `extra_body` says, where the settings go together; else ConfigError."""
     if world.rank() > 0:
         raise PeerError("rank 0 says that it needs no others")
     if world.world_size() > 1:
         raise ConfigError("--server needs one process, not several under a launcher: raise --concurrency instead")
-    given = [name for name in OF_A_MODEL_HERE if getattr(settings, name) != EvaluateConfig.model_fields[name].default]
+    given = [name for name in OF_A_MODEL_HERE if getattr(settings, name) != type(settings).model_fields[name].default]
     if given:
         raise ConfigError(
             f"{option(given[0])} is for a model that is loaded here, and --server asks one elsewhere: leave it out "
@@ -229,7 +230,7 @@ def _require_no_images(points: Iterable[Point]) -> None:
             )
 
 
-def _describe(asking: _Asking, data: Path, limit: int | None) -> dict[str, Any]:
+def describe_served(asking: Asking, data: Path, limit: int | None) -> dict[str, Any]:
     """What the evaluation is, as run.json holds it: as `log.describe_run` says it of a model here."""
     settings = asking.settings.model_dump(mode="json", exclude=set(MAY_DIFFER))
     return {
@@ -255,14 +256,16 @@ def _key_of(run: Mapping[str, Any], point: Point) -> str:
     return key_of(run, point.place, [point.history, point.trajectory.tools, point.thinking], point.images)
 
 
-def _write_answers(asking: _Asking, out: Path, keyed: list[tuple[Point, str]], lines: Lines) -> dict[str, Any]:
+def _write_answers(
+    asking: Asking, out: Path, keyed: list[tuple[Point, str]], lines: Lines, num_samples: int
+) -> dict[str, Any]:
     """Ask what `lines` do not answer yet, in the order of the data (servers keep the prompt that they read last), and
     write each answer as it comes; what it took.
 
     Raises:
         EvaluationError: points stayed without an answer, or the server went away.
     """
-    samples = range(asking.settings.num_samples)
+    samples = range(num_samples)
     jobs = [(point, key, sample) for point, key in keyed for sample in samples if (key, sample) not in lines]
     start = time.perf_counter()
     writer = JsonlWriter(part_of_rank(out), append=True)
@@ -286,7 +289,7 @@ def _write_answers(asking: _Asking, out: Path, keyed: list[tuple[Point, str]], l
     return {"world_size": 1, "ranks": [took]}
 
 
-def _line(asking: _Asking, point: Point, key: str, sample: int, answer: chat.Served) -> AnsweredDecision:
+def _line(asking: Asking, point: Point, key: str, sample: int, answer: chat.Served) -> AnsweredDecision:
     """An answer as its line."""
     asking.tokens_read += answer.prompt_tokens
     asking.tokens_written += answer.output_tokens
