@@ -5,7 +5,7 @@
 A tiny Gemma 4 learns a made-up house of six tools: it calls the tool that is asked for if that is offered, says so if
 none is, and greets who greets. Then it is trained further on rows that call and nothing else, as a log of successes
 alone has them. Both models are evaluated on held-out rows of such a log, with the same probes, and greetings as the
-general set. Four minutes of one CPU core.
+general set. A minute of CPU time.
 """
 
 import argparse
