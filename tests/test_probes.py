@@ -15,9 +15,11 @@ from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.evaluate.beside import GENERAL, PROBES, SIMILAR, UNNEEDED, WITHHELD
 from gemma_dist.evaluate.compare import compare, failed_rules
 from gemma_dist.evaluate.decision import ScoredDecision
+from gemma_dist.evaluate.line import gold_of
 from gemma_dist.evaluate.markdown import report_page
 from gemma_dist.evaluate.probes import NUM_ADDED, Probes
 from gemma_dist.evaluate.report import make_report, summary
+from gemma_dist.evaluate.score import score_decision
 from tests.support.chromium import chromium, needs_chromium
 from tests.support.corpus import row as corpus_row
 from tests.support.corpus import write_rows
@@ -96,6 +98,11 @@ def test_what_is_right_at_a_probe_is_known() -> None:
             assert names_of(row) <= names_of(probe)
             assert 0 < len(added) <= NUM_ADDED
             assert bool(wanted) == (probe.part == SIMILAR)
+        called = reading({"name": min(wanted or added), "arguments": {}})
+        outputs = called, reading(content="No tool does that.")
+        scored = [score_decision(output, gold_of(probe, gold), probe.tools) for output in outputs]
+        assert [score["right"] for score in scored] == [probe.part == SIMILAR, probe.part != SIMILAR]
+        assert scored[0]["ratios"].get("over_calling") == (None if probe.part == SIMILAR else [1, 1])
         if wanted == {"get_weather"} and probe.part == SIMILAR:
             assert added == {"getForecast", "weather_map"}, "both say weather, and no share does"
         if probe.part == UNNEEDED:

@@ -110,7 +110,7 @@ def test_what_cannot_be_handed_over_is_refused_or_told(tmp_path: Path, capsys: p
     assert main(["export-rollouts", str(folder), "--out", str(tmp_path / "all.parquet")]) == 0
     told = capsys.readouterr().out
     assert "3 rollouts of 2 runs; 7 ids sampled, 3 between" in told
-    assert "1 tasks of 2 to 2 runs; in 1 the rewards differ" in told
+    assert "1 tasks with 2 runs each; in 1 the rewards differ" in told
     assert "1 runs are cut into several rollouts, such as t/run-2: the prompt of step 2" in told
     assert "1 runs left out: they show images" in told
     assert "1 runs left out: they have no reward" in told

@@ -163,7 +163,8 @@ def failed_rules(compared: Comparison, fail_below: Iterable[str], fail_if_worse:
 def _parse_rule(rule: str, compared: Comparison) -> tuple[str, float]:
     """ "call_exact=0.9" -> ("call_exact", 0.9)"""
     match = re.fullmatch(r"([\w@^]+)=(\d*\.?\d+)", rule)
-    known = [name for name, change in compared["metrics"].items() if change["after"] is not None]
+    judged = [name for name, change in compared["metrics"].items() if change["after"] is not None]
+    known = [name for name in judged if name not in FAULTS]  # of which less is no failure
     if match is None or match[1] not in known:
         raise ConfigError(
             f"--fail-below {rule}: write METRIC=X with a number from 0 to 1 and one of {', '.join(known)}"

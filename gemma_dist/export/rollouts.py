@@ -98,10 +98,11 @@ class RolloutReport:
         """What a person is told."""
         differing = sum(len(set(rewards)) > 1 for rewards in self.rewards.values())
         sizes = sorted(map(len, self.rewards.values()))
+        of_each = f"{sizes[0]} to {sizes[-1]}" if sizes[0] < sizes[-1] else f"{sizes[0]}"
         lines = [
             f"{self.path}: {self.num_rollouts} rollouts of {self.num_runs} runs; {self.num_sampled:,} ids sampled, "
             f"{self.num_between:,} between; read back, all as they were sampled",
-            f"{len(sizes)} tasks of {sizes[0]} to {sizes[-1]} runs; in {differing} the rewards differ, and the others "
+            f"{len(sizes)} tasks with {of_each} runs each; in {differing} the rewards differ, and the others "
             "teach GRPO nothing",
         ]
         if self.num_cut:
