@@ -161,7 +161,9 @@ def test_parts_change_no_other_number_and_over_calling_is_caught(tmp_path: Path)
     report = make_report(header, calm)
     assert report["metrics"]["overall"]["value"] == 1
     assert report["beside"]["over_calling"]["numerator"] == 60
-    assert list(summary(report))[-1].startswith("over-calling, where no call is right: 75.0%, 60 of 80 (")
+    line_of_all = list(summary(report))[-1]
+    assert line_of_all.startswith("over-calling, where no call is right: 75.0%, 60 of 80 (the held-out rows 0 of 20, ")
+    assert line_of_all in report_page(report)
     assert "| gold's tool withheld | 100.0% (20 of 20) | 0.0% (0 of 20) |" in report_page(report)
 
     before, after = write(tmp_path / "before", words), write(tmp_path / "after", calm)

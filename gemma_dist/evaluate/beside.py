@@ -82,10 +82,17 @@ def beside_lines(held_out: Mapping[str, MetricReport], beside: BesideReport) -> 
         for name in SHOWN:
             if metric := found.get(name):
                 yield f"  {f'{part} {name}':<24} {_share(metric):>7}  {_counts(metric)}"
+    yield over_calling_line(held_out, beside)
+
+
+def over_calling_line(held_out: Mapping[str, MetricReport], beside: BesideReport) -> str:
+    """How often the model calls where no call is right, in all and in each part."""
     each = {HELD_OUT: held_out, **beside["parts"]}
     parts = [f"{PARTS[part]} {_counts(found[OVER_CALLING])}" for part, found in each.items() if _judges(found)]
     total = beside["over_calling"]
-    yield f"over-calling, where no call is right: {_share(total)}, {_counts(total)} ({', '.join(parts)})"
+    if not parts:
+        return "over-calling: a call is right at every point"
+    return f"over-calling, where no call is right: {_share(total)}, {_counts(total)} ({', '.join(parts)})"
 
 
 def beside_rows(held_out: Mapping[str, MetricReport], beside: BesideReport) -> list[list[object]]:
