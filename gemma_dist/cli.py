@@ -1,5 +1,5 @@
 """The command line, in the order of use: make a model, shard, look, check, plan, look at the nodes, train,
-evaluate (`cli_evaluate.py`), act (`cli_act.py`), talk (`cli_chat.py`), merge, export, extract (`cli_merge.py`), serve
+evaluate (`cli_evaluate.py`), act (`cli_act.py`), talk (`cli_chat.py`), merge, export … (`cli_merge.py`), serve
 (`cli_serving.py`).
 
 A command reads its options and calls one function of another module. Nothing heavy is imported before a command runs,
@@ -20,7 +20,7 @@ from gemma_dist import __version__
 from gemma_dist.cli_act import act
 from gemma_dist.cli_chat import chat
 from gemma_dist.cli_evaluate import compare, evaluate, read_calls, score
-from gemma_dist.cli_merge import export, extract, merge
+from gemma_dist.cli_merge import export, export_rollouts, extract, merge
 from gemma_dist.cli_serving import card, check_model, push, serve
 from gemma_dist.errors import spell
 from gemma_dist.options import EXISTING, NEW, OrderedGroup, SettingsCommand, say, spellings
@@ -388,6 +388,7 @@ def train(
 
 
 for command in (
-    *(evaluate, score, compare, read_calls, act, chat, merge, export, extract, check_model, card, serve, push),
+    *(evaluate, score, compare, read_calls, act, chat, merge, export, export_rollouts, extract),
+    *(check_model, card, serve, push),
 ):
     cli.add_command(command)

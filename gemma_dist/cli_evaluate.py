@@ -83,7 +83,7 @@ def score(run: Path, data: Path | None, out: Path, answer_tolerance: float | Non
 @click.argument("after", type=EXISTING)
 @click.option("--out", type=NEW, help="Also write comparison.json, .md and .html to this folder.")
 @click.option("--fail-below", metavar="METRIC=X", multiple=True, help="Exit code 3 where AFTER has less: overall=0.9.")
-@click.option("--fail-if-worse", is_flag=True, help="Exit code 3 where `overall` fell by more than chance.")
+@click.option("--fail-if-worse", is_flag=True, help="Exit code 3 where `overall` fell, or over-calling rose.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def compare(
     before: Path, after: Path, out: Path | None, fail_below: tuple[str, ...], fail_if_worse: bool, as_json: bool

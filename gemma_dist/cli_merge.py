@@ -1,4 +1,5 @@
-"""The part of the command line that makes of what was trained what other tools load: merge, export, extract.
+"""The part of the command line that makes of what was trained what other tools load: merge, export, extract;
+and of runs: export-rollouts.
 
 As in `cli.py`, a command reads its options and calls one function, and nothing heavy is imported before it runs.
 """
@@ -96,6 +97,24 @@ def export(
     from gemma_dist.export import lora
 
     say(lora.export_adapter(adapter, base, out, engine).summary())
+
+
+@click.command()
+@click.argument("runs", type=EXISTING)
+@click.option("--out", required=True, type=NEW, help="The file: .parquet or .jsonl.")
+@click.option(
+    "--for", "layout", type=click.Choice(["trl", "verl"]), default="trl", show_default=True, help="Whose names."
+)
+@click.option("--whole", is_flag=True, help="Refuse runs that have to be cut into several rollouts.")
+def export_rollouts(runs: Path, out: Path, layout: Literal["trl", "verl"], whole: bool) -> None:
+    """Write own runs as rollouts for a trainer of reinforcement learning.
+
+    RUNS is a folder that `act` wrote. Each rollout has the ids of its prompt, those that followed, a mask of what the
+    model sampled, and the reward; the file is read back and compared with RUNS, id by id.
+    """
+    from gemma_dist.export import rollouts
+
+    say(rollouts.export_rollouts(runs, out, layout, whole=whole).summary())
 
 
 @click.command(cls=SettingsCommand, section=_extract_section)

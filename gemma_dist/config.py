@@ -313,6 +313,12 @@ class EvaluateConfig(RowConfig):
         "as_is", description="What answers owe to images: blank: all are white; swapped: they are those of another row."
     )
     loss: bool = Field(True, description="Also measure the loss of gold's answers: one pass over each trajectory.")
+    probes: int = Field(
+        0, ge=0, description="So many probes of each kind beside the rows: tool withheld, similar ones, none needed."
+    )
+    general: Path | None = Field(
+        None, description="A general set (BFCL's files, say) that is asked beside the rows, and reported apart."
+    )
     answer_tolerance: float = Field(
         0.01, ge=0, description="How far a number may be from that of an expected answer, as a share of it."
     )

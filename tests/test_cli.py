@@ -14,7 +14,7 @@ from gemma_dist.errors import CheckpointError, DataError, PeerError
 
 VERBS = [
     *("tiny", "shard", "inspect", "stats", "check-prompts", "check", "plan", "batches", "health", "train"),
-    *("evaluate", "score", "compare", "read-calls", "act", "chat", "merge", "export", "extract"),
+    *("evaluate", "score", "compare", "read-calls", "act", "chat", "merge", "export", "export-rollouts", "extract"),
     *("check-model", "card", "serve", "push"),
 ]
 RECIPE = "tuning: full\nmodel: {model_name_or_path: m}\ndata: {train: d}\ntrain: {output_dir: o}\n"

@@ -55,6 +55,7 @@ OWNERS = {
     "evaluate/server.py": "evaluate",
     "export/extract.py": "extract",
     "export/lora.py": "export",
+    "export/rollouts.py": "export-rollouts",
     "export/run.py": "export",
     "export/weights.py": "export",
     "merge/folders.py": "merge",

@@ -53,6 +53,7 @@ class Trajectory:
     answers: tuple[str, ...] = ()  # of a test case: texts, any of which is right
     category: str = ""  # as the row says, for reports
     pair: str = ""  # as the row says: the name that it shares with a row of the same words and another image
+    part: str = ""  # of a report, in which it counts (`evaluate/beside.py`); "": the main one
 
 
 @dataclass(frozen=True)

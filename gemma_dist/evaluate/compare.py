@@ -16,9 +16,11 @@ from typing import Any, TypedDict
 import numpy as np
 
 from gemma_dist.errors import ConfigError, DataError
+from gemma_dist.evaluate.beside import HELD_OUT, OVER_CALLING, SHOWN, by_part, in_both, part_of
 from gemma_dist.evaluate.decision import ScoredDecision, steps_of
 from gemma_dist.evaluate.intervals import divide_each, holm, mcnemar, middle_95, resample, smallest_difference
 from gemma_dist.evaluate.loss_report import LossChange, loss_changes
+from gemma_dist.evaluate.metrics import METRICS
 from gemma_dist.evaluate.pass_at_k import metrics_of
 from gemma_dist.evaluate.runs import Run, read_run
 from gemma_dist.evaluate.slices import slice_up
@@ -27,6 +29,7 @@ from gemma_dist.evaluate.tally import add_up, columns
 WORSE = 3  # exit code of --fail-below and --fail-if-worse
 NAMED = 5  # points that a refusal names
 HEADLINE = "overall"
+FAULTS = {metric.name for metric in METRICS if metric.is_fault}
 Point = tuple[str, int, int, int]  # id, number of the trajectory, turn, and which of several answers
 
 
@@ -47,6 +50,13 @@ class SliceChange(Change):
     """The same of a slice, with its p-value adjusted for all slices."""
 
     p_holm: float
+
+
+class BesideChange(TypedDict):
+    """What stands beside the held-out rows, before and after."""
+
+    over_calling: Change | None  # of all parts, the held-out rows among them; None: a call is right everywhere
+    parts: dict[str, dict[str, Change]]
 
 
 class ImageGain(TypedDict):
@@ -84,6 +94,7 @@ class Comparison(TypedDict):
     metrics: dict[str, Change]
     slices: dict[str, dict[str, SliceChange]]  # of `overall`
     loss: dict[str, LossChange] | None  # of gold's answers, where both runs measured it
+    beside: BesideChange | None  # where both runs asked probes or a general set
     fixed: list[ChangedPoint]
     broken: list[ChangedPoint]
 
@@ -96,7 +107,8 @@ def compare(before: Path, after: Path) -> Comparison:
         DataError: they were not asked the same.
     """
     first, second = read_run(before), read_run(after)
-    lines = _paired(first, second)
+    everything = _paired(first, second)
+    lines = [line for line in everything if part_of(line[0]) == HELD_OUT]
     num_samples = first.report["num_samples"]
     names = [metric.name for metric in metrics_of(num_samples)]
     changes, _ = _changes(*_apart(lines), names, whole=True)
@@ -113,6 +125,7 @@ def compare(before: Path, after: Path) -> Comparison:
         "metrics": changes,
         "slices": _slices(lines),
         "loss": loss_changes(*_apart(lines)),
+        "beside": _beside(everything),
         "fixed": [_changed(line) for line in lines if _is_right(line[1]) and not _is_right(line[0])],
         "broken": [_changed(line) for line in lines if _is_right(line[0]) and not _is_right(line[1])],
     }
@@ -123,7 +136,8 @@ def failed_rules(compared: Comparison, fail_below: Iterable[str], fail_if_worse:
 
     Args:
         fail_below: "METRIC=X": the lowest value that passes.
-        fail_if_worse: `overall` must not be lower than before by more than chance: its interval must reach 0.
+        fail_if_worse: `overall` must not be lower than before by more than chance: its interval must reach 0; nor may
+            over-calling be higher, where both runs asked probes or a general set.
 
     Raises:
         ConfigError: a rule is none, or names a metric that was not judged.
@@ -138,13 +152,19 @@ def failed_rules(compared: Comparison, fail_below: Iterable[str], fail_if_worse:
     if fail_if_worse and high is not None and high < 0:
         low, difference = compared["overall"]["low"], compared["overall"]["difference"]
         failures.append(f"{HEADLINE} is worse: {difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}")
+    beside = compared["beside"]
+    risen = None if beside is None else beside["over_calling"]
+    if fail_if_worse and risen is not None and risen["low"] is not None and risen["low"] > 0:
+        low, high, difference = risen["low"], risen["high"], risen["difference"]
+        failures.append(f"{OVER_CALLING} is worse: {difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}")
     return failures
 
 
 def _parse_rule(rule: str, compared: Comparison) -> tuple[str, float]:
     """ "call_exact=0.9" -> ("call_exact", 0.9)"""
     match = re.fullmatch(r"([\w@^]+)=(\d*\.?\d+)", rule)
-    known = [name for name, change in compared["metrics"].items() if change["after"] is not None]
+    judged = [name for name, change in compared["metrics"].items() if change["after"] is not None]
+    known = [name for name in judged if name not in FAULTS]  # of which less is no failure
     if match is None or match[1] not in known:
         raise ConfigError(
             f"--fail-below {rule}: write METRIC=X with a number from 0 to 1 and one of {', '.join(known)}"
@@ -173,7 +193,7 @@ def _paired(before: Run, after: Run) -> list[Paired]:
             f"{before.folder} holds {answers[0]} answers to each decision point, {after.folder} {answers[1]}; evaluate "
             "both with as many (`gemma-dist evaluate … --num-samples K`)"
         )
-    firsts, seconds = ({_point(line): line for line in run.lines} for run in (before, after))
+    firsts, seconds = ({_point(line): line for line in lines} for lines in in_both(before.lines, after.lines))
     for one, other, found, others in ((before, after, firsts, seconds), (after, before, seconds, firsts)):
         lacking = sorted(found.keys() - others.keys(), key=lambda point: point[1:])
         if lacking:
@@ -261,8 +281,8 @@ def _change(
 def _fixed_and_broken(
     name: str, before: Iterable[ScoredDecision], after: Iterable[ScoredDecision]
 ) -> tuple[int, int] | None:
-    """How many points a metric calls right in the second run alone, and in the first alone; None where it judges other
-    points in each run, or judges them by parts."""
+    """How many points a metric calls right in the second run alone, and in the first alone (a metric of faults: those
+    that it does not count); None where it judges other points in each run, or judges them by parts."""
     counts: Counter[tuple[int, int]] = Counter()
     for first, second in zip(before, after, strict=True):
         one, two = (line["score"]["ratios"].get(name) for line in (first, second))
@@ -271,7 +291,8 @@ def _fixed_and_broken(
         if one is None or two is None or one[1] != 1 or two[1] != 1:
             return None
         counts[one[0], two[0]] += 1
-    return (counts[0, 1], counts[1, 0]) if counts else None
+    right = name not in FAULTS
+    return (counts[1 - right, right], counts[right, 1 - right]) if counts else None
 
 
 def _slices(lines: Sequence[Paired]) -> dict[str, dict[str, SliceChange]]:
@@ -289,6 +310,17 @@ def _slices(lines: Sequence[Paired]) -> dict[str, dict[str, SliceChange]]:
     for change, adjusted in zip(every, holm([change["p_value"] for change in every]), strict=True):
         change["p_holm"] = adjusted
     return found
+
+
+def _beside(everything: Sequence[Paired]) -> BesideChange | None:
+    """What probes and a general set say of both runs; None where they have none in common."""
+    before, after = _apart(everything)
+    firsts, seconds = by_part(before), by_part(after)
+    if firsts.keys() <= {HELD_OUT}:
+        return None
+    total, _ = _changes(before, after, [OVER_CALLING])
+    parts = {part: _changes(firsts[part], seconds[part], SHOWN)[0] for part in firsts}
+    return {"over_calling": total.get(OVER_CALLING), "parts": parts}
 
 
 def _image_gain(before: Run, after: Run, lines: Sequence[Paired]) -> ImageGain | None:

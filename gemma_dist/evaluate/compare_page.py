@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gemma_dist.evaluate.compare import Change, ChangedPoint, Comparison, compare, failed_rules
+from gemma_dist.evaluate.beside import PARTS, in_both
+from gemma_dist.evaluate.compare import BesideChange, Change, ChangedPoint, Comparison, compare, failed_rules
 from gemma_dist.evaluate.loss_report import change_rows
 from gemma_dist.evaluate.markdown import MAX_ROWS, code, interval, percent, section, table
 from gemma_dist.evaluate.page import TRAJECTORIES, PageRun, write_page
@@ -37,7 +38,11 @@ def write_comparison(compared: Comparison, out: Path, before: Run, after: Run) -
     out.mkdir(parents=True, exist_ok=True)
     with writing(out / "comparison.md") as temporary:
         temporary.write_text(comparison_page(compared), encoding="utf-8")
-    runs = [PageRun(str(run.folder), run.report, run.lines, read_tools(run.folder)) for run in (before, after)]
+    lines = in_both(before.lines, after.lines)
+    runs = [
+        PageRun(str(run.folder), run.report, found, read_tools(run.folder))
+        for run, found in zip((before, after), lines, strict=True)
+    ]
     shown = after.folder if (after.folder / TRAJECTORIES).is_file() else before.folder
     told = {name: value for name, value in compared.items() if name not in ("fixed", "broken")}
     write_page(out / "comparison.html", runs, shown, told)
@@ -70,6 +75,7 @@ def _lines(compared: Comparison) -> Iterator[str]:
         shown = f"{_points(gain['value'])} ({interval(gain['low'], gain['high'], signed=True)})"
         yield f"Gain by images, as they are less {gain['without']}: {shown}; {gain['num_points']:,} points have some."
         yield ""
+    yield from _beside(compared["beside"])
     slices = [(name, value, found) for name, values in compared["slices"].items() for value, found in values.items()]
     surest = sorted(slices, key=lambda row: (row[2]["p_holm"], -abs(row[2]["difference"] or 0.0)))[:MAX_ROWS]
     rows = ([*_row(f"{name} {value}", found), f"{found['p_holm']:.2g}"] for name, value, found in surest)
@@ -78,6 +84,23 @@ def _lines(compared: Comparison) -> Iterator[str]:
         listed = [_listed(point, several=several) for point in changed[:MAX_ROWS]]
         more = f", the first {MAX_ROWS} of {len(changed)}" if len(changed) > MAX_ROWS else ""
         yield from section(f"{title}{more}", ["row", "turn", "before", "after"], listed)
+
+
+def _beside(beside: BesideChange | None) -> Iterator[str]:
+    """Over-calling in one line, and the parts that stand beside the held-out rows."""
+    if beside is None:
+        return
+    if (change := beside["over_calling"]) is not None:
+        values = f"{percent(change['before'])} before, {percent(change['after'])} after"
+        sure = f"{_points(change['difference'])}, 95 %: {interval(change['low'], change['high'], signed=True)}"
+        yield f"Over-calling, of all points where no call is right: {values} ({sure})."
+        yield ""
+    rows = [
+        _row(f"{PARTS[part]}: {name}", found)
+        for part, changes in beside["parts"].items()
+        for name, found in changes.items()
+    ]
+    yield from section("Beside the held-out rows", _HEADER, rows)
 
 
 def _listed(point: ChangedPoint, *, several: bool) -> list[object]:

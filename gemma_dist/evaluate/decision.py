@@ -28,6 +28,7 @@ class AnsweredDecision(TypedDict):
     key: str  # a hash of all that the answers to this point hang on (`log.py`)
     category: str
     pair: str
+    part: NotRequired[str]  # of the report, in which it counts (`beside.py`); absent: the main one
     num_images: int
     num_tools: int  # declared
     tools: str  # the key of their declarations in tools.json

@@ -34,6 +34,7 @@ def gold_of(trajectory: Trajectory, messages: Sequence[Message]) -> Gold:
 
 def asked(trajectory: Trajectory, number: int, messages: Sequence[Message], turn: int) -> dict[str, Any]:
     """The keys of a line that the data alone say. `number`: of the trajectory, from 1."""
+    part = {"part": trajectory.part} if trajectory.part else {}
     return {
         "id": trajectory.id,
         "trajectory": number,
@@ -43,6 +44,7 @@ def asked(trajectory: Trajectory, number: int, messages: Sequence[Message], turn
         "num_tools": len(trajectory.tools),
         "tools": tools_key(trajectory.tools),
         "gold": gold_of(trajectory, messages),
+        **part,
     }
 
 

@@ -30,7 +30,10 @@ from gemma_dist.shards.reader import is_shard_folder, open_shards
 
 RUN = "run.json"
 # Settings on which no answer hangs, and names of what a hash tells better.
-MAY_DIFFER = ("per_device_eval_batch_size", "max_batch_tokens", "ple", "answer_tolerance", "loss")
+MAY_DIFFER = (
+    *("per_device_eval_batch_size", "max_batch_tokens", "ple", "answer_tolerance", "loss"),
+    *("probes", "general"),  # which ask more, and nothing else of what is asked anyway
+)
 NAMES = {"model": "model_hash", "adapter": "adapter_hash", "data": "data_hash"}
 NUM_NAMED = 5  # of many points, in messages
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from gemma_dist.evaluate.beside import SHOWN, beside_rows, over_calling_line
 from gemma_dist.evaluate.loss_report import loss_rows
 from gemma_dist.evaluate.message import say_reading
 from gemma_dist.evaluate.metrics import MetricReport
@@ -44,6 +45,11 @@ def _report_lines(report: Report) -> Iterator[str]:
     if (loss := report["loss"]) is not None:
         title = f"Loss of gold's answers at {loss['num_points']:,} decision points"
         yield from section(title, ["metric", "value", "95 % by trajectory", "of"], loss_rows(loss))
+    if (beside := report.get("beside")) is not None:
+        title = f"Beside the held-out rows, at {beside['num_points']:,} decision points"
+        yield from section(title, ["", *SHOWN], beside_rows(report["metrics"], beside))
+        yield over_calling_line(report["metrics"], beside)
+        yield ""
     yield from section("Failures", ["kind", "points"], ([kind, count] for kind, count in report["failures"].items()))
     faults = [[kind, count] for kind, count in report["arg_errors"].items() if count]
     yield from section("Wrong arguments of matched calls", ["kind", "arguments"], faults)

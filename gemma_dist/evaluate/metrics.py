@@ -114,6 +114,7 @@ class Metric(Generic[Counted]):
     numerator: Callable[[Counted], int]
     denominator: Callable[[Counted], int]
     is_share: bool = True  # of trials, so that it has a Wilson interval
+    is_fault: bool = False  # the less, the better
 
 
 # "Calls" alone means calls that could be read; "points" means decision points. Test cases that give the names of tools
@@ -157,6 +158,13 @@ DECISION_METRICS: Sequence[Metric[DecisionCounts]] = (
         lambda point: not point.wants_call,
     ),
     Metric(
+        "over_calling",
+        "the output attempts a call / gold has no call",
+        lambda point: point.attempted and not point.wants_call,
+        lambda point: not point.wants_call,
+        is_fault=True,
+    ),
+    Metric(
         "relevance_acc",
         "the output attempts a call / gold has calls",
         lambda point: point.attempts_wanted_call,
@@ -192,6 +200,7 @@ DECISION_METRICS: Sequence[Metric[DecisionCounts]] = (
         "calls of a tool that was not offered / predicted calls, where tools are declared",
         lambda point: point.not_offered if point.offered_any else 0,
         lambda point: point.calls if point.offered_any else 0,
+        is_fault=True,
     ),
     Metric(
         "schema_valid",

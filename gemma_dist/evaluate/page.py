@@ -21,6 +21,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from gemma_dist.evaluate.beside import PARTS
 from gemma_dist.evaluate.decision import ScoredDecision
 from gemma_dist.evaluate.markdown import HEADLINE
 from gemma_dist.evaluate.page_samples import shown_answer, shown_gold
@@ -97,6 +98,7 @@ def write_page(
         "comparison": comparison,
         "headline": [*HEADLINE, *(metric.name for metric in pass_metrics(_num_samples(runs)))],
         "sentences": {metric.name: metric.sentence for metric in metrics_of(_num_samples(runs))},
+        "parts": PARTS,
         "has_prompts": trajectories.is_file(),
         "left_out": blocks.left_out,
         "max_mb": MAX_PAGE_BYTES >> 20,
@@ -199,7 +201,10 @@ def _shown_sample(lines: Sequence[ScoredDecision]) -> dict[str, Any]:
     """A decision point with the answer of each run to it."""
     line = lines[0]
     told = ("id", "trajectory", "turn", "sample", "category", "pair", "num_images", "tools", "prompt_tokens")
-    return {name: line[name] for name in told} | {"gold": shown_gold(line), "answers": list(map(shown_answer, lines))}  # type: ignore[literal-required]
+    shown = {name: line[name] for name in told}  # type: ignore[literal-required]
+    if part := line.get("part"):
+        shown["category"] = f"({PARTS[part]})"
+    return shown | {"gold": shown_gold(line), "answers": list(map(shown_answer, lines))}
 
 
 def _add_tools(runs: Sequence[PageRun], wanted: Iterable[str], blocks: _Blocks) -> None:

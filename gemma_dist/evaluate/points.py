@@ -1,8 +1,7 @@
 """The decision points of held-out rows that a server is asked: found without a template, or by one that is here."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 from gemma_dist.config import EvaluateConfig
@@ -13,9 +12,9 @@ from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message
 from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import DataError
-from gemma_dist.evaluate.images import blank, swap_images
+from gemma_dist.evaluate.asked import asked_rows
+from gemma_dist.evaluate.images import blank
 from gemma_dist.evaluate.runs import ToolSets, tools_key
-from gemma_dist.shards.reader import load_trajectories
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,8 @@ def find_points(
     """
     points: list[Point] = []
     tool_sets: ToolSets = {}
-    rows: Iterable[Trajectory] = islice(load_trajectories(data, settings), limit)
-    if settings.images == "swapped":
-        rows = swap_images(rows)
     number = 0
-    for row in rows:
+    for row in asked_rows(data, limit, settings, limit_general=limit):
         if settings.images == "blank":
             row = replace(row, images=[blank(image) for image in row.images])
         with error_context(f"{data}: {row.id}"):

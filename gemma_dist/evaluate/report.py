@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict, get_args
 
 from gemma_dist.data.read import Status
+from gemma_dist.evaluate.beside import BesideReport, beside_lines, held_out, report_beside
 from gemma_dist.evaluate.decision import ScoredDecision, Trajectory, steps_of, trajectory_of
 from gemma_dist.evaluate.loss_report import LossReport, loss_lines, loss_report
 from gemma_dist.evaluate.message import ServerReading, compare_readings
@@ -56,6 +57,7 @@ class Report(TypedDict):
     confusion: dict[str, dict[str, int]]  # {gold's tool: {called tool: calls}}
     slices: dict[str, dict[str, dict[str, MetricReport]]]  # {slice: {value: metrics with something to judge}}
     loss: LossReport | None  # of gold's answers; None: not measured
+    beside: NotRequired[BesideReport]  # probes and a general set, which count nowhere else
     server: NotRequired[dict[str, Any]]  # where one was asked: its address, and how it was
     server_reading: NotRequired[ServerReading]  # of a server of chat: how it read the answers, beside how we would
     times: dict[str, Any]  # what differs from run to run, and nothing else does: command, ranks, seconds, throughput
@@ -67,7 +69,8 @@ def make_report(header: Mapping[str, Any], decisions: Iterable[ScoredDecision]) 
     Args:
         header: what the points do not say: what was evaluated (`describe_run`), settings and times.
     """
-    decisions = sorted(decisions, key=lambda decision: (*trajectory_of(decision), decision["turn"]))
+    everything = sorted(decisions, key=lambda decision: (*trajectory_of(decision), decision["turn"]))
+    decisions = held_out(everything)
     num_samples = 1 + max((decision["sample"] for decision in decisions), default=0)
     metrics = metrics_of(num_samples)
     strict, bfcl = measure(add_up(decisions), metrics), measure(add_up(decisions, "bfcl"), metrics)
@@ -92,10 +95,11 @@ def make_report(header: Mapping[str, Any], decisions: Iterable[ScoredDecision]) 
         },
         "loss": loss_report(decisions),
     }
-    reading = compare_readings(decisions)
-    served = {} if reading is None else {"server_reading": reading}
-    given = {key: value for key, value in header.items() if key not in (*computed, "server_reading", "times")}
-    return {**given, **computed, **served, "times": header["times"]}  # type: ignore[typeddict-item]
+    beside, reading = report_beside(everything), compare_readings(decisions)
+    others = {"beside": beside, "server_reading": reading}
+    given = {key: value for key, value in header.items() if key not in (*computed, *others, "times")}
+    computed |= {name: found for name, found in others.items() if found is not None}
+    return {**given, **computed, "times": header["times"]}  # type: ignore[typeddict-item]
 
 
 def judged(metrics: Mapping[str, MetricReport]) -> dict[str, MetricReport]:
@@ -169,3 +173,5 @@ def summary(report: Report) -> Iterator[str]:
             yield f"  {metric.name:<18} {share}  {metric.sentence}"
     if report["loss"] is not None:
         yield from loss_lines(report["loss"])
+    if (beside := report.get("beside")) is not None:
+        yield from beside_lines(report["metrics"], beside)

@@ -6,20 +6,21 @@ Where neither rules nor data changed, all are those of RUN byte for byte: what `
 model was shown (trajectories.jsonl, images/) is copied.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from gemma_dist.config import EvaluateConfig
 from gemma_dist.data.served import decision_points
+from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.errors import ConfigError, DataError
+from gemma_dist.evaluate.asked import asked_rows
 from gemma_dist.evaluate.decision import AnsweredDecision
 from gemma_dist.evaluate.line import asked, score_lines
 from gemma_dist.evaluate.log import hash_data
 from gemma_dist.evaluate.report import Report
 from gemma_dist.evaluate.runs import REPORT, ToolSets, read_run, read_tools, tools_key, write_results
 from gemma_dist.evaluate.shown import copy_shown
-from gemma_dist.shards.reader import load_trajectories
 
 Place = tuple[str, int, int]  # id, number of the trajectory, and turn
 
@@ -45,7 +46,7 @@ def score_again(run_folder: Path, data: Path | None, out: Path, answer_tolerance
     if data is None:
         tool_sets = read_tools(run_folder)
     else:
-        lines, tool_sets = _asked_again(lines, data, settings)
+        lines, tool_sets = _asked_again(lines, data, run.report["limit"], settings)
     if not any("loss" in line for line in lines):  # an earlier version measured none
         settings = settings.model_copy(update={"loss": False})
     header = {**run.report, "settings": settings.model_dump(mode="json")}
@@ -56,15 +57,15 @@ def score_again(run_folder: Path, data: Path | None, out: Path, answer_tolerance
 
 
 def _asked_again(
-    lines: Sequence[AnsweredDecision], data: Path, settings: EvaluateConfig
+    lines: Sequence[AnsweredDecision], data: Path, limit: int | None, settings: EvaluateConfig
 ) -> tuple[list[AnsweredDecision], ToolSets]:
     """The lines with gold and tools of `data`, and these tools."""
     if settings.unroll != "none":
         raise ConfigError(f"{data}: rows that are unrolled need the model's template; score without --data")
     tool_sets: ToolSets = {}
     points: dict[Place, dict[str, Any]] = {}
-    last = max(line["trajectory"] for line in lines)
-    for point in _points(data, settings, last, tool_sets):
+    last = max(line["trajectory"] for line in lines if not line.get("part"))
+    for point in _points(asked_rows(data, last, settings, limit_general=limit), tool_sets):
         points[_place(point)] = point
     asked_then = [_place(line) for line in lines]
     places = set(asked_then)
@@ -93,11 +94,9 @@ def _place(point: Mapping[str, Any]) -> Place:
     return point["id"], point["trajectory"], point["turn"]
 
 
-def _points(data: Path, settings: EvaluateConfig, last: int, tool_sets: ToolSets) -> Iterator[dict[str, Any]]:
-    """What the first `last` rows ask; their tools are added to `tool_sets`."""
-    for number, trajectory in enumerate(load_trajectories(data, settings), start=1):
-        if number > last:
-            break
+def _points(rows: Iterable[Trajectory], tool_sets: ToolSets) -> Iterator[dict[str, Any]]:
+    """What rows ask; their tools are added to `tool_sets`."""
+    for number, trajectory in enumerate(rows, start=1):
         tool_sets[tools_key(trajectory.tools)] = list(trajectory.tools)
         for index, messages in decision_points(trajectory.messages):
             yield asked(trajectory, number, messages, index + 1)

@@ -15,9 +15,9 @@ neither on the number of ranks nor on how often the run was killed and started a
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,10 +29,11 @@ from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import ConfigError, DataError, EvaluationError, PeerError
+from gemma_dist.evaluate.asked import asked_rows
 from gemma_dist.evaluate.decision import AnsweredDecision
 from gemma_dist.evaluate.generate import Answer, Generator, Question
 from gemma_dist.evaluate.gold_tokens import GoldTokens, gold_tokens
-from gemma_dist.evaluate.images import blank, swap_images
+from gemma_dist.evaluate.images import blank
 from gemma_dist.evaluate.line import asked, score_lines
 from gemma_dist.evaluate.log import (
     NUM_NAMED,
@@ -57,7 +58,6 @@ from gemma_dist.model import fsdp
 from gemma_dist.model.load import load_for_evaluation
 from gemma_dist.model.operators import compile_operators
 from gemma_dist.model.zero3 import is_partitioned
-from gemma_dist.shards.reader import load_trajectories
 from gemma_dist.topology import current_topology
 
 
@@ -133,9 +133,7 @@ def _my_decisions(
     decisions: list[Decision] = []
     tool_sets: ToolSets = {}
     num_trajectories = 0
-    rows: Iterable[Trajectory] = islice(load_trajectories(data, settings), limit)
-    if settings.images == "swapped":
-        rows = swap_images(rows)
+    rows = asked_rows(data, limit, settings, limit_general=limit)
     for trajectory in chain.from_iterable(_samples(row, encoder, settings, data) for row in rows):
         num_trajectories += 1
         tool_sets[tools_key(trajectory.tools)] = list(trajectory.tools)
@@ -145,7 +143,8 @@ def _my_decisions(
             trajectory = replace(trajectory, images=[blank(image) for image in trajectory.images])
         with error_context(f"{data}: {trajectory.id}"):
             prompts = encoder.prompts(trajectory)
-            written = gold_tokens(encoder, trajectory, prompts) if settings.loss else [None] * len(prompts)
+            is_read = settings.loss and not trajectory.part
+            written = gold_tokens(encoder, trajectory, prompts) if is_read else [None] * len(prompts)
         for prompt, gold in zip(prompts, written, strict=True):
             place = f"{num_trajectories} {trajectory.id} {prompt.turn}"
             key = key_of(run, place, prompt.input_ids, prompt.images)

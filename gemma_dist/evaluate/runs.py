@@ -59,7 +59,8 @@ def read_run(folder: Path) -> Run:
     missing = {"sample", "key", "tools", "opening", "score"} - set(lines[0] if lines else ())
     if missing:
         raise ConfigError(f"{folder}/{SAMPLES}: an earlier version wrote it, without {sorted(missing)}; evaluate again")
-    num_answers = report.get("num_decision_points", 0) * report.get("num_samples", 0)
+    num_points = report.get("num_decision_points", 0) + report.get("beside", {}).get("num_points", 0)
+    num_answers = num_points * report.get("num_samples", 0)
     if len(lines) != num_answers:
         raise ConfigError(
             f"{folder}: {SAMPLES} holds {len(lines)} answers, {REPORT} says {num_answers}; the two are of different "

@@ -1,7 +1,7 @@
 // The page of an evaluation, or of two that are compared. All texts come from models and rows: they are put in as texts
 // (`show`), never as markup, and signs that would hide or turn around what one reads become visible.
 const block = (id) => JSON.parse(document.getElementById(id).textContent);
-const { runs, comparison, headline, sentences, has_prompts, left_out, max_mb } = block("overview");
+const { runs, comparison, headline, sentences, parts, has_prompts, left_out, max_mb } = block("overview");
 const times = block("times"),
   samples = block("samples");
 const before = runs[0].report,

@@ -242,3 +242,26 @@ function slices() {
   });
   return found.length ? more("overall by slice: turn, tool, length and more", found) : null;
 }
+
+// Probes and a general set, which count in no other number.
+function beside() {
+  const source = compares ? comparison.beside : after.beside;
+  if (!source) return null;
+  const shown = ["over_calling", "abstain_acc", "tool_set_exact", "overall"];
+  const rows = Object.entries(source.parts).flatMap(([part, metrics]) =>
+    shown
+      .filter((name) => metrics[name])
+      .map((name) => {
+        const m = metrics[name];
+        return compares
+          ? [parts[part], name, percent(m.before), percent(m.after), pp(m.difference), range_of(m)]
+          : [parts[part], name, percent(m.value), range(m.cluster_low, m.cluster_high), of(m)];
+      }),
+  );
+  const head = compares
+    ? [["before", "num"], ["after", "num"], ["difference", "num"], ["95 % by trajectory", "num"]]
+    : [["value", "num"], ["95 % by trajectory", "num"], ["of", "num"]];
+  return more("Beside the held-out rows: probes and a general set", table([["part", ""], ["metric", "mono"], ...head], rows));
+}
+const of = (m) => `${count(m.numerator)} of ${count(m.denominator)}`;
+const range_of = (m) => (m.low === null ? "" : `${pp(m.low)} to ${pp(m.high)}`);

@@ -77,7 +77,7 @@ document.getElementById("page").append(
   ...notices(),
   verdict() || "",
   cards(),
-  h("section", { class: "card" }, all_metrics(), slices() || ""),
+  h("section", { class: "card" }, beside() || "", all_metrics(), slices() || ""),
   h("div", { class: "two" }, h("div", null, failures()), h("div", null, survival(), throughput())),
   confusion(),
   about(),
