@@ -21,6 +21,7 @@ from jsonschema.exceptions import ValidationError
 from gemma_dist.data.bounded import Bounded, OverLimitError, RefusedError, spend
 from gemma_dist.data.schema_plain import is_plainly_valid
 from gemma_dist.data.schema_walk import keywords, subschemas
+from gemma_dist.data.shared import shared_json
 from gemma_dist.data.strict import reason
 from gemma_dist.data.types import Json, JsonObject
 from gemma_dist.errors import DataError
@@ -88,7 +89,7 @@ def matches(pattern: str, key: str) -> bool:
 
 def _apply(function: str, arguments: Mapping[str, Json], schema: JsonObject) -> Any:
     """What a function of the table below finds, in this process if that is sure to end soon."""
-    schema_json = json.dumps(schema)
+    schema_json = shared_json(schema)
     size = len(json.dumps(arguments))
     is_short = len(schema_json) <= MAX_SCHEMA_CHARACTERS and max(len(schema_json), size) * size <= MAX_STEPS
     if is_short and _is_tree(schema_json):
@@ -152,7 +153,8 @@ def run(function: str, *args: Any) -> Any:
 
 
 def _require_valid(schema_json: str) -> None:
-    _validator(schema_json)
+    if not is_plainly_valid(json.loads(schema_json)):
+        _validator(schema_json)
 
 
 def _best_misfit(schema_json: str, arguments: Mapping[str, Json]) -> str | None:
