@@ -71,11 +71,11 @@ class Encoded:
     added: list[Added] = field(default_factory=list)  # what the template writes of its own, if it is not known
     kinds: bytes = b""  # (T,): of `data/kinds.py`, 0 where a token is not trained; b"": all that is trained is text
 
-    @property
+    @functools.cached_property
     def num_image_tokens(self) -> int:
         return sum(self.mm_token_type_ids)
 
-    @property
+    @functools.cached_property
     def num_target_tokens(self) -> int:
         return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
@@ -275,7 +275,7 @@ class Encoder:
 
     def _token_types(self, input_ids: list[int]) -> list[int]:
         """(T,): 1 on image soft tokens, else 0."""
-        return (np.array(input_ids) == self.image_token_id).astype(int).tolist()
+        return (np.asarray(input_ids) == self.image_token_id).astype(int).tolist()
 
     def _render_whole(self, trajectory: Trajectory) -> "_Rendered":
         """All messages as one string, with each image as wide as the model sees it, and with thinking on or off as the

@@ -19,9 +19,9 @@ import referencing
 from jsonschema.exceptions import ValidationError
 
 from gemma_dist.data.bounded import Bounded, OverLimitError, RefusedError, spend
-from gemma_dist.data.schema_plain import is_plainly_valid
+from gemma_dist.data.schema_plain import is_plainly_valid, plainly_fits
 from gemma_dist.data.schema_walk import keywords, subschemas
-from gemma_dist.data.shared import shared_json
+from gemma_dist.data.shared import of_shared, shared_json
 from gemma_dist.data.strict import reason
 from gemma_dist.data.types import Json, JsonObject
 from gemma_dist.errors import DataError
@@ -33,6 +33,8 @@ MAX_STEPS = 10_000_000  # characters of schema and arguments, multiplied: what i
 MAX_SCHEMA_CHARACTERS = 20_000  # of a schema that is itself checked so: `uniqueItems` of 500 entries
 
 _UNBOUNDED = keywords("pattern patternProperties $ref $dynamicRef $recursiveRef unevaluatedProperties unevaluatedItems")
+
+_is_plain = of_shared(is_plainly_valid)
 
 # How jsonschema checks one keyword: by validator, rule, value and schema.
 Check: TypeAlias = Callable[[object, Json, Json, JsonObject], Iterable[Exception]]
@@ -68,7 +70,10 @@ def find_misfit(arguments: Mapping[str, Json], parameters: JsonObject | None) ->
     Raises:
         DataError: the schema is invalid or cannot be applied to these arguments, at all or in the time that it has.
     """
-    return _apply("best_misfit", arguments, parameters) if parameters else None
+    if not parameters or (_is_plain(parameters) and plainly_fits(dict(arguments), parameters)):
+        return None
+    found: str | None = _apply("best_misfit", arguments, parameters)
+    return found
 
 
 def find_misfits(arguments: Mapping[str, Json], parameters: JsonObject | None) -> list[Misfit]:
