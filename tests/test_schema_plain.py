@@ -1,4 +1,4 @@
-"""Schemas that are taken without asking jsonschema are valid ones."""
+"""Schemas and arguments that are taken without asking jsonschema are valid ones."""
 
 import random
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from gemma_dist.data.schema_plain import is_plainly_valid
+from gemma_dist.data.schema_plain import is_plainly_valid, plainly_fits
 
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 1.5, 2.0, "", "a", "string", "integer", "str", "["),
@@ -55,3 +55,25 @@ def test_schemas_as_tools_have_them_are_plain(schema: Any) -> None:
 @pytest.mark.parametrize("schema", [{"pattern": "("}, {"type": "float"}, {"$ref": "#/x"}, {"items": [{}]}, None, []])
 def test_what_is_not_plain_is_asked_about(schema: Any) -> None:
     assert not is_plainly_valid(schema)
+
+
+def test_what_plainly_fits_fits() -> None:
+    rng = random.Random(0)
+    values = [*VALUES, {"a": 1}, {"a": True, "b": "x"}, {"a": 1.0}, {"b": {"a": ["a"]}}, [["a"]], [1, "a"]]
+    inner: list[Any] = [True, False, {}, *({key: value} for key in KEYWORDS for value in VALUES)]
+    inner = [schema for schema in inner if is_plainly_valid(schema)]
+    schemas = list(inner)
+    for _ in range(1000):
+        one, other = rng.choices(inner, k=2)
+        outer = {"properties": {"a": one, "b": other}, "required": ["a"], "additionalProperties": one, "items": other}
+        schemas.append({"type": "object"} | {key: outer[key] for key in rng.sample(sorted(outer), 2)})
+    plain = [(schema, value) for schema in schemas for value in values if plainly_fits(value, schema)]
+    assert len(plain) > 1000
+    assert [pair for pair in plain if not jsonschema.Draft202012Validator(pair[0]).is_valid(pair[1])] == []
+
+
+def test_arguments_as_calls_have_them_plainly_fit() -> None:
+    days = {"type": "array", "items": {"type": "integer"}, "description": "Of the week."}
+    schema: Any = {"type": "object", "properties": {"city": {"enum": ["Rome"]}, "days": days}, "required": ["city"]}
+    assert plainly_fits({"city": "Rome", "days": [1, 2]}, schema)
+    assert not any(plainly_fits(value, schema) for value in ({}, {"city": "Oslo"}, {"city": "Rome", "days": ["1"]}))

@@ -79,7 +79,7 @@ def clean_text(text: str, escape: bool) -> str:
         DataError: it cannot be encoded, or holds a control token.
     """
     require_encodable(text)
-    found = _CONTROL.search(text)
+    found = _CONTROL.search(text) if "<" in text else None
     if not found:
         return text
     if escape:

@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -38,7 +37,7 @@ from gemma_dist.data.kinds import kinds_of_characters
 from gemma_dist.data.served import NO_THOUGHT, as_served, decision_points, is_target, opening_of
 from gemma_dist.data.strict import holds_null
 from gemma_dist.data.templates import LOST_OPENING, newest, read_template, render, say_if_unknown, without_sandbox
-from gemma_dist.data.tokenize import require_tokens, tokenize
+from gemma_dist.data.tokenize import TextTokenizer, require_tokens
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message, Processor, Tokenizer, Tool, ToolCall
 from gemma_dist.errors import CheckpointError, DataError, setting
@@ -72,11 +71,11 @@ class Encoded:
     added: list[Added] = field(default_factory=list)  # what the template writes of its own, if it is not known
     kinds: bytes = b""  # (T,): of `data/kinds.py`, 0 where a token is not trained; b"": all that is trained is text
 
-    @property
+    @functools.cached_property
     def num_image_tokens(self) -> int:
         return sum(self.mm_token_type_ids)
 
-    @property
+    @functools.cached_property
     def num_target_tokens(self) -> int:
         return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
@@ -149,15 +148,14 @@ class Encoder:
             self.openings[rendered.thinking],
             thinking=rendered.thinking,
         )
-        encoding = tokenize(self.tokenizer.backend_tokenizer, served.text)
-        input_ids = encoding.ids
-        starts, ends = np.fromiter(chain.from_iterable(encoding.offsets), np.int64).reshape(-1, 2).T
+        ids, starts, ends = self._tokens_of(served.text).T
+        input_ids = ids.tolist()
         of_characters = np.frombuffer(kinds_of_characters(served.text, served.spans), np.uint8)
         num_untrained = np.concatenate([[0], np.cumsum(of_characters == 0)])  # of the characters in front of each
         is_trained = num_untrained[np.maximum(ends, starts + 1)] == num_untrained[starts]
         return Encoded(
             input_ids=input_ids,
-            labels=np.where(is_trained, input_ids, IGNORE_INDEX).tolist(),
+            labels=np.where(is_trained, ids, IGNORE_INDEX).tolist(),
             mm_token_type_ids=self._token_types(input_ids),
             num_images=len(trajectory.images),
             num_dropped_reasoning=rendered.emitted.num_dropped_reasoning,
@@ -209,7 +207,11 @@ class Encoder:
         num_images = sum(map(count_images, history))
         _require_images(text, num_images)
         widened = self._widen(text, image_lengths[:num_images])
-        return text, tokenize(self.tokenizer.backend_tokenizer, widened).ids
+        return text, self._tokens_of(widened)[:, 0].tolist()
+
+    @functools.cached_property
+    def _tokens_of(self) -> TextTokenizer:
+        return TextTokenizer(self.tokenizer.backend_tokenizer)
 
     @functools.cached_property
     def openings(self) -> Mapping[bool, Mapping[str, str]]:
@@ -273,7 +275,7 @@ class Encoder:
 
     def _token_types(self, input_ids: list[int]) -> list[int]:
         """(T,): 1 on image soft tokens, else 0."""
-        return (np.array(input_ids) == self.image_token_id).astype(int).tolist()
+        return (np.asarray(input_ids) == self.image_token_id).astype(int).tolist()
 
     def _render_whole(self, trajectory: Trajectory) -> "_Rendered":
         """All messages as one string, with each image as wide as the model sees it, and with thinking on or off as the

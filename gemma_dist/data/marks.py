@@ -10,6 +10,7 @@ A message is trained or it is not; a mark that wants something finer, or that ca
 name, so that nothing is trained which a row wants left out.
 """
 
+import functools
 import re
 from collections import Counter
 from typing import Any
@@ -69,6 +70,7 @@ def is_trained(message: RawRow) -> bool:
     return all(trains)
 
 
+@functools.lru_cache(maxsize=4096)
 def snake_case(key: str) -> str:
     """lossMask -> loss_mask"""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()

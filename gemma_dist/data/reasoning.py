@@ -172,8 +172,9 @@ def read_reasoning(message: RawRow, from_content: list[str], notes: Counter[str]
     given: dict[str, str] = {}
     for key in KEYS:
         text = _key_text(message, key)
-        with error_context(f"`{key}`"):
-            text = _without_tags(text)
+        if text.strip():
+            with error_context(f"`{key}`"):
+                text = _without_tags(text)
         if text.strip():
             given[key] = text
     details = _from_details(message.get("reasoning_details"), notes)
@@ -224,9 +225,11 @@ def _key_text(message: RawRow, key: str) -> str:
     "why", [{"type": "text", "text": "why"}] -> "why";      false, {"type": "enabled", "budget_tokens": 1024} -> ""
     """
     value = message.get(key)
+    if value is None:
+        return ""
     is_setting = isinstance(value, bool) or as_object(value).keys() & {"budget_tokens", "effort"}
     is_switch = get(value, "type") in ("enabled", "disabled", "adaptive")
-    if value is None or is_setting or is_switch:
+    if is_setting or is_switch:
         return ""
     text = _joined_text(value)
     if text is None:

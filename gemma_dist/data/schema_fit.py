@@ -19,8 +19,9 @@ import referencing
 from jsonschema.exceptions import ValidationError
 
 from gemma_dist.data.bounded import Bounded, OverLimitError, RefusedError, spend
-from gemma_dist.data.schema_plain import is_plainly_valid
+from gemma_dist.data.schema_plain import is_plainly_valid, plainly_fits
 from gemma_dist.data.schema_walk import keywords, subschemas
+from gemma_dist.data.shared import of_shared, shared_json
 from gemma_dist.data.strict import reason
 from gemma_dist.data.types import Json, JsonObject
 from gemma_dist.errors import DataError
@@ -32,6 +33,8 @@ MAX_STEPS = 10_000_000  # characters of schema and arguments, multiplied: what i
 MAX_SCHEMA_CHARACTERS = 20_000  # of a schema that is itself checked so: `uniqueItems` of 500 entries
 
 _UNBOUNDED = keywords("pattern patternProperties $ref $dynamicRef $recursiveRef unevaluatedProperties unevaluatedItems")
+
+_is_plain = of_shared(is_plainly_valid)
 
 # How jsonschema checks one keyword: by validator, rule, value and schema.
 Check: TypeAlias = Callable[[object, Json, Json, JsonObject], Iterable[Exception]]
@@ -67,7 +70,10 @@ def find_misfit(arguments: Mapping[str, Json], parameters: JsonObject | None) ->
     Raises:
         DataError: the schema is invalid or cannot be applied to these arguments, at all or in the time that it has.
     """
-    return _apply("best_misfit", arguments, parameters) if parameters else None
+    if not parameters or (_is_plain(parameters) and plainly_fits(dict(arguments), parameters)):
+        return None
+    found: str | None = _apply("best_misfit", arguments, parameters)
+    return found
 
 
 def find_misfits(arguments: Mapping[str, Json], parameters: JsonObject | None) -> list[Misfit]:
@@ -88,7 +94,7 @@ def matches(pattern: str, key: str) -> bool:
 
 def _apply(function: str, arguments: Mapping[str, Json], schema: JsonObject) -> Any:
     """What a function of the table below finds, in this process if that is sure to end soon."""
-    schema_json = json.dumps(schema)
+    schema_json = shared_json(schema)
     size = len(json.dumps(arguments))
     is_short = len(schema_json) <= MAX_SCHEMA_CHARACTERS and max(len(schema_json), size) * size <= MAX_STEPS
     if is_short and _is_tree(schema_json):
@@ -152,7 +158,8 @@ def run(function: str, *args: Any) -> Any:
 
 
 def _require_valid(schema_json: str) -> None:
-    _validator(schema_json)
+    if not is_plainly_valid(json.loads(schema_json)):
+        _validator(schema_json)
 
 
 def _best_misfit(schema_json: str, arguments: Mapping[str, Json]) -> str | None:

@@ -1,14 +1,23 @@
 """Schemas of tools that need no validator to be known as valid: made of the keywords that tools have, each with a value
 of its kind. Nearly all are; asking jsonschema whether one fits its metaschema takes milliseconds, more than all else
-that is done to a row.
+that is done to a row. So it is with arguments that fit such a schema, as nearly all do.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from gemma_dist.data.schema_walk import keywords
-from gemma_dist.data.types import Json
+from gemma_dist.data.strict import as_object
+from gemma_dist.data.types import Json, JsonObject
 
 _TYPES = keywords("string number integer boolean array object null")
+_TYPE_NAMES: dict[type, tuple[str, ...]] = {  # a bool is an int of Python
+    **{str: ("string",), bool: ("boolean",), int: ("integer", "number"), float: ("number",)},
+    **{list: ("array",), dict: ("object",), type(None): ("null",)},
+}
+_SILENT = keywords(
+    "description title format default example examples nullable"
+)  # of which values fit, they say nothing
 
 
 def is_plainly_valid(schema: Json) -> bool:
@@ -17,6 +26,38 @@ def is_plainly_valid(schema: Json) -> bool:
     if isinstance(schema, dict):
         return all(keyword in _FITS and _FITS[keyword](value) for keyword, value in schema.items())
     return isinstance(schema, bool)
+
+
+def plainly_fits(value: Json, schema: Json) -> bool:
+    """Whether a value fits a schema that is plainly valid, as far as can be told at a glance; jsonschema knows of those
+    for which the answer is no."""
+    if not isinstance(schema, dict):
+        return schema is True
+    return all(_fits(value, keyword, rule, schema) for keyword, rule in schema.items())
+
+
+def _fits(value: Json, keyword: str, rule: Any, schema: JsonObject) -> bool:
+    """Whether a value fits one keyword of a schema."""
+    if keyword == "type":
+        return rule in _types_of(value)
+    if keyword == "enum":
+        return isinstance(value, str) and value in rule  # of numbers 1, 1.0 and true are alike in Python
+    if keyword == "items":
+        return isinstance(value, list) and all(plainly_fits(item, rule) for item in value)
+    if not isinstance(value, dict):
+        return keyword in _SILENT
+    if keyword == "properties":
+        return all(plainly_fits(value[name], inner) for name, inner in rule.items() if name in value)
+    if keyword == "required":
+        return all(name in value for name in rule)
+    if keyword == "additionalProperties":
+        return rule is True or value.keys() <= as_object(schema.get("properties")).keys()
+    return keyword in _SILENT
+
+
+def _types_of(value: Json) -> tuple[str, ...]:
+    """The names of JSON schema for what a value is; 1.0 is an integer, too, which jsonschema says."""
+    return next((names for kind, names in _TYPE_NAMES.items() if isinstance(value, kind)), ())
 
 
 def _is_type(value: Json) -> bool:

@@ -21,6 +21,7 @@ from typing import Literal
 from gemma_dist.data.schema_inline import REFERENCES, holds_ref
 from gemma_dist.data.schema_simplify import SHOWN_OF_OBJECT, simplify
 from gemma_dist.data.schema_walk import CONSTRAINTS
+from gemma_dist.data.shared import shared_json
 from gemma_dist.data.strict import as_object, get
 from gemma_dist.data.types import Json, JsonObject, Tool
 from gemma_dist.errors import setting
@@ -41,7 +42,7 @@ def show_tools(tools: list[Tool], schemas: Literal["as_given", "simplify"], note
 
 def _show_tool(tool: Tool, schemas: str, notes: Counter[str]) -> Tool:
     """One declaration, as it is or simplified, and what `notes` say of it."""
-    text, name = json.dumps(tool["function"], ensure_ascii=False), tool["function"]["name"]
+    text, name = shared_json(tool["function"]), tool["function"]["name"]
     if schemas == "as_given":
         lost = _lost(text)
         if lost:

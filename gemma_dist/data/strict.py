@@ -37,13 +37,20 @@ def reason(error: BaseException) -> str:
     return text if len(text) <= 200 else f"{text[:120]} ... {text[-70:]}"
 
 
-@contextmanager
-def error_context(place: object) -> Iterator[None]:
+class error_context:  # not by contextlib, which takes three times as long: a row enters a hundred
     """Put `place` in front of every DataError that leaves the block: "train.jsonl:41: turn 5 (tool): ..."."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from None
+
+    __slots__ = ("_place",)
+
+    def __init__(self, place: object) -> None:
+        self._place = place
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, DataError):
+            raise DataError(f"{self._place}: {error}") from None
 
 
 @contextmanager

@@ -2,20 +2,121 @@
 
 A `tokenizer.json` may replace or drop words before it cuts the text (`normalizer`, `pre_tokenizer`), and its settings
 may call any word the beginning of a text or of an image. So the ids of each text are read back, and must say the same.
+
+Conversations repeat one another: tools, system texts, openings of turns. So a text is cut at control tokens where its
+pieces have the ids that they have in it, and pieces that came before are neither tokenized nor read back again.
 """
 
+import json
+import re
+from itertools import chain
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from gemma_dist.data.strict import short
 from gemma_dist.data.types import BackendTokenizer, Encoding
 from gemma_dist.errors import CheckpointError, DataError
-from gemma_dist.gemma_format import BOS, IMAGE, IMAGE_BEGIN, IMAGE_END
+from gemma_dist.gemma_format import BOS, CONTROL_TOKENS, IMAGE, IMAGE_BEGIN, IMAGE_END, QUOTE
 
 # What stands in rendered text by the tokenizer's word for it, whatever the chat template is.
 _NAMED = {"bos_token": BOS, "image_token": IMAGE, "boi_token": IMAGE_BEGIN, "eoi_token": IMAGE_END}
 _BLANK = "\u2581"  # ▁, as which Gemma's tokenizer writes a blank, so that one of the text reads back as a blank
 AROUND = 40  # characters that an error shows
 REMEDY = "take the tokenizer that the model was published with"
+# A cut costs a little, too: the strings of a declaration, and the soft tokens of an image, mostly come together.
+_CUT_AT = [token for token in CONTROL_TOKENS if token not in (QUOTE, IMAGE)]
+_BY_THEMSELVES = {"Sequence", "Split", "Digits", "ByteLevel"}  # pre-tokenizers that know nothing but their piece
+_ROOM = 6_000_000  # characters of pieces that are remembered, some 20 MB with their tokens
+_ROOM_OF_EACH = 100  # characters, that the bookkeeping of a piece takes
+
+Tokens = npt.NDArray[np.int32]  # (T, 3): of each token its id, and the characters [start, end) that it stands for
+
+
+class TextTokenizer:
+    """Text to tokens, with a memory. Threads may share it."""
+
+    def __init__(self, backend: BackendTokenizer) -> None:
+        self._backend = backend
+        self._cut = find_cuts(backend)
+        self._known: dict[str, Tokens] = {}
+        self._room = _ROOM
+
+    def __call__(self, text: str) -> Tokens:
+        """The tokens of a text. Raises DataError as `tokenize`."""
+        if self._cut is None:
+            return _as_array(tokenize(self._backend, text))
+        pieces = self._cut.split(text)
+        try:
+            found = [self._of_piece(piece) for piece in pieces]
+        except DataError:  # which is to say where in the whole text
+            return _as_array(tokenize(self._backend, text))
+        starts = np.cumsum([0, *map(len, pieces[:-1])])
+        tokens = np.concatenate(found)
+        tokens[:, 1:] += np.repeat(starts, list(map(len, found)))[:, None]
+        return tokens
+
+    def _of_piece(self, piece: str) -> Tokens:
+        tokens = self._known.get(piece)
+        if tokens is None:
+            tokens = _as_array(tokenize(self._backend, piece))
+            self._room -= len(piece) + _ROOM_OF_EACH
+            if self._room < 0:
+                self._known, self._room = {}, _ROOM
+            self._known[piece] = tokens
+        return tokens
+
+
+def _as_array(encoding: Encoding) -> Tokens:
+    ids = encoding.ids
+    tokens = np.empty((len(ids), 3), np.int32)
+    tokens[:, 0] = ids
+    tokens[:, 1:] = np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * len(ids)).reshape(-1, 2)
+    return tokens
+
+
+def find_cuts(backend: BackendTokenizer) -> re.Pattern[str] | None:
+    """Where a text may be cut so that each piece has the tokens that it has in the text; None: nowhere for sure.
+
+    A tokenizer first takes the tokens that were added to its vocabulary out of the text as it is given: from left to
+    right, at each place the longest. What stands between two of them is normalized, split and merged by itself. So a
+    text may be cut in front of and behind each of _CUT_AT if
+
+    - it is such a token, is always taken, and no other one takes its place: none holds it, or ends as it begins;
+    - no added token looks at what stands around it, or takes blanks along;
+    - nothing else looks beyond a piece: the pre-tokenizer is of those that do not, a post-processor only adds special
+      tokens, which nobody asks for, and BPE merges without chance.
+    """
+    added = list(backend.get_added_tokens_decoder().values())
+    taken = [token.content for token in added if not token.normalized]
+    is_sure = (
+        not any(token.lstrip or token.rstrip or token.single_word for token in added)
+        and not backend.encode_special_tokens
+        and set(_CUT_AT) <= set(taken)
+        and not any(_takes_place(other, token) for token in _CUT_AT for other in taken)
+        and _types_of(backend.pre_tokenizer) <= _BY_THEMSELVES
+        and _types_of(backend.post_processor) <= {"TemplateProcessing"}
+        and type(backend.model).__name__ == "BPE"
+        and not backend.model.dropout
+    )
+    return re.compile(f"({'|'.join(map(re.escape, _CUT_AT))})") if is_sure else None
+
+
+def _takes_place(other: str, token: str) -> bool:
+    """Whether a text in which `token` begins may hold `other` there, or from further left on."""
+    is_longer = token in other and token != other
+    return is_longer or any(token.startswith(other[start:]) for start in range(1, len(other)))
+
+
+def _types_of(part: Any) -> set[str]:
+    """The types of a part of a tokenizer, and of the parts in it, as in `tokenizer.json`."""
+    found: set[str] = set()
+    left = [json.loads(part.__getstate__())] if part else []
+    for state in left:
+        found.add(state["type"])
+        left += state.get("pretokenizers", [])
+    return found
 
 
 def tokenize(backend: BackendTokenizer, text: str) -> Encoding:

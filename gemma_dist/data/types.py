@@ -1,7 +1,7 @@
 """The shapes of a trajectory's parts in normal form, and what is used of Gemma 4's processor and tokenizer."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Literal, NotRequired, Protocol, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, TypeAlias, TypedDict
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +105,14 @@ class Encoding(Protocol):
 
 class BackendTokenizer(Protocol):
     """The `tokenizers.Tokenizer` inside of a fast tokenizer."""
+
+    pre_tokenizer: Any
+    post_processor: Any
+    model: Any
+    encode_special_tokens: bool
+
+    def get_added_tokens_decoder(self) -> Mapping[int, Any]:
+        """Each `tokenizers.AddedToken` by its id."""
 
     def to_str(self) -> str:
         """Everything that it does, as JSON."""

@@ -23,6 +23,7 @@ from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import Encoded, Encoder
 from gemma_dist.data.fit import encode_trained, fit, parse
 from gemma_dist.data.places import InputRange, ReadRow, Where
+from gemma_dist.data.shared import of_shared
 from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message, Tool
@@ -162,7 +163,7 @@ def _as_written(trajectory: Trajectory, encoded: Encoded, where: Where, number: 
     row = {
         "id": trajectory.id,
         "messages": _to_json(trajectory.messages),
-        "tools": _to_json(trajectory.tools),
+        "tools": f"[{','.join(map(_tool_json, trajectory.tools))}]",
         "images": images,
         "enable_thinking": trajectory.enable_thinking,
     }
@@ -344,8 +345,11 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def _to_json(value: list[Message] | list[Tool]) -> str:
+def _to_json(value: list[Message] | Tool) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+_tool_json = of_shared(_to_json)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from gemma_dist.data.shared import of_shared
 from gemma_dist.errors import DataError
 from gemma_dist.files import begin, publish
 from gemma_dist.logs import read_jsonl
@@ -32,8 +33,7 @@ class SeenTools:
 
     def is_new(self, tool: Any) -> bool:
         """Whether the declaration came for the first time; the order of its keys does not count."""
-        text = json.dumps(tool, sort_keys=True)
-        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        digest = _digest(tool)
         if digest in self._seen:
             return False
         self._seen[digest] = tool["function"]["name"]
@@ -49,6 +49,11 @@ class SeenTools:
         for name in self._seen.values():
             (twice if name in once else once).add(name)
         return sorted(twice)
+
+
+@of_shared
+def _digest(tool: Any) -> bytes:
+    return hashlib.blake2b(json.dumps(tool, sort_keys=True).encode(), digest_size=16).digest()
 
 
 def refuse_foreign_tools(out: Path, before: Manifest) -> None:

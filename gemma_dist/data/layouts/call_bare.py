@@ -101,15 +101,18 @@ def _find_lines(thought: str, said: str, signatures: Signatures) -> WrittenCalls
     """Calls as JSON or `[f(a=1)]` from the start of a line to the end, or as Python alone."""
     names = any_of(signatures)
     outside = without_code(said)
-    react = re.search(rf"^Action(?: \d+)?:[ \t]*(?:{names})[ \t]*(?:[\[(]|$)", outside, re.MULTILINE)
-    if react:
+    # What a pattern begins with is looked for first: to compile the names of a row's tools takes longer than its text.
+    react = rf"^Action(?: \d+)?:[ \t]*(?:{names})[ \t]*(?:[\[(]|$)"
+    if "Action" in outside and re.search(react, outside, re.MULTILINE):
         raise refusal("ReAct", "its thoughts and results are text as well")
     line = _JSON_LINE.search(outside)
     if line and _names_call(said[line.end() :], names):
         start, style = line.end(), "JSON"
     else:
-        python = re.search(rf"^[ \t]*+\[\s*+(?:{names})\(", outside, re.MULTILINE)
-        alone = re.match(rf"\s*(?:print\()?(?:default_api\.)?(?:{names})\(|\s*\[", said) if signatures else None
+        brackets = rf"^[ \t]*+\[\s*+(?:{names})\("
+        python = re.search(brackets, outside, re.MULTILINE) if "[" in outside else None
+        may_be_alone = signatures and said.lstrip().startswith(("print(", "default_api.", "[", *signatures))
+        alone = may_be_alone and re.match(rf"\s*(?:print\()?(?:default_api\.)?(?:{names})\(|\s*\[", said)
         if not python and not (alone and _is_python_alone(said, signatures)):
             return None
         start, style = (python.start() if python else 0), "Python"

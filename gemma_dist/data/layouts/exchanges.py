@@ -154,9 +154,10 @@ def _span(row: RawRow) -> Exchange | None:
 def _answer_key(row: RawRow, asked: str) -> str:
     """Where the row answers what stands under `asked`; "" where the messages there hold the answers themselves."""
     for key in ANSWER_KEYS[asked]:
+        if row.get(key) is None:
+            continue
         # Beside messages other things may be called so: the choices of a question, a response of another kind.
-        is_sure = asked != "messages" or has_answer(_answer(row, key)) or _is_text_answer(row, key)
-        if is_sure and row.get(key) is not None:
+        if asked != "messages" or has_answer(_answer(row, key)) or _is_text_answer(row, key):
             return key
     return ""
 

@@ -44,9 +44,11 @@ def convert_text_calls(row: OpenAIRow) -> OpenAIRow:
     system = _system_text(row.messages)
     with error_context(turn_name(row.messages[0][0], "system")):
         listing = find_listing(system)
-    declared = tools if signatures_of(tools) or not listing else listing.tools
-    messages, styles = _convert_messages(row.messages, signatures_of(declared))
-    if signatures_of(declared):
+    declared, signatures = tools, signatures_of(tools)
+    if listing and not signatures:
+        declared, signatures = listing.tools, signatures_of(listing.tools)
+    messages, styles = _convert_messages(row.messages, signatures)
+    if signatures:
         num_like_calls = sum(_ends_like_a_call(message) for _, message in messages)
         notes += Counter({_UNDECLARED: num_like_calls})
     for style in sorted(styles):

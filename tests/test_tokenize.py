@@ -1,0 +1,149 @@
+"""Text to tokens, piece by piece: the same as of the whole text, or the text is not cut."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from gemma_dist.data import tokenize
+from gemma_dist.data.tokenize import TextTokenizer, find_cuts
+from gemma_dist.gemma_format import CONTROL_TOKENS
+
+WORDS = (
+    "model\n",
+    " the",
+    "x",
+    " ",
+    "  ",
+    "\n\n",
+    "▁",
+    "é",
+    "🙂",
+    "e\u0301",
+    "12",
+    "<",
+    "<|",
+    "<|turn",
+    "turn|>",
+    "|>",
+    "<|tool>d",
+)
+BLANK = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+OF_GEMMA = {  # as in the tokenizer.json of google/gemma-4-*
+    "normalizer": BLANK,
+    "pre_tokenizer": {
+        "type": "Split",
+        "pattern": {"String": " "},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    },
+    "decoder": {
+        "type": "Sequence",
+        "decoders": [
+            BLANK | {"pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+        ],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def given(tiny_model: Callable[..., Path]) -> dict[str, Any]:
+    """The tiny model's tokenizer.json."""
+    read: dict[str, Any] = json.loads((tiny_model() / "tokenizer.json").read_text())
+    return read
+
+
+def backend(given: dict[str, Any], **parts: object) -> Any:
+    return Tokenizer.from_str(json.dumps(given | parts))
+
+
+def of_gemma(given: dict[str, Any]) -> Any:
+    """One like Gemma's: blanks as ▁, no other split, bytes for what is no token."""
+    pieces = [token["content"] for token in given["added_tokens"]]
+    pieces += [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", "▁t", "▁th", *"themodlx12<|>", "th", "mo"]
+    model = {
+        "type": "BPE",
+        "byte_fallback": True,
+        "fuse_unk": True,
+        "unk_token": "<unk>",
+        "vocab": {piece: number for number, piece in enumerate(dict.fromkeys(pieces))},
+        "merges": [["▁", "t"], ["▁t", "h"], ["t", "h"], ["m", "o"]],
+    }
+    return backend(given, model=model, **OF_GEMMA)
+
+
+def texts(num: int) -> list[str]:
+    rng = random.Random(0)
+    return ["".join(rng.choices(CONTROL_TOKENS + WORDS, k=rng.randint(0, 30))) for _ in range(num)]
+
+
+def require_same(backend: Any, num: int = 300) -> None:
+    """Each text has the tokens that it has as a whole, when its pieces come for the first time and again."""
+    tokenizer = TextTokenizer(backend)
+    for text in texts(num) * 2:
+        whole = backend.encode(text, add_special_tokens=False)
+        tokens = tokenizer(text)
+        assert tokens[:, 0].tolist() == whole.ids
+        assert tokens[:, 1:].tolist() == [list(place) for place in whole.offsets]
+
+
+def test_tokens_of_pieces_are_those_of_the_text(given: dict[str, Any]) -> None:
+    for plain in (backend(given), of_gemma(given)):
+        assert find_cuts(plain)
+        require_same(plain)
+
+
+def test_what_was_forgotten_is_tokenized_again(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenize, "_ROOM", 1000)
+    require_same(backend(given))
+
+
+def added(given: dict[str, Any], content: str, **changes: object) -> dict[str, Any]:
+    """The tokens with another one, or with changes to the one that is there."""
+    tokens = {token["content"]: token for token in given["added_tokens"]}
+    plain = {"id": 300, "content": content, "special": False} | dict.fromkeys(
+        ("single_word", "lstrip", "rstrip", "normalized"), False
+    )
+    return {"added_tokens": [*(tokens | {content: tokens.get(content, plain) | changes}).values()]}
+
+
+@pytest.mark.parametrize("content", ["<|turn>model", "x<|turn>", "x<", "|><|tu", "<turn|"])
+def test_a_token_that_may_take_the_place_of_one_of_gemmas_forbids_cuts(given: dict[str, Any], content: str) -> None:
+    poisoned = backend(given, **added(given, content))
+    is_harmless = content == "<turn|"  # what begins at the same place is taken where it is longest
+    assert (find_cuts(poisoned) is not None) == is_harmless
+    require_same(poisoned)
+
+
+@pytest.mark.parametrize("token", ["<|turn>", '<|"|>', "model"])
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_a_token_that_looks_around_forbids_cuts(given: dict[str, Any], token: str, flag: str) -> None:
+    poisoned = backend(given, **added(given, token, **{flag: True}))
+    assert find_cuts(poisoned) is None
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}]}},
+        {"post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"added_tokens": []},
+    ],
+)
+def test_parts_that_may_look_beyond_a_piece_forbid_cuts(given: dict[str, Any], parts: dict[str, object]) -> None:
+    assert find_cuts(backend(given, **parts)) is None
+
+
+def test_gemmas_tokens_that_are_not_always_taken_forbid_cuts(given: dict[str, Any]) -> None:
+    normalized = backend(given, **added(given, "<|turn>", normalized=True))
+    as_text = backend(given)
+    as_text.encode_special_tokens = True
+    by_chance = backend(given, model=given["model"] | {"dropout": 0.5})
+    assert [find_cuts(one) for one in (normalized, as_text, by_chance)] == [None] * 3
