@@ -54,9 +54,23 @@ def _part(ctx: click.Context, param: click.Parameter, value: str | None) -> "Par
     return Part(int(number), int(of))
 
 
+def _say_given_twice(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """Scripts put a setting of theirs before those of their user, so the last one is taken, but not in silence."""
+    if len(value) > 1:
+        from gemma_dist import world
+        from gemma_dist.logs import log
+        from gemma_dist.recipe import given_twice
+
+        for twice in given_twice(value) if world.rank() == 0 else ():
+            log.warning("%s", twice)
+    return value
+
+
 def recipe_arguments(command: Callable[..., None]) -> Callable[..., None]:
     """CONFIG and [KEY=VALUE]…, of each command that takes a recipe."""
-    overrides = click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1, type=click.UNPROCESSED)
+    overrides = click.argument(
+        "overrides", metavar="[KEY=VALUE]...", nargs=-1, type=click.UNPROCESSED, callback=_say_given_twice
+    )
     return click.argument("config", type=NEW)(overrides(command))
 
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from gemma_dist.aliases import as_bool
 from gemma_dist.settings import Section
@@ -28,6 +28,25 @@ def _as_list(value: object) -> list[object]:
     return value if isinstance(value, list) else [value]
 
 
+def _is_folder(value: object) -> object:
+    if value is None or value == "" or isinstance(value, bool | list):
+        raise ValueError("that names no folder; write the one that `gemma-dist shard … --out FOLDER` filled")
+    return value
+
+
+def _kind(value: object) -> str:
+    return MAPPING if isinstance(value, dict | SourceConfig) else FOLDER
+
+
+# Folder or URL of shards, alone or with a name and a weight. One kind is tried: pydantic would report both.
+FOLDER, MAPPING = "a folder", "a mapping"
+Source: TypeAlias = Annotated[
+    Annotated[str, Tag(FOLDER)] | Annotated[SourceConfig, Tag(MAPPING)],
+    Discriminator(_kind),
+    BeforeValidator(_is_folder),
+]
+
+
 class EncodingConfig(Section):
     """How the chat template turns a trajectory into tokens."""
 
@@ -43,7 +62,7 @@ class EncodingConfig(Section):
 class TrainDataConfig(EncodingConfig):
     """Which shards a run trains on. How rows became shards is decided before: see ShardConfig."""
 
-    train: Annotated[list[str | SourceConfig], BeforeValidator(_as_list)] = Field(
+    train: Annotated[list[Source], BeforeValidator(_as_list)] = Field(
         default=[],
         description="Folders or URLs that `gemma-dist shard` wrote: one, a list, or a list of {path, weight}.",
     )
@@ -51,7 +70,7 @@ class TrainDataConfig(EncodingConfig):
         default=[],
         description="Weights of train's sources that change at a step: {from_step: 0, NAME: WEIGHT, …}, and so on.",
     )
-    eval: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+    eval: Annotated[list[Annotated[str, BeforeValidator(_is_folder)]], BeforeValidator(_as_list)] = Field(
         default=[], description="Held-out shards, as in train (folders or URLs, no weights), for train.eval_strategy."
     )
     appended: Literal["refuse", "next_epoch"] = Field(

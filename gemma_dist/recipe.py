@@ -27,6 +27,7 @@ from gemma_dist.config import (
     TrainDataConfig,
     option,
 )
+from gemma_dist.config_data import FOLDER, MAPPING
 from gemma_dist.costs import cost_of
 from gemma_dist.errors import ConfigError
 
@@ -84,10 +85,12 @@ def load_section(kind: type[S], options: Mapping[str, object]) -> S:
 def _messages(error: ValidationError, reported: Container[str]) -> Iterator[str]:
     """Pydantic's findings as `dotted.key = value: rule. What the setting means`; keys of `reported` are not missing."""
     for item in error.errors():
-        key = ".".join(map(str, item["loc"]))
+        key = ".".join(str(part) for part in item["loc"] if part not in (FOLDER, MAPPING))
         rule = item["msg"]
         if item["type"] == "value_error":  # of config.py: its words alone, without pydantic's "Value error" before them
             rule = str(item["ctx"]["error"])
+        elif item["type"] == "extra_forbidden":  # within an element of a list
+            rule = "unknown key"
         if item["type"] == "missing":
             if key not in reported:
                 yield f"{key}: missing. {_description(key)}".rstrip()
@@ -124,6 +127,19 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[s
             values[section][name] = parsed
         # else: a section that is no mapping is reported by _take_out_unknown
     return problems
+
+
+def given_twice(overrides: Sequence[str]) -> list[str]:
+    """What to say of each key that `key=value` overrides give several values, the last of which is taken."""
+    values: dict[str, list[str]] = {}
+    for key, _, value in (override.partition("=") for override in overrides):
+        known = _keys_named(key)
+        values.setdefault(known[0] if len(known) == 1 else key, []).append(value)
+    return [
+        f"{key} is given {len(given)} times ({', '.join(given)}): {given[-1]}, the last, is taken"
+        for key, given in values.items()
+        if len(set(given)) > 1
+    ]
 
 
 def _keys_named(name: str) -> list[str]:

@@ -6,6 +6,7 @@
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -20,6 +21,10 @@ from gemma_dist.model.towers import Tower, unneeded_towers
 from gemma_dist.stream.held_out import HeldOut, open_held_out
 from gemma_dist.stream.schedule import Edition, Schedule, open_schedule
 from gemma_dist.topology import Topology
+
+# What a run leaves in train.output_dir, and which files may lie there before: a recipe, a launcher's logs, a wish.
+OF_A_RUN = re.compile(r"checkpoint-.*|metrics\.jsonl|gemma_dist\.json|heartbeats")
+BESIDE_A_RUN = re.compile(r"\..*|.*\.(ya?ml|log|out|err)|stop")
 
 # Optimizers whose states belong to single elements, so that any launch on any number of ranks can take them over. The
 # scales of the others belong to elements that lay together on a rank.
@@ -180,7 +185,8 @@ def resolve(config: RunConfig, topology: Topology, editions: Sequence[Edition] =
 
 
 def require_output_dir(config: RunConfig) -> None:
-    """Raises ConfigError where train.output_dir is a file, cannot become a folder, or holds the base or the shards."""
+    """Raises ConfigError where train.output_dir is a file, cannot become a folder, or holds the base, the shards, or
+    files of which none is a run's."""
     output_dir = config.train.output_dir
     problem = f"train.output_dir = {str(output_dir)!r}"
     existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
@@ -191,6 +197,19 @@ def require_output_dir(config: RunConfig) -> None:
     for place in (config.model.model_name_or_path, *config.data.paths, *config.data.eval):
         if Path(place).is_dir() and Path(place).resolve() == output_dir.resolve():
             raise ConfigError(f"{problem}: the run reads from that folder ({place}); name one of its own")
+    if strange := _only_strange(output_dir):
+        raise ConfigError(
+            f"{problem}: the folder holds {strange[0]!r} and nothing that a run left there; name a new folder, such as "
+            f"{str(output_dir / 'run')!r}"
+        )
+
+
+def _only_strange(output_dir: Path) -> list[str]:
+    """The names of the user's files in a folder, sorted; none where a run has left something there, too."""
+    found = list(output_dir.iterdir()) if output_dir.is_dir() else []
+    if any(OF_A_RUN.fullmatch(path.name) for path in found):
+        return []
+    return sorted(path.name for path in found if not path.is_dir() and not BESIDE_A_RUN.fullmatch(path.name))
 
 
 def state_layout(optim: str, topology: Topology) -> str | None:

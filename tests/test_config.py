@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_dist import config as settings
+from gemma_dist.__main__ import main
 from gemma_dist.aliases import NOT_SETTINGS, PAGE, RENAMED, RENAMED_OPTIONS, with_name_table
 from gemma_dist.batch_plan import BatchPlan, batch_plan
 from gemma_dist.config import (
@@ -314,6 +315,29 @@ def test_broken_yaml_is_told_with_its_line(problems, text, place):
 @pytest.mark.parametrize("text", ["", "just words", "- a\n- b", "!!python/object:os.system {}", "? [a]\n: b", "\x00"])
 def test_what_is_no_recipe_is_refused(problems, text):
     assert "recipe.yaml" in problems(text=text)
+
+
+@pytest.mark.parametrize("value", ["", "[]", "[null]", "true", "[a, [b]]"])
+def test_no_folder_is_told_in_words(problems, value):
+    found = problems(f"data.train={value}")
+    assert "nothing to train on" in found or "names no folder; write the one that" in found
+    assert "Input should" not in found
+
+
+def test_an_unknown_key_of_a_source_is_named_once(problems):
+    found = problems("data.train=[{path: a, wight: 2}]")
+    assert "data.train.0.wight = 2: unknown key" in found
+    assert found.count("data.train") == 1
+
+
+def test_a_key_with_several_values_is_told(capfd, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("tuning: lora\nmodel: {model_name_or_path: m}\ndata: {train: d}\ntrain: {output_dir: o}\n")
+    main(["check", str(path), "r=8", "train.seed=1", "lora.r=4", "seed=1"])
+    said = capfd.readouterr().err
+    assert "lora.r is given 2 times (8, 4): 4, the last, is taken" in said
+    assert "seed is given" not in said, "twice the same is once"
+    assert load_config(path, ["r=8", "lora.r=4"]).lora.r == 4
 
 
 def test_a_missing_file_is_named(tmp_path):

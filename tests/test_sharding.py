@@ -541,7 +541,25 @@ def test_an_input_that_was_cut_short_is_refused(write: Callable[[Path], Path], m
     path = write(tmp_path)
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(DataError, match=f"{path}: cannot be read to its end"):
-        shard([path], tmp_path / "shards", model, skip_invalid=True)
+        shard([path], tmp_path / "shards", model)
+
+
+@pytest.mark.parametrize("write", [as_gzip, as_parquet])
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_an_input_that_cannot_be_read_does_not_end_the_others(
+    write: Callable[[Path], Path], num_workers: int, model: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path)
+    path.write_bytes(path.read_bytes()[:-5])
+    others = [write_rows(tmp_path / f"{name}.jsonl", [row(number, id=name)]) for number, name in enumerate("ab")]
+    out = tmp_path / "shards"
+    report = shard([others[0], path, others[1]], out, model, skip_invalid=True, num_workers=num_workers)
+    (refused,) = map(json.loads, (out / "rejected.jsonl").read_text().splitlines())
+    assert refused["error"].startswith(f"{path}: cannot be read to its end")
+    assert report.num_rejected == 1
+    found = ids(out)
+    assert (found[0], found[-1]) == ("a", "b")
+    assert len(found) == refused["line"] + 1, "what stands before the damage is there"
 
 
 @pytest.mark.parametrize("range_bytes", [1, 300, 5000, 10**6])

@@ -333,6 +333,20 @@ def test_a_file_in_the_place_of_output_dir_is_refused(model: str, shards: Path, 
     assert file.read_text() == "precious"
 
 
+def test_a_folder_of_the_users_own_files_is_not_taken(tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    (out / "letters").mkdir(parents=True)
+    config = load_config("launch/cpu_lora.yaml", _paths("nowhere", tmp_path / "shards", out))
+    for name in (".hidden", "recipe.yaml", "job.log", "stop"):
+        (out / name).touch()
+    require_output_dir(config)  # a run may begin beside these
+    (out / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match=r"holds 'thesis.tex' and nothing that a run left there; name a new folder"):
+        require_output_dir(config)
+    (out / "metrics.jsonl").touch()
+    require_output_dir(config)  # a run has it, with something of the user's in it
+
+
 @pytest.mark.parametrize("place", ["model", "shards"])
 def test_the_run_does_not_write_where_it_reads(model: str, shards: Path, place: str) -> None:
     """An adapter beside its base would be loaded with it; a full result would take its place."""

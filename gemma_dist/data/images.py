@@ -56,13 +56,14 @@ _UPRIGHT = {
 }
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, name: str = "") -> Image.Image:
     """The image in an encoded file as the model sees it: RGB, upright, first frame, transparency laid on white.
 
     Gray of 16 bits is scaled from 0..65535, floats from 0..1. Other 32-bit gray (floats beyond 0..1, integers) says
     nowhere what is black and what is white, and is refused.
 
-    DataError if `data` is not a whole image in one of FORMATS. Metadata alone, broken or huge, is no reason.
+    DataError, which calls it `name`, if `data` is not a whole image in one of FORMATS. Metadata alone, broken or huge,
+    is no reason.
     """
     try:
         with _open(data) as opened:
@@ -73,7 +74,7 @@ def decode_image(data: bytes) -> Image.Image:
     except DataError:
         raise
     except Exception as error:  # PIL's decoders raise a dozen types on broken files, even struct.error, SyntaxError
-        raise DataError(f"the image ({len(data)} bytes) does not decode: {reason(error)}; replace the file") from None
+        raise DataError(f"{_called(data, name)} does not decode: {reason(error)}; replace the file") from None
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -153,24 +154,30 @@ def check_image(data: bytes, max_image_pixels: int) -> None:
     decode_image(data)
 
 
-def count_pixels(data: bytes, max_image_pixels: int) -> int:
-    """Width x height of an image, from the file's header alone. DataError where they are more than the limit."""
+def count_pixels(data: bytes, max_image_pixels: int, name: str = "") -> int:
+    """Width x height of an image, from the file's header alone. DataError, which calls it `name`, where they are more
+    than the limit."""
     try:
         with _open(data) as opened:
             width, height = opened.size
     except Image.DecompressionBombError as error:
-        raise DataError(f"the image is too large: {error}; scale it down") from None
+        raise DataError(f"{_called(data, name)} is too large: {error}; scale it down") from None
     except UnidentifiedImageError:
         formats = ", ".join(FORMATS)
-        raise DataError(f"the image ({len(data)} bytes) is not readable as {formats}; replace the file") from None
+        raise DataError(f"{_called(data, name)} is not readable as {formats}; replace the file") from None
     except Exception as error:
-        raise DataError(f"the image ({len(data)} bytes) is not readable: {reason(error)}; replace the file") from None
+        raise DataError(f"{_called(data, name)} is not readable: {reason(error)}; replace the file") from None
     if width * height > max_image_pixels:
         raise DataError(
-            f"the image has {width} x {height} = {width * height:,} pixels, the limit is {max_image_pixels:,}; "
-            f"scale it down or use {setting('max_image_pixels', width * height)}"
+            f"{_called(data, name)} has {width} x {height} = {width * height:,} pixels, and the limit is "
+            f"{max_image_pixels:,}; scale it down or use {setting('max_image_pixels', width * height)}"
         )
     return width * height
+
+
+def _called(data: bytes, name: str) -> str:
+    """What messages call an image: by its name, if it has one, and its bytes."""
+    return f"the image {short(name)} ({len(data)} bytes)" if name else f"the image ({len(data)} bytes)"
 
 
 def image_notes(data: bytes) -> list[str]:
@@ -207,6 +214,16 @@ def load_image(source: object, media: Media, max_bytes: int = sys.maxsize) -> by
     if not isinstance(found, str) or not found.strip():
         raise DataError(f"the image {short(source)} is no path, data: URL, base64 text or bytes; give one of them")
     return _from_string(found, media, max_bytes)
+
+
+def image_name(source: object) -> str:
+    """How the image entry of a row names its file, for messages: a path or an URL. Empty where it holds the bytes."""
+    for key in (*BASE64_KEYS, "path", *SOURCE_KEYS):
+        given = get(source, key)
+        if key not in BASE64_KEYS and isinstance(given, str | dict):
+            return image_name(given)
+    is_name = isinstance(source, str) and not source.startswith("data:") and not source.startswith(_BASE64_HEADS)
+    return str(source) if is_name else ""
 
 
 def _from_string(text: str, media: Media, max_bytes: int) -> bytes:

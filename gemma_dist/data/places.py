@@ -74,7 +74,7 @@ def whole_file(path: Path) -> Iterator[None]:
     try:
         yield
     except BROKEN_FILE as error:
-        raise DataError(f"{path}: cannot be read to its end: {error}; restore the file") from None
+        raise DataError(f"{path}: cannot be read to its end: {error}; restore the file") from error
 
 
 def inside(folder: Path, index: str, name: object) -> Path:

@@ -21,7 +21,7 @@ from gemma_dist.data.bounded import together
 from gemma_dist.data.content import ColumnIndex, clean_text
 from gemma_dist.data.convert import to_openai
 from gemma_dist.data.expected import Expected, is_test_case, with_expected_answer
-from gemma_dist.data.images import Media, count_pixels, decode_image, image_notes, load_image
+from gemma_dist.data.images import Media, count_pixels, decode_image, image_name, image_notes, load_image
 from gemma_dist.data.layouts.turns import OpenAIRow, turn_name
 from gemma_dist.data.messages import parse_message
 from gemma_dist.data.model_turns import JOINED, join_neighbors, merge_parallel_calls, text_before_calls
@@ -227,6 +227,7 @@ def _load_images(image_places: list[_ImagePlace], column: object, media: Media, 
         )
     spare = iter(enumerate(column))
     images: list[bytes] = []
+    names = []
     for image in image_places:
         with error_context(image.place):
             source = image.source
@@ -234,24 +235,25 @@ def _load_images(image_places: list[_ImagePlace], column: object, media: Media, 
                 index, source = next(spare)
                 _require_index(image.source, index)
             images.append(load_image(source, media, settings.max_row_bytes - sum(map(len, images))))
-    _check_images(image_places, images, settings)
+            names.append(image_name(source))
+    _check_images(image_places, images, names, settings)
     return images
 
 
-def _check_images(image_places: list[_ImagePlace], images: list[bytes], settings: RowConfig) -> None:
+def _check_images(image_places: list[_ImagePlace], images: list[bytes], names: list[str], settings: RowConfig) -> None:
     """Raises DataError unless each image decodes, one at a time, and none and all together are not too large."""
     num_pixels = 0
-    for image, data in zip(image_places, images, strict=True):
+    for image, data, name in zip(image_places, images, names, strict=True):
         with error_context(image.place):
-            num_pixels += count_pixels(data, settings.max_image_pixels)
+            num_pixels += count_pixels(data, settings.max_image_pixels, name)
     if num_pixels > settings.max_row_pixels:
         raise DataError(
             f"the {len(images)} images of the row have {num_pixels:,} pixels together, the limit is "
             f"{settings.max_row_pixels:,}; scale them down or use {setting('max_row_pixels', num_pixels)}"
         )
-    for image, data in zip(image_places, images, strict=True):
+    for image, data, name in zip(image_places, images, names, strict=True):
         with error_context(image.place):
-            decode_image(data)
+            decode_image(data, name)
 
 
 def _takes_next_image(image: _ImagePlace) -> bool:

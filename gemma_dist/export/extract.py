@@ -23,11 +23,11 @@ from gemma_dist.export.lora import adapter_settings, attention_of, filled
 from gemma_dist.export.run import check_place
 from gemma_dist.files import naming, whole_folder
 from gemma_dist.logs import progress, write_json
-from gemma_dist.merge.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SIDE_FILES, BaseModel, check_room, open_base
+from gemma_dist.merge.folders import ADAPTER_WEIGHTS, SIDE_FILES, BaseModel, check_room, open_base
 from gemma_dist.merge.plan import PREFIX
 from gemma_dist.merge.run import names_in_model
 from gemma_dist.merge.stream import as_bytes, as_matrix, read_into, row_blocks
-from gemma_dist.model.folder import refuse_custom_code
+from gemma_dist.model.folder import ADAPTER_CONFIG, refuse_custom_code
 from gemma_dist.model.record import write_extract_record
 from gemma_dist.tensorfile import Entry, TensorFile, header_bytes, write_tensor
 

@@ -29,8 +29,8 @@ from gemma_dist.export.weights import (
 from gemma_dist.export.zero import ZeroFolder, find_zero_folder, open_zero_folder
 from gemma_dist.files import require_free, whole_folder
 from gemma_dist.logs import write_json
-from gemma_dist.merge.folders import ADAPTER_CONFIG, check_room, choose_side_files, nearest_parent, open_base
-from gemma_dist.model.folder import local_folder, read_json_object, refuse_custom_code
+from gemma_dist.merge.folders import check_room, choose_side_files, nearest_parent, open_base
+from gemma_dist.model.folder import ADAPTER_CONFIG, local_folder, read_json_object, refuse_custom_code
 from gemma_dist.model.record import ADAPTER_RECORD, read_record
 from gemma_dist.train.checkpoint import MARKER, damage_of
 

@@ -21,10 +21,12 @@ from gemma_dist.logs import write_json
 from gemma_dist.merge.plan import LORA_TENSOR, Headers, Lora
 from gemma_dist.model.fingerprint import fingerprint_base
 from gemma_dist.model.folder import (
+    ADAPTER_CONFIG,
     WEIGHTS,
     WEIGHTS_INDEX,
     local_folder,
     read_json_object,
+    read_model_config,
     refuse_custom_code,
     refuse_pickle,
     require_embeddings,
@@ -34,7 +36,6 @@ from gemma_dist.tensorfile import TensorFile, open_tensors, write_tensors
 
 BaseWeights = Literal["as_trained", "original"]
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 EMBEDDING = re.compile(r"\bembed_tokens(_per_layer)?\.weight$")  # the tables that a token's id looks up
 
@@ -120,7 +121,7 @@ def open_base(base: Path | str, named: str = "--base") -> BaseModel:
         CheckpointError: there is no such model, its files disagree, or its weights are quantized.
     """
     folder = local_folder(base, f"{named} {base}")
-    config = read_json_object(folder / "config.json", f"{named} {base} is not a model folder")
+    config = read_model_config(folder, f"{named} {base} is not a model folder")
     if config.get("quantization_config"):
         raise CheckpointError(
             f"{folder} holds quantized weights (quantization_config in its config.json), which cannot be added to; "

@@ -26,8 +26,8 @@ from gemma_dist.data.encode import IGNORE_INDEX, load_encoder
 from gemma_dist.data.fit import encode_trained
 from gemma_dist.data.strict import error_context
 from gemma_dist.errors import CheckpointError, DataError
-from gemma_dist.merge.folders import ADAPTER_CONFIG
 from gemma_dist.merge.layerwise import Inputs, LayerwiseModel, Run
+from gemma_dist.model.folder import ADAPTER_CONFIG
 from gemma_dist.model.record import Quantization
 from gemma_dist.model.vision import patches_of_config
 from gemma_dist.shards.reader import load_trajectories

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 
 from gemma_dist.errors import CheckpointError
-from gemma_dist.model.folder import local_folder
+from gemma_dist.model.folder import local_folder, read_model_config
 from gemma_dist.tensorfile import Entry, TensorFile, open_tensors
 
 SAMPLES_OF_A_TENSOR, SAMPLE_BYTES = 4, 1024
@@ -23,7 +23,7 @@ def fingerprint_base(name: str) -> dict[str, str]:
     """
     named = f"model.model_name_or_path = {name!r}"
     folder = local_folder(name, named)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_model_config(folder, named)
     kept = {key: value for key, value in config.items() if key not in NOT_OF_THE_MODEL}
     tensors: dict[str, TensorFile] = {}
     for path in sorted(folder.glob("*.safetensors")):

@@ -21,6 +21,7 @@ CLASS_FILES = (
     "tokenizer_config.json",
 )
 
+ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
@@ -83,6 +84,32 @@ def read_json_object(path: Path, problem: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{problem}: {path} holds no JSON object; save or download it again")
     return value
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises CheckpointError where an adapter alone stands in the place of a model."""
+    if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").exists():
+        return
+    try:
+        base = str(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, LookupError, TypeError):
+        base = "BASE"
+    raise CheckpointError(
+        f"{folder} is an adapter, which is no model: name its base ({base}), and the adapter beside it where the "
+        "command takes one, as `evaluate` and `chat` do, or make a model of both by `gemma-dist merge`"
+    )
+
+
+def read_model_config(model: str | Path, named: str) -> dict[str, Any]:
+    """The config.json of a model folder, or of a model of the hub, which is fetched.
+
+    Raises:
+        CheckpointError: there is no such model, or an adapter in its place, or the file is broken; the message begins
+            with `named`, or with the adapter's folder.
+    """
+    folder = local_folder(model, named)
+    refuse_adapter(folder)
+    return read_json_object(folder / "config.json", named)
 
 
 def refuse_custom_code(model: str | Path) -> None:
@@ -192,5 +219,5 @@ def has_experts(model: str) -> bool:
         CheckpointError: there is no model at that place.
     """
     named = f"model.model_name_or_path = {model!r}"
-    config = read_json_object(local_folder(model, named) / "config.json", named)
+    config = read_model_config(model, named)
     return bool(config.get("text_config", {}).get("enable_moe_block"))

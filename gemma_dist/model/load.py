@@ -16,7 +16,7 @@ from gemma_dist import world
 from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.model import fsdp
-from gemma_dist.model.folder import read_json_object, refuse_custom_code, refuse_pickle
+from gemma_dist.model.folder import ADAPTER_CONFIG, read_json_object, refuse_adapter, refuse_custom_code, refuse_pickle
 from gemma_dist.model.images import use_known_places
 from gemma_dist.model.per_layer import TABLE, PerLayerTable, open_table, table_left_out, take_rows_of_batch
 from gemma_dist.model.record import ADAPTER_RECORD, four_bit_config, names_its_layers, quantization_of, read_record
@@ -24,8 +24,6 @@ from gemma_dist.model.rows import use_right_padding
 from gemma_dist.model.towers import Tower, config_without, linear_layers, modules_of, whole_modules
 from gemma_dist.model.vision import use_image_rule
 from gemma_dist.model.zero3 import loading_partitions, partition_model, partitioning, settings_for_evaluation
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def use_cpu() -> bool:
@@ -332,6 +330,7 @@ def read_config(name: str) -> Any:
     from transformers import AutoConfig
 
     refuse_custom_code(name)
+    refuse_adapter(Path(name))
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:

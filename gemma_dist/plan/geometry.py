@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from gemma_dist.errors import CheckpointError
 from gemma_dist.family import known_config
-from gemma_dist.model.folder import local_folder, read_json_object
+from gemma_dist.model.folder import read_model_config
 
 PATCH_VALUES = 3 * 16 * 16  # colors x pixels of one patch
 POSITIONS = 10_240  # rows of a vision tower's table of positions, for each direction
@@ -100,7 +100,7 @@ def read_geometry(model: str) -> Geometry:
     config = None if Path(model).is_dir() else known_config(model)
     if config is None:
         named = f"model.model_name_or_path = {model!r}"
-        config = read_json_object(local_folder(model, named) / "config.json", named)
+        config = read_model_config(model, named)
     return geometry_of(config, model)
 
 

@@ -8,9 +8,8 @@ from gemma_dist.evaluate.log import hash_adapter
 from gemma_dist.evaluate.runs import REPORT
 from gemma_dist.model.card import CARD, write_card
 from gemma_dist.model.fingerprint import fingerprint_base
-from gemma_dist.model.folder import read_json_object
+from gemma_dist.model.folder import ADAPTER_CONFIG, read_json_object
 from gemma_dist.model.record import ADAPTER_RECORD, read_record
-from gemma_dist.serving.report import ADAPTER_CONFIG
 
 
 def write_card_of(folder: Path, evaluation: Path | None) -> Path:

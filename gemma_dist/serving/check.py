@@ -8,11 +8,11 @@ from pathlib import Path
 
 from gemma_dist.errors import CheckpointError
 from gemma_dist.model.flat_sizes import flat_sizes
-from gemma_dist.model.folder import read_json_object, refuse_custom_code, refuse_pickle
+from gemma_dist.model.folder import ADAPTER_CONFIG, read_json_object, refuse_custom_code, refuse_pickle
 from gemma_dist.model.load import read_config
 from gemma_dist.serving.commands import LLAMA_CPP, server_commands
 from gemma_dist.serving.prompts import check_prompts
-from gemma_dist.serving.report import ADAPTER_CONFIG, Finding, ModelReport, require_model
+from gemma_dist.serving.report import Finding, ModelReport, require_model
 from gemma_dist.serving.weights import check_weights
 
 

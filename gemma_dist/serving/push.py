@@ -16,9 +16,9 @@ from typing import Any
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.files import size
 from gemma_dist.model.card import CARD, HUB_NAME, PEFTS, public_name
-from gemma_dist.model.folder import read_json_object, weight_files
+from gemma_dist.model.folder import ADAPTER_CONFIG, read_json_object, weight_files
 from gemma_dist.serving.check import check_model
-from gemma_dist.serving.report import ADAPTER_CONFIG, ModelReport
+from gemma_dist.serving.report import ModelReport
 from gemma_dist.tensorfile import open_tensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

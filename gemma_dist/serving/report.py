@@ -6,9 +6,8 @@ from typing import Any, Literal
 
 from gemma_dist.errors import CheckpointError
 from gemma_dist.files import size
-from gemma_dist.model.folder import read_json_object
+from gemma_dist.model.folder import read_json_object, refuse_adapter
 
-ADAPTER_CONFIG = "adapter_config.json"
 NUM_NAMED = 3  # tensors that a finding names
 
 
@@ -85,8 +84,7 @@ def named(names: list[str]) -> str:
 
 def require_model(folder: Path) -> None:
     """Raises CheckpointError for what is no folder of a whole Gemma 4: an adapter, another model, or nothing."""
-    if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder} is an adapter, which is no model: add it to its base by `gemma-dist merge`")
+    refuse_adapter(folder)
     named = f"{folder} is not the folder of a whole Gemma 4"
     if not folder.is_dir():
         raise CheckpointError(f"{named}, but a file; give the folder that `gemma-dist merge` or `train` wrote")

@@ -114,6 +114,8 @@ def _require_rows(report: ShardReport, pieces: list[_Piece], plan: Plan, *, is_a
             + f"\nAll of them are in {out / kept}; fix them, or leave them out with --skip-invalid"
         )
     files = sorted({str(file) for file, *_ in plan["inputs"]})
+    if not report.num_read:
+        raise DataError(f"{', '.join(files)}: no row in {'it' if len(files) == 1 else 'them'}; check the path")
     raise DataError(
         f"none of the {report.num_read:,} rows of {', '.join(files)} is left to write: {report.num_rejected:,} were "
         f"refused, {report.num_dropped:,} dropped for their length"

@@ -5,7 +5,7 @@ A shard folder holds
     train-00000.parquet …   id, messages, tools, images, enable_thinking, for any parquet reader and plain `datasets`
     manifest.arrow          where each row group lies, and how long each sample is; written last
     tools.json              each declaration of a tool that the rows show, once
-    rejected.jsonl          with --skip-invalid: the rows that were refused, with file, line and error
+    rejected.jsonl          with --skip-invalid: the rows, and files, that were refused, with file, line and error
     too_long.jsonl          the rows that were cut or dropped for their length
 
 The input is cut into pieces, which depend on nothing but the input, and each is worked on by one process
@@ -24,17 +24,20 @@ from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolE
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from gemma_dist import exits
 from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import Encoder
 from gemma_dist.data.inputs import identity
-from gemma_dist.data.places import InputRange, ReadRow, SizedRange
+from gemma_dist.data.places import InputRange, ReadRow, SizedRange, Where
 from gemma_dist.data.plain import load_plain_encoder, without_script
 from gemma_dist.data.rows import read_ranges, split_input
 from gemma_dist.errors import DataError
+from gemma_dist.failures import code_of
 from gemma_dist.logs import log, progress
 from gemma_dist.shards.assemble import finish, num_rejected, report_of
 from gemma_dist.shards.fetch import is_url
@@ -95,7 +98,7 @@ def run_shard(
     encoder = load_plain_encoder(model, settings)
     if note := encoder.lost_opening():
         log.warning(note)
-    pieces = list(_split_pieces(inputs))
+    pieces = list(_split_pieces(inputs, skip_invalid=skip_invalid))
     jobs = [
         ShardJob(folder, number, ranges, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES)
         for number, ranges in enumerate(pieces)
@@ -183,13 +186,15 @@ def _require_distinct(inputs: list[Path]) -> None:
         seen.add(path.resolve())
 
 
-def _split_pieces(inputs: list[Path]) -> Iterator[list[InputRange]]:
-    """Ranges of the inputs, in order, that make about PIECE_BYTES together."""
+def _split_pieces(inputs: list[Path], *, skip_invalid: bool) -> Iterator[list[InputRange]]:
+    """Ranges of the inputs, in order, that make about PIECE_BYTES together. Raises DataError of an input that cannot be
+    read, unless such are to be skipped."""
     ranges: list[InputRange] = []
     total = 0
+    split = partial(_split_one, skip_invalid=skip_invalid)
     threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # unpacking and reading let one another run
     try:
-        for input_range, num_bytes in chain.from_iterable(threads.map(_split_one, inputs)):
+        for input_range, num_bytes in chain.from_iterable(threads.map(split, inputs)):
             ranges.append(input_range)
             total += num_bytes
             if total >= PIECE_BYTES:
@@ -201,8 +206,33 @@ def _split_pieces(inputs: list[Path]) -> Iterator[list[InputRange]]:
         threads.shutdown(cancel_futures=True)
 
 
-def _split_one(path: Path) -> list[SizedRange]:
-    return list(split_input(path, PIECE_BYTES))
+def _split_one(path: Path, *, skip_invalid: bool) -> list[SizedRange]:
+    try:
+        return list(split_input(path, PIECE_BYTES))
+    except DataError as error:
+        if not skip_invalid or not _is_of_the_input(error):
+            raise
+        return [(InputRange(path), 0)]  # a range of its own, which says so when it is read
+
+
+def _rows_of(job: ShardJob) -> Iterator[ReadRow]:
+    """The rows of a piece. Where invalid ones are skipped, an input that cannot be read on is refused like a row, the
+    next one of that input, and the others are read."""
+    for one in job.ranges:
+        line = one.first_line
+        try:
+            for where, row in read_ranges([one], job.settings.max_row_bytes):
+                line = where.line + 1
+                yield where, row
+        except DataError as error:
+            if not job.skip_invalid or not _is_of_the_input(error):
+                raise
+            yield Where(one.file, line), error
+
+
+def _is_of_the_input(error: DataError) -> bool:
+    """Whether an input is at fault, and not a disk, which may give it whole when it is asked again."""
+    return code_of(error) != exits.DISK_FAILED
 
 
 def _known(one: InputRange, name: str, num_bytes: int, changed: int) -> list[str | int]:
@@ -252,8 +282,7 @@ def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None, re
     num_workers = min(len(jobs), len(os.sched_getaffinity(0)) if num_workers is None else num_workers)
     if num_workers <= 1:
         for job in jobs:
-            read = read_ranges(job.ranges, job.settings.max_row_bytes)
-            rows = progress(read, total=None, desc="sharding", unit=" rows")
+            rows = progress(_rows_of(job), total=None, desc="sharding", unit=" rows")
             run_job(job, encoder, rows, tell)
         return
     context = multiprocessing.get_context("spawn")
@@ -329,7 +358,7 @@ def _end_with_parent() -> None:
 
 def _work_in_worker(job: ShardJob) -> None:
     def counted() -> Iterator[ReadRow]:
-        for row in read_ranges(job.ranges, job.settings.max_row_bytes):
+        for row in _rows_of(job):
             with _num_rows.get_lock():
                 _num_rows.value += 1
             yield row
