@@ -8,7 +8,7 @@ LOCKED_PYTHONS := 3.11 3.12
 # accelerate and ninja (for the one operator that DeepSpeed compiles) are looked up in PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help .venv lock demo test test-all test-gpu test-slurm bench parity check format clean
+.PHONY: help .venv lock demo docs test test-all test-gpu test-slurm bench parity check format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -40,6 +40,14 @@ lock: ## make requirements.lock anew from constraints.txt; asks the index for Py
 
 demo: .venv ## the whole job on a tiny Gemma 4: shard, train, evaluate, merge (about ten minutes on 2 cores)
 	python examples/demo.py
+
+docs: .venv/.docs ## the pages of docs/ as a site, in build/docs/index.html; a warning is an error
+	python -m gemma_dist.reference
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build
+
+.venv/.docs: $(INSTALLED)
+	$(PIP_INSTALL) --constraint constraints.txt --editable '.[docs]'
+	@touch $@
 
 test: .venv ## the tests; one of them: make test ARGS="-k config"
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
