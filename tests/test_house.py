@@ -18,13 +18,13 @@ MODULES = {
 # of one floor never import one another: train, evaluate and merge meet on disk.
 FLOORS = [
     {"errors", "visible"},
-    {"aliases", "contradictions", "family", "files", "gemma_format", "settings"},
+    {"aliases", "contradictions", "family", "files", "gemma_format", "settings", "translate_names"},
     {"config_data"},
     {"config", "costs", "world"},
     {"batch_plan", "config_chat", "config_merge", "config_server", "fsdp_config", "logs", "ranklog"},
     {"topology", "exits"},
     {"recipe", "tensorfile", "failures"},
-    {"options", "signals", "meeting"},
+    {"options", "signals", "meeting", "translate"},
     {"health", "model"},
     {"data"},
     {"shards"},
