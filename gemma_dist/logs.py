@@ -101,7 +101,7 @@ def read_jsonl(path: Path) -> Iterator[Any]:
             yield json.loads(line)
 
 
-def _steps_of(path: Path) -> Iterator[Any]:
+def read_steps(path: Path) -> Iterator[Any]:
     """The rows of a `metrics.jsonl`. A line that is none, as a power failure leaves it, is told and left out."""
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
@@ -124,7 +124,7 @@ class RunLog:
         self._file = None
         if world.rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            rows = _steps_of(path) if start_step and path.is_file() else ()
+            rows = read_steps(path) if start_step and path.is_file() else ()
             kept = [
                 to_json(row) + "\n"
                 for row in rows

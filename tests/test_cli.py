@@ -13,7 +13,7 @@ from gemma_dist.cli import cli
 from gemma_dist.errors import CheckpointError, DataError, PeerError
 
 VERBS = [
-    *("tiny", "shard", "inspect", "stats", "check-prompts", "check", "plan", "batches", "health", "train"),
+    *("tiny", "shard", "inspect", "stats", "check-prompts", "check", "plan", "batches", "health", "train", "plot"),
     *("evaluate", "score", "compare", "read-calls", "chat", "merge", "export", "extract"),
     *("check-model", "card", "serve", "push"),
 ]

@@ -21,7 +21,7 @@ FLOORS = [
     {"aliases", "contradictions", "family", "files", "gemma_format", "settings", "translate_names"},
     {"config_data"},
     {"config", "costs", "world"},
-    {"batch_plan", "config_chat", "config_merge", "config_server", "fsdp_config", "logs", "ranklog"},
+    {"batch_plan", "config_chat", "config_merge", "config_server", "fsdp_config", "logs", "ranklog", "static_page"},
     {"topology", "exits"},
     {"recipe", "tensorfile", "failures"},
     {"options", "signals", "meeting", "translate"},
@@ -33,7 +33,7 @@ FLOORS = [
     {"train", "evaluate", "merge", "show"},
     {"serving"},
     {"chat", "export", "plan"},
-    {"cli_chat", "cli_evaluate", "cli_merge", "cli_serving"},
+    {"cli_chat", "cli_evaluate", "cli_look", "cli_merge", "cli_serving"},
     {"cli"},
     {"__main__", "reference"},
 ]
