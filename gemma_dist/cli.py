@@ -89,6 +89,11 @@ def tiny(out: Path, style: str) -> None:
 @click.option("--part", metavar="I/N", callback=_part, help="Do a share of the work, I from 1 to N: see docs/data.md.")
 @click.option("--work-dir", type=NEW, help="Where shards for a URL are made; default: ~/.cache/gemma_dist/shards.")
 @click.option("--append", is_flag=True, help="Add to finished shards, which stay as they are.")
+@click.option(
+    "--split",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of the rows to put aside: shards go to OUT/train and OUT/held_out, near duplicates together.",
+)
 @click.option("--num-workers", type=click.IntRange(min=1), help="Number of processes; default: one per core.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def shard(
@@ -100,6 +105,7 @@ def shard(
     part: "Part | None",
     work_dir: Path | None,
     append: bool,
+    split: float | None,
     num_workers: int | None,
     as_json: bool,
     settings: "ShardConfig",
@@ -113,6 +119,27 @@ def shard(
     from gemma_dist.data.inputs import find_inputs
     from gemma_dist.shards.sharding import run_shard
 
+    if split is not None:
+        if append or part:
+            raise click.UsageError("--split puts aside of all rows at once: without --append and --part")
+        from gemma_dist.show.split import shard_split
+
+        reports = shard_split(
+            find_inputs(inputs),
+            out,
+            model,
+            settings,
+            split,
+            skip_invalid=skip_invalid,
+            num_workers=num_workers,
+            max_rejected=max_rejected,
+            work_dir=work_dir,
+        )
+        for report in reports.values() if not as_json else ():
+            say(report.summary())
+        if as_json:
+            say(json.dumps({name: report.to_json() for name, report in reports.items()}), exact=True)
+        return
     report = run_shard(
         find_inputs(inputs),
         out,

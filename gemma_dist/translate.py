@@ -74,7 +74,8 @@ class Translated:
         words = ["gemma-dist shard", *(self.rows or ["ROWS.jsonl"]), "--model", model]
         for name, value in self.shard.items():
             words += [option(name), str(value)]
-        return " ".join([*words, "--out shards/train"])
+        split = f"--split {self.split} --out shards" if self.split else "--out shards/train"
+        return " ".join([*words, split])
 
 
 def tool_of(values: Mapping[str, Any]) -> str:
@@ -264,7 +265,7 @@ def _check(result: Translated, origin: Mapping[str, str]) -> None:
 def name_tables() -> str:
     """What each tool calls what, as Markdown."""
     words = {ROWS: "the INPUT of `gemma-dist shard`", HELD_OUT: "rows sharded into a folder of their own: `data.eval`"}
-    words |= {SPLIT: "a share of the rows, sharded into a folder of their own", ADAPTER: "`tuning`"}
+    words |= {SPLIT: "`gemma-dist shard --split`", ADAPTER: "`tuning`"}
     words |= {FOUR_BITS: "`tuning: qlora`"}
     parts = []
     for tool in TOOLS:

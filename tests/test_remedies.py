@@ -39,6 +39,7 @@ OWNERS = {
     "plan/show.py": "plan",
     "plan/watch.py": "train",
     "plan/workload.py": "plan",
+    "show/split.py": "shard",
     "show/stats_report.py": "stats",
     "evaluate/client.py": "evaluate",
     "evaluate/compare.py": "compare",

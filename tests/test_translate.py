@@ -160,6 +160,7 @@ def test_held_out_rows_bring_their_settings_along() -> None:
         assert found.recipe["data"]["eval"] == "shards/held_out"
         assert (found.recipe["train"]["eval_strategy"], found.recipe["train"]["eval_steps"]) == ("steps", 10)
     assert (found.split, found.held_out) == (0.1, [])
+    assert found.shard_command("M").endswith("--model M --split 0.1 --out shards"), "what the recipe names"
 
 
 def test_what_contradicts_itself_is_said() -> None:

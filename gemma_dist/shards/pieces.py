@@ -10,7 +10,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from sys import intern
@@ -23,6 +23,7 @@ from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import Encoded, Encoder
 from gemma_dist.data.fit import encode_trained, fit, parse
 from gemma_dist.data.places import InputRange, ReadRow, Where
+from gemma_dist.data.rows import read_ranges
 from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message, Tool
@@ -30,6 +31,7 @@ from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import DataError, spell
 from gemma_dist.files import begin, publish
 from gemma_dist.logs import JsonlWriter, to_json
+from gemma_dist.shards.choice import Choice
 from gemma_dist.shards.hashes import write_hashes
 from gemma_dist.shards.manifest import COUNTS, RowGroupPlace, ShardEntry, digest, row_group_line
 from gemma_dist.shards.record import ORIGINS, PieceHeader, Sample, write_record
@@ -79,6 +81,13 @@ class ShardJob:
     row_group_bytes: int
     shard_bytes: int
     again: bool = False  # it was done, and is written anew without the rows whose ids came before
+    choice: Choice | None = None  # None: all rows
+
+    def rows(self) -> Iterator[ReadRow]:
+        """The rows that it takes."""
+        for where, row in read_ranges(self.ranges, self.settings.max_row_bytes):
+            if self.choice is None or self.choice.takes(where):
+                yield where, row
 
     def path(self, suffix: str) -> Path:
         return self.out / f".piece-{self.number:05d}{'-again' if self.again else ''}{suffix}"

@@ -33,10 +33,11 @@ from gemma_dist.data.encode import Encoder
 from gemma_dist.data.inputs import identity
 from gemma_dist.data.places import InputRange, ReadRow, SizedRange
 from gemma_dist.data.plain import load_plain_encoder, without_script
-from gemma_dist.data.rows import read_ranges, split_input
+from gemma_dist.data.rows import split_input
 from gemma_dist.errors import DataError
 from gemma_dist.logs import log, progress
 from gemma_dist.shards.assemble import finish, num_rejected, report_of
+from gemma_dist.shards.choice import Choice
 from gemma_dist.shards.fetch import is_url
 from gemma_dist.shards.folder import (
     Part,
@@ -69,6 +70,7 @@ def run_shard(
     max_rejected: int | None = None,
     part: Part | None = None,
     work_dir: Path | None = None,
+    choice: Choice | None = None,
 ) -> ShardReport:
     """Check, measure and write all rows of `inputs` to the shard folder `out`: on a disk, or a URL that fsspec knows.
 
@@ -83,6 +85,7 @@ def run_shard(
         part: do a share of the pieces alone, beside other calls, which may run elsewhere, and finish nothing: the same
             call without it does what is left. The report is of this part.
         work_dir: where the shards for a URL are made; None: the user's folder of caches.
+        choice: which rows are taken; None: all.
 
     Raises:
         DataError: `out` is taken, or made with other settings, or another call is at work there; an input is named
@@ -97,10 +100,12 @@ def run_shard(
         log.warning(note)
     pieces = list(_split_pieces(inputs))
     jobs = [
-        ShardJob(folder, number, ranges, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES)
+        ShardJob(folder, number, ranges, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES, choice=choice)
         for number, ranges in enumerate(pieces)
     ]
     plan = _plan(encoder, settings, pieces, skip_invalid=skip_invalid)
+    if choice is not None:
+        plan["choice"] = choice.digest()
     with at_work(folder, part), store.named(append=append, alone=part is None) if store else nullcontext():
         if store:
             store.prepare(plan, alone=part is None)
@@ -252,8 +257,7 @@ def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None, re
     num_workers = min(len(jobs), len(os.sched_getaffinity(0)) if num_workers is None else num_workers)
     if num_workers <= 1:
         for job in jobs:
-            read = read_ranges(job.ranges, job.settings.max_row_bytes)
-            rows = progress(read, total=None, desc="sharding", unit=" rows")
+            rows = progress(job.rows(), total=None, desc="sharding", unit=" rows")
             run_job(job, encoder, rows, tell)
         return
     context = multiprocessing.get_context("spawn")
@@ -329,7 +333,7 @@ def _end_with_parent() -> None:
 
 def _work_in_worker(job: ShardJob) -> None:
     def counted() -> Iterator[ReadRow]:
-        for row in read_ranges(job.ranges, job.settings.max_row_bytes):
+        for row in job.rows():
             with _num_rows.get_lock():
                 _num_rows.value += 1
             yield row
