@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from gemma_dist.__main__ import main
 from gemma_dist.config import RowConfig, ShardConfig
 from gemma_dist.errors import ConfigError, DataError
+from gemma_dist.logs import RunLog, duration, log
 from gemma_dist.show.plot import _names, panels, plot_runs, smoothed, thinned, ticks
 from gemma_dist.show.row import Inspection, inspect_row
 from gemma_dist.show.row_page import write_row_page
@@ -267,6 +268,30 @@ def test_a_png_is_one_or_says_what_is_missing(tmp_path: Path, capsys: pytest.Cap
     else:
         assert code == 0
         assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_line_of_a_step_says_how_long_the_others_will_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = iter([0, 60, 61, 62, 82])  # seconds: the first step is slow; of the last line there are two steps
+    monkeypatch.setattr("gemma_dist.logs.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(log, "propagate", True)
+    run = RunLog(tmp_path / "metrics.jsonl", start_step=100, num_steps=1000)
+    figures = {"loss": 1.0, "entropy": 1.0, "token_accuracy": 0.5, "grad_norm": 1.0, "learning_rate": 1e-4}
+    with caplog.at_level("INFO"):
+        for step in (101, 102, 103, 105):
+            run.write(step, {**figures, "target_tokens": 50}, num_tokens=400)
+    run.close()
+    left = [re.search(r"(\S+ \w+(?: \d+ min)?) left", line)[1] for line in caplog.messages]  # type: ignore[index]
+    assert left == ["14 h 59 min", "15 min", "15 min", "28 min"]
+    assert "400 tokens/s (50 trained)" in caplog.messages[1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0, "0 s"), (89, "89 s"), (600, "10 min"), (20_000, "5 h 33 min"), (4e5, "4 d 15 h")]
+)
+def test_a_duration_is_said_as_a_person_would(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def _said(message: Message) -> str:
 def _pieces(encoded: Encoded, encoder: Encoder) -> Iterator[Piece]:
     """The tokens, those of one turn and one kind together."""
     kinds = encoded.kinds or bytes(TEXT * (label != IGNORE_INDEX) for label in encoded.labels)
-    turn_id = encoder.tokenizer.convert_tokens_to_ids(TURN)
+    [turn_id] = encoder.tokenizer.convert_tokens_to_ids([TURN])
     turns = accumulate(token == turn_id for token in encoded.input_ids)
     columns = zip(turns, kinds, map(bool, encoded.mm_token_type_ids), encoded.input_ids, strict=True)
     for (turn, kind, is_image), group in groupby(columns, lambda column: column[:3]):
