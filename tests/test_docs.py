@@ -12,7 +12,10 @@ import pytest
 
 from gemma_dist import recipe, reference
 from gemma_dist.cli import cli
+from gemma_dist.config import RowConfig, ShardConfig
 from gemma_dist.errors import ConfigError
+from gemma_dist.shards.reader import load_trajectories
+from gemma_dist.show.stats import collect_stats
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -122,6 +125,26 @@ def test_targets_and_scripts_are_there(page: Path) -> None:
             for word in words:
                 if re.fullmatch(r"(benchmarks|examples|slurm|accelerate_configs|launch)/[a-z0-9_/]+\.\w+", word):
                     assert (ROOT / word).is_file(), line
+
+
+def test_the_row_of_the_readme_can_be_pasted_and_the_walk_has_whole_rows(tmp_path: Path) -> None:
+    walk = ROOT / "examples/walk"
+    (pasted,) = re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "my.json").write_text(pasted, encoding="utf-8")
+    (tmp_path / "charts").symlink_to(walk / "charts")
+    settings = ShardConfig(media_root=walk)
+    (trajectory,) = load_trajectories(tmp_path / "my.json", settings)
+    assert len(trajectory.images) == 1
+    ids = []
+    for name, num_rows in (("train", 20), ("held_out", 5)):
+        rows = list(load_trajectories(walk / f"{name}.jsonl", ShardConfig()))
+        assert len(rows) == num_rows
+        assert sum(len(row.images) for row in rows) >= 2
+        ids += [row.id for row in rows]
+    assert len(set(ids)) == 25
+    stats = collect_stats([str(walk / "train.jsonl")], [str(walk / "held_out.jsonl")], None, RowConfig())
+    assert stats.against is not None
+    assert (stats.against.exact.num_rows, stats.against.near.num_rows) == (0, 0)
 
 
 # ---- links -----------------------------------------------------------------------------------------------------------
