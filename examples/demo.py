@@ -18,7 +18,8 @@ from typing import Any
 
 from analyst import write_trajectories
 
-for name, value in {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "DEEPSPEED_LOG_LEVEL": "error", "TOKENIZERS_PARALLELISM": "false"}
+for name, value in {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **QUIET}.items():
     os.environ.setdefault(name, value)
 # Two CPU processes even where there is a GPU: the point is the walk, not the speed.
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -33,22 +34,41 @@ FULL, ADAPTER, MERGED = RUN / "full", RUN / "qlora", RUN / "merged"
 MIN_CALLS, MIN_IMAGES, MAX_BLANK, MAX_BEFORE = 0.95, 0.85, 0.30, 0.05
 
 
+# What each step is, and its seconds on two quiet cores: from their ratios, and how long this machine has taken so far,
+# follows the time left. `make` makes the environment before, as the first of all.
+STEPS = {
+    "rows, a tiny model, shards": 60,
+    "full fine-tuning on two processes": 190,
+    "evaluation, before and after, with images and without": 60,
+    "a QLoRA adapter on the result, in real NF4": 60,
+    "merging, verifying, evaluating again": 40,
+}
+
+
 def main() -> None:
     started = time.perf_counter()
+    steps = Steps(started)
     shutil.rmtree(RUN, ignore_errors=True)
+    steps.begin()
     make_data_and_model()
     gemma_dist("shard", RUN / "train/trajectories.jsonl", "--model", MODEL, "--out", TRAIN)
     gemma_dist("shard", RUN / "held_out/trajectories.jsonl", "--model", MODEL, "--out", HELD_OUT)
-    before = evaluate("before", "--model", MODEL)
 
+    steps.begin()
     train("launch/cpu_full.yaml", MODEL, TRAIN, FULL)
+    steps.begin()
+    before = evaluate("before", "--model", MODEL)
     after = evaluate("full", "--model", FULL)
     blank = evaluate("blank", "--model", FULL, "--images", "blank")
 
+    steps.begin()
     train("launch/cpu_qlora.yaml", FULL, TRAIN, ADAPTER, "max_steps=60")
     adapted = evaluate("qlora", "--model", FULL, "--adapter", ADAPTER)
+    steps.begin()
     gemma_dist("merge", "--base", FULL, "--adapter", ADAPTER, "--out", MERGED, "--verify")
     merged = evaluate("merged", "--model", MERGED)
+    gemma_dist("plot", FULL)
+    gemma_dist("inspect", TRAIN, "--model", MODEL, "--html", RUN / "row.html")
 
     print_table(
         {
@@ -59,8 +79,40 @@ def main() -> None:
             "merged": merged,
         }
     )
-    print(f"\n{time.perf_counter() - started:.0f} s in all. The merged model is in {MERGED}.")
+    print(
+        f"\n{time.perf_counter() - started:.0f} s in all. To look at next, in a browser or a terminal:\n{next_steps()}"
+    )
     check(before, after, blank, adapted, merged)
+
+
+class Steps:
+    """Says which step begins, and about how long all that is left will take."""
+
+    def __init__(self, started: float) -> None:
+        self._started, self._number = started, 0
+
+    def begin(self) -> None:
+        """The next step."""
+        seconds = list(STEPS.values())
+        done, left = sum(seconds[: self._number]), sum(seconds[self._number :])
+        slower = (time.perf_counter() - self._started) / done if done else 1.0
+        minutes = max(1, round(left * slower / 60))
+        name = list(STEPS)[self._number]
+        self._number += 1
+        say(f"{self._number + 1} of {len(STEPS) + 1}: {name} (about {minutes} minute{'s' * (minutes > 1)} left in all)")
+
+
+def next_steps() -> str:
+    """What there is to look at, a line each."""
+    words = {
+        RUN / "eval/full/report.html": "every answer beside what was right; eval/blank has those without images",
+        FULL / "plot.html": "the losses of the run",
+        RUN / "row.html": "one row as the model sees it, what is trained in color",
+        f"gemma-dist compare {RUN}/eval/before {RUN}/eval/full --out {RUN}/compared": "what was fixed",
+        f"gemma-dist chat {MERGED}": "talk to it",
+        "README.md": "the same with your own rows, and a real Gemma 4",
+    }
+    return "\n".join(f"  {what!s:<70} {why}" for what, why in words.items())
 
 
 def make_data_and_model() -> None:

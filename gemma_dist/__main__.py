@@ -23,6 +23,19 @@ from gemma_dist.logs import start_logging
 from gemma_dist.signals import explain_sigterm
 from gemma_dist.visible import shown
 
+# What is left of a command that was interrupted, where it is not nothing. `train` saves what it has and says so itself.
+_GOES_ON = "the same command goes on from there"
+KEPT = {
+    "shard": f"the pieces that were done are kept in the folder of --out (or of --work-dir), and {_GOES_ON}",
+    "train": f"complete checkpoints are kept in output_dir, the steps since the newest are lost, and {_GOES_ON}",
+    "evaluate": f"every answer that was whole is kept in the folder of --out, and {_GOES_ON}",
+    "merge": "nothing stands in the folder of --out under its final name; the same command begins anew",
+    "push": "the hub shows what it has; the same command sends the rest",
+    "serve": "the server has stopped",
+    "chat": "what you saved with /save is kept",
+    "health": "nothing was judged; the same command begins anew",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. Each of several ranks says its own error, with its number."""
@@ -47,6 +60,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         _show(error)
         meeting.tell(error.format_message(), exits.USER_ERROR)
     except click.Abort:
+        if world.rank() == 0:
+            _say(f"interrupted: {_kept(sys.argv[1:] if arguments is None else arguments)}")
         return exits.INTERRUPTED
     except Stopped:
         return exits.STOPPED  # and said so
@@ -69,6 +84,12 @@ def _run(arguments: Sequence[str] | None) -> int:
             meeting.tell(explanation.message, explanation.code)
         return explanation.code
     return exits.USER_ERROR
+
+
+def _kept(words: Sequence[str]) -> str:
+    """What an interrupted command leaves, and how to go on."""
+    verb = next((word for word in words if not word.startswith("-")), "")
+    return KEPT.get(verb, "nothing was written; the same command begins anew")
 
 
 def _show(error: click.ClickException) -> None:

@@ -85,7 +85,7 @@ _REASONS = {
         "mask_history loss_scale train_on_last_turn_only"
     ): "always so: the loss is on what the model itself emits; `train: false` on a message leaves it out",
     "val_set_size split_dataset_ratio": (
-        "nothing is split off: shard held-out rows into a folder of their own, and name it as data.eval"
+        "rows are split where they are sharded: `gemma-dist shard --split 0.05`, and data.eval names its held_out"
     ),
     "max_new_tokens predict_with_generate": (
         "training evaluates the loss of data.eval and generates nothing; run `gemma-dist evaluate` on a checkpoint"

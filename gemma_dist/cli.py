@@ -1,5 +1,5 @@
-"""The command line, in the order of use: make a model, shard, look, check, plan, look at the nodes, train,
-evaluate (`cli_evaluate.py`), act (`cli_act.py`), talk (`cli_chat.py`), merge, export … (`cli_merge.py`), serve
+"""The command line, in the order of use: make a model, shard, look (`cli_look.py`), check, plan, look at the nodes,
+train, evaluate (`cli_evaluate.py`), act (`cli_act.py`), talk (`cli_chat.py`), merge, export … (`cli_merge.py`), serve
 (`cli_serving.py`).
 
 A command reads its options and calls one function of another module. Nothing heavy is imported before a command runs,
@@ -9,7 +9,6 @@ not even the settings, which need pydantic: so `--help` answers at once.
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,26 +19,14 @@ from gemma_dist import __version__
 from gemma_dist.cli_act import act
 from gemma_dist.cli_chat import chat
 from gemma_dist.cli_evaluate import compare, evaluate, read_calls, score
+from gemma_dist.cli_look import check_prompts, from_one, inspect, plot, stats
 from gemma_dist.cli_merge import export, export_rollouts, extract, merge
 from gemma_dist.cli_serving import card, check_model, push, serve
-from gemma_dist.errors import spell
-from gemma_dist.options import EXISTING, NEW, OrderedGroup, SettingsCommand, say, spellings
+from gemma_dist.options import EXISTING, NEW, OrderedGroup, SettingsCommand, say
 
 if TYPE_CHECKING:
-    from gemma_dist.config import HealthConfig, RowConfig, ShardConfig
+    from gemma_dist.config import HealthConfig, ShardConfig
     from gemma_dist.shards.folder import Part
-
-
-def _spelled(text: str) -> str:
-    """A message with its remedies as the running command takes them."""
-    return spell(text, spellings(click.get_current_context().command))
-
-
-def _from_one(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
-    """Refuse a row or step below the first."""
-    if value is not None and value < 1:
-        raise click.BadParameter(f"{param.name}s are counted from 1, as in messages, not {value}", ctx, param)
-    return value
 
 
 def _part(ctx: click.Context, param: click.Parameter, value: str | None) -> "Part | None":
@@ -117,6 +104,11 @@ def tiny(out: Path, style: str) -> None:
 @click.option("--part", metavar="I/N", callback=_part, help="Do a share of the work, I from 1 to N: see docs/data.md.")
 @click.option("--work-dir", type=NEW, help="Where shards for a URL are made; default: ~/.cache/gemma_dist/shards.")
 @click.option("--append", is_flag=True, help="Add to finished shards, which stay as they are.")
+@click.option(
+    "--split",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of the rows to put aside: shards go to OUT/train and OUT/held_out, near duplicates together.",
+)
 @click.option("--num-workers", type=click.IntRange(min=1), help="Number of processes; default: one per core.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def shard(
@@ -128,6 +120,7 @@ def shard(
     part: "Part | None",
     work_dir: Path | None,
     append: bool,
+    split: float | None,
     num_workers: int | None,
     as_json: bool,
     settings: "ShardConfig",
@@ -141,6 +134,27 @@ def shard(
     from gemma_dist.data.inputs import find_inputs
     from gemma_dist.shards.sharding import run_shard
 
+    if split is not None:
+        if append or part:
+            raise click.UsageError("--split puts aside of all rows at once: without --append and --part")
+        from gemma_dist.show.split import shard_split
+
+        reports = shard_split(
+            find_inputs(inputs),
+            out,
+            model,
+            settings,
+            split,
+            skip_invalid=skip_invalid,
+            num_workers=num_workers,
+            max_rejected=max_rejected,
+            work_dir=work_dir,
+        )
+        for report in reports.values() if not as_json else ():
+            say(report.summary())
+        if as_json:
+            say(json.dumps({name: report.to_json() for name, report in reports.items()}), exact=True)
+        return
     report = run_shard(
         find_inputs(inputs),
         out,
@@ -158,71 +172,8 @@ def shard(
         say(f"part {part.number} of {part.of} is done; the same command without --part joins all parts")
 
 
-@cli.command(cls=SettingsCommand, section=lambda config: config.ShardConfig)
-@click.argument("data")
-@click.option("--model", required=True, help="Folder or Hub name of the model that would see the row.")
-@click.option(
-    "--row", type=int, callback=_from_one, help="Number of the row, from 1, as messages print it: DATA:ROW. Default: 1."
-)
-@click.option("--id", "row_id", help="Id of the row, in the place of --row.")
-@click.option("--json", "as_json", is_flag=True, help="Print ids, labels (-100: not trained) and tokens as JSON.")
-def inspect(data: str, model: str, row: int | None, row_id: str | None, as_json: bool, settings: "ShardConfig") -> None:
-    """Show one row as the model sees it, target tokens colored.
-
-    DATA is a file of rows (their lines are their numbers) or a folder of shards, which may be a URL.
-    """
-    if row is not None and row_id is not None:
-        raise click.UsageError("name one row: by --row (its number, from 1) or by --id")
-    from gemma_dist.show.row import inspect_row
-
-    chosen = row_id if row_id is not None else row or 1
-    inspection = inspect_row(data, model, chosen, settings)
-    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    notes = {_spelled(note): count for note, count in inspection.notes.items()}
-    inspection = dataclasses.replace(inspection, notes=notes)
-    say(json.dumps(inspection.to_json()) if as_json else inspection.render(color), exact=True)
-
-
-@cli.command(cls=SettingsCommand, section=lambda config: config.RowConfig)
-@click.argument("data", metavar="DATA...", nargs=-1, required=True)
-@click.option("--against", metavar="DATA", multiple=True, help="Held-out rows: show which rows of DATA they hold, too.")
-@click.option("--model", help="Folder or Hub name of the model whose tokens are counted; shards know theirs.")
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
-def stats(
-    data: tuple[str, ...], against: tuple[str, ...], model: str | None, as_json: bool, settings: "RowConfig"
-) -> None:
-    """Show lengths, tools, duplicates and leaks of a corpus.
-
-    DATA is a file of rows or a folder of shards, which may be a URL. Refused rows are counted by their reason.
-    """
-    from gemma_dist.logs import to_json
-    from gemma_dist.show.stats import collect_stats
-
-    found = collect_stats(list(data), list(against), model, settings)
-    say(to_json(found.to_json()) if as_json else found.render(), exact=as_json)
-
-
-@cli.command(cls=SettingsCommand, section=lambda config: config.RowConfig)
-@click.argument("data")
-@click.option("--model", required=True, help="Folder or Hub name of the model that is trained.")
-@click.option("--server-template", help="A Jinja or GGUF file, or the name of a revision; default: the model's own.")
-@click.option("--limit", type=click.IntRange(min=1), help="Look at only this many rows, the first ones.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
-def check_prompts(
-    data: str, model: str, server_template: str | None, limit: int | None, as_json: bool, settings: "RowConfig"
-) -> None:
-    """Compare what is trained with the prompts that a server makes.
-
-    DATA is a file of rows or a folder of shards. The token ids in front of each trained answer are to equal the
-    generation prompt that the server's template makes of the same history. Exit code 1: some differ.
-    """
-    from gemma_dist.show.prompts import check_prompts as check
-
-    report = check(data, model, server_template, settings, limit)
-    report.refused = [_spelled(error) for error in report.refused]
-    say(json.dumps(report.to_json()) if as_json else report.render(), exact=as_json)
-    if report.differences:
-        click.get_current_context().exit(1)
+for command in (inspect, stats, check_prompts):
+    cli.add_command(command)
 
 
 @cli.command(context_settings=UNKNOWN_TO_OVERRIDES)
@@ -304,7 +255,7 @@ def plan(
 @click.argument("data")
 @recipe_arguments
 @click.option(
-    "--step", required=True, type=int, callback=_from_one, help="First optimizer step, from 1 as in metrics.jsonl."
+    "--step", required=True, type=int, callback=from_one, help="First optimizer step, from 1 as in metrics.jsonl."
 )
 @click.option("--num-steps", type=click.IntRange(min=1), default=1, show_default=True, help="How many steps.")
 @world_size_option
@@ -402,7 +353,7 @@ def train(
 
 
 for command in (
-    *(evaluate, score, compare, read_calls, act, chat, merge, export, export_rollouts, extract),
+    *(plot, evaluate, score, compare, read_calls, act, chat, merge, export, export_rollouts, extract),
     *(check_model, card, serve, push),
 ):
     cli.add_command(command)

@@ -73,8 +73,10 @@ def score(run: Path, data: Path | None, out: Path, answer_tolerance: float | Non
     """
     from gemma_dist.evaluate.report import summary
     from gemma_dist.evaluate.rescore import score_again
+    from gemma_dist.evaluate.runs import where_to_look
 
-    for line in summary(score_again(run, data, out, answer_tolerance)):
+    report = score_again(run, data, out, answer_tolerance)
+    for line in (*summary(report), *where_to_look(report, out)):
         say(line)
 
 

@@ -101,7 +101,7 @@ def read_jsonl(path: Path) -> Iterator[Any]:
             yield json.loads(line)
 
 
-def _steps_of(path: Path) -> Iterator[Any]:
+def read_steps(path: Path) -> Iterator[Any]:
     """The rows of a `metrics.jsonl`. A line that is none, as a power failure leaves it, is told and left out."""
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
@@ -124,7 +124,7 @@ class RunLog:
         self._file = None
         if world.rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            rows = _steps_of(path) if start_step and path.is_file() else ()
+            rows = read_steps(path) if start_step and path.is_file() else ()
             kept = [
                 to_json(row) + "\n"
                 for row in rows
@@ -135,18 +135,29 @@ class RunLog:
                 temporary.write_text("".join(kept), "utf-8")
             self._file = JsonlWriter(path, append=True)
         self._before = time.perf_counter()
+        self._last_step, self._num_written, self._seconds_a_step = start_step, 0, 0.0
+
+    def _left(self, step: int, seconds: float) -> str:
+        """About how long the steps after this one will take, from those so far: the later, the more they count. The
+        first one, which compiles and fills caches, counts until there is another."""
+        of_these = seconds / max(1, step - self._last_step)
+        keep = 0.0 if self._num_written < 2 else 0.9
+        self._seconds_a_step = keep * self._seconds_a_step + (1 - keep) * of_these
+        self._last_step, self._num_written = step, self._num_written + 1
+        return duration((self._num_steps - step) * self._seconds_a_step)
 
     def write(self, step: int, values: Mapping[str, Any], *, num_tokens: int) -> None:
         """One step, or several where logging_steps says so: `num_tokens` is how many went through the model since."""
         now = time.perf_counter()
         seconds, self._before = now - self._before, now
         row = {"step": step, **values, "tokens": num_tokens, "tokens_per_s": round(num_tokens / seconds, 1)}
+        left = self._left(step, seconds)
         if self._file is not None:
             self._file.write(row | {"seconds": round(seconds, 3)})
             kinds = [(name.removeprefix("loss_"), value) for name, value in values.items() if name.startswith("loss_")]
             log.info(
                 "step %*d/%d  loss %7.4f  entropy %6.4f  accuracy %.3f  grad %7.3f  lr %.2e  %7d tokens  %8.0f tokens/s"
-                "  %6.2f s  (%s)",
+                " (%.0f trained)  %6.2f s  %s left  (%s)",
                 len(str(self._num_steps)),
                 step,
                 self._num_steps,
@@ -157,7 +168,9 @@ class RunLog:
                 values["learning_rate"],
                 num_tokens,
                 num_tokens / seconds,
+                values.get("target_tokens", 0) / seconds,
                 seconds,
+                left,
                 ", ".join(f"{name} {value:.3f}" for name, value in kinds),
             )
 
@@ -183,6 +196,18 @@ class RunLog:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 45 s, 12 min, 3 h 05 min, 2 d 4 h."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    if hours < 48:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 def to_json(value: object, *, indent: int | None = None) -> str:

@@ -50,7 +50,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file cannot be read, or some settings are wrong: the message lists every problem found.
     """
-    values = _read_recipe(Path(path))
+    values = read_recipe(Path(path))
     problems = _apply_overrides(values, overrides)
     unknown = _take_out_unknown(values)  # first, so that pydantic can check the rest and report it in the same go
     unknown = {key: problem + cost_of(_bare(key), values) for key, problem in unknown.items()}
@@ -235,8 +235,12 @@ def _description(key: str) -> str:
 # ---- YAML ------------------------------------------------------------------------------------------------------------
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
-    """The sections of a YAML file, unchecked. ConfigError where it cannot be read or holds no mapping."""
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file, unchecked.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -8,12 +8,12 @@ import sys
 import pytest
 
 from gemma_dist import __version__
-from gemma_dist.__main__ import main
+from gemma_dist.__main__ import KEPT, main
 from gemma_dist.cli import cli
 from gemma_dist.errors import CheckpointError, DataError, PeerError
 
 VERBS = [
-    *("tiny", "shard", "inspect", "stats", "check-prompts", "check", "plan", "batches", "health", "train"),
+    *("tiny", "shard", "inspect", "stats", "check-prompts", "check", "plan", "batches", "health", "train", "plot"),
     *("evaluate", "score", "compare", "read-calls", "act", "chat", "merge", "export", "export-rollouts", "extract"),
     *("check-model", "card", "serve", "push"),
 ]
@@ -22,7 +22,7 @@ RECIPE = "tuning: full\nmodel: {model_name_or_path: m}\ndata: {train: d}\ntrain:
 
 def test_help_loads_nothing_heavy():
     script = (
-        "import sys; from gemma_dist.__main__ import main; code = main(['--help']);"
+        "import sys; from gemma_dist.__main__ import KEPT, main; code = main(['--help']);"
         "heavy = {'torch', 'transformers', 'pydantic', 'numpy', 'pyarrow', 'yaml', 'PIL'} & set(sys.modules);"
         "sys.exit(f'loaded: {heavy}' if heavy else code)"
     )
@@ -139,6 +139,19 @@ def test_exit_codes_tell_users_errors_from_bugs(error, code, traceback, monkeypa
     said = capsys.readouterr().err
     assert ("Traceback" in said) == traceback
     assert ("This is a bug" in said) == traceback
+
+
+@pytest.mark.parametrize("verb", ["read-calls", "shard"])
+def test_an_interrupt_says_what_is_kept_and_how_to_go_on(verb, monkeypatch, capsys):
+    def interrupt(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.commands[verb], "callback", interrupt)
+    more = {"read-calls": [], "shard": ["a.jsonl", "--out", "o", "--model", "m"]}[verb]
+    assert main([verb, *more]) == 130
+    kept = {"read-calls": "nothing was written", "shard": "the pieces that were done are kept in the folder of --out"}
+    assert f"interrupted: {kept[verb]}" in capsys.readouterr().err
+    assert set(KEPT) <= set(cli.commands)
 
 
 @pytest.mark.parametrize(

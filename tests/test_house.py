@@ -18,13 +18,13 @@ MODULES = {
 # of one floor never import one another: train, evaluate and merge meet on disk.
 FLOORS = [
     {"errors", "visible"},
-    {"aliases", "contradictions", "family", "files", "gemma_format", "settings"},
+    {"aliases", "contradictions", "family", "files", "gemma_format", "settings", "translate_names"},
     {"config_data"},
     {"config", "costs", "world"},
-    {"batch_plan", "config_chat", "config_merge", "config_server", "fsdp_config", "logs", "ranklog"},
+    {"batch_plan", "config_chat", "config_merge", "config_server", "fsdp_config", "logs", "ranklog", "static_page"},
     {"config_act", "topology", "exits"},
     {"recipe", "tensorfile", "failures"},
-    {"options", "signals", "meeting"},
+    {"options", "signals", "meeting", "translate"},
     {"health", "model"},
     {"data"},
     {"shards"},
@@ -34,9 +34,9 @@ FLOORS = [
     {"serving"},
     {"chat", "export", "plan"},
     {"act"},
-    {"cli_act", "cli_chat", "cli_evaluate", "cli_merge", "cli_serving"},
+    {"cli_act", "cli_chat", "cli_evaluate", "cli_look", "cli_merge", "cli_serving"},
     {"cli"},
-    {"__main__"},
+    {"__main__", "reference"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # The brains of the project, tested in milliseconds.

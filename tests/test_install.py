@@ -62,7 +62,7 @@ def test_a_wheel_has_every_file_of_the_package(python: Path, tmp_path: Path) -> 
     _run(python, "-m", "pip", "wheel", "--no-index", "--no-deps", "--no-build-isolation", "-w", tmp_path, clone)
     (wheel,) = tmp_path.glob("*.whl")
     files = {str(path.relative_to(clone)) for path in (clone / "gemma_dist").rglob("*.*") if path.suffix != ".pyc"}
-    assert {"gemma_dist/evaluate/report_page/page.js", "gemma_dist/cli.py"} <= files
+    assert {"gemma_dist/evaluate/report_page/page.js", "gemma_dist/page.css", "gemma_dist/cli.py"} <= files
     names = set(zipfile.ZipFile(wheel).namelist())
     assert files <= names
     (folder,) = {name.partition("/")[0] for name in names if ".dist-info/" in name}

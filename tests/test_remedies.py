@@ -44,6 +44,7 @@ OWNERS = {
     "plan/show.py": "plan",
     "plan/watch.py": "train",
     "plan/workload.py": "plan",
+    "show/split.py": "shard",
     "show/stats_report.py": "stats",
     "evaluate/client.py": "evaluate",
     "evaluate/compare.py": "compare",
@@ -69,7 +70,14 @@ OWNERS = {
 def syntax_trees() -> Iterator[tuple[str, ast.Module]]:
     """Each module of the package but those of the command line, by its path."""
     for path in sorted(FOLDER.rglob("*.py")):
-        if path.name not in ("cli.py", "cli_chat.py", "cli_evaluate.py", "cli_merge.py", "cli_serving.py"):
+        if path.name not in (
+            "cli.py",
+            "cli_chat.py",
+            "cli_evaluate.py",
+            "cli_look.py",
+            "cli_merge.py",
+            "cli_serving.py",
+        ):
             yield str(path.relative_to(FOLDER)), ast.parse(path.read_text(encoding="utf-8"))
 
 

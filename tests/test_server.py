@@ -640,6 +640,7 @@ def test_an_interrupt_ends_the_run_at_once_and_keeps_the_lines(data: Path, tmp_p
         output, _ = process.communicate(timeout=30)  # the server would answer after 60
         forever.set()
     assert process.returncode == 130, output
+    assert "interrupted: every answer that was whole is kept in the folder of --out" in output
     assert "Traceback" not in output
     assert sum(part.read_bytes().count(b"\n") for part in out.glob(".samples-*")) == 3
 

@@ -32,6 +32,7 @@ from gemma_dist.errors import DataError, setting
 # Where the images are that a row names: a folder, which no path leads out of, or the files that came with the row.
 Media: TypeAlias = Path | Mapping[str, bytes]
 
+JPEG_QUALITY = 75  # of what people look at
 # Where an object says what its image is. Bytes go before the path that they came from, as `datasets` has it.
 SOURCE_KEYS = ("base64", "data", "b64_json", "bytes", "path", "url", "image", "image_url", "source")
 BASE64_KEYS = ("base64", "data", "b64_json")
@@ -75,6 +76,15 @@ def decode_image(data: bytes, name: str = "") -> Image.Image:
         raise
     except Exception as error:  # PIL's decoders raise a dozen types on broken files, even struct.error, SyntaxError
         raise DataError(f"{_called(data, name)} does not decode: {reason(error)}; replace the file") from None
+
+
+def thumbnail(data: bytes, longest_side: int) -> bytes:
+    """An image file for people to look at, as the model sees it but no longer than so many pixels: a JPEG."""
+    image = decode_image(data)
+    image.thumbnail((longest_side, longest_side))
+    file = io.BytesIO()
+    image.save(file, format="JPEG", quality=JPEG_QUALITY)
+    return file.getvalue()
 
 
 def image_size(data: bytes) -> tuple[int, int]:

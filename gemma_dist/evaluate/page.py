@@ -1,6 +1,6 @@
 """report.html and comparison.html: one file to look at, with everything in it and nothing loaded from elsewhere.
 
-    report_page/ (markup, style and script, the same for every page)  +  data as JSON, in blocks that do not run
+    page.css, report_page/ (markup and script, the same for every page)  +  data as JSON, in blocks that do not run
 
 Models and rows write what they like, so none of it is ever markup. `<`, `>` and `&` are escaped in the JSON, so no text
 ends its block; the script puts texts in as texts; and the content security policy names style and script by their
@@ -9,7 +9,6 @@ page shows. A page follows from the folders of its runs alone; what differs from
 """
 
 import base64
-import hashlib
 import html
 import math
 import re
@@ -28,6 +27,7 @@ from gemma_dist.evaluate.page_samples import shown_answer, shown_gold
 from gemma_dist.evaluate.pass_at_k import metrics_of, pass_metrics
 from gemma_dist.files import writing
 from gemma_dist.logs import read_jsonl, to_json
+from gemma_dist.static_page import policy, style
 
 TRAJECTORIES, IMAGES = "trajectories.jsonl", "images"  # what the model was shown (`shown.py`)
 MAX_PAGE_BYTES = 48 << 20  # of a page, about: a browser opens it at once
@@ -156,15 +156,6 @@ def _part(name: str) -> str:
     return resources.files("gemma_dist.evaluate").joinpath("report_page", name).read_text(encoding="utf-8")
 
 
-def policy(style: str, script: str) -> str:
-    """The content security policy of a page with this style and this script."""
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
-    return (
-        f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
 def _script() -> str:
     """The one script of a page: in a block, so that its names hide none of the browser's."""
     return '"use strict";\n{\n' + "".join(map(_part, SCRIPTS)) + "}\n"
@@ -172,9 +163,9 @@ def _script() -> str:
 
 def _template(title: str) -> tuple[str, str]:
     """The page before and after its data."""
-    style, script = _part("page.css"), _script()
+    script = _script()
     before, after = _part("page.html").split("{{data}}")
-    for name, text in {"policy": policy(style, script), "style": style, "title": title}.items():
+    for name, text in {"policy": policy(script), "style": style(), "title": title}.items():
         before = before.replace(f"{{{{{name}}}}}", text)
     return before, after.replace("{{script}}", script)
 

@@ -50,7 +50,7 @@ from gemma_dist.evaluate.log import (
 from gemma_dist.evaluate.loss import GoldReader
 from gemma_dist.evaluate.report import Report, summary
 from gemma_dist.evaluate.room import measure_room
-from gemma_dist.evaluate.runs import REPORT, ToolSets, command, made_by, tools_key, write_results
+from gemma_dist.evaluate.runs import REPORT, ToolSets, command, made_by, tools_key, where_to_look, write_results
 from gemma_dist.evaluate.sampling import Sampling
 from gemma_dist.evaluate.shown import join_shown, keep_shown
 from gemma_dist.logs import JsonlWriter, log, progress
@@ -117,7 +117,7 @@ def evaluate(
             join_shown(out)
             report = write_results(out, header, scored, tool_sets)
             remove_parts(out)
-            for sentence in summary(report):
+            for sentence in chain(summary(report), where_to_look(report, out)):
                 log.info(sentence)
             return report
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,3 +118,12 @@ def name_of(report: Mapping[str, Any]) -> str:
 def tools_key(tools: Sequence[Any]) -> str:
     """What a line calls these declarations: the beginning of a hash."""
     return hashlib.sha256(json.dumps(tools, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def where_to_look(report: Report, out: Path) -> Iterator[str]:
+    """The last lines for the terminal: the figure to read first, and where all others are."""
+    found = report["metrics"]["overall"]
+    if found["value"] is not None:
+        right = f"{found['numerator']:,} of {found['denominator']:,} decisions are right"
+        yield f"read first: overall {found['value']:.1%}, {right} (the right calls, or words where words were due)"
+    yield f"each answer beside what was expected: {out / HTML}, in a browser; all numbers: {out / MARKDOWN}"

@@ -41,7 +41,7 @@ from gemma_dist.evaluate.message import MESSAGE, say_reading
 from gemma_dist.evaluate.parallel import in_parallel
 from gemma_dist.evaluate.points import Point, find_points
 from gemma_dist.evaluate.report import Report, summary
-from gemma_dist.evaluate.runs import REPORT, command, made_by, write_results
+from gemma_dist.evaluate.runs import REPORT, command, made_by, where_to_look, write_results
 from gemma_dist.evaluate.shown import join_shown, keep_shown
 from gemma_dist.gemma_format import STOP_TOKENS
 from gemma_dist.logs import JsonlWriter, log, progress
@@ -137,6 +137,8 @@ def evaluate_server(
     if reading := report.get("server_reading"):
         for sentence in say_reading(reading):
             log.warning(sentence)
+    for sentence in where_to_look(report, out):
+        log.info(sentence)
     return report
 
 

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from gemma_dist import world
-from gemma_dist.data.images import decode_image, image_size
+from gemma_dist.data.images import image_size, thumbnail
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.evaluate.page import IMAGES, TRAJECTORIES
 from gemma_dist.files import writing
 from gemma_dist.logs import JsonlWriter
 
 LONGEST_SIDE = 640  # pixels of a kept image
-QUALITY = 75  # of its JPEG
 
 
 def keep_shown(out: Path, trajectories: Mapping[int, Trajectory]) -> None:
@@ -54,10 +53,8 @@ def _keep_image(folder: Path, data: bytes) -> dict[str, Any]:
     path = folder / f"{name}.jpg"
     if not path.exists():
         folder.mkdir(exist_ok=True)
-        image = decode_image(data)
-        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
         with writing(path) as temporary:
-            image.save(temporary, format="JPEG", quality=QUALITY)
+            temporary.write_bytes(thumbnail(data, LONGEST_SIDE))
     return {"image": name, "width": width, "height": height}
 
 

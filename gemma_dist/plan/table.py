@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from gemma_dist.family import SIZES, hub_name
+from gemma_dist.plan.geometry import embeddings, linears, read_geometry, stacks, vectors
 from gemma_dist.plan.margin import GIB, Margin
 from gemma_dist.plan.run import Plan, Request, make_plan
 from gemma_dist.recipe import load_config
@@ -43,8 +44,8 @@ def recipe_line(path: Path) -> str | None:
 
 
 def memory_tables() -> str:
-    """Markdown: what each model needs, by tokens and images of a micro-batch, for QLoRA and for LoRA."""
-    tables = []
+    """Markdown: the size of each model, and what it needs by tokens and images of a micro-batch, for QLoRA and LoRA."""
+    tables = [_downloads()]
     for tuning, title in (("qlora", "QLoRA, base in 4 bits"), ("lora", "LoRA, base in bfloat16")):
         columns = [(length, images) for length in LENGTHS for images in IMAGES]
         header = " | ".join(f"{length:,}, {images} image{'' if images == 1 else 's'}" for length, images in columns)
@@ -54,6 +55,18 @@ def memory_tables() -> str:
             rows.append(f"| {size} | {' | '.join(cells)} |")
         tables.append("\n".join(rows))
     return "\n\n".join(tables)
+
+
+def _downloads() -> str:
+    """Markdown: what each model takes of a disk as the hub has it, in bfloat16."""
+    rows = ["| model | weights, billions | download, GB |", "|---|---:|---:|"]
+    for size in SIZES:
+        geometry = read_geometry(hub_name(size))
+        num_weights = sum(linear.inputs * linear.outputs for linear in linears(geometry))
+        num_weights += sum(stack.numel for stack in stacks(geometry))
+        num_weights += sum(embeddings(geometry).values()) + sum(vectors(geometry).values())
+        rows.append(f"| {hub_name(size)} | {num_weights / 1e9:.1f} | {2 * num_weights / 1e9:.1f} |")
+    return "\n".join(rows)
 
 
 def _cell(size: str, tuning: str, length: int, images: int) -> str:

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from gemma_dist.aliases import current_values
 from gemma_dist.errors import DataError
@@ -39,6 +39,7 @@ class Plan(CorpusHeader):
     skip_invalid: bool
     sizes: list[int]  # of a piece, a row group and a shard, at most, in bytes
     append_to: str | None  # sha256 of the manifest that is appended to
+    choice: NotRequired[str]  # digest of which rows are taken; absent: all
 
 
 class Part(NamedTuple):

@@ -10,7 +10,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from sys import intern
@@ -23,14 +23,18 @@ from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import Encoded, Encoder
 from gemma_dist.data.fit import encode_trained, fit, parse
 from gemma_dist.data.places import InputRange, ReadRow, Where
+from gemma_dist.data.rows import read_ranges
 from gemma_dist.data.shared import of_shared
 from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message, Tool
 from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import DataError, spell
+from gemma_dist.exits import DISK_FAILED
+from gemma_dist.failures import code_of
 from gemma_dist.files import begin, publish
 from gemma_dist.logs import JsonlWriter, to_json
+from gemma_dist.shards.choice import Choice
 from gemma_dist.shards.hashes import write_hashes
 from gemma_dist.shards.manifest import COUNTS, RowGroupPlace, ShardEntry, digest, row_group_line
 from gemma_dist.shards.record import ORIGINS, PieceHeader, Sample, write_record
@@ -80,6 +84,22 @@ class ShardJob:
     row_group_bytes: int
     shard_bytes: int
     again: bool = False  # it was done, and is written anew without the rows whose ids came before
+    choice: Choice | None = None  # None: all rows
+
+    def rows(self) -> Iterator[ReadRow]:
+        """The rows that it takes. Where invalid ones are skipped, an input that cannot be read on is refused like a
+        row, the next one of that input, and the others are read."""
+        for one in self.ranges:
+            line = one.first_line
+            try:
+                for where, row in read_ranges([one], self.settings.max_row_bytes):
+                    line = where.line + 1
+                    if self.choice is None or self.choice.takes(where):
+                        yield where, row
+            except DataError as error:
+                if not self.skip_invalid or not is_of_the_input(error):
+                    raise
+                yield Where(one.file, line), error
 
     def path(self, suffix: str) -> Path:
         return self.out / f".piece-{self.number:05d}{'-again' if self.again else ''}{suffix}"
@@ -106,6 +126,11 @@ def piece_files(out: Path, number: int | None = None) -> list[Path]:
         if piece and number in (None, int(piece[1])):
             found.append(path)
     return found
+
+
+def is_of_the_input(error: DataError) -> bool:
+    """Whether an input is at fault, and not a disk, which may give it whole when it is asked again."""
+    return code_of(error) != DISK_FAILED
 
 
 def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow], tell: Callable[[str], None]) -> None:

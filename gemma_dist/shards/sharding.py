@@ -29,17 +29,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from gemma_dist import exits
 from gemma_dist.config import ShardConfig
 from gemma_dist.data.encode import Encoder
 from gemma_dist.data.inputs import identity
-from gemma_dist.data.places import InputRange, ReadRow, SizedRange, Where
+from gemma_dist.data.places import InputRange, ReadRow, SizedRange
 from gemma_dist.data.plain import load_plain_encoder, without_script
-from gemma_dist.data.rows import read_ranges, split_input
+from gemma_dist.data.rows import split_input
 from gemma_dist.errors import DataError
-from gemma_dist.failures import code_of
 from gemma_dist.logs import log, progress
 from gemma_dist.shards.assemble import finish, num_rejected, report_of
+from gemma_dist.shards.choice import Choice
 from gemma_dist.shards.fetch import is_url
 from gemma_dist.shards.folder import (
     Part,
@@ -50,7 +49,7 @@ from gemma_dist.shards.folder import (
     one_at_a_time,
     open_to_append,
 )
-from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, ShardJob, run_job
+from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, ShardJob, is_of_the_input, run_job
 from gemma_dist.shards.repeated import Refused, find_repeated, leave_out
 from gemma_dist.shards.report import ShardReport
 from gemma_dist.shards.store import Store
@@ -72,6 +71,7 @@ def run_shard(
     max_rejected: int | None = None,
     part: Part | None = None,
     work_dir: Path | None = None,
+    choice: Choice | None = None,
 ) -> ShardReport:
     """Check, measure and write all rows of `inputs` to the shard folder `out`: on a disk, or a URL that fsspec knows.
 
@@ -86,6 +86,7 @@ def run_shard(
         part: do a share of the pieces alone, beside other calls, which may run elsewhere, and finish nothing: the same
             call without it does what is left. The report is of this part.
         work_dir: where the shards for a URL are made; None: the user's folder of caches.
+        choice: which rows are taken; None: all.
 
     Raises:
         DataError: `out` is taken, or made with other settings, or another call is at work there; an input is named
@@ -100,10 +101,12 @@ def run_shard(
         log.warning(note)
     pieces = list(_split_pieces(inputs, skip_invalid=skip_invalid))
     jobs = [
-        ShardJob(folder, number, ranges, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES)
+        ShardJob(folder, number, ranges, settings, skip_invalid, ROW_GROUP_BYTES, SHARD_BYTES, choice=choice)
         for number, ranges in enumerate(pieces)
     ]
     plan = _plan(encoder, settings, pieces, skip_invalid=skip_invalid)
+    if choice is not None:
+        plan["choice"] = choice.digest()
     with at_work(folder, part), store.named(append=append, alone=part is None) if store else nullcontext():
         if store:
             store.prepare(plan, alone=part is None)
@@ -210,29 +213,9 @@ def _split_one(path: Path, *, skip_invalid: bool) -> list[SizedRange]:
     try:
         return list(split_input(path, PIECE_BYTES))
     except DataError as error:
-        if not skip_invalid or not _is_of_the_input(error):
+        if not skip_invalid or not is_of_the_input(error):
             raise
         return [(InputRange(path), 0)]  # a range of its own, which says so when it is read
-
-
-def _rows_of(job: ShardJob) -> Iterator[ReadRow]:
-    """The rows of a piece. Where invalid ones are skipped, an input that cannot be read on is refused like a row, the
-    next one of that input, and the others are read."""
-    for one in job.ranges:
-        line = one.first_line
-        try:
-            for where, row in read_ranges([one], job.settings.max_row_bytes):
-                line = where.line + 1
-                yield where, row
-        except DataError as error:
-            if not job.skip_invalid or not _is_of_the_input(error):
-                raise
-            yield Where(one.file, line), error
-
-
-def _is_of_the_input(error: DataError) -> bool:
-    """Whether an input is at fault, and not a disk, which may give it whole when it is asked again."""
-    return code_of(error) != exits.DISK_FAILED
 
 
 def _known(one: InputRange, name: str, num_bytes: int, changed: int) -> list[str | int]:
@@ -282,7 +265,7 @@ def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None, re
     num_workers = min(len(jobs), len(os.sched_getaffinity(0)) if num_workers is None else num_workers)
     if num_workers <= 1:
         for job in jobs:
-            rows = progress(_rows_of(job), total=None, desc="sharding", unit=" rows")
+            rows = progress(job.rows(), total=None, desc="sharding", unit=" rows")
             run_job(job, encoder, rows, tell)
         return
     context = multiprocessing.get_context("spawn")
@@ -358,7 +341,7 @@ def _end_with_parent() -> None:
 
 def _work_in_worker(job: ShardJob) -> None:
     def counted() -> Iterator[ReadRow]:
-        for row in _rows_of(job):
+        for row in job.rows():
             with _num_rows.get_lock():
                 _num_rows.value += 1
             yield row

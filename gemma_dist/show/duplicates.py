@@ -11,7 +11,7 @@ time grows with the rows, not with their pairs. Of candidates that are not alike
 MAX_COMPARED only: in a corpus of rows from one template some pairs may be missed, none is made up.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -84,6 +84,22 @@ def find_near(rows: Fingerprints) -> Duplicates:
     roots = np.array([_root(group_of, row) for row in range(len(distinct))], int)
     groups = [distinct[group] for group in rows_by_key(roots)]
     return _in_order(groups, rows, rows.signatures)
+
+
+def group_alike(rows: Fingerprints, labels: Sequence[str]) -> np.ndarray:
+    """(N,): of each row the first row of its group: rows that are the same or nearly so, that ask the same, or that
+    have the same label, if any; and what is alike to one of these."""
+    group_of = np.arange(len(rows))
+    numbers: dict[str, int] = {}
+    label_of = np.array([numbers.setdefault(label, row) if label else row for row, label in enumerate(labels)], int)
+    for keys in (rows.prompt, label_of):
+        for group in rows_by_key(keys):
+            for row in group[1:].tolist():
+                one, other = sorted([_root(group_of, int(group[0])), _root(group_of, row)])
+                group_of[other] = one
+    for candidates in _candidates(rows.signatures):
+        _join_similar(candidates, rows.signatures, group_of)
+    return np.array([_root(group_of, row) for row in range(len(rows))], int)
 
 
 def _join_similar(candidates: np.ndarray, signatures: np.ndarray, group_of: np.ndarray) -> None:

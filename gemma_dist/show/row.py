@@ -3,23 +3,26 @@
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from itertools import groupby
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gemma_dist.config import ShardConfig
-from gemma_dist.data.encode import IGNORE_INDEX, Encoded, load_encoder
+from gemma_dist.data.encode import IGNORE_INDEX, Encoded, Encoder, load_encoder
 from gemma_dist.data.fit import encode_trained, fit, parse
+from gemma_dist.data.kinds import TEXT
 from gemma_dist.data.places import ReadRow
 from gemma_dist.data.rows import read_rows, row_of_sample
 from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory, name_row
+from gemma_dist.data.types import Message
 from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import DataError, setting, spell
-from gemma_dist.gemma_format import IMAGE
+from gemma_dist.gemma_format import IMAGE, TURN
 from gemma_dist.shards.reader import Shards, is_shard_folder, open_shards, refuse_unroll
 from gemma_dist.shards.report import OPTIONS
+from gemma_dist.show.fingerprints import texts_of
 from gemma_dist.visible import visible
 
 TRAINED, TRAINED_END = "⟦", "⟧"
@@ -27,6 +30,16 @@ GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 NUM_PLACES_SHOWN = 10
 UNROLLED = setting("unroll", "reasoning")
 SOFT_TOKENS = re.compile(f"(?:{re.escape(IMAGE)}){{2,}}")
+
+
+class Piece(NamedTuple):
+    """Neighboring tokens of one kind in one turn."""
+
+    turn: int  # how many turns have begun
+    kind: int  # of `data/kinds.py`; 0: not trained
+    is_image: bool  # the soft tokens of an image
+    text: str
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -47,9 +60,12 @@ class Inspection:
     enable_thinking: bool  # as the row is rendered
     samples: list[str]  # ids of all samples that a raw row makes
     weight: float  # by which its loss is multiplied
+    pieces: list[Piece] = field(default_factory=list)  # the text once more, split by turns and by what is trained
+    images: list[bytes] = field(default_factory=list)  # the files of its images
+    cut: list[str] = field(default_factory=list)  # messages that were cut from its end for its length: role and words
 
     def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "segments"}
+        return {name: value for name, value in asdict(self).items() if name not in ("segments", "pieces", "images")}
 
     def render(self, color: bool) -> str:
         """The row as text under a line of counts. Trained text stands in ⟦ ⟧, and is green with `color`; the soft
@@ -99,7 +115,7 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
         trajectory = shards.read(_sample(shards, row))
         encoder = load_encoder(model, settings)
         encoded = encoder.encode(trajectory)
-        samples = [trajectory]
+        samples, whole = [trajectory], trajectory
     else:
         limit = settings.max_row_bytes
         where, raw = (
@@ -109,7 +125,7 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
         encoder = load_encoder(model, settings)
         with error_context(where):
             samples = unroll(trajectory, encoder, settings)
-            trajectory = _sample_of(samples, row)
+            whole = trajectory = _sample_of(samples, row)
             encoded = encode_trained(trajectory, encoder)
             fitting = fit(trajectory, encoded, encoder, settings)
             if fitting is None:
@@ -135,7 +151,26 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
         enable_thinking=encoded.enable_thinking,
         samples=[sample.id for sample in samples],
         weight=trajectory.weight,
+        pieces=list(_pieces(encoded, encoder)),
+        images=trajectory.images,
+        cut=[_said(message) for message in whole.messages[len(trajectory.messages) :]],
     )
+
+
+def _said(message: Message) -> str:
+    """Who says what."""
+    return f"{message['role']}: {' '.join(filter(None, texts_of(message)))}"
+
+
+def _pieces(encoded: Encoded, encoder: Encoder) -> Iterator[Piece]:
+    """The tokens, those of one turn and one kind together."""
+    kinds = encoded.kinds or bytes(TEXT * (label != IGNORE_INDEX) for label in encoded.labels)
+    [turn_id] = encoder.tokenizer.convert_tokens_to_ids([TURN])
+    turns = accumulate(token == turn_id for token in encoded.input_ids)
+    columns = zip(turns, kinds, map(bool, encoded.mm_token_type_ids), encoded.input_ids, strict=True)
+    for (turn, kind, is_image), group in groupby(columns, lambda column: column[:3]):
+        tokens = [column[3] for column in group]
+        yield Piece(turn, kind, is_image, encoder.tokenizer.decode(tokens), len(tokens))
 
 
 def _split_by_training(encoded: Encoded) -> Iterator[tuple[bool, list[int]]]:

@@ -29,7 +29,7 @@ from gemma_dist.logs import progress
 from gemma_dist.shards.reader import is_shard_folder, open_shards, refuse_unroll
 from gemma_dist.show.duplicates import find_exact, find_near, find_overlap, find_same_prompt
 from gemma_dist.show.fingerprints import Fingerprints, texts_of
-from gemma_dist.show.stats_report import LENGTHS, TOKENS, CorpusStats, Refusal, Spread, Weights
+from gemma_dist.show.stats_report import LENGTHS, NUM_BINS, TOKENS, CorpusStats, Refusal, Spread, Weights
 from gemma_dist.show.tool_counts import ToolCounts
 
 MAX_REASON_WORDS = 14
@@ -116,7 +116,8 @@ def _spread(numbers: array) -> Spread:
     """Sum, mean, percentiles and maximum of one number of each row."""
     values = np.array(numbers, np.int64)
     p50, p90, p99 = np.percentile(values, [50, 90, 99], method="inverted_cdf").tolist()
-    return Spread(int(values.sum()), float(values.mean()), int(p50), int(p90), int(p99), int(values.max()))
+    bins = np.histogram(values, NUM_BINS, (0, max(1, int(values.max()))))[0].tolist()
+    return Spread(int(values.sum()), float(values.mean()), int(p50), int(p90), int(p99), int(values.max()), bins)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

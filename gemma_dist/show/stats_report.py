@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gemma_dist.show.duplicates import Duplicates, Example, Leaks, Overlap
@@ -10,6 +10,7 @@ from gemma_dist.show.tool_counts import ToolCount
 
 TOKENS = ("tokens", "text_tokens", "image_tokens", "trained_tokens")  # of rows that were encoded
 LENGTHS = ("characters", "messages", "user_turns", "calls", "images")  # of every row
+NUM_BINS = 40  # of a histogram
 NUM_SHOWN = 20  # tools, reasons: the JSON has all of them
 NUM_KEYS_SHOWN = 4
 NUMBER = 13  # characters of a column of numbers
@@ -26,6 +27,7 @@ class Spread:
     p90: int
     p99: int
     max: int
+    bins: list[int] = field(default_factory=list, compare=False)  # rows in each of NUM_BINS equal ranges from 0 to max
 
 
 @dataclass
