@@ -29,6 +29,7 @@ KEPT = {
     "shard": f"the pieces that were done are kept in the folder of --out (or of --work-dir), and {_GOES_ON}",
     "train": f"complete checkpoints are kept in output_dir, the steps since the newest are lost, and {_GOES_ON}",
     "evaluate": f"every answer that was whole is kept in the folder of --out, and {_GOES_ON}",
+    "act": f"every run that ended is kept in the folder of --out, and {_GOES_ON}",
     "merge": "nothing stands in the folder of --out under its final name; the same command begins anew",
     "push": "the hub shows what it has; the same command sends the rest",
     "serve": "the server has stopped",

@@ -352,8 +352,9 @@ def train(
         run.train(settings, watch=watch, requests=requests)
 
 
-for command in (
+COMMANDS: tuple[click.Command, ...] = (
     *(plot, evaluate, score, compare, read_calls, act, chat, merge, export, export_rollouts, extract),
     *(check_model, card, serve, push),
-):
+)
+for command in COMMANDS:
     cli.add_command(command)

@@ -69,12 +69,17 @@ def explain(error: Exception) -> Explanation | None:
 def code_of(error: BaseException) -> int:
     """The exit code of an error that is told to the user, by what it was raised from: a disk that fails may work again
     when the same command comes next, all else would not."""
+    return exits.DISK_FAILED if is_of_a_disk(error) else exits.USER_ERROR
+
+
+def is_of_a_disk(error: BaseException) -> bool:
+    """Whether a disk that failed is behind an error, and not what lies there."""
     cause: BaseException | None = error
     while cause is not None:
         if _errno(cause) in DISK_ERRNOS:
-            return exits.DISK_FAILED
+            return True
         cause = cause.__cause__
-    return exits.USER_ERROR
+    return False
 
 
 def say_no_more() -> None:

@@ -30,8 +30,7 @@ from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message, Tool
 from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import DataError, spell
-from gemma_dist.exits import DISK_FAILED
-from gemma_dist.failures import code_of
+from gemma_dist.failures import is_of_a_disk
 from gemma_dist.files import begin, publish
 from gemma_dist.logs import JsonlWriter, to_json
 from gemma_dist.shards.choice import Choice
@@ -97,7 +96,7 @@ class ShardJob:
                     if self.choice is None or self.choice.takes(where):
                         yield where, row
             except DataError as error:
-                if not self.skip_invalid or not is_of_the_input(error):
+                if not self.skip_invalid or is_of_a_disk(error):
                     raise
                 yield Where(one.file, line), error
 
@@ -126,11 +125,6 @@ def piece_files(out: Path, number: int | None = None) -> list[Path]:
         if piece and number in (None, int(piece[1])):
             found.append(path)
     return found
-
-
-def is_of_the_input(error: DataError) -> bool:
-    """Whether an input is at fault, and not a disk, which may give it whole when it is asked again."""
-    return code_of(error) != DISK_FAILED
 
 
 def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow], tell: Callable[[str], None]) -> None:

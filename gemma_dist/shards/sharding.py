@@ -36,6 +36,7 @@ from gemma_dist.data.places import InputRange, ReadRow, SizedRange
 from gemma_dist.data.plain import load_plain_encoder, without_script
 from gemma_dist.data.rows import split_input
 from gemma_dist.errors import DataError
+from gemma_dist.failures import is_of_a_disk
 from gemma_dist.logs import log, progress
 from gemma_dist.shards.assemble import finish, num_rejected, report_of
 from gemma_dist.shards.choice import Choice
@@ -49,7 +50,7 @@ from gemma_dist.shards.folder import (
     one_at_a_time,
     open_to_append,
 )
-from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, ShardJob, is_of_the_input, run_job
+from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, ShardJob, run_job
 from gemma_dist.shards.repeated import Refused, find_repeated, leave_out
 from gemma_dist.shards.report import ShardReport
 from gemma_dist.shards.store import Store
@@ -213,7 +214,7 @@ def _split_one(path: Path, *, skip_invalid: bool) -> list[SizedRange]:
     try:
         return list(split_input(path, PIECE_BYTES))
     except DataError as error:
-        if not skip_invalid or not is_of_the_input(error):
+        if not skip_invalid or is_of_a_disk(error):
             raise
         return [(InputRange(path), 0)]  # a range of its own, which says so when it is read
 
