@@ -356,5 +356,5 @@ COMMANDS: tuple[click.Command, ...] = (
     *(plot, evaluate, score, compare, read_calls, act, chat, merge, export, export_rollouts, extract),
     *(check_model, card, serve, push),
 )
-for command in COMMANDS:
-    cli.add_command(command)
+for verb in COMMANDS:
+    cli.add_command(verb)
