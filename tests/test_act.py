@@ -328,7 +328,7 @@ def test_runs_that_fail_say_where_and_pass_at_k_is_over_all_choices(act: Act) ->
         assert metric["low"] <= metric["value"] <= metric["high"]
     right = {line["task"]: line["id"] for line in reversed(lines) if line["outcome"] == "success"}
     for line in lines:
-        expected = (None, None)
+        expected: tuple[int | None, str | None] = (None, None)
         if line["outcome"] != "success" and line["task"] in right:
             calls = [len(step["calls"]) for step in line["steps"]]
             expected = (1 if calls[0] == 0 else 2 if calls[1:2] == [0] else 3, right[line["task"]])
@@ -451,23 +451,22 @@ def test_how_many_runs_are_at_work_and_an_earlier_end_change_nothing(
 
 
 def test_what_does_not_go_together_is_refused_by_name(act: Act, model: str, capsys: Any) -> None:
-    here = ["--model", model]
-    for options, told in [
-        ([*here], "Name what it may call by --tools"),
+    here: list[object] = ["--model", model]
+    live = [*here, *FUNCTIONS]
+    cases: list[tuple[list[object], str]] = [
+        (here, "Name what it may call by --tools"),
         ([*here, "--replay", "--check", "act_tools:check"], "--replay runs no functions"),
         ([*here, "--replay"], "task-0 has no answers to replay"),
         ([*here, "--tools", "act_tools:TOOLS", "--keep", "kept.jsonl"], "name a checker by --check"),
-        ([*here, *FUNCTIONS, "--num-runs", 2], "with a temperature of 0 all 2 would be the same"),
-        (
-            [*here, *FUNCTIONS, "--declare", "rows", "--setup", "act_tools:nothing"],
-            "--setup act_tools:nothing cannot be",
-        ),
+        ([*live, "--num-runs", 2], "with a temperature of 0 all 2 would be the same"),
+        ([*live, "--declare", "rows", "--setup", "act_tools:no"], "--setup act_tools:no cannot be loaded"),
         ([*here, "--tools", "tools.json"], "--tools tools.json is neither a file nor MODULE:FUNCTION"),
-        ([*here, *FUNCTIONS, "--concurrency", 3], "--concurrency is for a server"),
-    ]:
+        ([*live, "--concurrency", 3], "--concurrency is for a server"),
+    ]
+    for options, told in cases:
         act("out", [task(0), task(1)], *options, code=2)
         assert told in capsys.readouterr().err
-    act("out", [task(0), task(0)], *here, *FUNCTIONS, "--declare", "rows", code=2)
+    act("out", [task(0), task(0)], *live, "--declare", "rows", code=2)
     assert "tasks 1 and 2 are both called task-0" in capsys.readouterr().err
 
 

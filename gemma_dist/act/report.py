@@ -91,7 +91,8 @@ def _metrics(tasks: Mapping[int, Sequence[Ended]], num_runs: int) -> dict[str, d
     for name, metric in measure(sums, metrics).items():
         interval: tuple[float | None, float | None] = metric["cluster_low"], metric["cluster_high"]
         if metric["value"] in (0, 1):
-            interval = wilson(len(sums) * int(metric["value"]), len(sums))
+            low, high = wilson(len(sums) * int(metric["value"]), len(sums))
+            interval = round(low, 6), round(high, 6)  # as those of the bootstrap
         counts = {"numerator": metric["numerator"], "denominator": metric["denominator"]}
         found[name] = {"value": metric["value"], "low": interval[0], "high": interval[1], **counts}
     return found

@@ -35,7 +35,7 @@ from gemma_dist.evaluate.log import NUM_NAMED, describe_run, key_of, on_rank_0, 
 from gemma_dist.evaluate.room import measure_room
 from gemma_dist.evaluate.runs import command, made_by
 from gemma_dist.evaluate.sampling import Sampling
-from gemma_dist.logs import JsonlWriter
+from gemma_dist.logs import JsonlWriter, progress
 from gemma_dist.model.load import load_for_evaluation
 from gemma_dist.model.operators import compile_operators
 from gemma_dist.model.zero3 import is_partitioned
@@ -72,14 +72,18 @@ def act(model: str, adapter: Path | None, work: Work) -> dict[str, Any]:
     encoder = load_encoder(model, settings, adapter=adapter)
     with ExitStack() as stack:
         tools = work.start_tools(stack)
-        description = {**describe_run(model, adapter, work.data, work.limit, encoder, settings)}
-        run, done = stack.enter_context(opened_runs(work.out, lambda: work.described(description)))
+
+        def describe() -> dict[str, Any]:
+            return work.described(describe_run(model, adapter, work.data, work.limit, encoder, settings))
+
+        run, done = stack.enter_context(opened_runs(work.out, describe))
         jobs, keys = my_jobs(work, run)
         loaded = load_for_evaluation(model, adapter, ple_on_host=settings.ple != "gpu")
         players = _Players(loaded, encoder, work, tools)
         start = time.perf_counter()
         todo = [job for job in jobs if (job.key, job.number) not in done]
-        players.play(todo)
+        for _ in progress(players.play(todo), total=len(todo), desc="acting", unit="run"):
+            pass
         took = {"seconds": round(time.perf_counter() - start, 3), "runs": len(todo), **asdict(players.generator.counts)}
         require_runs(list(chain.from_iterable(world.gather_objects(players.failed))), work.out)
         times = {"command": command(), "world_size": world.world_size(), "ranks": world.gather_objects(took)}
@@ -134,8 +138,9 @@ class _Players:
         self._encoder, self._work, self._tools = encoder, work, tools
         self.failed: list[str] = []
 
-    def play(self, jobs: Sequence[Job]) -> None:
-        """Play all runs, and write each as it ends. Ranks of a partitioned model play their rounds together."""
+    def play(self, jobs: Sequence[Job]) -> Iterator[Job]:
+        """Play all runs, and write each as it ends: those that have. Ranks of a partitioned model play their rounds
+        together."""
         writer = JsonlWriter(part_of_rank(self._work.out, PART), append=True)
         waiting, active = deque(jobs), dict[int, tuple[Job, Episode]]()
         with ThreadPoolExecutor(self._room) as pool:
@@ -148,6 +153,7 @@ class _Players:
                     for name, (job, episode) in list(active.items()):
                         if episode.verdict is not None:
                             writer.write(line_of(episode, job.key, self._work.settings.seed))
+                            yield job
                         elif id(episode) in lost:
                             self.failed.append(f"{job.task.id} run {job.number}: {lost[id(episode)]}")
                         else:
