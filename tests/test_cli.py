@@ -13,7 +13,20 @@ from gemma_dist.cli import cli
 from gemma_dist.errors import CheckpointError, DataError, PeerError
 
 VERBS = [
-    *("tiny", "shard", "inspect", "stats", "check-prompts", "check", "plan", "batches", "health", "train"),
+    *(
+        "init",
+        "recipes",
+        "tiny",
+        "shard",
+        "inspect",
+        "stats",
+        "check-prompts",
+        "check",
+        "plan",
+        "batches",
+        "health",
+        "train",
+    ),
     *("evaluate", "score", "compare", "read-calls", "chat", "merge", "export", "extract"),
     *("check-model", "card", "serve", "push"),
 ]

@@ -18,7 +18,7 @@ MODULES = {
 # of one floor never import one another: train, evaluate and merge meet on disk.
 FLOORS = [
     {"errors", "visible"},
-    {"aliases", "contradictions", "family", "files", "gemma_format", "settings"},
+    {"aliases", "contradictions", "family", "files", "gemma_format", "settings", "shipped"},
     {"config_data"},
     {"config", "costs", "world"},
     {"batch_plan", "config_chat", "config_merge", "config_server", "fsdp_config", "logs", "ranklog"},
@@ -33,7 +33,8 @@ FLOORS = [
     {"train", "evaluate", "merge", "show"},
     {"serving"},
     {"chat", "export", "plan"},
-    {"cli_chat", "cli_evaluate", "cli_merge", "cli_serving"},
+    {"api", "start"},
+    {"cli_chat", "cli_evaluate", "cli_merge", "cli_serving", "cli_start"},
     {"cli"},
     {"__main__"},
 ]
