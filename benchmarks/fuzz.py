@@ -234,12 +234,18 @@ def of_checkpoints(parts: Parts, folder: Path, chance: random.Random) -> Case:
 
 
 def of_recipes(parts: Parts, folder: Path, chance: random.Random) -> Case:
-    """A recipe, or a setting beside it."""
+    """A recipe, a setting beside it, or the accelerate config that it is held against."""
     path = folder / "recipe.yaml"
     path.write_bytes(parts.recipe.read_bytes())
     command = chance.choice([["check"], ["plan"], ["batches", str(parts.shards)]])
     words = [*command, str(path), f"model.model_name_or_path={parts.model}", f"data.train={parts.shards}"]
-    if chance.random() < 0.5:
+    if command[0] != "batches" and chance.random() < 0.3:
+        name = chance.choice(["cpu_ddp", "cpu_zero3", "cpu_fsdp2"])
+        config = folder / f"{name}.yaml"
+        config.write_bytes((parts.recipe.parents[1] / f"accelerate_configs/{name}.yaml").read_bytes())
+        rewrite(config, chance)
+        words += ["--accelerate-config", str(config)]
+    elif chance.random() < 0.5:
         key = chance.choice(["data.train", "train.output_dir", "model.model_name_or_path", "lora.r", "train.max_steps"])
         value = str(chance.choice(HOSTILE)).encode(errors="replace").decode().replace("\0", "")[:1000]
         words.append(f"{key}={value}")

@@ -1,5 +1,5 @@
-"""The command line, in the order of use: make a model, shard, look (`cli_look.py`), check, plan, look at the nodes,
-train, evaluate (`cli_evaluate.py`), act (`cli_act.py`), talk (`cli_chat.py`), merge, export … (`cli_merge.py`), serve
+"""The command line, in the order of use: begin (`cli_start.py`), shard, look (`cli_look.py`), check, plan, train,
+evaluate (`cli_evaluate.py`), act (`cli_act.py`), talk (`cli_chat.py`), merge, export … (`cli_merge.py`), serve
 (`cli_serving.py`).
 
 A command reads its options and calls one function of another module. Nothing heavy is imported before a command runs,
@@ -22,10 +22,11 @@ from gemma_dist.cli_evaluate import compare, evaluate, read_calls, score
 from gemma_dist.cli_look import check_prompts, from_one, inspect, plot, stats
 from gemma_dist.cli_merge import export, export_rollouts, extract, merge
 from gemma_dist.cli_serving import card, check_model, push, serve
+from gemma_dist.cli_start import doctor, health, init, recipes, tiny
 from gemma_dist.options import EXISTING, NEW, OrderedGroup, SettingsCommand, say
 
 if TYPE_CHECKING:
-    from gemma_dist.config import HealthConfig, ShardConfig
+    from gemma_dist.config import ShardConfig
     from gemma_dist.shards.folder import Part
 
 
@@ -77,20 +78,8 @@ def cli() -> None:
     """Fine-tune Gemma 4 on tool calling: from trajectories in JSONL to a merged checkpoint."""
 
 
-@cli.command()
-@click.argument("out", type=NEW)
-@click.option(
-    "--style",
-    type=click.Choice(["e2b", "e4b", "12b", "26b", "31b"]),
-    default="e4b",
-    show_default=True,
-    help="Which Gemma 4.",
-)
-def tiny(out: Path, style: str) -> None:
-    """Write a tiny random Gemma 4 with its processor to OUT."""
-    from gemma_dist.model.tiny import write_tiny_model
-
-    write_tiny_model(out, style=style)
+for command in (doctor, init, recipes, tiny):
+    cli.add_command(command)
 
 
 @cli.command(cls=SettingsCommand, section=lambda config: config.ShardConfig)
@@ -297,20 +286,7 @@ def batches(
         say(to_json(described.to_json()) if as_json else described.render(), exact=as_json)
 
 
-@cli.command(cls=SettingsCommand, section=lambda config: config.HealthConfig)
-def health(settings: "HealthConfig") -> None:
-    """Check the nodes of a job before it begins.
-
-    One process on each node: GPUs, disk, versions, clocks, an exchange of all. RANK, WORLD_SIZE, MASTER_ADDR and
-    MASTER_PORT say where the others are; without them, this machine alone. Exit code 5: a node, which is named, is
-    unfit.
-    """
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch tells of each wait that comes to its end
-    from gemma_dist import exits
-    from gemma_dist.health.run import check_health
-
-    if code := check_health(settings):
-        exits.leave(code)  # a thread may hang in a GPU or a disk
+cli.add_command(health)
 
 
 @cli.command(context_settings=UNKNOWN_TO_OVERRIDES)

@@ -30,6 +30,7 @@ from gemma_dist.config import (
 from gemma_dist.config_data import FOLDER, MAPPING
 from gemma_dist.costs import cost_of
 from gemma_dist.errors import ConfigError
+from gemma_dist.shipped import shipped_recipe
 
 S = TypeVar("S", bound=Section)
 
@@ -244,7 +245,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; recipes to start from are in launch/") from None
+        if found := shipped_recipe(path):
+            return read_recipe(found)
+        raise ConfigError(f"{path}: no such file; `gemma-dist recipes` lists those to start from") from None
     except (UnicodeDecodeError, IsADirectoryError):
         raise ConfigError(f"{path}: not a text file; a recipe is a YAML file like those in launch/") from None
     values = _parse_yaml(text, str(path))

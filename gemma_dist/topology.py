@@ -76,7 +76,7 @@ def read_topology(path: Path) -> Topology:
     """What an accelerate config describes. Raises ConfigError if it cannot be read."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: no accelerate config can be read there: {error}") from None
     if not isinstance(values, dict) or "distributed_type" not in values:
         raise ConfigError(f"{path}: not an accelerate config (it names no distributed_type); see accelerate_configs/")
@@ -84,12 +84,28 @@ def read_topology(path: Path) -> Topology:
     deepspeed = None
     if kind == "DEEPSPEED":
         section = values.get("deepspeed_config") or {}
+        if not isinstance(section, dict):
+            raise ConfigError(f"{path}: deepspeed_config is {section!r}; write a section: see accelerate_configs/")
         file = section.get("deepspeed_config_file")
-        deepspeed = _read_json(Path(file)) if file else _deepspeed(section)
+        deepspeed = _read_json(Path(str(file))) if file else _own_deepspeed(path, section)
     precision = str(values.get("mixed_precision", "no")).lower()
     precision = "no" if precision == "false" else precision  # YAML 1.1 reads a bare `no` as false
     fsdp = fsdp_config.of_config(values) if kind == "FSDP" else None
-    return Topology(str(path), int(values.get("num_processes", 1)), kind, precision, deepspeed, fsdp)
+    num_processes = values.get("num_processes", 1)
+    if not isinstance(num_processes, int) or isinstance(num_processes, bool) or num_processes < 1:
+        raise ConfigError(f"{path}: num_processes is {num_processes!r}; write how many GPUs there are, all machines")
+    return Topology(str(path), num_processes, kind, precision, deepspeed, fsdp)
+
+
+def _own_deepspeed(path: Path, section: Mapping[str, Any]) -> dict[str, Any]:
+    """`_deepspeed` of an accelerate config. Raises ConfigError where one of its numbers is none."""
+    try:
+        return _deepspeed(section)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"{path}: deepspeed_config: {error}; write a number for zero_stage, and a number or auto for "
+            "gradient_clipping and gradient_accumulation_steps"
+        ) from None
 
 
 def planned_topology(path: Path | None, num_processes: int | None) -> Topology:

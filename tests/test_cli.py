@@ -13,8 +13,9 @@ from gemma_dist.cli import cli
 from gemma_dist.errors import CheckpointError, DataError, PeerError
 
 VERBS = [
-    *("tiny", "shard", "inspect", "stats", "check-prompts", "check", "plan", "batches", "health", "train", "plot"),
-    *("evaluate", "score", "compare", "read-calls", "act", "chat", "merge", "export", "export-rollouts", "extract"),
+    *("init", "recipes", "tiny", "shard", "inspect", "stats", "check-prompts", "check", "plan", "batches", "health"),
+    *("train", "plot", "evaluate", "score", "compare", "read-calls", "act", "chat", "merge", "export"),
+    *("export-rollouts", "extract"),
     *("check-model", "card", "serve", "push"),
 ]
 RECIPE = "tuning: full\nmodel: {model_name_or_path: m}\ndata: {train: d}\ntrain: {output_dir: o}\n"

@@ -23,6 +23,7 @@ from gemma_dist.config import (
 from gemma_dist.config_merge import ExportConfig, MergeConfig
 from gemma_dist.errors import ConfigError
 from gemma_dist.recipe import KEYS, SECTIONS, load_config, load_section
+from gemma_dist.topology import read_topology
 
 RECIPE = """
 tuning: lora
@@ -337,7 +338,26 @@ def test_a_key_with_several_values_is_told(capfd, tmp_path):
     said = capfd.readouterr().err
     assert "lora.r is given 2 times (8, 4): 4, the last, is taken" in said
     assert "seed is given" not in said, "twice the same is once"
-    assert load_config(path, ["r=8", "lora.r=4"]).lora.r == 4
+    assert load_config(path, ["r=8", "lora.r=4"]) == load_config(path, ["lora.r=4"])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("distributed_type: MULTI_GPU\nnum_processes: many\n", "num_processes is 'many'; write how many GPUs"),
+        ("distributed_type: MULTI_GPU\nnum_processes: 0\n", "num_processes is 0; write how many GPUs"),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: zero3\n", "deepspeed_config is 'zero3'; write a section"),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: all}\n", "write a number for zero_stage"),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: 3}\n", "no DeepSpeed config"),
+        ("distributed_type: 2026-13-45\n", "no accelerate config can be read there"),
+        ("[[", "no accelerate config can be read there"),
+    ],
+)
+def test_a_broken_accelerate_config_is_refused_in_words(tmp_path, text, told):
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        read_topology(path)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -18,7 +18,7 @@ MODULES = {
 # of one floor never import one another: train, evaluate and merge meet on disk.
 FLOORS = [
     {"errors", "visible"},
-    {"aliases", "contradictions", "family", "files", "gemma_format", "settings", "translate_names"},
+    {"aliases", "contradictions", "family", "files", "gemma_format", "settings", "shipped", "translate_names"},
     {"config_data"},
     {"config", "costs", "world"},
     {"batch_plan", "config_chat", "config_merge", "config_server", "fsdp_config", "logs", "ranklog", "static_page"},
@@ -34,7 +34,8 @@ FLOORS = [
     {"serving"},
     {"chat", "export", "plan"},
     {"act"},
-    {"cli_act", "cli_chat", "cli_evaluate", "cli_look", "cli_merge", "cli_serving"},
+    {"api", "start"},
+    {"cli_act", "cli_chat", "cli_evaluate", "cli_look", "cli_merge", "cli_serving", "cli_start"},
     {"cli"},
     {"__main__", "reference"},
 ]

@@ -1,4 +1,4 @@
-"""An editable install works from any folder, the one that holds the clone included."""
+"""An install works from any folder: an editable one, and of what is built, which carries the recipes."""
 
 import os
 import re
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -15,8 +16,10 @@ import pytest
 from packaging.requirements import Requirement
 
 from tests.support.lock import lock
+from tests.support.ranks import long
 
 REPOSITORY = Path(__file__).parents[1]
+FOLDERS = ("launch", "accelerate_configs", "slurm")  # that a wheel carries
 NOT_ON_LINUX = ("tzdata",)  # pandas wants it elsewhere
 
 
@@ -29,15 +32,22 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("install")
     clone = folder / "work" / "gemma_dist"
     shutil.copytree(REPOSITORY / "gemma_dist", clone / "gemma_dist", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE", "constraints.txt"):
         shutil.copy(REPOSITORY / name, clone)
+    for name in FOLDERS:
+        shutil.copytree(REPOSITORY / name, clone / name)
+    python = _environment(folder)
+    _run(python, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--editable", clone)
+    return python
+
+
+def _environment(folder: Path) -> Path:
+    """The interpreter of a new environment in `folder`/venv, which borrows all but this package from ours."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
-    python = folder / "venv" / "bin" / "python"
     paths = {"base": str(folder / "venv"), "platbase": str(folder / "venv")}
     site_packages = Path(sysconfig.get_path("purelib", "venv", paths))
     (site_packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    _run(python, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--editable", clone)
-    return python
+    return folder / "venv" / "bin" / "python"
 
 
 def _run(python: Path, *words: object, cwd: Path | None = None) -> str:
@@ -65,8 +75,50 @@ def test_a_wheel_has_every_file_of_the_package(python: Path, tmp_path: Path) -> 
     assert {"gemma_dist/evaluate/report_page/page.js", "gemma_dist/page.css", "gemma_dist/cli.py"} <= files
     names = set(zipfile.ZipFile(wheel).namelist())
     assert files <= names
+    assert "gemma_dist/py.typed" in names
+    beside = {path.relative_to(clone).as_posix() for name in FOLDERS for path in (clone / name).iterdir()}
+    shipped = {name.removeprefix("gemma_dist/shipped/") for name in names if name.startswith("gemma_dist/shipped/")}
+    assert shipped == {"constraints.txt", *beside} - {"slurm/site.env"}
+    assert not [name for name in names if name.partition("/")[0] in FOLDERS], "nothing beside the package"
     (folder,) = {name.partition("/")[0] for name in names if ".dist-info/" in name}
     assert {f"{folder}/licenses/LICENSE", f"{folder}/licenses/NOTICE"} <= names
+
+
+@long
+def test_what_is_built_is_installed_and_used_without_a_checkout(tmp_path: Path) -> None:
+    """Source distribution -> wheel -> an environment of its own -> the first commands of a user, in an empty folder."""
+    clone = tmp_path / "clone"
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    for name in listed.splitlines():
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, clone / name)
+    ours = Path(sys.executable)
+    _run(ours, "-c", "from setuptools import build_meta; build_meta.build_sdist('..')", cwd=clone)
+    (source,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(source) as packed:
+        held = {name.partition("/")[2] for name in packed.getnames()}
+    not_built = {".gitignore", ".dockerignore", "Dockerfile"}
+    assert {name for name in listed.splitlines() if not name.startswith(".github/")} - not_built <= held
+    shutil.rmtree(clone)
+    build = ("-m", "pip", "wheel", "--no-index", "--no-deps", "--no-build-isolation", "-w", tmp_path)
+    _run(ours, *build, source)
+    (wheel,) = tmp_path.glob("*.whl")
+    python = _environment(tmp_path)
+    _run(python, "-m", "pip", "install", "--no-index", "--no-deps", wheel)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    home = Path(_run(python, "-c", "import gemma_dist; print(gemma_dist.__file__)", cwd=empty).strip())
+    assert home.is_relative_to(tmp_path / "venv")
+    command = python.with_name("gemma-dist")
+    assert "e4b_qlora_16gb" in _run(command, "recipes", cwd=empty)
+    assert "needed" in _run(command, "plan", "launch/e4b_qlora_16gb.yaml", "--gpu-memory", "16GB", cwd=empty)
+    (empty / "my.jsonl").touch()
+    words = ("--model", "google/gemma-4-E4B-it", "--data", "my.jsonl", "--num-gpus", 2, "--gpu-memory", "24GB")
+    _run(command, "init", "run", *words, cwd=empty)
+    assert {path.name for path in empty.iterdir()} == {"my.jsonl", "run", "slurm"}
+    _run(command, "recipes", "--out", "mine", cwd=empty)
+    _run(command, "plan", "mine/launch/31b_qlora_48gb.yaml", cwd=empty)
+    _run(python, "-c", "import gemma_dist; gemma_dist.load_config('cpu_lora')", cwd=empty)
 
 
 def test_the_lock_has_what_was_tested_with_hashes_and_names_no_index() -> None:

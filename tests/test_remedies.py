@@ -34,6 +34,7 @@ OWNERS = {
     "act/run.py": "act",
     "act/served.py": "act",
     "act/tools.py": "act",
+    "config_act.py": "act",
     "chat/run.py": "chat",
     "chat/tools.py": "chat",
     "shards/assemble.py": "shard",

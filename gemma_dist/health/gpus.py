@@ -68,6 +68,11 @@ def _memory() -> dict[str, GpuMemory]:
     return found
 
 
+def gpus_at_hand() -> list[int]:
+    """Bytes of memory of each GPU, as nvidia-smi says, which needs no torch."""
+    return [gpu.total for gpu in _memory().values()]
+
+
 def driver_version() -> str:
     """Of NVIDIA's driver; none where there is none."""
     lines = _ask("--query-gpu=driver_version")

@@ -1,0 +1,1 @@
+"""The first hour: `gemma-dist init` writes a run's files, `gemma-dist doctor` looks at the machine."""
