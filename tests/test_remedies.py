@@ -33,6 +33,7 @@ OWNERS = {
     "act/run.py": "act",
     "act/served.py": "act",
     "act/tools.py": "act",
+    "config_act.py": "act",
     "chat/run.py": "chat",
     "chat/tools.py": "chat",
     "shards/assemble.py": "shard",
@@ -67,7 +68,14 @@ OWNERS = {
 def syntax_trees() -> Iterator[tuple[str, ast.Module]]:
     """Each module of the package but those of the command line, by its path."""
     for path in sorted(FOLDER.rglob("*.py")):
-        if path.name not in ("cli.py", "cli_chat.py", "cli_evaluate.py", "cli_merge.py", "cli_serving.py"):
+        if path.name not in (
+            "cli.py",
+            "cli_act.py",
+            "cli_chat.py",
+            "cli_evaluate.py",
+            "cli_merge.py",
+            "cli_serving.py",
+        ):
             yield str(path.relative_to(FOLDER)), ast.parse(path.read_text(encoding="utf-8"))
 
 
