@@ -30,9 +30,9 @@ from analyst import METRICS, SYSTEM, Source, compare, no_tool, report, total, wr
 from demo import gemma_dist, texts  # noqa: E402
 
 KINDS = [total, total, compare, wrong_name, report, no_tool]
-NUM_LOGS, NUM_TASKS, NUM_HELD_OUT = 160, 120, 180
+NUM_LOGS, NUM_TASKS, NUM_HELD_OUT = 160, 120, 150
 NUM_RUNS, TEMPERATURE = 4, 1.0
-STEPS_FIRST, STEPS_ROUND, ROUNDS = 200, 80, 2
+STEPS_FIRST, STEPS_ROUND, ROUNDS = 160, 60, 2
 FUNCTIONS = ["--tools", "analyst_tools:TOOLS", "--check", "analyst_tools:check", "--declare", "rows"]
 
 
