@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from gemma_dist.config import EncodingConfig
 from gemma_dist.data.against_known import Added, compare, count_added
@@ -156,7 +157,7 @@ class Encoder:
         return Encoded(
             input_ids=input_ids,
             labels=np.where(is_trained, ids, IGNORE_INDEX).tolist(),
-            mm_token_type_ids=self._token_types(input_ids),
+            mm_token_type_ids=self._token_types(ids),
             num_images=len(trajectory.images),
             num_dropped_reasoning=rendered.emitted.num_dropped_reasoning,
             enable_thinking=rendered.thinking,
@@ -273,7 +274,7 @@ class Encoder:
         except Exception as error:  # a template may raise anything: jinja's own errors, or its raise_exception
             raise DataError(f"the chat template cannot render this row: {error}") from error
 
-    def _token_types(self, input_ids: list[int]) -> list[int]:
+    def _token_types(self, input_ids: npt.ArrayLike) -> list[int]:
         """(T,): 1 on image soft tokens, else 0."""
         return (np.asarray(input_ids) == self.image_token_id).astype(int).tolist()
 

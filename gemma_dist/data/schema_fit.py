@@ -21,7 +21,7 @@ from jsonschema.exceptions import ValidationError
 from gemma_dist.data.bounded import Bounded, OverLimitError, RefusedError, spend
 from gemma_dist.data.schema_plain import is_plainly_valid, plainly_fits
 from gemma_dist.data.schema_walk import keywords, subschemas
-from gemma_dist.data.shared import of_shared, shared_json
+from gemma_dist.data.shared import shared_json
 from gemma_dist.data.strict import reason
 from gemma_dist.data.types import Json, JsonObject
 from gemma_dist.errors import DataError
@@ -33,8 +33,6 @@ MAX_STEPS = 10_000_000  # characters of schema and arguments, multiplied: what i
 MAX_SCHEMA_CHARACTERS = 20_000  # of a schema that is itself checked so: `uniqueItems` of 500 entries
 
 _UNBOUNDED = keywords("pattern patternProperties $ref $dynamicRef $recursiveRef unevaluatedProperties unevaluatedItems")
-
-_is_plain = of_shared(is_plainly_valid)
 
 # How jsonschema checks one keyword: by validator, rule, value and schema.
 Check: TypeAlias = Callable[[object, Json, Json, JsonObject], Iterable[Exception]]
@@ -70,10 +68,7 @@ def find_misfit(arguments: Mapping[str, Json], parameters: JsonObject | None) ->
     Raises:
         DataError: the schema is invalid or cannot be applied to these arguments, at all or in the time that it has.
     """
-    if not parameters or (_is_plain(parameters) and plainly_fits(dict(arguments), parameters)):
-        return None
-    found: str | None = _apply("best_misfit", arguments, parameters)
-    return found
+    return _apply("best_misfit", arguments, parameters) if parameters else None
 
 
 def find_misfits(arguments: Mapping[str, Json], parameters: JsonObject | None) -> list[Misfit]:
@@ -158,11 +153,21 @@ def run(function: str, *args: Any) -> Any:
 
 
 def _require_valid(schema_json: str) -> None:
-    if not is_plainly_valid(json.loads(schema_json)):
+    if _plain(schema_json) is None:
         _validator(schema_json)
 
 
+@functools.lru_cache(maxsize=4096)
+def _plain(schema_json: str) -> JsonObject | None:
+    """The schema where it is plainly valid."""
+    schema: JsonObject = json.loads(schema_json)
+    return schema if is_plainly_valid(schema) else None
+
+
 def _best_misfit(schema_json: str, arguments: Mapping[str, Json]) -> str | None:
+    plain = _plain(schema_json)
+    if plain is not None and plainly_fits(dict(arguments), plain):
+        return None
     error = jsonschema.exceptions.best_match(_errors(schema_json, arguments))
     if error is None:
         return None

@@ -9,7 +9,7 @@ pieces have the ids that they have in it, and pieces that came before are neithe
 
 import json
 import re
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -18,15 +18,14 @@ import numpy.typing as npt
 from gemma_dist.data.strict import short
 from gemma_dist.data.types import BackendTokenizer, Encoding
 from gemma_dist.errors import CheckpointError, DataError
-from gemma_dist.gemma_format import BOS, CONTROL_TOKENS, IMAGE, IMAGE_BEGIN, IMAGE_END, QUOTE
+from gemma_dist.gemma_format import BOS, CONTROL_TOKENS, IMAGE, IMAGE_BEGIN, IMAGE_END, TURN
 
 # What stands in rendered text by the tokenizer's word for it, whatever the chat template is.
 _NAMED = {"bos_token": BOS, "image_token": IMAGE, "boi_token": IMAGE_BEGIN, "eoi_token": IMAGE_END}
 _BLANK = "\u2581"  # ▁, as which Gemma's tokenizer writes a blank, so that one of the text reads back as a blank
 AROUND = 40  # characters that an error shows
 REMEDY = "take the tokenizer that the model was published with"
-# A cut costs a little, too: the strings of a declaration, and the soft tokens of an image, mostly come together.
-_CUT_AT = [token for token in CONTROL_TOKENS if token not in (QUOTE, IMAGE)]
+_CUT_AT = [token for token in CONTROL_TOKENS if token != IMAGE]  # the soft tokens of an image come together
 _BY_THEMSELVES = {"Sequence", "Split", "Digits", "ByteLevel"}  # pre-tokenizers that know nothing but their piece
 _ROOM = 6_000_000  # characters of pieces that are remembered, some 20 MB with their tokens
 _ROOM_OF_EACH = 100  # characters, that the bookkeeping of a piece takes
@@ -47,25 +46,40 @@ class TextTokenizer:
         """The tokens of a text. Raises DataError as `tokenize`."""
         if self._cut is None:
             return _as_array(tokenize(self._backend, text))
-        pieces = self._cut.split(text)
+        pieces, known = self._cut.split(text), self._known
+        new = [*dict.fromkeys(piece for piece in pieces if piece not in known)]
         try:
-            found = [self._of_piece(piece) for piece in pieces]
+            learned = self._learn(new)
         except DataError:  # which is to say where in the whole text
             return _as_array(tokenize(self._backend, text))
-        starts = np.cumsum([0, *map(len, pieces[:-1])])
+        found = [known[piece] if piece in known else learned[piece] for piece in pieces]
         tokens = np.concatenate(found)
-        tokens[:, 1:] += np.repeat(starts, list(map(len, found)))[:, None]
+        tokens[:, 1:] += np.repeat(_starts(pieces), list(map(len, found)))[:, None]
         return tokens
 
-    def _of_piece(self, piece: str) -> Tokens:
-        tokens = self._known.get(piece)
-        if tokens is None:
-            tokens = _as_array(tokenize(self._backend, piece))
-            self._room -= len(piece) + _ROOM_OF_EACH
-            if self._room < 0:
-                self._known, self._room = {}, _ROOM
-            self._known[piece] = tokens
-        return tokens
+    def _learn(self, pieces: list[str]) -> dict[str, Tokens]:
+        """The tokens of new pieces, at once: control tokens between them keep them apart."""
+        if not pieces:
+            return {}
+        tokens = _as_array(tokenize(self._backend, TURN.join(pieces)))
+        starts = _starts(pieces, len(TURN))
+        ends = starts + list(map(len, pieces))
+        firsts, lasts = np.searchsorted(tokens[:, 1], [starts, ends])
+        tokens[:, 1:] -= starts[np.searchsorted(starts, tokens[:, 1], "right") - 1][:, None]
+        places = zip(firsts.tolist(), lasts.tolist(), strict=True)
+        learned = {piece: tokens[first:last] for piece, (first, last) in zip(pieces, places, strict=True)}
+        self._room -= sum(map(len, pieces)) + _ROOM_OF_EACH * len(pieces)
+        if self._room < 0:
+            self._known, self._room = {}, _ROOM
+        self._known.update(learned)
+        return learned
+
+
+def _starts(pieces: list[str], gap: int = 0) -> npt.NDArray[np.int32]:
+    """Where each piece begins in the text of all, with so many characters between two."""
+    lengths = map(len, pieces)
+    before = accumulate(lengths, lambda start, length: start + length + gap, initial=0)
+    return np.fromiter(before, np.int32, len(pieces) + 1)[:-1]
 
 
 def _as_array(encoding: Encoding) -> Tokens:

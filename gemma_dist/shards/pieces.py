@@ -39,7 +39,7 @@ from gemma_dist.shards.manifest import COUNTS, RowGroupPlace, ShardEntry, digest
 from gemma_dist.shards.record import ORIGINS, PieceHeader, Sample, write_record
 from gemma_dist.shards.record import SCHEMA as RECORD_SCHEMA
 from gemma_dist.shards.report import OPTIONS, REJECTED, TOO_LONG, ShardReport
-from gemma_dist.shards.tools import SeenTools
+from gemma_dist.shards.tools import SeenTools, digest_of_tool
 
 NUM_ERRORS_SHOWN = 5
 PIECE_TOOLS = "tools.jsonl"  # the declarations of a piece, each once
@@ -141,7 +141,7 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow], tell: Call
     errors: list[str] = []
     rejected = RowLog(job.path(f"-{REJECTED}"))
     too_long = RowLog(job.path(f"-{TOO_LONG}"))
-    tools, seen_tools = RowLog(job.path(f"-{PIECE_TOOLS}")), SeenTools()
+    tools, seen_tools = RowLog(job.path(f"-{PIECE_TOOLS}")), SeenTools(_shared_digest)
     writer = ShardWriter(job)
     for number, (where, row) in enumerate(rows):
         report.num_read += 1
@@ -368,7 +368,7 @@ def _to_json(value: list[Message] | Tool) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-_tool_json = of_shared(_to_json)
+_tool_json, _shared_digest = of_shared(_to_json), of_shared(digest_of_tool)
 
 
 @dataclass(frozen=True)

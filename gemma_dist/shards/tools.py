@@ -10,13 +10,12 @@ They stand in the order in which they are first used. A name that rows declare i
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from gemma_dist.data.shared import of_shared
 from gemma_dist.errors import DataError
 from gemma_dist.files import begin, publish
 from gemma_dist.logs import read_jsonl
@@ -28,12 +27,14 @@ TOOLS = "tools.json"
 class SeenTools:
     """Which declarations came before: of each, no more is held than a hash and its name."""
 
-    def __init__(self) -> None:
+    def __init__(self, digest: Callable[[Any], bytes] | None = None) -> None:
+        """`digest` is `digest_of_tool`, which may remember."""
         self._seen: dict[bytes, str] = {}
+        self._digest = digest or digest_of_tool
 
     def is_new(self, tool: Any) -> bool:
         """Whether the declaration came for the first time; the order of its keys does not count."""
-        digest = _digest(tool)
+        digest = self._digest(tool)
         if digest in self._seen:
             return False
         self._seen[digest] = tool["function"]["name"]
@@ -51,8 +52,8 @@ class SeenTools:
         return sorted(twice)
 
 
-@of_shared
-def _digest(tool: Any) -> bytes:
+def digest_of_tool(tool: Any) -> bytes:
+    """What two declarations share that differ in nothing but the order of their keys."""
     return hashlib.blake2b(json.dumps(tool, sort_keys=True).encode(), digest_size=16).digest()
 
 
