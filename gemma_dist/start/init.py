@@ -245,15 +245,15 @@ def _batch_script(out: Path, wish: Wish) -> str:
         "# It comes back by itself after the time limit, a preemption, a crash: docs/slurm.md of gemma_dist.",
         "#",
     ]
-    for option, value in (
+    for given, value in (
         ("nodes=2", f"nodes={wish.num_nodes}"),
         ("gres=gpu:8", f"gres=gpu:{wish.num_gpus}"),
         ("cpus-per-task=96", f"cpus-per-task={CPUS_PER_GPU * max(1, wish.num_gpus)}"),
     ):
-        if wish.num_gpus or not option.startswith("gres"):
-            rest = rest.replace(f"#SBATCH --{option}\n", f"#SBATCH --{value}\n")
+        if wish.num_gpus or not given.startswith("gres"):
+            rest = rest.replace(f"#SBATCH --{given}\n", f"#SBATCH --{value}\n")
         else:
-            rest = rest.replace(f"#SBATCH --{option}\n", "")
+            rest = rest.replace(f"#SBATCH --{given}\n", "")
     rest = re.sub(r"(?m)^usage=.*\n", "", rest)
     rest = rest.replace("=${1:?$usage}", f"={shlex.quote(str(out / 'accelerate.yaml'))}")
     rest = rest.replace("=${2:?$usage}\nshift 2\n", f"={shlex.quote(str(out / 'recipe.yaml'))}\n")
