@@ -72,7 +72,9 @@ class _Called(ModuleType):
 
     @property
     def __signature__(self) -> Any:  # what notebooks show
-        return __import__("inspect").signature(self._function)
+        import inspect
+
+        return inspect.signature(self._function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(*args, **kwargs)

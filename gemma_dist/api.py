@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_dist import resolve as resolving
 from gemma_dist.config import EvaluateConfig, RowConfig, RunConfig
 from gemma_dist.config_data import EncodingConfig
 from gemma_dist.config_merge import MergeConfig
@@ -30,6 +29,7 @@ from gemma_dist.evaluate.report import Report
 from gemma_dist.merge.run import MergeReport
 from gemma_dist.recipe import load_config, load_section
 from gemma_dist.resolve import Run
+from gemma_dist.resolve import resolve as resolve_on
 from gemma_dist.topology import Topology, current_topology, read_topology, require_fit
 
 __all__ = [
@@ -67,7 +67,7 @@ def resolve(config: RunConfig, topology: Topology | None = None) -> Run:
     """
     topology = topology or current_topology()
     require_fit(config, topology)
-    return resolving.resolve(config, topology)
+    return resolve_on(config, topology)
 
 
 def train(config: RunConfig) -> Path:

@@ -37,6 +37,7 @@ OWNERS = {
     "config_act.py": "act",
     "chat/run.py": "chat",
     "chat/tools.py": "chat",
+    "start/init.py": "init",
     "shards/assemble.py": "shard",
     "shards/folder.py": "shard",
     "shards/sharding.py": "shard",

@@ -18,6 +18,7 @@ from PIL import Image
 from gemma_dist.config import EvaluateConfig, RowConfig
 from gemma_dist.data.images import decode_image, image_size
 from gemma_dist.data.rows import read_rows
+from gemma_dist.data.strict import reason
 from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.errors import DataError
 from gemma_dist.gemma_format import CONTROL_TOKENS
@@ -612,6 +613,11 @@ def media(tmp_path: Path) -> Path:
     (root / "cut.jpg").write_bytes((root / "whole.jpg").read_bytes()[:-200])
     (root / "large.png").write_bytes(png((40, 30)))
     return root
+
+
+def test_no_message_has_an_address_in_memory() -> None:
+    error = ValueError(f"cannot identify {io.BytesIO()!r}\nin {object()}")
+    assert reason(error) == "cannot identify <_io.BytesIO object> in <object object>"
 
 
 @pytest.mark.parametrize(("source", "words"), IMAGE_REFUSED)

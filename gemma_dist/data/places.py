@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import pyarrow as pa
 
-from gemma_dist.data.strict import error_context, short
+from gemma_dist.data.strict import error_context, reason, short
 from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError, setting
 
@@ -74,7 +74,7 @@ def whole_file(path: Path) -> Iterator[None]:
     try:
         yield
     except BROKEN_FILE as error:
-        raise DataError(f"{path}: cannot be read to its end: {error}; restore the file") from error
+        raise DataError(f"{path}: cannot be read to its end: {reason(error).rstrip('.')}; restore the file") from error
 
 
 def inside(folder: Path, index: str, name: object) -> Path:

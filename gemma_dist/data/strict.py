@@ -6,6 +6,7 @@ must not lose anything silently, so all three are refused here.
 
 import json
 import math
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from gemma_dist.gemma_format import MAX_DEPTH
 
 Value = TypeVar("Value")
 
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+\b")
 _shortener = reprlib.Repr()
 _shortener.maxlevel, _shortener.maxdict, _shortener.maxlist = 2, 4, 4
 _shortener.maxstring = _shortener.maxother = 80
@@ -32,8 +34,10 @@ def short(value: object) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an error of another library says, on one line of at most 200 characters, for an error message of ours."""
+    """What an error of another library says, on one line of at most 200 characters, for an error message of ours. An
+    object's address in memory, which is another one each time, is left out."""
     text = " ".join(str(getattr(error, "message", "") or error or type(error).__name__).split())
+    text = _ADDRESS.sub("", text)
     return text if len(text) <= 200 else f"{text[:120]} ... {text[-70:]}"
 
 

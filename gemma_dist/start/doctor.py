@@ -274,7 +274,7 @@ def _slurm() -> Iterator[Finding]:
     if shutil.which("sbatch") is None:
         yield Finding("Slurm", GOOD, "none here: runs are started by hand")
         return
-    told = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=True)
+    told = subprocess.run(["sbatch", "-V"], capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=True)
     job = os.environ.get("SLURM_JOB_ID")
     yield Finding("Slurm", GOOD, told.stdout.strip() + (f", within job {job}" if job else ""))
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gemma_dist.config import RunConfig
+from gemma_dist.config import RunConfig, option
 from gemma_dist.data.inputs import find_inputs
 from gemma_dist.errors import ConfigError
 from gemma_dist.family import SIZES, known_config
@@ -238,22 +238,22 @@ def _process_files(processes: str, folder: Path, wish: Wish) -> dict[str, str]:
 def _batch_script(out: Path, wish: Wish) -> str:
     """slurm/train.sbatch for this run, which takes nothing but settings to change."""
     script = (shipped(SCRIPTS) / "train.sbatch").read_text(encoding="utf-8")
-    _, mark, rest = script.partition("#SBATCH --job-name")
+    _, mark, rest = script.partition("#SBATCH ")
     head = [
         "#!/bin/bash",
         f"# sbatch {out / 'train.sbatch'} [key=value ...]     from this folder, beside slurm/",
         "# It comes back by itself after the time limit, a preemption, a crash: docs/slurm.md of gemma_dist.",
         "#",
     ]
-    for option, value in (
+    for given, value in (
         ("nodes=2", f"nodes={wish.num_nodes}"),
         ("gres=gpu:8", f"gres=gpu:{wish.num_gpus}"),
         ("cpus-per-task=96", f"cpus-per-task={CPUS_PER_GPU * max(1, wish.num_gpus)}"),
     ):
-        if wish.num_gpus or not option.startswith("gres"):
-            rest = rest.replace(f"#SBATCH --{option}\n", f"#SBATCH --{value}\n")
+        if wish.num_gpus or not given.startswith("gres"):
+            rest = rest.replace(f"#SBATCH --{given}\n", f"#SBATCH --{value}\n")
         else:
-            rest = rest.replace(f"#SBATCH --{option}\n", "")
+            rest = rest.replace(f"#SBATCH --{given}\n", "")
     rest = re.sub(r"(?m)^usage=.*\n", "", rest)
     rest = rest.replace("=${1:?$usage}", f"={shlex.quote(str(out / 'accelerate.yaml'))}")
     rest = rest.replace("=${2:?$usage}\nshift 2\n", f"={shlex.quote(str(out / 'recipe.yaml'))}\n")
@@ -266,10 +266,11 @@ def _commands(out: Path, wish: Wish, processes: str, config: RunConfig, shards: 
     commands = []
     if shards != wish.data:
         longest = config.train.packing_length
-        limit = f" --max-length {longest} --too-long cut_turns" if longest else ""
+        limit = f" {option('max_length')} {longest} {option('too_long')} cut_turns" if longest else ""
         data = wish.data if is_url(wish.data) else shlex.quote(wish.data)
-        commands.append(f"gemma-dist shard {data} --model {shlex.quote(wish.model)}{limit} --out {shlex.quote(shards)}")
-    process_config = f"--accelerate-config {quoted['accelerate.yaml']}"
+        model, into = shlex.quote(wish.model), f"{option('out')} {shlex.quote(shards)}"
+        commands.append(f"gemma-dist shard {data} --model {model}{limit} {into}")
+    process_config = f"{option('accelerate_config')} {quoted['accelerate.yaml']}"
     commands.append(f"gemma-dist check {quoted['recipe.yaml']} {process_config}")
     if wish.gpu_memory is not None:
         commands.append(f"gemma-dist plan {quoted['recipe.yaml']} {process_config} --gpu-memory {wish.gpu_memory:g}GB")

@@ -6,6 +6,7 @@ written goes with the call. Never run on a GPU.
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -71,10 +72,10 @@ def _launched(folder: Path, name: str, num_gpus: int) -> list[dict[str, Any]] | 
     if name == "one GPU":
         return _steps(folder, "one", [sys.executable], {"CUDA_VISIBLE_DEVICES": "0"}, num_gpus)
     on_cpu = name.startswith("cpu_")
-    config = ["--config_file", str(shipped(PROCESSES) / f"{name}.yaml"), "--main_process_port", "0"]
-    processes = [] if on_cpu else ["--num_processes", str(num_gpus)]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *config, *processes]
-    return _steps(folder, name, launcher, HIDE_GPUS if on_cpu else {}, num_gpus)
+    num_processes = 2 if on_cpu else num_gpus
+    config = shlex.quote(str(shipped(PROCESSES) / f"{name}.yaml"))
+    launcher = f"accelerate launch --config_file {config} --num_processes {num_processes} --main_process_port 0"
+    return _steps(folder, name, shlex.split(launcher), HIDE_GPUS if on_cpu else {}, num_gpus)
 
 
 def _steps(
@@ -95,11 +96,12 @@ def _steps(
     words = ["-m", "gemma_dist", "train", str(recipe), *(f"{key}={value}" for key, value in settings.items())]
     package = str(Path(__file__).parents[2])
     paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # accelerate's, ninja
     try:
         done = subprocess.run(
             [*launcher, *words],
             cwd=shipped(PROCESSES).parent,  # the configs name files from there
-            env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", **environment},
+            env={**os.environ, "PATH": programs, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", **environment},
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,
