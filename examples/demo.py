@@ -112,7 +112,8 @@ def next_steps() -> str:
         f"gemma-dist chat {MERGED}": "talk to it",
         "README.md": "the same with your own rows, and a real Gemma 4",
     }
-    return "\n".join(f"  {what!s:<70} {why}" for what, why in words.items())
+    width = max(len(str(what)) for what in words)
+    return "\n".join(f"  {what!s:<{width}}   {why}" for what, why in words.items())
 
 
 def make_data_and_model() -> None:
@@ -176,11 +177,14 @@ def print_table(reports: dict[str, dict[str, Any]]) -> None:
         "answers": lambda report: report["metrics"]["answer_exact"],
         "answers from images": from_images,
     }
-    print(f"\n{'':<21}" + "".join(f"{name:>22}" for name in columns))
+    rows = [["", *columns]]
     for name, report in reports.items():
         cells = [column(report) for column in columns.values()]
-        shares = [f"{cell['value']:.1%} ({cell['numerator']} of {cell['denominator']})" for cell in cells]
-        print(f"{name:<21}" + "".join(f"{share:>22}" for share in shares))
+        rows.append([name, *(f"{one['value']:.1%} ({one['numerator']} of {one['denominator']})" for one in cells)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print()
+    for name, *shares in rows:
+        print("   ".join([f"{name:<{widths[0]}}", *map(str.rjust, shares, widths[1:])]))
 
 
 def from_images(report: dict[str, Any]) -> dict[str, Any]:

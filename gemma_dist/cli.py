@@ -161,8 +161,8 @@ def shard(
         say(f"part {part.number} of {part.of} is done; the same command without --part joins all parts")
 
 
-for command in (inspect, stats, check_prompts):
-    cli.add_command(command)
+for looks in (inspect, stats, check_prompts):
+    cli.add_command(looks)
 
 
 @cli.command(context_settings=UNKNOWN_TO_OVERRIDES)

@@ -221,7 +221,9 @@ class TrainConfig(EvalInTraining):
         None, gt=0, description="Seconds from a signal to stop until the run is killed; null: no limit is known."
     )
     logging_steps: int = Field(1, gt=0, description="Optimizer steps between printed lines.")
-    report_to: Literal["none", "tensorboard"] = Field("none", description="Where to log metrics besides metrics.jsonl.")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab"] = Field(
+        "none", description="Where to log metrics besides metrics.jsonl."
+    )
     resume_from_checkpoint: str = Field(
         "auto", description="A checkpoint folder, never, or auto: the newest complete checkpoint in output_dir, if any."
     )

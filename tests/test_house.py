@@ -62,9 +62,11 @@ WITHOUT_TORCH = [
     "plan.show",
     "plan.workload",
     "recipe",
+    "show.plot",
     "stream.order",
     "stream.packing",
     "topology",
+    "translate",
 ]
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 LITERALS = {"tiny_config"}  # a table of sizes

@@ -2,6 +2,7 @@
 
 import random
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from gemma_dist.evaluate.decision import ScoredDecision
 from gemma_dist.evaluate.markdown import report_page
 from gemma_dist.evaluate.report import Report, make_report
+from gemma_dist.evaluate.runs import where_to_look
 from gemma_dist.evaluate.score import FAILURES
 from tests.support.scoring import expecting, line, reading
 
@@ -183,3 +185,12 @@ def test_the_page_shows_what_matters_and_no_markup_of_others() -> None:
     assert "<script" not in page
     table = [row for row in page.splitlines() if row.startswith("|")]
     assert all(row.replace("\\|", "").count("|") in (3, 4, 5, 6, 7) for row in table)
+
+
+def test_an_evaluation_ends_with_the_figure_to_read_first_and_where_the_page_is() -> None:
+    found = report(*trajectory(1, True, False, True, True))
+    first, last = where_to_look(found, Path("out"))
+    assert first.startswith("read first: overall 75.0%, 3 of 4 decisions are right")
+    assert "out/report.html" in last
+    (only,) = where_to_look(report(), Path("out"))
+    assert only == last, "of no decision there is no figure"

@@ -23,7 +23,7 @@ from gemma_dist.evaluate.page import PageRun, write_page
 from gemma_dist.evaluate.report import Report, make_report
 from gemma_dist.files import writing
 from gemma_dist.health.facts import versions
-from gemma_dist.logs import JsonlWriter, log, read_jsonl, write_json
+from gemma_dist.logs import JsonlWriter, read_jsonl, write_json
 from gemma_dist.visible import masked
 
 if TYPE_CHECKING:
@@ -93,7 +93,6 @@ def write_results(out: Path, header: dict[str, Any], lines: list[ScoredDecision]
         temporary.write_text(report_page(report), encoding="utf-8")
     write_page(out / HTML, [PageRun(name_of(report), report, lines, tool_sets)], out)
     write_json(out / REPORT, report)
-    log.info("to look at: %s", out / HTML)
     return report
 
 

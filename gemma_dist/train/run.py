@@ -48,6 +48,7 @@ from gemma_dist.train.checkpoint import (
     whole_checkpoint,
 )
 from gemma_dist.train.evaluation import is_due_at_start
+from gemma_dist.train.loggers import require_logger
 from gemma_dist.train.memory import MemoryReport, MemoryWatch, gpu_at_hand
 from gemma_dist.train.owner import HEARTBEATS, lock_output_dir, own
 from gemma_dist.train.stop import StopRequests
@@ -127,6 +128,7 @@ def prepare(config: RunConfig, watch: MemoryWatch | None) -> Prepared:
     topology = current_topology()
     require_fit(config, topology)
     require_output_dir(config)
+    require_logger(config.train.report_to)
     _require_card(config)
     compile_operators(topology, train=True)
     run = resolve(config, topology)

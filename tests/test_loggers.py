@@ -1,0 +1,51 @@
+"""What train.report_to names: refused before a weight is read where it is not installed, else written offline."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from gemma_dist.errors import ConfigError
+from gemma_dist.train.loggers import require_logger
+from tests.support.corpus import row, shard_rows
+from tests.support.ranks import gemma_dist, long
+
+# What keeps each package on this machine, with {} for a folder, and what it leaves there. (TensorBoard: test_train.py.)
+OFFLINE = {
+    "wandb": ({"WANDB_MODE": "offline", "WANDB_DIR": "{}"}, "wandb/offline-run-*/*.wandb"),
+    "trackio": ({"TRACKIO_DIR": "{}/trackio"}, "trackio/**/*.db"),
+    "mlflow": ({"MLFLOW_TRACKING_URI": "sqlite:///{}/mlflow.db"}, "mlflow.db"),
+    "swanlab": ({"SWANLAB_MODE": "local", "SWANLAB_LOG_DIR": "{}/swanlog"}, "swanlog/run-*"),
+}
+
+
+def is_installed(name: str) -> bool:
+    found = find_spec(name)
+    return found is not None and found.origin is not None
+
+
+def test_a_package_that_is_not_there_is_named_with_what_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_logger("none")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a_logger_of_nobody").mkdir()  # a folder that it left behind is no package
+    with pytest.raises(ConfigError, match=r"`pip install a_logger_of_nobody`, or all of these"):
+        require_logger("a_logger_of_nobody")
+
+
+@long
+@pytest.mark.parametrize("name", OFFLINE)
+def test_a_run_is_logged_by_the_real_package_without_a_network(
+    name: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_installed(name):
+        pytest.skip(f"{name} is not installed: pip install 'gemma-dist[logging]'")
+    shard_rows(tmp_path, model, [row(1), row(2)])
+    environment, left = OFFLINE[name]
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value.format(tmp_path))
+    paths = [f"model_name_or_path={model}", f"data.train={tmp_path / 'shards'}", f"output_dir={tmp_path / 'out'}"]
+    gemma_dist("train", "launch/cpu_lora.yaml", *paths, "max_steps=2", "global_batch_size=1", f"report_to={name}")
+    assert list(tmp_path.glob(left)), sorted(map(str, tmp_path.rglob("*")))[:50]
