@@ -13,8 +13,8 @@ from gemma_dist.cli import cli
 from gemma_dist.errors import CheckpointError, DataError, PeerError
 
 VERBS = [
-    *("init", "recipes", "tiny", "shard", "inspect", "stats", "check-prompts", "check", "plan", "batches", "health"),
-    *("train", "plot", "evaluate", "score", "compare", "read-calls", "act", "chat", "merge", "export"),
+    *("doctor", "init", "recipes", "tiny", "shard", "inspect", "stats", "check-prompts", "check", "plan", "batches"),
+    *("health", "train", "plot", "evaluate", "score", "compare", "read-calls", "act", "chat", "merge", "export"),
     *("export-rollouts", "extract"),
     *("check-model", "card", "serve", "push"),
 ]

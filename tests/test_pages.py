@@ -217,7 +217,7 @@ def test_runs_are_told_apart_by_their_folders() -> None:
 
 
 def test_what_is_not_finite_and_what_is_no_step_are_left_out() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"step": 1, "loss": math.nan},
         {"step": 2, "loss": 5.0},
         {"step": 2, "loss": 4.0},

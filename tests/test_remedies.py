@@ -38,6 +38,7 @@ OWNERS = {
     "chat/run.py": "chat",
     "chat/tools.py": "chat",
     "start/init.py": "init",
+    "translate.py": "shard",
     "shards/assemble.py": "shard",
     "shards/folder.py": "shard",
     "shards/sharding.py": "shard",
