@@ -13,20 +13,8 @@ from gemma_dist.cli import cli
 from gemma_dist.errors import CheckpointError, DataError, PeerError
 
 VERBS = [
-    *(
-        "init",
-        "recipes",
-        "tiny",
-        "shard",
-        "inspect",
-        "stats",
-        "check-prompts",
-        "check",
-        "plan",
-        "batches",
-        "health",
-        "train",
-    ),
+    *("doctor", "init", "recipes", "tiny"),
+    *("shard", "inspect", "stats", "check-prompts", "check", "plan", "batches", "health", "train"),
     *("evaluate", "score", "compare", "read-calls", "chat", "merge", "export", "extract"),
     *("check-model", "card", "serve", "push"),
 ]
