@@ -1,7 +1,7 @@
 """What pyproject.toml cannot say: a wheel carries the recipes, accelerate configs, batch scripts and tested versions.
 
-They lie beside the package, where people edit them, and go into gemma_dist/shipped/ of what is built; gemma_dist/
-shipped.py finds them in either place. An editable install reads those of the checkout.
+They lie beside the package, where people edit them, and go into gemma_dist/share/ of what is built; `shipped.py` finds
+them in either place. An editable install reads those of the checkout.
 """
 
 import shutil
@@ -22,7 +22,7 @@ class BuildWithShipped(build_py):
         super().run()
         if self.editable_mode:
             return
-        target = Path(self.build_lib) / "gemma_dist" / "shipped"
+        target = Path(self.build_lib) / "gemma_dist" / "share"
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
         for name in SHIPPED:

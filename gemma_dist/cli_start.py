@@ -83,7 +83,7 @@ def init(
     num_nodes: int,
     tuning: str | None,
 ) -> None:
-    """Write recipe, accelerate config and batch script to OUT.
+    """Write a recipe, and what launches it, to OUT.
 
     Asks for what no option says. The recipe is the one of `gemma-dist recipes` for this model that is planned to fit.
     """

@@ -1,6 +1,6 @@
 """The files that come with the package: recipes, accelerate configs, batch scripts, the versions that were tested.
 
-In a checkout they lie beside the package, where people edit them; a wheel carries them in `gemma_dist/shipped/`, where
+In a checkout they lie beside the package, where people edit them; a wheel carries them in `gemma_dist/share/`, where
 `setup.py` puts them.
 """
 
@@ -28,7 +28,7 @@ class Recipe(NamedTuple):
 def shipped(name: str) -> Path:
     """A folder or file that comes with the package: one of the names above, or a path in one."""
     package = Path(__file__).parent
-    installed = package / "shipped"
+    installed = package / "share"
     return (installed if installed.is_dir() else package.parent) / name
 
 
