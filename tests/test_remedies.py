@@ -64,14 +64,7 @@ OWNERS = {
 def syntax_trees() -> Iterator[tuple[str, ast.Module]]:
     """Each module of the package but those of the command line, by its path."""
     for path in sorted(FOLDER.rglob("*.py")):
-        if path.name not in (
-            "cli.py",
-            "cli_chat.py",
-            "cli_evaluate.py",
-            "cli_look.py",
-            "cli_merge.py",
-            "cli_serving.py",
-        ):
+        if path.name != "__main__.py" and not path.name.startswith("cli"):
             yield str(path.relative_to(FOLDER)), ast.parse(path.read_text(encoding="utf-8"))
 
 
