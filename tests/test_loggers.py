@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gemma_dist.errors import ConfigError
-from gemma_dist.train.loggers import require_logger
+from gemma_dist.train.loggers import explain_setup, require_logger
 from tests.support.corpus import row, shard_rows
 from tests.support.ranks import gemma_dist, long
 
@@ -15,7 +15,7 @@ OFFLINE = {
     "wandb": ({"WANDB_MODE": "offline", "WANDB_DIR": "{}"}, "wandb/offline-run-*/*.wandb"),
     "trackio": ({"TRACKIO_DIR": "{}/trackio"}, "trackio/**/*.db"),
     "mlflow": ({"MLFLOW_TRACKING_URI": "sqlite:///{}/mlflow.db"}, "mlflow.db"),
-    "swanlab": ({"SWANLAB_MODE": "local", "SWANLAB_LOG_DIR": "{}/swanlog"}, "swanlog/run-*"),
+    "swanlab": ({"SWANLAB_MODE": "offline", "SWANLAB_LOG_DIR": "{}/swanlog"}, "swanlog/run-*"),
 }
 
 
@@ -35,6 +35,18 @@ def test_a_package_that_is_not_there_is_named_with_what_installs_it(
         require_logger("a_logger_of_nobody")
 
 
+def test_a_package_that_cannot_begin_ends_the_run_in_plain_words() -> None:
+    class WandbCallback:
+        def setup(self, number: int) -> int:
+            return 1 // number
+
+    callback = WandbCallback()
+    explain_setup([object(), callback], "wandb")
+    assert callback.setup(1) == 1
+    with pytest.raises(ConfigError, match=r"train\.report_to: wandb cannot begin: integer division .*\nlog in, or"):
+        callback.setup(0)
+
+
 @long
 @pytest.mark.parametrize("name", OFFLINE)
 def test_a_run_is_logged_by_the_real_package_without_a_network(
@@ -47,5 +59,13 @@ def test_a_run_is_logged_by_the_real_package_without_a_network(
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value.format(tmp_path))
     paths = [f"model_name_or_path={model}", f"data.train={tmp_path / 'shards'}", f"output_dir={tmp_path / 'out'}"]
-    gemma_dist("train", "launch/cpu_lora.yaml", *paths, "max_steps=2", "global_batch_size=1", f"report_to={name}")
+    gemma_dist(
+        "train",
+        "launch/cpu_lora.yaml",
+        *paths,
+        "max_steps=2",
+        "per_device_train_batch_size=1",
+        "global_batch_size=1",
+        f"report_to={name}",
+    )
     assert list(tmp_path.glob(left)), sorted(map(str, tmp_path.rglob("*")))[:50]

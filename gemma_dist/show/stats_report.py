@@ -116,7 +116,7 @@ def _lengths(stats: CorpusStats) -> Iterator[str]:
 
 def _line(name: str, cells: "tuple[str, ...] | list[str]") -> str:
     """A line of the table of lengths, its cells aligned to the right."""
-    return f"{name:<15}" + "".join(f"{cell:>{NUMBER}}" for cell in cells)
+    return f"{name:<15}" + "".join(f" {cell:>{NUMBER - 1}}" for cell in cells)
 
 
 def _tools(stats: CorpusStats) -> Iterator[str]:

@@ -5,8 +5,9 @@ of the environment that are their own; docs/one_gpu.md has them.
 """
 
 from importlib.util import find_spec
+from typing import Any
 
-from gemma_dist.errors import ConfigError
+from gemma_dist.errors import ConfigError, GemmaDistError
 
 
 def require_logger(report_to: str) -> None:
@@ -19,3 +20,25 @@ def require_logger(report_to: str) -> None:
             f"train.report_to: {report_to}, but its package is not installed: `pip install {report_to}`, or all of "
             "these by `pip install 'gemma-dist[logging]'`; none: metrics.jsonl alone, which `gemma-dist plot` draws"
         )
+
+
+def explain_setup(callbacks: list[Any], report_to: str) -> None:
+    """Let a package that cannot begin (no account, no network, a part of it not installed) end the run in plain words:
+    as a ConfigError, at the start, with what the package says."""
+    for callback in callbacks:
+        setup = getattr(callback, "setup", None)  # of the callbacks of transformers for such packages alone
+        if setup is None or report_to not in type(callback).__name__.lower():
+            continue
+
+        def explained(*args: Any, setup: Any = setup, **kwargs: Any) -> Any:
+            try:
+                return setup(*args, **kwargs)
+            except GemmaDistError:
+                raise
+            except Exception as error:
+                raise ConfigError(
+                    f"train.report_to: {report_to} cannot begin: {error}\nlog in, or keep its figures on this machine "
+                    "as docs/one_gpu.md says, or set train.report_to: none"
+                ) from error
+
+        callback.setup = explained
