@@ -30,7 +30,7 @@ def is_valid(schema: Any) -> bool:
 
 def test_what_is_plainly_valid_is_valid() -> None:
     rng = random.Random(0)
-    schemas = [{keyword: value} for keyword in KEYWORDS for value in VALUES]
+    schemas: list[Any] = [{keyword: value} for keyword in KEYWORDS for value in VALUES]
     for _ in range(300):
         inner: Any = {rng.choice(KEYWORDS): rng.choice(VALUES) for _ in range(2)}
         outer: Any = rng.choice([{"properties": {"type": inner}}, {"items": inner}, {"anyOf": [{}, inner]}])
@@ -59,7 +59,7 @@ def test_what_is_not_plain_is_asked_about(schema: Any) -> None:
 
 def test_what_plainly_fits_fits() -> None:
     rng = random.Random(0)
-    values = [*VALUES, {"a": 1}, {"a": True, "b": "x"}, {"a": 1.0}, {"b": {"a": ["a"]}}, [["a"]], [1, "a"]]
+    values: list[Any] = [*VALUES, {"a": 1}, {"a": True, "b": "x"}, {"a": 1.0}, {"b": {"a": ["a"]}}, [["a"]], [1, "a"]]
     inner: list[Any] = [True, False, {}, *({key: value} for key in KEYWORDS for value in VALUES)]
     inner = [schema for schema in inner if is_plainly_valid(schema)]
     schemas = list(inner)
@@ -76,4 +76,5 @@ def test_arguments_as_calls_have_them_plainly_fit() -> None:
     days = {"type": "array", "items": {"type": "integer"}, "description": "Of the week."}
     schema: Any = {"type": "object", "properties": {"city": {"enum": ["Rome"]}, "days": days}, "required": ["city"]}
     assert plainly_fits({"city": "Rome", "days": [1, 2]}, schema)
-    assert not any(plainly_fits(value, schema) for value in ({}, {"city": "Oslo"}, {"city": "Rome", "days": ["1"]}))
+    misfits: list[Any] = [{}, {"city": "Oslo"}, {"city": "Rome", "days": ["1"]}]
+    assert not any(plainly_fits(value, schema) for value in misfits)
