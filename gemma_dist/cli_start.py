@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma_dist.options import NEW, SettingsCommand, say
+from gemma_dist.options import EXISTING, NEW, SettingsCommand, say
 
 if TYPE_CHECKING:
     from gemma_dist.config import HealthConfig
@@ -74,8 +74,12 @@ def _asked(value: Any, question: str, option: str, *, default: Any = None, kind:
 @click.option("--gpu-memory", metavar="SIZE", help="Memory of each, by its size as sold: 24GB. Default: as found here.")
 @click.option("--num-nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Number of nodes.")
 @click.option("--tuning", type=click.Choice(["qlora", "lora", "full"]), help="What to train; default: what fits best.")
+@click.option(
+    "--from", "theirs", type=EXISTING, help="Config of TRL, axolotl … (YAML): say it as a recipe, ask nothing."
+)
 def init(
     out: Path,
+    theirs: Path | None,
     model: str | None,
     data: str | None,
     num_gpus: int | None,
@@ -87,6 +91,11 @@ def init(
 
     Asks for what no option says. The recipe is the one of `gemma-dist recipes` for this model that is planned to fit.
     """
+    if theirs is not None:
+        from gemma_dist.start.theirs import init_from
+
+        say(init_from(out, theirs))
+        return
     from gemma_dist.family import hub_name
     from gemma_dist.health.gpus import gpus_at_hand
     from gemma_dist.plan.margin import parse_memory

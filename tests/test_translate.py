@@ -10,6 +10,7 @@ from gemma_dist import recipe, translate_names
 from gemma_dist.config import RunConfig, ShardConfig
 from gemma_dist.errors import ConfigError
 from gemma_dist.recipe import load_config
+from gemma_dist.start.theirs import init_from
 from gemma_dist.translate import PAGE, Translated, translate, translate_file, with_name_tables
 
 MODEL = "google/gemma-4-E4B-it"
@@ -200,3 +201,16 @@ def test_the_tables_name_settings_that_are_there() -> None:
 def test_the_page_has_the_tables_of_today() -> None:
     page = (Path(__file__).parents[1] / PAGE).read_text(encoding="utf-8")
     assert with_name_tables(page) == page, "write it anew: python -m gemma_dist.translate"
+
+
+@pytest.mark.parametrize("tool", CONFIGS)
+def test_init_writes_a_recipe_and_says_what_comes_next(tmp_path: Path, tool: str) -> None:
+    theirs = tmp_path / "theirs.yaml"
+    theirs.write_text(CONFIGS[tool])
+    said = init_from(tmp_path / "out", theirs)
+    written = load_config(tmp_path / "out" / "recipe.yaml")
+    assert (written.tuning, written.lora.r if written.lora else None) == ("qlora", 32)
+    assert f"a config of {tool};" in said
+    assert f"--model {MODEL}" in said
+    with pytest.raises(ConfigError, match="is there already"):
+        init_from(tmp_path / "out", theirs)
