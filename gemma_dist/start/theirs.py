@@ -25,8 +25,8 @@ def init_from(out: Path, theirs: Path) -> str:
     model = translated.recipe.get("model", {}).get("model_name_or_path", "MODEL")
     return "\n".join(
         [
-            f"wrote {path}, from a config of {translated.tool}; its last lines say which {len(translated.left_out)} "
-            "settings have no place in it, and why",
+            f"wrote {path}, from a config of {translated.tool}",
+            *(f"left out, {said}: {why}" for said, why in translated.left_out.items()),
             *(f"to be settled in it: {problem}" for problem in translated.problems),
             "next:",
             f"  {translated.shard_command(shlex.quote(str(model)))}",
