@@ -210,7 +210,7 @@ def test_init_writes_a_recipe_and_says_what_comes_next(tmp_path: Path, tool: str
     said = init_from(tmp_path / "out", theirs)
     written = load_config(tmp_path / "out" / "recipe.yaml")
     assert (written.tuning, written.lora.r if written.lora else None) == ("qlora", 32)
-    assert f"a config of {tool};" in said
+    assert f"a config of {tool}\n" in said
     assert f"--model {MODEL}" in said
     with pytest.raises(ConfigError, match="is there already"):
         init_from(tmp_path / "out", theirs)
