@@ -76,4 +76,5 @@ def test_arguments_as_calls_have_them_plainly_fit() -> None:
     days = {"type": "array", "items": {"type": "integer"}, "description": "Of the week."}
     schema: Any = {"type": "object", "properties": {"city": {"enum": ["Rome"]}, "days": days}, "required": ["city"]}
     assert plainly_fits({"city": "Rome", "days": [1, 2]}, schema)
-    assert not any(plainly_fits(value, schema) for value in ({}, {"city": "Oslo"}, {"city": "Rome", "days": ["1"]}))
+    misfits: list[Any] = [{}, {"city": "Oslo"}, {"city": "Rome", "days": ["1"]}]
+    assert not any(plainly_fits(value, schema) for value in misfits)

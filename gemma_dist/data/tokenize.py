@@ -63,8 +63,8 @@ class TextTokenizer:
             return {}
         tokens = _as_array(tokenize(self._backend, TURN.join(pieces)))
         starts = _starts(pieces, len(TURN))
-        ends = starts + list(map(len, pieces))
-        firsts, lasts = np.searchsorted(tokens[:, 1], [starts, ends])
+        ends = starts + np.fromiter(map(len, pieces), np.int32, len(pieces))
+        firsts, lasts = np.searchsorted(tokens[:, 1], np.stack([starts, ends]))
         tokens[:, 1:] -= starts[np.searchsorted(starts, tokens[:, 1], "right") - 1][:, None]
         places = zip(firsts.tolist(), lasts.tolist(), strict=True)
         learned = {piece: tokens[first:last] for piece, (first, last) in zip(pieces, places, strict=True)}
