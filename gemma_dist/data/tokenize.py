@@ -63,7 +63,7 @@ class TextTokenizer:
             return {}
         tokens = _as_array(tokenize(self._backend, TURN.join(pieces)))
         starts = _starts(pieces, len(TURN))
-        ends = starts + list(map(len, pieces))
+        ends = starts + np.fromiter(map(len, pieces), np.int32, len(pieces))
         firsts, lasts = np.searchsorted(tokens[:, 1], np.stack([starts, ends]))
         tokens[:, 1:] -= starts[np.searchsorted(starts, tokens[:, 1], "right") - 1][:, None]
         places = zip(firsts.tolist(), lasts.tolist(), strict=True)
