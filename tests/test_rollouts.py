@@ -156,7 +156,7 @@ def test_trl_trains_on_the_ids_of_the_file(tmp_path: Path, model: str) -> None:
         names = ("prompt_ids", "completion_ids", "env_mask", "reward")
         return {name: [row[name] for row in found] for name in names} | {"logprobs": None}
 
-    class Watched(GRPOTrainer):  # type: ignore[misc]
+    class Watched(GRPOTrainer):
         def _generate_and_score_completions(self, inputs: Any) -> Any:
             batch = super()._generate_and_score_completions(inputs)
             batches.append(batch)
