@@ -107,7 +107,7 @@ def export(
 )
 @click.option("--whole", is_flag=True, help="Refuse runs that have to be cut into several rollouts.")
 def export_rollouts(runs: Path, out: Path, layout: Literal["trl", "verl"], whole: bool) -> None:
-    """Write own runs as rollouts for GRPO of TRL or for verl.
+    """Write own runs as rollouts for TRL or verl to learn from.
 
     RUNS is a folder that `act` wrote. Each rollout has the ids of its prompt, those that followed, a mask of what the
     model sampled, and the reward; the file is read back and compared with RUNS, id by id.
