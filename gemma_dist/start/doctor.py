@@ -20,14 +20,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from gemma_dist.files import size
 from gemma_dist.health.facts import LEAST_SHM, PACKAGES, SHM, existing
 from gemma_dist.health.gpus import driver_version, gpus_at_hand, look_at_gpus
 from gemma_dist.shipped import TESTED, shipped
 
-GOOD, NOTE, FAULT = "good", "note", "fault"
+GOOD: Final = "good"
+NOTE: Final = "note"  # slower, or not tested
+FAULT: Final = "fault"  # a run may fail
 LEAST_FREE = 30 << 30  # bytes of the hub's cache: a model of 12B in bfloat16 and what is made of it
 LARGEST_HEAD = 512  # of Gemma 4's full layers
 TOOL_TIMEOUT_S = 30.0
@@ -38,7 +40,7 @@ class Finding:
     """What was found of one thing."""
 
     what: str
-    state: Literal["good", "note", "fault"]  # note: slower, or not tested; fault: a run may fail
+    state: Literal["good", "note", "fault"]
     found: str
     remedy: str = ""
 
