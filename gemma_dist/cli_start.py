@@ -124,7 +124,7 @@ def _only_asked(default: Any) -> Any:
 @click.option("--train", "trains", is_flag=True, help="Also take two tiny steps of each launch: minutes.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def doctor(trains: bool, as_json: bool) -> None:
-    """Say what this machine lacks for a run, and what to do.
+    """Look at this machine for what a run needs, with remedies.
 
     Versions, GPUs, 4-bit weights, exchanges, attention, DeepSpeed's compiler, disks, memory, Slurm, network. --train
     compares a tiny run of each launch on the devices that are here with the CPU's. Exit code 5: a run may fail here.
