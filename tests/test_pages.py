@@ -219,7 +219,7 @@ def test_runs_are_told_apart_by_their_folders() -> None:
 
 
 def test_what_is_not_finite_and_what_is_no_step_are_left_out() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"step": 1, "loss": math.nan},
         {"step": 2, "loss": 5.0},
         {"step": 2, "loss": 4.0},
@@ -278,7 +278,7 @@ def test_a_line_of_a_step_says_how_long_the_others_will_take(tmp_path: Path, mon
     said = io.StringIO()
     monkeypatch.setattr(log, "handlers", [logging.StreamHandler(said)])
     monkeypatch.setattr(log, "propagate", False)
-    monkeypatch.setattr(log, "level", logging.INFO)
+    log.setLevel(logging.INFO)  # as `start_logging` does
     run = RunLog(tmp_path / "metrics.jsonl", start_step=100, num_steps=1000)
     figures = {"loss": 1.0, "entropy": 1.0, "token_accuracy": 0.5, "grad_norm": 1.0, "learning_rate": 1e-4}
     for step in (101, 102, 103, 105):
