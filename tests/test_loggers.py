@@ -14,7 +14,7 @@ from tests.support.ranks import gemma_dist, long
 OFFLINE = {
     "wandb": ({"WANDB_MODE": "offline", "WANDB_DIR": "{}"}, "wandb/offline-run-*/*.wandb"),
     "trackio": ({"TRACKIO_DIR": "{}/trackio"}, "trackio/**/*.db"),
-    "mlflow": ({"MLFLOW_TRACKING_URI": "sqlite:///{}/mlflow.db"}, "mlflow.db"),
+    "mlflow": ({"MLFLOW_TRACKING_URI": "file://{}/mlruns", "MLFLOW_ALLOW_FILE_STORE": "true"}, "mlruns/*/*/metrics/*"),
     "swanlab": ({"SWANLAB_MODE": "offline", "SWANLAB_LOG_DIR": "{}/swanlog"}, "swanlog/run-*"),
 }
 

@@ -3,7 +3,9 @@
 import base64
 import hashlib
 import html
+import io
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -270,21 +272,22 @@ def test_a_png_is_one_or_says_what_is_missing(tmp_path: Path, capsys: pytest.Cap
         assert out.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_line_of_a_step_says_how_long_the_others_will_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_line_of_a_step_says_how_long_the_others_will_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0, 60, 61, 62, 82])  # seconds: the first step is slow; of the last line there are two steps
     monkeypatch.setattr("gemma_dist.logs.time.perf_counter", lambda: float(next(clock)))
-    monkeypatch.setattr(log, "propagate", True)
+    said = io.StringIO()
+    monkeypatch.setattr(log, "handlers", [logging.StreamHandler(said)])
+    monkeypatch.setattr(log, "propagate", False)
+    log.setLevel(logging.INFO)  # as `start_logging` does
     run = RunLog(tmp_path / "metrics.jsonl", start_step=100, num_steps=1000)
     figures = {"loss": 1.0, "entropy": 1.0, "token_accuracy": 0.5, "grad_norm": 1.0, "learning_rate": 1e-4}
-    with caplog.at_level("INFO"):
-        for step in (101, 102, 103, 105):
-            run.write(step, {**figures, "target_tokens": 50}, num_tokens=400)
+    for step in (101, 102, 103, 105):
+        run.write(step, {**figures, "target_tokens": 50}, num_tokens=400)
     run.close()
-    left = [re.search(r"(\S+ \w+(?: \d+ min)?) left", line)[1] for line in caplog.messages]  # type: ignore[index]
+    lines = said.getvalue().splitlines()
+    left = [re.search(r"(\S+ \w+(?: \d+ min)?) left", line)[1] for line in lines]  # type: ignore[index]
     assert left == ["14 h 59 min", "15 min", "15 min", "28 min"]
-    assert "400 tokens/s (50 trained)" in caplog.messages[1]
+    assert "400 tokens/s (50 trained)" in lines[1]
 
 
 @pytest.mark.parametrize(
