@@ -31,6 +31,7 @@ RECIPE = Path(__file__).parents[1] / "launch" / "cpu_lora.yaml"
 OWNERS = {
     "chat/run.py": "chat",
     "chat/tools.py": "chat",
+    "translate.py": "shard",
     "shards/assemble.py": "shard",
     "shards/folder.py": "shard",
     "shards/sharding.py": "shard",
