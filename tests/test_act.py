@@ -193,6 +193,7 @@ def test_what_cannot_be_used_is_told_before_a_model_is_loaded(tools: ToolServer)
     for functions, told in {
         Functions("act_tools:nothing"): "--tools act_tools:nothing cannot be loaded: AttributeError",
         Functions("act_tools:TOOLS", "act_tools"): "--check act_tools is no MODULE:FUNCTION",
+        Functions("act_tools:TOOLS", "act_tools:count"): "--check act_tools:count is int, no function",
         Functions("act_tools:check"): "the tool check cannot be declared",
     }.items():
         with pytest.raises(ConfigError, match=told):
