@@ -471,6 +471,25 @@ def test_what_does_not_go_together_is_refused_by_name(act: Act, model: str, caps
     assert "tasks 1 and 2 are both called task-0" in capsys.readouterr().err
 
 
+def test_kept_rows_take_the_place_of_nothing_else(act: Act, tmp_path: Path, capsys: Any) -> None:
+    out, others, kept = tmp_path / "out", tmp_path / "others.jsonl", tmp_path / "new/kept.jsonl"
+    others.write_text("{}\n")
+    with standing_in(agent) as server:
+        words = ("--server", server.url, *FUNCTIONS, "--keep")
+        for name in (out, out / "runs.jsonl", out / "report.json", out / "run.json"):
+            act("out", [task(0)], *words, name, code=2)
+            assert "is --out, or a file that it gets" in capsys.readouterr().err
+        assert not out.exists(), "before a run was done"
+        act("out", [task(0)], *words, kept)
+        (out / "report.json").unlink()  # as a kill leaves it, just before the end
+        (out / ".runs-0.jsonl").write_bytes((out / "runs.jsonl").read_bytes())
+        act("out", [task(0)], *words, others, code=2)
+        assert f"--keep {others} exists already" in capsys.readouterr().err
+        act("out", [task(0)], *words, kept)
+    assert others.read_text() == "{}\n"
+    assert [one["id"] for one in read_jsonl(kept)] == ["task-0/run-1"]
+
+
 def test_a_run_that_cannot_be_judged_is_told_and_the_others_are_kept(act: Act, capsys: Any) -> None:
     tasks = [task(0), {**task(1), "id": "odd"}, task(13)]
     with standing_in(agent) as server:
