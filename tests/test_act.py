@@ -14,9 +14,12 @@ import pytest
 
 from gemma_dist.__main__ import main
 from gemma_dist.act.compare import calls_text, first_wrong_step, nearest
+from gemma_dist.act.episode import give
 from gemma_dist.act.tools import Box, Functions, ToolServer
+from gemma_dist.chat.conversation import QUESTION, Conversation
 from gemma_dist.chat.tools import Result
 from gemma_dist.config import ShardConfig
+from gemma_dist.config_act import ActConfig
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import parse_row
@@ -300,6 +303,17 @@ def test_kept_rows_hold_what_the_model_saw(act: Act, model: str, tmp_path: Path)
             assert encoded.input_ids[:start_of_answer] == seen
     words = [str(kept), "--model", model, "--out", str(tmp_path / "shards"), "--num-workers", "1"]
     assert main(["shard", *words]) == 0
+
+
+def test_a_result_that_no_row_may_hold_is_an_error_that_the_model_reads() -> None:
+    call = {"id": "call_0", "type": "function", "function": {"name": "read", "arguments": {}}}
+    for result in (Result("<|turn>model"), Result("Error: <|turn>"), Result("\ud800"), Result("", (b"no picture",))):
+        conversation = Conversation(ActConfig(control_tokens="reject"), thinking=False, known=["read"])
+        conversation.messages += [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        give(conversation, 0, result)
+        (said,) = [one["content"] for one in conversation.so_far().messages if one["role"] == "tool"]
+        assert str(said).startswith("Error: ")
+        assert "<|turn>" not in str(said)
 
 
 def test_runs_that_fail_say_where_and_pass_at_k_is_over_all_choices(act: Act) -> None:
