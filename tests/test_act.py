@@ -15,6 +15,7 @@ import pytest
 from gemma_dist.__main__ import main
 from gemma_dist.act.compare import calls_text, first_wrong_step, nearest
 from gemma_dist.act.episode import give
+from gemma_dist.act.tasks import read_tasks
 from gemma_dist.act.tools import Box, Functions, ToolServer
 from gemma_dist.chat.conversation import QUESTION, Conversation
 from gemma_dist.chat.tools import Result
@@ -483,6 +484,19 @@ def test_what_does_not_go_together_is_refused_by_name(act: Act, model: str, caps
         assert told in capsys.readouterr().err
     act("out", [task(0), task(0)], *live, "--declare", "rows", code=2)
     assert "tasks 1 and 2 are both called task-0" in capsys.readouterr().err
+
+
+def test_a_task_of_any_layout_may_end_with_the_words_of_its_user(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "Draw 1."}]
+    given = [
+        {"messages": said},
+        {"messages": json.dumps(said)},
+        {"conversations": said},
+        {"conversations": [{"from": "human", "value": "Draw 1."}]},
+    ]
+    tasks = list(read_tasks(write_rows(tmp_path / "tasks.jsonl", given), None, ActConfig()))
+    assert [(dict(task.row), task.has_gold) for task in tasks] == [(one, False) for one in given]
+    assert all(task.given(0, task.length) == said for task in tasks)
 
 
 def test_kept_rows_take_the_place_of_nothing_else(act: Act, tmp_path: Path, capsys: Any) -> None:
