@@ -512,7 +512,7 @@ def test_kept_rows_take_the_place_of_nothing_else(act: Act, tmp_path: Path, caps
         (out / "report.json").unlink()  # as a kill leaves it, just before the end
         (out / ".runs-0.jsonl").write_bytes((out / "runs.jsonl").read_bytes())
         act("out", [task(0)], *words, others, code=2)
-        assert f"--keep {others} exists already" in capsys.readouterr().err
+        assert f"{others} exists already" in capsys.readouterr().err
         act("out", [task(0)], *words, kept)
     assert others.read_text() == "{}\n"
     assert [one["id"] for one in read_jsonl(kept)] == ["task-0/run-1"]

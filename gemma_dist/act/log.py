@@ -106,7 +106,7 @@ def write_lines(path: Path, lines: Iterator[dict[str, Any]], *, replace: bool = 
 
 def exists_already(keep: Path) -> ConfigError:
     """What is said of a file for kept rows that somebody else wrote."""
-    return ConfigError(f"--keep {keep} exists already; name another file or remove it")
+    return ConfigError(f"{keep} exists already; name another file or remove it")
 
 
 def _ended(line: dict[str, Any], part: Path, start: int, stop: int) -> Ended:
