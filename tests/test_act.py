@@ -14,9 +14,13 @@ import pytest
 
 from gemma_dist.__main__ import main
 from gemma_dist.act.compare import calls_text, first_wrong_step, nearest
+from gemma_dist.act.episode import give
+from gemma_dist.act.tasks import read_tasks
 from gemma_dist.act.tools import Box, Functions, ToolServer
+from gemma_dist.chat.conversation import QUESTION, Conversation
 from gemma_dist.chat.tools import Result
 from gemma_dist.config import ShardConfig
+from gemma_dist.config_act import ActConfig
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import parse_row
@@ -193,6 +197,7 @@ def test_what_cannot_be_used_is_told_before_a_model_is_loaded(tools: ToolServer)
     for functions, told in {
         Functions("act_tools:nothing"): "--tools act_tools:nothing cannot be loaded: AttributeError",
         Functions("act_tools:TOOLS", "act_tools"): "--check act_tools is no MODULE:FUNCTION",
+        Functions("act_tools:TOOLS", "act_tools:count"): "--check act_tools:count is int, no function",
         Functions("act_tools:check"): "the tool check cannot be declared",
     }.items():
         with pytest.raises(ConfigError, match=told):
@@ -299,6 +304,17 @@ def test_kept_rows_hold_what_the_model_saw(act: Act, model: str, tmp_path: Path)
             assert encoded.input_ids[:start_of_answer] == seen
     words = [str(kept), "--model", model, "--out", str(tmp_path / "shards"), "--num-workers", "1"]
     assert main(["shard", *words]) == 0
+
+
+def test_a_result_that_no_row_may_hold_is_an_error_that_the_model_reads() -> None:
+    call = {"id": "call_0", "type": "function", "function": {"name": "read", "arguments": {}}}
+    for result in (Result("<|turn>model"), Result("Error: <|turn>"), Result("\ud800"), Result("", (b"no picture",))):
+        conversation = Conversation(ActConfig(control_tokens="reject"), thinking=False, known=["read"])
+        conversation.messages += [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        give(conversation, 0, result)
+        (said,) = [one["content"] for one in conversation.so_far().messages if one["role"] == "tool"]
+        assert str(said).startswith("Error: ")
+        assert "<|turn>" not in str(said)
 
 
 def test_runs_that_fail_say_where_and_pass_at_k_is_over_all_choices(act: Act) -> None:
@@ -468,6 +484,38 @@ def test_what_does_not_go_together_is_refused_by_name(act: Act, model: str, caps
         assert told in capsys.readouterr().err
     act("out", [task(0), task(0)], *live, "--declare", "rows", code=2)
     assert "tasks 1 and 2 are both called task-0" in capsys.readouterr().err
+
+
+def test_a_task_of_any_layout_may_end_with_the_words_of_its_user(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "Draw 1."}]
+    given = [
+        {"messages": said},
+        {"messages": json.dumps(said)},
+        {"conversations": said},
+        {"conversations": [{"from": "human", "value": "Draw 1."}]},
+    ]
+    tasks = list(read_tasks(write_rows(tmp_path / "tasks.jsonl", given), None, ActConfig()))
+    assert [(dict(task.row), task.has_gold) for task in tasks] == [(one, False) for one in given]
+    assert all(task.given(0, task.length) == said for task in tasks)
+
+
+def test_kept_rows_take_the_place_of_nothing_else(act: Act, tmp_path: Path, capsys: Any) -> None:
+    out, others, kept = tmp_path / "out", tmp_path / "others.jsonl", tmp_path / "new/kept.jsonl"
+    others.write_text("{}\n")
+    with standing_in(agent) as server:
+        words = ("--server", server.url, *FUNCTIONS, "--keep")
+        for name in (out, out / "runs.jsonl", out / "report.json", out / "run.json"):
+            act("out", [task(0)], *words, name, code=2)
+            assert "is --out, or a file that it gets" in capsys.readouterr().err
+        assert not out.exists(), "before a run was done"
+        act("out", [task(0)], *words, kept)
+        (out / "report.json").unlink()  # as a kill leaves it, just before the end
+        (out / ".runs-0.jsonl").write_bytes((out / "runs.jsonl").read_bytes())
+        act("out", [task(0)], *words, others, code=2)
+        assert f"{others} exists already" in capsys.readouterr().err
+        act("out", [task(0)], *words, kept)
+    assert others.read_text() == "{}\n"
+    assert [one["id"] for one in read_jsonl(kept)] == ["task-0/run-1"]
 
 
 def test_a_run_that_cannot_be_judged_is_told_and_the_others_are_kept(act: Act, capsys: Any) -> None:

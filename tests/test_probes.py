@@ -178,6 +178,13 @@ def test_parts_change_no_other_number_and_over_calling_is_caught(tmp_path: Path)
     assert failed_rules(compare(after, before), [], fail_if_worse=True) == []
     assert compare(write(tmp_path / "old", words[:20]), after)["beside"] is None, "an earlier run asked none"
     assert main(["compare", str(before), str(after), "--out", str(tmp_path / "page"), "--fail-if-worse"]) == 3
+    # Without the withheld ones, those behind them have other numbers.
+    fewer: list[Any] = [*words[:20], *({**one, "trajectory": one["trajectory"] - 20} for one in words[40:])]
+    less = write(tmp_path / "less", fewer)
+    for one, other in ((less, after), (after, less)):
+        found = compare(one, other)["beside"]
+        assert found is not None
+        assert found["parts"].keys() == {"", UNNEEDED, GENERAL}
 
 
 @needs_chromium

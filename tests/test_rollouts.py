@@ -120,7 +120,7 @@ def test_what_cannot_be_handed_over_is_refused_or_told(tmp_path: Path, capsys: p
 
     served = run([([1], [2])])
     served["steps"][0]["completion_ids"] = None
-    with pytest.raises(DataError, match="written by a server, which told no ids"):
+    with pytest.raises(DataError, match=r"written by a server, which told no ids.*let the model act here$"):
         export_rollouts(write(tmp_path / "served", served), tmp_path / "x.jsonl", "trl", whole=False)
     with pytest.raises(DataError, match="1 have no reward"):
         export_rollouts(
@@ -130,6 +130,26 @@ def test_what_cannot_be_handed_over_is_refused_or_told(tmp_path: Path, capsys: p
         export_rollouts(folder, tmp_path / "all.parquet", "trl", whole=False)
     with pytest.raises(ConfigError, match=r"ends in \.parquet or \.jsonl"):
         export_rollouts(folder, tmp_path / "all.csv", "trl", whole=False)
+
+
+def test_a_line_that_act_does_not_write_is_refused_by_its_place(tmp_path: Path) -> None:
+    good = run([([1], [2])])
+    (step,) = good["steps"]
+    damaged: dict[str, Any] = {
+        "no run of": 5,
+        "id is 5": {**good, "id": 5},
+        "reward is nan": {**good, "reward": float("nan")},
+        "reward is 'x'": {**good, "reward": "x"},
+        "steps is None": {**good, "steps": None},
+        "step 1 has no prompt_ids": {**good, "steps": [{}]},
+        "completion_ids of step 1": {**good, "steps": [{**step, "completion_ids": [2**40]}]},
+        "logprobs of step 1": {**good, "steps": [{**step, "logprobs": []}]},
+    }
+    for number, (told, line) in enumerate(damaged.items()):
+        runs = write(tmp_path / f"runs-{number}", good, line)
+        with pytest.raises(DataError, match=rf"^{runs}/runs.jsonl:2: .*{told}"):
+            export_rollouts(runs, tmp_path / "x.parquet", "trl", whole=False)
+    assert not list(tmp_path.glob("*x.parquet*"))
 
 
 @long

@@ -13,6 +13,7 @@ from gemma_dist.act.tasks import Task
 from gemma_dist.act.tools import Box
 from gemma_dist.chat.conversation import Conversation
 from gemma_dist.chat.tools import Result
+from gemma_dist.data.content import clean_text
 from gemma_dist.data.encode import Encoder, Prompt
 from gemma_dist.data.read import Call, Reading, open_block, read_output
 from gemma_dist.data.strict import reason
@@ -158,11 +159,12 @@ class LiveDesk:
 
 
 def give(conversation: Conversation, number: int, result: Result) -> None:
-    """Give the model the result of call `number`, from 0; where no row could hold that, the reason."""
+    """Give the model the result of call `number`, from 0; where no row could hold that, the reason, in which the
+    control tokens that a row may not hold (`--control-tokens reject`) are escaped."""
     try:
         conversation.respond(number, result.text, result.images)
     except DataError as error:
-        conversation.respond(number, f"Error: {reason(error)}")
+        conversation.respond(number, clean_text(f"Error: {reason(error)}", escape=True))
 
 
 def line_of(run: Episode, key: str, seed: int) -> dict[str, Any]:

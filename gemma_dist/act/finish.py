@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_dist.act.episode import SUCCESS
-from gemma_dist.act.log import REPORT, RUNS, Ended, RunKey, complete, remove_parts, write_lines
+from gemma_dist.act.log import REPORT, RUNS, Ended, RunKey, complete, exists_already, remove_parts, write_lines
 from gemma_dist.act.report import by_task, make_report, summary, with_first_wrong
 from gemma_dist.act.tools import Functions, ToolServer
 from gemma_dist.config_act import ActConfig
@@ -36,16 +36,20 @@ class Work:
         return self.tools is None
 
     def require_new(self) -> None:
-        """Raises ConfigError where the result is there already, or would overwrite something else's, or nothing could
-        be kept."""
+        """Make the folder of `keep`. Raises ConfigError where the result is there already, or would overwrite something
+        else's, or nothing could be kept."""
         if (self.out / REPORT).exists():
             raise ConfigError(f"{self.out / REPORT} exists already; name another folder or remove it")
         if self.keep is None:
             return
         if not self.is_replay and self.check is None:
             raise ConfigError("--keep keeps runs that succeed, and nothing says which do: name a checker by --check")
-        if self.keep.exists() and not (self.out / RUN).exists():
-            raise ConfigError(f"--keep {self.keep} exists already; name another file or remove it")
+        if self.keep.resolve() in {(self.out / name).resolve() for name in ("", RUNS, REPORT, RUN)}:
+            raise ConfigError(f"--keep {self.keep} is --out, or a file that it gets; name another one")
+        # Beside runs.jsonl it may be what a killed command wrote: then `finish` compares.
+        if self.keep.is_dir() or (self.keep.exists() and not (self.out / RUNS).exists()):
+            raise exists_already(self.keep)
+        self.keep.parent.mkdir(parents=True, exist_ok=True)
 
     def start_tools(self, stack: ExitStack) -> ToolServer | None:
         """The process of the user's functions, until `stack` ends. Raises ConfigError where they cannot be used."""
@@ -70,7 +74,7 @@ def finish(work: Work, header: dict[str, Any], wanted: Sequence[RunKey]) -> dict
     write_lines(work.out / RUNS, (with_first_wrong(run.line(), run, tasks[run.task_number]) for run in ended))
     report = make_report(header, ended)
     if work.keep is not None:
-        report["kept"] = write_lines(work.keep, _kept(ended))
+        report["kept"] = write_lines(work.keep, _kept(ended), replace=False)
     write_json(work.out / REPORT, report)
     remove_parts(work.out)
     for sentence in summary(report):

@@ -7,6 +7,7 @@ A run that was under way when it was killed begins anew, since what its tools ke
 """
 
 import contextlib
+import filecmp
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_dist.act.compare import calls_text
-from gemma_dist.errors import EvaluationError
+from gemma_dist.errors import ConfigError, EvaluationError
 from gemma_dist.evaluate.log import NUM_NAMED, opened, parts_of
 from gemma_dist.files import writing
 from gemma_dist.logs import JsonlWriter
@@ -88,8 +89,9 @@ def remove_parts(out: Path) -> None:
         part.unlink()
 
 
-def write_lines(path: Path, lines: Iterator[dict[str, Any]]) -> int:
-    """Write lines as they come, all or none; their number."""
+def write_lines(path: Path, lines: Iterator[dict[str, Any]], *, replace: bool = True) -> int:
+    """Write lines as they come, all or none; their number. Raises ConfigError where something else lies at `path`, and
+    it is not to `replace` it."""
     num_lines = 0
     with writing(path) as temporary:
         writer = JsonlWriter(temporary, append=False)
@@ -97,7 +99,14 @@ def write_lines(path: Path, lines: Iterator[dict[str, Any]]) -> int:
             writer.write(line)
             num_lines += 1
         writer.close()
+        if not replace and path.exists() and not filecmp.cmp(temporary, path, shallow=False):
+            raise exists_already(path)
     return num_lines
+
+
+def exists_already(keep: Path) -> ConfigError:
+    """What is said of a file for kept rows that somebody else wrote."""
+    return ConfigError(f"{keep} exists already; name another file or remove it")
 
 
 def _ended(line: dict[str, Any], part: Path, start: int, stop: int) -> Ended:

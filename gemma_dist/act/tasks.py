@@ -16,12 +16,16 @@ from gemma_dist.data.bfcl import read_with_answers
 from gemma_dist.data.content import content_parts, count_images
 from gemma_dist.data.encode import decision_points
 from gemma_dist.data.fit import parse
-from gemma_dist.data.strict import as_list, get
+from gemma_dist.data.strict import as_list, error_context, get, read_json_text
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message, RawRow
 from gemma_dist.errors import DataError
 from gemma_dist.evaluate.points import thinks
 from gemma_dist.shards.reader import is_shard_folder, load_trajectories
+
+USER = ("user", "human")
+BEFORE_ANSWER = ("system", "developer", *USER)
+SHAREGPT_ANSWER: RawRow = {"from": "gpt", "value": ANSWER["content"]}
 
 
 @dataclass(frozen=True)
@@ -106,10 +110,17 @@ def _rows(data: Path, settings: ActConfig) -> Iterator[tuple[Mapping[str, Any], 
     for where, given in read_with_answers(data, settings.max_row_bytes):
         if isinstance(given, DataError):
             raise given
-        messages = as_list(given.get("messages"))
-        is_open = bool(messages) and get(messages[-1], "role") == "user"
-        is_open = is_open and all(get(message, "role") in ("system", "developer", "user") for message in messages)
         row: RawRow = copy.copy(given)  # with the files that it came with
-        if is_open:
-            row["messages"] = [*messages, ANSWER]
+        is_open = False
+        for column in ("messages", "conversations"):
+            with error_context(where):
+                turns = as_list(read_json_text(given.get(column), column))
+            if turns and all(_speaker(turn) in BEFORE_ANSWER for turn in turns) and _speaker(turns[-1]) in USER:
+                is_open = True
+                row[column] = [*turns, ANSWER if get(turns[-1], "role") else SHAREGPT_ANSWER]
         yield given, parse(row, where, settings), not is_open
+
+
+def _speaker(turn: object) -> object:
+    """Who says a turn, as OpenAI's rows or sharegpt's have it."""
+    return get(turn, "role") or get(turn, "from")

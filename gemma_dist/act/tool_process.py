@@ -15,7 +15,7 @@ from typing import Any
 
 from gemma_dist.chat.tools import Function, Result, declare, load, load_functions, run
 from gemma_dist.data.strict import reason
-from gemma_dist.errors import GemmaDistError
+from gemma_dist.errors import ConfigError, GemmaDistError
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     options = json.loads(sys.argv[2])
     try:
         functions = load_functions(options["tools"])
-        check, setup = (load(options[name], f"--{name}") if options[name] else None for name in ("check", "setup"))
+        check, setup = (_load_one(options[name], f"--{name}") for name in ("check", "setup"))
     except GemmaDistError as error:
         _tell(server, {"error": reason(error)})
         return
@@ -45,6 +45,14 @@ def main() -> None:
             finally:
                 os._exit(0)
         os.close(handles[0])
+
+
+def _load_one(given: str | None, option: str) -> Callable[..., Any] | None:
+    """The function that an option names, if it was given. ConfigError: it names none."""
+    found = load(given, option) if given is not None else None
+    if found is not None and not callable(found):
+        raise ConfigError(f"{option} {given} is {type(found).__name__}, no function; name one")
+    return found
 
 
 def _tell_names(server: socket.socket, functions: Mapping[str, Function], *, with_declarations: bool) -> None:

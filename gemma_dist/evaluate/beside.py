@@ -52,10 +52,21 @@ def by_part(lines: Sequence[ScoredDecision]) -> dict[str, list[ScoredDecision]]:
 def in_both(
     before: Sequence[ScoredDecision], after: Sequence[ScoredDecision]
 ) -> tuple[list[ScoredDecision], list[ScoredDecision]]:
-    """The lines of two runs in the parts that both have."""
-    shared = by_part(before).keys() & by_part(after).keys()
-    kept = [[line for line in lines if part_of(line) in shared] for lines in (before, after)]
-    return kept[0], kept[1]
+    """The lines of two runs in the parts that both have. Trajectories have the numbers of the second: a part that one
+    run alone asked moves those of the parts behind it."""
+    firsts, seconds = (
+        {part: min(line["trajectory"] for line in found) for part, found in by_part(lines).items()}
+        for lines in (before, after)
+    )
+    moved = {part: seconds[part] - firsts[part] for part in firsts.keys() & seconds.keys()}
+    return (
+        [
+            {**line, "trajectory": line["trajectory"] + moved[part_of(line)]}
+            for line in before
+            if part_of(line) in moved
+        ],
+        [line for line in after if part_of(line) in moved],
+    )
 
 
 def report_beside(lines: Sequence[ScoredDecision]) -> BesideReport | None:

@@ -16,12 +16,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gemma_dist.data.strict import short
 from gemma_dist.errors import ConfigError, DataError
 from gemma_dist.files import writing
 from gemma_dist.logs import JsonlWriter, read_jsonl
@@ -39,6 +41,7 @@ NAMES: Mapping[Layout, Mapping[str, str]] = {
     },
 }
 GROUP: Mapping[Layout, str] = {"trl": "task", "verl": "uid"}
+MAX_ID = 2**31  # that a column holds
 ROWS_AT_ONCE = 256  # of a parquet row group
 NO_REWARD = "have no reward: nothing judged them"
 WITH_IMAGES = "show images, which neither trainer takes in ready prompts"
@@ -154,21 +157,53 @@ def _all(source: Path, whole: bool, report: RolloutReport) -> Iterator[Rollout]:
 
 def _runs(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The runs of a file, each with its place. DataError where a line is none, or lacks the ids."""
+    for number, run in enumerate(_lines(source), start=1):
+        place = f"{source}:{number}"
+        missing = {"id", "task", "outcome", "reward", "steps"} - set(run if isinstance(run, dict) else ())
+        if missing:
+            raise DataError(f"{place}: no run of `gemma-dist act`: it lacks {sorted(missing)}; act again")
+        if problem := _damage(run):
+            raise DataError(f"{place}: {problem}, which `gemma-dist act` does not write; copy it again, or act again")
+        if any(step["prompt_ids"] is None or step["completion_ids"] is None for step in run["steps"]):
+            raise DataError(
+                f"{place}: {run['id']} was written by a server, which told no ids, and ids made of its text would be "
+                "others than it sampled; let the model act here"
+            )
+        yield place, run
+
+
+def _lines(source: Path) -> Iterator[Any]:
+    """What each line holds. DataError where one is not JSON."""
     try:
-        for number, run in enumerate(read_jsonl(source), start=1):
-            place = f"{source}:{number}"
-            missing = {"id", "task", "outcome", "reward", "steps"} - set(run if isinstance(run, dict) else ())
-            if missing:
-                raise DataError(f"{place}: no run of `gemma-dist act`: it lacks {sorted(missing)}; act again")
-            for step in run["steps"]:
-                if step["prompt_ids"] is None or step["completion_ids"] is None:
-                    raise DataError(
-                        f"{place}: {run['id']} was written by a server, which told no ids, and ids made of its text "
-                        "would be others than it sampled; let the model act here"
-                    )
-            yield place, run
+        yield from read_jsonl(source)
     except ValueError as error:
         raise DataError(f"{source} cannot be read: {error}; copy it again") from None
+
+
+def _damage(run: Mapping[str, Any]) -> str:
+    """What a run has that none can have, in words; "" where all is as it should be."""
+    for name in ("id", "task", "outcome"):
+        if not isinstance(run[name], str):
+            return f"{name} is {short(run[name])}"
+    reward, steps = run["reward"], run["steps"]
+    if not (reward is None or (type(reward) in (int, float) and isfinite(reward))):
+        return f"reward is {short(reward)}"
+    if not isinstance(steps, list):
+        return f"steps is {short(steps)}"
+    for number, step in enumerate(steps, start=1):
+        if not (isinstance(step, dict) and {"prompt_ids", "completion_ids"} <= step.keys()):
+            return f"step {number} has no prompt_ids and completion_ids"
+        for name in ("prompt_ids", "completion_ids"):
+            if not (step[name] is None or _are_ids(step[name])):
+                return f"{name} of step {number} is {short(step[name])}"
+        known = step.get("logprobs")
+        if not (known is None or (isinstance(known, list) and len(known) == len(step["completion_ids"] or ()))):
+            return f"logprobs of step {number} are not one for each sampled id"
+    return ""
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(one) is int and 0 <= one < MAX_ID for one in value)
 
 
 def why_left_out(run: Mapping[str, Any]) -> str:
