@@ -31,6 +31,13 @@ def from_one(ctx: click.Context, param: click.Parameter, value: int | None) -> i
     return value
 
 
+def of_a_page(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse the name of what is no page: a file of rows, named by mistake, would be written over."""
+    if value is not None and value.suffix != ".html":
+        raise click.BadParameter(f"{value} is no name of a page; write one that ends in .html", ctx, param)
+    return value
+
+
 @click.command(cls=SettingsCommand, section=lambda config: config.ShardConfig)
 @click.argument("data")
 @click.option("--model", required=True, help="Folder or Hub name of the model that would see the row.")
@@ -38,7 +45,13 @@ def from_one(ctx: click.Context, param: click.Parameter, value: int | None) -> i
     "--row", type=int, callback=from_one, help="Number of the row, from 1, as messages print it: DATA:ROW. Default: 1."
 )
 @click.option("--id", "row_id", help="Id of the row, in the place of --row.")
-@click.option("--html", "page", type=NEW, help="Write a page to this file instead, pictures in their places.")
+@click.option(
+    "--html",
+    "page",
+    type=NEW,
+    callback=of_a_page,
+    help="Write a page to this file instead, pictures in their places: NAME.html.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print ids, labels (-100: not trained) and tokens as JSON.")
 def inspect(
     data: str,
@@ -75,7 +88,7 @@ def inspect(
 @click.argument("data", metavar="DATA...", nargs=-1, required=True)
 @click.option("--against", metavar="DATA", multiple=True, help="Held-out rows: show which rows of DATA they hold, too.")
 @click.option("--model", help="Folder or Hub name of the model whose tokens are counted; shards know theirs.")
-@click.option("--html", "page", type=NEW, help="Also write a page to this file.")
+@click.option("--html", "page", type=NEW, callback=of_a_page, help="Also write a page to this file: NAME.html.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def stats(
     data: tuple[str, ...],

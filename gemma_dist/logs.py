@@ -31,6 +31,14 @@ def start_logging() -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
+
+    def take(record: logging.LogRecord) -> bool:
+        if record.levelno >= handler.level:
+            handler.handle(record)
+        return False
+
+    # DeepSpeed's own handler writes to stdout, which is for what a command prints: a line of JSON, say.
+    logging.getLogger("DeepSpeed").filters[:] = [take]
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about their own next release
 
 

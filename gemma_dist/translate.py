@@ -8,6 +8,7 @@ are in `translate_names.py`; `python -m gemma_dist.translate` writes them into d
 """
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,14 +38,18 @@ from gemma_dist.translate_names import (
     TELLTALES,
     TOOLS,
 )
+from gemma_dist.visible import masked
 
 PAGE = Path("docs/coming_from.md")
 BEGIN, END = "<!-- begin: python -m gemma_dist.translate -->", "<!-- end: names by tool -->"
 HUB, HUB_NAME = "hf://datasets/", re.compile(r"[\w-][\w.-]*/(?!.*\.(?:jsonl?|parquet|zst|gz|tar)$)[\w.-]+")
+SECRET = re.compile(r"(?i)(?:^|[._])(?:token|api_?key|key|secret|password|passwd)$")
 NO_PLACE = "no setting here stands for it"
 OUR_LINEARS = (
     "left at its default: the linear layers of the language model, by a regular expression (lora.target_modules)"
 )
+WHOLE_ROWS = "`gemma-dist shard` reads all rows of what it is given: name their files"
+NO_SHARE = "no share of the rows: `gemma-dist shard --split` takes one between 0 and 1, such as 0.05"
 OUR_ATTENTION = "left at sdpa: FlashAttention-2 ends at head dimension 256, and Gemma 4 has 512"
 
 
@@ -69,13 +74,14 @@ class Translated:
             text += "".join(f"#   {' '.join(said.split())}: {why}\n" for said, why in self.left_out.items())
         return text
 
-    def shard_command(self, model: str = "MODEL") -> str:
-        """The call of `gemma-dist shard` that makes what the recipe trains on."""
-        words = ["gemma-dist shard", *(self.rows or ["ROWS.jsonl"]), "--model", model]
-        for name, value in self.shard.items():
-            words += [option(name), str(value)]
-        split = f"--split {self.split} --out shards" if self.split else "--out shards/train"
-        return " ".join([*words, split])
+    def shard_commands(self, model: str = "MODEL") -> list[str]:
+        """The calls of `gemma-dist shard` that make what the recipe trains on, and what it is evaluated on."""
+        into = ["--split", str(self.split), "--out", "shards"] if self.split else ["--out", "shards/train"]
+        calls = [(self.rows or ["ROWS.jsonl"], into)]
+        if self.held_out:
+            calls.append((self.held_out, ["--out", "shards/held_out"]))
+        same = ["--model", model, *(word for name, value in self.shard.items() for word in (option(name), str(value)))]
+        return [shlex.join(["gemma-dist", "shard", *rows, *same, *out]) for rows, out in calls]
 
 
 def tool_of(values: Mapping[str, Any]) -> str:
@@ -84,6 +90,8 @@ def tool_of(values: Mapping[str, Any]) -> str:
     Raises:
         ConfigError: none that is known.
     """
+    if "tuning" in values:
+        raise ConfigError("it has `tuning`, as recipes of this package have: `gemma-dist check` takes it as it is")
     for tool, keys in TELLTALES.items():
         if any(key in values for key in keys):
             return tool
@@ -132,16 +140,21 @@ def _flat(values: Mapping[str, Any], names: Mapping[str, str], prefix: str = "")
 
 def _take(key: str, value: Any, result: Translated, found: dict[str, Any], origin: dict[str, str]) -> None:
     """Put one setting of theirs to where it belongs."""
-    said = f"{key}: {value}"
     if value is None or value in ("", [], {}):
         return
+    said = f"{key}: {'***' if _is_secret(key, value) else masked(str(value))}"
     ours = _our_name(key, result.tool)
-    if result.tool == AUTOMODEL and key == "optimizer.betas":
+    if result.tool == AUTOMODEL and key == "optimizer.betas" and isinstance(value, list) and len(value) == 2:
         found |= {"train.adam_beta1": value[0], "train.adam_beta2": value[1]}
     elif ours in (ROWS, HELD_OUT):
         (result.rows if ours == ROWS else result.held_out).extend(_paths(value))
+        result.left_out.update({f"{key}: {name}: {what}": WHOLE_ROWS for name, what in _parts(value)})
     elif ours == SPLIT:
-        result.split = float(value) or None
+        share = value if isinstance(value, (int, float)) else 0
+        if 0 < share < 1:
+            result.split, origin[SPLIT] = share, said
+        elif value is not False and value != 0:
+            result.left_out[said] = NO_SHARE
     elif ours is None:
         if value is not False and not key.rpartition(".")[2].startswith("_"):
             result.left_out[said] = _reason(key)
@@ -150,7 +163,14 @@ def _take(key: str, value: Any, result: Translated, found: dict[str, Any], origi
         if why:
             result.left_out[said] = why
         elif taken is not None:
+            if ours in origin and found[ours] != taken:
+                result.left_out[origin[ours]] = f"{said} is said of the same, and taken"
             found[ours], origin[ours] = taken, said
+
+
+def _is_secret(key: str, value: Any) -> bool:
+    """Whether a setting holds a token or a password, which is not to be written down again."""
+    return isinstance(value, str) and bool(SECRET.search(key))
 
 
 def _reason(key: str) -> str:
@@ -191,23 +211,30 @@ def _value(ours: str, value: Any) -> tuple[Any, str]:
         return CHECKPOINTING.get(word, value), ""
     if ours == "train.report_to":
         chosen = value[0] if isinstance(value, list) else value
-        return chosen or None, ""
+        return chosen or None, ""  # none where a switch is off
     return value, ""
 
 
 def _paths(value: Any) -> list[str]:
     """What a tool trains on, as `shard` takes it: of a string with commas, a list, or a list of {path: …}."""
-    entries = value if isinstance(value, list) else str(value).split(",")
+    entries = value if isinstance(value, list) else [value] if isinstance(value, Mapping) else str(value).split(",")
     names = [str(entry.get("path", entry)) if isinstance(entry, Mapping) else str(entry).strip() for entry in entries]
     return [f"{HUB}{name}" if HUB_NAME.fullmatch(name) and not Path(name).exists() else name for name in names]
 
 
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """What entries such as {path: …, split: …} ask of their rows that takes some of them alone."""
+    for entry in value if isinstance(value, list) else [value]:
+        if isinstance(entry, Mapping):
+            yield from ((name, entry[name]) for name in ("name", "split", "shards") if entry.get(name) is not None)
+
+
 def _settle(result: Translated, found: dict[str, Any], origin: dict[str, str]) -> None:
     """What follows from several settings together; and all of them into their sections."""
-    adapter, four_bits = found.pop(ADAPTER, None), found.pop(FOUR_BITS, None)
-    is_adapter = adapter not in (None, False) and str(adapter).lower() not in ("full", "none", "false", "freeze")
-    is_four_bits = four_bits is True or str(four_bits) == "4" or str(adapter).lower() == "qlora"
-    result.recipe["tuning"] = ("qlora" if is_four_bits else "lora") if is_adapter else "full"
+    result.recipe["tuning"] = _tuning(found.pop(ADAPTER, None), found.pop(FOUR_BITS, None), result, origin)
+    is_adapter = result.recipe["tuning"] != "full"
+    if result.held_out and result.split:
+        result.split, result.left_out[origin[SPLIT]] = None, "held-out rows are named, and evaluated on"
     if found.get("train.report_to") is True:  # of a switch, whose name says which
         found["train.report_to"] = "wandb" if "wandb" in origin["train.report_to"] else "tensorboard"
     if "train.packing_length" in found:
@@ -233,6 +260,21 @@ def _settle(result: Translated, found: dict[str, Any], origin: dict[str, str]) -
             result.shard[name] = value
         else:
             result.recipe.setdefault(section, {})[name] = value
+
+
+def _tuning(adapter: Any, four_bits: Any, result: Translated, origin: Mapping[str, str]) -> str:
+    """What is trained, by their kind of adapter and their bits of a weight; what differs is left out with a word."""
+    kind = "none" if adapter is None else str(adapter).lower()
+    is_adapter = kind not in ("full", "none", "false", "freeze")
+    if kind == "freeze":
+        result.left_out[origin[ADAPTER]] = "tuning: full trains every weight, not a few layers"
+    elif is_adapter and kind not in ("lora", "qlora", "true") and result.tool != AUTOMODEL:
+        result.left_out[origin[ADAPTER]] = "adapters here are LoRA, DoRA and rsLoRA: tuning: lora is taken"
+    is_four_bits = four_bits is True or str(four_bits).lower() in ("4", "true", "bnb-4bit") or kind == "qlora"
+    if FOUR_BITS in origin and four_bits not in (False, 0) and not (is_adapter and is_four_bits):
+        why = "weights in 4 bits are for adapters" if is_four_bits else "a base is held in 4 bits (tuning: qlora) or 16"
+        result.left_out[origin[FOUR_BITS]] = why
+    return ("qlora" if is_four_bits else "lora") if is_adapter else "full"
 
 
 def _check(result: Translated, origin: Mapping[str, str]) -> None:

@@ -66,6 +66,7 @@ def test_what_is_written_fits_and_goes_together(
     for name in re.findall(r"slurm/[\w.]+", script):
         assert Path(name).exists() or name == "slurm/site.env", name
     assert any("my rows.jsonl'" in command for command in written.commands)
+    assert not re.search(r"launch/\w+\.yaml$", Path("run/recipe.yaml").read_text(), re.M), "no half of a command"
 
 
 def test_a_run_on_the_cpu_passes_check(model: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +80,12 @@ def test_a_run_on_the_cpu_passes_check(model: str, capfd: pytest.CaptureFixture[
     assert "4 trajectories" in capfd.readouterr().out
     assert main(["init", "run", "--model", model, "--data", str(shards), "--num-gpus", "0"]) == 2
     assert "run/recipe.yaml is there already" in capfd.readouterr().err
+
+
+def test_rows_of_the_hub_are_to_be_sharded() -> None:
+    written = init(Path("run"), Wish(hub_name("E4B"), "hf://datasets/org/rows/train-*", 1, 8))
+    assert load_config(Path("run/recipe.yaml")).data.paths == ["run/shards"]
+    assert written.commands[0].startswith("gemma-dist shard 'hf://datasets/org/rows/train-*' --model")
 
 
 def test_shards_that_are_longer_get_longer_packs(model: str) -> None:

@@ -163,6 +163,15 @@ def test_a_corpus_is_shown_with_its_numbers(tmp_path: Path) -> None:
     assert max(heights) <= 96
 
 
+def test_a_page_is_not_written_over_rows(tmp_path: Path, model: str, capfd: pytest.CaptureFixture[str]) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [row(1)])
+    before = data.read_bytes()
+    for words in (["inspect", str(data), "--model", model], ["stats", str(data)]):
+        assert main([*words, "--html", str(data)]) == 2
+        assert "write one that ends in .html" in capfd.readouterr().err
+        assert data.read_bytes() == before
+
+
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 

@@ -107,9 +107,9 @@ def test_one_run_in_the_words_of_six_tools_is_one_recipe(tool: str, tmp_path: Pa
     found = translated(tool)
     assert (found.tool, found.problems) == (tool, [])
     assert (found.rows, found.shard) == (["hf://datasets/org/rows"], {"max_length": 2048})
-    assert found.shard_command(MODEL) == (
+    assert found.shard_commands(MODEL) == [
         f"gemma-dist shard hf://datasets/org/rows --model {MODEL} --max-length 2048 --out shards/train"
-    )
+    ]
     path = tmp_path / "recipe.yaml"
     path.write_text(found.to_yaml(), encoding="utf-8")
     config = load_config(path)
@@ -161,7 +161,38 @@ def test_held_out_rows_bring_their_settings_along() -> None:
         assert found.recipe["data"]["eval"] == "shards/held_out"
         assert (found.recipe["train"]["eval_strategy"], found.recipe["train"]["eval_steps"]) == ("steps", 10)
     assert (found.split, found.held_out) == (0.1, [])
-    assert found.shard_command("M").endswith("--model M --split 0.1 --out shards"), "what the recipe names"
+    assert found.shard_commands("M")[0].endswith("--model M --split 0.1 --out shards"), "what the recipe names"
+    both = translate({**values, "val_dataset": "my held.jsonl", "split_dataset_ratio": 0.1, "max_length": 8})
+    assert both.left_out == {"split_dataset_ratio: 0.1": "held-out rows are named, and evaluated on"}
+    command = "gemma-dist shard 'my held.jsonl' --model M --max-length 8 --out shards/held_out"
+    assert both.shard_commands("M")[1:] == [command], "the recipe's data.eval is made, too, by words that a shell takes"
+
+
+@pytest.mark.parametrize(
+    ("values", "tuning", "said"),
+    [
+        ({"finetuning_type": "freeze", "model_name_or_path": "m"}, "full", "finetuning_type: freeze"),
+        ({"quantization_bit": 8, "model_name_or_path": "m"}, "lora", "quantization_bit: 8"),
+        ({"model": "m", "train_type": "adalora"}, "lora", "train_type: adalora"),
+        ({"base_model": "m", "load_in_4bit": True}, "full", "load_in_4bit: True"),
+        ({"base_model": "m", "val_set_size": 500}, "full", "val_set_size: 500"),
+        ({"base_model": "m", "val_set_size": "some"}, "full", "val_set_size: some"),
+        ({"base_model": "m", "datasets": [{"path": "a/b", "split": "x"}]}, "full", "datasets: split: x"),
+        ({"base_model": "m", "hub_token": "hf_secret"}, "full", "hub_token: ***"),
+        ({"step_scheduler": {}, "optimizer": {"betas": 0.9}}, "full", "optimizer.betas: 0.9"),
+        ({"base_model": "m", "warmup_ratio": 0.1, "warmup_steps": 2}, "full", "warmup_ratio: 0.1"),
+    ],
+)
+def test_what_is_not_the_same_here_is_said(values: dict[str, Any], tuning: str, said: str) -> None:
+    found = translate(values)
+    assert (found.recipe["tuning"], found.split) == (tuning, None)
+    assert list(found.left_out) == [said]
+    assert "hf_secret" not in found.to_yaml()
+
+
+def test_a_switch_that_is_off_does_not_undo_one_that_is_on() -> None:
+    found = translate({"model": "m", "training": {}, "logging": {"enable_tensorboard": True, "enable_wandb": False}})
+    assert (found.recipe["train"]["report_to"], found.left_out) == ("tensorboard", {})
 
 
 def test_what_contradicts_itself_is_said() -> None:
@@ -175,6 +206,7 @@ def test_what_contradicts_itself_is_said() -> None:
     [
         ({"a": 1, "b": 2}, None, "none of their keys is among a, b"),
         ({"base_model": "m"}, "other", "'other' is none of"),
+        ({"tuning": "lora", "model": {"model_name_or_path": "m"}}, None, "as recipes of this package have"),
     ],
 )
 def test_what_is_of_no_tool_is_refused(values: dict[str, Any], tool: str | None, told: str, tmp_path: Path) -> None:

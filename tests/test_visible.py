@@ -105,6 +105,15 @@ def test_log_and_its_file_show_what_was_said(tmp_path: Path, capsys: Any, monkey
         assert "hunter2" not in text
 
 
+def test_deepspeed_speaks_where_no_output_is_read(capsys: Any) -> None:
+    from deepspeed.utils.logging import logger as deepspeed
+
+    start_logging()
+    deepspeed.warning("of an accelerator")
+    said = capsys.readouterr()
+    assert ("of an accelerator" in said.err, said.out) == (True, "")
+
+
 def test_errors_show_a_rows_signs_and_no_password(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = tmp_path / "rows \x1b]0;title\x07\u202egnp.exe"
     rows.write_text(json.dumps({"messages": [{"role": EVIL, "content": EVIL}]}))

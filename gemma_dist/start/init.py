@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma_dist.config import RunConfig, option
-from gemma_dist.data.inputs import find_inputs
+from gemma_dist.data.inputs import HUB, find_inputs
 from gemma_dist.errors import ConfigError
 from gemma_dist.family import SIZES, known_config
 from gemma_dist.files import put
@@ -80,7 +80,7 @@ def init(out: Path, wish: Wish) -> Written:
         raise ConfigError("how much memory a GPU has is not known; give its size as sold, as in --gpu-memory 24GB")
     changes = {
         "model_name_or_path": wish.model,
-        "train": wish.data if is_shard_folder(wish.data) else str(out / "shards"),
+        "train": wish.data if _is_shards(wish.data) else str(out / "shards"),
         "output_dir": str(out / ("model" if wish.tuning == "full" else "adapter")),
     }
     recipe, processes, plan = _choose(wish, changes)
@@ -172,7 +172,7 @@ def _plan(recipe: Recipe, processes: str, wish: Wish, changes: Mapping[str, str]
     step = wish.num_processes * own.per_device_train_batch_size
     if own.global_batch_size:
         words.append(f"train.global_batch_size={-(-own.global_batch_size // step) * step}")
-    if own.packing_length and is_shard_folder(wish.data):
+    if own.packing_length and _is_shards(wish.data):
         words.append(f"train.packing_length={max(own.packing_length, _longest(wish.data))}")
     config = load_config(path, words)
     with tempfile.TemporaryDirectory() as temporary:
@@ -181,6 +181,11 @@ def _plan(recipe: Recipe, processes: str, wish: Wish, changes: Mapping[str, str]
         topology = replace(read_topology(Path(temporary) / "accelerate.yaml"), name=processes)
     require_fit(config, topology)
     return make_plan(config, topology, read_margin(), Request(wish.gpu_memory))
+
+
+def _is_shards(data: str) -> bool:
+    """Whether the data of a wish are shards already; what the hub has are rows."""
+    return is_shard_folder(data) and not data.startswith(HUB)
 
 
 def _longest(shards: str) -> int:
@@ -202,6 +207,7 @@ def _sizes(plan: Plan) -> dict[str, str]:
 def _recipe_text(recipe: Recipe, changes: Mapping[str, str], commands: list[str]) -> str:
     """The recipe with some settings changed, and a comment of its own in the place of commands that it names."""
     text = (shipped(RECIPES) / f"{recipe.name}.yaml").read_text(encoding="utf-8")
+    text = re.sub(r" \\\n# +", " ", text)  # a command over two lines is one
     kept = [line for line in text.splitlines() if not line.startswith(("# plan:", "#   gemma-dist", "#   accelerate"))]
     head = ["# As `gemma-dist init` wrote it:", "#", *(f"#   {command}" for command in commands), "#"]
     rest = (line for line in kept if line != "#" and not line.startswith("#   sbatch"))
@@ -267,9 +273,8 @@ def _commands(out: Path, wish: Wish, processes: str, config: RunConfig, shards: 
     if shards != wish.data:
         longest = config.train.packing_length
         limit = f" {option('max_length')} {longest} {option('too_long')} cut_turns" if longest else ""
-        data = wish.data if is_url(wish.data) else shlex.quote(wish.data)
         model, into = shlex.quote(wish.model), f"{option('out')} {shlex.quote(shards)}"
-        commands.append(f"gemma-dist shard {data} --model {model}{limit} {into}")
+        commands.append(f"gemma-dist shard {shlex.quote(wish.data)} --model {model}{limit} {into}")
     process_config = f"{option('accelerate_config')} {quoted['accelerate.yaml']}"
     commands.append(f"gemma-dist check {quoted['recipe.yaml']} {process_config}")
     if wish.gpu_memory is not None:

@@ -29,7 +29,7 @@ def init_from(out: Path, theirs: Path) -> str:
             *(f"left out, {said}: {why}" for said, why in translated.left_out.items()),
             *(f"to be settled in it: {problem}" for problem in translated.problems),
             "next:",
-            f"  {translated.shard_command(shlex.quote(str(model)))}",
+            *(f"  {command}" for command in translated.shard_commands(str(model))),
             f"  gemma-dist check {quoted} {option('accelerate_config')} accelerate_configs/NAME.yaml",
             f"  gemma-dist plan {quoted} --gpu-memory SIZE",
         ]
