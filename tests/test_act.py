@@ -488,7 +488,7 @@ def test_what_does_not_go_together_is_refused_by_name(act: Act, model: str, caps
 
 def test_a_task_of_any_layout_may_end_with_the_words_of_its_user(tmp_path: Path) -> None:
     said = [{"role": "user", "content": "Draw 1."}]
-    given = [
+    given: list[dict[str, Any]] = [
         {"messages": said},
         {"messages": json.dumps(said)},
         {"conversations": said},

@@ -31,7 +31,7 @@ from gemma_dist.train.optimizer import state_crc32
 from gemma_dist.train.owner import lock_output_dir
 from gemma_dist.train.run import train
 from tests.support.corpus import row, shard_rows
-from tests.support.ranks import ENVIRONMENT, REPOSITORY, gemma_dist, kill, needs_compiler, start
+from tests.support.ranks import ENVIRONMENT, REPOSITORY, gemma_dist, kill, long, needs_compiler, start
 
 BATCH = ["per_device_train_batch_size=2", "global_batch_size=4"]
 
@@ -73,7 +73,7 @@ def _longest(config: RunConfig, num_ranks: int) -> int:
 
 @pytest.mark.parametrize(
     ("recipe", "launch"),
-    [("cpu_lora", "cpu_ddp"), pytest.param("cpu_full", "cpu_zero3", marks=needs_compiler)],
+    [pytest.param("cpu_lora", "cpu_ddp", marks=long), pytest.param("cpu_full", "cpu_zero3", marks=needs_compiler)],
 )
 def test_a_dry_run_of_every_kind_of_launch_measures_it_and_leaves_nothing(
     model: str, shards: Path, tmp_path: Path, recipe: str, launch: str

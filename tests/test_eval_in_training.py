@@ -321,7 +321,7 @@ def test_ranks_share_the_same_samples_in_as_many_batches(
         ([*EVAL, "eval_steps=3", "save_steps=4"], "save_steps 4 is not a multiple of eval_steps 3"),
         (["greater_is_better=true"], "train.greater_is_better: true of nothing"),
         ([*EVAL, "metric_for_best_model=overall"], "no evaluation measures it; name one of eval_loss, "),
-        (["val_set_size=0.1"], "shard held-out rows into a folder of their own"),
+        (["val_set_size=0.1"], "rows are split where they are sharded: `gemma-dist shard --split 0.05`"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_by_name(

@@ -216,7 +216,7 @@ def test_places_that_are_no_models_are_named(
     base = tiny_model("e4b")
     write_adapter(base, tmp_path / "adapter")
     for (one, two, out), reason in {
-        (base, tmp_path / "adapter", tmp_path / "out"): f"TUNED {tmp_path / 'adapter'} is not a model folder",
+        (base, tmp_path / "adapter", tmp_path / "out"): f"{tmp_path / 'adapter'} is an adapter, which is no model",
         ("nowhere/none", base, tmp_path / "out"): "BASE nowhere/none is neither a folder nor",
         (base, tiny_model("31b"), tmp_path / "out"): "give the base that it was tuned from",
         (base, base, base / "out"): "which is read; name a folder outside it",

@@ -325,6 +325,7 @@ def test_a_run_is_the_same_in_the_last_bit(bench: Bench, cell: Cell) -> None:
         assert all(torch.equal(found[key], expected[key]) for key in expected), name
 
 
+@long
 def test_a_run_goes_on_with_the_other_setting(bench: Bench) -> None:
     bench.train("single", [RESUMED.whole, RESUMED])
     assert judge(bench, RESUMED) == {"resume": 0, "ok": True}

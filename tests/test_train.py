@@ -355,7 +355,7 @@ def test_the_run_does_not_write_where_it_reads(model: str, shards: Path, place: 
         require_output_dir(load_config("launch/cpu_lora.yaml", _paths(model, shards, out / ".")))
 
 
-@pytest.mark.parametrize("launch", [None, "cpu_ddp"])
+@pytest.mark.parametrize("launch", [None, pytest.param("cpu_ddp", marks=long)])
 def test_a_disk_that_fills_up_costs_no_checkpoint(
     model: str, shards: Path, small_disk: Path, launch: str | None
 ) -> None:
