@@ -30,6 +30,7 @@ from gemma_dist.resolve import Run, resolve
 from gemma_dist.topology import Topology, planned_topology
 from gemma_dist.train.memory import Gpu, MemorySeen
 from tests.support.corpus import row, shard_rows
+from tests.support.ranks import long
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "tests" / "shapes"
@@ -218,12 +219,12 @@ def short_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("recipe", "num_images", "overrides"),
     [
         ("e4b_qlora_16gb", 0, ["model.ple=gpu"]),
-        ("e4b_qlora_16gb", 0, ["gradient_checkpointing=false"]),
+        pytest.param("e4b_qlora_16gb", 0, ["gradient_checkpointing=false"], marks=long),
         ("12b_qlora_16gb", 2, []),
-        ("26b_qlora", 0, []),
+        pytest.param("26b_qlora", 0, [], marks=long),
         ("26b_qlora", 0, ["quantize_moe_experts=false", "lora.target_parameters=[experts.gate_up_proj]"]),
         ("e4b_qlora_16gb", 0, ["activation_offloading=true", "optim=adamw_torch", "per_device_train_batch_size=2"]),
-        ("31b_qlora_80gb", 0, ["activation_offloading=true"]),
+        pytest.param("31b_qlora_80gb", 0, ["activation_offloading=true"], marks=long),
         ("e4b_full_zero3_offload", 0, ["model.dtype=float32", "activation_offloading=false"]),
     ],
 )

@@ -228,6 +228,7 @@ def test_deepspeed_is_told_the_batch_as_it_counts_ranks() -> None:
     assert deepspeed["train_batch_size"] == per_rank * 4
 
 
+@long
 def test_a_layer_has_one_exchange_each_way(tmp_path: Path) -> None:
     """And a micro-batch no other, nor a wait for the device in our code."""
     prepare(tmp_path, "31b")

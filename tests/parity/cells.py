@@ -1,7 +1,7 @@
 """The cells of the matrix: which launch trains what, how, and what it is compared with."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 
 from gemma_dist.fsdp_config import OPTIMIZERS as FSDP_OPTIMIZERS
@@ -238,14 +238,17 @@ def pruned_cells() -> list[Cell]:
 
 
 def core_cells() -> list[Cell]:
-    """Of the pruned ones, what `make test` trains: on up to two processes, each value of each column once."""
+    """Of the pruned ones, what `make test` trains: on up to two processes, each launch and tuning (in 4 bits once),
+    sequences that ranks share, and both kinds of resuming."""
     cells: list[Cell] = []
     seen: set[tuple[str, object]] = set()
     for cell in pruned_cells():
-        columns = asdict(cell) | {"resumed_from": cell.resumed_from and ("itself" if cell.stays else "another")}
-        if cell.launch in UP_TO_TWO and cell.resumed_from in ("", *UP_TO_TWO) and not columns.items() <= seen:
+        resumed = cell.resumed_from and ("in itself" if cell.stays else "in another")
+        tuning = "qlora" if cell.in_4_bits else cell.tuning
+        columns = {("launch", cell.launch), ("tuning", tuning), ("sequence", cell.sequence), ("resumed", resumed)}
+        if cell.launch in UP_TO_TWO and cell.resumed_from in ("", *UP_TO_TWO) and not columns <= seen:
             cells.append(cell)
-            seen |= columns.items()
+            seen |= columns
     return cells
 
 
