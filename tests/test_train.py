@@ -22,6 +22,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from gemma_dist.__main__ import main
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.files import UMASK
 from gemma_dist.model.fingerprint import fingerprint_base
@@ -324,12 +325,14 @@ def test_one_process_takes_one_of_several_gpus(model: str, shards: Path, tmp_pat
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_a_file_in_the_place_of_output_dir_is_refused(model: str, shards: Path, tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_output_dir_is_refused(
+    model: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "my.jsonl"
     file.write_text("precious")
     for verb, out in product(("train", "check"), (file, file / "out")):
-        output = gemma_dist(verb, "launch/cpu_lora.yaml", *_paths(model, shards, out), *SETTINGS, fails=True)
-        assert f"train.output_dir = '{out}': {file} is a file; name a folder" in output
+        assert main([verb, "launch/cpu_lora.yaml", *_paths(model, shards, out), *SETTINGS]) == 2
+        assert f"train.output_dir = '{out}': {file} is a file; name a folder" in capsys.readouterr().err
     assert file.read_text() == "precious"
 
 
