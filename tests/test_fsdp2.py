@@ -17,7 +17,7 @@ from gemma_dist.plan.estimate import ADAPTER, GATHERED, GRADIENTS, LOADING, OPTI
 from gemma_dist.plan.run import Request, make_plan
 from gemma_dist.recipe import load_config
 from gemma_dist.topology import Topology, current_topology, planned_topology, read_topology, require_fit
-from tests.support.ranks import gemma_dist
+from tests.support.ranks import gemma_dist, long
 from tests.support.steps import Counting, measure, prepare
 
 ROOT = Path(__file__).parents[1]
@@ -155,6 +155,7 @@ def test_4_bit_weights_are_the_same_bytes_under_another_name(dtype: torch.dtype)
     assert torch.equal(dequantize_4bit(layer.weight.data, layer.weight.quant_state), full)
 
 
+@long
 def test_a_micro_batch_gathers_layers_twice_and_sums_each_unit_once(folder: Path) -> None:
     """Full tuning, of whose gradients no rank may hold all. None of the exchanges is ours: those of the forward pass
     come from the call of the model (the root, which is ours) and from transformers, those of the backward pass from
