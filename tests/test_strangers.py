@@ -23,6 +23,7 @@ from gemma_dist.data.encode import IGNORE_INDEX, Encoded, Encoder, load_encoder
 from gemma_dist.data.images import load_image
 from gemma_dist.data.places import Where
 from gemma_dist.data.schema_fit import find_misfit, find_misfits
+from gemma_dist.data.schema_plain import plainly_fits
 from gemma_dist.data.strict import parse_json
 from gemma_dist.data.tokenize import tokenize
 from gemma_dist.data.trajectory import Trajectory, parse_row
@@ -428,7 +429,9 @@ def test_a_schema_that_takes_for_ever_refuses_its_row_alone(
 
 @pytest.mark.parametrize("max_steps", [0, schema_fit.MAX_STEPS], ids=["elsewhere", "here"])
 def test_the_calls_of_a_row_have_a_limit_together(max_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = called({"properties": {"a": {"items": {"type": "string"}}}}, a=["x"] * 200)
+    schema: dict[str, Any] = {"properties": {"a": {"items": {"not": {"type": "integer"}}}}}
+    assert not plainly_fits({"a": ["x"]}, schema), "jsonschema is asked: a hundred times the limit below, for all calls"
+    row = called(schema, a=["x"] * 200)
     row["messages"][1]["tool_calls"] *= 50
     monkeypatch.setattr(schema_fit, "MAX_STEPS", max_steps)
     assert parsed(row).id
