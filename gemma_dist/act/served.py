@@ -10,15 +10,15 @@ from gemma_dist.act.log import PART, opened_runs
 from gemma_dist.act.run import Job, begin, my_jobs, require_runs
 from gemma_dist.act.tools import ToolServer
 from gemma_dist.config_server import ServerConfig
-from gemma_dist.data.encode import Prompt, load_encoder
+from gemma_dist.data.encode import Prompt
 from gemma_dist.errors import EvaluationError
-from gemma_dist.evaluate.client import Client, Refusal, parse_address, read_key
+from gemma_dist.evaluate.client import Refusal
 from gemma_dist.evaluate.faults import Faults, ends_all
 from gemma_dist.evaluate.log import part_of_rank
 from gemma_dist.evaluate.parallel import in_parallel
 from gemma_dist.evaluate.points import Point
 from gemma_dist.evaluate.runs import command, made_by
-from gemma_dist.evaluate.server import Asking, describe_served, find_model, require_fit
+from gemma_dist.evaluate.server import Asking, begin_asking, describe_served
 from gemma_dist.logs import JsonlWriter, progress
 
 TOO_LONG = (400, 413)  # what servers say of a prompt that has grown beyond their context
@@ -32,12 +32,7 @@ def act_served(model: str | None, work: Work, server: ServerConfig) -> dict[str,
     """
     work.require_new()
     settings = work.settings
-    extra = require_fit(settings, server)
-    address = parse_address(server.server or "")
-    client = Client(address, read_key(), timeout_s=server.request_timeout_s, max_retries=server.max_retries)
-    name, served = find_model(client, model)
-    encoder = None if server.processor is None else load_encoder(server.processor, settings)
-    asking = Asking(client, name, settings, server, encoder, extra)
+    asking = begin_asking(model, settings, server)
     with ExitStack() as stack:
         tools = work.start_tools(stack)
         described = work.described(describe_served(asking, work.data, work.limit))
@@ -45,8 +40,12 @@ def act_served(model: str | None, work: Work, server: ServerConfig) -> dict[str,
         jobs, keys = my_jobs(work, run)
         todo = [job for job in jobs if (job.key, job.number) not in done]
         took = _play(asking, work, tools, todo, answered=bool(done))
-        about = {"url": str(address), **server.model_dump(mode="json", exclude={"server"}), "served": served}
-        header = {**run, **made_by(encoder), "settings": settings.model_dump(mode="json"), "server": about}
+        header = {
+            **run,
+            **made_by(asking.encoder),
+            "settings": settings.model_dump(mode="json"),
+            "server": asking.about,
+        }
         header["times"] = {"command": command(), "world_size": 1, "ranks": [took]}
         return finish(work, header, [(key, number) for _, number, key in keys])
 

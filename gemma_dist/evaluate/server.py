@@ -59,8 +59,15 @@ class Asking:
     server: ServerConfig
     encoder: Encoder | None
     extra: dict[str, Any]
+    served: dict[str, Any]  # what the server says of the model
     tokens_read: int = 0
     tokens_written: int = 0
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a report says of the server."""
+        told = self.server.model_dump(mode="json", exclude={"server"})
+        return {"url": str(self.client.address), **told, "served": self.served}
 
     def ask(self, job: tuple[Point, str, int]) -> chat.Served:
         """The answer to a sample of a point.
@@ -96,36 +103,44 @@ class Asking:
             raise chat.Misanswer(error.words, self.client.hidden_in(error.value)) from None
 
 
+def begin_asking(model: str | None, settings: EvaluateConfig | ActConfig, server: ServerConfig) -> Asking:
+    """Find the model that a server calls `model` (None: its only one).
+
+    Raises:
+        ConfigError: settings that do not go together, or the server is not there, does not let us in, or serves another
+            model.
+    """
+    extra = require_fit(settings, server)
+    address = parse_address(server.server or "")
+    client = Client(address, read_key(), timeout_s=server.request_timeout_s, max_retries=server.max_retries)
+    name, served = find_model(client, model)
+    encoder = None if server.processor is None else load_encoder(server.processor, settings)
+    return Asking(client, name, settings, server, encoder, extra, served)
+
+
 def evaluate_server(
     model: str | None, data: Path, out: Path, limit: int | None, settings: EvaluateConfig, server: ServerConfig
 ) -> Report:
     """Evaluate the model that a server calls `model` (None: its only one), as `run.evaluate` does with one here.
 
     Raises:
-        ConfigError: settings that do not go together, or the server is not there, does not let us in, or serves another
-            model; or `out` holds a report, or another run.
+        ConfigError: as `begin_asking`; or `out` holds a report, or another run.
         DataError: the data cannot be used.
         EvaluationError: some points could not be answered, or the server went away; the other answers are kept.
     """
     if (out / REPORT).exists():
         raise ConfigError(f"{out / REPORT} exists already; name another folder or remove it")
-    extra = require_fit(settings, server)
-    address = parse_address(server.server or "")
-    client = Client(address, read_key(), timeout_s=server.request_timeout_s, max_retries=server.max_retries)
-    name, served = find_model(client, model)
-    encoder = None if server.processor is None else load_encoder(server.processor, settings)
-    asking = Asking(client, name, settings, server, encoder, extra)
+    asking = begin_asking(model, settings, server)
     with opened(out, lambda: describe_served(asking, data, limit)) as (run, lines):
-        points, tool_sets = find_points(data, limit, settings, encoder)
+        points, tool_sets = find_points(data, limit, settings, asking.encoder)
         if server.endpoint == "completions":
             _require_no_images(points)
         keyed = [(point, _key_of(run, point)) for point in points]
         keep_shown(out, {point.number: point.trajectory for point in points})
         times = _write_answers(asking, out, keyed, lines, settings.num_samples)
         keys = [(key, sample) for _, key in keyed for sample in range(settings.num_samples)]
-        about = {"url": str(address), **server.model_dump(mode="json", exclude={"server"}), "served": served}
         settings_now = settings.model_dump(mode="json") | {"loss": False}  # which no server tells
-        header = {**run, **made_by(encoder), "settings": settings_now, "server": about}
+        header = {**run, **made_by(asking.encoder), "settings": settings_now, "server": asking.about}
         header["times"] = {"command": command(), **times}
         join_shown(out)
         report = write_results(
