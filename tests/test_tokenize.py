@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from gemma_dist.data import tokenize
-from gemma_dist.data.tokenize import TextTokenizer, find_cuts
+from gemma_dist.data.tokenize import TextTokenizer, find_cuts, find_words
 from gemma_dist.gemma_format import CONTROL_TOKENS
 
 WORDS = (
@@ -97,6 +97,14 @@ def test_tokens_of_pieces_are_those_of_the_text(given: dict[str, Any]) -> None:
     for plain in (backend(given), of_gemma(given)):
         assert find_cuts(plain)
         require_same(plain)
+
+
+def test_tokens_of_decoders_that_are_not_known_are_placed_by_the_tokenizer(given: dict[str, Any]) -> None:
+    assert find_words(backend(given)) is not None
+    assert find_words(of_gemma(given)) is not None
+    fused = backend(given, decoder={"type": "Sequence", "decoders": [given["decoder"], {"type": "Fuse"}]})
+    assert find_words(fused) is None
+    require_same(fused)
 
 
 def test_what_was_forgotten_is_tokenized_again(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

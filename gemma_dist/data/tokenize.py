@@ -7,9 +7,11 @@ Conversations repeat one another: tools, system texts, openings of turns. So a t
 pieces have the ids that they have in it, and pieces that came before are neither tokenized nor read back again.
 """
 
+import functools
 import json
 import re
-from itertools import accumulate, chain
+from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -27,10 +29,15 @@ AROUND = 40  # characters that an error shows
 REMEDY = "take the tokenizer that the model was published with"
 _CUT_AT = [token for token in CONTROL_TOKENS if token != IMAGE]  # the soft tokens of an image come together
 _BY_THEMSELVES = {"Sequence", "Split", "Digits", "ByteLevel"}  # pre-tokenizers that know nothing but their piece
+_DECODERS_OF_GEMMA = [
+    {"type": "Replace", "pattern": {"String": _BLANK}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
 _ROOM = 6_000_000  # characters of pieces that are remembered, some 20 MB with their tokens
 _ROOM_OF_EACH = 100  # characters, that the bookkeeping of a piece takes
 
-Tokens = npt.NDArray[np.int32]  # (T, 3): of each token its id, and the characters [start, end) that it stands for
+Tokens = npt.NDArray[np.int32]  # (T, 3): of each token its id, and the characters [start, end) that it has a byte of
 
 
 class TextTokenizer:
@@ -39,47 +46,51 @@ class TextTokenizer:
     def __init__(self, backend: BackendTokenizer) -> None:
         self._backend = backend
         self._cut = find_cuts(backend)
+        self._words = find_words(backend)
         self._known: dict[str, Tokens] = {}
         self._room = _ROOM
 
     def __call__(self, text: str) -> Tokens:
         """The tokens of a text. Raises DataError as `tokenize`."""
         if self._cut is None:
-            return _as_array(tokenize(self._backend, text))
+            return self._of_whole(text)
         pieces, known = self._cut.split(text), self._known
-        new = [*dict.fromkeys(piece for piece in pieces if piece not in known)]
         try:
-            learned = self._learn(new)
+            self._learn(pieces, known)
         except DataError:  # which is to say where in the whole text
-            return _as_array(tokenize(self._backend, text))
-        found = [known[piece] if piece in known else learned[piece] for piece in pieces]
+            return self._of_whole(text)
+        found = [*map(known.__getitem__, pieces)]
         tokens = np.concatenate(found)
-        tokens[:, 1:] += np.repeat(_starts(pieces), list(map(len, found)))[:, None]
+        tokens[:, 1:] += np.repeat(_starts(pieces), [*map(len, found)])[:, None]
         return tokens
 
-    def _learn(self, pieces: list[str]) -> dict[str, Tokens]:
-        """The tokens of new pieces, at once: control tokens between them keep them apart."""
-        if not pieces:
-            return {}
-        tokens = _as_array(tokenize(self._backend, TURN.join(pieces)))
-        starts = _starts(pieces, len(TURN))
-        ends = starts + np.fromiter(map(len, pieces), np.int32, len(pieces))
+    def _learn(self, pieces: list[str], known: dict[str, Tokens]) -> None:
+        """Add the tokens of new pieces, made at once: control tokens between them keep them apart."""
+        missing = set(pieces).difference(known)
+        if not missing:
+            return
+        new = [piece for piece in dict.fromkeys(pieces) if piece in missing]
+        tokens = self._of_whole(TURN.join(new))
+        starts = _starts(new, len(TURN))
+        ends = starts + np.fromiter(map(len, new), np.int32, len(new))
         firsts, lasts = np.searchsorted(tokens[:, 1], np.stack([starts, ends]))
         tokens[:, 1:] -= starts[np.searchsorted(starts, tokens[:, 1], "right") - 1][:, None]
         places = zip(firsts.tolist(), lasts.tolist(), strict=True)
-        learned = {piece: tokens[first:last] for piece, (first, last) in zip(pieces, places, strict=True)}
-        self._room -= sum(map(len, pieces)) + _ROOM_OF_EACH * len(pieces)
+        known.update({piece: tokens[first:last] for piece, (first, last) in zip(new, places, strict=True)})
+        self._room -= sum(map(len, new)) + _ROOM_OF_EACH * len(new)
         if self._room < 0:
             self._known, self._room = {}, _ROOM
-        self._known.update(learned)
-        return learned
+
+    def _of_whole(self, text: str) -> Tokens:
+        """The tokens of a text by the tokenizer itself. Raises DataError as `tokenize`."""
+        tokens = None if self._words is None else _by_words(self._backend, self._words, text)
+        return _as_array(tokenize(self._backend, text)) if tokens is None else tokens
 
 
 def _starts(pieces: list[str], gap: int = 0) -> npt.NDArray[np.int32]:
     """Where each piece begins in the text of all, with so many characters between two."""
-    lengths = map(len, pieces)
-    before = accumulate(lengths, lambda start, length: start + length + gap, initial=0)
-    return np.fromiter(before, np.int32, len(pieces) + 1)[:-1]
+    lengths = np.fromiter(map(len, pieces), np.int32, len(pieces)) + np.int32(gap)
+    return np.cumsum(lengths, dtype=np.int32) - lengths
 
 
 def _as_array(encoding: Encoding) -> Tokens:
@@ -87,6 +98,77 @@ def _as_array(encoding: Encoding) -> Tokens:
     tokens = np.empty((len(ids), 3), np.int32)
     tokens[:, 0] = ids
     tokens[:, 1:] = np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * len(ids)).reshape(-1, 2)
+    return tokens
+
+
+class Words(dict[int, bytes]):
+    """What each token says, as its tokenizer's decoder writes it; of those that were asked for."""
+
+    def __init__(self, backend: BackendTokenizer, says: Callable[[str], bytes]) -> None:
+        self._backend, self._says = backend, says
+
+    def __missing__(self, token: int) -> bytes:
+        self[token] = self._says(self._backend.id_to_token(token))
+        return self[token]
+
+
+def find_words(backend: BackendTokenizer) -> Words | None:
+    """What each token says, if a decoder is one of two that write each token by itself; else None."""
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}
+    if decoder.get("type") == "ByteLevel":
+        return Words(backend, _by_byte_level)
+    if decoder.get("decoders") == _DECODERS_OF_GEMMA:
+        return Words(backend, _by_gemma)
+    return None
+
+
+def _by_gemma(token: str) -> bytes:
+    is_byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
+    return bytes.fromhex(is_byte[1]) if is_byte else token.replace(_BLANK, " ").encode()
+
+
+def _by_byte_level(token: str) -> bytes:
+    of_characters = bytes_of_characters()
+    if all(character in of_characters for character in token):
+        return bytes(of_characters[character] for character in token)
+    return token.encode()  # an added one
+
+
+@functools.cache
+def bytes_of_characters() -> dict[str, int]:
+    """The character that stands for each byte where a tokenizer works on bytes: itself, or the next one from 256 on
+    where it does not show (`bytes_to_unicode` of GPT-2)."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
+
+
+def _by_words(backend: BackendTokenizer, words: Words, text: str) -> Tokens | None:
+    """The tokens of a text, read back and placed by their words: a tokenizer takes as long again to say where each
+    begins. None where the words do not say the text, or where the tokenizer fails: `tokenize` says why."""
+    backend.no_padding()
+    backend.no_truncation()
+    try:
+        (encoding,) = backend.encode_batch_fast([text], add_special_tokens=False)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException:  # a panic of its Rust is no Exception
+        return None
+    ids = encoding.ids
+    found = [*map(words.__getitem__, ids)]
+    said = b"".join(found)
+    if said != text.encode() or b"" in found:
+        return None
+    tokens = np.empty((len(ids), 3), np.int32)
+    tokens[:, 0] = ids
+    ends = np.cumsum(np.fromiter(map(len, found), np.int32, len(ids)), dtype=np.int32)
+    if len(said) != len(text):  # characters of several bytes; a token may begin and end within one
+        of_bytes = np.cumsum(np.frombuffer(said, np.uint8) & 0xC0 != 0x80, dtype=np.int32)
+        tokens[1:, 1] = of_bytes[ends[:-1]] - 1
+        tokens[:, 2] = of_bytes[ends - 1]
+    else:
+        tokens[1:, 1], tokens[:, 2] = ends[:-1], ends
+    tokens[:1, 1] = 0
     return tokens
 
 

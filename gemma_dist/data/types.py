@@ -107,6 +107,7 @@ class BackendTokenizer(Protocol):
     """The `tokenizers.Tokenizer` inside of a fast tokenizer."""
 
     pre_tokenizer: Any
+    decoder: Any
     post_processor: Any
     model: Any
     encode_special_tokens: bool
@@ -120,8 +121,14 @@ class BackendTokenizer(Protocol):
     def encode(self, sequence: str, *, add_special_tokens: bool) -> Encoding:
         """Tokens of a string, with the padding and truncation of the last call that asked for any."""
 
+    def encode_batch_fast(self, sequences: list[str], *, add_special_tokens: bool) -> list[Encoding]:
+        """As `encode` of each, without saying where in the string a token stands."""
+
     def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
         """The string of token ids."""
+
+    def id_to_token(self, token: int) -> str:
+        """A token as the vocabulary has it."""
 
     def no_padding(self) -> None:
         """Stop padding."""

@@ -14,6 +14,7 @@ nothing shows up in the folder before all of it is there. Of what lies in it, a 
 exact name, and no others.
 """
 
+import gc
 import multiprocessing
 import os
 import re
@@ -265,6 +266,7 @@ def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None, re
     jobs = [job for job in jobs if not job.record.exists()]
     num_workers = min(len(jobs), len(os.sched_getaffinity(0)) if num_workers is None else num_workers)
     if num_workers <= 1:
+        gc.freeze()  # no collection looks again at what was imported
         for job in jobs:
             rows = progress(job.rows(), total=None, desc="sharding", unit=" rows")
             run_job(job, encoder, rows, tell)
@@ -307,6 +309,7 @@ def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None, re
 def _start_worker(encoder: Encoder, num_rows: Any, num_rejected: Any, errors: Any) -> None:
     global _encoder, _num_rows, _num_rejected, _errors
     _end_alone()
+    gc.freeze()
     _encoder, _num_rows, _num_rejected, _errors = encoder, num_rows, num_rejected, errors
 
 

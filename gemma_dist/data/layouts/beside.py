@@ -48,12 +48,11 @@ def refuse_beside(row: RawRow, converted: OpenAIRow) -> None:
     _, last = converted.messages[-1]
     if get(last, "role") != "assistant" and not is_test_case(row, converted):
         _refuse_answer(row, key)
-    said = without_spaces(_said(converted))
     for column in REASONING:
         given = row.get(column)
         text = given.strip() if isinstance(given, str) else ""
         is_thought = " " in text and not SWITCH.fullmatch(text)  # a word is a switch: "on", "high"
-        if is_thought and without_spaces(text) not in said:
+        if is_thought and without_spaces(text) not in without_spaces(_said(converted)):
             raise DataError(
                 f"`{column}` stands beside `{key}`, and does not say which message it belongs to; write it as "
                 "`reasoning_content` of that message, or remove the column"
