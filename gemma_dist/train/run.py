@@ -49,7 +49,7 @@ from gemma_dist.train.checkpoint import (
 )
 from gemma_dist.train.evaluation import is_due_at_start
 from gemma_dist.train.loggers import explain_setup, require_logger
-from gemma_dist.train.memory import MemoryReport, MemoryWatch, gpu_at_hand
+from gemma_dist.train.memory import MemoryReport, MemoryWatch, figures_of, gpu_at_hand
 from gemma_dist.train.owner import HEARTBEATS, lock_output_dir, own
 from gemma_dist.train.stop import StopRequests
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
@@ -202,7 +202,9 @@ def _train_from(
     model = load_run_model(run, loader.table)
     metrics = settings.output_dir / "metrics.jsonl"
     is_due = is_due_at_start(run, start_step, checkpoint)
-    run_log = RunLog(metrics, start_step=start_step, num_steps=run.num_steps, evaluates_anew=is_due)
+    run_log = RunLog(
+        metrics, start_step=start_step, num_steps=run.num_steps, evaluates_anew=is_due, figures=figures_of(watch)
+    )
     trainer = trainer_class(run, arguments, model, loader, run_log, requests)
     explain_setup(trainer.callback_handler.callbacks, run.config.train.report_to)
     if watch is not None and not use_cpu():
