@@ -7,6 +7,7 @@ OUT/adapter_model.safetensors or model.safetensors …, with config, processor a
 OUT/gemma_dist.json          base, quantization, data: written last, so it marks a finished run
 """
 
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from gemma_dist.model.per_layer import PerLayerTable, open_table
 from gemma_dist.model.record import ADAPTER_RECORD
 from gemma_dist.resolve import Run, require_output_dir, resolve
 from gemma_dist.stream.growth import editions_from
-from gemma_dist.stream.held_out import describe_held_out, trained_too
+from gemma_dist.stream.held_out import describe_held_out, find_shared_ids
 from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.stream.schedule import Edition
 from gemma_dist.topology import current_topology, require_fit
@@ -239,8 +240,8 @@ def _say_held_out(run: Run) -> None:
     if run.held_out is None or world.rank() != 0:
         return
     log.info("%s", describe_held_out(run.held_out))
-    if both := trained_too(run.held_out, run.schedule):
-        log.warning("%s", both)
+    shared = find_shared_ids(run.held_out, run.schedule)
+    log.log(logging.WARNING if shared.num_samples else logging.INFO, "%s", shared.words)
 
 
 def _attempt(run: Run, start_step: int) -> dict[str, object]:
