@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gemma_dist.batch_plan import BatchPlan
-from gemma_dist.config import RunConfig
+from gemma_dist.config import RunConfig, option
 from gemma_dist.errors import DataError
 from gemma_dist.shards.fetch import Fetcher
 from gemma_dist.shards.reader import Shards, open_shards
@@ -141,7 +141,7 @@ class SharedIds(NamedTuple):
 def find_shared_ids(held_out: HeldOut, train: Schedule) -> SharedIds:
     """By ids alone: what is nearly the same would have to be read, which `stats` does once for good."""
     found = sorted(train.shards.find({held_out.shards.id(sample) for sample in held_out.samples}))
-    against = " ".join(f"--against {shlex.quote(folder)}" for folder in held_out.shards.folders)
+    against = " ".join(f"{option('against')} {shlex.quote(folder)}" for folder in held_out.shards.folders)
     command = f"`gemma-dist stats {shlex.join(train.shards.folders)} {against}` finds rows alike under other ids"
     if not found:
         return SharedIds(0, f"data.eval: no sample has an id of data.train; {command}")
