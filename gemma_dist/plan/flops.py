@@ -110,9 +110,10 @@ class StepFlops:
         for number, layer in enumerate(geometry.layers):
             passes = 3 if first < (_TEXT, number, 1) else 1
             found["pair" if layer.is_full else "pair in window"] += passes * 4 * geometry.heads * layer.head_dim
-        for number in range(geometry.vision.layers if geometry.vision else 0):
-            passes = 3 if first < (_VISION, number, 1) else 1
-            found["pair of patches"] += passes * 4 * geometry.vision.hidden
+        if (vision := geometry.vision) is not None:
+            for number in range(vision.layers):
+                passes = 3 if first < (_VISION, number, 1) else 1
+                found["pair of patches"] += passes * 4 * vision.hidden
         head = 2 * geometry.hidden * geometry.vocabulary
         return cls(geometry.window, dict(found), a_target=head * (2 + trains))
 
