@@ -18,7 +18,7 @@ from gemma_dist import exits, world
 # What the system says of a user's files and disks, and what to do where that does not go without saying.
 USER_ERRNOS = {
     errno.ENOENT: "",
-    errno.ENOTDIR: "",
+    errno.ENOTDIR: "a part of that path is a file: name a folder in its place",
     errno.EISDIR: "",
     errno.EEXIST: "name another, or remove it",
     errno.ENOTEMPTY: "name another folder",

@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,26 +109,44 @@ def read_jsonl(path: Path) -> Iterator[Any]:
             yield json.loads(line)
 
 
-def read_steps(path: Path) -> Iterator[Any]:
-    """The rows of a `metrics.jsonl`. A line that is none, as a power failure leaves it, is told and left out."""
+def read_steps(path: Path) -> list[Any]:
+    """The rows of a `metrics.jsonl`. A line that is none, as a power failure leaves it, is told and left out; of a file
+    without any row nothing is told."""
+    rows, damaged = [], []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
             row = json.loads(line) if line else None
         except ValueError:
             row = {}
         if isinstance(row, dict) and isinstance(row.get("step"), int):
-            yield row
+            rows.append(row)
         elif row is not None:
-            log.warning("%s line %d is damaged and was left out", path, number)
+            damaged.append(number)
+    for number in damaged if rows else ():
+        log.warning("%s line %d is damaged and was left out", path, number)
+    return rows
 
 
 class RunLog:
     """The progress of a training run: one line a step on rank 0's terminal, the same numbers in `metrics.jsonl`."""
 
-    def __init__(self, path: Path, *, start_step: int, num_steps: int, evaluates_anew: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        start_step: int,
+        num_steps: int,
+        evaluates_anew: bool = False,
+        figures: Callable[[range, float], Mapping[str, float]] = lambda steps, seconds: {},
+    ) -> None:
         """A run that resumes at `start_step` drops the lines behind it: those steps are done again; and where it
-        `evaluates_anew` there, the line of an evaluation, which ended before its checkpoint was complete."""
-        self._num_steps = num_steps
+        `evaluates_anew` there, the line of an evaluation, which ended before its checkpoint was complete.
+
+        Args:
+            figures: what is to be said besides of steps (from 0) that took so many seconds: any of `memory_gib`,
+                `memory_planned_gib` and `mfu`, a share.
+        """
+        self._num_steps, self._figures = num_steps, figures
         self._file = None
         if world.rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,18 +172,22 @@ class RunLog:
         self._last_step, self._num_written = step, self._num_written + 1
         return duration((self._num_steps - step) * self._seconds_a_step)
 
-    def write(self, step: int, values: Mapping[str, Any], *, num_tokens: int) -> None:
-        """One step, or several where logging_steps says so: `num_tokens` is how many went through the model since."""
+    def write(self, step: int, values: Mapping[str, Any], *, num_tokens: int) -> dict[str, float]:
+        """One step, or several where logging_steps says so: `num_tokens` is how many went through the model since.
+        Returns what was reckoned of their time: `tokens_per_s`, and the `figures`."""
         now = time.perf_counter()
         seconds, self._before = now - self._before, now
-        row = {"step": step, **values, "tokens": num_tokens, "tokens_per_s": round(num_tokens / seconds, 1)}
+        more = {
+            "tokens_per_s": round(num_tokens / seconds, 1),
+            **self._figures(range(self._last_step, step), seconds),
+        }
         left = self._left(step, seconds)
         if self._file is not None:
-            self._file.write(row | {"seconds": round(seconds, 3)})
+            self._file.write({"step": step, **values, "tokens": num_tokens, **more, "seconds": round(seconds, 3)})
             kinds = [(name.removeprefix("loss_"), value) for name, value in values.items() if name.startswith("loss_")]
             log.info(
                 "step %*d/%d  loss %7.4f  entropy %6.4f  accuracy %.3f  grad %7.3f  lr %.2e  %7d tokens  %8.0f tokens/s"
-                " (%.0f trained)  %6.2f s  %s left  (%s)",
+                " (%.0f trained)%s  %6.2f s  %s left  (%s)",
                 len(str(self._num_steps)),
                 step,
                 self._num_steps,
@@ -177,10 +199,12 @@ class RunLog:
                 num_tokens,
                 num_tokens / seconds,
                 values.get("target_tokens", 0) / seconds,
+                _of_the_gpu(more),
                 seconds,
                 left,
                 ", ".join(f"{name} {value:.3f}" for name, value in kinds),
             )
+        return more
 
     def write_evaluation(self, step: int, values: Mapping[str, Any], seconds: float) -> None:
         """An evaluation after `step`, which took so many seconds: they are none of the next step's."""
@@ -204,6 +228,15 @@ class RunLog:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _of_the_gpu(figures: Mapping[str, float]) -> str:
+    """`figures` of a step as its line has them: speed, and memory beside what was planned."""
+    told = f"  MFU {figures['mfu']:.1%}" if "mfu" in figures else ""
+    if "memory_gib" in figures:
+        planned = f" of {figures['memory_planned_gib']:.1f} planned" if "memory_planned_gib" in figures else ""
+        told += f"  {figures['memory_gib']:.1f} GiB{planned}"
+    return told
 
 
 def duration(seconds: float) -> str:

@@ -23,7 +23,22 @@ if TYPE_CHECKING:
     from gemma_dist.config import Section
 
 
-EXISTING = click.Path(exists=True, path_type=Path)
+class ExistingPath(click.Path):
+    """A file or folder of this machine."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path. A URL is refused with what takes it."""
+        if "://" in str(value) and not Path(value).exists():
+            self.fail(
+                f"{str(value)!r} is a URL, and this takes what lies on a disk; rows of the hub are taken by "
+                "`gemma-dist shard` and `gemma-dist init`: name the folder that `shard` makes of them",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
+EXISTING = ExistingPath(exists=True, path_type=Path)
 NEW = click.Path(path_type=Path)
 WORDS = ("auto", "true", "false", "yes", "no", "on", "off")  # what follows an option, where it is no path
 

@@ -95,6 +95,9 @@ def _messages(error: ValidationError, reported: Container[str]) -> Iterator[str]
         if item["type"] == "missing":
             if key not in reported:
                 yield f"{key}: missing. {_description(key)}".rstrip()
+        elif key and item["input"] is None and item["type"] != "value_error":  # `key=`, or `key:` and nothing behind it
+            instead = ", or leave the key out for its default" if _has_default(key) else ""
+            yield f"{key}: has no value; write one{instead}. {_description(key)}".rstrip()
         elif key:
             yield f"{key} = {item['input']!r}: {rule}. {_description(key)}".rstrip()
         else:
@@ -219,6 +222,13 @@ def _nearest(key: str, name: str) -> str:
         if close := difflib.get_close_matches(spelling, spellings, n=1):
             return f"did you mean {spellings[close[0]]}?"
     return "`gemma-dist check` shows every setting of a recipe"
+
+
+def _has_default(key: str) -> bool:
+    """Whether a recipe may leave a setting out."""
+    section, _, name = key.partition(".")
+    field = SECTIONS[section].model_fields.get(name) if section in SECTIONS else None
+    return field is not None and not field.is_required()
 
 
 def _description(key: str) -> str:

@@ -64,6 +64,7 @@ def copy_shipped(out: Path) -> list[Path]:
     folders = [out / name for name in (RECIPES, PROCESSES, SCRIPTS)]
     if taken := [folder for folder in folders if folder.exists()]:
         raise ConfigError(f"{taken[0]} is there already; name another folder, or move it away")
+    out.mkdir(parents=True, exist_ok=True)
     for folder in folders:
         copy_folder(folder.name, folder)
     return folders

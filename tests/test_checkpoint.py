@@ -250,9 +250,9 @@ def test_a_finished_run_that_goes_on_is_not_finished_until_its_new_end(
     marked = []
 
     class Looking(logs.RunLog):
-        def write(self, *args: Any, **values: Any) -> None:
+        def write(self, *args: Any, **values: Any) -> dict[str, float]:
             marked.append((out / ADAPTER_RECORD).exists())
-            super().write(*args, **values)
+            return super().write(*args, **values)
 
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr("gemma_dist.train.run.RunLog", Looking)

@@ -325,6 +325,23 @@ def test_no_folder_is_told_in_words(problems, value):
     assert "Input should" not in found
 
 
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("output_dir", "train.output_dir: has no value; write one. Folder for"),
+        ("model_name_or_path", "model.model_name_or_path: has no value; write one. Folder or"),
+        ("tuning", "tuning: has no value; write one. What to train"),
+        ("learning_rate", "train.learning_rate: has no value; write one, or leave the key out for its default. Peak"),
+        ("model.dtype", "model.dtype: has no value; write one, or leave the key out for its default. Dtype"),
+        ("packing", "train.packing: has no value; write one, or leave the key out for its default. Pack"),
+    ],
+)
+def test_a_key_with_nothing_behind_it_is_told_in_words(problems, key, told):
+    found = problems(f"{key}=")
+    assert told in found
+    assert "None" not in found
+
+
 def test_an_unknown_key_of_a_source_is_named_once(problems):
     found = problems("data.train=[{path: a, wight: 2}]")
     assert "data.train.0.wight = 2: unknown key" in found

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from gemma_dist import world
+from gemma_dist.__main__ import main
 from gemma_dist.batch_plan import BatchPlan
 from gemma_dist.config import EncodingConfig, RunConfig
 from gemma_dist.data.encode import load_encoder
@@ -332,13 +334,17 @@ def test_settings_that_do_not_go_together_are_refused_by_name(
 
 
 def test_held_out_shards_of_another_encoding_are_refused_and_shared_ids_are_told(
-    model: str, data: list[str], tmp_path: Path
+    model: str, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     resolved = resolve(_config(model, data, tmp_path / "out", *EVAL), Topology("", 1))
     description = describe_run(resolved)
     assert "7 trajectories, " in description
     assert f"evaluated {NUM_STEPS + 1} times" in description
     assert "data.eval: 1 of 7 samples have ids of data.train: row-12." in description
+    (command,) = re.findall(r"`gemma-dist (stats [^`]+)` finds rows alike under other ids", description)
+    assert main([*shlex.split(command), "--json"]) == 0
+    overlap = json.loads(capsys.readouterr().out)["against"]
+    assert (overlap["num_rows"], overlap["exact"]["num_rows"]) == (7, 1)
     shard_rows(tmp_path, model, [row(1)], enable_thinking=True)
     with pytest.raises(DataError, match=r"data.eval: .*were made with another tokenizer, chat template"):
         resolve(_config(model, data, tmp_path / "out", f"data.eval={tmp_path / 'shards'}", *EVAL), Topology("", 1))

@@ -282,6 +282,17 @@ def test_two_runs_do_not_write_to_one_folder(evaluated: Run, tmp_path: Path, cap
     assert "another evaluation is writing there" in capsys.readouterr().err
 
 
+def test_what_fails_before_the_first_answer_leaves_no_folder(evaluated: Run, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "nothing").mkdir()
+    out = evaluated("out", "--adapter", tmp_path / "nothing", "--no-loss", code=2)
+    assert "is no adapter" in capsys.readouterr().err
+    assert not out.exists()
+    out.mkdir()
+    (out / "mine.txt").touch()
+    evaluated("out", "--adapter", tmp_path / "nothing", "--no-loss", code=2)
+    assert (out / "mine.txt").exists(), "a folder that was there stays"
+
+
 def test_a_sample_hangs_on_its_number_alone(evaluated: Run, tmp_path: Path, data: Path) -> None:
     options = ["--num-samples", 3, "--temperature", 1, "--top-p", 0.9]
     many = evaluated("many", *options)

@@ -57,6 +57,7 @@ WITHOUT_TORCH = [
     "merge.plan",
     "plan.activations",
     "plan.estimate",
+    "plan.flops",
     "plan.margin",
     "plan.run",
     "plan.show",

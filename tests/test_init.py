@@ -37,6 +37,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (hub_name("E4B"), 3, 24, 1, None, ("e4b_lora_zero2", "DEEPSPEED")),
         (hub_name("E4B"), 2, 16, 1, "qlora", ("e4b_qlora_16gb", "MULTI_GPU")),
         (hub_name("E4B"), 8, 24, 1, "full", ("e4b_full_zero3_offload", "DEEPSPEED")),
+        (hub_name("E4B"), 8, 80, 1, "full", ("e4b_full_zero3_offload", "DEEPSPEED")),
         (hub_name("12B"), 1, 12, 1, None, ("12b_qlora_12gb", "NO")),
         (hub_name("26B-A4B"), 1, 24, 1, None, ("26b_qlora", "NO")),
         (hub_name("31B"), 8, 80, 2, None, ("31b_lora_zero3", "DEEPSPEED")),
@@ -66,7 +67,11 @@ def test_what_is_written_fits_and_goes_together(
     for name in re.findall(r"slurm/[\w.]+", script):
         assert Path(name).exists() or name == "slurm/site.env", name
     assert any("my rows.jsonl'" in command for command in written.commands)
-    assert not re.search(r"launch/\w+\.yaml$", Path("run/recipe.yaml").read_text(), re.M), "no half of a command"
+    text = Path("run/recipe.yaml").read_text()
+    assert not re.search(r"launch/\w+\.yaml$", text, re.M), "no half of a command"
+    offloads = any("offload" in path.name for path in written.files)
+    assert offloads == (tuning == "full" and memory < 40), "only what the GPUs do not hold is in host memory"
+    assert ("# Here the GPUs hold all (zero3)" in text) == (tuning == "full" and not offloads)
 
 
 def test_a_run_on_the_cpu_passes_check(model: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -118,6 +123,10 @@ def test_recipes_are_found_without_a_checkout(capfd: pytest.CaptureFixture[str])
     assert {size.partition("-")[0].lower() for size in SIZES} <= {one["name"].partition("_")[0] for one in told}
     for name in ("e4b_qlora_16gb", "launch/e4b_qlora_16gb.yaml"):
         assert load_config(name) == load_config(ROOT / "launch/e4b_qlora_16gb.yaml")
+    assert main(["recipes", "--out", "my rows.jsonl"]) == 2
+    assert "error: my rows.jsonl: File exists; name another, or remove it" in capfd.readouterr().err
+    assert main(["recipes", "--out", "my rows.jsonl/mine"]) == 2
+    assert "my rows.jsonl/mine: Not a directory; a part of that path is a file: name a folder" in capfd.readouterr().err
     with pytest.raises(ConfigError, match="`gemma-dist recipes` lists those to start from"):
         load_config("other/e4b_qlora_16gb.yaml")
 

@@ -21,6 +21,7 @@ from tests.support.ranks import long
 REPOSITORY = Path(__file__).parents[1]
 FOLDERS = ("launch", "accelerate_configs", "slurm")  # that a wheel carries
 NOT_ON_LINUX = ("tzdata",)  # pandas wants it elsewhere
+NOT_PINNED = ("bench",)  # the extra of others, which are compared with in whatever version
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +128,20 @@ def test_the_lock_has_what_was_tested_with_hashes_and_names_no_index() -> None:
         re.findall(r"^([\w.-]+)==(\S+) .*\\\n(?:    --hash=sha256:[0-9a-f]{64}(?: \\\n|\n))+", text, re.MULTILINE)
     )
     assert len(locked) == len(re.findall(r"^\w", text, re.MULTILINE)), "each package has hashes, and nothing else"
-    tested = dict(re.findall(r"^([\w.-]+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE))
+    tested, beside = (
+        dict(re.findall(r"^([\w.-]+)==(\S+)$", part, re.MULTILINE))
+        for part in (REPOSITORY / "constraints.txt").read_text().split("# Of the extras")
+    )
     assert {name: locked.get(name) for name in tested} == tested | dict.fromkeys(NOT_ON_LINUX)
+    assert not beside.keys() & (locked.keys() | tested.keys()), "the lock is of [dev]"
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     assert settings["build-system"]["requires"] == [f"setuptools=={locked['setuptools']}"]
     wanted = [*settings["project"]["dependencies"], *settings["project"]["optional-dependencies"]["dev"]]
     names = {Requirement(line).name for line in wanted}
     assert names <= locked.keys()
+    extras = settings["project"]["optional-dependencies"]
+    direct = {Requirement(line).name for name, lines in extras.items() if name not in NOT_PINNED for line in lines}
+    assert direct <= tested.keys() | beside.keys()
 
 
 def test_a_lock_lists_the_files_of_every_python() -> None:

@@ -1,12 +1,14 @@
 """What train.report_to names: refused before a weight is read where it is not installed, else written offline."""
 
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from gemma_dist.errors import ConfigError
-from gemma_dist.train.loggers import explain_setup, require_logger
+from gemma_dist.train.loggers import OF_THE_EXTRA, explain_setup, require_logger
 from tests.support.corpus import row, shard_rows
 from tests.support.ranks import gemma_dist, long
 
@@ -31,8 +33,17 @@ def test_a_package_that_is_not_there_is_named_with_what_installs_it(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "a_logger_of_nobody").mkdir()  # a folder that it left behind is no package
-    with pytest.raises(ConfigError, match=r"`pip install a_logger_of_nobody`, or all of these"):
+    with pytest.raises(ConfigError, match=r"`pip install a_logger_of_nobody`; none: metrics\.jsonl alone"):
         require_logger("a_logger_of_nobody")
+    monkeypatch.setattr("gemma_dist.train.loggers.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"`pip install 'gemma-dist\[logging\]'`; none"):
+        require_logger("wandb")
+
+
+def test_the_extra_has_what_is_said_to_be_in_it() -> None:
+    settings = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    extra = [Requirement(line).name for line in settings["project"]["optional-dependencies"]["logging"]]
+    assert [name.removesuffix("-skinny") for name in extra] == list(OF_THE_EXTRA)
 
 
 def test_a_package_that_cannot_begin_ends_the_run_in_plain_words() -> None:
@@ -53,7 +64,7 @@ def test_a_run_is_logged_by_the_real_package_without_a_network(
     name: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not is_installed(name):
-        pytest.skip(f"{name} is not installed: pip install 'gemma-dist[logging]'")
+        pytest.skip(f"{name} is not installed: `pip install {name}`, in an environment of its own where it is no extra")
     shard_rows(tmp_path, model, [row(1), row(2)])
     environment, left = OFFLINE[name]
     for variable, value in environment.items():

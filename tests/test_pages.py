@@ -256,10 +256,17 @@ def test_ticks_span_the_range_in_even_round_steps(low: float, span: float) -> No
     assert 1 <= len(found) <= 8
 
 
-def test_a_run_without_steps_and_a_name_of_no_picture_are_refused(tmp_path: Path) -> None:
+def test_a_run_without_steps_and_a_name_of_no_picture_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(DataError, match="it has no step yet"):
         plot_runs([tmp_path], None)
+    (tmp_path / "my.jsonl").write_text('{"messages": []}\n{"messages": []}\n')
+    monkeypatch.setattr(log, "propagate", True)
+    with pytest.raises(DataError, match=r"my\.jsonl: no line of it is a step of a run; name an output_dir, or its met"):
+        plot_runs([tmp_path / "my.jsonl"], None)
+    assert not caplog.records, "and nothing of it is called damaged"
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="a run writes it at its first step"):
         plot_runs([tmp_path / "empty"], None)
@@ -297,6 +304,35 @@ def test_a_line_of_a_step_says_how_long_the_others_will_take(tmp_path: Path, mon
     left = [re.search(r"(\S+ \w+(?: \d+ min)?) left", line)[1] for line in lines]  # type: ignore[index]
     assert left == ["14 h 59 min", "15 min", "15 min", "28 min"]
     assert "400 tokens/s (50 trained)" in lines[1]
+
+
+def test_a_line_of_a_step_has_what_is_known_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, asked = io.StringIO(), []
+    monkeypatch.setattr(log, "handlers", [logging.StreamHandler(said)])
+    monkeypatch.setattr(log, "propagate", False)
+    log.setLevel(logging.INFO)
+    known = iter([{"memory_gib": 61.24, "memory_planned_gib": 64.0, "mfu": 0.4127}, {"memory_gib": 61.24}, {}])
+
+    def figures(steps: range, seconds: float) -> dict[str, float]:
+        asked.append(steps)
+        return next(known)
+
+    path = tmp_path / "metrics.jsonl"
+    run = RunLog(path, start_step=2, num_steps=9, figures=figures)
+    values = {"loss": 1.0, "entropy": 1.0, "token_accuracy": 0.5, "grad_norm": 1.0, "learning_rate": 1e-4}
+    told = [run.write(step, values, num_tokens=400) for step in (4, 5, 6)]
+    run.close()
+    assert asked == [range(2, 4), range(4, 5), range(5, 6)], "each step once"
+    lines = said.getvalue().splitlines()
+    assert "trained)  MFU 41.3%  61.2 GiB of 64.0 planned  " in lines[0]
+    assert "trained)  61.2 GiB  " in lines[1]
+    assert "GiB" not in lines[2]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (rows[0]["mfu"], rows[0]["memory_gib"], rows[0]["memory_planned_gib"]) == (0.4127, 61.24, 64.0)
+    for figures_told, logged in zip(told, rows, strict=True):
+        assert figures_told == {name: logged[name] for name in figures_told}, "what loggers get"
+        assert figures_told["tokens_per_s"] > 0
+    assert "MFU" in {panel.title.partition(",")[0] for panel in panels({"a": rows}) if panel.curves}
 
 
 @pytest.mark.parametrize(

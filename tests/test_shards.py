@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gemma_dist.__main__ import main
 from gemma_dist.config import EncodingConfig, ShardConfig
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.data.fit import cut_points
@@ -381,6 +382,21 @@ def with_crc32(data: bytes, wanted: int) -> bytes:
 def test_a_folder_without_shards_says_how_to_make_them(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="gemma-dist shard"):
         open_shards(tmp_path)
+
+
+def test_rows_of_the_hub_are_no_shards_and_it_is_said_what_takes_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    url, told = "hf://datasets/org/rows", "rows of the hub are taken by `gemma-dist shard` "
+    for words in (["stats", url], ["check", "launch/cpu_lora.yaml", f"data.train={url}"]):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert f"error: {url} holds no manifest.arrow: " in error
+        assert told in error
+        assert "trying again" not in error, "a hub that is not to be asked is not asked"
+    assert main(["evaluate", "--model", "m", "--data", url, "--out", "out"]) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_the_cache_holds_few_row_groups(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

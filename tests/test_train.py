@@ -20,6 +20,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForImageTextToText
 
 from gemma_dist.__main__ import main
@@ -584,4 +585,8 @@ def test_nothing_is_left_behind_and_no_pickle_anywhere(run: Any) -> None:
 def test_tensorboard_on_request(model: str, shards: Path, tmp_path: Path) -> None:
     more = ["max_steps=1", "report_to=tensorboard"]
     gemma_dist("train", "launch/cpu_full.yaml", *_paths(model, shards, tmp_path / "out"), *SETTINGS[:2], *more)
-    assert list((tmp_path / "out").rglob("events.out.tfevents.*"))
+    (events,) = (tmp_path / "out").rglob("events.out.tfevents.*")
+    logged = EventAccumulator(str(events)).Reload()
+    (row,) = _rows(tmp_path / "out")
+    for name in ("loss", "tokens_per_s"):  # what is reckoned of a step's time as well
+        assert [one.value for one in logged.Scalars(f"train/{name}")] == [pytest.approx(row[name])]

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -87,14 +88,21 @@ def opened(
         ConfigError: `out` holds answers of a run of something else, which the message names, or another is at work
             there.
     """
+
+    def holds_any() -> bool:
+        """Whether a run has left something there."""
+        return bool(read_lines(out) or read_losses(out) or (out / SAMPLES).is_file() or holds_more())
+
     with contextlib.ExitStack() as stack:
 
         def begin() -> dict[str, Any]:
             problem = f"{out}: another evaluation is writing there; wait for it, or name another folder"
+            is_new = not out.exists()
             stack.enter_context(exclusive(out, problem))
+            if is_new:
+                stack.enter_context(_removed_unless(out, holds_any))
             run = describe()
-            holds = read_lines(out) or read_losses(out) or (out / SAMPLES).is_file() or holds_more()
-            if (out / RUN).is_file() and holds:
+            if (out / RUN).is_file() and holds_any():
                 _require_same(out, json.loads((out / RUN).read_text(encoding="utf-8")), run)
             else:
                 write_json(out / RUN, run)
@@ -105,6 +113,17 @@ def opened(
         if lines and world.rank() == 0:
             log.info("%s holds %d answers of a run that ended early", out, len(lines))
         yield run, lines
+
+
+@contextlib.contextmanager
+def _removed_unless(out: Path, holds_any: Callable[[], bool]) -> Iterator[None]:
+    """Within, an error takes away `out`, which this run has made, unless it `holds_any` answer by then."""
+    try:
+        yield
+    except BaseException:
+        if not holds_any():
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def part_of_rank(out: Path, what: str = "samples") -> Path:

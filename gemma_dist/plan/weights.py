@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from gemma_dist.config import RunConfig
-from gemma_dist.plan.geometry import TEXT, Geometry, Linear, embeddings, linears, stacks, vectors
+from gemma_dist.plan.geometry import TEXT, Geometry, Linear, Stack, embeddings, linears, stacks, vectors
 
 BYTES = {"float32": 4, "bfloat16": 2}
 QUANTIZED, OTHER, EXPERTS = "quantized weights", "other weights", "experts"
@@ -111,18 +111,25 @@ def adapted_by_layer(geometry: Geometry, config: RunConfig) -> list[int]:
     return adapted
 
 
-def _adapter(linear: Linear, config: RunConfig) -> int:
-    """Weights of the adapter on one linear layer; 0 where lora.target_modules does not name it."""
+def adapter_rank(linear: Linear, config: RunConfig) -> int:
+    """Rank of the adapter on a linear layer; 0 where lora.target_modules does not name it."""
     lora = config.lora
-    if lora is None or not re.fullmatch(lora.target_modules, linear.path):
-        return 0
-    return lora.r * (linear.inputs + linear.outputs) + (linear.outputs if lora.use_dora else 0)
+    return lora.r if lora is not None and re.fullmatch(lora.target_modules, linear.path) else 0
+
+
+def stack_rank(stack: Stack, config: RunConfig) -> int:
+    """Rank of the adapter on each expert of a stack; 0 where lora.target_parameters does not name it."""
+    lora = config.lora
+    return lora.r if lora is not None and any(stack.path.endswith(f".{name}") for name in lora.target_parameters) else 0
+
+
+def _adapter(linear: Linear, config: RunConfig) -> int:
+    """Weights of the adapter on one linear layer."""
+    rank = adapter_rank(linear, config)
+    has_magnitudes = rank > 0 and config.lora is not None and config.lora.use_dora
+    return rank * (linear.inputs + linear.outputs) + (linear.outputs if has_magnitudes else 0)
 
 
 def _adapter_of_experts(geometry: Geometry, config: RunConfig) -> int:
     """Weights of the adapter on stacks: PEFT gives each expert r rows and columns of its own."""
-    lora, total = config.lora, 0
-    for stack in stacks(geometry):
-        if lora is not None and any(stack.path.endswith(f".{name}") for name in lora.target_parameters):
-            total += lora.r * stack.experts * (stack.outputs + stack.inputs)
-    return total
+    return sum(stack_rank(one, config) * one.experts * (one.outputs + one.inputs) for one in stacks(geometry))

@@ -338,7 +338,10 @@ def _checked(data: bytes, num_bytes: int, digest: bytes) -> bytes:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether a server has said no for good: a status of 400 to 499, but for 408 (too slow) and 429 (too often)."""
+    """Whether a server has said no for good: a status of 400 to 499, but for 408 (too slow) and 429 (too often); or is
+    not to be asked (HF_HUB_OFFLINE)."""
+    if type(error).__name__ == "OfflineModeIsEnabled":  # of huggingface_hub, which is not imported for its name
+        return True
     status = getattr(error, "status", None) or getattr(error, "code", None)  # as aiohttp and gcsfs say it
     if isinstance(status, int):
         return 400 <= status < 500 and status not in (408, 429)

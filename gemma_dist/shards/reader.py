@@ -29,6 +29,7 @@ from gemma_dist.config_data import WeightsByStep
 from gemma_dist.data.bfcl import read_with_answers
 from gemma_dist.data.encode import Encoder
 from gemma_dist.data.fit import parse
+from gemma_dist.data.inputs import HUB
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.errors import ConfigError, DataError, setting
 from gemma_dist.shards.fetch import Fetcher, FetchError, StoreRefusalError, is_url, join
@@ -314,14 +315,19 @@ def _open_manifest(folder: str, fetcher: Fetcher) -> Manifest:
     origin = join(folder, MANIFEST)
     try:
         path = fetcher.download(origin)
-    except StoreRefusalError as error:
-        raise DataError(f"the manifest was not given: {error}") from error
     except (FetchError, OSError) as error:
         if not is_url(folder) and Path(folder).is_file():
             raise DataError(
                 f"{folder} is a file of rows, not a folder of shards; name the folder that "
                 "`gemma-dist shard … --out FOLDER` makes of it"
             ) from None
+        if folder.startswith(HUB):
+            raise DataError(
+                f"{folder} holds no {MANIFEST}: {error}; rows of the hub are taken by `gemma-dist shard` (and "
+                "`gemma-dist init`): name the folder that it makes of them"
+            ) from error
+        if isinstance(error, StoreRefusalError):
+            raise DataError(f"the manifest was not given: {error}") from error
         begun = not is_url(folder) and (Path(folder) / UNFINISHED).exists()
         left = " (a `gemma-dist shard` run was interrupted there; run it again)" * begun
         raise DataError(

@@ -12,7 +12,7 @@ from gemma_dist.errors import CheckpointError
 from gemma_dist.model.cards import card_at_hand, impossible, slow
 from gemma_dist.model.shapes import describe_training
 from gemma_dist.resolve import Run, require_output_dir
-from gemma_dist.stream.held_out import describe_held_out, trained_too
+from gemma_dist.stream.held_out import describe_held_out, find_shared_ids
 
 
 def describe_run(run: Run) -> str:
@@ -49,7 +49,7 @@ def _held_out_lines(run: Run) -> list[str]:
     often = run.num_evaluations()
     tokens = often * run.held_out.num_tokens
     evaluated = f"{describe_held_out(run.held_out)}; evaluated {often:,} times, {tokens:,} tokens without gradients"
-    return [evaluated, *filter(None, [trained_too(run.held_out, run.schedule)])]
+    return [evaluated, find_shared_ids(run.held_out, run.schedule).words]
 
 
 def _encoding_lines(run: Run) -> list[str]:

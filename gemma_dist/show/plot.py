@@ -77,9 +77,11 @@ def plot_runs(paths: Sequence[Path], out: Path | None) -> Path:
 def _rows(file: Path) -> list[Mapping[str, Any]]:
     if not file.is_file():
         raise DataError(f"{file}: no such file; a run writes it at its first step: name its output_dir, or the file")
-    rows = list(read_steps(file))
+    rows = read_steps(file)
+    if not rows and file.stat().st_size:
+        raise DataError(f"{file}: no line of it is a step of a run; name an output_dir, or its {METRICS}")
     if not rows:
-        raise DataError(f"{file}: it has no step yet")
+        raise DataError(f"{file}: it has no step yet; a line comes with each: wait for the first")
     return rows
 
 
@@ -110,6 +112,7 @@ def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Panel]:
     accuracy = [*_curves(runs, "token_accuracy", "training"), *_curves(runs, "eval_token_accuracy", "evaluation")]
     yield Panel("Tokens that were the likeliest", accuracy)
     yield Panel("Tokens per second", _curves(runs, "tokens_per_s", ""))
+    yield Panel("MFU, of the GPUs' peak in bfloat16", _curves(runs, "mfu", ""))
 
 
 def _curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, what: str) -> list[Curve]:

@@ -30,6 +30,7 @@ from gemma_dist.shipped import PROCESSES, RECIPES, SCRIPTS, Recipe, copy_folder,
 from gemma_dist.topology import read_topology, require_fit
 
 CPUS_PER_GPU = 12  # of a batch job, as slurm/train.sbatch asks for
+OFFLOAD = "_offload"  # at the end of a name: the same launch, with weights and states in host memory
 SIZE_OF_OTHERS = "E4B"  # whose recipes a model of no known size gets
 _PLAIN = re.compile(r"[\w./~:-]+")  # a string that YAML takes without quotes
 
@@ -90,7 +91,7 @@ def init(out: Path, wish: Wish) -> Written:
         raise ConfigError(f"{taken[0]} is there already; name another folder, or remove it")
     out.mkdir(parents=True, exist_ok=True)
     commands = _commands(out, wish, processes, plan.config, changes["train"])
-    files = {"recipe.yaml": _recipe_text(recipe, changes, commands), **_process_files(processes, out, wish)}
+    files = {"recipe.yaml": _recipe_text(recipe, changes, commands, processes), **_process_files(processes, out, wish)}
     files["train.sbatch"] = _batch_script(out, wish)
     for name, text in files.items():
         put(out / name, text.encode())
@@ -133,7 +134,7 @@ def _choose(wish: Wish, changes: Mapping[str, str]) -> tuple[Recipe, str, Plan]:
 
 def _candidates(wish: Wish) -> Iterator[tuple[Recipe, str]]:
     """Recipes for the model with the accelerate config of each, the most wanted first: partitioned over several GPUs
-    before 4 bits on each, larger before smaller."""
+    before 4 bits on each, larger before smaller, all on the GPUs before a part in host memory."""
     if not wish.num_gpus:
         tuning = wish.tuning or "lora"
         yield from ((one, "single") for one in recipes() if one.name == f"cpu_{tuning}")
@@ -143,7 +144,8 @@ def _candidates(wish: Wish) -> Iterator[tuple[Recipe, str]]:
     wanted = [one for one in own if wish.tuning == "full" or "_full_" not in one.name]
     for one in sorted(wanted, key=lambda one: (one.processes is None, -(one.gpu_memory or 0))):
         if one.processes is not None and wish.num_processes > 1:
-            yield one, one.processes
+            on_gpus = one.processes.removesuffix(OFFLOAD)
+            yield from ((one, processes) for processes in dict.fromkeys((on_gpus, one.processes)))
         elif one.processes is None:
             yield one, "ddp" if wish.num_processes > 1 else "single"
 
@@ -204,12 +206,14 @@ def _sizes(plan: Plan) -> dict[str, str]:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def _recipe_text(recipe: Recipe, changes: Mapping[str, str], commands: list[str]) -> str:
+def _recipe_text(recipe: Recipe, changes: Mapping[str, str], commands: list[str], processes: str) -> str:
     """The recipe with some settings changed, and a comment of its own in the place of commands that it names."""
     text = (shipped(RECIPES) / f"{recipe.name}.yaml").read_text(encoding="utf-8")
     text = re.sub(r" \\\n# +", " ", text)  # a command over two lines is one
     kept = [line for line in text.splitlines() if not line.startswith(("# plan:", "#   gemma-dist", "#   accelerate"))]
     head = ["# As `gemma-dist init` wrote it:", "#", *(f"#   {command}" for command in commands), "#"]
+    if recipe.processes == processes + OFFLOAD:
+        head += [f"# Here the GPUs hold all ({processes}): what is said of host memory is of {recipe.processes}.", "#"]
     rest = (line for line in kept if line != "#" and not line.startswith("#   sbatch"))
     text = "\n".join([*head, *rest]) + "\n"
     for key, value in changes.items():

@@ -5,13 +5,15 @@ each of which every rank takes a micro-batch; who has none left in the last one 
 the model equally often.
 """
 
+import shlex
 from dataclasses import replace
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
 from gemma_dist.batch_plan import BatchPlan
-from gemma_dist.config import RunConfig
+from gemma_dist.config import RunConfig, option
 from gemma_dist.errors import DataError
 from gemma_dist.shards.fetch import Fetcher
 from gemma_dist.shards.reader import Shards, open_shards
@@ -129,13 +131,24 @@ def describe_held_out(held_out: HeldOut) -> str:
     )
 
 
-def trained_too(held_out: HeldOut, train: Schedule) -> str:
-    """What to say of samples that are evaluated and, by their ids, trained on as well; empty where there are none."""
+class SharedIds(NamedTuple):
+    """Samples that are evaluated and, by their ids, trained on as well."""
+
+    num_samples: int
+    words: str  # what to say of them, and how to find others
+
+
+def find_shared_ids(held_out: HeldOut, train: Schedule) -> SharedIds:
+    """By ids alone: what is nearly the same would have to be read, which `stats` does once for good."""
     found = sorted(train.shards.find({held_out.shards.id(sample) for sample in held_out.samples}))
+    against = " ".join(f"{option('against')} {shlex.quote(folder)}" for folder in held_out.shards.folders)
+    command = f"`gemma-dist stats {shlex.join(train.shards.folders)} {against}` finds rows alike under other ids"
     if not found:
-        return ""
+        return SharedIds(0, f"data.eval: no sample has an id of data.train; {command}")
     more = f" and {len(found) - NUM_NAMED:,} more" if len(found) > NUM_NAMED else ""
-    return (
+    return SharedIds(
+        len(found),
         f"data.eval: {len(found):,} of {len(held_out.samples):,} samples have ids of data.train: "
-        f"{', '.join(found[:NUM_NAMED])}{more}. Where they are the same rows, their loss says nothing of new ones"
+        f"{', '.join(found[:NUM_NAMED])}{more}. Where they are the same rows, their loss says nothing of new ones; "
+        f"{command}",
     )

@@ -78,10 +78,11 @@ class StepsHeld(RunLog):
         self.num_tokens: list[int] = []
         self.evaluation_s = 0.0
 
-    def write(self, step: int, values: Any, *, num_tokens: int) -> None:
+    def write(self, step: int, values: Any, *, num_tokens: int) -> dict[str, float]:
         """Keep what the table shows of a step."""
         self.losses.append(values["loss"])
         self.num_tokens.append(num_tokens)
+        return {}
 
     def write_evaluation(self, step: int, values: Any, seconds: float) -> None:
         """Keep how long it took."""

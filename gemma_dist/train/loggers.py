@@ -1,13 +1,15 @@
 """Where a run's figures go besides metrics.jsonl (`train.report_to`), each by its own package and Trainer's callback.
 
-The packages are the extra `logging`. What they need of accounts, addresses and offline modes they read from variables
-of the environment that are their own; docs/one_gpu.md has them.
+Those that go with the versions that were tested are the extra `logging`. What they need of accounts, addresses and
+offline modes they read from variables of the environment that are their own; docs/one_gpu.md has them.
 """
 
 from importlib.util import find_spec
 from typing import Any
 
 from gemma_dist.errors import ConfigError, GemmaDistError
+
+OF_THE_EXTRA = ("tensorboard", "wandb", "mlflow")
 
 
 def require_logger(report_to: str) -> None:
@@ -16,9 +18,10 @@ def require_logger(report_to: str) -> None:
         return
     found = find_spec(report_to)
     if found is None or found.origin is None:  # a folder of this name, as wandb leaves it, is no package
+        package = "'gemma-dist[logging]'" if report_to in OF_THE_EXTRA else report_to
         raise ConfigError(
-            f"train.report_to: {report_to}, but its package is not installed: `pip install {report_to}`, or all of "
-            "these by `pip install 'gemma-dist[logging]'`; none: metrics.jsonl alone, which `gemma-dist plot` draws"
+            f"train.report_to: {report_to}, but its package is not installed: `pip install {package}`; "
+            "none: metrics.jsonl alone, which `gemma-dist plot` draws"
         )
 
 

@@ -1,8 +1,9 @@
-"""What a run takes of its GPU, measured once it has come to rest: at the end of its second step.
+"""What a run takes of its GPU: for each line of the log, and once it has come to rest, at the end of its second step.
 
 Never run: there was no GPU at hand. On a CPU nothing is measured.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,6 +45,13 @@ class MemoryWatch(Protocol):
     def measured(self, seen: MemorySeen) -> None:
         """After the second step, on every rank."""
 
+    def figures(self, steps: range, seconds: float, peak_bytes: int) -> dict[str, float]:
+        """What the log is to say of these steps (from 0), which took so many seconds; on rank 0, on a GPU.
+
+        Args:
+            peak_bytes: the most that torch's tensors took of this rank's GPU so far, without the load.
+        """
+
 
 def gpu_at_hand() -> Gpu | None:
     """The GPU of this rank; None on a CPU."""
@@ -51,6 +59,13 @@ def gpu_at_hand() -> Gpu | None:
         return None
     properties = torch.cuda.get_device_properties(device())
     return Gpu(properties.name, properties.total_memory)
+
+
+def figures_of(watch: MemoryWatch | None) -> Callable[[range, float], dict[str, float]]:
+    """What the log asks of each line's steps and seconds. Of a run on a CPU there is nothing to say."""
+    if watch is None or use_cpu():
+        return lambda steps, seconds: {}
+    return lambda steps, seconds: watch.figures(steps, seconds, torch.cuda.max_memory_allocated(device()))
 
 
 class MemoryReport(TrainerCallback):

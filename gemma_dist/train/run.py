@@ -7,6 +7,7 @@ OUT/adapter_model.safetensors or model.safetensors …, with config, processor a
 OUT/gemma_dist.json          base, quantization, data: written last, so it marks a finished run
 """
 
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from gemma_dist.model.per_layer import PerLayerTable, open_table
 from gemma_dist.model.record import ADAPTER_RECORD
 from gemma_dist.resolve import Run, require_output_dir, resolve
 from gemma_dist.stream.growth import editions_from
-from gemma_dist.stream.held_out import describe_held_out, trained_too
+from gemma_dist.stream.held_out import describe_held_out, find_shared_ids
 from gemma_dist.stream.loader import TrajectoryLoader
 from gemma_dist.stream.schedule import Edition
 from gemma_dist.topology import current_topology, require_fit
@@ -49,7 +50,7 @@ from gemma_dist.train.checkpoint import (
 )
 from gemma_dist.train.evaluation import is_due_at_start
 from gemma_dist.train.loggers import explain_setup, require_logger
-from gemma_dist.train.memory import MemoryReport, MemoryWatch, gpu_at_hand
+from gemma_dist.train.memory import MemoryReport, MemoryWatch, figures_of, gpu_at_hand
 from gemma_dist.train.owner import HEARTBEATS, lock_output_dir, own
 from gemma_dist.train.stop import StopRequests
 from gemma_dist.train.trainer import ToolCallTrainer, training_arguments
@@ -202,7 +203,9 @@ def _train_from(
     model = load_run_model(run, loader.table)
     metrics = settings.output_dir / "metrics.jsonl"
     is_due = is_due_at_start(run, start_step, checkpoint)
-    run_log = RunLog(metrics, start_step=start_step, num_steps=run.num_steps, evaluates_anew=is_due)
+    run_log = RunLog(
+        metrics, start_step=start_step, num_steps=run.num_steps, evaluates_anew=is_due, figures=figures_of(watch)
+    )
     trainer = trainer_class(run, arguments, model, loader, run_log, requests)
     explain_setup(trainer.callback_handler.callbacks, run.config.train.report_to)
     if watch is not None and not use_cpu():
@@ -237,8 +240,8 @@ def _say_held_out(run: Run) -> None:
     if run.held_out is None or world.rank() != 0:
         return
     log.info("%s", describe_held_out(run.held_out))
-    if both := trained_too(run.held_out, run.schedule):
-        log.warning("%s", both)
+    shared = find_shared_ids(run.held_out, run.schedule)
+    log.log(logging.WARNING if shared.num_samples else logging.INFO, "%s", shared.words)
 
 
 def _attempt(run: Run, start_step: int) -> dict[str, object]:

@@ -312,7 +312,7 @@ class ToolCallTrainer(SFTTrainer):
                 of_targets, of_all = self.loader.counts_at(finished)
                 target_tokens += of_targets
                 num_tokens += of_all
-            self.run_log.write(
+            logs |= self.run_log.write(
                 step,
                 {
                     **{name: logs[name] for name in SHOWN if name in logs},
