@@ -29,6 +29,7 @@ from gemma_dist.model.fingerprint import fingerprint_base
 from gemma_dist.shards.reader import is_shard_folder, open_shards
 
 RUN = "run.json"
+RUNS_PART = "runs"  # what ranks of `act` write there, whose folder is made as one of an evaluation
 # Settings on which no answer hangs, and names of what a hash tells better.
 MAY_DIFFER = (
     *("per_device_eval_batch_size", "max_batch_tokens", "ple", "answer_tolerance", "loss"),
@@ -77,11 +78,9 @@ def key_of(run: Mapping[str, Any], place: str, prompt: Any, images: Sequence[byt
 
 
 @contextlib.contextmanager
-def opened(
-    out: Path, describe: Callable[[], dict[str, Any]], holds_more: Callable[[], bool] = lambda: False
-) -> Iterator[tuple[dict[str, Any], Lines]]:
+def opened(out: Path, describe: Callable[[], dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Lines]]:
     """Within, `out` is this run's; yields what `describe` says and the lines that ranks wrote before. Every rank calls
-    it. `holds_more`: whether other things than answers are there that only this run may add to.
+    it.
 
     Raises:
         ConfigError: `out` holds answers of a run of something else, which the message names, or another is at work
@@ -93,7 +92,7 @@ def opened(
             problem = f"{out}: another evaluation is writing there; wait for it, or name another folder"
             stack.enter_context(exclusive(out, problem))
             run = describe()
-            holds = read_lines(out) or read_losses(out) or (out / SAMPLES).is_file() or holds_more()
+            holds = read_lines(out) or read_losses(out) or (out / SAMPLES).is_file() or _holds_runs(out)
             if (out / RUN).is_file() and holds:
                 _require_same(out, json.loads((out / RUN).read_text(encoding="utf-8")), run)
             else:
@@ -105,6 +104,15 @@ def opened(
         if lines and world.rank() == 0:
             log.info("%s holds %d answers of a run that ended early", out, len(lines))
         yield run, lines
+
+
+def _holds_runs(out: Path) -> bool:
+    """Whether `act` ended runs there."""
+    for part in parts_of(out, RUNS_PART):
+        with part.open("rb") as file:
+            if file.readline().endswith(b"\n"):
+                return True
+    return False
 
 
 def part_of_rank(out: Path, what: str = "samples") -> Path:
@@ -171,6 +179,10 @@ def parts_of(out: Path, what: str) -> list[Path]:
 
 def _require_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises ConfigError where a run is not the one that `out` was begun with."""
+    acts, acted = ("replay" in run.get("settings", {}) for run in (now, before))
+    if acts != acted:
+        holds, wanted = ("an evaluation", "runs of `act`") if acts else ("runs of `act`", "an evaluation")
+        raise ConfigError(f"{out} holds {holds}, and {wanted} would overwrite them; name another folder, or remove it")
     differences = []
     for name, hashed in NAMES.items():
         if before.get(hashed) != now[hashed]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gemma_dist.data.encode import Encoder
 
 SAMPLES, TOOLS, REPORT = "samples.jsonl", "tools.json", "report.json"
+RUNS = "runs.jsonl"  # of `act`, whose folder is made like one of an evaluation
 MARKDOWN, HTML = "report.md", "report.html"
 ToolSets = dict[str, list[Any]]  # tools.json: declarations by their key
 

@@ -25,10 +25,10 @@ import pyarrow.parquet as pq
 
 from gemma_dist.data.strict import short
 from gemma_dist.errors import ConfigError, DataError
+from gemma_dist.evaluate.runs import RUNS
 from gemma_dist.files import writing
 from gemma_dist.logs import JsonlWriter, read_jsonl
 
-RUNS = "runs.jsonl"
 Layout = Literal["trl", "verl"]
 # What each trainer calls ours.
 NAMES: Mapping[Layout, Mapping[str, str]] = {
