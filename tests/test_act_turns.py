@@ -88,7 +88,12 @@ def test_the_user_goes_on_when_the_model_has_answered(act: Act, tmp_path: Path) 
     """Turn by turn, with the tools that one brings, as the user of a log does; and the checker judges the end."""
     system, script = {"role": "system", "content": "Draw."}, [user("Draw 3 and 4 ."), user("Rest.", tools=[REST])]
     tasks: list[dict[str, Any]] = [
-        {"id": "script", "messages": [system, *script, user("Draw 5 .")], "tools": TOOLS, "expected": [3, 4, 5]},
+        {
+            "id": "script",
+            "messages": [system, *script, user("Draw 5 .", tools=[REST])],
+            "tools": TOOLS,
+            "expected": [3, 4, 5],
+        },
         {
             "id": "sharegpt",
             "conversations": [{"from": "human", "value": f"Draw {n} ."} for n in (1, 2)],

@@ -45,15 +45,18 @@ class Conversation:
             self.messages.insert(0, {"role": "system", "content": text})
 
     def declare(self, more: Sequence[Any]) -> None:
-        """Declare tools beside those that there are. The answers so far, which were given without them, are not trained
-        then. Raises DataError where one is none."""
+        """Declare tools beside those that there are, or in the place of those of the same names. The answers so far,
+        which were given without them, are not trained then. Raises DataError where one is none."""
         if not more:
             return
-        self.declared = [*(self.declared or ()), *more]
+        before, brought = self.tools, replace(self, declared=list(more)).tools
+        names = {tool["function"]["name"] for tool in brought}
+        self.declared = [*(tool for tool in before if tool["function"]["name"] not in names), *brought]
         self.tools = self._read([QUESTION, ANSWER]).tools
-        for message in self.messages:
-            if message["role"] == "assistant":
-                message["train"] = False
+        if self.tools != before:
+            for message in self.messages:
+                if message["role"] == "assistant":
+                    message["train"] = False
 
     def ask(self, text: str, images: Sequence[bytes]) -> None:
         """Add a user's message, the images in front of its text. Raises DataError, and adds nothing, if it is none."""
