@@ -92,7 +92,7 @@ def score(run: Path, data: Path | None, out: Path, answer_tolerance: float | Non
 def compare(
     before: Path, after: Path, out: Path | None, fail_below: tuple[str, ...], fail_if_worse: bool, as_json: bool
 ) -> None:
-    """Compare two runs of `evaluate`, or of `act`: is AFTER better than BEFORE?
+    """Compare two runs of `evaluate` or `act`: is AFTER better?
 
     Both are folders that `evaluate` or `score` wrote, of the same data, or `act`, of the same tasks. Prints a page of
     Markdown: metrics before and after with the interval of each difference, slices, and what was fixed and broken.
