@@ -25,6 +25,7 @@ from gemma_dist.data.encode import load_encoder
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import parse_row
 from gemma_dist.errors import ConfigError, EvaluationError
+from gemma_dist.evaluate.runs import with_repeats
 from gemma_dist.evaluate.sampling import Sampling
 from gemma_dist.logs import read_jsonl
 from tests.support.corpus import TOOLS, row, write_rows
@@ -290,8 +291,10 @@ def test_kept_rows_hold_what_the_model_saw(act: Act, model: str, tmp_path: Path)
         options = ["--endpoint", "completions", "--processor", model, "--keep", kept, "--concurrency", 1]
         tasks = [task(0, count=1), task(1, count=1, tools=[])]
         out = act("out", tasks, "--server", server.url, *FUNCTIONS, *options)
-    steps = [step for line in lines_of(out) for step in line["steps"]]
+    steps = [step for line in lines_of(out) for step in with_repeats(line["steps"])]
     assert [step["prompt_ids"] for step in steps] == prompts
+    held = [len(step["prompt_ids"]) for line in lines_of(out) for step in line["steps"]]
+    assert held[1] < len(prompts[0]) < len(prompts[1]), "what a prompt begins with is held once"
     rows = [parse_row(one, where, ShardConfig()) for where, one in read_rows([kept])]
     assert len(rows) == 2
     points = [prompt for one in rows for prompt in encoder.prompts(one)]
@@ -449,7 +452,7 @@ def test_how_many_runs_are_at_work_and_an_earlier_end_change_nothing(
     encoder = load_encoder(model, ShardConfig())
     rows = [parse_row(one, where, ShardConfig()) for where, one in read_rows([kept])]
     points = [prompt for one in rows for prompt in encoder.prompts(one)]
-    steps = [step for line in lines if line["outcome"] == "success" for step in line["steps"]]
+    steps = [step for line in lines if line["outcome"] == "success" for step in with_repeats(line["steps"])]
     assert [step["prompt_ids"] for step in steps] == [point.input_ids for point in points]
     assert [step["num_images"] for step in steps] == [len(point.images) for point in points] == [0, 1] * 5
     for step in steps:

@@ -18,6 +18,7 @@ from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import parse_row
 from gemma_dist.errors import ConfigError, DataError
 from gemma_dist.evaluate.intervals import mcnemar
+from gemma_dist.evaluate.runs import with_repeats
 from gemma_dist.logs import read_jsonl
 from tests.support.corpus import TOOLS, call, row, write_rows
 from tests.support.standin import Asked, Reply, called, message, standing_in
@@ -137,7 +138,7 @@ def test_kept_rows_of_several_turns_hold_what_the_model_saw(act: Act, model: str
     with standing_in(write) as server:
         options = ["--endpoint", "completions", "--processor", model, "--keep", kept, "--concurrency", 1]
         out = act("out", tasks, "--server", server.url, *FUNCTIONS, *options)
-    assert [step["prompt_ids"] for step in lines_of(out)[0]["steps"]] == prompts
+    assert [step["prompt_ids"] for step in with_repeats(lines_of(out)[0]["steps"])] == prompts
     (kept_row,) = [parse_row(one, where, ShardConfig()) for where, one in read_rows([kept])]
     assert [point.input_ids for point in encoder.prompts(kept_row)] == prompts
     assert len(prompts) == 4

@@ -24,6 +24,7 @@ from gemma_dist.data.strict import reason
 from gemma_dist.data.types import CalledFunction, RawRow
 from gemma_dist.errors import DataError, EvaluationError
 from gemma_dist.evaluate.message import MESSAGE, read_message
+from gemma_dist.evaluate.runs import without_repeats
 from gemma_dist.logs import log
 
 SUCCESS, FAILURE, ENDED, LEFT = "success", "failure", "ended", "left"
@@ -204,7 +205,7 @@ def line_of(run: Episode, key: str, seed: int) -> dict[str, Any]:
         **vars(run.verdict),
         "first_wrong_step": wrong,
         "compared_with": compared_with,
-        "steps": run.steps,
+        "steps": without_repeats(run.steps),
         "row": {**row, "id": f"{name}-{told[:8]}"},
     }
 
