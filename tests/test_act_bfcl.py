@@ -2,7 +2,7 @@
 
 import ast
 import contextlib
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -24,6 +24,11 @@ OPTIONS = ["--tools", "bfcl:TOOLS", "--setup", "bfcl:setup", "--check", "bfcl:ch
 Turns = list[list[list[str]]]  # of each turn, of each answer, its calls as Python
 
 
+def require_package() -> None:
+    if importlib.util.find_spec("bfcl_eval") is None:
+        pytest.skip("bfcl-eval is not installed; examples/bfcl.py says how to")
+
+
 def tasks_of(category: str) -> list[dict[str, Any]]:
     """As `examples/bfcl.py` writes them."""
     words = [sys.executable, "bfcl.py", f"multi_turn_{category}"]
@@ -32,8 +37,12 @@ def tasks_of(category: str) -> list[dict[str, Any]]:
 
 
 def gold(task: dict[str, Any], number: int) -> Turns:
-    """The right calls: those of a turn at once, or one after the other."""
-    return [[calls] if number % 2 and calls else [[call] for call in calls] for calls in task["ground_truth"]]
+    """The right calls: those of a turn at once, or one after the other where that takes no more answers than may be."""
+    at_once = [bool(calls) and (number % 2 == 1 or len(calls) > 20) for calls in task["ground_truth"]]
+    return [
+        [calls] if together else [[call] for call in calls]
+        for calls, together in zip(task["ground_truth"], at_once, strict=True)
+    ]
 
 
 def damaged(task: dict[str, Any], number: int) -> Turns:
@@ -94,8 +103,7 @@ def act(folder: Path, tasks: Sequence[dict[str, Any]], answers: dict[str, Turns]
 def test_the_score_is_that_of_its_own_checker(
     tmp_path: Path, answers: Callable[[dict[str, Any], int], Turns], each: int
 ) -> None:
-    if importlib.util.find_spec("bfcl_eval") is None:
-        pytest.skip("bfcl-eval is not installed; examples/bfcl.py says how to")
+    require_package()
     checker = importlib.import_module("bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker").multi_turn_checker
     found, expected = dict[str, bool](), dict[str, bool]()
     for place, category in enumerate(CATEGORIES):
@@ -110,3 +118,15 @@ def test_the_score_is_that_of_its_own_checker(
     assert len(found) > 3 * each
     assert found == expected
     assert set(found.values()) == ({True} if answers is gold else {True, False})
+
+
+def test_what_a_model_writes_is_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The executor evaluates calls as Python: only names of its functions and of arguments get there."""
+    require_package()
+    monkeypatch.syspath_prepend(EXAMPLES)
+    bfcl = importlib.import_module("bfcl")
+    row = {"involved_classes": ["MathAPI"]}
+    assert bfcl.as_python(row, "add", {"a": 1, "b": "1); print('x'"}) == "add(a=1,b=\"1); print('x'\")"
+    assert bfcl.as_python(row, "add", {"a=print('x'),b": 1}) == bfcl.NO_FUNCTION
+    assert bfcl.as_python(row, "open", {"file": "x", "mode": "w"}) == bfcl.NO_FUNCTION
+    assert bfcl.as_python(row, "cd", {"folder": "x"}) == bfcl.NO_FUNCTION, "a function of another class"
