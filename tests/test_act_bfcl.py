@@ -113,7 +113,8 @@ def test_the_score_is_that_of_its_own_checker(
         (tmp_path / category).mkdir()
         found |= act(tmp_path / category, tasks, given)
         for task in tasks:
-            right = checker(given[task["id"]], task["ground_truth"], task, f"multi_turn_{category}", answers.__name__)
+            name = f"{answers.__name__}_{each}"  # it keeps its environments by that
+            right = checker(given[task["id"]], task["ground_truth"], task, f"multi_turn_{category}", name)
             expected[task["id"]] = right["valid"]
     assert len(found) > 3 * each
     assert found == expected
