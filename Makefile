@@ -41,8 +41,8 @@ lock: ## make requirements.lock anew from constraints.txt; asks the index for Py
 	$(firstword $(LOCKED_PYTHONS:%=python%)) -m tests.support.lock $(LOCKED_PYTHONS:%=.lock/%.json) > .lock/lock
 	mv .lock/lock requirements.lock && rm -r .lock
 
-demo: STEP := 1 of 6: #
-demo: .venv ## the whole job on a tiny Gemma 4: shard, train, evaluate, merge (about ten minutes on 2 cores)
+demo: STEP := 1 of 7: #
+demo: .venv ## the whole job on a tiny Gemma 4: shard, train, evaluate, merge, act (about ten minutes on 2 cores)
 	@python examples/demo.py
 
 docs: .venv/.docs ## the pages of docs/ as a site, in build/docs/index.html; a warning is an error

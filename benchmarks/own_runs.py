@@ -12,28 +12,25 @@ import argparse
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLES = REPOSITORY / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path.insert(0, str(EXAMPLES))  # for the imports below
 os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
 
-import analyst_tools  # noqa: E402 (found by the lines above)
 from analyst import METRICS, SYSTEM, Source, compare, no_tool, report, total, wrong_name  # noqa: E402
-from demo import gemma_dist, texts  # noqa: E402
+from analyst_tools import as_task  # noqa: E402
+from demo import FUNCTIONS, act, print_successes, texts, train_on  # noqa: E402
 
 KINDS = [total, total, compare, wrong_name, report, no_tool]
 NUM_LOGS, NUM_TASKS, NUM_HELD_OUT = 160, 120, 150
 NUM_RUNS, TEMPERATURE = 4, 1.0
 STEPS_FIRST, STEPS_ROUND, ROUNDS = 160, 60, 2
-FUNCTIONS = ["--tools", "analyst_tools:TOOLS", "--check", "analyst_tools:check", "--declare", "rows"]
 
 
 def main() -> None:
@@ -58,7 +55,7 @@ def main() -> None:
         name = f"round {number}: {acted['kept']} rows kept of {NUM_TASKS * NUM_RUNS} runs"
         table[name] = judge(folder, f"own{number}", own, held_out)
         table[f"    control {number}: the logs alone"] = judge(folder, f"control{number}", control, held_out)
-    print_table(table)
+    print_successes(table)
     print_speed(folder, own, held_out)
 
 
@@ -75,19 +72,6 @@ def rows(folder: Path, number: int, seed: int, *, half: int = 0, held_out: bool 
         }
         for place, kind in enumerate(kinds)
     ]
-
-
-def as_task(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run asks, and the last words that are right where the tools answer."""
-    values: dict[str, str] = {}
-    answers = (message["content"] for message in row["messages"] if message["role"] == "tool")
-    for call in (call for message in row["messages"] for call in message.get("tool_calls", [])):
-        if call["function"]["name"] == "run_sql":
-            values[next(answers)] = analyst_tools.run_sql(**json.loads(call["function"]["arguments"]))
-        else:
-            next(answers)
-    expected = re.sub(r"\d{3}", lambda found: values[found[0]], row["messages"][-1]["content"])
-    return {"id": row["id"], "messages": row["messages"][:2], "expected": expected}
 
 
 def write(path: Path, written: Any) -> Path:
@@ -110,33 +94,14 @@ def make_model(folder: Path, logs: Path) -> None:
 
 def train(folder: Path, name: str, model: Path, data: list[Path], steps: int, rate: float) -> Path:
     """Train a model on rows; the folder of the result."""
-    shards, out = folder / f"shards/{name}", folder / f"models/{name}"
-    gemma_dist("shard", *data, "--model", model, "--out", shards, "--num-workers", 1)
-    gemma_dist("train", REPOSITORY / "launch/cpu_full.yaml", f"model_name_or_path={model}", f"data.train={shards}",
-               f"output_dir={out}", f"max_steps={steps}", f"learning_rate={rate}", "per_device_train_batch_size=8",
-               "logging_steps=20", "save_steps=100000")  # fmt: skip
-    return out
-
-
-def act(out: Path, model: Path, tasks: Path, *options: Any) -> dict[str, Any]:
-    """Let a model act; the report."""
-    gemma_dist("act", "--model", model, "--data", tasks, "--out", out, *FUNCTIONS, "--max-new-tokens", 80,
-               "--max-steps", 6, *options)  # fmt: skip
-    report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    return report
+    train_on(data, model, folder / "models" / name, steps, rate, "per_device_train_batch_size=8")
+    return folder / "models" / name
 
 
 def judge(folder: Path, name: str, model: Path, held_out: Path) -> dict[str, Any]:
     """How many runs on held-out tasks succeed."""
     found: dict[str, Any] = act(folder / f"judged/{name}", model, held_out)["metrics"]["success"]
     return found
-
-
-def print_table(table: Mapping[str, Mapping[str, Any]]) -> None:
-    print(f"\n{'':<44}{'runs that succeed':>24}{'95 % interval':>20}")
-    for name, metric in table.items():
-        share = f"{metric['value']:.1%} ({metric['numerator']} of {metric['denominator']})"
-        print(f"{name:<44}{share:>24}{metric['low']:>11.1%} to {metric['high']:.1%}")
 
 
 def print_speed(folder: Path, model: Path, tasks: Path) -> None:

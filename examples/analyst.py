@@ -122,6 +122,22 @@ def total(source: Source) -> list[dict]:
     ]
 
 
+def in_other_words(source: Source, number: int) -> list[dict]:
+    """One query, one number, asked for in words that no log has; another form for each number."""
+    metric, region, month = source.pick(source.questions)
+    value = source.number()
+    forms = [
+        *('Please find "{}" of "{}" in "{}".', 'Tell me "{}" of "{}" for "{}".', 'Give me "{}" of "{}", "{}".'),
+        *('What was "{2}" "{0}" of "{1}"?', 'In "{2}", "{0}" of "{1}"?', 'What were "{}" of "{}" in "{}"?'),
+    ]
+    return [
+        _user(forms[number % len(forms)].format(metric, region, month)),
+        _calls(_query(metric, region, month)),
+        _answer("run_sql", value),
+        _says(f"It was {value}."),
+    ]
+
+
 def compare(source: Source) -> list[dict]:
     """Two regions: two calls side by side."""
     metric, first, second, month = source.pair()

@@ -7,6 +7,7 @@ written as the others are, or of a column that there is not, is an error that th
 """
 
 import hashlib
+import json
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -76,6 +77,19 @@ def chart(metric: str, month: str, kind: str) -> tuple[Image.Image, str]:
 def check(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the last words of a run are right."""
     return bool(messages[-1]["content"] == row["expected"])
+
+
+def as_task(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run asks, and the last words that are right where the tools answer."""
+    values: dict[str, str] = {}
+    answers = (message["content"] for message in row["messages"] if message["role"] == "tool")
+    for call in (call for message in row["messages"] for call in message.get("tool_calls", [])):
+        if call["function"]["name"] == "run_sql":
+            values[next(answers)] = run_sql(**json.loads(call["function"]["arguments"]))
+        else:
+            next(answers)
+    expected = re.sub(r"\d{3}", lambda found: values[found[0]], row["messages"][-1]["content"])
+    return {"id": row["id"], "messages": row["messages"][:2], "expected": expected}
 
 
 def _numbers(*words: str) -> random.Random:

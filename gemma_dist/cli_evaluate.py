@@ -83,22 +83,28 @@ def score(run: Path, data: Path | None, out: Path, answer_tolerance: float | Non
 @click.command()
 @click.argument("before", type=EXISTING)
 @click.argument("after", type=EXISTING)
-@click.option("--out", type=NEW, help="Also write comparison.json, .md and .html to this folder.")
+@click.option("--out", type=NEW, help="Also write comparison.json, .md and, of `evaluate`, .html there.")
 @click.option("--fail-below", metavar="METRIC=X", multiple=True, help="Exit code 3 where AFTER has less: overall=0.9.")
-@click.option("--fail-if-worse", is_flag=True, help="Exit code 3 where `overall` fell, or over-calling rose.")
+@click.option(
+    "--fail-if-worse", is_flag=True, help="Exit code 3 where `overall` (`success`) fell, or over-calling rose."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def compare(
     before: Path, after: Path, out: Path | None, fail_below: tuple[str, ...], fail_if_worse: bool, as_json: bool
 ) -> None:
-    """Compare two runs of `evaluate`: is AFTER better than BEFORE?
+    """Compare two runs of `evaluate` or `act`: is AFTER better?
 
-    Both are folders that `evaluate` or `score` wrote, of the same data. Prints a page of Markdown: metrics before and
-    after with the interval of each difference, slices, and what was fixed and broken.
+    Both are folders that `evaluate` or `score` wrote, of the same data, or `act`, of the same tasks. Prints a page of
+    Markdown: metrics before and after with the interval of each difference, slices, and what was fixed and broken.
     """
     from gemma_dist.evaluate.compare import WORSE
     from gemma_dist.evaluate.compare_page import compare_runs
+    from gemma_dist.evaluate.runs import RUNS
 
-    page, passes = compare_runs(before, after, out, fail_below, fail_if_worse, as_json=as_json)
+    compared = compare_runs
+    if any((folder / RUNS).is_file() for folder in (before, after)):
+        from gemma_dist.act.changes import compare_acted as compared
+    page, passes = compared(before, after, out, fail_below, fail_if_worse, as_json=as_json)
     say(page, exact=as_json, nl=False)
     if not passes:
         click.get_current_context().exit(WORSE)

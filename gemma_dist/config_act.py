@@ -23,6 +23,9 @@ class ActConfig(ChatConfig):
     declare: Literal["auto", "rows"] = Field(
         "auto", description="Tools that the model is told of: the row's; auto: where it has none, those of --tools."
     )
+    unfit_calls: Literal["refuse", "run"] = Field(
+        "refuse", description="Calls that do not fit their declarations: the model reads why; or the function answers."
+    )
     per_device_eval_batch_size: int = Field(32, gt=0, description="Most answers that one rank writes at a time.")
     max_batch_tokens: int = Field(
         131_072, gt=0, description="Most tokens of prompts and answers that one rank holds at a time."

@@ -25,6 +25,7 @@ from gemma_dist.data.encode import load_encoder
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import parse_row
 from gemma_dist.errors import ConfigError, EvaluationError
+from gemma_dist.evaluate.runs import with_repeats
 from gemma_dist.evaluate.sampling import Sampling
 from gemma_dist.logs import read_jsonl
 from tests.support.corpus import TOOLS, row, write_rows
@@ -266,7 +267,7 @@ def test_each_run_ends_in_an_outcome_and_what_succeeds_is_kept(act: Act, tmp_pat
     assert (report["num_tasks"], report["num_runs"], report["kept"]) == (10, 1, 3)
     assert (report["metrics"]["success"]["numerator"], report["metrics"]["success"]["denominator"]) == (3, 10)
     rows = list(read_jsonl(kept))
-    assert [one["id"] for one in rows] == ["task-0/run-1", "task-2/run-1", "task-13/run-1"]
+    assert [one["id"].rpartition("-")[0] for one in rows] == ["task-0/run-1", "task-2/run-1", "task-13/run-1"]
     assert rows[1]["messages"][1]["train"] is False, "a call of a tool that there is not is shown, not trained"
     assert not list(out.glob(".runs-*"))
     assert main(["act", "--data", "x", "--out", str(out), *FUNCTIONS]) == 2
@@ -290,8 +291,10 @@ def test_kept_rows_hold_what_the_model_saw(act: Act, model: str, tmp_path: Path)
         options = ["--endpoint", "completions", "--processor", model, "--keep", kept, "--concurrency", 1]
         tasks = [task(0, count=1), task(1, count=1, tools=[])]
         out = act("out", tasks, "--server", server.url, *FUNCTIONS, *options)
-    steps = [step for line in lines_of(out) for step in line["steps"]]
+    steps = [step for line in lines_of(out) for step in with_repeats(line["steps"])]
     assert [step["prompt_ids"] for step in steps] == prompts
+    held = [len(step["prompt_ids"]) for line in lines_of(out) for step in line["steps"]]
+    assert held[1] < len(prompts[0]) < len(prompts[1]), "what a prompt begins with is held once"
     rows = [parse_row(one, where, ShardConfig()) for where, one in read_rows([kept])]
     assert len(rows) == 2
     points = [prompt for one in rows for prompt in encoder.prompts(one)]
@@ -449,7 +452,7 @@ def test_how_many_runs_are_at_work_and_an_earlier_end_change_nothing(
     encoder = load_encoder(model, ShardConfig())
     rows = [parse_row(one, where, ShardConfig()) for where, one in read_rows([kept])]
     points = [prompt for one in rows for prompt in encoder.prompts(one)]
-    steps = [step for line in lines if line["outcome"] == "success" for step in line["steps"]]
+    steps = [step for line in lines if line["outcome"] == "success" for step in with_repeats(line["steps"])]
     assert [step["prompt_ids"] for step in steps] == [point.input_ids for point in points]
     assert [step["num_images"] for step in steps] == [len(point.images) for point in points] == [0, 1] * 5
     for step in steps:
@@ -476,7 +479,7 @@ def test_what_does_not_go_together_is_refused_by_name(act: Act, model: str, caps
         ([*here, "--tools", "act_tools:TOOLS", "--keep", "kept.jsonl"], "name a checker by --check"),
         ([*live, "--num-runs", 2], "with a temperature of 0 all 2 would be the same"),
         ([*live, "--declare", "rows", "--setup", "act_tools:no"], "--setup act_tools:no cannot be loaded"),
-        ([*here, "--tools", "tools.json"], "--tools tools.json is neither a file nor MODULE:FUNCTION"),
+        ([*here, "--tools", "tools.json"], "--tools tools.json names a file, and calls are run by functions"),
         ([*live, "--concurrency", 3], "--concurrency is for a server"),
     ]
     for options, told in cases:
@@ -515,7 +518,7 @@ def test_kept_rows_take_the_place_of_nothing_else(act: Act, tmp_path: Path, caps
         assert f"{others} exists already" in capsys.readouterr().err
         act("out", [task(0)], *words, kept)
     assert others.read_text() == "{}\n"
-    assert [one["id"] for one in read_jsonl(kept)] == ["task-0/run-1"]
+    assert [one["id"].rpartition("-")[0] for one in read_jsonl(kept)] == ["task-0/run-1"]
 
 
 def test_a_run_that_cannot_be_judged_is_told_and_the_others_are_kept(act: Act, capsys: Any) -> None:

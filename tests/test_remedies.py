@@ -30,6 +30,7 @@ RECIPE = Path(__file__).parents[1] / "launch" / "cpu_lora.yaml"
 
 # Modules that one verb alone reaches may name its own options.
 OWNERS = {
+    "act/changes.py": "act",
     "act/finish.py": "act",
     "act/run.py": "act",
     "act/served.py": "act",

@@ -10,6 +10,7 @@ import pytest
 
 from gemma_dist.__main__ import main
 from gemma_dist.errors import ConfigError, DataError
+from gemma_dist.evaluate.runs import with_repeats, without_repeats
 from gemma_dist.export.rollouts import NAMES, Layout, export_rollouts, read_rollouts, require_sampled, rollouts_of
 from tests.support.ranks import long
 
@@ -132,6 +133,19 @@ def test_what_cannot_be_handed_over_is_refused_or_told(tmp_path: Path, capsys: p
         export_rollouts(folder, tmp_path / "all.csv", "trl", whole=False)
 
 
+def test_a_line_that_repeats_nothing_says_the_same(tmp_path: Path) -> None:
+    source = random.Random(3)
+    whole = [some_run(source, number) for number in range(50)]
+    short = [{**each, "steps": without_repeats(each["steps"])} for each in whole]
+    assert [with_repeats(each["steps"]) for each in short] == [each["steps"] for each in whole]
+    of_whole = WHOLE["steps"][1]["prompt_ids"]
+    assert without_repeats(WHOLE["steps"])[1] == {**WHOLE["steps"][1], "prompt_start": 4, "prompt_ids": of_whole[4:]}
+    files = [tmp_path / f"{name}.jsonl" for name in ("whole", "short")]
+    for file, runs in zip(files, (whole, short), strict=True):
+        export_rollouts(write(tmp_path / file.stem, *runs), file, "trl", whole=False)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_a_line_that_act_does_not_write_is_refused_by_its_place(tmp_path: Path) -> None:
     good = run([([1], [2])])
     (step,) = good["steps"]
@@ -143,6 +157,7 @@ def test_a_line_that_act_does_not_write_is_refused_by_its_place(tmp_path: Path) 
         "steps is None": {**good, "steps": None},
         "step 1 has no prompt_ids": {**good, "steps": [{}]},
         "completion_ids of step 1": {**good, "steps": [{**step, "completion_ids": [2**40]}]},
+        "prompt_start of step 1 is 1, of 0": {**good, "steps": [{**step, "prompt_start": 1}]},
         "logprobs of step 1": {**good, "steps": [{**step, "logprobs": []}]},
     }
     for number, (told, line) in enumerate(damaged.items()):

@@ -1,10 +1,14 @@
-"""One run of a task: the model answers, its calls are answered, and so on until it says something without a call.
+"""One run of a task: the model answers, its calls are answered, and so on until it says something without a call, and
+the user of the task has no more to say.
 
 Who answers the calls is a `Desk`: the user's functions (`Functions`), or the log (`replay.py`). What the model is shown
 next, `Conversation` knows: the same prompts as in `chat`, and so as in training.
 """
 
-from collections.abc import Sequence
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,9 +21,11 @@ from gemma_dist.data.content import clean_text
 from gemma_dist.data.encode import Encoder, Prompt
 from gemma_dist.data.read import Call, Reading, open_block, read_output
 from gemma_dist.data.strict import reason
-from gemma_dist.data.types import CalledFunction
+from gemma_dist.data.types import CalledFunction, RawRow
 from gemma_dist.errors import DataError, EvaluationError
 from gemma_dist.evaluate.message import MESSAGE, read_message
+from gemma_dist.evaluate.runs import without_repeats
+from gemma_dist.logs import log
 
 SUCCESS, FAILURE, ENDED, LEFT = "success", "failure", "ended", "left"
 STEP_LIMIT, MALFORMED, TRUNCATED, SILENT, REFUSED = "step_limit", "malformed", "truncated", "silent", "refused"
@@ -130,12 +136,20 @@ class LiveDesk:
 
     box: Box
     checks: bool
+    script: Iterator[tuple[list[RawRow], Sequence[Any]]]  # `Task.script`
+    runs_unfit: bool = False  # also calls that do not fit their declarations
 
     def answer(self, run: Episode, reading: Reading) -> Verdict | None:
-        if not reading.calls:
-            return self._checked(run)
         for number, call in enumerate(reading.calls):
-            give(run.conversation, number, self._result(run.conversation, call))
+            if refused := give(run.conversation, number, self._result(run.conversation, call)):
+                log.warning("%s: what %s returned is no result: %s", run.conversation.name, call.name, refused)
+        if reading.calls:
+            return None
+        said, tools = next(self.script, ([], ()))
+        if not said:
+            return self._checked(run)
+        run.conversation.messages += said
+        run.conversation.declare(tools)
         return None
 
     def judge(self, run: Episode, outcome: str, problem: str) -> Verdict:
@@ -146,7 +160,9 @@ class LiveDesk:
 
     def _result(self, conversation: Conversation, call: Call) -> Result:
         misfit = conversation.misfit(call)
-        return Result(f"Error: {misfit}") if misfit else self.box.call(call.name, call.arguments)
+        if misfit and not (self.runs_unfit and call.name in self.box.names):
+            return Result(f"Error: {misfit}")
+        return self.box.call(call.name, call.arguments)
 
     def _checked(self, run: Episode) -> Verdict:
         if not self.checks:
@@ -158,13 +174,17 @@ class LiveDesk:
         return Verdict(SUCCESS if reward >= MIN_REWARD else FAILURE, reward)
 
 
-def give(conversation: Conversation, number: int, result: Result) -> None:
-    """Give the model the result of call `number`, from 0; where no row could hold that, the reason, in which the
-    control tokens that a row may not hold (`--control-tokens reject`) are escaped."""
+def give(conversation: Conversation, number: int, result: Result) -> str:
+    """Give the model the result of call `number`, from 0; where no row could hold that, the reason, which is returned,
+    in which the control tokens that a row may not hold (`--control-tokens reject`) are escaped."""
     try:
         conversation.respond(number, result.text, result.images)
+        return ""
     except DataError as error:
-        conversation.respond(number, clean_text(f"Error: {reason(error)}", escape=True))
+        found = str(error).removeprefix(f"{conversation.name}: ")
+        refused = reason(DataError(re.sub(r"^turn \d+ \(tool.*?\): ", "", found)))
+        conversation.respond(number, clean_text(f"Error: {refused}", escape=True))
+        return refused
 
 
 def line_of(run: Episode, key: str, seed: int) -> dict[str, Any]:
@@ -172,6 +192,9 @@ def line_of(run: Episode, key: str, seed: int) -> dict[str, Any]:
     assert run.verdict is not None
     name = f"{run.task.id}/run-{run.number}"
     wrong, compared_with = _first_wrong(run)
+    row = run.conversation.as_row(name, run.conversation.so_far())
+    # Rounds of own runs may begin from the same tasks: their rows are told apart by what acted, and what it said.
+    told = hashlib.sha256(json.dumps([key, row["messages"]], sort_keys=True).encode()).hexdigest()
     return {
         "id": name,
         "task": run.task.id,
@@ -182,8 +205,8 @@ def line_of(run: Episode, key: str, seed: int) -> dict[str, Any]:
         **vars(run.verdict),
         "first_wrong_step": wrong,
         "compared_with": compared_with,
-        "steps": run.steps,
-        "row": run.conversation.as_row(name, run.conversation.so_far()),
+        "steps": without_repeats(run.steps),
+        "row": {**row, "id": f"{name}-{told[:8]}"},
     }
 
 

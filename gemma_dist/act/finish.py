@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from gemma_dist.act.episode import SUCCESS
-from gemma_dist.act.log import REPORT, RUNS, Ended, RunKey, complete, exists_already, remove_parts, write_lines
+from gemma_dist.act.log import Ended, RunKey, complete, exists_already, remove_parts, write_lines
 from gemma_dist.act.report import by_task, make_report, summary, with_first_wrong
 from gemma_dist.act.tools import Functions, ToolServer
 from gemma_dist.config_act import ActConfig
 from gemma_dist.errors import ConfigError
 from gemma_dist.evaluate.log import RUN
+from gemma_dist.evaluate.runs import REPORT, RUNS
 from gemma_dist.logs import log, write_json
 
 

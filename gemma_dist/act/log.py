@@ -16,12 +16,10 @@ from typing import Any
 
 from gemma_dist.act.compare import calls_text
 from gemma_dist.errors import ConfigError, EvaluationError
-from gemma_dist.evaluate.log import NUM_NAMED, opened, parts_of
+from gemma_dist.evaluate.log import NUM_NAMED, RUNS_PART, opened, parts_of
 from gemma_dist.files import writing
 from gemma_dist.logs import JsonlWriter
 
-RUNS, REPORT = "runs.jsonl", "report.json"
-PART = "runs"  # of a rank
 RunKey = tuple[str, int]  # of the task, number of its run from 1
 
 
@@ -52,14 +50,14 @@ class Ended:
 @contextlib.contextmanager
 def opened_runs(out: Path, describe: Callable[[], dict[str, Any]]) -> Iterator[tuple[dict[str, Any], set[RunKey]]]:
     """Within, `out` is this command's; yields what `describe` says, and the runs that have ended. As `log.opened`."""
-    with opened(out, describe, lambda: bool(find_ended(out))) as (run, _):
+    with opened(out, describe) as (run, _):
         yield run, set(find_ended(out))
 
 
 def find_ended(out: Path) -> dict[RunKey, Ended]:
     """The runs in all ranks' parts. What is damaged is left out."""
     ended: dict[RunKey, Ended] = {}
-    for part in parts_of(out, PART):
+    for part in parts_of(out, RUNS_PART):
         stop = 0
         with part.open("rb") as file:
             for raw in file:
@@ -85,7 +83,7 @@ def complete(out: Path, wanted: Sequence[RunKey]) -> list[Ended]:
 
 def remove_parts(out: Path) -> None:
     """Remove what ranks wrote."""
-    for part in parts_of(out, PART):
+    for part in parts_of(out, RUNS_PART):
         part.unlink()
 
 

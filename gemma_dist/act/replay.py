@@ -32,7 +32,10 @@ class ReplayDesk:
             return self._left(run, LEFT, score["failure"], score["errors"])
         self._respond(run, index + len(gold), {predicted: number for number, predicted in score["match"]})
         self.num_passed += 1
-        return Verdict(SUCCESS, 1.0) if self.num_passed == len(self.task.points) else None
+        if self.num_passed == len(self.task.points):
+            return Verdict(SUCCESS, 1.0)
+        run.conversation.messages += self.task.given(*self.task.turns[self.num_passed - 1])
+        return None
 
     def judge(self, run: Episode, outcome: str, problem: str) -> Verdict:
         return self._left(run, outcome, outcome, [], problem)
@@ -45,12 +48,12 @@ class ReplayDesk:
         return Verdict(outcome, 0.0, problem, {"step": len(run.steps), "turn": turn, "how": how, "errors": errors})
 
     def _respond(self, run: Episode, index: int, gold_of_call: dict[int, int]) -> None:
-        """Give the run what the log has from message `index` on to the next answer that is the model's.
+        """Give the run the results that the log has from message `index` on.
 
         Args:
             gold_of_call: the number of the log's call that each of the run's is.
         """
-        messages, points = self.task.trajectory.messages, self.task.points
+        messages = self.task.trajectory.messages
         answers: dict[str, int] = {}  # of each call's id: the message
         while index + len(answers) < len(messages) and messages[index + len(answers)]["role"] == "tool":
             answers[messages[index + len(answers)]["tool_call_id"]] = index + len(answers)
@@ -61,5 +64,3 @@ class ReplayDesk:
                 at = answers[asked[gold_of_call[number]]["id"]]
                 (result,) = self.task.given(at, at + 1)
                 run.conversation.messages.append({**result, "tool_call_id": call["id"]})
-        if self.num_passed + 1 < len(points):
-            run.conversation.messages += self.task.given(index + len(answers), points[self.num_passed + 1][0])

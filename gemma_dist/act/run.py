@@ -24,14 +24,14 @@ from typing import Any
 from gemma_dist import meeting, world
 from gemma_dist.act.episode import Episode, LiveDesk, Written, line_of
 from gemma_dist.act.finish import Work, finish
-from gemma_dist.act.log import PART, opened_runs
+from gemma_dist.act.log import opened_runs
 from gemma_dist.act.replay import ReplayDesk
 from gemma_dist.act.tasks import Task, read_tasks
 from gemma_dist.act.tools import Box, ToolServer
 from gemma_dist.data.encode import Encoder, load_encoder
 from gemma_dist.errors import DataError, EvaluationError, PeerError
 from gemma_dist.evaluate.generate import Answer, Generator, Question
-from gemma_dist.evaluate.log import NUM_NAMED, describe_run, key_of, on_rank_0, part_of_rank
+from gemma_dist.evaluate.log import NUM_NAMED, RUNS_PART, describe_run, key_of, on_rank_0, part_of_rank
 from gemma_dist.evaluate.room import measure_room
 from gemma_dist.evaluate.runs import command, made_by
 from gemma_dist.evaluate.sampling import Sampling
@@ -106,7 +106,8 @@ def my_jobs(work: Work, run: dict[str, Any]) -> tuple[list[Job], list[tuple[int,
         if work.is_replay and not task.has_gold:
             raise DataError(f"{work.data}: {task.id} has no answers to replay; leave it out, or act with --tools")
         if (task.number - 1) % world.world_size() == world.rank():
-            key = key_of(run, task.place, [task.trajectory.messages, task.trajectory.tools], task.trajectory.images)
+            asked = [task.trajectory.messages, task.trajectory.tools, task.brought]
+            key = key_of(run, task.place, asked, task.trajectory.images)
             jobs += [Job(task, number, key) for number in range(1, work.settings.num_runs + 1)]
     if not places:
         raise DataError(f"{work.data} holds no rows, so there is nothing to act on")
@@ -115,14 +116,15 @@ def my_jobs(work: Work, run: dict[str, Any]) -> tuple[list[Job], list[tuple[int,
 
 def begin(job: Job, work: Work, tools: ToolServer | None) -> Episode:
     """Begin a run."""
-    settings = work.settings
+    settings, task, name = work.settings, job.task, f"{job.task.id} run {job.number}"
     if tools is None:
-        conversation = job.task.begin(settings, None, job.task.called)
-        num_steps = len(job.task.points)  # the log ends there
-        return Episode(job.task, job.number, conversation, ReplayDesk(job.task), num_steps)
-    desk = LiveDesk(Box(tools, job.task.row), checks=work.check is not None)
-    conversation = job.task.begin(settings, tools.declared, tools.names)
-    return Episode(job.task, job.number, conversation, desk, settings.max_steps)
+        conversation = task.begin(settings, None, task.called, name)
+        num_steps = len(task.points)  # the log ends there
+        return Episode(task, job.number, conversation, ReplayDesk(task), num_steps)
+    runs_unfit = settings.unfit_calls == "run"
+    desk = LiveDesk(Box(tools, task.row), work.check is not None, task.script(), runs_unfit)
+    conversation = task.begin(settings, tools.declared, tools.names, name)
+    return Episode(task, job.number, conversation, desk, settings.max_steps)
 
 
 class _Players:
@@ -141,7 +143,7 @@ class _Players:
     def play(self, jobs: Sequence[Job]) -> Iterator[Job]:
         """Play all runs, and write each as it ends: those that have. Ranks of a partitioned model play their rounds
         together."""
-        writer = JsonlWriter(part_of_rank(self._work.out, PART), append=True)
+        writer = JsonlWriter(part_of_rank(self._work.out, RUNS_PART), append=True)
         waiting, active = deque(jobs), dict[int, tuple[Job, Episode]]()
         with ThreadPoolExecutor(self._room) as pool:
             try:

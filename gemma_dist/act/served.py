@@ -6,7 +6,7 @@ from typing import Any
 
 from gemma_dist.act.episode import REFUSED, Episode, Written, line_of
 from gemma_dist.act.finish import Work, finish
-from gemma_dist.act.log import PART, opened_runs
+from gemma_dist.act.log import opened_runs
 from gemma_dist.act.run import Job, begin, my_jobs, require_runs
 from gemma_dist.act.tools import ToolServer
 from gemma_dist.config_server import ServerConfig
@@ -14,7 +14,7 @@ from gemma_dist.data.encode import Prompt
 from gemma_dist.errors import EvaluationError
 from gemma_dist.evaluate.client import Refusal
 from gemma_dist.evaluate.faults import Faults, ends_all
-from gemma_dist.evaluate.log import part_of_rank
+from gemma_dist.evaluate.log import RUNS_PART, part_of_rank
 from gemma_dist.evaluate.parallel import in_parallel
 from gemma_dist.evaluate.points import Point
 from gemma_dist.evaluate.runs import command, made_by
@@ -58,7 +58,7 @@ def _play(asking: Asking, work: Work, tools: ToolServer | None, todo: list[Job],
     """
     start = time.perf_counter()
     faults = Faults(asking.client, work.out, asking.server.concurrency, answered=answered)
-    writer = JsonlWriter(part_of_rank(work.out, PART), append=True)
+    writer = JsonlWriter(part_of_rank(work.out, RUNS_PART), append=True)
     failed: list[str] = []
     points: dict[int, Point] = {}
 

@@ -1,12 +1,13 @@
 """What the model is given to do: a row up to its first answer. What comes behind is gold: for replay, and the checker.
 
-A row may also end there, with the user's words: most tasks have no gold.
+What the user says behind an answer is said when the model has answered without a call. A row may also hold no answers,
+and so no gold: then each message of the user is a turn, and may bring `tools`, which are declared from then on.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import chain, islice
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from gemma_dist.data.bfcl import read_with_answers
 from gemma_dist.data.content import content_parts, count_images
 from gemma_dist.data.encode import decision_points
 from gemma_dist.data.fit import parse
-from gemma_dist.data.strict import as_list, error_context, get, read_json_text
+from gemma_dist.data.strict import as_list, error_context, get, read_json_text, short
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message, RawRow
 from gemma_dist.errors import DataError
@@ -36,6 +37,7 @@ class Task:
     row: Mapping[str, Any]  # as it stands in the file; of shards: in normal form, without images
     trajectory: Trajectory
     has_gold: bool
+    brought: Sequence[Any] = ()  # without gold: the tools that each of the user's messages behind the first one brings
 
     @property
     def id(self) -> str:
@@ -59,8 +61,29 @@ class Task:
 
     @property
     def length(self) -> int:
-        """How many messages the model is given."""
-        return self.points[0][0] if self.has_gold else len(self.trajectory.messages) - 1
+        """How many messages the model is given at first."""
+        if self.has_gold:
+            return self.points[0][0]
+        return 1 + [message["role"] for message in self.trajectory.messages].index("user")
+
+    @property
+    def turns(self) -> list[tuple[int, int]]:
+        """From which message to which the row goes on by itself: with gold, behind each answer and what its calls came
+        to, up to the next one; else, each of the user's messages."""
+        if not self.has_gold:
+            return [(index, index + 1) for index in range(self.length, len(self.trajectory.messages) - 1)]
+        turns = []
+        for (index, gold), (following, _) in pairwise(self.points):
+            start = index + len(gold)
+            while self.trajectory.messages[start]["role"] == "tool":
+                start += 1
+            turns.append((start, following))
+        return turns
+
+    def script(self) -> Iterator[tuple[list[RawRow], Sequence[Any]]]:
+        """What the user says when the model has answered without a call, turn by turn, and the tools that it brings."""
+        said = ([one for one in self.given(*turn) if one["role"] == "user"] for turn in self.turns)
+        return zip(filter(None, said), chain(self.brought, repeat(())), strict=False)
 
     def given(self, start: int, stop: int) -> list[RawRow]:
         """Messages of the row, images within, as a conversation takes them."""
@@ -75,15 +98,16 @@ class Task:
             shown.append({**message, "content": parts if count_images(message) else message["content"]})
         return shown
 
-    def begin(self, settings: ActConfig, declared: Any, known: Any) -> Conversation:
+    def begin(self, settings: ActConfig, declared: Any, known: Any, name: str) -> Conversation:
         """The conversation that a run of the task begins with.
 
         Args:
             declared: tools that are declared where the row has none.
             known: names of tools that may be called though none is declared.
+            name: of the run, for errors.
         """
         tools = self.trajectory.tools or declared
-        conversation = Conversation(settings, self._thinks(settings), tools or None, known=known)
+        conversation = Conversation(settings, self._thinks(settings), tools or None, known=known, name=name)
         conversation.messages += self.given(0, self.length)
         return conversation
 
@@ -95,30 +119,49 @@ class Task:
 
 def read_tasks(data: Path, limit: int | None, settings: ActConfig) -> Iterator[Task]:
     """The tasks of raw rows, or of shards, in order. Raises DataError: a row breaks the data contract."""
-    for number, (row, trajectory, has_gold) in enumerate(islice(_rows(data, settings), limit), start=1):
-        if has_gold and not any(decision_points(trajectory.messages)):
-            raise DataError(f"{data}: {trajectory.id} holds no answer that is trained; leave its answers out")
-        yield Task(number, row, trajectory, has_gold)
+    for number, task in enumerate(islice(_rows(data, settings), limit), start=1):
+        if task.has_gold and not any(decision_points(task.trajectory.messages)):
+            raise DataError(f"{data}: {task.id} holds no answer that is trained; leave its answers out")
+        yield replace(task, number=number)
 
 
-def _rows(data: Path, settings: ActConfig) -> Iterator[tuple[Mapping[str, Any], Trajectory, bool]]:
-    """Each row as it is given and as it is read, and whether it has answers."""
+def _rows(data: Path, settings: ActConfig) -> Iterator[Task]:
+    """Each row as a task that has no number yet."""
     if is_shard_folder(data):
         for trajectory in load_trajectories(data, settings):
-            yield {"id": trajectory.id, "messages": trajectory.messages, "tools": trajectory.tools}, trajectory, True
+            row: RawRow = {"id": trajectory.id, "messages": trajectory.messages, "tools": trajectory.tools}
+            yield Task(0, row, trajectory, has_gold=True)
         return
     for where, given in read_with_answers(data, settings.max_row_bytes):
         if isinstance(given, DataError):
             raise given
-        row: RawRow = copy.copy(given)  # with the files that it came with
-        is_open = False
+        row = copy.copy(given)  # with the files that it came with
+        is_open, brought = False, list[Any]()
         for column in ("messages", "conversations"):
             with error_context(where):
                 turns = as_list(read_json_text(given.get(column), column))
             if turns and all(_speaker(turn) in BEFORE_ANSWER for turn in turns) and _speaker(turns[-1]) in USER:
                 is_open = True
+                with error_context(where):
+                    turns, brought = _without_tools(turns)
                 row[column] = [*turns, ANSWER if get(turns[-1], "role") else SHAREGPT_ANSWER]
-        yield given, parse(row, where, settings), not is_open
+        task = Task(0, given, parse(row, where, settings), not is_open, brought)
+        if any(brought):
+            with error_context(f"{where}: with the `tools` that the user's messages bring"):
+                task.begin(settings, None, (), task.id).declare(list(chain.from_iterable(brought)))
+        yield task
+
+
+def _without_tools(turns: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Turns without the tools that the user's messages behind the first one bring, and these, of each such message.
+    DataError where they are no list."""
+    first = next(index for index, turn in enumerate(turns) if _speaker(turn) in USER)
+    kept = [{key: value for key, value in turn.items() if key != "tools"} for turn in turns[first + 1 :]]
+    brought = [read_json_text(turn.get("tools") or [], "tools") for turn in turns[first + 1 :]]
+    for tools in brought:
+        if not isinstance(tools, list):
+            raise DataError(f"a user's message brings the `tools` {short(tools)}; write a list of declarations")
+    return [*turns[: first + 1], *kept], brought
 
 
 def _speaker(turn: object) -> object:

@@ -99,6 +99,11 @@ class Box:
         self._process = 0
         self._buffer: Any = None
 
+    @property
+    def names(self) -> Sequence[str]:
+        """What may be called."""
+        return self._server.names
+
     def call(self, name: str, arguments: Mapping[str, Any]) -> Result:
         """What a tool answers; errors are answers, too."""
         told = self._ask({"call": name, "arguments": arguments})

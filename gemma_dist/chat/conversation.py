@@ -32,6 +32,7 @@ class Conversation:
     declared: Any = None  # tools, in any form that a row may have
     messages: list[RawRow] = field(default_factory=list)
     known: Collection[str] = ()  # names of tools that need no declaration, where there is none at all
+    name: str = WHERE
 
     def __post_init__(self) -> None:
         """Raises DataError where a tool's declaration is none."""
@@ -42,6 +43,20 @@ class Conversation:
         self.messages = [message for message in self.messages if message["role"] != "system"]
         if text:
             self.messages.insert(0, {"role": "system", "content": text})
+
+    def declare(self, more: Sequence[Any]) -> None:
+        """Declare tools beside those that there are, or in the place of those of the same names. The answers so far,
+        which were given without them, are not trained then. Raises DataError where one is none."""
+        if not more:
+            return
+        before, brought = self.tools, replace(self, declared=list(more)).tools
+        names = {tool["function"]["name"] for tool in brought}
+        self.declared = [*(tool for tool in before if tool["function"]["name"] not in names), *brought]
+        self.tools = self._read([QUESTION, ANSWER]).tools
+        if self.tools != before:
+            for message in self.messages:
+                if message["role"] == "assistant":
+                    message["train"] = False
 
     def ask(self, text: str, images: Sequence[bytes]) -> None:
         """Add a user's message, the images in front of its text. Raises DataError, and adds nothing, if it is none."""
@@ -134,8 +149,8 @@ class Conversation:
         self.messages.append(message)
 
     def _read(self, messages: list[RawRow]) -> Trajectory:
-        row: RawRow = {"id": WHERE, "messages": messages}
-        return parse_row(row if self.declared is None else {**row, "tools": self.declared}, WHERE, self.settings)
+        row: RawRow = {"id": self.name, "messages": messages}
+        return parse_row(row if self.declared is None else {**row, "tools": self.declared}, self.name, self.settings)
 
 
 def call_id(number: int) -> str:

@@ -20,6 +20,7 @@ from gemma_dist.errors import ConfigError, DataError
 from gemma_dist.files import naming
 
 Function = Callable[..., object]
+_SUCH_AS = "such as my_tools:search for the function `search` of my_tools.py in this folder"
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ def load_tools(given: str) -> Tools:
             return Tools(parse_json(text.decode("utf-8-sig")))
         except (DataError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: {reason(error)}; write a list of declarations as JSON") from None
-    if given.endswith(".json"):
-        raise ConfigError(_neither(given, "--tools", "a file"))
+    if given.endswith(".json") or ":" not in given:
+        raise ConfigError(f"--tools {given} is neither a file nor MODULE:FUNCTION, {_SUCH_AS}")
     functions = load_functions(given)
     return Tools(declare(functions), functions)
 
@@ -62,6 +63,11 @@ def load_tools(given: str) -> Tools:
 def load_functions(given: str) -> dict[str, Function]:
     """The functions, by name, that MODULE:FUNCTION names: one, those of a list, or of a dict. ConfigError: it names
     none."""
+    if given.endswith(".json") or Path(given).is_file():
+        raise ConfigError(
+            f"--tools {given} names a file, and calls are run by functions: name these as MODULE:NAME, {_SUCH_AS}. "
+            "Declarations stand in the rows' `tools`, or are made from the functions' type hints and docstrings"
+        )
     found = load(given, "--tools")
     listed = found if isinstance(found, list | tuple) else [found]
     functions = found if isinstance(found, dict) else {getattr(one, "__name__", str(one)): one for one in listed}
@@ -75,7 +81,7 @@ def load(given: str, option: str) -> Any:
     given: it cannot be loaded."""
     module, colon, name = given.partition(":")
     if not colon or not name:
-        raise ConfigError(_neither(given, option, "a file" if option == "--tools" else ""))
+        raise ConfigError(f"{option} {given} is no MODULE:FUNCTION, {_SUCH_AS}")
     if (folder := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, folder)
     try:
@@ -85,11 +91,6 @@ def load(given: str, option: str) -> Any:
     except Exception as error:  # whatever a module raises as it is imported
         raise ConfigError(f"{option} {given} cannot be loaded: {type(error).__name__}: {error}") from error
     return found
-
-
-def _neither(given: str, option: str, other: str) -> str:
-    what = f"is neither {other} nor MODULE:FUNCTION" if other else "is no MODULE:FUNCTION"
-    return f"{option} {given} {what}, such as my_tools:search for the function `search` of my_tools.py in this folder"
 
 
 def declare(functions: Mapping[str, Function]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ than a coin would. Slices are many, so their p-values are adjusted (Holm).
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -131,13 +131,16 @@ def compare(before: Path, after: Path) -> Comparison:
     }
 
 
-def failed_rules(compared: Comparison, fail_below: Iterable[str], fail_if_worse: bool) -> list[str]:
+def failed_rules(
+    compared: Mapping[str, Any], fail_below: Iterable[str], fail_if_worse: bool, headline: str = HEADLINE
+) -> list[str]:
     """What is wrong with "after", a sentence each; none where it passes.
 
     Args:
+        compared: a Comparison, or one of `act`.
         fail_below: "METRIC=X": the lowest value that passes.
-        fail_if_worse: `overall` must not be lower than before by more than chance: its interval must reach 0; nor may
-            over-calling be higher, where both runs asked probes or a general set.
+        fail_if_worse: the `headline` must not be lower than before by more than chance: its interval must reach 0; nor
+            may over-calling be higher, where both runs asked probes or a general set.
 
     Raises:
         ConfigError: a rule is none, or names a metric that was not judged.
@@ -148,11 +151,11 @@ def failed_rules(compared: Comparison, fail_below: Iterable[str], fail_if_worse:
         value = compared["metrics"][name]["after"]
         if value is None or value < lowest:
             failures.append(f"{name} is {value if value is None else round(value, 10)}, below {lowest}")
-    high = compared["overall"]["high"]
+    high = compared["metrics"][headline]["high"]
     if fail_if_worse and high is not None and high < 0:
-        low, difference = compared["overall"]["low"], compared["overall"]["difference"]
-        failures.append(f"{HEADLINE} is worse: {difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}")
-    beside = compared["beside"]
+        low, difference = compared["metrics"][headline]["low"], compared["metrics"][headline]["difference"]
+        failures.append(f"{headline} is worse: {difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}")
+    beside = compared.get("beside")
     risen = None if beside is None else beside["over_calling"]
     if fail_if_worse and risen is not None and risen["low"] is not None and risen["low"] > 0:
         low, high, difference = risen["low"], risen["high"], risen["difference"]
@@ -160,7 +163,7 @@ def failed_rules(compared: Comparison, fail_below: Iterable[str], fail_if_worse:
     return failures
 
 
-def _parse_rule(rule: str, compared: Comparison) -> tuple[str, float]:
+def _parse_rule(rule: str, compared: Mapping[str, Any]) -> tuple[str, float]:
     """ "call_exact=0.9" -> ("call_exact", 0.9)"""
     match = re.fullmatch(r"([\w@^]+)=(\d*\.?\d+)", rule)
     judged = [name for name, change in compared["metrics"].items() if change["after"] is not None]

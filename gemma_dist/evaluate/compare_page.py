@@ -12,7 +12,7 @@ from gemma_dist.evaluate.runs import Run, read_run, read_tools
 from gemma_dist.files import writing
 from gemma_dist.logs import log, to_json, write_json
 
-_HEADER = ["", "before", "after", "difference", "95 % by trajectory", "fixed", "broken", "p"]
+HEADER = ["", "before", "after", "difference", "95 % by trajectory", "fixed", "broken", "p"]
 
 
 def compare_runs(
@@ -67,7 +67,7 @@ def _lines(compared: Comparison) -> Iterator[str]:
     smallest = _points(compared["smallest_difference"]).removeprefix("+")
     yield f"The smallest true difference that so many points would show in 8 of 10 cases: {smallest} points of 100."
     yield ""
-    yield from table(_HEADER, (_row(name, found) for name, found in compared["metrics"].items()))
+    yield from table(HEADER, (change_row(name, found) for name, found in compared["metrics"].items()))
     if (losses := compared["loss"]) is not None:
         header = ["metric", "before", "after", "difference", "95 % by trajectory"]
         yield from section("Loss of gold's answers", header, change_rows(losses))
@@ -78,8 +78,8 @@ def _lines(compared: Comparison) -> Iterator[str]:
     yield from _beside(compared["beside"])
     slices = [(name, value, found) for name, values in compared["slices"].items() for value, found in values.items()]
     surest = sorted(slices, key=lambda row: (row[2]["p_holm"], -abs(row[2]["difference"] or 0.0)))[:MAX_ROWS]
-    rows = ([*_row(f"{name} {value}", found), f"{found['p_holm']:.2g}"] for name, value, found in surest)
-    yield from section("overall by slice, the surest first", [*_HEADER, "p (Holm)"], rows)
+    rows = ([*change_row(f"{name} {value}", found), f"{found['p_holm']:.2g}"] for name, value, found in surest)
+    yield from section("overall by slice, the surest first", [*HEADER, "p (Holm)"], rows)
     for title, changed in (("Broken", compared["broken"]), ("Fixed", compared["fixed"])):
         listed = [_listed(point, several=several) for point in changed[:MAX_ROWS]]
         more = f", the first {MAX_ROWS} of {len(changed)}" if len(changed) > MAX_ROWS else ""
@@ -96,11 +96,11 @@ def _beside(beside: BesideChange | None) -> Iterator[str]:
         yield f"Over-calling, of all points where no call is right: {values} ({sure})."
         yield ""
     rows = [
-        _row(f"{PARTS[part]}: {name}", found)
+        change_row(f"{PARTS[part]}: {name}", found)
         for part, changes in beside["parts"].items()
         for name, found in changes.items()
     ]
-    yield from section("Beside the held-out rows", _HEADER, rows)
+    yield from section("Beside the held-out rows", HEADER, rows)
 
 
 def _listed(point: ChangedPoint, *, several: bool) -> list[object]:
@@ -108,7 +108,8 @@ def _listed(point: ChangedPoint, *, several: bool) -> list[object]:
     return [code(point["id"]), turn, point["before"], point["after"]]
 
 
-def _row(name: str, found: Change) -> list[object]:
+def change_row(name: str, found: Change) -> list[object]:
+    """A metric before and after as a line of a table under HEADER."""
     values = percent(found["before"]), percent(found["after"]), _points(found["difference"])
     changed = ("" if number is None else number for number in (found["fixed"], found["broken"]))
     p_value = "" if found["p_value"] is None else f"{found['p_value']:.2g}"

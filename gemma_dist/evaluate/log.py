@@ -30,6 +30,7 @@ from gemma_dist.model.fingerprint import fingerprint_base
 from gemma_dist.shards.reader import is_shard_folder, open_shards
 
 RUN = "run.json"
+RUNS_PART = "runs"  # what ranks of `act` write there, whose folder is made as one of an evaluation
 # Settings on which no answer hangs, and names of what a hash tells better.
 MAY_DIFFER = (
     *("per_device_eval_batch_size", "max_batch_tokens", "ple", "answer_tolerance", "loss"),
@@ -78,11 +79,9 @@ def key_of(run: Mapping[str, Any], place: str, prompt: Any, images: Sequence[byt
 
 
 @contextlib.contextmanager
-def opened(
-    out: Path, describe: Callable[[], dict[str, Any]], holds_more: Callable[[], bool] = lambda: False
-) -> Iterator[tuple[dict[str, Any], Lines]]:
+def opened(out: Path, describe: Callable[[], dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Lines]]:
     """Within, `out` is this run's; yields what `describe` says and the lines that ranks wrote before. Every rank calls
-    it. `holds_more`: whether other things than answers are there that only this run may add to.
+    it.
 
     Raises:
         ConfigError: `out` holds answers of a run of something else, which the message names, or another is at work
@@ -91,7 +90,7 @@ def opened(
 
     def holds_any() -> bool:
         """Whether a run has left something there."""
-        return bool(read_lines(out) or read_losses(out) or (out / SAMPLES).is_file() or holds_more())
+        return bool(read_lines(out) or read_losses(out) or (out / SAMPLES).is_file() or _holds_runs(out))
 
     with contextlib.ExitStack() as stack:
 
@@ -124,6 +123,15 @@ def _removed_unless(out: Path, holds_any: Callable[[], bool]) -> Iterator[None]:
         if not holds_any():
             shutil.rmtree(out, ignore_errors=True)
         raise
+
+
+def _holds_runs(out: Path) -> bool:
+    """Whether `act` ended runs there."""
+    for part in parts_of(out, RUNS_PART):
+        with part.open("rb") as file:
+            if file.readline().endswith(b"\n"):
+                return True
+    return False
 
 
 def part_of_rank(out: Path, what: str = "samples") -> Path:
@@ -190,6 +198,10 @@ def parts_of(out: Path, what: str) -> list[Path]:
 
 def _require_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises ConfigError where a run is not the one that `out` was begun with."""
+    acts, acted = ("replay" in run.get("settings", {}) for run in (now, before))
+    if acts != acted:
+        holds, wanted = ("an evaluation", "runs of `act`") if acts else ("runs of `act`", "an evaluation")
+        raise ConfigError(f"{out} holds {holds}, and {wanted} would overwrite them; name another folder, or remove it")
     differences = []
     for name, hashed in NAMES.items():
         if before.get(hashed) != now[hashed]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gemma_dist.data.encode import Encoder
 
 SAMPLES, TOOLS, REPORT = "samples.jsonl", "tools.json", "report.json"
+RUNS = "runs.jsonl"  # of `act`, whose folder is made like one of an evaluation
 MARKDOWN, HTML = "report.md", "report.html"
 ToolSets = dict[str, list[Any]]  # tools.json: declarations by their key
 
@@ -117,6 +118,34 @@ def name_of(report: Mapping[str, Any]) -> str:
 def tools_key(tools: Sequence[Any]) -> str:
     """What a line calls these declarations: the beginning of a hash."""
     return hashlib.sha256(json.dumps(tools, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def without_repeats(steps: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Steps of a run of `act` as its line holds them: of each prompt, how many ids it begins with that are those of the
+    step before it, read and sampled (`prompt_start`), and what stands behind them (`prompt_ids`)."""
+    short, seen = [], list[int]()
+    for step in steps:
+        prompt = step["prompt_ids"]
+        if prompt is None:
+            short.append({"prompt_start": 0, **step})
+            continue
+        differ = (place for place, (one, two) in enumerate(zip(seen, prompt, strict=False)) if one != two)
+        start = next(differ, min(len(seen), len(prompt)))
+        short.append({**step, "prompt_start": start, "prompt_ids": prompt[start:]})
+        seen = [*prompt, *(step["completion_ids"] or ())]
+    return short
+
+
+def with_repeats(steps: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The steps of a line of `act`, each with its whole prompt."""
+    whole, seen = [], list[int]()
+    for step in steps:
+        prompt = step["prompt_ids"]
+        if prompt is not None:
+            prompt = seen[: step.get("prompt_start", 0)] + prompt
+            seen = prompt + (step["completion_ids"] or [])
+        whole.append({name: value for name, value in step.items() if name != "prompt_start"} | {"prompt_ids": prompt})
+    return whole
 
 
 def where_to_look(report: Report, out: Path) -> Iterator[str]:

@@ -25,10 +25,10 @@ import pyarrow.parquet as pq
 
 from gemma_dist.data.strict import short
 from gemma_dist.errors import ConfigError, DataError
+from gemma_dist.evaluate.runs import RUNS, with_repeats
 from gemma_dist.files import writing
 from gemma_dist.logs import JsonlWriter, read_jsonl
 
-RUNS = "runs.jsonl"
 Layout = Literal["trl", "verl"]
 # What each trainer calls ours.
 NAMES: Mapping[Layout, Mapping[str, str]] = {
@@ -169,7 +169,7 @@ def _runs(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 f"{place}: {run['id']} was written by a server, which told no ids, and ids made of its text would be "
                 "others than it sampled; let the model act here"
             )
-        yield place, run
+        yield place, {**run, "steps": with_repeats(run["steps"])}
 
 
 def _lines(source: Path) -> Iterator[Any]:
@@ -190,12 +190,18 @@ def _damage(run: Mapping[str, Any]) -> str:
         return f"reward is {short(reward)}"
     if not isinstance(steps, list):
         return f"steps is {short(steps)}"
+    num_seen = 0
     for number, step in enumerate(steps, start=1):
         if not (isinstance(step, dict) and {"prompt_ids", "completion_ids"} <= step.keys()):
             return f"step {number} has no prompt_ids and completion_ids"
         for name in ("prompt_ids", "completion_ids"):
             if not (step[name] is None or _are_ids(step[name])):
                 return f"{name} of step {number} is {short(step[name])}"
+        start = step.get("prompt_start", 0)
+        if not (type(start) is int and 0 <= start <= num_seen):
+            return f"prompt_start of step {number} is {short(start)}, of {num_seen} ids before it"
+        if step["prompt_ids"] is not None:
+            num_seen = start + len(step["prompt_ids"]) + len(step["completion_ids"] or ())
         known = step.get("logprobs")
         if not (known is None or (isinstance(known, list) and len(known) == len(step["completion_ids"] or ()))):
             return f"logprobs of step {number} are not one for each sampled id"
