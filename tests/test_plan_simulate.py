@@ -12,7 +12,7 @@ from tests.support.memory import CELLS, TILE, compare, write_shards
 from tests.support.ranks import long
 
 TOLERANCE = 0.02
-# The four cheap ones that together have all that the others have, and of these the cheapest; `benchmarks/memory.py` has the whole table.
+# Four that together have all that the others have, the cheaper ones first; `benchmarks/memory.py` has the whole table.
 CHEAP = ("full, packed, images", "QLoRA, packed, bfloat16, images")
 LONG = ("26b: QLoRA, experts in 4 bits", "12b: LoRA, packed, images")
 
