@@ -18,6 +18,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from gemma_dist.__main__ import main
 from gemma_dist.gemma_format import STOP_TOKENS
 from tests.support.corpus import row, write_rows
 from tests.support.ranks import ENVIRONMENT, REPOSITORY, gemma_dist, long, needs_compiler
@@ -63,7 +64,7 @@ def evaluation(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPat
         words += ["--max-new-tokens", 8, "--per-device-eval-batch-size", 2]
         if adapted:
             words += ["--adapter", _adapter(model, folder / "adapter")]
-        gemma_dist(*words, "--out", folder / "alone")
+        assert main([*map(str, words), "--out", str(folder / "alone")]) == 0
         return words, folder / "alone"
 
     return make
