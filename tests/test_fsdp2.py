@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from gemma_dist.__main__ import main
 from gemma_dist.config import RunConfig
 from gemma_dist.errors import ConfigError
 from gemma_dist.model.fsdp import let_4_bits_be_sharded
@@ -17,7 +18,7 @@ from gemma_dist.plan.estimate import ADAPTER, GATHERED, GRADIENTS, LOADING, OPTI
 from gemma_dist.plan.run import Request, make_plan
 from gemma_dist.recipe import load_config
 from gemma_dist.topology import Topology, current_topology, planned_topology, read_topology, require_fit
-from tests.support.ranks import gemma_dist, long
+from tests.support.ranks import long
 from tests.support.steps import Counting, measure, prepare
 
 ROOT = Path(__file__).parents[1]
@@ -110,11 +111,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_check_and_plan_take_the_config(folder: Path) -> None:
+def test_check_and_plan_take_the_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["launch/cpu_lora.yaml", f"model_name_or_path={folder}/model", f"data.train={folder}/shards"]
     launched = ["--accelerate-config", "accelerate_configs/cpu_fsdp2.yaml"]
-    assert "2 ranks" in gemma_dist("check", *words, *launched)
-    assert "on 2 GPUs, FSDP2" in gemma_dist("plan", *words, *launched, "--num-tokens", 512)
+    for command, said in (("check", "2 ranks"), ("plan", "on 2 GPUs, FSDP2")):
+        more = ["--num-tokens", "512"] if command == "plan" else []
+        assert main([command, *words, *launched, *more]) == 0
+        assert said in "".join(capsys.readouterr())
 
 
 def planned(name: str, num: int, *overrides: str, config: str = "fsdp2") -> Any:

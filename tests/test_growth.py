@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gemma_dist.__main__ import main
 from gemma_dist.config import RunConfig, ShardConfig
 from gemma_dist.errors import CheckpointError
 from gemma_dist.recipe import load_config
@@ -24,7 +25,7 @@ from gemma_dist.stream.schedule import Edition, Schedule
 from gemma_dist.topology import Topology
 from gemma_dist.train.run import train
 from tests.support.corpus import row, shard_rows, write_rows
-from tests.support.ranks import gemma_dist
+from tests.support.ranks import gemma_dist, long
 from tests.test_schedule import corpus, of_rank, plan
 
 EPOCHS = 3
@@ -141,31 +142,47 @@ def _config(model: str, shards: Path, out: Path, *more: str) -> RunConfig:
     return load_config("launch/cpu_lora.yaml", [*words, "per_device_train_batch_size=2", *more])
 
 
-def test_a_run_takes_up_what_was_added_where_it_is_told_to(
-    model: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """10 rows are 3 steps, and 14 are 4. What comes is the same to whoever resumes once more, on two ranks."""
-    out, taking = tmp_path / "out", "data.appended=next_epoch"
+def _lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def _grown_run(model: str, shards: Path, out: Path) -> list[dict[str, Any]]:
+    """Lines of a run whose corpus is added to after its fourth step, and which is told to take that up."""
     train(_config(model, shards, out, "max_steps=4"))
     add(shards, model, 20, 21, 22, 23)
     with pytest.raises(CheckpointError, match=r"had 10 samples and has 14\. Set data\.appended: next_epoch"):
         train(_config(model, shards, out))
-    train(_config(model, shards, out, taking))
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    train(_config(model, shards, out, "data.appended=next_epoch"))
+    return _lines(out)
+
+
+def test_a_run_takes_up_what_was_added_where_it_is_told_to(
+    model: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """10 rows are 3 steps, and 14 are 4."""
+    out = tmp_path / "out"
+    lines = _grown_run(model, shards, out)
     assert [line["step"] for line in lines] == list(range(1, 11)), "3 + 3 + 4"
     assert [line["epoch"] for line in lines][5:] == [2, 2.25, 2.5, 2.75, 3]
     marker = json.loads((out / "checkpoint-10" / "complete.json").read_text())
     assert [one["from_step"] for one in marker["corpus"]] == [0, 4]
 
     words = ["-", "launch/cpu_lora.yaml", f"data.train={shards}", f"output_dir={out}", "global_batch_size=4"]
-    listed = gemma_dist("batches", *words, "per_device_train_batch_size=2", "--step", 1, "--num-steps", 10, "--json")
-    ids = [list(chain.from_iterable(chain.from_iterable(json.loads(line)["ranks"][0]))) for line in listed.splitlines()]
+    capsys.readouterr()
+    words += ["per_device_train_batch_size=2", "--step", "1", "--num-steps", "10", "--json"]
+    assert main(["batches", *words]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    ids = [list(chain.from_iterable(chain.from_iterable(json.loads(line)["ranks"][0]))) for line in listed]
     names = [list(chain.from_iterable(packs if isinstance(packs, list) else [packs] for packs in step)) for step in ids]
     old = {f"row-{number}" for number in range(10)}
     assert set(chain.from_iterable(names[:3])) == set(chain.from_iterable(names[3:6])) == old
     assert sorted(chain.from_iterable(names[6:])) == sorted(old | {f"row-{number}" for number in range(20, 24)})
 
-    again = tmp_path / "again"
+
+@long
+def test_who_resumes_such_a_run_once_more_on_two_ranks_finds_the_same(model: str, shards: Path, tmp_path: Path) -> None:
+    out, again = tmp_path / "out", tmp_path / "again"
+    lines = _grown_run(model, shards, out)
     shutil.copytree(out, again, ignore=shutil.ignore_patterns("checkpoint-10", "checkpoint-8"))
     recipe = ["launch/cpu_lora.yaml", f"model_name_or_path={model}", f"data.train={shards}", f"output_dir={again}"]
     recipe += [
@@ -175,7 +192,6 @@ def test_a_run_takes_up_what_was_added_where_it_is_told_to(
         "learning_rate=1e-3",
     ]
     gemma_dist("train", *recipe, "save_steps=2", "save_total_limit=null", launch="cpu_ddp")
-    repeated = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
-    for one, two in zip(lines, repeated, strict=True):
+    for one, two in zip(lines, _lines(again), strict=True):
         assert (two["step"], two["target_tokens"], two["epoch"]) == (one["step"], one["target_tokens"], one["epoch"])
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma_dist import logs
+from gemma_dist.__main__ import main
 from gemma_dist.shards.reader import open_shards
 from gemma_dist.train.watchdog import Watchdog
 from tests.support.corpus import row, shard_rows
@@ -113,9 +114,10 @@ def test_samples_in_quarantine_are_never_blamed(shards: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("recipe", "launch"), [("cpu_lora", "cpu_ddp")])
 def test_a_rank_that_hangs_is_named_and_the_run_ends(
-    model: str, shards: Path, tmp_path: Path, recipe: str, launch: str
+    model: str, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], recipe: str, launch: str
 ) -> None:
-    """Rank 1 is stopped, as a machine that hangs: rank 0 ends the run, the launcher both, and a new one goes on."""
+    """Rank 1 is stopped, as a machine that hangs: rank 0 ends the run, the launcher both, and a new one goes on, here
+    in one process."""
     out = tmp_path / "out"
     words = [f"launch/{recipe}.yaml", f"model_name_or_path={model}", f"data.train={shards}", f"output_dir={out}"]
     words += [*SETTINGS[:2], "save_steps=1", "max_steps=500", "save_total_limit=null"]
@@ -141,7 +143,8 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(
     assert not (out / "stacks-rank-1.txt").exists()
 
     saved = max(int(path.name.removeprefix("checkpoint-")) for path in out.glob("checkpoint-*"))
-    resumed = gemma_dist("train", *words, f"max_steps={saved + 1}", launch=launch)
+    assert main(["train", *words, f"max_steps={saved + 1}"]) == 0
+    resumed = "".join(capfd.readouterr())
     assert f"step {saved + 1}/{saved + 1} " in resumed
     assert f"step {saved}/{saved + 1} " not in resumed
     assert not (out / "heartbeats").exists()

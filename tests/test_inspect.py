@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
+from gemma_dist.__main__ import main
 from gemma_dist.config import EncodingConfig, ShardConfig
 from gemma_dist.data.encode import IGNORE_INDEX, load_encoder
 from gemma_dist.data.rows import read_rows
@@ -16,7 +17,6 @@ from gemma_dist.errors import DataError
 from gemma_dist.shards.reader import load_trajectories, open_shards
 from gemma_dist.show.row import inspect_row
 from tests.support.corpus import row, shard_rows, write_rows
-from tests.support.ranks import gemma_dist
 from tests.support.store import serve
 
 ROWS = [row(number) for number in range(4)]
@@ -121,15 +121,23 @@ def test_an_id_that_is_missing_or_not_alone_is_refused_with_the_places(tmp_path:
     assert inspect_row(data, model, "7", ShardConfig()).id == "7"
 
 
-def test_the_command_line_takes_a_number_or_an_id(tmp_path: Path, model: str) -> None:
+def test_the_command_line_takes_a_number_or_an_id(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     shard_rows(tmp_path, model, ROWS)
-    words = ["inspect", tmp_path / "shards", "--model", model, "--json"]
-    assert json.loads(gemma_dist(*words, "--row", 2).splitlines()[-1])["id"] == "row-1"
-    assert json.loads(gemma_dist(*words, "--id", "row-1").splitlines()[-1])["id"] == "row-1"
-    assert "''" in gemma_dist(*words, "--id", "", fails=True)  # an unset variable of the shell
-    with serve({path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()}) as server:
-        output = gemma_dist("inspect", server.url, "--model", model, "--json", "--row", 4)
-    assert json.loads(output.splitlines()[-1])["id"] == "row-3"
+
+    def id_of(data: object, *words: str) -> str:
+        capsys.readouterr()
+        assert main(["inspect", str(data), "--model", model, "--json", *words]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])["id"]
+
+    shards = tmp_path / "shards"
+    assert id_of(shards, "--row", "2") == "row-1"
+    assert id_of(shards, "--id", "row-1") == "row-1"
+    assert main(["inspect", str(shards), "--model", model, "--json", "--id", ""]) == 2  # an unset variable of the shell
+    assert "''" in capsys.readouterr().err
+    with serve({path.name: path.read_bytes() for path in shards.iterdir()}) as server:
+        assert id_of(server.url, "--row", "4") == "row-3"
 
 
 def test_a_too_long_row_is_shown_as_the_shards_would_hold_it(tmp_path: Path, model: str) -> None:

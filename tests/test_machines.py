@@ -64,6 +64,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, model: str, shards: Path) ->
     return run
 
 
+@long
 @needs_namespaces
 def test_two_machines_learn_what_one_learns_although_one_of_them_fails(
     model: str, shards: Path, tmp_path: Path, alone: Any

@@ -9,18 +9,15 @@ from gemma_dist.plan.depth import Depth
 from gemma_dist.plan.simulate import simulate
 from gemma_dist.recipe import load_config
 from tests.support.memory import CELLS, TILE, compare, write_shards
+from tests.support.ranks import long
 
 TOLERANCE = 0.02
-# The cheap ones that together have all that the others have; `benchmarks/memory.py` has the whole table.
-CHEAP = (
-    "full, packed, images",
-    "QLoRA, packed, bfloat16, images",
-    "26b: QLoRA, experts in 4 bits",
-    "12b: LoRA, packed, images",
-)
+# Four that together have all that the others have, the cheaper ones first; `benchmarks/memory.py` has the whole table.
+CHEAP = ("full, packed, images", "QLoRA, packed, bfloat16, images")
+LONG = ("26b: QLoRA, experts in 4 bits", "12b: LoRA, packed, images")
 
 
-@pytest.mark.parametrize("name", CHEAP)
+@pytest.mark.parametrize("name", [*CHEAP, *(pytest.param(name, marks=long) for name in LONG)])
 def test_the_peak_of_a_step_is_what_was_simulated(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -33,7 +30,7 @@ def test_the_peak_of_a_step_is_what_was_simulated(
     assert sum(result.simulated.parts.values()) == result.simulated.peak_bytes
 
 
-@pytest.mark.parametrize(("style", "depth"), [("e2b", Depth(8, 8)), ("31b", Depth(16, 0))])
+@pytest.mark.parametrize(("style", "depth"), [pytest.param("e2b", Depth(8, 8), marks=long), ("31b", Depth(16, 0))])
 def test_the_line_through_small_depths_ends_where_all_layers_do(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, style: str, depth: Depth
 ) -> None:

@@ -22,7 +22,7 @@ from gemma_dist.stream.schedule import open_schedule
 from gemma_dist.train.feed import known_to_host
 from gemma_dist.train.run import train
 from tests.support.corpus import row, shard_rows, write_rows
-from tests.support.ranks import gemma_dist
+from tests.support.ranks import gemma_dist, long
 
 WEIGHTS = [2.0, 1.0, 0.5, 3.0, 1.0, 0.25]
 ROWS = [row(number, num_calls=1 + number % 3, weight=weight) for number, weight in enumerate(WEIGHTS)]
@@ -38,7 +38,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
 SHARED = ("packing=true", "packing_length=1400", "global_batch_size=2", "sequence_parallel_size=2")
 
 
-@pytest.mark.parametrize(("launch", "more"), [(None, ()), ("cpu_ddp", ()), ("cpu_ddp", SHARED)])
+@pytest.mark.parametrize(("launch", "more"), [(None, ()), pytest.param("cpu_ddp", (), marks=long), ("cpu_ddp", SHARED)])
 def test_a_step_is_the_weighed_sum_over_the_weighed_number_of_targets(
     model: str, shards: Path, tmp_path: Path, launch: str | None, more: tuple[str, ...]
 ) -> None:

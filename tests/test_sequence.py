@@ -60,7 +60,9 @@ PACKS: dict[str, list[list[tuple[Any, ...]]]] = {
     "one token a rank": [[]],
 }
 SOME = ("an image over the cut", "two rows")
-CASES = {("e4b", 16): tuple(PACKS), ("31b", 16): tuple(PACKS), ("26b", 16): SOME, ("12b", 16): SOME}
+QUICK = {("e4b", 16): SOME, ("31b", 16): tuple(PACKS), ("26b", 16): SOME}
+EVERY = {("e4b", 16): tuple(PACKS), ("31b", 16): tuple(PACKS), ("26b", 16): SOME, ("12b", 16): SOME}
+CASES = EVERY if "LONG_TESTS" in os.environ else QUICK
 FOUR = ("31b", 16)
 HOW = ("kept", "recomputed", "offloaded")  # activations
 LIMITS = {torch.float64: 1e-6, torch.float32: 1e-5}  # norms and rotations have the digits of float32 in both
@@ -99,7 +101,7 @@ def start_ranks(num_ranks: int, folder: Path, models: list[Path]) -> dict[str, d
 
 @pytest.fixture(scope="module")
 def of_two(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    """The figures of two ranks, with all models."""
+    """The figures of two ranks, with all models of the cases that are run."""
     folder = tmp_path_factory.mktemp("two")
     return start_ranks(2, folder, [model_with_window(tiny_model, *style, folder) for style in CASES])
 
@@ -112,7 +114,12 @@ def of_four(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.timeout(600)  # the first one waits for the ranks
 @pytest.mark.parametrize(
-    ("style", "window", "case"), [(*style, case) for style, cases in CASES.items() for case in cases]
+    ("style", "window", "case"),
+    [
+        pytest.param(*style, case, marks=[long] * (case not in QUICK.get(style, ())))
+        for style, cases in EVERY.items()
+        for case in cases
+    ],
 )
 def test_two_ranks_find_the_loss_and_the_gradients_of_one(
     of_two: dict[str, dict[str, float]], style: str, window: int, case: str

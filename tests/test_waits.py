@@ -8,6 +8,7 @@ import pytest
 from gemma_dist.data.kinds import KINDS
 from gemma_dist.errors import DataError
 from gemma_dist.train.sums import Totals, require_counted, summarize
+from tests.support.ranks import long
 from tests.support.steps import Counting, measure, prepare
 
 
@@ -30,6 +31,7 @@ def test_a_micro_batch_waits_for_nothing_and_a_step_exchanges_once(folder: Path,
     assert end["waits"] == {"gemma_dist": 1}  # the exchange is read
 
 
+@long
 def test_trl_is_seen_to_wait(folder: Path) -> None:
     """So the counts above can fail."""
     micro_batch: dict[str, Any] = measure(folder, Counting("cpu_ddp", packing=True, bare=True))["micro_batch"]

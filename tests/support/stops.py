@@ -3,7 +3,7 @@ outside.
 
     python -m tests.support.stops MODEL SHARDS FOLDER
 
-Prints one JSON line a run. Ranks are forked from a process that has torch loaded, and nothing run with it yet.
+Prints one JSON line a run. Ranks are forked from a process that has all of it imported, and nothing run with it yet.
 """
 
 import contextlib
@@ -248,11 +248,24 @@ def train(
     )
 
 
+def import_all() -> None:
+    """What runs import, once for all ranks that are forked."""
+    import deepspeed  # noqa: F401
+    import transformers
+
+    import gemma_dist.train.run
+    import gemma_dist.train.trainer  # noqa: F401
+
+    transformers.AutoModelForImageTextToText  # noqa: B018 (imported when first named)
+    transformers.Gemma4ForConditionalGeneration  # noqa: B018
+
+
 def main() -> None:
     from gemma_dist.logs import start_logging
 
     model, shards, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     (folder / "ranks").mkdir()
+    import_all()
     stop_ranks(model, shards, folder / "ranks")
     end_ranks(folder / "ranks")
     start_logging()
