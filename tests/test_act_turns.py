@@ -18,6 +18,7 @@ from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import parse_row
 from gemma_dist.errors import ConfigError, DataError
 from gemma_dist.evaluate.intervals import mcnemar
+from gemma_dist.evaluate.log import opened
 from gemma_dist.evaluate.runs import with_repeats
 from gemma_dist.logs import read_jsonl
 from tests.support.corpus import TOOLS, call, row, write_rows
@@ -254,10 +255,23 @@ def test_an_evaluation_takes_no_folder_of_runs_that_were_killed(act: Act, tmp_pa
     with standing_in(obedient) as server:
         out = act("out", [{**row(1), "expected": [1]}], "--server", server.url, *FUNCTIONS)
         (out / "report.json").unlink()
-        (out / "runs.jsonl").rename(out / ".runs-0.jsonl")
         before = (out / "run.json").read_bytes()
         words = ["--data", str(tmp_path / "out.jsonl"), "--out", str(out), "--server", server.url]
-        assert main(["evaluate", *words]) == 2
-        assert "holds runs of `act`, and an evaluation would overwrite them" in capsys.readouterr().err
-        assert (out / "run.json").read_bytes() == before
+        for name in ("runs.jsonl", ".runs-0.jsonl"):
+            (out / "runs.jsonl").rename(out / name)
+            assert main(["evaluate", *words]) == 2
+            assert "holds runs of `act`, and an evaluation would overwrite them" in capsys.readouterr().err
+            assert (out / "run.json").read_bytes() == before
         assert main(["act", *words, *FUNCTIONS]) == 0
+
+
+@pytest.mark.parametrize("name", ["runs.jsonl", ".runs-0.jsonl"])
+def test_an_interrupt_takes_no_runs_away(tmp_path: Path, name: str) -> None:
+    def interrupted() -> None:
+        with opened(tmp_path / "out", lambda: {}):
+            (tmp_path / "out" / name).write_text("{}\n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (tmp_path / "out" / name).read_text() == "{}\n"
