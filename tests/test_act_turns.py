@@ -233,6 +233,19 @@ def test_two_folders_are_compared_run_by_run(act: Act, capsys: Any, tmp_path: Pa
     assert {path.name for path in (tmp_path / "compared").iterdir()} == {"comparison.json", "comparison.md"}
 
 
+def test_runs_that_end_with_their_first_answer_are_compared_as_others_are(act: Act) -> None:
+    def garbled(asked: Asked) -> Reply:
+        return Reply(message(None, [called("plot", "{{")], "tool_calls"))
+
+    folders = []
+    for name, how in (("garbled", garbled), ("right", obedient)):
+        with standing_in(how) as server:
+            tasks = [{"id": "t", "messages": [user("Draw 1 .")], "expected": [1], "tools": TOOLS}]
+            folders.append(act(name, tasks, "--server", server.url, *FUNCTIONS))
+    compared = json.loads(compare_acted(*folders, None, [], True, as_json=True)[0])
+    assert compared["fixed"] == [{"task": "t", "run": 1, "before": "malformed", "after": "success"}]
+
+
 def test_what_cannot_be_compared_is_refused(act: Act, tmp_path: Path) -> None:
     def tasks(words: str) -> list[Any]:
         return [{"id": "t", "messages": [user(words)], "expected": [1], "tools": TOOLS}]

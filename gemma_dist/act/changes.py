@@ -8,6 +8,7 @@ one way more often than a coin would.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,9 @@ def _read(folder: Path) -> _Acted:
 
 def _short(line: Mapping[str, Any]) -> dict[str, Any]:
     """What is compared of a run: what it was given, and how it ended."""
-    messages = line["row"]["messages"]
-    given = [one["role"] for one in messages].index("assistant") if line["steps"] else len(messages)
     kept = {name: line[name] for name in ("task", "run", "outcome", "reward")}
-    return {**kept, "given": messages[:given]}
+    given = takewhile(lambda message: message["role"] != "assistant", line["row"]["messages"])  # no answer may be there
+    return {**kept, "given": list(given)}
 
 
 def _compare(before: _Acted, after: _Acted) -> dict[str, Any]:
