@@ -228,6 +228,7 @@ def test_two_folders_are_compared_run_by_run(act: Act, capsys: Any, tmp_path: Pa
     assert main([*words, "--fail-if-worse", "--fail-below", "success=0.9"]) == 3
     told = capsys.readouterr()
     assert f"{broken} runs succeed that failed before, {fixed} the other way round" in told.out
+    assert "95 % by task" in told.out
     assert "success is worse" in told.err
     assert "success is 0." in told.err
     assert {path.name for path in (tmp_path / "compared").iterdir()} == {"comparison.json", "comparison.md"}
@@ -275,6 +276,8 @@ def test_an_evaluation_takes_no_folder_of_runs_that_were_killed(act: Act, tmp_pa
             assert main(["evaluate", *words]) == 2
             assert "holds runs of `act`, and an evaluation would overwrite them" in capsys.readouterr().err
             assert (out / "run.json").read_bytes() == before
+        assert main(["act", *words, *FUNCTIONS, "--seed", "1"]) == 2
+        assert "holds runs of `act` of something else (seed: 42 there, 1 here)" in capsys.readouterr().err
         assert main(["act", *words, *FUNCTIONS]) == 0
 
 

@@ -26,6 +26,7 @@ from gemma_dist.evaluate.runs import REPORT, RUNS
 from gemma_dist.files import writing
 from gemma_dist.logs import log, read_jsonl, to_json, write_json
 
+_HEADER = [column.replace("trajectory", "task") for column in HEADER]
 RunOf = tuple[int, int]  # number of the task, number of its run
 
 
@@ -181,7 +182,7 @@ def _lines(compared: Mapping[str, Any]) -> Iterator[str]:
     smallest = f"{100 * compared['smallest_difference']:.1f}"
     yield f"The smallest true difference that so many runs would show in 8 of 10 cases: {smallest} points of 100."
     yield ""
-    yield from table(HEADER, (change_row(name, found) for name, found in compared["metrics"].items()))
+    yield from table(_HEADER, (change_row(name, found) for name, found in compared["metrics"].items()))
     for title, changed in (("Broken", compared["broken"]), ("Fixed", compared["fixed"])):
         more = f", the first {MAX_ROWS} of {len(changed)}" if len(changed) > MAX_ROWS else ""
         rows = [[code(one["task"]), one["run"], one["before"], one["after"]] for one in changed[:MAX_ROWS]]

@@ -199,9 +199,10 @@ def parts_of(out: Path, what: str) -> list[Path]:
 
 def _require_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises ConfigError where a run is not the one that `out` was begun with."""
-    acts, acted = ("replay" in run.get("settings", {}) for run in (now, before))
-    if acts != acted:
-        holds, wanted = ("an evaluation", "runs of `act`") if acts else ("runs of `act`", "an evaluation")
+    wanted, holds = (
+        "runs of `act`" if "replay" in run.get("settings", {}) else "an evaluation" for run in (now, before)
+    )
+    if wanted != holds:
         raise ConfigError(f"{out} holds {holds}, and {wanted} would overwrite them; name another folder, or remove it")
     differences = []
     for name, hashed in NAMES.items():
@@ -215,7 +216,7 @@ def _require_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> Non
             differences.append(f"{name}: {settings_before.get(name)} there, {value} here")
     if differences:
         raise ConfigError(
-            f"{out} holds an evaluation of something else ({'; '.join(differences)}): name another folder, remove it, "
+            f"{out} holds {holds} of something else ({'; '.join(differences)}): name another folder, remove it, "
             "or repeat that command to finish it"
         )
 
