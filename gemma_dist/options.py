@@ -29,12 +29,13 @@ class ExistingPath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path. A URL is refused with what takes it."""
         if "://" in str(value) and not Path(value).exists():
-            self.fail(
-                f"{str(value)!r} is a URL, and this takes what lies on a disk; rows of the hub are taken by "
-                "`gemma-dist shard` and `gemma-dist init`: name the folder that `shard` makes of them",
-                param,
-                ctx,
+            instead = (
+                "rows of the hub are taken by `gemma-dist shard` and `gemma-dist init`: name the folder that `shard` "
+                "makes of them"
+                if str(value).startswith("hf://datasets/")
+                else "name a path"
             )
+            self.fail(f"{str(value)!r} is a URL, and this takes what lies on a disk; {instead}", param, ctx)
         return super().convert(value, param, ctx)
 
 

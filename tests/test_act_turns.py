@@ -18,6 +18,7 @@ from gemma_dist.data.rows import read_rows
 from gemma_dist.data.trajectory import parse_row
 from gemma_dist.errors import ConfigError, DataError
 from gemma_dist.evaluate.intervals import mcnemar
+from gemma_dist.evaluate.log import opened
 from gemma_dist.evaluate.runs import with_repeats
 from gemma_dist.logs import read_jsonl
 from tests.support.corpus import TOOLS, call, row, write_rows
@@ -227,9 +228,23 @@ def test_two_folders_are_compared_run_by_run(act: Act, capsys: Any, tmp_path: Pa
     assert main([*words, "--fail-if-worse", "--fail-below", "success=0.9"]) == 3
     told = capsys.readouterr()
     assert f"{broken} runs succeed that failed before, {fixed} the other way round" in told.out
+    assert "95 % by task" in told.out
     assert "success is worse" in told.err
     assert "success is 0." in told.err
     assert {path.name for path in (tmp_path / "compared").iterdir()} == {"comparison.json", "comparison.md"}
+
+
+def test_runs_that_end_with_their_first_answer_are_compared_as_others_are(act: Act) -> None:
+    def garbled(asked: Asked) -> Reply:
+        return Reply(message(None, [called("plot", "{{")], "tool_calls"))
+
+    folders = []
+    for name, how in (("garbled", garbled), ("right", obedient)):
+        with standing_in(how) as server:
+            tasks = [{"id": "t", "messages": [user("Draw 1 .")], "expected": [1], "tools": TOOLS}]
+            folders.append(act(name, tasks, "--server", server.url, *FUNCTIONS))
+    compared = json.loads(compare_acted(*folders, None, [], True, as_json=True)[0])
+    assert compared["fixed"] == [{"task": "t", "run": 1, "before": "malformed", "after": "success"}]
 
 
 def test_what_cannot_be_compared_is_refused(act: Act, tmp_path: Path) -> None:
@@ -254,10 +269,25 @@ def test_an_evaluation_takes_no_folder_of_runs_that_were_killed(act: Act, tmp_pa
     with standing_in(obedient) as server:
         out = act("out", [{**row(1), "expected": [1]}], "--server", server.url, *FUNCTIONS)
         (out / "report.json").unlink()
-        (out / "runs.jsonl").rename(out / ".runs-0.jsonl")
         before = (out / "run.json").read_bytes()
         words = ["--data", str(tmp_path / "out.jsonl"), "--out", str(out), "--server", server.url]
-        assert main(["evaluate", *words]) == 2
-        assert "holds runs of `act`, and an evaluation would overwrite them" in capsys.readouterr().err
-        assert (out / "run.json").read_bytes() == before
+        for name in ("runs.jsonl", ".runs-0.jsonl"):
+            (out / "runs.jsonl").rename(out / name)
+            assert main(["evaluate", *words]) == 2
+            assert "holds runs of `act`, and an evaluation would overwrite them" in capsys.readouterr().err
+            assert (out / "run.json").read_bytes() == before
+        assert main(["act", *words, *FUNCTIONS, "--seed", "1"]) == 2
+        assert "holds runs of `act` of something else (seed: 42 there, 1 here)" in capsys.readouterr().err
         assert main(["act", *words, *FUNCTIONS]) == 0
+
+
+@pytest.mark.parametrize("name", ["runs.jsonl", ".runs-0.jsonl"])
+def test_an_interrupt_takes_no_runs_away(tmp_path: Path, name: str) -> None:
+    def interrupted() -> None:
+        with opened(tmp_path / "out", lambda: {}):
+            (tmp_path / "out" / name).write_text("{}\n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (tmp_path / "out" / name).read_text() == "{}\n"

@@ -397,6 +397,10 @@ def test_rows_of_the_hub_are_no_shards_and_it_is_said_what_takes_them(
         assert "trying again" not in error, "a hub that is not to be asked is not asked"
     assert main(["evaluate", "--model", "m", "--data", url, "--out", "out"]) == 2
     assert told in capsys.readouterr().err
+    assert main(["merge", "--base", "m", "--adapter", "hf://org/adapter", "--out", "out"]) == 2
+    error = capsys.readouterr().err
+    assert "what lies on a disk; name a path" in error
+    assert "rows" not in error
 
 
 def test_the_cache_holds_few_row_groups(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

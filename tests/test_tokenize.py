@@ -103,8 +103,11 @@ def test_tokens_of_decoders_that_are_not_known_are_placed_by_the_tokenizer(given
     assert find_words(backend(given)) is not None
     assert find_words(of_gemma(given)) is not None
     fused = backend(given, decoder={"type": "Sequence", "decoders": [given["decoder"], {"type": "Fuse"}]})
-    assert find_words(fused) is None
-    require_same(fused)
+    by_bytes = given["pre_tokenizer"]["pretokenizers"][-1]
+    trimmed = backend(given, pre_tokenizer=by_bytes, post_processor=by_bytes | {"trim_offsets": True})
+    for unknown in (fused, trimmed):
+        assert find_words(unknown) is None
+        require_same(unknown)
 
 
 def test_what_was_forgotten_is_tokenized_again(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ one way more often than a coin would.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from gemma_dist.evaluate.runs import REPORT, RUNS
 from gemma_dist.files import writing
 from gemma_dist.logs import log, read_jsonl, to_json, write_json
 
+_HEADER = [column.replace("trajectory", "task") for column in HEADER]
 RunOf = tuple[int, int]  # number of the task, number of its run
 
 
@@ -80,10 +82,9 @@ def _read(folder: Path) -> _Acted:
 
 def _short(line: Mapping[str, Any]) -> dict[str, Any]:
     """What is compared of a run: what it was given, and how it ended."""
-    messages = line["row"]["messages"]
-    given = [one["role"] for one in messages].index("assistant") if line["steps"] else len(messages)
     kept = {name: line[name] for name in ("task", "run", "outcome", "reward")}
-    return {**kept, "given": messages[:given]}
+    given = takewhile(lambda message: message["role"] != "assistant", line["row"]["messages"])  # no answer may be there
+    return {**kept, "given": list(given)}
 
 
 def _compare(before: _Acted, after: _Acted) -> dict[str, Any]:
@@ -181,7 +182,7 @@ def _lines(compared: Mapping[str, Any]) -> Iterator[str]:
     smallest = f"{100 * compared['smallest_difference']:.1f}"
     yield f"The smallest true difference that so many runs would show in 8 of 10 cases: {smallest} points of 100."
     yield ""
-    yield from table(HEADER, (change_row(name, found) for name, found in compared["metrics"].items()))
+    yield from table(_HEADER, (change_row(name, found) for name, found in compared["metrics"].items()))
     for title, changed in (("Broken", compared["broken"]), ("Fixed", compared["fixed"])):
         more = f", the first {MAX_ROWS} of {len(changed)}" if len(changed) > MAX_ROWS else ""
         rows = [[code(one["task"]), one["run"], one["before"], one["after"]] for one in changed[:MAX_ROWS]]

@@ -113,7 +113,10 @@ class Words(dict[int, bytes]):
 
 
 def find_words(backend: BackendTokenizer) -> Words | None:
-    """What each token says, if a decoder is one of two that write each token by itself; else None."""
+    """What each token says, if a decoder is one of two that write each token by itself, and nothing moves the places of
+    tokens afterwards, as a ByteLevel post-processor does that trims blanks; else None."""
+    if not _types_of(backend.post_processor) <= {"TemplateProcessing"}:
+        return None
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}
     if decoder.get("type") == "ByteLevel":
         return Words(backend, _by_byte_level)

@@ -23,7 +23,7 @@ from gemma_dist.config import RowConfig
 from gemma_dist.data.encode import Encoder
 from gemma_dist.errors import ConfigError, EvaluationError, GemmaDistError, PeerError
 from gemma_dist.evaluate.decision import AnsweredDecision, KindLoss
-from gemma_dist.evaluate.runs import SAMPLES
+from gemma_dist.evaluate.runs import RUNS, SAMPLES
 from gemma_dist.files import exclusive
 from gemma_dist.logs import log, write_json
 from gemma_dist.model.fingerprint import fingerprint_base
@@ -87,11 +87,6 @@ def opened(out: Path, describe: Callable[[], dict[str, Any]]) -> Iterator[tuple[
         ConfigError: `out` holds answers of a run of something else, which the message names, or another is at work
             there.
     """
-
-    def holds_any() -> bool:
-        """Whether a run has left something there."""
-        return bool(read_lines(out) or read_losses(out) or (out / SAMPLES).is_file() or _holds_runs(out))
-
     with contextlib.ExitStack() as stack:
 
         def begin() -> dict[str, Any]:
@@ -99,9 +94,9 @@ def opened(out: Path, describe: Callable[[], dict[str, Any]]) -> Iterator[tuple[
             is_new = not out.exists()
             stack.enter_context(exclusive(out, problem))
             if is_new:
-                stack.enter_context(_removed_unless(out, holds_any))
+                stack.enter_context(_removed_if_empty(out))
             run = describe()
-            if (out / RUN).is_file() and holds_any():
+            if (out / RUN).is_file() and _holds_any(out):
                 _require_same(out, json.loads((out / RUN).read_text(encoding="utf-8")), run)
             else:
                 write_json(out / RUN, run)
@@ -115,14 +110,20 @@ def opened(out: Path, describe: Callable[[], dict[str, Any]]) -> Iterator[tuple[
 
 
 @contextlib.contextmanager
-def _removed_unless(out: Path, holds_any: Callable[[], bool]) -> Iterator[None]:
-    """Within, an error takes away `out`, which this run has made, unless it `holds_any` answer by then."""
+def _removed_if_empty(out: Path) -> Iterator[None]:
+    """Within, an error takes away `out`, which this run has made, unless it holds an answer by then."""
     try:
         yield
     except BaseException:
-        if not holds_any():
+        if not _holds_any(out):
             shutil.rmtree(out, ignore_errors=True)
         raise
+
+
+def _holds_any(out: Path) -> bool:
+    """Whether an evaluation, or `act`, has left something there."""
+    ended = any((out / name).is_file() for name in (SAMPLES, RUNS))
+    return bool(ended or read_lines(out) or read_losses(out) or _holds_runs(out))
 
 
 def _holds_runs(out: Path) -> bool:
@@ -198,9 +199,10 @@ def parts_of(out: Path, what: str) -> list[Path]:
 
 def _require_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises ConfigError where a run is not the one that `out` was begun with."""
-    acts, acted = ("replay" in run.get("settings", {}) for run in (now, before))
-    if acts != acted:
-        holds, wanted = ("an evaluation", "runs of `act`") if acts else ("runs of `act`", "an evaluation")
+    wanted, holds = (
+        "runs of `act`" if "replay" in run.get("settings", {}) else "an evaluation" for run in (now, before)
+    )
+    if wanted != holds:
         raise ConfigError(f"{out} holds {holds}, and {wanted} would overwrite them; name another folder, or remove it")
     differences = []
     for name, hashed in NAMES.items():
@@ -214,7 +216,7 @@ def _require_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> Non
             differences.append(f"{name}: {settings_before.get(name)} there, {value} here")
     if differences:
         raise ConfigError(
-            f"{out} holds an evaluation of something else ({'; '.join(differences)}): name another folder, remove it, "
+            f"{out} holds {holds} of something else ({'; '.join(differences)}): name another folder, remove it, "
             "or repeat that command to finish it"
         )
 

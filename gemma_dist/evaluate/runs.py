@@ -51,7 +51,7 @@ def read_run(folder: Path) -> Run:
         ConfigError: the folder holds no report, or none that goes with its samples.
     """
     if not (folder / REPORT).is_file():
-        raise ConfigError(f"{folder} holds no {REPORT}: the run did not end; run the same `gemma-dist evaluate` again")
+        raise ConfigError(f"{folder} holds no {REPORT}: the run did not end; run the same command again")
     try:
         report = json.loads((folder / REPORT).read_bytes())
         lines = list(read_jsonl(folder / SAMPLES))
