@@ -238,12 +238,12 @@ def test_runs_that_end_with_their_first_answer_are_compared_as_others_are(act: A
     def garbled(asked: Asked) -> Reply:
         return Reply(message(None, [called("plot", "{{")], "tool_calls"))
 
-    folders = []
+    folders = {}
     for name, how in (("garbled", garbled), ("right", obedient)):
         with standing_in(how) as server:
             tasks = [{"id": "t", "messages": [user("Draw 1 .")], "expected": [1], "tools": TOOLS}]
-            folders.append(act(name, tasks, "--server", server.url, *FUNCTIONS))
-    compared = json.loads(compare_acted(*folders, None, [], True, as_json=True)[0])
+            folders[name] = act(name, tasks, "--server", server.url, *FUNCTIONS)
+    compared = json.loads(compare_acted(folders["garbled"], folders["right"], None, [], True, as_json=True)[0])
     assert compared["fixed"] == [{"task": "t", "run": 1, "before": "malformed", "after": "success"}]
 
 
