@@ -270,6 +270,7 @@ def _work_on(jobs: list[ShardJob], encoder: Encoder, num_workers: int | None, re
         for job in jobs:
             rows = progress(job.rows(), total=None, desc="sharding", unit=" rows")
             run_job(job, encoder, rows, tell)
+        gc.unfreeze()
         return
     context = multiprocessing.get_context("spawn")
     counter, rejected, errors = context.Value("q", 0), context.Value("q", 0), context.SimpleQueue()
