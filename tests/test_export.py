@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 from gemma_dist.__main__ import main
 from gemma_dist.config_merge import ExportConfig
 from gemma_dist.errors import CheckpointError, ConfigError
+from gemma_dist.export import zero
 from gemma_dist.export.run import export
 from gemma_dist.export.weights import from_zero
 from gemma_dist.export.zero import Pieces, ZeroFolder, find_zero_folder
@@ -231,6 +232,16 @@ class Hostile:
         return os.mkdir, ("hacked",)
 
 
+class Member:
+    """What stands in a pickle by a name in something else: Python 3.11.2 writes members of an enum so."""
+
+    def __init__(self, of: object, name: str) -> None:
+        self.asked = of, name
+
+    def __reduce__(self) -> Any:
+        return getattr, self.asked
+
+
 MODEL_1, OPTIMIZER_1 = "zero_pp_rank_1_mp_rank_00_model_states.pt", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
 FLAT = "fp32_flat_groups"
 DAMAGED = {
@@ -250,6 +261,10 @@ DAMAGED = {
         r"a rank's file lacks its part of model\.",
     ),
     "code": (_change(MODEL_1, lambda state: state.update(more=Hostile())), r"asks for posix.mkdir, .*could run code"),
+    "code by its name": (
+        _change(MODEL_1, lambda state: state.update(more=Member(bytearray, "fromhex"))),
+        r"asks for builtins.getattr, .*could run code",
+    ),
     "universal": (_universal, r"is a universal checkpoint"),
     "tensor parallelism": (_rename(MODEL_1, MODEL_1.replace("mp_rank_00", "mp_rank_01")), r"tensor parallelism"),
     "a pipeline": (_rename(MODEL_1, "layer_01-model_00-model_states.pt"), r"of a pipeline"),
@@ -271,6 +286,13 @@ def test_a_folder_that_is_damaged_or_split_otherwise_is_refused_by_name(
 
 
 @needs_compiler
+def test_a_stage_that_is_written_by_its_name_is_read(tmp_path: Path) -> None:
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    torch.save({"zero_stage": Member(ZeroStageEnum, "weights")}, tmp_path / "states.pt")
+    assert zero._load(tmp_path / "states.pt") == {"zero_stage": ZeroStageEnum.weights.value}
+
+
 def test_which_of_several_steps_is_meant(zeros: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-2"
     for step in (1, 2):

@@ -37,8 +37,20 @@ class _Kept:
         return object.__new__(cls)
 
 
+_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}  # DeepSpeed's ZeroStageEnum
+
+
+def _member(kind: object, name: str) -> int:
+    """What `getattr` stands for in these files: Python 3.11.2, as Debian 12 has it, writes a stage as the enum and a
+    name. Of anything else it is refused, as torch refuses what is not allowed."""
+    if kind is not int or name not in _STAGES:
+        raise ValueError("GLOBAL builtins.getattr")
+    return _STAGES[name]
+
+
 STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_member, "builtins.getattr"),
     (_Kept, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_Kept, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (_Kept, "deepspeed.utils.tensor_fragment.fragment_address"),
