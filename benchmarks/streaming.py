@@ -9,7 +9,6 @@ explains the tables.
 import argparse
 import multiprocessing
 import os
-import shutil
 import tempfile
 import time
 import zlib
@@ -318,27 +317,21 @@ def shard(folder: Path) -> None:
     model, (warm, once, ten_times) = sharding.make_corpus(folder, source, (1, 10))
     num_rows = len(once.read_text().splitlines())
     contenders = [("datasets map", 1), ("plain loop", 1), ("gemma_dist", 1), ("datasets map", 2), ("gemma_dist", 2)]
-    runs = [(*contender, once, num_rows, NUM_REPEATS) for contender in contenders]
-    runs += [(*contender, ten_times, 10 * num_rows, 1) for contender in contenders[3:]]
-    costs: list[list[tuple[float, sharding.Cost]]] = [[] for _ in runs]
-    for turn in range(NUM_REPEATS):
-        for found, (name, num_workers, rows, count, times) in zip(costs, runs, strict=True):
-            if turn < times:
-                out = folder / f"{name}-{num_workers}-{count}-{turn}"
-                start = sharding.run(name, warm, model, out / "warm", num_workers)
-                cost = sharding.run(name, rows, model, out / "rows", num_workers)
-                found.append(((count - sharding.NUM_WARM) / (cost.cpu_s - start.cpu_s), cost))
-                shutil.rmtree(out)
+    rows: list[tuple[Any, ...]] = []
+    for name, num_workers in contenders:
+        out = folder / f"{name}-{num_workers}"
+        start = sharding.run(name, warm, model, out / "warm", num_workers)
+        rows.append((name, num_workers, num_rows, start, sharding.run(name, once, model, out / "once", num_workers)))
+    cost = sharding.run("gemma_dist", ten_times, model, folder / "ten-times", 2)
+    rows.append(("gemma_dist", 2, 10 * num_rows, rows[-1][3], cost))
     lines = []
-    for found, (name, num_workers, _, count, _) in zip(costs, runs, strict=True):
-        rates = [rate for rate, _ in found]
-        cost = found[0][1]
+    for name, num_workers, count, start, cost in rows:
+        rate = (count - sharding.NUM_WARM) / (cost.cpu_s - start.cpu_s)
         memory = (cost.parent_mb, cost.child_mb or "-", cost.torch_child_mb or "-")
-        lines.append((name, num_workers, count, *(f"{of(rates):.0f}" for of in (np.median, min, max)), *memory))
+        lines.append((name, num_workers, count, f"{rate:.0f}", f"{start.cpu_s:.1f}", *memory))
     show(
-        "shard: rows from JSONL to parquet a CPU second of all processes, without their start: median of "
-        f"{NUM_REPEATS} in turns, least, most; own MB of each process",
-        ("", "processes", "rows", "rows / CPU s", "least", "most", "parent", "a child", "a child with torch"),
+        "shard: rows from JSONL to parquet a CPU second of all processes, without their start; own MB of each process",
+        ("", "processes", "rows", "rows / CPU s", "start, CPU s", "parent", "a child", "a child with torch"),
         *lines,
     )
 
