@@ -44,7 +44,7 @@ MIN_CALLS, MIN_IMAGES, MAX_BLANK, MAX_BEFORE = 0.95, 0.85, 0.30, 0.05
 # What each step is, and its seconds on two quiet cores: from their ratios, and how long this machine has taken so far,
 # follows the time left. `make` makes the environment before, as the first of all.
 STEPS = {
-    "rows, a tiny model, shards": 60,
+    "rows, a tiny model, shards": 20,
     "full fine-tuning on two processes": 190,
     "evaluation, before and after, with images and without": 60,
     "a QLoRA adapter on the result, in real NF4": 60,

@@ -39,6 +39,8 @@ def start_logging() -> None:
 
     # DeepSpeed's own handler writes to stdout, which is for what a command prints: a line of JSON, say.
     logging.getLogger("DeepSpeed").filters[:] = [take]
+    # On a CPU it proposes a package that would fetch code from the hub.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about their own next release
 
 
