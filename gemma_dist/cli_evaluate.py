@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_dist import exits
 from gemma_dist.options import EXISTING, NEW, SettingsCommand, say
 
 if TYPE_CHECKING:
@@ -98,6 +97,7 @@ def compare(
     Both are folders that `evaluate` or `score` wrote, of the same data, or `act`, of the same tasks. Prints a page of
     Markdown: metrics before and after with the interval of each difference, slices, and what was fixed and broken.
     """
+    from gemma_dist import exits
     from gemma_dist.evaluate.compare_page import compare_runs
     from gemma_dist.evaluate.runs import RUNS
 
