@@ -2,7 +2,7 @@
 
 A trajectory moves in one direction, and each arrow is one package:
 
-    JSONL -> data (parse, shard, encode) -> train -> evaluate -> merge -> safetensors
+    JSONL -> data (parse, encode) -> shards -> stream -> train -> evaluate -> merge -> safetensors
 
 What Python code may use is in api.py, and is loaded at the first use: `gemma-dist --help` must answer before torch is
 there. `train`, `evaluate`, `merge` and `resolve` are modules as well; called, they are the functions of that name.

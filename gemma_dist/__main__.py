@@ -1,10 +1,7 @@
 """`gemma-dist` and `python -m gemma_dist`: run a command, and turn what goes wrong into an exit code.
 
-0: done. 2: a user error, in plain words. 1: an internal error, with its traceback. 3, of `plan`: it does not fit; of
-`compare`: a rule was broken. 4, of `train`: a step hung, and the watchdog ended the run. 5, of `health`: a node is not
-fit. 74: a disk failed, for a moment or for good. 75, of `train`: stopped as it was asked to, and the same command goes
-on. 130: interrupted. 143: another rank ended, or this one was told to. `exits.py` says how whoever launched the ranks
-learns of them.
+`exits.py` says which code means what, and how whoever launched several ranks learns of theirs. A user error is said in
+plain words, a bug with its traceback.
 """
 
 import io

@@ -8,8 +8,8 @@
     report = gemma_dist.evaluate("model", "held_out.jsonl", "runs/eval", adapter=adapter, max_new_tokens=64)
     gemma_dist.merge("model", adapter, "merged", verify=True)
 
-Settings go by the names of config.py, and user errors are `errors.GemmaDistError`, in the words of the command line.
-docs/python.md has more.
+Settings go by the names of config.py and config_*.py, and user errors are `errors.GemmaDistError`, in the words of the
+command line. docs/python.md has more.
 """
 
 from collections.abc import Mapping

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_dist import __version__
+from gemma_dist import __version__, exits
 from gemma_dist.cli_act import act
 from gemma_dist.cli_chat import chat
 from gemma_dist.cli_evaluate import compare, evaluate, read_calls, score
@@ -228,7 +228,7 @@ def plan(
     """
     from gemma_dist.plan.margin import parse_memory, read_margin
     from gemma_dist.plan.run import Request, plan_recipe
-    from gemma_dist.plan.show import DOES_NOT_FIT, render, to_json
+    from gemma_dist.plan.show import render, to_json
     from gemma_dist.topology import planned_topology
 
     memory = None if gpu_memory is None else parse_memory(gpu_memory)
@@ -237,7 +237,7 @@ def plan(
     planned = plan_recipe(config, overrides, topology, read_margin(calibration), request)
     say(json.dumps(to_json(planned)) if as_json else render(planned), exact=as_json)
     if planned.fits is False:
-        click.get_current_context().exit(DOES_NOT_FIT)
+        click.get_current_context().exit(exits.NOT_PASSED)
 
 
 @cli.command(context_settings=UNKNOWN_TO_OVERRIDES)

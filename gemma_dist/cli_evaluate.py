@@ -97,7 +97,7 @@ def compare(
     Both are folders that `evaluate` or `score` wrote, of the same data, or `act`, of the same tasks. Prints a page of
     Markdown: metrics before and after with the interval of each difference, slices, and what was fixed and broken.
     """
-    from gemma_dist.evaluate.compare import WORSE
+    from gemma_dist import exits
     from gemma_dist.evaluate.compare_page import compare_runs
     from gemma_dist.evaluate.runs import RUNS
 
@@ -107,7 +107,7 @@ def compare(
     page, passes = compared(before, after, out, fail_below, fail_if_worse, as_json=as_json)
     say(page, exact=as_json, nl=False)
     if not passes:
-        click.get_current_context().exit(WORSE)
+        click.get_current_context().exit(exits.NOT_PASSED)
 
 
 @click.command()

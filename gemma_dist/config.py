@@ -1,4 +1,5 @@
-"""Every setting of the package with its default: what a YAML recipe may say, and the options of the commands.
+"""The settings of the package with their defaults: what a YAML recipe may say, and the options of the commands. The
+section `data`, and settings of single commands, are in `config_*.py`.
 
 A recipe (`launch/*.yaml`) says what a run is: model, data, what trains, batch, schedule. `accelerate_configs/` say how
 its processes share memory, `slurm/` where they run. Names are Hugging Face's wherever one exists. A key that is unknown

@@ -1,4 +1,4 @@
-"""Which shards a run trains on, and in which shares: the section `data` of a recipe."""
+"""The section `data` of a recipe: which shards a run trains on, in which shares, and how they are rendered."""
 
 from itertools import pairwise
 from pathlib import Path

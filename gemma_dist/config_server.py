@@ -1,4 +1,4 @@
-"""The settings of `evaluate --server`: how a server that holds the model is asked. All others are in config.py."""
+"""The settings of `evaluate --server`: how a server that holds the model is asked. Its others are in config.py."""
 
 from typing import Literal
 

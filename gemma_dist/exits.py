@@ -1,14 +1,14 @@
-"""How the process of a rank ends: the exit codes, and the word that it leaves of its own.
+"""How a command ends: its exit code, and the word that each rank leaves of its own.
 
     0    done
-    1    an internal error
+    1    an internal error; of `check-prompts`, `check-model` and `push`: what they look at has faults
     2    a user error: the same command would fail again
-    3    of `plan`: it does not fit
+    3    of `plan`: it does not fit; of `compare`: a rule was broken
     4    a step hung, and the watchdog ended the run
-    5    of a health check: this node is not fit
+    5    of `health`: a node is not fit; of `doctor`: this machine is not
     74   a disk failed, or its network; the same command may go on (EX_IOERR of sysexits.h)
     75   stopped as it was asked to; the same command goes on (EX_TEMPFAIL of sysexits.h)
-    130  interrupted twice
+    130  interrupted; of `train`, twice
     143  told to end, or at an end because another rank is
 
 Launchers hide all of them behind their own. So where GEMMA_DIST_EXIT_CODES names a folder, each rank writes its code
@@ -28,7 +28,7 @@ from typing import NoReturn
 from gemma_dist import ranklog, world
 from gemma_dist.files import put
 
-DONE, BUG, USER_ERROR, DOES_NOT_FIT, HUNG, NODE_UNFIT, DISK_FAILED, STOPPED = 0, 1, 2, 3, 4, 5, 74, 75
+DONE, BUG, USER_ERROR, NOT_PASSED, HUNG, NODE_UNFIT, DISK_FAILED, STOPPED = 0, 1, 2, 3, 4, 5, 74, 75
 INTERRUPTED, ENDED = 130, 143
 
 FOLDER = "GEMMA_DIST_EXIT_CODES"

@@ -128,20 +128,20 @@ def _option_of(name: str, field: "FieldInfo") -> click.Option:
     kind = field.annotation
     if get_origin(kind) in (types.UnionType, Union):  # with None, which is to leave the option out
         kind = get_args(kind)[0]
-    choices = [_word(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
+    choices = [word(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
     can_be_left_out = kind is bool and field.default is True
     return click.Option(
         [f"{option(name)}/{option(f'no_{name}')}" if can_be_left_out else option(name)],
         type=SettingChoice(choices) if choices else kind,
         is_flag=kind is bool,
-        default=_word(field.default) if choices and field.default is not None else field.default,
+        default=word(field.default) if choices and field.default is not None else field.default,
         show_default=field.default is not None,
         help=field.description,
     )
 
 
-def _word(value: object) -> str:
-    """A value of a choice as it is typed: true for True."""
+def word(value: object) -> str:
+    """A value of a setting as a recipe and the command line spell it: true for True."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

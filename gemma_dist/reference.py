@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 from gemma_dist.cli import cli
 from gemma_dist.config import RunConfig, Section, option
 from gemma_dist.config_data import SourceConfig
-from gemma_dist.options import SettingsCommand
+from gemma_dist.options import SettingsCommand, word
 from gemma_dist.recipe import SECTIONS
 
 PAGE = Path("docs/configuration.md")
@@ -122,7 +122,7 @@ def _kind(annotation: Any) -> str:
     """The values of a type, in words."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return ", ".join(f"`{_word(value)}`" for value in inner)
+        return ", ".join(f"`{word(value)}`" for value in inner)
     if origin in (types.UnionType, Union):
         return " or ".join(dict.fromkeys(_kind(one) for one in inner if one is not type(None)))
     if origin is list:
@@ -138,12 +138,7 @@ def _default(field: FieldInfo) -> str:
         return "see there" if "default:" in (field.description or "") else "must be given"
     if field.default is PydanticUndefined or field.default is None or field.default in ([], ""):
         return ""
-    return f"`{_word(field.default)}`"
-
-
-def _word(value: object) -> str:
-    """A value as a recipe and the command line spell it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return f"`{word(field.default)}`"
 
 
 def _option_row(one: click.Option) -> tuple[str, str, str, str]:

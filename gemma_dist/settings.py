@@ -1,6 +1,6 @@
 """What every group of settings is, and the group that a recipe's `train` has of evaluation while it trains.
 
-All others are in config.py, which is read as one page; this module is below it.
+All others are in config.py and config_*.py, above this module.
 """
 
 from typing import Literal

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from gemma_dist.__main__ import main
-from gemma_dist.act.compare import calls_text, first_wrong_step, nearest
 from gemma_dist.act.episode import give
+from gemma_dist.act.first_wrong import calls_text, first_wrong_step, nearest
 from gemma_dist.act.tasks import read_tasks
 from gemma_dist.act.tools import Box, Functions, ToolServer
 from gemma_dist.chat.conversation import QUESTION, Conversation

@@ -191,6 +191,20 @@ def test_the_reference_has_every_setting_and_every_option() -> None:
                 assert f"| `{param.opts[0]}` |" in page, (command.name, param.opts)
 
 
+def test_the_tour_lists_every_module_and_no_other() -> None:
+    package = ROOT / "gemma_dist"
+    tour = (ROOT / "docs/tour.md").read_text(encoding="utf-8")
+    listed = tour.partition("## Every file\n")[2].partition("    launch/")[0]
+    parts = re.split(r"(?m)^ {4,6}([a-z_/]+)/ *", listed)[1:]
+    named = {
+        f"{folder}/{name}".removeprefix("gemma_dist/")
+        for folder, names in zip(parts[::2], parts[1::2], strict=True)
+        for name in re.findall(r"(?<![\w/])\w+\.py", names)
+    }
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py")}
+    assert named == {path for path in modules if not path.endswith("/__init__.py")}
+
+
 def said_in_code() -> str:
     """The strings of the package, those that stand together joined, `…` for what is filled in; and the Makefile."""
     found = [(ROOT / "Makefile").read_text(encoding="utf-8")]

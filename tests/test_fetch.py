@@ -5,7 +5,6 @@ import logging
 import multiprocessing
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from gemma_dist.shards.ranged_s3 import RangedS3
 from gemma_dist.shards.reader import open_shards
 from gemma_dist.shards.sharding import run_shard
 from tests.support.corpus import row, shard_rows, write_rows
+from tests.support.machines import free_port
 from tests.support.store import Server, serve
 
 DATA = bytes(range(256)) * 40
@@ -45,13 +45,6 @@ def log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> py
     """What is logged; `start_logging` of another test may have sent it elsewhere."""
     monkeypatch.setattr(module.log, "propagate", True)
     return caplog
-
-
-def free_port() -> int:
-    """A port of this machine at which nobody answers."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def kept(cache_dir: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from gemma_dist.health.facts import Facts, look, versions
 from gemma_dist.health.gpus import GpuMemory, busy, look_at_gpus
 from gemma_dist.health.judge import Node, judge
 from gemma_dist.health.run import check_health
+from tests.support.machines import free_port
 from tests.support.ranks import ENVIRONMENT, REPOSITORY
 
 HOST = socket.gethostname()
@@ -40,13 +41,6 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GEMMA_DIST_EXIT_CODES", str(tmp_path / "codes"))
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     return {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
@@ -65,7 +59,7 @@ def _stub(folder: Path, package: str) -> Path:
 
 @pytest.mark.parametrize("other", [False, True])
 def test_two_nodes_are_fit_unless_one_has_another_version(tmp_path: Path, other: bool) -> None:
-    port, started = _free_port(), []
+    port, started = free_port(), []
     out = tmp_path / "new" / "out"
     for rank in range(2):
         environment = os.environ | ENVIRONMENT | _environment(rank, 2, port)
@@ -121,7 +115,7 @@ def _run(
     timeout_s: float,
 ) -> tuple[list[int], list[list[str]]]:
     """Exit codes and lines of nodes: rank -> how much its clock is off, and how it looks at itself."""
-    settings, port, started = HealthConfig(timeout_s=timeout_s), _free_port(), []
+    settings, port, started = HealthConfig(timeout_s=timeout_s), free_port(), []
     (tmp_path / "bin").mkdir()
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.write_text("#!/bin/sh\nprintf 'n1\\nn2\\nn3\\n'\n")

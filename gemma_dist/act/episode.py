@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from gemma_dist.act.compare import GOLD, calls_text, first_wrong_step
+from gemma_dist.act.first_wrong import GOLD, calls_text, first_wrong_step
 from gemma_dist.act.tasks import Task
 from gemma_dist.act.tools import Box
 from gemma_dist.chat.conversation import Conversation

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_dist.act.compare import calls_text
+from gemma_dist.act.first_wrong import calls_text
 from gemma_dist.errors import ConfigError, EvaluationError
 from gemma_dist.evaluate.log import NUM_NAMED, RUNS_PART, opened, parts_of
 from gemma_dist.files import writing

@@ -4,8 +4,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from gemma_dist.act.compare import first_wrong_step, nearest
 from gemma_dist.act.episode import SUCCESS
+from gemma_dist.act.first_wrong import first_wrong_step, nearest
 from gemma_dist.act.log import Ended
 from gemma_dist.evaluate.intervals import wilson
 from gemma_dist.evaluate.metrics import Metric, flat_counts, ratios

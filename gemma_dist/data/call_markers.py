@@ -3,8 +3,11 @@
 A marker counts with what belongs behind it: `<tool_call>` in a sentence is a word, `<tool_call>{"name"` is a call.
 """
 
+import json
 import re
 
+WRAPPERS = ("tool_calls", "tool_call", "function_calls", "function_call")  # keys of an object around calls
+DECODER = json.JSONDecoder(strict=False, parse_int=float)  # int() refuses thousands of digits
 FLAGS = re.VERBOSE | re.MULTILINE | re.DOTALL
 TAG = r"<\|?(?i:tool_?calls?|function_?calls?|tool_?use|tool_?code)\|?>"
 MARKED = rf"""

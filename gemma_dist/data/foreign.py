@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from gemma_dist.data.call_markers import FLAGS, MARKED, TAG
+from gemma_dist.data.call_markers import DECODER, FLAGS, MARKED, TAG, WRAPPERS
 
 _STRICT = re.compile(
     rf"""{MARKED}
@@ -35,8 +35,6 @@ _LINE_START = re.compile(r"^[ \t]*+(?:`{3,}+\w*+[ \t]*+)?(?=[{\[])", re.MULTILIN
 _OPENING = re.compile(r"\s*+(?:`{3,}+\w*+\s*+)?")
 _CLOSING = re.compile(r"[\s`]*+\Z")
 _MAX_LINES = 1000  # each error of the decoder counts the lines before it
-_DECODER = json.JSONDecoder(strict=False, parse_int=float)  # int() refuses thousands of digits
-_WRAPPERS = ("tool_calls", "tool_call", "function_calls", "function_call")
 _NAMES = ("name", "tool", "tool_name", "function")
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
 _BESIDE = {"id", "call_id", "type", "index", "status"}
@@ -95,7 +93,7 @@ def _holds_json_call(text: str) -> bool:
         if start < end:
             continue
         try:
-            value, end = _DECODER.raw_decode(text, start)
+            value, end = DECODER.raw_decode(text, start)
         except json.JSONDecodeError as error:
             end = error.pos  # continuing from here, and not from the next line, reads nothing twice
             continue
@@ -109,7 +107,7 @@ def _holds_json_call(text: str) -> bool:
 def _are_calls(value: Any) -> bool:
     """Whether a JSON value is a call, a list of calls, or a message that holds calls."""
     if isinstance(value, dict):
-        value = next((value[key] for key in _WRAPPERS if value.get(key)), value)
+        value = next((value[key] for key in WRAPPERS if value.get(key)), value)
     calls = value if isinstance(value, list) else [value]
     return bool(calls) and all(map(_is_call, calls))
 

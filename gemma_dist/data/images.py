@@ -158,12 +158,6 @@ def _white_is_zero(image: Image.Image) -> bool:
     return getattr(image, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
 
 
-def check_image(data: bytes, max_image_pixels: int) -> None:
-    """DataError unless `data` decodes to its last row and has at most `max_image_pixels` (width x height)."""
-    count_pixels(data, max_image_pixels)
-    decode_image(data)
-
-
 def count_pixels(data: bytes, max_image_pixels: int, name: str = "") -> int:
     """Width x height of an image, from the file's header alone. DataError, which calls it `name`, where they are more
     than the limit."""
@@ -191,7 +185,7 @@ def _called(data: bytes, name: str) -> str:
 
 
 def image_notes(data: bytes) -> list[str]:
-    """What the model does not see of a file that `check_image` took, in words."""
+    """What the model does not see of a file that can be decoded, in words."""
     with _open(data) as opened:
         notes = [SCALED] if opened.mode == "F" or opened.mode.startswith("I;16") else []
         if getattr(opened, "is_animated", False) or is_animated_png(data):

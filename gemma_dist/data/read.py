@@ -253,11 +253,11 @@ def reading_to_json(reading: Reading) -> dict[str, Any]:
     return {"calls": calls, "content": reading.content, "reasoning": reading.reasoning, "status": reading.status}
 
 
-def read_calls_lines(lines: Iterable[str | bytes], source: str = "stdin") -> Iterator[str]:
+def read_calls_lines(lines: Iterable[str | bytes]) -> Iterator[str]:
     """For each JSON line {"output": string, "prefix"?: string} the line that says what was read. Skips blank lines.
 
     Raises:
-        DataError: a line is of another shape, with `source` and line number.
+        DataError: a line is of another shape, with its number.
     """
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -266,12 +266,12 @@ def read_calls_lines(lines: Iterable[str | bytes], source: str = "stdin") -> Ite
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{source}:{number}: not JSON ({error}); {rule}; got {_short(line)}") from None
+            raise DataError(f"stdin:{number}: not JSON ({error}); {rule}; got {_short(line)}") from None
         if not isinstance(row, dict) or not isinstance(row.get("output"), str):
-            raise DataError(f'{source}:{number}: no string under "output"; {rule}; got {_short(line)}')
+            raise DataError(f'stdin:{number}: no string under "output"; {rule}; got {_short(line)}')
         prefix = row.get("prefix")
         if not isinstance(prefix, (str, type(None))):
-            raise DataError(f'{source}:{number}: "prefix" must be a string or absent; {rule}; got {_short(line)}')
+            raise DataError(f'stdin:{number}: "prefix" must be a string or absent; {rule}; got {_short(line)}')
         # ASCII only: a lone surrogate from a \ud800 escape cannot be printed otherwise.
         yield json.dumps(reading_to_json(read_output(row["output"], prefix or "")))
 

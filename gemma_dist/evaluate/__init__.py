@@ -1,1 +1,1 @@
-"""Read what a model generated, score it against the gold turns and report."""
+"""Let a model answer at decision points, read what it wrote, score it against the gold turns and report."""

@@ -26,7 +26,6 @@ from gemma_dist.evaluate.runs import Run, read_run
 from gemma_dist.evaluate.slices import slice_up
 from gemma_dist.evaluate.tally import add_up, columns
 
-WORSE = 3  # exit code of --fail-below and --fail-if-worse
 NAMED = 5  # points that a refusal names
 HEADLINE = "overall"
 FAULTS = {metric.name for metric in METRICS if metric.is_fault}

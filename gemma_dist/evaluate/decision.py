@@ -41,7 +41,7 @@ class AnsweredDecision(TypedDict):
     gold: Gold
     form: NotRequired[Literal["message"]]  # of a server of chat: `output` is its message as JSON text (`message.py`)
     raw: NotRequired[str]  # of such an answer: what the model wrote, where the server says that as well
-    own_prompt_tokens: NotRequired[int]  # the same, where a processor is here: what it makes of the prompt
+    own_prompt_tokens: NotRequired[int]  # of such an answer: as the processor here counts, if there is one
     loss: NotRequired[dict[str, KindLoss] | None]  # by kind of token; None: gold is no whole answer
 
 

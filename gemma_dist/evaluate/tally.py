@@ -99,14 +99,15 @@ def measure(sums: Sums, metrics: Sequence[Metric[Any]] = METRICS) -> dict[str, M
     return report
 
 
-def macro(decisions: Sequence[ScoredDecision], rule: Rule = "strict", name: str = "overall") -> MacroReport | None:
-    """A metric's mean over the categories that rows name; None where they name none, or nothing is judged in them."""
+def macro(decisions: Sequence[ScoredDecision], rule: Rule = "strict") -> MacroReport | None:
+    """The mean of `overall` over the categories that rows name; None where they name none, or none has something to
+    judge."""
     categories = sorted({decision["category"] for decision in decisions})
     if categories in ([], [""]):
         return None
     counts: Sums = {}
     for decision in decisions:
-        numerator, denominator = by_rule(decision["score"], rule)["ratios"].get(name, (0, 0))
+        numerator, denominator = by_rule(decision["score"], rule)["ratios"].get("overall", (0, 0))
         column = flat_counts({decision["category"]: (numerator, denominator)})
         counts.setdefault(cluster_of(decision), Counter()).update(column)
     sums = {cluster: counts[cluster] for cluster in sorted(counts)}

@@ -85,7 +85,7 @@ def use_packed_attention(model: Any, implementation: str = "sdpa") -> None:
     Args:
         implementation: `flex_attention` (`flex.py`), or any other for what is described here.
 
-    The calls are found once in a forward pass, or by whoever made the batch (`add_layout`), so that nothing waits for
+    The calls are found once in a forward pass, or by whoever made the batch (`add_calls`), so that nothing waits for
     the device, and reach every layer as a keyword argument that Gemma 4 passes down.
     """
     if is_flex := implementation == "flex_attention":

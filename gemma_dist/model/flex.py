@@ -2,7 +2,7 @@
 
 On a GPU torch compiles it; there it was never run, neither forward nor backward. On a CPU torch has its forward pass
 alone, which tests/test_packed_attention.py holds against the other way; training there is refused (`require_cpu` of
-cards.py).
+devices.py).
 """
 
 from typing import Any

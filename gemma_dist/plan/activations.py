@@ -23,7 +23,6 @@ EXPERTS_BACKWARD = 7  # values (in the compute dtype) of tokens x experts x H, m
 EMBEDDING_COPIES = 3  # of the hidden states, beside the first layer's input: as the simulator finds them
 LOSS_TOKENS, LOSS_VOCABULARY = 4096, 32_768  # a tile of logits in TRL's fused head (`chunked_logprob.py`)
 WIDEST_WITHOUT_REPEAT = 256  # head_dim above which transformers repeats keys and values for all heads
-FULL_LOGITS_COPIES = (1, 3)  # of the model's own loss at its worst moment: in bfloat16, and in float32
 
 
 @dataclass(frozen=True)

@@ -83,14 +83,14 @@ def read_margin(path: Path | None = None) -> Margin:
     return Margin((context,) * 3, (fragmentation,) * 3, f"measured on {name}")
 
 
-def write_calibration(gpu: str, *, context_bytes: int, fragmentation: float, path: Path | None = None) -> Path:
+def write_calibration(gpu: str, *, context_bytes: int, fragmentation: float) -> Path:
     """Keep what was measured on a GPU; returns the file.
 
     Args:
         context_bytes: taken of the GPU by a process, and not by torch's allocator.
         fragmentation: (reserved - allocated) / allocated, both at their largest.
     """
-    file = path or calibration_file()
+    file = calibration_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"gpu": gpu, "context_bytes": context_bytes, "fragmentation": round(fragmentation, 4)})
     return file

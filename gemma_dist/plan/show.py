@@ -8,7 +8,6 @@ from gemma_dist.plan.run import Plan
 
 BAR = 60  # characters
 FILLINGS = "█▓▒░▚▞▘▝▖▗"  # of the bar, for the largest parts in turn
-DOES_NOT_FIT = 3  # exit code
 
 
 def render(plan: Plan) -> str:

@@ -10,7 +10,6 @@ from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 
 from gemma_dist.config import RunConfig
 from gemma_dist.model.head import inputs_of_model, use_target_head
@@ -19,7 +18,6 @@ from gemma_dist.plan import kernels
 from gemma_dist.plan.allocator import ACTIVATIONS, Allocator, Peak, fake_of
 from gemma_dist.plan.fake import fake_model
 from gemma_dist.plan.optimizer import FakeOptimizer
-from gemma_dist.train.offload import SMALLEST
 
 Device = Literal["cpu", "cuda"]
 Batch = dict[str, Any]  # tensors, and the layout of packs
@@ -112,20 +110,6 @@ class FakeStep:
     def _label_gradient(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         self.allocator.label(parameter.grad, GRADIENTS)
-
-
-class _OnHost(saved_tensors_hooks):
-    """Within, what `train.offload.activations_on_host` moves is gone until it is asked for."""
-
-    def __init__(self) -> None:
-        super().__init__(self._pack, self._unpack)
-
-    def _pack(self, tensor: torch.Tensor) -> Any:
-        stays = isinstance(tensor, torch.nn.Parameter) or not tensor.is_floating_point() or tensor.nbytes < SMALLEST
-        return tensor if stays else (tensor.shape, tensor.dtype)
-
-    def _unpack(self, packed: Any) -> torch.Tensor:
-        return packed if isinstance(packed, torch.Tensor) else torch.empty(packed[0], dtype=packed[1])
 
 
 def _prepare(model: Any, config: RunConfig) -> None:

@@ -7,6 +7,7 @@ A shard folder holds
     tools.json              each declaration of a tool that the rows show, once
     rejected.jsonl          with --skip-invalid: the rows, and files, that were refused, with file, line and error
     too_long.jsonl          the rows that were cut or dropped for their length
+    .finished               what the last call was to do, and did
 
 The input is cut into pieces, which depend on nothing but the input, and each is worked on by one process
 (`pieces.py`). So the same input gives the same bytes on any number of cores, a killed run resumes where it was, and

@@ -9,7 +9,7 @@ import yaml
 from gemma_dist.config import RunConfig
 from gemma_dist.data.encode import load_encoder
 from gemma_dist.errors import CheckpointError
-from gemma_dist.model.cards import card_at_hand, impossible, slow
+from gemma_dist.model.devices import card_at_hand, impossible, slow
 from gemma_dist.model.shapes import describe_training
 from gemma_dist.resolve import Run, require_output_dir
 from gemma_dist.stream.held_out import describe_held_out, find_shared_ids

@@ -19,6 +19,7 @@ from gemma_dist.static_page import heading, section, text, write_page
 
 METRICS = "metrics.jsonl"  # of an output_dir
 MAX_POINTS = 500  # of a curve: of more, neighbors are averaged
+MOST_TICKS = 5  # of an axis
 SMOOTH_FROM = 60  # points of a curve beside which its moving average is drawn
 SMOOTHING = 0.9  # share that a moving average keeps of what it was
 NUM_COLORS = 6  # of the style sheet
@@ -159,13 +160,13 @@ def smoothed(points: Points) -> Points:
     return found
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Round numbers that span a range: 1, 2 or 5 times a power of ten apart."""
     span, largest = high - low, max(abs(low), abs(high))
     if span < 1e-9 * largest or largest < 1e-15:  # all the same
         span = largest if largest >= 1e-15 else 1.0
-    power = 10 ** math.floor(math.log10(span / most))
-    step = next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= most)
+    power = 10 ** math.floor(math.log10(span / MOST_TICKS))
+    step = next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= MOST_TICKS)
     first = math.floor(low / step)
     return [step * number for number in range(first, math.ceil(high / step) + 1)] or [low]
 

@@ -1,6 +1,6 @@
 """Whether the files of a checkpoint are still what was written: their sizes and checksums stand in its marker.
 
-CRC-32 (zlib), as in the manifests of shards: it finds what disks and copies damage, not what somebody forges.
+CRC-32 (zlib): it finds what disks and copies damage, not what somebody forges.
 """
 
 import errno

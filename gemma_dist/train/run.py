@@ -24,8 +24,8 @@ from gemma_dist.errors import CheckpointError, Stopped
 from gemma_dist.files import link_or_copy, writing
 from gemma_dist.logs import RunLog, log
 from gemma_dist.model.card import CARD, publish_card
-from gemma_dist.model.cards import card_at_hand, require_card, require_cpu, slow
 from gemma_dist.model.compiled import compile_layers
+from gemma_dist.model.devices import card_at_hand, require_card, require_cpu, slow
 from gemma_dist.model.load import add_adapter, load_model, read_config, use_cpu
 from gemma_dist.model.operators import compile_operators
 from gemma_dist.model.per_layer import PerLayerTable, open_table

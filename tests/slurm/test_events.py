@@ -32,10 +32,6 @@ REAL = [
     "network partition",
 ]
 STAY_AWAY = {"nothing": "COMPLETED", "scancel": "CANCELLED", "switch file": "FAILED"}  # and how they end
-CANNOT_SAVE = ("one rank killed", "node off", "network partition")
-BY_ITS_OWN_CHECKPOINT = (
-    "slurmd killed",
-)  # or all at once: the ranks live, and hear of it when Slurm gives the node up
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
+from gemma_dist.data.call_markers import WRAPPERS
 from gemma_dist.data.layouts.turns import first_filled
 from gemma_dist.data.literals import parse_calls, parse_literal, parse_python, read_literal
 from gemma_dist.data.strict import as_object, error_context, get, parse_json, short
@@ -33,7 +34,6 @@ _INVOKE_PARAMETER = re.compile(r"""<parameter\s+name\s*=\s*["']([^"'<>]+)["']\s*
 _GLM = re.compile(r"([\w./:-]+)\s*((?:<arg_key>.*?</arg_value>\s*)*)", re.DOTALL)
 _GLM_PARAMETER = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
 _CLINE_PARAMETER = re.compile(r"<([\w.-]+)>(.*?)</\1>", re.DOTALL)
-_WRAPPERS = ("tool_calls", "tool_call", "function_calls", "function_call")
 # What a comma does not count in, and what opens and closes.
 _PYTHON_TOKEN = re.compile(
     r'''"""(?:\\.|[^\\])*?"""|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[\[({]|[\])}]|,''',
@@ -110,7 +110,7 @@ def _json_calls(text: str) -> list[dict[str, Any]]:
     calls = []
     for value in json_values(text) or [parse_literal(text)]:
         if isinstance(value, dict) and len(value) == 1:
-            value = first_filled(value, *_WRAPPERS) or value
+            value = first_filled(value, *WRAPPERS) or value
         calls += parse_calls(value, from_text=True)
     return calls
 

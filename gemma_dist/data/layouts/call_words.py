@@ -13,7 +13,7 @@ import re
 from itertools import islice
 from typing import Any
 
-from gemma_dist.data.call_markers import FLAGS, MARKED
+from gemma_dist.data.call_markers import DECODER, FLAGS, MARKED
 from gemma_dist.data.foreign import find_attempt
 from gemma_dist.data.layouts.call_syntax import Signatures, any_of
 from gemma_dist.data.layouts.system_text import find_listing
@@ -30,7 +30,6 @@ ARGUMENTS_KEY = re.compile(r"""["'](?:arguments|parameters)["']\s*:""")
 _TRACEBACK_LINES = re.compile(r'^[ \t]*+File "[^"\n]++", line \d++[^\n]*+\n[^\n]*+', re.MULTILINE)
 _CHILD = re.compile(r"<([\w.-]++)>")
 _JSON_START = re.compile(r"""[{\[](?=\s*+["{\[])""")
-_DECODER = json.JSONDecoder(strict=False, parse_int=float)  # int() refuses thousands of digits
 _MAX_STARTS = 1000  # of JSON: each error of the decoder counts the lines before it
 _MAX_ELEMENTS = 100  # of markup: each is read to the end of the text
 _NAME_KEYS = (
@@ -112,7 +111,7 @@ def _without_data(text: str, signatures: Signatures) -> str:
         if start < end:
             continue
         try:
-            value, end = _DECODER.raw_decode(text, start)
+            value, end = DECODER.raw_decode(text, start)
         except json.JSONDecodeError as error:
             end = error.pos
             continue

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from gemma_dist.errors import ConfigError
-from gemma_dist.model.cards import Card, impossible, require_card, require_cpu, slow
+from gemma_dist.model.devices import Card, impossible, require_card, require_cpu, slow
 from gemma_dist.recipe import load_config
 from gemma_dist.show import check
 from gemma_dist.topology import Topology, read_topology, require_fit
