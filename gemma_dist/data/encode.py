@@ -74,7 +74,7 @@ class Encoded:
 
     @functools.cached_property
     def num_image_tokens(self) -> int:
-        return sum(self.mm_token_type_ids)
+        return sum(self.mm_token_type_ids) if self.num_images else 0
 
     @functools.cached_property
     def num_target_tokens(self) -> int:
@@ -149,7 +149,7 @@ class Encoder:
             self.openings[rendered.thinking],
             thinking=rendered.thinking,
         )
-        ids, starts, ends = self._tokens_of(served.text).T
+        ids, starts, ends = self._tokens_of(served.text)
         input_ids = ids.tolist()
         of_characters = np.frombuffer(kinds_of_characters(served.text, served.spans), np.uint8)
         num_untrained = np.concatenate([[0], np.cumsum(of_characters == 0)])  # of the characters in front of each
@@ -208,7 +208,7 @@ class Encoder:
         num_images = sum(map(count_images, history))
         _require_images(text, num_images)
         widened = self._widen(text, image_lengths[:num_images])
-        return text, self._tokens_of(widened)[:, 0].tolist()
+        return text, self._tokens_of(widened)[0].tolist()
 
     @functools.cached_property
     def _tokens_of(self) -> TextTokenizer:

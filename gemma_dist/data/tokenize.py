@@ -37,7 +37,7 @@ _DECODERS_OF_GEMMA = [
 _ROOM = 6_000_000  # characters of pieces that are remembered, some 20 MB with their tokens
 _ROOM_OF_EACH = 100  # characters, that the bookkeeping of a piece takes
 
-Tokens = npt.NDArray[np.int32]  # (T, 3): of each token its id, and the characters [start, end) that it has a byte of
+Tokens = npt.NDArray[np.int32]  # (3, T): of each token its id, and the characters [start, end) that it has a byte of
 
 
 class TextTokenizer:
@@ -59,24 +59,20 @@ class TextTokenizer:
             self._learn(pieces, known)
         except DataError:  # which is to say where in the whole text
             return self._of_whole(text)
-        found = [*map(known.__getitem__, pieces)]
-        tokens = np.concatenate(found)
-        tokens[:, 1:] += np.repeat(_starts(pieces), [*map(len, found)])[:, None]
-        return tokens
+        return _joined(pieces, known)
 
     def _learn(self, pieces: list[str], known: dict[str, Tokens]) -> None:
         """Add the tokens of new pieces, made at once: control tokens between them keep them apart."""
-        missing = set(pieces).difference(known)
-        if not missing:
+        new = [*dict.fromkeys([piece for piece in pieces if piece not in known])]
+        if not new:
             return
-        new = [piece for piece in dict.fromkeys(pieces) if piece in missing]
         tokens = self._of_whole(TURN.join(new))
-        starts = _starts(new, len(TURN))
-        ends = starts + np.fromiter(map(len, new), np.int32, len(new))
-        firsts, lasts = np.searchsorted(tokens[:, 1], np.stack([starts, ends]))
-        tokens[:, 1:] -= starts[np.searchsorted(starts, tokens[:, 1], "right") - 1][:, None]
-        places = zip(firsts.tolist(), lasts.tolist(), strict=True)
-        known.update({piece: tokens[first:last] for piece, (first, last) in zip(new, places, strict=True)})
+        starts, num_tokens = _starts(new, len(TURN)), tokens.shape[1]
+        firsts = np.append(np.searchsorted(tokens[1], starts), num_tokens + 1)
+        tokens[1:] -= np.repeat(starts, np.diff(firsts))[:num_tokens]  # with the token behind each
+        places = firsts.tolist()
+        for piece, first, end in zip(new, places, places[1:], strict=False):
+            known[piece] = tokens[:, first : end - 1]
         self._room -= sum(map(len, new)) + _ROOM_OF_EACH * len(new)
         if self._room < 0:
             self._known, self._room = {}, _ROOM
@@ -87,6 +83,14 @@ class TextTokenizer:
         return _as_array(tokenize(self._backend, text)) if tokens is None else tokens
 
 
+def _joined(pieces: list[str], known: dict[str, Tokens]) -> Tokens:
+    """The tokens of a text from those of its pieces."""
+    found = [*map(known.__getitem__, pieces)]
+    tokens = np.concatenate(found, axis=1)
+    tokens[1:] += np.repeat(_starts(pieces), [one.shape[1] for one in found])
+    return tokens
+
+
 def _starts(pieces: list[str], gap: int = 0) -> npt.NDArray[np.int32]:
     """Where each piece begins in the text of all, with so many characters between two."""
     lengths = np.fromiter(map(len, pieces), np.int32, len(pieces)) + np.int32(gap)
@@ -95,9 +99,9 @@ def _starts(pieces: list[str], gap: int = 0) -> npt.NDArray[np.int32]:
 
 def _as_array(encoding: Encoding) -> Tokens:
     ids = encoding.ids
-    tokens = np.empty((len(ids), 3), np.int32)
-    tokens[:, 0] = ids
-    tokens[:, 1:] = np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * len(ids)).reshape(-1, 2)
+    tokens = np.empty((3, len(ids)), np.int32)
+    tokens[0] = ids
+    tokens[1:] = np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * len(ids)).reshape(-1, 2).T
     return tokens
 
 
@@ -158,20 +162,20 @@ def _by_words(backend: BackendTokenizer, words: Words, text: str) -> Tokens | No
     except BaseException:  # a panic of its Rust is no Exception
         return None
     ids = encoding.ids
-    found = [*map(words.__getitem__, ids)]
+    found = [words[token] for token in ids]
     said = b"".join(found)
     if said != text.encode() or b"" in found:
         return None
-    tokens = np.empty((len(ids), 3), np.int32)
-    tokens[:, 0] = ids
+    tokens = np.empty((3, len(ids)), np.int32)
+    tokens[0] = ids
     ends = np.cumsum(np.fromiter(map(len, found), np.int32, len(ids)), dtype=np.int32)
     if len(said) != len(text):  # characters of several bytes; a token may begin and end within one
         of_bytes = np.cumsum(np.frombuffer(said, np.uint8) & 0xC0 != 0x80, dtype=np.int32)
-        tokens[1:, 1] = of_bytes[ends[:-1]] - 1
-        tokens[:, 2] = of_bytes[ends - 1]
+        tokens[1, 1:] = of_bytes[ends[:-1]] - 1
+        tokens[2] = of_bytes[ends - 1]
     else:
-        tokens[1:, 1], tokens[:, 2] = ends[:-1], ends
-    tokens[:1, 1] = 0
+        tokens[1, 1:], tokens[2] = ends[:-1], ends
+    tokens[1, :1] = 0
     return tokens
 
 
