@@ -152,12 +152,13 @@ class Encoder:
         ids, starts, ends = self._tokens_of(served.text)
         input_ids = ids.tolist()
         of_characters = np.frombuffer(kinds_of_characters(served.text, served.spans), np.uint8)
-        num_untrained = np.concatenate([[0], np.cumsum(of_characters == 0)])  # of the characters in front of each
+        num_untrained = np.zeros(len(of_characters) + 1, np.int32)  # of the characters in front of each
+        np.cumsum(of_characters == 0, out=num_untrained[1:])
         is_trained = num_untrained[np.maximum(ends, starts + 1)] == num_untrained[starts]
         return Encoded(
             input_ids=input_ids,
             labels=np.where(is_trained, ids, IGNORE_INDEX).tolist(),
-            mm_token_type_ids=self._token_types(ids),
+            mm_token_type_ids=self._token_types(ids) if trajectory.images else [0] * len(ids),
             num_images=len(trajectory.images),
             num_dropped_reasoning=rendered.emitted.num_dropped_reasoning,
             enable_thinking=rendered.thinking,
