@@ -147,6 +147,8 @@ def _trains(entry: object) -> bool:
 
 def _mark_against(marked: RawRow) -> str:
     """The first known key that says more than that it is trained: "weight" of {"weight": 0.5}; "" if none."""
+    if marked.keys().isdisjoint(_MARKS):
+        return ""
     for key in ON_MESSAGE:
         if marked.get(key) not in (None, 1):
             return key

@@ -11,7 +11,7 @@ import functools
 import json
 import re
 from collections.abc import Callable
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from gemma_dist.data.strict import short
 from gemma_dist.data.types import BackendTokenizer, Encoding
 from gemma_dist.errors import CheckpointError, DataError
-from gemma_dist.gemma_format import BOS, CONTROL_TOKENS, IMAGE, IMAGE_BEGIN, IMAGE_END, TURN
+from gemma_dist.gemma_format import BOS, CONTROL_TOKENS, IMAGE, IMAGE_BEGIN, IMAGE_END, TOOL, TOOL_END, TURN
 
 # What stands in rendered text by the tokenizer's word for it, whatever the chat template is.
 _NAMED = {"bos_token": BOS, "image_token": IMAGE, "boi_token": IMAGE_BEGIN, "eoi_token": IMAGE_END}
@@ -54,12 +54,29 @@ class TextTokenizer:
         """The tokens of a text. Raises DataError as `tokenize`."""
         if self._cut is None:
             return self._of_whole(text)
-        pieces, known = self._cut.split(text), self._known
+        known = self._known
+        pieces: list[str] = []
+        declared: list[tuple[str, int, int]] = []  # new declarations, and which pieces they are made of
+        for part in text.split(TOOL_END):  # those that came before are taken whole: rows share them
+            if part in known:
+                pieces += part, TOOL_END
+                continue
+            first = len(pieces)
+            pieces += self._cut.split(part)
+            if part.startswith(TOOL):
+                declared.append((part, first, len(pieces)))
+            pieces.append(TOOL_END)
+        pieces.pop()
         try:
             self._learn(pieces, known)
         except DataError:  # which is to say where in the whole text
             return self._of_whole(text)
-        return _joined(pieces, known)
+        tokens, starts = _joined([*map(known.__getitem__, pieces)], pieces)
+        for part, first, end in declared:
+            known[part] = own = tokens[:, starts[first] : starts[end]].copy()
+            own[1:] -= own[1, 0]
+        self._forget([part for part, _, _ in declared])
+        return tokens
 
     def _learn(self, pieces: list[str], known: dict[str, Tokens]) -> None:
         """Add the tokens of new pieces, made at once: control tokens between them keep them apart."""
@@ -73,6 +90,10 @@ class TextTokenizer:
         places = firsts.tolist()
         for piece, first, end in zip(new, places, places[1:], strict=False):
             known[piece] = tokens[:, first : end - 1]
+        self._forget(new)
+
+    def _forget(self, new: list[str]) -> None:
+        """Start a new memory where these pieces fill the one that they went to."""
         self._room -= sum(map(len, new)) + _ROOM_OF_EACH * len(new)
         if self._room < 0:
             self._known, self._room = {}, _ROOM
@@ -83,12 +104,12 @@ class TextTokenizer:
         return _as_array(tokenize(self._backend, text)) if tokens is None else tokens
 
 
-def _joined(pieces: list[str], known: dict[str, Tokens]) -> Tokens:
-    """The tokens of a text from those of its pieces."""
-    found = [*map(known.__getitem__, pieces)]
+def _joined(found: list[Tokens], pieces: list[str]) -> tuple[Tokens, list[int]]:
+    """The tokens of a text from those of its pieces, and how many there are in front of each piece, and in all."""
+    counts = [one.shape[1] for one in found]
     tokens = np.concatenate(found, axis=1)
-    tokens[1:] += np.repeat(_starts(pieces), [one.shape[1] for one in found])
-    return tokens
+    tokens[1:] += np.repeat(_starts(pieces), counts)
+    return tokens, [*accumulate(counts, initial=0)]
 
 
 def _starts(pieces: list[str], gap: int = 0) -> npt.NDArray[np.int32]:
@@ -105,15 +126,19 @@ def _as_array(encoding: Encoding) -> Tokens:
     return tokens
 
 
-class Words(dict[int, bytes]):
-    """What each token says, as its tokenizer's decoder writes it; of those that were asked for."""
+class Words:
+    """What each token says, as its tokenizer's decoder writes it."""
 
     def __init__(self, backend: BackendTokenizer, says: Callable[[str], bytes]) -> None:
         self._backend, self._says = backend, says
+        self._known: dict[int, bytes] = {}  # of those that were asked for
 
-    def __missing__(self, token: int) -> bytes:
-        self[token] = self._says(self._backend.id_to_token(token))
-        return self[token]
+    def of(self, ids: list[int]) -> list[bytes]:
+        """The word of each token."""
+        known = self._known
+        for token in set(ids).difference(known):
+            known[token] = self._says(self._backend.id_to_token(token))
+        return [known[token] for token in ids]
 
 
 def find_words(backend: BackendTokenizer) -> Words | None:
@@ -162,7 +187,7 @@ def _by_words(backend: BackendTokenizer, words: Words, text: str) -> Tokens | No
     except BaseException:  # a panic of its Rust is no Exception
         return None
     ids = encoding.ids
-    found = [words[token] for token in ids]
+    found = words.of(ids)
     said = b"".join(found)
     if said != text.encode() or b"" in found:
         return None
