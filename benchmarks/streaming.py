@@ -34,7 +34,7 @@ from gemma_dist.stream.schedule import Schedule
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 NUM_REPEATS = 2  # of a reader, in turns with the others: the best counts, as others use the machine too
-SHARD_ROUNDS = 3  # of the contenders of sharding, in turns: the medians count
+SHARD_ROUNDS = 3  # of the contenders of sharding, in turns: the least counts
 ROW_GROUP_SAMPLES, ROW_GROUP_BYTES, SHARD_ROW_GROUPS = 32, 3 << 20, 85  # of synthetic manifests: shards of 256 MB
 PACKING_LENGTH = 16_384
 
@@ -327,7 +327,7 @@ def shard(folder: Path) -> None:
             starts[name, num_workers].append(sharding.run(name, warm, model, out / "warm", num_workers))
             costs[name, num_workers].append(sharding.run(name, once, model, out / "once", num_workers))
             shutil.rmtree(out)
-    middle = {one: (sharding.median(starts[one]), sharding.median(costs[one])) for one in contenders}
+    middle = {one: (sharding.least(starts[one]), sharding.least(costs[one])) for one in contenders}
     rows: list[tuple[Any, ...]] = [(*one, num_rows, *middle[one]) for one in contenders]
     cost = sharding.run("gemma_dist", ten_times, model, folder / "ten-times", 2)
     rows.append(("gemma_dist", 2, 10 * num_rows, rows[-1][3], cost))
@@ -340,7 +340,7 @@ def shard(folder: Path) -> None:
         lines.append((name, num_workers, count, f"{rate:.0f}", f"{beside:.2f}", f"{start.cpu_s:.1f}", *memory))
     show(
         "shard: rows from JSONL to parquet a CPU second of all processes, without their start; own MB of each process; "
-        f"medians of {SHARD_ROUNDS}",
+        f"the least of {SHARD_ROUNDS}",
         ("", "processes", "rows", "rows / CPU s", "beside map", "start, CPU s", "parent", "child", "child with torch"),
         *lines,
     )

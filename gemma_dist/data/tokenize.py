@@ -136,9 +136,11 @@ class Words:
     def of(self, ids: list[int]) -> list[bytes]:
         """The word of each token."""
         known = self._known
-        for token in set(ids).difference(known):
-            known[token] = self._says(self._backend.id_to_token(token))
-        return [known[token] for token in ids]
+        try:
+            return [known[token] for token in ids]
+        except KeyError:
+            known |= {token: self._says(self._backend.id_to_token(token)) for token in ids if token not in known}
+            return [known[token] for token in ids]
 
 
 def find_words(backend: BackendTokenizer) -> Words | None:
