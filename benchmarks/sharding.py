@@ -6,21 +6,24 @@ parquet with token ids, under a thread that watches its memory. `streaming.py` m
 prints one line of JSON: CPU seconds, and the most megabytes that each kind of process held by itself.
 """
 
-import itertools
 import json
+import re
 import resource
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from gemma_dist.gemma_format import UNK
 
 WATCH_S = 0.2  # between two looks at the memory
 ENCODED = pa.schema(
@@ -102,7 +105,7 @@ def _encode_line(line: str, encode: Callable[[list[Any], list[Any]], dict[str, A
 
 def _batches(lines: Iterable[str], size: int) -> Iterator[list[str]]:
     remaining = iter(lines)
-    while batch := list(itertools.islice(remaining, size)):
+    while batch := list(islice(remaining, size)):
         yield batch
 
 
@@ -117,15 +120,17 @@ CONTENDERS: dict[str, Callable[[Path, Path, Path, int], None]] = {
 
 
 def make_corpus(folder: Path, source: Path, times: tuple[int, ...]) -> tuple[Path, list[Path]]:
-    """A model folder whose vocabulary is learned from the rows, and files of rows: the first NUM_WARM, and all of them
-    each so many times over. They are in normal form, so that every contender renders the same messages."""
+    """A model folder with a tokenizer of Gemma's kind, whose words are learned from the rows, and files of rows: the
+    first NUM_WARM, and all of them each so many times over. They are in normal form, so that every contender renders
+    the same messages."""
     from gemma_dist.config import ShardConfig
     from gemma_dist.data.rows import read_rows
     from gemma_dist.data.trajectory import parse_row
     from gemma_dist.model.tiny import tiny_processor
 
     lines = source.read_text(encoding="utf-8").splitlines()
-    tiny_processor(lines, style="e4b", vocab_size=VOCAB_SIZE, chat_template=None).save_pretrained(folder / "model")
+    tiny_processor(lines[:NUM_WARM], style="e4b", vocab_size=1000, chat_template=None).save_pretrained(folder / "model")
+    _write_tokenizer(folder / "model/tokenizer.json", [*map(json.loads, lines)])
     rows = [parse_row(row, where, ShardConfig()) for where, row in read_rows([source])]
     normal = [{"id": row.id, "messages": row.messages, "tools": row.tools} for row in rows]
     files = [_write(folder / "warm.jsonl", normal[:NUM_WARM])]
@@ -133,6 +138,38 @@ def make_corpus(folder: Path, source: Path, times: tuple[int, ...]) -> tuple[Pat
         again = [{**row, "id": f"{row['id']}-{turn}"} for turn in range(number) for row in normal]
         files.append(_write(folder / f"rows-{number}.jsonl", again))
     return folder / "model", files
+
+
+def _write_tokenizer(path: Path, rows: list[Any]) -> None:
+    """Give the tokenizer of a model folder the parts of Gemma's: blanks are ▁, and no other word is cut before the
+    merges; what is no token becomes bytes. Merges are learned within words, as Gemma's were."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    given = json.loads(path.read_text(encoding="utf-8"))
+    added = [token["content"] for token in given["added_tokens"]]  # in the order of their ids
+    learned = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token=UNK))
+    learned.normalizer = normalizers.Replace(" ", "▁")
+    words = pre_tokenizers.Split(Regex("▁?[^▁\\n]+|▁+|\\n+"), "isolated")
+    learned.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+    specials = [*added, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=specials, show_progress=False)
+    control = re.compile("|".join(map(re.escape, added)))
+    learned.train_from_iterator((piece for text in _texts(rows) for piece in control.split(text)), trainer)
+    found = json.loads(learned.to_str())
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    blanks = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    decoder = {"type": "Sequence", "decoders": [blanks, {"type": "ByteFallback"}, {"type": "Fuse"}]}
+    parts = {"model": found["model"], "normalizer": found["normalizer"], "pre_tokenizer": split, "decoder": decoder}
+    path.write_text(json.dumps(given | parts), encoding="utf-8")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings in JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in chain.from_iterable(value.items()) if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -157,17 +194,23 @@ def run(contender: str, rows: Path, model: Path, out: Path, num_workers: int = 1
     return Cost(**json.loads(done.stdout.splitlines()[-1]))
 
 
+def least(costs: list[Cost]) -> Cost:
+    """The least of each figure of several runs: what else a machine does only adds to it."""
+    return Cost(*map(min, zip(*map(astuple, costs), strict=True)))
+
+
 def main() -> None:
     contender, rows, model, out, num_workers = sys.argv[1:]
-    most: dict[str, float] = dict.fromkeys(("parent_mb", "child_mb", "torch_child_mb"), 0.0)
+    most: dict[str, float] = dict.fromkeys(("parent_mb", "child_mb", "torch_child_mb", "watch_s"), 0.0)
     threading.Thread(target=_watch, args=(most,), daemon=True).start()
     CONTENDERS[contender](Path(rows), Path(model), Path(out), int(num_workers))
     used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(json.dumps({"cpu_s": sum(one.ru_utime + one.ru_stime for one in used), **most}))
+    cpu_s = sum(one.ru_utime + one.ru_stime for one in used) - most.pop("watch_s")
+    print(json.dumps({"cpu_s": cpu_s, **most}))
 
 
 def _watch(most: dict[str, float]) -> None:
-    """Keep the most megabytes of this process and of its children."""
+    """Keep the most megabytes of this process and of its children, and what looking at them takes itself."""
     this = psutil.Process()
     while True:
         for process in [this, *this.children(recursive=True)]:
@@ -178,6 +221,7 @@ def _watch(most: dict[str, float]) -> None:
                 continue
             kind = "parent_mb" if process == this else "torch_child_mb" if has_torch else "child_mb"
             most[kind] = max(most[kind], own)
+        most["watch_s"] = time.thread_time()
         time.sleep(WATCH_S)
 
 

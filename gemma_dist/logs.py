@@ -82,10 +82,11 @@ def progress(items: Iterable[T], *, total: int | None, desc: str, unit: str) -> 
 class JsonlWriter:
     """A file of one JSON object a line, flushed at each, so that a killed run keeps every line it wrote."""
 
-    def __init__(self, path: Path, *, append: bool) -> None:
-        """Make the file and its folder; what an existing file holds is lost unless `append`."""
+    def __init__(self, path: Path, *, append: bool, flushes: bool = True) -> None:
+        """Make the file and its folder; what an existing file holds is lost unless `append`. One of which a killed run
+        keeps nothing need not be flushed at each line."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
+        self._path, self._flushes = path, flushes
         if not append:
             begin(path)
         self._file = open(path, "a", encoding="utf-8", opener=unfollowed)  # noqa: SIM115 (closed by `close`)
@@ -94,10 +95,12 @@ class JsonlWriter:
         """Add a line. OSError, with the file's name, where the disk refuses it."""
         with naming(self._path):
             self._file.write(to_json(row) + "\n")
-            self._file.flush()
+            if self._flushes:
+                self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self._path):  # a full disk may only be told now
+            self._file.close()
 
 
 def read_jsonl(path: Path) -> Iterator[Any]:

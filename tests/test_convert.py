@@ -4,6 +4,7 @@ import base64
 import copy
 import io
 import json
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from gemma_dist.config import RowConfig
-from gemma_dist.data import model_turns, results
+from gemma_dist.data import convert, model_turns, results
 from gemma_dist.data.content import content_text
 from gemma_dist.data.layouts import pieces, prefill
 from gemma_dist.data.reasoning import ENCRYPTED
@@ -609,3 +610,104 @@ def test_a_beginning_that_is_kept_out_of_the_loss_is_refused() -> None:
 def test_null_calls_beside_the_call_of_a_log_are_none(row: dict[str, Any]) -> None:
     said, made = parse(row).messages[1:]
     assert (said["content"], made["tool_calls"]) == ("a", [call("c1", "f")])
+
+
+# ---- rows in OpenAI's shape to the letter ----------------------------------------------------------------------------
+
+SAID = (
+    "Rome?",
+    "",
+    None,
+    "  ",
+    "<think>why</think>20",
+    '{"name": "weather", "arguments": {"city": "Rome"}}',
+    "<image>",
+)
+CALLED: tuple[Any, ...] = ({"city": "Rome"}, '{"city": "Rome"}', {}, None, {"city": None}, "weather", [1], {"city": 1})
+ODD_CALLS = (
+    {"name": "weather", "args": {}},
+    "weather",
+    None,
+    {"toolName": "weather", "input": {}},
+    {"function": "weather"},
+)
+DECLARED: tuple[Any, ...] = (
+    TOOLS,
+    [],
+    None,
+    json.dumps(TOOLS),
+    [{"name": "weather", "input_schema": SCHEMA}],
+    TOOLS * 2,
+    "weather",
+)
+
+
+def random_message(chance: random.Random) -> dict[str, Any]:
+    """A message of keys, roles and values that are OpenAI's, most of the time."""
+    role = chance.choices(["system", "user", "assistant", "tool", "human", "tool_call", 7], [1, 6, 6, 3, 1, 1, 1])[0]
+    message: dict[str, Any] = {"role": role, "content": chance.choice(SAID)}
+    if chance.random() < 0.5:
+        called = {"name": chance.choice(["weather", "other", ""]), "arguments": chance.choice(CALLED)}
+        calls = [{"id": "c1", "type": "function", "function": called}, *chance.sample(ODD_CALLS, chance.random() < 0.2)]
+        message["tool_calls"] = chance.choice([calls, calls, calls, [], None, json.dumps(calls), {"x": calls}])
+    if role == "tool" or chance.random() < 0.1:
+        message["tool_call_id"] = chance.choice(["c1", "c2", None, 7])
+    if chance.random() < 0.2:
+        message |= chance.choice(
+            [{"name": "weather"}, {"name": {"tool_calls": [1]}}, {"train": False}, {"from": "human"}, {"text": "Oslo"}]
+        )
+    return message
+
+
+def random_row(chance: random.Random) -> dict[str, Any]:
+    """A row in which some messages are others than they should be."""
+    asked: dict[str, Any] = {"role": "user", "content": "Where is it warmer?"}
+    calling = {"role": "assistant", "content": chance.choice(SAID), "tool_calls": [call("c1", "weather", city="Rome")]}
+    result = {"role": "tool", "content": chance.choice(SAID), "tool_call_id": "c1"}
+    said = {"role": "assistant", "content": chance.choice(SAID)}
+    whole = [asked, calling, result, said][: chance.choice([2, 3, 4, 4, 4])]
+    messages = [random_message(chance) if chance.random() < 0.1 else message for message in whole]
+    row: dict[str, Any] = {"id": "r", "messages": messages}
+    row |= {"tools": chance.choice(DECLARED)} if chance.random() < 0.9 else {}
+    return row | ({"answer": "20"} if chance.random() < 0.05 else {})
+
+
+def outcome(row: Any) -> object:
+    try:
+        return parse(row)
+    except DataError as error:
+        return str(error)
+
+
+def test_rows_that_are_taken_as_they_are_mean_what_they_do_where_everything_is_looked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chance, outcomes = random.Random(0), []
+    for _ in range(1500):
+        row = random_row(chance)
+        if not convert.is_plain_row(row):
+            continue
+        outcomes.append(outcome(copy.deepcopy(row)))
+        with monkeypatch.context() as looked:
+            looked.setattr(convert, "is_plain_row", lambda _: False)
+            assert outcome(copy.deepcopy(row)) == outcomes[-1], row
+    num_parsed = sum(isinstance(found, Trajectory) for found in outcomes)
+    assert num_parsed > 100
+    assert len(outcomes) - num_parsed > 100  # refused
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"from": "human"},
+        {"role": "human"},
+        {"content": [{"text": "Hi"}]},
+        {"name": {"tool_calls": [1]}},
+        {"text": "Hi"},
+    ],
+)
+def test_a_row_with_another_spelling_is_looked_at(changed: dict[str, Any]) -> None:
+    messages = [{"role": "user", "content": "Rome?"}, {"role": "assistant", "content": "20"}]
+    assert convert.is_plain_row({"id": "r", "messages": messages, "tools": []})
+    assert not convert.is_plain_row({"id": "r", "messages": [messages[0] | changed, messages[1]]})
+    assert not convert.is_plain_row({"messages": messages, "images": []})

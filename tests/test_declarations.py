@@ -403,3 +403,24 @@ def test_a_call_that_the_system_message_does_not_declare_is_refused(shared: Path
     ((where, given),) = read_rows([shared / "cases" / "data" / "msg_tools_in_system_message.jsonl"])
     with pytest.raises(DataError, match=r"calls zzz, which `tools` does not declare \(\['f'\]\)"):
         parse_row(given, where, RowConfig())
+
+
+def test_equal_declarations_are_one_object_and_none_of_the_rows() -> None:
+    given = row(tools=[json.loads(json.dumps(TOOL))])
+    first, second = parse(given), parse(row(tools=[json.loads(json.dumps(TOOL))]))
+    assert first.tools[0] is second.tools[0]
+    given["tools"][0]["function"]["description"] = "Another."  # by who made the row
+    given["tools"][0]["function"]["parameters"]["properties"]["city"]["type"] = "integer"
+    assert parse(row(tools=[TOOL])).tools == second.tools == [TOOL]
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, True), (1, 1.0), (0, False), ("1", 1), (None, "null")])
+def test_declarations_that_only_python_takes_for_equal_are_two(one: Any, other: Any) -> None:
+    def default_of(value: Any) -> Any:
+        city = {"type": ["string", "number", "boolean"], "default": value}
+        function = FUNCTION | {"parameters": {"type": "object", "properties": {"city": city}}}
+        (tool,) = parse(row(tools=[{"type": "function", "function": function}])).tools
+        found: Any = tool
+        return found["function"]["parameters"]["properties"]["city"].get("default")
+
+    assert [repr(default_of(value)) for value in (one, other, one)] == [repr(value) for value in (one, other, one)]

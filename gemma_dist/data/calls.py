@@ -44,6 +44,7 @@ SILENT_KEYS = (
     *("requestor", "timestamp", "created_at", "started_at", "completed_at", "state", "signature", "usage", "score"),
     *("duration", "duration_ms", "latency", "latency_ms", "server_name", "server_label", "item_id", "finish_reason"),
 )
+_KNOWN_KEYS = {"type", *NAME_KEYS, *ARGUMENT_KEYS, *ID_KEYS, *ON_MESSAGE, *OFF_MESSAGE, *GOLD_KEYS}
 _RUN_BY_PROVIDER = "provider_executed"  # true of a tool that is none of the row's
 
 
@@ -135,9 +136,8 @@ def _name_of(call: RawRow) -> object:
 def _refuse_unknown(call: RawRow) -> None:
     """DataError for a key that may hold what belongs to the call, such as arguments under a name of its own."""
     refuse_finer(call, "a call")
-    known = {"type", *NAME_KEYS, *ARGUMENT_KEYS, *ID_KEYS, *ON_MESSAGE, *OFF_MESSAGE, *GOLD_KEYS}
     for key, value in call.items():
-        if key not in known and not _is_silent(snake_case(str(key)), value, call):
+        if key not in _KNOWN_KEYS and not _is_silent(snake_case(str(key)), value, call):
             raise DataError(
                 f"the key {short(key)} of the call is not known ({short(value)}); arguments stand under `arguments`: "
                 "rename or remove it"

@@ -20,6 +20,10 @@ from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
 COLUMNS_AS_TEXT = ("messages", "conversations", "tools")  # may hold the JSON text of their value
+_PLAIN_COLUMNS = {"id", "messages", "tools"}
+_PLAIN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name"}
+_PLAIN_ROLES = ("system", "user", "assistant", "tool")
+_CALL_KEYS = {"id", "type", "function"}
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "instructions")
 
 
@@ -33,22 +37,47 @@ def to_openai(row: RawRow) -> OpenAIRow:
     for key in COLUMNS_AS_TEXT:
         if row.get(key):
             row[key] = read_json_text(row[key], key)
+    is_plain = is_plain_row(row)
+    converted = _openai(row) if is_plain else _moved(row)
+    converted.tools = find_declarations(row, converted.tools, converted.messages, converted.notes)
+    if not is_plain:
+        converted.messages = [(turn, without_tools(message)) for turn, message in converted.messages]
+        if converted.messages and not converted.has_system:
+            converted.messages = _with_system(row, converted.messages)
+    declared = converted.tools
+    converted = convert_text_calls(converted)
+    if converted.tools is not declared:  # the system text listed them
+        converted.tools = to_openai_tools(converted.tools, converted.notes)
+    if not is_plain:
+        converted.images = image_column(row) or converted.images
+        refuse_beside(row, converted)
+        place_images(converted)
+    return converted
+
+
+def is_plain_row(row: RawRow) -> bool:
+    """Whether a row is in OpenAI's shape to the letter, and holds nothing else: text, calls and answers. Most are, and
+    nothing of them is to be moved, so no other layout, spelling or column is looked for."""
+    turns = row.get("messages")
+    return row.keys() <= _PLAIN_COLUMNS and isinstance(turns, list) and bool(turns) and all(map(_is_plain, turns))
+
+
+def _is_plain(message: object) -> bool:
+    if not isinstance(message, dict) or not message.keys() <= _PLAIN_KEYS or message.get("role") not in _PLAIN_ROLES:
+        return False
+    if not all(isinstance(message.get(key), str | None) for key in ("content", "name", "tool_call_id")):
+        return False
+    calls = message.get("tool_calls") or []
+    return isinstance(calls, list) and all(isinstance(call, dict) and call.keys() <= _CALL_KEYS for call in calls)
+
+
+def _moved(row: RawRow) -> OpenAIRow:
+    """A row of any layout and spelling, with its messages where OpenAI has them."""
     notes: Counter[str] = Counter()
     refuse_ratings(row, notes)
     converted = _converter(row)(row)
     converted.notes += notes
     converted.messages = _respelled(converted.messages)
-    converted.tools = find_declarations(row, converted.tools, converted.messages, converted.notes)
-    converted.messages = [(turn, without_tools(message)) for turn, message in converted.messages]
-    if converted.messages and not converted.has_system:
-        converted.messages = _with_system(row, converted.messages)
-    declared = converted.tools
-    converted = convert_text_calls(converted)
-    if converted.tools is not declared:  # the system text listed them
-        converted.tools = to_openai_tools(converted.tools, converted.notes)
-    converted.images = image_column(row) or converted.images
-    refuse_beside(row, converted)
-    place_images(converted)
     return converted
 
 

@@ -124,11 +124,11 @@ def _refuse_unread(row: RawRow, place: str, found: object) -> None:
 
     One that repeats some of them passes: {"tools": [f, g], "target_tools": [f]}.
     """
-    functions = _by_name(found)
+    columns = [column for column in row if _sounds_like_tools(str(column))]
+    functions = _by_name(found) if columns else {}
     remedy = f"write them into `{place}`, or remove one of the two columns" if functions else "rename it to `tools`"
-    for column, value in row.items():
-        if not _sounds_like_tools(str(column)):
-            continue
+    for column in columns:
+        value = row[column]
         if functions and ABOUT_SERVERS.search(str(column).lower()):
             value = _without_servers(value)
         declared = declared_tools(value)

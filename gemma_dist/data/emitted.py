@@ -231,9 +231,12 @@ class _Cursor:
         return end
 
 
+_canonical = json.JSONEncoder(sort_keys=True).encode
+
+
 def _equal(found: JsonObject, given: JsonObject) -> bool:
     """Whether two objects are one JSON text: 1, 1.0 and true are three values."""
-    return json.dumps(found, sort_keys=True) == json.dumps(given, sort_keys=True)
+    return _canonical(found) == _canonical(given)
 
 
 def _difference(called: CalledFunction) -> str:

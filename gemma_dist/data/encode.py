@@ -74,7 +74,7 @@ class Encoded:
 
     @functools.cached_property
     def num_image_tokens(self) -> int:
-        return sum(self.mm_token_type_ids)
+        return sum(self.mm_token_type_ids) if self.num_images else 0
 
     @functools.cached_property
     def num_target_tokens(self) -> int:
@@ -149,15 +149,16 @@ class Encoder:
             self.openings[rendered.thinking],
             thinking=rendered.thinking,
         )
-        ids, starts, ends = self._tokens_of(served.text).T
+        ids, starts, ends = self._tokens_of(served.text)
         input_ids = ids.tolist()
         of_characters = np.frombuffer(kinds_of_characters(served.text, served.spans), np.uint8)
-        num_untrained = np.concatenate([[0], np.cumsum(of_characters == 0)])  # of the characters in front of each
+        num_untrained = np.zeros(len(of_characters) + 1, np.int32)  # of the characters in front of each
+        np.cumsum(of_characters == 0, out=num_untrained[1:])
         is_trained = num_untrained[np.maximum(ends, starts + 1)] == num_untrained[starts]
         return Encoded(
             input_ids=input_ids,
             labels=np.where(is_trained, ids, IGNORE_INDEX).tolist(),
-            mm_token_type_ids=self._token_types(ids),
+            mm_token_type_ids=self._token_types(ids) if trajectory.images else [0] * len(ids),
             num_images=len(trajectory.images),
             num_dropped_reasoning=rendered.emitted.num_dropped_reasoning,
             enable_thinking=rendered.thinking,
@@ -208,7 +209,7 @@ class Encoder:
         num_images = sum(map(count_images, history))
         _require_images(text, num_images)
         widened = self._widen(text, image_lengths[:num_images])
-        return text, self._tokens_of(widened)[:, 0].tolist()
+        return text, self._tokens_of(widened)[0].tolist()
 
     @functools.cached_property
     def _tokens_of(self) -> TextTokenizer:

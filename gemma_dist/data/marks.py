@@ -27,6 +27,7 @@ ON_MESSAGE = (
 )
 # The other way round: true (1) keeps it out of the loss.
 OFF_MESSAGE = ("exclude_from_loss", "exclude_from_training", "no_loss", "ignore_loss", "skip_loss", "no_train")
+_MARKS = (*ON_MESSAGE, *OFF_MESSAGE)
 # Marks of characters or tokens, or words for either of two opposite things.
 UNCLEAR = ("train_detail", "training_detail", "mask", "masked", "loss_mask", "loss_scale", "label_mask", "train_mask")
 # What each of them is where it trains everything, alone or as every item of a list. Others can be read in two ways.
@@ -57,7 +58,7 @@ def is_trained(message: RawRow) -> bool:
     Raises:
         DataError: a mark is neither true nor false, two of them disagree, or it marks something finer.
     """
-    given = without_nulls({key: message.get(key) for key in (*ON_MESSAGE, *OFF_MESSAGE)})
+    given = {} if message.keys().isdisjoint(_MARKS) else without_nulls({key: message.get(key) for key in _MARKS})
     trains: list[bool] = []
     for key, value in given.items():
         if value not in (0, 1):
@@ -78,7 +79,7 @@ def snake_case(key: str) -> str:
 
 def refuse_unclear(marked: RawRow, of_row: bool = False) -> None:
     """DataError for a mark that cannot be carried out, unless it is empty or trains everything."""
-    for key in UNCLEAR:
+    for key in UNCLEAR if not marked.keys().isdisjoint(UNCLEAR) else ():
         value = marked.get(key)
         if value is not None and not _trains_all(key, value):
             raise DataError(
@@ -104,9 +105,9 @@ def _trains_all(key: str, value: object) -> bool:
 
 def _is_like_mark(key: str, value: object, of_row: bool) -> bool:
     """Whether a key that is not known sounds like a mark, and its value could be one that does not train everything."""
-    name = snake_case(key)
-    if key in (*ON_MESSAGE, *OFF_MESSAGE, *UNCLEAR) or not _LIKE_MARK.search(name) or _IS_COUNT.search(name):
+    if not _sounds_like_mark(key):
         return False
+    name = snake_case(key)
     values: list[Any] = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(item, (bool, int, float)) for item in values):
         return False
@@ -124,6 +125,14 @@ def _is_like_mark(key: str, value: object, of_row: bool) -> bool:
     return not (is_one or is_large)
 
 
+@functools.lru_cache(maxsize=4096)
+def _sounds_like_mark(key: str) -> bool:
+    """Whether a key that is not known has the name of a mark."""
+    name = snake_case(key)
+    is_known = key in (*ON_MESSAGE, *OFF_MESSAGE, *UNCLEAR)
+    return not is_known and _LIKE_MARK.search(name) is not None and not _IS_COUNT.search(name)
+
+
 def _is_fact(name: str, value: object, of_row: bool) -> bool:
     """Whether a single number tells of something else than of what is trained: 1.2 of train_loss, 5 of train_step."""
     is_metric = isinstance(value, float) and _IS_METRIC.search(name)
@@ -138,6 +147,8 @@ def _trains(entry: object) -> bool:
 
 def _mark_against(marked: RawRow) -> str:
     """The first known key that says more than that it is trained: "weight" of {"weight": 0.5}; "" if none."""
+    if marked.keys().isdisjoint(_MARKS):
+        return ""
     for key in ON_MESSAGE:
         if marked.get(key) not in (None, 1):
             return key

@@ -232,11 +232,14 @@ def _find(
     elif isinstance(value, list):
         about = _about_items(schemas, root)
         for index, item in enumerate(value):
-            yield from _find(item, about, root, (*path, index), from_arrow)
+            if not isinstance(item, str | int):
+                yield from _find(item, about, root, (*path, index), from_arrow)
     elif isinstance(value, dict):
         from_arrow = isinstance(value, ArrowStruct)
         names_keys = not path or any("properties" in schema for schema in schemas)
         for key, item in value.items():
+            if isinstance(item, str | int):  # most are: what is said of them is not asked
+                continue
             inner, about = (*path, key), _about_key(schemas, key, root)
             if item is None:
                 yield _Found(inner, None, from_arrow, about, names_keys and not about)

@@ -7,11 +7,13 @@ import functools
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import cast
 
 from gemma_dist.data.schema_fit import find_misfit, require_valid
 from gemma_dist.data.schema_nulls import drop_schema_nulls
 from gemma_dist.data.schema_types import normalize_schema
+from gemma_dist.data.shared import of_shared
 from gemma_dist.data.strict import (
     as_object,
     error_context,
@@ -69,9 +71,16 @@ def _declare(function: dict[str, object], clean: Clean, notes: Counter[str]) -> 
     """The declaration in OpenAI's form. Rows share their tools, so one that was parsed before is taken as it is."""
     if any(isinstance(value, ArrowStruct) for value in (function, *function.values())):
         return _parse_declaration(function, clean, notes)  # whose nulls mean something else
-    declared, found = _remembered(json.dumps(function), clean)
-    notes.update(found)
+    declared, found = _declared_before(clean)(function)
+    if found:
+        notes.update(found)
     return declared
+
+
+@functools.cache
+def _declared_before(clean: Clean) -> Callable[[dict[str, object]], tuple[Tool, Counter[str]]]:
+    """What a declaration becomes, by its identity, and, where it is another object, by what it says."""
+    return of_shared(lambda function: _remembered(json.dumps(function), clean))
 
 
 @functools.lru_cache(maxsize=4096)

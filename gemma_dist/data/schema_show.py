@@ -21,7 +21,7 @@ from typing import Literal
 from gemma_dist.data.schema_inline import REFERENCES, holds_ref
 from gemma_dist.data.schema_simplify import SHOWN_OF_OBJECT, simplify
 from gemma_dist.data.schema_walk import CONSTRAINTS
-from gemma_dist.data.shared import shared_json
+from gemma_dist.data.shared import of_shared, shared_json
 from gemma_dist.data.strict import as_object, get
 from gemma_dist.data.types import Json, JsonObject, Tool
 from gemma_dist.errors import setting
@@ -42,15 +42,15 @@ def show_tools(tools: list[Tool], schemas: Literal["as_given", "simplify"], note
 
 def _show_tool(tool: Tool, schemas: str, notes: Counter[str]) -> Tool:
     """One declaration, as it is or simplified, and what `notes` say of it."""
-    text, name = shared_json(tool["function"]), tool["function"]["name"]
+    function, name = tool["function"], tool["function"]["name"]
     if schemas == "as_given":
-        lost = _lost(text)
+        lost = _lost(function)
         if lost:
             remedy = f"use {setting('schemas', 'simplify')}"
             notes[f"tool {name}: the chat template does not show {_first_of(lost)}; {remedy}"] += 1
         return tool
-    simple = json.loads(_simplified(text))
-    if simple == tool["function"]:
+    simple = json.loads(_simplified(shared_json(function)))
+    if simple == function:
         return tool
     notes[REWRITTEN] += 1
     if holds_ref(simple.get("parameters") or {}):
@@ -65,10 +65,9 @@ def _first_of(lost: list[str]) -> str:
     return ", ".join(lost[:NUM_SHOWN]) + more
 
 
-@functools.lru_cache(maxsize=4096)
-def _lost(function_json: str) -> list[str]:
+@of_shared
+def _lost(function: JsonObject) -> list[str]:
     """What the template does not show of a function, in words: ["`default` of city", "`minimum` of days"]."""
-    function = json.loads(function_json)
     lost = ["the end of `response` (its brace stays open)"] if _is_open(function) else []
     parameters = function.get("parameters")
     if isinstance(parameters, dict):

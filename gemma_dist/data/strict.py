@@ -4,6 +4,7 @@ Python's `json` keeps the last of two equal keys, reads NaN, and follows any dep
 must not lose anything silently, so all three are refused here.
 """
 
+import functools
 import json
 import math
 import re
@@ -69,7 +70,7 @@ def bounded_depth() -> Iterator[None]:
 def parse_json(text: str) -> object:
     """The value of a JSON text. DataError (with the column, from 1) if it is not JSON or holds a key twice."""
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
+        return _decoder().decode(text)
     except json.JSONDecodeError as error:
         near = short(text[max(0, error.pos - 20) : error.pos + 20])
         raise DataError(f"not JSON at column {error.pos + 1}, near {near}: {error.msg}; fix the JSON") from None
@@ -81,6 +82,11 @@ def parse_json(text: str) -> object:
         raise DataError(
             "an integer of thousands of digits; integers fit 64 bits, write longer ones as strings"
         ) from None
+
+
+@functools.cache
+def _decoder() -> json.JSONDecoder:
+    return json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 
 def read_json_text(value: object, name: str) -> object:

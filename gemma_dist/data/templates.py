@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_dist import world
 from gemma_dist.data.bounded import Bounded, OverLimitError
 from gemma_dist.data.gguf import is_gguf, read_metadata
-from gemma_dist.data.shared import shared_json
+from gemma_dist.data.shared import of_shared
 from gemma_dist.data.strange_template import bounded_render
 from gemma_dist.errors import ConfigError
 from gemma_dist.logs import log
@@ -98,7 +98,7 @@ def without_sandbox(text: str) -> "Template | None":
         return str(macros.format_function_declaration(json.loads(tool_json)))
 
     # Rows share their tools, and a declaration depends on nothing else.
-    environment.globals["declaration"] = lambda tool: declaration(shared_json(tool))
+    environment.globals["declaration"] = of_shared(lambda tool: declaration(json.dumps(tool)))
     return environment.from_string(text.replace("format_function_declaration(tool)", "declaration(tool)"))
 
 

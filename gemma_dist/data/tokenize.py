@@ -11,7 +11,7 @@ import functools
 import json
 import re
 from collections.abc import Callable
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from gemma_dist.data.strict import short
 from gemma_dist.data.types import BackendTokenizer, Encoding
 from gemma_dist.errors import CheckpointError, DataError
-from gemma_dist.gemma_format import BOS, CONTROL_TOKENS, IMAGE, IMAGE_BEGIN, IMAGE_END, TURN
+from gemma_dist.gemma_format import BOS, CONTROL_TOKENS, IMAGE, IMAGE_BEGIN, IMAGE_END, TOOL, TOOL_END, TURN
 
 # What stands in rendered text by the tokenizer's word for it, whatever the chat template is.
 _NAMED = {"bos_token": BOS, "image_token": IMAGE, "boi_token": IMAGE_BEGIN, "eoi_token": IMAGE_END}
@@ -37,7 +37,7 @@ _DECODERS_OF_GEMMA = [
 _ROOM = 6_000_000  # characters of pieces that are remembered, some 20 MB with their tokens
 _ROOM_OF_EACH = 100  # characters, that the bookkeeping of a piece takes
 
-Tokens = npt.NDArray[np.int32]  # (T, 3): of each token its id, and the characters [start, end) that it has a byte of
+Tokens = npt.NDArray[np.int32]  # (3, T): of each token its id, and the characters [start, end) that it has a byte of
 
 
 class TextTokenizer:
@@ -54,29 +54,46 @@ class TextTokenizer:
         """The tokens of a text. Raises DataError as `tokenize`."""
         if self._cut is None:
             return self._of_whole(text)
-        pieces, known = self._cut.split(text), self._known
+        known = self._known
+        pieces: list[str] = []
+        declared: list[tuple[str, int, int]] = []  # new declarations, and which pieces they are made of
+        for part in text.split(TOOL_END):  # those that came before are taken whole: rows share them
+            if part in known:
+                pieces += part, TOOL_END
+                continue
+            first = len(pieces)
+            pieces += self._cut.split(part)
+            if part.startswith(TOOL):
+                declared.append((part, first, len(pieces)))
+            pieces.append(TOOL_END)
+        pieces.pop()
         try:
             self._learn(pieces, known)
         except DataError:  # which is to say where in the whole text
             return self._of_whole(text)
-        found = [*map(known.__getitem__, pieces)]
-        tokens = np.concatenate(found)
-        tokens[:, 1:] += np.repeat(_starts(pieces), [*map(len, found)])[:, None]
+        tokens, starts = _joined([*map(known.__getitem__, pieces)], pieces)
+        for part, first, end in declared:
+            known[part] = own = tokens[:, starts[first] : starts[end]].copy()
+            own[1:] -= own[1, 0]
+        self._forget([part for part, _, _ in declared])
         return tokens
 
     def _learn(self, pieces: list[str], known: dict[str, Tokens]) -> None:
         """Add the tokens of new pieces, made at once: control tokens between them keep them apart."""
-        missing = set(pieces).difference(known)
-        if not missing:
+        new = [*dict.fromkeys([piece for piece in pieces if piece not in known])]
+        if not new:
             return
-        new = [piece for piece in dict.fromkeys(pieces) if piece in missing]
         tokens = self._of_whole(TURN.join(new))
-        starts = _starts(new, len(TURN))
-        ends = starts + np.fromiter(map(len, new), np.int32, len(new))
-        firsts, lasts = np.searchsorted(tokens[:, 1], np.stack([starts, ends]))
-        tokens[:, 1:] -= starts[np.searchsorted(starts, tokens[:, 1], "right") - 1][:, None]
-        places = zip(firsts.tolist(), lasts.tolist(), strict=True)
-        known.update({piece: tokens[first:last] for piece, (first, last) in zip(new, places, strict=True)})
+        starts, num_tokens = _starts(new, len(TURN)), tokens.shape[1]
+        firsts = np.append(np.searchsorted(tokens[1], starts), num_tokens + 1)
+        tokens[1:] -= np.repeat(starts, np.diff(firsts))[:num_tokens]  # with the token behind each
+        places = firsts.tolist()
+        for piece, first, end in zip(new, places, places[1:], strict=False):
+            known[piece] = tokens[:, first : end - 1]
+        self._forget(new)
+
+    def _forget(self, new: list[str]) -> None:
+        """Start a new memory where these pieces fill the one that they went to."""
         self._room -= sum(map(len, new)) + _ROOM_OF_EACH * len(new)
         if self._room < 0:
             self._known, self._room = {}, _ROOM
@@ -87,6 +104,14 @@ class TextTokenizer:
         return _as_array(tokenize(self._backend, text)) if tokens is None else tokens
 
 
+def _joined(found: list[Tokens], pieces: list[str]) -> tuple[Tokens, list[int]]:
+    """The tokens of a text from those of its pieces, and how many there are in front of each piece, and in all."""
+    counts = [one.shape[1] for one in found]
+    tokens = np.concatenate(found, axis=1)
+    tokens[1:] += np.repeat(_starts(pieces), counts)
+    return tokens, [*accumulate(counts, initial=0)]
+
+
 def _starts(pieces: list[str], gap: int = 0) -> npt.NDArray[np.int32]:
     """Where each piece begins in the text of all, with so many characters between two."""
     lengths = np.fromiter(map(len, pieces), np.int32, len(pieces)) + np.int32(gap)
@@ -95,21 +120,27 @@ def _starts(pieces: list[str], gap: int = 0) -> npt.NDArray[np.int32]:
 
 def _as_array(encoding: Encoding) -> Tokens:
     ids = encoding.ids
-    tokens = np.empty((len(ids), 3), np.int32)
-    tokens[:, 0] = ids
-    tokens[:, 1:] = np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * len(ids)).reshape(-1, 2)
+    tokens = np.empty((3, len(ids)), np.int32)
+    tokens[0] = ids
+    tokens[1:] = np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * len(ids)).reshape(-1, 2).T
     return tokens
 
 
-class Words(dict[int, bytes]):
-    """What each token says, as its tokenizer's decoder writes it; of those that were asked for."""
+class Words:
+    """What each token says, as its tokenizer's decoder writes it."""
 
     def __init__(self, backend: BackendTokenizer, says: Callable[[str], bytes]) -> None:
         self._backend, self._says = backend, says
+        self._known: dict[int, bytes] = {}  # of those that were asked for
 
-    def __missing__(self, token: int) -> bytes:
-        self[token] = self._says(self._backend.id_to_token(token))
-        return self[token]
+    def of(self, ids: list[int]) -> list[bytes]:
+        """The word of each token."""
+        known = self._known
+        try:
+            return [known[token] for token in ids]
+        except KeyError:
+            known |= {token: self._says(self._backend.id_to_token(token)) for token in ids if token not in known}
+            return [known[token] for token in ids]
 
 
 def find_words(backend: BackendTokenizer) -> Words | None:
@@ -158,20 +189,20 @@ def _by_words(backend: BackendTokenizer, words: Words, text: str) -> Tokens | No
     except BaseException:  # a panic of its Rust is no Exception
         return None
     ids = encoding.ids
-    found = [*map(words.__getitem__, ids)]
+    found = words.of(ids)
     said = b"".join(found)
     if said != text.encode() or b"" in found:
         return None
-    tokens = np.empty((len(ids), 3), np.int32)
-    tokens[:, 0] = ids
+    tokens = np.empty((3, len(ids)), np.int32)
+    tokens[0] = ids
     ends = np.cumsum(np.fromiter(map(len, found), np.int32, len(ids)), dtype=np.int32)
     if len(said) != len(text):  # characters of several bytes; a token may begin and end within one
         of_bytes = np.cumsum(np.frombuffer(said, np.uint8) & 0xC0 != 0x80, dtype=np.int32)
-        tokens[1:, 1] = of_bytes[ends[:-1]] - 1
-        tokens[:, 2] = of_bytes[ends - 1]
+        tokens[1, 1:] = of_bytes[ends[:-1]] - 1
+        tokens[2] = of_bytes[ends - 1]
     else:
-        tokens[1:, 1], tokens[:, 2] = ends[:-1], ends
-    tokens[:1, 1] = 0
+        tokens[1, 1:], tokens[2] = ends[:-1], ends
+    tokens[1, :1] = 0
     return tokens
 
 

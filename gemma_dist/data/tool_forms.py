@@ -14,6 +14,7 @@
 A single one may stand without a list, and any of them as JSON text. Whether they are right is checked by `schema.py`.
 """
 
+import functools
 import json
 from collections import Counter
 
@@ -33,7 +34,7 @@ from gemma_dist.data.strict import (
     without,
     without_nulls,
 )
-from gemma_dist.data.types import RawRow
+from gemma_dist.data.types import ArrowStruct, RawRow
 from gemma_dist.errors import DataError
 
 WRAPPERS = ("function_declarations", "functionDeclarations", "tools")
@@ -111,14 +112,15 @@ def foreign_names(value: object, depth: int = 0) -> list[str]:
 
 
 def to_openai_tools(given: object, notes: Counter[str]) -> object:
-    """Declarations in OpenAI's form; what is no list of them passes."""
+    """Declarations in OpenAI's form; what is no list of them passes. Equal ones are one object, which nobody changes:
+    rows share their tools, and what is found out of one is remembered by its identity (`shared.py`)."""
     listed = _listed(given)
     if not isinstance(listed, list):
         return given
     tools: list[object] = []
     for number, tool in enumerate(listed, start=1):
         with error_context(f"tool {number}"):
-            tools.append(_to_openai_tool(tool, notes))
+            tools.append(_shared_tool(tool, notes))
     return tools
 
 
@@ -155,6 +157,8 @@ def _listed_object(given: RawRow) -> object:
 
 def _wrapped(tool: object) -> list[object] | None:
     """The declarations in a wrapper of Gemini or MCP; None where it is none."""
+    if all(get(tool, key) is None for key in WRAPPERS):
+        return None
     given = without(without_nulls(as_object(tool)), *BESIDE_LIST)
     (key, *others) = given or [""]
     inside = given.get(key)
@@ -174,6 +178,29 @@ def _says_something(tool: object) -> bool:
 
 
 # ---- one declaration -------------------------------------------------------------------------------------------------
+
+
+def _shared_tool(tool: object, notes: Counter[str]) -> object:
+    """One declaration in OpenAI's form, which is the same object for equal ones; what is none passes."""
+    function = get(tool, "function") or tool
+    parts = (tool, function, *as_object(function).values())
+    if any(isinstance(part, ArrowStruct) for part in parts):  # whose nulls mean something else
+        return _to_openai_tool(tool, notes)
+    try:
+        text = json.dumps(tool)
+    except (TypeError, ValueError):  # bytes, of parquet
+        return _to_openai_tool(tool, notes)
+    converted, found = _remembered(text)
+    if found:
+        notes.update(found)
+    return converted
+
+
+@functools.lru_cache(maxsize=4096)
+def _remembered(tool_json: str) -> tuple[object, Counter[str]]:
+    """A declaration in OpenAI's form, and the notes on it."""
+    notes: Counter[str] = Counter()
+    return _to_openai_tool(json.loads(tool_json), notes), notes
 
 
 def _to_openai_tool(tool: object, notes: Counter[str]) -> object:

@@ -344,7 +344,7 @@ class RowLog:
         self._file: JsonlWriter | None = None
 
     def write(self, row: Mapping[str, object]) -> None:
-        self._file = self._file or JsonlWriter(_partial(self._path), append=False)
+        self._file = self._file or JsonlWriter(_partial(self._path), append=False, flushes=False)
         self._file.write(row)
 
     def close(self) -> None:

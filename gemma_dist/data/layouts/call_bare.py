@@ -6,6 +6,7 @@
 Where tools are declared, whatever evaluation would take for an attempt (`foreign.py`) is converted or refused.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 from itertools import islice
@@ -99,20 +100,19 @@ def _ends_in_python(said: str, signatures: Signatures) -> bool:
 
 def _find_lines(thought: str, said: str, signatures: Signatures) -> WrittenCalls | None:
     """Calls as JSON or `[f(a=1)]` from the start of a line to the end, or as Python alone."""
-    names = any_of(signatures)
-    outside = without_code(said)
+    outside, names = without_code(said), functools.partial(any_of, signatures)
     # What a pattern begins with is looked for first: to compile the names of a row's tools takes longer than its text.
-    react = rf"^Action(?: \d+)?:[ \t]*(?:{names})[ \t]*(?:[\[(]|$)"
-    if "Action" in outside and re.search(react, outside, re.MULTILINE):
+    if "Action" in outside and re.search(
+        rf"^Action(?: \d+)?:[ \t]*(?:{names()})[ \t]*(?:[\[(]|$)", outside, re.MULTILINE
+    ):
         raise refusal("ReAct", "its thoughts and results are text as well")
     line = _JSON_LINE.search(outside)
-    if line and _names_call(said[line.end() :], names):
+    if line and _names_call(said[line.end() :], names()):
         start, style = line.end(), "JSON"
     else:
-        brackets = rf"^[ \t]*+\[\s*+(?:{names})\("
-        python = re.search(brackets, outside, re.MULTILINE) if "[" in outside else None
+        python = re.search(rf"^[ \t]*+\[\s*+(?:{names()})\(", outside, re.MULTILINE) if "[" in outside else None
         may_be_alone = signatures and said.lstrip().startswith(("print(", "default_api.", "[", *signatures))
-        alone = may_be_alone and re.match(rf"\s*(?:print\()?(?:default_api\.)?(?:{names})\(|\s*\[", said)
+        alone = may_be_alone and re.match(rf"\s*(?:print\()?(?:default_api\.)?(?:{names()})\(|\s*\[", said)
         if not python and not (alone and _is_python_alone(said, signatures)):
             return None
         start, style = (python.start() if python else 0), "Python"

@@ -10,7 +10,6 @@ about such a syntax are words: inside backticks, or without tools and with text 
 
 import re
 from collections import Counter
-from dataclasses import replace
 from typing import TypeAlias
 
 from gemma_dist.data.layouts.call_bare import WrittenCalls
@@ -66,7 +65,7 @@ def convert_text_calls(row: OpenAIRow) -> OpenAIRow:
     elif styles and without_instructions(system) != system.strip():
         messages = _with_system(messages, without_instructions(system))
         notes["rows whose system text asked for another call syntax: the request was removed"] += 1
-    return replace(row, messages=messages, tools=tools, notes=notes)
+    return OpenAIRow(messages, tools, row.images, row.has_system, notes)
 
 
 # ---- the system message ----------------------------------------------------------------------------------------------
