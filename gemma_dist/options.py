@@ -56,6 +56,13 @@ class OrderedGroup(click.Group):
         """As they were added; click would sort them by name."""
         return list(self.commands)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command and its words, checked."""
+        name, command, words = super().resolve_command(ctx, args)
+        return name, command, _checked_words(words)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, and put into a user error's words how this command takes the settings that it names."""
         try:
@@ -64,6 +71,24 @@ class OrderedGroup(click.Group):
             command = self.commands[str(ctx.invoked_subcommand)]
             error.args = (spell(str(error), spellings(command)),)
             raise
+
+
+def _checked_words(words: list[str]) -> list[str]:
+    """Words of a command, ~/ as the home that shells leave in quotes and behind --out=. UsageError where one is
+    empty, as of a variable that a shell does not know: as a path, it would be the current folder."""
+    checked = []
+    for before, word in zip(["", *words], words, strict=False):
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if (equals or not option) and not value.strip():
+            option = option or (before if before.startswith("--") and "=" not in before else "")
+            what = f"{option} has no value" if option else "an argument is empty"
+            raise click.UsageError(f"{what}; write one, or leave it out. Is a variable of your shell unset?")
+        if value.startswith("~/"):
+            from gemma_dist.settings import at_home
+
+            word = f"{option}{equals}{at_home(value)}"
+        checked.append(word)
+    return checked
 
 
 class SettingsCommand(click.Command):

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -31,6 +31,9 @@ from gemma_dist.config_data import FOLDER, MAPPING
 from gemma_dist.costs import cost_of
 from gemma_dist.errors import ConfigError
 from gemma_dist.shipped import shipped_recipe
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 S = TypeVar("S", bound=Section)
 
@@ -79,7 +82,7 @@ def load_section(kind: type[S], options: Mapping[str, object]) -> S:
         problems = []
         for item in error.errors():
             name = str(item["loc"][0])
-            problems.append(f"{option(name)} {item['input']}: {item['msg']}. {kind.model_fields[name].description}")
+            problems.append(f"{option(name)} {item['input']}: {_rule(item)}. {kind.model_fields[name].description}")
         raise ConfigError("\n".join(problems)) from None
 
 
@@ -87,21 +90,29 @@ def _messages(error: ValidationError, reported: Container[str]) -> Iterator[str]
     """Pydantic's findings as `dotted.key = value: rule. What the setting means`; keys of `reported` are not missing."""
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"] if part not in (FOLDER, MAPPING))
-        rule = item["msg"]
-        if item["type"] == "value_error":  # of config.py: its words alone, without pydantic's "Value error" before them
-            rule = str(item["ctx"]["error"])
-        elif item["type"] == "extra_forbidden":  # within an element of a list
-            rule = "unknown key"
+        rule = _rule(item)
         if item["type"] == "missing":
             if key not in reported:
                 yield f"{key}: missing. {_description(key)}".rstrip()
-        elif key and item["input"] is None and item["type"] != "value_error":  # `key=`, or `key:` and nothing behind it
-            instead = ", or leave the key out for its default" if _has_default(key) else ""
-            yield f"{key}: has no value; write one{instead}. {_description(key)}".rstrip()
+        elif key and (item["input"] is None or (isinstance(item["input"], str) and not item["input"].strip())):
+            yield f"{key}: has no value; write one{_or_else(key)}. {_description(key)}".rstrip()  # `key=`, `key: ''`
         elif key:
             yield f"{key} = {item['input']!r}: {rule}. {_description(key)}".rstrip()
         else:
             yield from rule.splitlines()  # a cross-check: each line names its keys
+
+
+def _rule(item: "ErrorDetails") -> str:
+    """What a finding of pydantic says, in words that need no knowledge of it."""
+    if item["type"] == "value_error":  # of config.py: its words alone, without pydantic's "Value error" before them
+        return str(item["ctx"]["error"])
+    if item["type"] == "extra_forbidden":  # within an element of a list
+        return "unknown key"
+    if item["type"] == "path_type":
+        given = item["input"]
+        named = f", such as ./{given}" if isinstance(given, int | float) and not isinstance(given, bool) else ""
+        return f"this is no path; write one{named}"
+    return item["msg"]
 
 
 # ---- overrides -------------------------------------------------------------------------------------------------------
@@ -224,11 +235,13 @@ def _nearest(key: str, name: str) -> str:
     return "`gemma-dist check` shows every setting of a recipe"
 
 
-def _has_default(key: str) -> bool:
-    """Whether a recipe may leave a setting out."""
+def _or_else(key: str) -> str:
+    """What can be done instead of giving a setting a value."""
     section, _, name = key.partition(".")
     field = SECTIONS[section].model_fields.get(name) if section in SECTIONS else None
-    return field is not None and not field.is_required()
+    if field is None or field.is_required() or key == "data.train":
+        return ""
+    return ", or [] for none" if field.default == [] else ", or leave the key out for its default"
 
 
 def _description(key: str) -> str:

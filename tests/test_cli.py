@@ -87,10 +87,17 @@ def test_version(capsys):
         ),
         (["merge", "--base", "b", "--adapter", "nowhere", "--out", "o"], "'nowhere' does not exist"),
         (["merge", "--base", "b", "--adapter", ".", "--out", "o", "--base-weights", "x"], "'x' is not one of"),
+        (["merge", "--base", "b", "--adapter", ".", "--out", "o", "--max-shard-size", ""], "--max-shard-size has no"),
+        (["shard", "recipe.yaml", "--model", "m", "--out="], "--out has no value; write one"),
+        (["plot", "recipe.yaml", "", "--out", "o"], "an argument is empty; write one"),
+        (["evaluate", "--model", "m", "--data", "recipe.yaml", "--out", "o", "--num-samples", "3"], "0.0: it would"),
+        (["inspect", "~/nowhere.jsonl", "--model", "m"], "HOME/nowhere.jsonl: no such file"),
+        (["card", "--evaluation=~/nowhere", "."], "Path 'HOME/nowhere' does not exist"),
     ],
 )
 def test_what_the_user_can_fix_ends_with_2_and_no_traceback(arguments, told, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "HOME")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     assert main(arguments) == 2
     said = capsys.readouterr().err
