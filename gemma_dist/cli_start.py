@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma_dist.options import EXISTING, NEW, SettingsCommand, say
+from gemma_dist.options import EXISTING, NEW, SettingsCommand, refuse_idle, say
 
 if TYPE_CHECKING:
     from gemma_dist.config import HealthConfig
@@ -92,6 +92,7 @@ def init(
     Asks for what no option says. The recipe is the one of `gemma-dist recipes` for this model that is planned to fit.
     """
     if theirs is not None:
+        refuse_idle("where --from is given", "model", "data", "num_gpus", "gpu_memory", "num_nodes", "tuning")
         from gemma_dist.start.theirs import init_from
 
         say(init_from(out, theirs))
@@ -108,7 +109,9 @@ def init(
     require_data(data)
     known = len(here) if here else _only_asked(0)
     num_gpus = _asked(num_gpus, "GPUs of a node (0: the CPU)", "--num-gpus", default=known, kind=click.IntRange(min=0))
-    if num_gpus:
+    if not num_gpus:
+        refuse_idle("of a CPU (--num-gpus 0)", "gpu_memory")
+    else:
         found = f"{min(here) / 2**30:.0f}GB" if here else None
         gpu_memory = _asked(gpu_memory, "Memory of each, as sold", "--gpu-memory", default=found)
     memory = parse_memory(gpu_memory) if num_gpus and gpu_memory else None

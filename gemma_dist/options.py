@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
+from click.core import ParameterSource
 
 from gemma_dist.aliases import current_value
 from gemma_dist.errors import GemmaDistError, spell
@@ -47,6 +48,20 @@ WORDS = ("auto", "true", "false", "yes", "no", "on", "off")  # what follows an o
 def say(text: str, *, exact: bool = False, nl: bool = True) -> None:
     """Print what a person asked for, as `shown` has it; or `exact`, where it is JSON, or has been made visible."""
     click.echo(text if exact else shown(text), nl=nl)
+
+
+def refuse_idle(where: str, *names: str, remedy: str = "leave one of the two out") -> None:
+    """UsageError where an option of the running command is given that says nothing `where`: "where --json is given"."""
+    context = click.get_current_context()
+    for param in context.command.get_params(context):
+        if param.name in names and context.get_parameter_source(param.name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{max(param.opts, key=len)} says nothing {where}; {remedy}")
+
+
+def refuse_idle_sampling(temperature: float) -> None:
+    """UsageError where it is said how to draw, and nothing is drawn."""
+    if temperature == 0:
+        refuse_idle("at a temperature of 0", "top_p", "top_k", remedy="give --temperature 1, or leave it out")
 
 
 class OrderedGroup(click.Group):

@@ -105,6 +105,45 @@ def test_what_the_user_can_fix_ends_with_2_and_no_traceback(arguments, told, tmp
     assert "Traceback" not in said
 
 
+RUN = ["--model", "m", "--data", "recipe.yaml", "--out", "o"]
+ADAPTER = ["export", "--adapter", ".", "--base", "m", "--for", "vllm", "--out", "o"]
+PLAN = ["plan", "recipe.yaml", "tuning=lora", "model_name_or_path=google/gemma-4-E2B-it"]
+CPU = ["init", "o", "--model", "m", "--data", "recipe.yaml", "--num-gpus", "0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["act", "--replay", *RUN, "--unfit-calls", "run"], "--unfit-calls says nothing where --replay is given"),
+        (["act", "--replay", *RUN, "--unfit-calls", "refuse"], "--unfit-calls says nothing where --replay is given"),
+        (["act", "--replay", *RUN, "--tool-timeout-s", "5"], "--tool-timeout-s says nothing where --replay"),
+        (["act", "--replay", *RUN, "--declare", "rows"], "--declare says nothing where --replay is given"),
+        (["act", "--replay", *RUN, "--max-steps", "5"], "--max-steps says nothing where --replay is given"),
+        (["act", "--replay", *RUN, "--unroll", "reasoning"], "--unroll says nothing of own runs"),
+        (["act", "--replay", *RUN, "--top-k", "5"], "--top-k says nothing at a temperature of 0; give --temperature 1"),
+        (["chat", "m", "--unroll", "reasoning"], "--unroll says nothing of a conversation"),
+        (["chat", "m", "--top-p", "0.5"], "--top-p says nothing at a temperature of 0; give --temperature 1"),
+        (["evaluate", *RUN, "--top-p", "0.5"], "--top-p says nothing at a temperature of 0; give --temperature 1"),
+        (["evaluate", *RUN, "--server", "http://localhost:1/v1", "--loss"], "--loss says nothing where --server is"),
+        (["inspect", ".", "--model", "m", "--html", "a.html", "--json"], "--json says nothing where --html is given"),
+        (["inspect", ".", "--model", "m", "--too-long", "drop"], "--too-long says nothing without --max-length"),
+        (["shard", ".", "--model", "m", "--out", "o", "--too-long", "drop"], "--too-long says nothing without --max-"),
+        (["merge", "--base", "m", "--adapter", ".", "--out", "o", "--verify-samples", "3"], "without --verify-data"),
+        ([*ADAPTER, "--dtype", "float32"], "--dtype says nothing where --adapter is given"),
+        ([*ADAPTER, "--max-shard-size", "5GB"], "--max-shard-size says nothing where --adapter is given"),
+        (["init", "o", "--from", "recipe.yaml", "--tuning", "full"], "--tuning says nothing where --from is given"),
+        ([*CPU, "--gpu-memory", "24GB"], "--gpu-memory says nothing of a CPU (--num-gpus 0)"),
+        ([*PLAN, "--tokens-per-image", "70"], "--tokens-per-image 70 says nothing of a micro-batch without images"),
+    ],
+)
+def test_an_option_that_would_say_nothing_is_refused(arguments, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    assert main(arguments) == 2
+    assert told in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
 def fail_with(error: BaseException, monkeypatch) -> int:
     """The exit code of a verb that raises `error`."""
 

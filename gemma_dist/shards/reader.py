@@ -13,7 +13,7 @@ import json
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import pairwise
@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gemma_dist.config import RowConfig
-from gemma_dist.config_data import WeightsByStep
+from gemma_dist.config import RowConfig, ShardConfig
+from gemma_dist.config_data import EncodingConfig, WeightsByStep
 from gemma_dist.data.bfcl import read_with_answers
 from gemma_dist.data.encode import Encoder
 from gemma_dist.data.fit import parse
@@ -350,13 +350,15 @@ def is_shard_folder(path: str | Path) -> bool:
     return is_url(path) or (Path(path) / MANIFEST).exists() or (Path(path) / UNFINISHED).exists()
 
 
-def refuse_unroll(folder: str | Path, settings: RowConfig) -> None:
-    """Raises ConfigError where samples of shards are to be unrolled: that is decided when they are made."""
-    if settings.unroll != "none":
-        raise ConfigError(
-            f"{folder}: {setting('unroll', 'reasoning')} is for raw rows; the samples of shards were unrolled, or "
-            "not, when `gemma-dist shard` made them"
-        )
+def refuse_row_settings(folder: str | Path, settings: RowConfig, *, but: Container[str] = ()) -> None:
+    """Raises ConfigError where rows are to be read in a way that is decided when shards are made, `but` of these."""
+    for name, field in type(settings).model_fields.items():
+        decided = name in ShardConfig.model_fields and name not in (*EncodingConfig.model_fields, *but)
+        if decided and (value := getattr(settings, name)) != field.default:
+            raise ConfigError(
+                f"{folder}: {setting(name, value)} is for raw rows; the samples of shards are as `gemma-dist shard` "
+                "made them, so give it there, and leave it out here"
+            )
 
 
 def load_trajectories(path: Path, settings: RowConfig) -> Iterator[Trajectory]:
