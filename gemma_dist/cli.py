@@ -268,7 +268,7 @@ def batches(
     manifest; no row is read. DATA is a folder of shards, or - for those that CONFIG names.
     """
     from gemma_dist import world
-    from gemma_dist.logs import to_json
+    from gemma_dist.logs import log, to_json
     from gemma_dist.recipe import load_config
     from gemma_dist.resolve import resolve
     from gemma_dist.show.batches import batches
@@ -284,6 +284,8 @@ def batches(
     run = resolve(settings, topology)
     if editions := editions_of_newest(settings.train.output_dir, run.schedule.shards):
         run = resolve(settings, topology, editions)
+    if step + num_steps - 1 > run.num_steps:
+        log.warning("the run has %d steps: those behind are of a longer one", run.num_steps)
     for described in batches(run.schedule, step, num_steps):
         say(to_json(described.to_json()) if as_json else described.render(), exact=as_json)
 

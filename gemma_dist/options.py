@@ -208,7 +208,11 @@ class WeightedFolder(click.ParamType):
         try:
             weight = float(text)
         except ValueError:
-            self.fail(f"{value!r}: {text!r} is no number, and there is no folder of the whole name", param, ctx)
+            self.fail(
+                f"{value!r}: {text!r} is no number, and there is no folder of the whole name; write FOLDER or FOLDER=0.5",
+                param,
+                ctx,
+            )
         if not math.isfinite(weight):
             self.fail(f"{value!r}: the weight must be finite", param, ctx)
         return EXISTING.convert(folder, param, ctx), weight

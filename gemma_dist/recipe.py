@@ -30,7 +30,7 @@ from gemma_dist.config import (
 from gemma_dist.config_data import FOLDER, MAPPING
 from gemma_dist.costs import cost_of
 from gemma_dist.errors import ConfigError
-from gemma_dist.shipped import shipped_recipe
+from gemma_dist.shipped import recipes, shipped_recipe
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -112,6 +112,8 @@ def _rule(item: "ErrorDetails") -> str:
         given = item["input"]
         named = f", such as ./{given}" if isinstance(given, int | float) and not isinstance(given, bool) else ""
         return f"this is no path; write one{named}"
+    if item["type"] == "string_pattern_mismatch":  # the setting's own sentence has an example
+        return "it is not of the form that is wanted"
     return item["msg"]
 
 
@@ -128,7 +130,9 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[s
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key or key.startswith("-"):
-            problems.append(f"override {override!r}: write key=value, such as learning_rate=1e-4 or lora.r=8")
+            problems.append(
+                f"override {override!r}: write key=value without blanks, such as learning_rate=1e-4 or lora.r=8"
+            )
             continue
         known = _keys_named(key)
         dotted = known[0] if len(known) == 1 else key
@@ -270,10 +274,16 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         if found := shipped_recipe(path):
             return read_recipe(found)
-        raise ConfigError(f"{path}: no such file; `gemma-dist recipes` lists those to start from") from None
-    except (UnicodeDecodeError, IsADirectoryError):
+        close = difflib.get_close_matches(path.stem, [one.name for one in recipes()], n=1)
+        meant = f"did you mean {close[0]}? " if close and path.parent == Path() else ""
+        raise ConfigError(f"{path}: no such file; {meant}`gemma-dist recipes` lists those to start from") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: a folder; name a recipe, a YAML file like those in launch/") from None
+    except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a text file; a recipe is a YAML file like those in launch/") from None
     values = _parse_yaml(text, str(path))
+    if values is None:
+        raise ConfigError(f"{path}: it says nothing; a recipe is a YAML file like those in launch/")
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of sections (model, data, train …), not {values!r}")
     return values

@@ -330,10 +330,22 @@ def _open_manifest(folder: str, fetcher: Fetcher) -> Manifest:
             raise DataError(f"the manifest was not given: {error}") from error
         begun = not is_url(folder) and (Path(folder) / UNFINISHED).exists()
         left = " (a `gemma-dist shard` run was interrupted there; run it again)" * begun
+        if not is_url(folder) and (others := _meant(folder)):
+            raise DataError(f"{folder} holds no {MANIFEST}; {others}") from None
         raise DataError(
             f"{folder} holds no {MANIFEST}{left}: {error}; make shards with `gemma-dist shard … --out {folder}`"
         ) from error
     return read_manifest(path, origin)
+
+
+def _meant(folder: str) -> str:
+    """What may be meant by the name of a folder that holds no shards: those in it, or several with commas between."""
+    parts = [part.strip() for part in folder.split(",") if part.strip()]
+    if "," in folder and all((Path(part) / MANIFEST).is_file() for part in parts):
+        return f"name several as a list: [{', '.join(parts)}]"
+    if inside := sorted(str(path.parent) for path in Path(folder).glob(f"*/{MANIFEST}")):
+        return f"these do: {', '.join(inside)}; name those that you mean"
+    return ""
 
 
 def open_shards(*folders: str | Path, weights: WeightsByStep | None = None, fetcher: Fetcher | None = None) -> Shards:

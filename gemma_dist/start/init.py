@@ -17,6 +17,7 @@ from pathlib import Path
 
 from gemma_dist.config import RunConfig, option
 from gemma_dist.data.inputs import HUB, find_inputs
+from gemma_dist.data.rows import read_rows
 from gemma_dist.errors import ConfigError
 from gemma_dist.family import SIZES, known_config
 from gemma_dist.files import put
@@ -109,8 +110,8 @@ def init(out: Path, wish: Wish) -> Written:
 
 def require_data(data: str) -> None:
     """Raises DataError where there are neither rows nor shards of that name. Nothing is fetched."""
-    if not is_url(data):
-        find_inputs([data])
+    if not _is_shards(data) and not is_url(data):
+        next(read_rows(find_inputs([data])), None)  # whatever it is: sharding says what is wrong with a row
 
 
 # ---- which recipe ----------------------------------------------------------------------------------------------------
