@@ -23,7 +23,7 @@ from gemma_dist.cli_look import check_prompts, from_one, inspect, plot, stats
 from gemma_dist.cli_merge import export, export_rollouts, extract, merge
 from gemma_dist.cli_serving import card, check_model, push, serve
 from gemma_dist.cli_start import doctor, health, init, recipes, tiny
-from gemma_dist.options import EXISTING, NEW, OrderedGroup, SettingsCommand, refuse_idle, say
+from gemma_dist.options import EXISTING, NEW, OrderedGroup, SettingsCommand, refuse_idle_length, say
 
 if TYPE_CHECKING:
     from gemma_dist.config import ShardConfig
@@ -120,8 +120,7 @@ def shard(
     hf://datasets/ORG/NAME; OUT, which may be a URL such as s3://bucket/train, gets parquet files and a manifest. After
     a kill, the same command resumes where it was.
     """
-    if settings.max_length is None:
-        refuse_idle("without --max-length", "too_long", remedy="give that, or leave it out")
+    refuse_idle_length(settings.max_length)
     from gemma_dist.data.inputs import find_inputs
     from gemma_dist.shards.sharding import run_shard
 

@@ -97,6 +97,8 @@ def init(
 
         say(init_from(out, theirs))
         return
+    if num_gpus == 0:
+        refuse_idle("of a CPU (--num-gpus 0)", "gpu_memory")
     from gemma_dist.family import hub_name
     from gemma_dist.health.gpus import gpus_at_hand
     from gemma_dist.plan.margin import parse_memory
@@ -109,9 +111,7 @@ def init(
     require_data(data)
     known = len(here) if here else _only_asked(0)
     num_gpus = _asked(num_gpus, "GPUs of a node (0: the CPU)", "--num-gpus", default=known, kind=click.IntRange(min=0))
-    if not num_gpus:
-        refuse_idle("of a CPU (--num-gpus 0)", "gpu_memory")
-    else:
+    if num_gpus:
         found = f"{min(here) / 2**30:.0f}GB" if here else None
         gpu_memory = _asked(gpu_memory, "Memory of each, as sold", "--gpu-memory", default=found)
     memory = parse_memory(gpu_memory) if num_gpus and gpu_memory else None

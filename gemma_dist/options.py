@@ -64,6 +64,12 @@ def refuse_idle_sampling(temperature: float) -> None:
         refuse_idle("at a temperature of 0", "top_p", "top_k", remedy="give --temperature 1, or leave it out")
 
 
+def refuse_idle_length(max_length: int | None) -> None:
+    """UsageError where it is said what becomes of longer rows, and none is too long."""
+    if max_length is None:
+        refuse_idle("without --max-length", "too_long", remedy="give that, or leave it out")
+
+
 class OrderedGroup(click.Group):
     """Commands in the order in which they are written. Each spells the remedies of errors its own way."""
 
@@ -209,7 +215,7 @@ class WeightedFolder(click.ParamType):
             weight = float(text)
         except ValueError:
             self.fail(
-                f"{value!r}: {text!r} is no number, and there is no folder of the whole name; write FOLDER or FOLDER=0.5",
+                f"{value!r}: {text!r} is no number, and no folder has the whole name; write FOLDER, or FOLDER=0.5",
                 param,
                 ctx,
             )

@@ -92,6 +92,32 @@ def test_version(capsys):
         (["plot", "recipe.yaml", "", "--out", "o"], "an argument is empty; write one"),
         (["evaluate", "--model", "m", "--data", "recipe.yaml", "--out", "o", "--num-samples", "3"], "0.0: it would"),
         (["inspect", "~/nowhere.jsonl", "--model", "m"], "HOME/nowhere.jsonl: no such file"),
+        (["check", "."], ".: a folder; name a recipe"),
+        (["check", "empty"], "empty: it says nothing; a recipe is a YAML file"),
+        (["plan", "e4b_qlora_16g"], "no such file; did you mean e4b_qlora_16gb?"),
+        (["check", "recipe.yaml", "tuning=lora", "data.train=corpus"], "these do: corpus/held_out, corpus/train; name"),
+        (
+            ["check", "recipe.yaml", "tuning=lora", "data.train=corpus/train,corpus/held_out"],
+            "as a list: [corpus/train,",
+        ),
+        (["shard", "corpus/train", "--model", "recipe.yaml", "--out", "o"], "'recipe.yaml' is a file; name the folder"),
+        (
+            ["shard", "recipe.yaml", "--model", "corpus", "--out", "o"],
+            "'corpus' holds no config.json nor any other file",
+        ),
+        (
+            ["shard", "recipe.yaml,empty", "--model", "m", "--out", "o"],
+            "no such file, but without commas there is; write blanks between",
+        ),
+        (["serve", "recipe.yaml"], "is a file; name the folder of a model"),
+        (["init", "o", "--model", "m", "--data", "corpus", "--num-gpus", "0"], "corpus: neither finished shards"),
+        (
+            ["init", "o", "--model", "m", "--data", "recipe.yaml", "--num-gpus", "0"],
+            "recipe.yaml: unknown kind of file",
+        ),
+        (["merge", "--base", "b", "--adapter", ".=x", "--out", "o"], "write FOLDER, or FOLDER=0.5"),
+        (["score", "--from", "corpus", "--out", "o"], "or another folder is meant, that `evaluate` or `score` wrote"),
+        (["score", "--from", "acted", "--out", "o"], "acted holds runs of `act`, which were judged as they"),
         (["card", "--evaluation=~/nowhere", "."], "Path 'HOME/nowhere' does not exist"),
     ],
 )
@@ -99,6 +125,9 @@ def test_what_the_user_can_fix_ends_with_2_and_no_traceback(arguments, told, tmp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "HOME")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
+    for name in ("empty", "acted/runs.jsonl", "corpus/train/manifest.arrow", "corpus/held_out/manifest.arrow"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert told in said

@@ -413,7 +413,7 @@ def test_a_broken_accelerate_config_is_refused_in_words(tmp_path, text, told):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
         load_config(tmp_path / "nowhere.yaml")
-    with pytest.raises(ConfigError, match="not a text file"):
+    with pytest.raises(ConfigError, match="a folder; name a recipe"):
         load_config(tmp_path)
 
 

@@ -359,8 +359,7 @@ def _require_adapter(folder: Path) -> None:
     refuse_pickle(folder)
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} is no adapter: it holds no {ADAPTER_CONFIG}; name a folder that PEFT, or a run with tuning: lora, "
-            "saved"
+            f"{folder} is no adapter: it holds no {ADAPTER_CONFIG}; name one that PEFT or a run of tuning: lora saved"
         )
     read_json_object(path, "the adapter's settings are broken")
 

@@ -13,7 +13,7 @@ import json
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Container, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import pairwise
@@ -362,7 +362,7 @@ def is_shard_folder(path: str | Path) -> bool:
     return is_url(path) or (Path(path) / MANIFEST).exists() or (Path(path) / UNFINISHED).exists()
 
 
-def refuse_row_settings(folder: str | Path, settings: RowConfig, *, but: Container[str] = ()) -> None:
+def refuse_row_settings(folder: str | Path, settings: RowConfig, *, but: Sequence[str] = ()) -> None:
     """Raises ConfigError where rows are to be read in a way that is decided when shards are made, `but` of these."""
     for name, field in type(settings).model_fields.items():
         decided = name in ShardConfig.model_fields and name not in (*EncodingConfig.model_fields, *but)
