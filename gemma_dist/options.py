@@ -60,14 +60,19 @@ def refuse_idle(where: str, *names: str, remedy: str = "leave one of the two out
 
 def refuse_idle_sampling(temperature: float) -> None:
     """UsageError where it is said how to draw, and nothing is drawn."""
+    from gemma_dist.config import option
+
     if temperature == 0:
-        refuse_idle("at a temperature of 0", "top_p", "top_k", remedy="give --temperature 1, or leave it out")
+        remedy = f"give {option('temperature')} 1, or leave it out"
+        refuse_idle("at a temperature of 0", "top_p", "top_k", remedy=remedy)
 
 
 def refuse_idle_length(max_length: int | None) -> None:
     """UsageError where it is said what becomes of longer rows, and none is too long."""
+    from gemma_dist.config import option
+
     if max_length is None:
-        refuse_idle("without --max-length", "too_long", remedy="give that, or leave it out")
+        refuse_idle(f"without {option('max_length')}", "too_long", remedy="give that, or leave it out")
 
 
 class OrderedGroup(click.Group):

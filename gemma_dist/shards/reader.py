@@ -368,7 +368,7 @@ def refuse_row_settings(folder: str | Path, settings: RowConfig, *, but: Sequenc
         decided = name in ShardConfig.model_fields and name not in (*EncodingConfig.model_fields, *but)
         if decided and (value := getattr(settings, name)) != field.default:
             raise ConfigError(
-                f"{folder}: {setting(name, value)} is for raw rows; the samples of shards are as `gemma-dist shard` "
+                f"{folder}: `{name}: {value}` is for raw rows; the samples of shards are as `gemma-dist shard` "
                 "made them, so give it there, and leave it out here"
             )
 
