@@ -23,7 +23,7 @@ from gemma_dist.cli_look import check_prompts, from_one, inspect, plot, stats
 from gemma_dist.cli_merge import export, export_rollouts, extract, merge
 from gemma_dist.cli_serving import card, check_model, push, serve
 from gemma_dist.cli_start import doctor, health, init, recipes, tiny
-from gemma_dist.options import EXISTING, NEW, OrderedGroup, SettingsCommand, say
+from gemma_dist.options import EXISTING, NEW, OrderedGroup, SettingsCommand, refuse_idle_length, say
 
 if TYPE_CHECKING:
     from gemma_dist.config import ShardConfig
@@ -120,6 +120,7 @@ def shard(
     hf://datasets/ORG/NAME; OUT, which may be a URL such as s3://bucket/train, gets parquet files and a manifest. After
     a kill, the same command resumes where it was.
     """
+    refuse_idle_length(settings.max_length)
     from gemma_dist.data.inputs import find_inputs
     from gemma_dist.shards.sharding import run_shard
 
@@ -266,7 +267,7 @@ def batches(
     manifest; no row is read. DATA is a folder of shards, or - for those that CONFIG names.
     """
     from gemma_dist import world
-    from gemma_dist.logs import to_json
+    from gemma_dist.logs import log, to_json
     from gemma_dist.recipe import load_config
     from gemma_dist.resolve import resolve
     from gemma_dist.show.batches import batches
@@ -282,6 +283,8 @@ def batches(
     run = resolve(settings, topology)
     if editions := editions_of_newest(settings.train.output_dir, run.schedule.shards):
         run = resolve(settings, topology, editions)
+    if step + num_steps - 1 > run.num_steps:
+        log.warning("the run has %d steps: those behind are of a longer one", run.num_steps)
     for described in batches(run.schedule, step, num_steps):
         say(to_json(described.to_json()) if as_json else described.render(), exact=as_json)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_dist.options import EXISTING, NEW, SettingsCommand
+from gemma_dist.options import EXISTING, NEW, SettingsCommand, refuse_idle, refuse_idle_sampling
 
 if TYPE_CHECKING:
     from gemma_dist.config_act import ActConfig
@@ -60,8 +60,12 @@ def act(
     """
     if replay and (tools or check or setup):
         raise click.UsageError("--replay runs no functions: the rows answer. Leave --tools, --check and --setup out.")
+    if replay:
+        refuse_idle("where --replay is given", "unfit_calls", "tool_timeout_s", "declare", "max_steps")
     if not replay and tools is None:
         raise click.UsageError("Name what it may call by --tools MODULE:NAME, or let the rows answer by --replay.")
+    refuse_idle("of own runs: the rest of a row is not read", "unroll", remedy="leave it out")
+    refuse_idle_sampling(settings.temperature)
     from gemma_dist.act.finish import Work
     from gemma_dist.evaluate.server import require_no_server_settings
 

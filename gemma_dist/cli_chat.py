@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_dist.options import EXISTING, SettingsCommand
+from gemma_dist.options import EXISTING, SettingsCommand, refuse_idle, refuse_idle_sampling
 
 if TYPE_CHECKING:
     from gemma_dist.config_chat import ChatConfig
@@ -31,6 +31,8 @@ def chat(model: str, adapter: Path | None, tools: str | None, yes: bool, setting
     Its calls are shown, checked, and run if you agree; without functions you type what the tools answer. MODEL is a
     folder or a name on the Hub. /help lists the commands; Ctrl-C stops an answer, twice leaves.
     """
+    refuse_idle("of a conversation, which is one sample", "unroll", remedy="leave it out")
+    refuse_idle_sampling(settings.temperature)
     from gemma_dist.chat.run import chat as talk
 
     talk(model, adapter, tools, settings, yes=yes)

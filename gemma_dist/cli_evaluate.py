@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_dist.options import EXISTING, NEW, SettingsCommand, say
+from gemma_dist.options import EXISTING, NEW, SettingsCommand, refuse_idle, refuse_idle_sampling, say
 
 if TYPE_CHECKING:
     from gemma_dist.config import EvaluateConfig
@@ -44,11 +44,14 @@ def evaluate(
     Alone, or on many processes under `accelerate launch ... -m gemma_dist evaluate`; or asking a server that holds the
     model (--server URL).
     """
+    refuse_idle_sampling(settings.temperature)
     from gemma_dist.evaluate.server import evaluate_server, require_no_server_settings
 
     if server_settings.server is not None:
         if adapter is not None:
             raise click.UsageError("--adapter: load it into the server, and name it as the server does by --model")
+        if settings.loss:
+            refuse_idle("where --server is given, which tells none", "loss")
         evaluate_server(model, data, out, limit, settings, server_settings)
         return
     require_no_server_settings(server_settings)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma_dist.errors import spell
-from gemma_dist.options import EXISTING, NEW, SettingsCommand, say, spellings
+from gemma_dist.options import EXISTING, NEW, SettingsCommand, refuse_idle, refuse_idle_length, say, spellings
 
 if TYPE_CHECKING:
     from gemma_dist.config import RowConfig, ShardConfig
@@ -68,6 +68,9 @@ def inspect(
     """
     if row is not None and row_id is not None:
         raise click.UsageError("name one row: by --row (its number, from 1) or by --id")
+    if page is not None:
+        refuse_idle("where --html is given", "as_json")
+    refuse_idle_length(settings.max_length)
     from gemma_dist.show.row import inspect_row
 
     chosen = row_id if row_id is not None else row or 1

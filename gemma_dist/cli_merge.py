@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from gemma_dist.options import EXISTING, NEW, SettingsCommand, WeightedFolder, say
+from gemma_dist.options import EXISTING, NEW, SettingsCommand, WeightedFolder, refuse_idle, say
 
 if TYPE_CHECKING:
     from gemma_dist.config_merge import ExportConfig, ExtractConfig, MergeConfig
@@ -52,6 +52,8 @@ def merge(base: str, adapters: list[tuple[Path, float]], out: Path, verify: bool
     given = [adapter.resolve() for adapter, _ in adapters]
     if twice := next((adapter for adapter in given if given.count(adapter) > 1), None):
         raise click.UsageError(f"--adapter {twice} is given twice; give it once, with the sum of the weights")
+    if settings.verify_data is None:
+        refuse_idle("without --verify-data", "verify_samples", remedy="give that, or leave it out")
     options = settings.model_dump(exclude={"verify_data", "verify_samples"})
     on = (settings.verify_data, settings.verify_samples) if settings.verify_data else verify
     say(run.merge(base, dict(adapters), out, verify=on, **options).summary())
@@ -90,6 +92,7 @@ def export(
 
         say(run.export(checkpoint, out, settings, base=base, lm_head=with_lm_head).summary())
         return
+    refuse_idle("where --adapter is given: its tensors stay as they are", *type(settings).model_fields)
     if with_lm_head:
         raise click.UsageError("--with-lm-head is for a model; an adapter has no head")
     if adapter is None or base is None or engine is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma_dist.options import EXISTING, NEW, SettingsCommand, say
+from gemma_dist.options import EXISTING, NEW, SettingsCommand, refuse_idle, say
 
 if TYPE_CHECKING:
     from gemma_dist.config import HealthConfig
@@ -92,10 +92,13 @@ def init(
     Asks for what no option says. The recipe is the one of `gemma-dist recipes` for this model that is planned to fit.
     """
     if theirs is not None:
+        refuse_idle("where --from is given", "model", "data", "num_gpus", "gpu_memory", "num_nodes", "tuning")
         from gemma_dist.start.theirs import init_from
 
         say(init_from(out, theirs))
         return
+    if num_gpus == 0:
+        refuse_idle("of a CPU (--num-gpus 0)", "gpu_memory")
     from gemma_dist.family import hub_name
     from gemma_dist.health.gpus import gpus_at_hand
     from gemma_dist.plan.margin import parse_memory

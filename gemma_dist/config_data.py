@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from gemma_dist.aliases import as_bool
-from gemma_dist.settings import Section
+from gemma_dist.settings import Section, at_home
 
 # Steps, rising from 0, each with the weight that every source has from there on.
 WeightsByStep: TypeAlias = list[tuple[int, list[float]]]
@@ -24,14 +24,15 @@ class SourceConfig(Section):
     )
 
 
-def _as_list(value: object) -> list[object]:
-    return value if isinstance(value, list) else [value]
+def _as_list(value: object) -> object:
+    """One folder as a list of it. What names none is refused under the key of the list, not of an element."""
+    return value if value is None or isinstance(value, list) else [_is_folder(value)]
 
 
 def _is_folder(value: object) -> object:
     if value is None or value == "" or isinstance(value, bool | list):
         raise ValueError("that names no folder; write the one that `gemma-dist shard … --out FOLDER` filled")
-    return value
+    return at_home(value) if isinstance(value, str) else value
 
 
 def _kind(value: object) -> str:

@@ -45,27 +45,28 @@ def whole_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     """
     workshop = out.with_name(f".{out.name}.tmp")
     problem = f"{out}: another process is writing it; wait for it, or name another folder"
-    make_own(workshop)
-    with exclusive(workshop, problem) as locked:
-        folder = workshop / uuid.uuid4().hex
-        try:
-            require_free(out)  # the process before this one may have ended well
-            if locked:
-                _clear(workshop)
-            folder.mkdir()
-            yield folder
-            seal(folder)
-            _rename(folder, out)
-            sync(out.parent)
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            shutil.rmtree(folder, ignore_errors=True)  # first, so that the message counts its room as free
-            raise ConfigError(_no_room(out, num_bytes, error)) from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # others may be at work in it, without locks, or it is a user's
-                workshop.rmdir()
+    with made(out.parent):
+        make_own(workshop)
+        with exclusive(workshop, problem) as locked:
+            folder = workshop / uuid.uuid4().hex
+            try:
+                require_free(out)  # the process before this one may have ended well
+                if locked:
+                    _clear(workshop)
+                folder.mkdir()
+                yield folder
+                seal(folder)
+                _rename(folder, out)
+                sync(out.parent)
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+                shutil.rmtree(folder, ignore_errors=True)  # first, so that the message counts its room as free
+                raise ConfigError(_no_room(out, num_bytes, error)) from error
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # others may be at work in it, without locks, or it is a user's
+                    workshop.rmdir()
 
 
 def _clear(workshop: Path) -> None:
@@ -221,19 +222,33 @@ def exclusive(folder: Path, problem: str) -> Iterator[bool]:
     Raises:
         ConfigError: another process has the folder, or just removed it; `problem` is the message.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with made(folder):
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            raise ConfigError(problem) from None
+        try:
+            locked = _lock(handle, problem)
+            # Whoever had the lock before may have removed the folder: then a new one of that name is another's to lock.
+            if locked and not (folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())):
+                raise ConfigError(problem)
+            yield locked
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder, and those around it. An error within takes those away that were made here and hold nothing."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        handle = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        raise ConfigError(problem) from None
-    try:
-        locked = _lock(handle, problem)
-        # Whoever had the lock before may have removed the folder: then a new one of that name is another's to lock.
-        if locked and not (folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())):
-            raise ConfigError(problem)
-        yield locked
-    finally:
-        os.close(handle)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in absent:
+            with contextlib.suppress(OSError):  # something is kept there
+                path.rmdir()
+        raise
 
 
 def _lock(handle: int, problem: str) -> bool:

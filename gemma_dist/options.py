@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
+from click.core import ParameterSource
 
 from gemma_dist.aliases import current_value
 from gemma_dist.errors import GemmaDistError, spell
@@ -49,12 +50,44 @@ def say(text: str, *, exact: bool = False, nl: bool = True) -> None:
     click.echo(text if exact else shown(text), nl=nl)
 
 
+def refuse_idle(where: str, *names: str, remedy: str = "leave one of the two out") -> None:
+    """UsageError where an option of the running command is given that says nothing `where`: "where --json is given"."""
+    context = click.get_current_context()
+    for param in context.command.get_params(context):
+        if param.name in names and context.get_parameter_source(param.name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{max(param.opts, key=len)} says nothing {where}; {remedy}")
+
+
+def refuse_idle_sampling(temperature: float) -> None:
+    """UsageError where it is said how to draw, and nothing is drawn."""
+    from gemma_dist.config import option
+
+    if temperature == 0:
+        remedy = f"give {option('temperature')} 1, or leave it out"
+        refuse_idle("at a temperature of 0", "top_p", "top_k", remedy=remedy)
+
+
+def refuse_idle_length(max_length: int | None) -> None:
+    """UsageError where it is said what becomes of longer rows, and none is too long."""
+    from gemma_dist.config import option
+
+    if max_length is None:
+        refuse_idle(f"without {option('max_length')}", "too_long", remedy="give that, or leave it out")
+
+
 class OrderedGroup(click.Group):
     """Commands in the order in which they are written. Each spells the remedies of errors its own way."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """As they were added; click would sort them by name."""
         return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command and its words, checked."""
+        name, command, words = super().resolve_command(ctx, args)
+        return name, command, _checked_words(words)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, and put into a user error's words how this command takes the settings that it names."""
@@ -64,6 +97,24 @@ class OrderedGroup(click.Group):
             command = self.commands[str(ctx.invoked_subcommand)]
             error.args = (spell(str(error), spellings(command)),)
             raise
+
+
+def _checked_words(words: list[str]) -> list[str]:
+    """Words of a command, ~/ as the home that shells leave in quotes and behind --out=. UsageError where one is
+    empty, as of a variable that a shell does not know: as a path, it would be the current folder."""
+    checked = []
+    for before, word in zip(["", *words], words, strict=False):
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if (equals or not option) and not value.strip():
+            option = option or (before if before.startswith("--") and "=" not in before else "")
+            what = f"{option} has no value" if option else "an argument is empty"
+            raise click.UsageError(f"{what}; write one, or leave it out. Is a variable of your shell unset?")
+        if value.startswith("~/"):
+            from gemma_dist.settings import at_home
+
+            word = f"{option}{equals}{at_home(value)}"
+        checked.append(word)
+    return checked
 
 
 class SettingsCommand(click.Command):
@@ -168,7 +219,11 @@ class WeightedFolder(click.ParamType):
         try:
             weight = float(text)
         except ValueError:
-            self.fail(f"{value!r}: {text!r} is no number, and there is no folder of the whole name", param, ctx)
+            self.fail(
+                f"{value!r}: {text!r} is no number, and no folder has the whole name; write FOLDER, or FOLDER=0.5",
+                param,
+                ctx,
+            )
         if not math.isfinite(weight):
             self.fail(f"{value!r}: the weight must be finite", param, ctx)
         return EXISTING.convert(folder, param, ctx), weight

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -30,7 +30,10 @@ from gemma_dist.config import (
 from gemma_dist.config_data import FOLDER, MAPPING
 from gemma_dist.costs import cost_of
 from gemma_dist.errors import ConfigError
-from gemma_dist.shipped import shipped_recipe
+from gemma_dist.shipped import recipes, shipped_recipe
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 S = TypeVar("S", bound=Section)
 
@@ -79,7 +82,7 @@ def load_section(kind: type[S], options: Mapping[str, object]) -> S:
         problems = []
         for item in error.errors():
             name = str(item["loc"][0])
-            problems.append(f"{option(name)} {item['input']}: {item['msg']}. {kind.model_fields[name].description}")
+            problems.append(f"{option(name)} {item['input']}: {_rule(item)}. {kind.model_fields[name].description}")
         raise ConfigError("\n".join(problems)) from None
 
 
@@ -87,21 +90,31 @@ def _messages(error: ValidationError, reported: Container[str]) -> Iterator[str]
     """Pydantic's findings as `dotted.key = value: rule. What the setting means`; keys of `reported` are not missing."""
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"] if part not in (FOLDER, MAPPING))
-        rule = item["msg"]
-        if item["type"] == "value_error":  # of config.py: its words alone, without pydantic's "Value error" before them
-            rule = str(item["ctx"]["error"])
-        elif item["type"] == "extra_forbidden":  # within an element of a list
-            rule = "unknown key"
+        rule = _rule(item)
         if item["type"] == "missing":
             if key not in reported:
                 yield f"{key}: missing. {_description(key)}".rstrip()
-        elif key and item["input"] is None and item["type"] != "value_error":  # `key=`, or `key:` and nothing behind it
-            instead = ", or leave the key out for its default" if _has_default(key) else ""
-            yield f"{key}: has no value; write one{instead}. {_description(key)}".rstrip()
+        elif key and (item["input"] is None or (isinstance(item["input"], str) and not item["input"].strip())):
+            yield f"{key}: has no value; write one{_or_else(key)}. {_description(key)}".rstrip()  # `key=`, `key: ''`
         elif key:
             yield f"{key} = {item['input']!r}: {rule}. {_description(key)}".rstrip()
         else:
             yield from rule.splitlines()  # a cross-check: each line names its keys
+
+
+def _rule(item: "ErrorDetails") -> str:
+    """What a finding of pydantic says, in words that need no knowledge of it."""
+    if item["type"] == "value_error":  # of config.py: its words alone, without pydantic's "Value error" before them
+        return str(item["ctx"]["error"])
+    if item["type"] == "extra_forbidden":  # within an element of a list
+        return "unknown key"
+    if item["type"] == "path_type":
+        given = item["input"]
+        named = f", such as ./{given}" if isinstance(given, int | float) and not isinstance(given, bool) else ""
+        return f"this is no path; write one{named}"
+    if item["type"] == "string_pattern_mismatch":  # the setting's own sentence has an example
+        return "it is not of the form that is wanted"
+    return item["msg"]
 
 
 # ---- overrides -------------------------------------------------------------------------------------------------------
@@ -117,7 +130,9 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[s
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key or key.startswith("-"):
-            problems.append(f"override {override!r}: write key=value, such as learning_rate=1e-4 or lora.r=8")
+            problems.append(
+                f"override {override!r}: write key=value without blanks, such as learning_rate=1e-4 or lora.r=8"
+            )
             continue
         known = _keys_named(key)
         dotted = known[0] if len(known) == 1 else key
@@ -224,11 +239,13 @@ def _nearest(key: str, name: str) -> str:
     return "`gemma-dist check` shows every setting of a recipe"
 
 
-def _has_default(key: str) -> bool:
-    """Whether a recipe may leave a setting out."""
+def _or_else(key: str) -> str:
+    """What can be done instead of giving a setting a value."""
     section, _, name = key.partition(".")
     field = SECTIONS[section].model_fields.get(name) if section in SECTIONS else None
-    return field is not None and not field.is_required()
+    if field is None or field.is_required() or key == "data.train":
+        return ""
+    return ", or [] for none" if field.default == [] else ", or leave the key out for its default"
 
 
 def _description(key: str) -> str:
@@ -257,10 +274,16 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         if found := shipped_recipe(path):
             return read_recipe(found)
-        raise ConfigError(f"{path}: no such file; `gemma-dist recipes` lists those to start from") from None
-    except (UnicodeDecodeError, IsADirectoryError):
+        close = difflib.get_close_matches(path.stem, [one.name for one in recipes()], n=1)
+        meant = f"did you mean {close[0]}? " if close and path.parent == Path() else ""
+        raise ConfigError(f"{path}: no such file; {meant}`gemma-dist recipes` lists those to start from") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: a folder; name a recipe, a YAML file like those in launch/") from None
+    except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a text file; a recipe is a YAML file like those in launch/") from None
     values = _parse_yaml(text, str(path))
+    if values is None:
+        raise ConfigError(f"{path}: it says nothing; a recipe is a YAML file like those in launch/")
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of sections (model, data, train …), not {values!r}")
     return values

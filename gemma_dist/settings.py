@@ -3,6 +3,7 @@
 All others are in config.py and config_*.py, above this module.
 """
 
+import os
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -25,6 +26,19 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True, protected_namespaces=()
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _names_something(cls, value: object) -> object:
+        """Refuse empty text, as of a variable that a shell does not know: as a path, it would be the current folder."""
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("has no value; write one, or leave it out")
+        return at_home(value) if isinstance(value, str) else value
+
+
+def at_home(path: str) -> str:
+    """A path as a shell has it: ~/ is the user's home. Shells leave it in files, in quotes, and behind --out=."""
+    return os.path.expanduser(path) if path.startswith("~/") else path
 
 
 class EvalInTraining(Section):

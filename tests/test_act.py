@@ -485,8 +485,10 @@ def test_what_does_not_go_together_is_refused_by_name(act: Act, model: str, caps
     for options, told in cases:
         act("out", [task(0), task(1)], *options, code=2)
         assert told in capsys.readouterr().err
-    act("out", [task(0), task(0)], *live, "--declare", "rows", code=2)
-    assert "tasks 1 and 2 are both called task-0" in capsys.readouterr().err
+    for keep in ("out/kept/kept.jsonl", "new/deep/kept.jsonl"):
+        act("out", [task(0), task(0)], *live, "--declare", "rows", "--keep", keep, code=2)
+        assert "tasks 1 and 2 are both called task-0" in capsys.readouterr().err
+        assert not any(Path(name).exists() for name in ("out", "new")), "what was begun is gone"
 
 
 def test_a_task_of_any_layout_may_end_with_the_words_of_its_user(tmp_path: Path) -> None:

@@ -107,13 +107,30 @@ def test_the_user_goes_on_when_the_model_has_answered(act: Act, tmp_path: Path) 
     tasks[2]["messages"] = [user("Draw 7 ."), *row(7)["messages"][1:], user("Draw 8 ."), user("Draw 9 ."), call(9)]
     tasks[2]["messages"] += [{**row(9)["messages"][2], "tool_call_id": "c9"}, {"role": "assistant", "content": "Done."}]
     tasks[2]["expected"] = [7, 9]
+    # An answer that is not trained stands between what the user says, and another one behind the last that is.
+    untrained = {"role": "assistant", "content": "Later.", "train": False}
+    tasks.append({**tasks[2], "id": "untrained", "messages": [*tasks[2]["messages"], user("Thanks."), untrained]})
+    tasks[3]["messages"].insert(5, untrained)
+    tasks[3]["expected"] = [7, 8, 9]
+    called_8 = [{**call(8), "train": False}, {**row(8)["messages"][2], "tool_call_id": "c8"}, untrained]
+    answers = tasks[2]["messages"][1:4]
+    tasks.append({**tasks[2], "id": "wrong", "messages": [user("Draw 700 ."), *answers, user("Draw 8 ."), *called_8]})
+    tasks[4]["messages"] += tasks[2]["messages"][5:]
+    tasks[4]["expected"] = []
     kept = tmp_path / "kept.jsonl"
     with standing_in(obedient) as server:
         out = act("out", tasks, "--server", server.url, *FUNCTIONS, "--keep", kept, "--concurrency", 1)
     lines = {line["task"]: line for line in lines_of(out)}
+    wrong = lines.pop("wrong")
+    assert (wrong["outcome"], len(wrong["steps"]), wrong["first_wrong_step"]) == ("failure", 6, 6), (
+        "all calls are gold's"
+    )
     assert {name: line["outcome"] for name, line in lines.items()} == dict.fromkeys(lines, "success")
     said = [one["content"] for one in lines["log"]["row"]["messages"] if one["role"] == "user"]
     assert said == ["Draw 7 .", "Draw 8 .", "Draw 9 ."], "both of the last two, before the model answers"
+    told = [(one["role"], one["content"]) for one in lines["untrained"]["row"]["messages"]]
+    assert [text for role, text in told if role == "user"] == said
+    assert told[told.index(("user", "Draw 9 .")) - 1] == ("assistant", "That was: Draw 8 ."), "the model's own"
     offered = [[tool["function"]["name"] for tool in body["tools"]] for body in server.bodies]
     assert offered[:6] == [["plot"]] * 2 + [["plot", "rest"]] * 4
     script_row = next(one for one in read_jsonl(kept) if one["id"].startswith("script/run-1-"))

@@ -87,15 +87,90 @@ def test_version(capsys):
         ),
         (["merge", "--base", "b", "--adapter", "nowhere", "--out", "o"], "'nowhere' does not exist"),
         (["merge", "--base", "b", "--adapter", ".", "--out", "o", "--base-weights", "x"], "'x' is not one of"),
+        (["merge", "--base", "b", "--adapter", ".", "--out", "o", "--max-shard-size", ""], "--max-shard-size has no"),
+        (["shard", "recipe.yaml", "--model", "m", "--out="], "--out has no value; write one"),
+        (["plot", "recipe.yaml", "", "--out", "o"], "an argument is empty; write one"),
+        (["evaluate", "--model", "m", "--data", "recipe.yaml", "--out", "o", "--num-samples", "3"], "0.0: it would"),
+        (["inspect", "~/nowhere.jsonl", "--model", "m"], "HOME/nowhere.jsonl: no such file"),
+        (["check", "."], ".: a folder; name a recipe"),
+        (["check", "empty"], "empty: it says nothing; a recipe is a YAML file"),
+        (["plan", "e4b_qlora_16g"], "no such file; did you mean e4b_qlora_16gb?"),
+        (["check", "recipe.yaml", "tuning=lora", "data.train=corpus"], "these do: corpus/held_out, corpus/train; name"),
+        (
+            ["check", "recipe.yaml", "tuning=lora", "data.train=corpus/train,corpus/held_out"],
+            "as a list: [corpus/train,",
+        ),
+        (["shard", "corpus/train", "--model", "recipe.yaml", "--out", "o"], "'recipe.yaml' is a file; name the folder"),
+        (
+            ["shard", "recipe.yaml", "--model", "corpus", "--out", "o"],
+            "'corpus' holds no config.json nor any other file",
+        ),
+        (
+            ["shard", "recipe.yaml,empty", "--model", "m", "--out", "o"],
+            "no such file, but without commas there is; write blanks between",
+        ),
+        (["serve", "recipe.yaml"], "is a file; name the folder of a model"),
+        (["init", "o", "--model", "m", "--data", "corpus", "--num-gpus", "0"], "corpus: neither finished shards"),
+        (
+            ["init", "o", "--model", "m", "--data", "recipe.yaml", "--num-gpus", "0"],
+            "recipe.yaml: unknown kind of file",
+        ),
+        (["merge", "--base", "b", "--adapter", ".=x", "--out", "o"], "write FOLDER, or FOLDER=0.5"),
+        (["score", "--from", "corpus", "--out", "o"], "or another folder is meant, that `evaluate` or `score` wrote"),
+        (["score", "--from", "acted", "--out", "o"], "acted holds runs of `act`, which were judged as they"),
+        (["card", "--evaluation=~/nowhere", "."], "Path 'HOME/nowhere' does not exist"),
     ],
 )
 def test_what_the_user_can_fix_ends_with_2_and_no_traceback(arguments, told, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "HOME")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
+    for name in ("empty", "acted/runs.jsonl", "corpus/train/manifest.arrow", "corpus/held_out/manifest.arrow"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert told in said
     assert "Traceback" not in said
+
+
+RUN = ["--model", "m", "--data", "recipe.yaml", "--out", "o"]
+ADAPTER = ["export", "--adapter", ".", "--base", "m", "--for", "vllm", "--out", "o"]
+PLAN = ["plan", "recipe.yaml", "tuning=lora", "model_name_or_path=google/gemma-4-E2B-it"]
+CPU = ["init", "o", "--model", "m", "--data", "recipe.yaml", "--num-gpus", "0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["act", "--replay", *RUN, "--unfit-calls", "run"], "--unfit-calls says nothing where --replay is given"),
+        (["act", "--replay", *RUN, "--unfit-calls", "refuse"], "--unfit-calls says nothing where --replay is given"),
+        (["act", "--replay", *RUN, "--tool-timeout-s", "5"], "--tool-timeout-s says nothing where --replay"),
+        (["act", "--replay", *RUN, "--declare", "rows"], "--declare says nothing where --replay is given"),
+        (["act", "--replay", *RUN, "--max-steps", "5"], "--max-steps says nothing where --replay is given"),
+        (["act", "--replay", *RUN, "--unroll", "reasoning"], "--unroll says nothing of own runs"),
+        (["act", "--replay", *RUN, "--top-k", "5"], "--top-k says nothing at a temperature of 0; give --temperature 1"),
+        (["chat", "m", "--unroll", "reasoning"], "--unroll says nothing of a conversation"),
+        (["chat", "m", "--top-p", "0.5"], "--top-p says nothing at a temperature of 0; give --temperature 1"),
+        (["evaluate", *RUN, "--top-p", "0.5"], "--top-p says nothing at a temperature of 0; give --temperature 1"),
+        (["evaluate", *RUN, "--server", "http://localhost:1/v1", "--loss"], "--loss says nothing where --server is"),
+        (["inspect", ".", "--model", "m", "--html", "a.html", "--json"], "--json says nothing where --html is given"),
+        (["inspect", ".", "--model", "m", "--too-long", "drop"], "--too-long says nothing without --max-length"),
+        (["shard", ".", "--model", "m", "--out", "o", "--too-long", "drop"], "--too-long says nothing without --max-"),
+        (["merge", "--base", "m", "--adapter", ".", "--out", "o", "--verify-samples", "3"], "without --verify-data"),
+        ([*ADAPTER, "--dtype", "float32"], "--dtype says nothing where --adapter is given"),
+        ([*ADAPTER, "--max-shard-size", "5GB"], "--max-shard-size says nothing where --adapter is given"),
+        (["init", "o", "--from", "recipe.yaml", "--tuning", "full"], "--tuning says nothing where --from is given"),
+        ([*CPU, "--gpu-memory", "24GB"], "--gpu-memory says nothing of a CPU (--num-gpus 0)"),
+        ([*PLAN, "--tokens-per-image", "70"], "--tokens-per-image 70 says nothing of a micro-batch without images"),
+    ],
+)
+def test_an_option_that_would_say_nothing_is_refused(arguments, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    assert main(arguments) == 2
+    assert told in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def fail_with(error: BaseException, monkeypatch) -> int:

@@ -321,7 +321,7 @@ def test_what_is_no_recipe_is_refused(problems, text):
 @pytest.mark.parametrize("value", ["", "[]", "[null]", "true", "[a, [b]]"])
 def test_no_folder_is_told_in_words(problems, value):
     found = problems(f"data.train={value}")
-    assert "nothing to train on" in found or "names no folder; write the one that" in found
+    assert any(words in found for words in ("nothing to train on", "has no value", "names no folder; write the one"))
     assert "Input should" not in found
 
 
@@ -334,12 +334,45 @@ def test_no_folder_is_told_in_words(problems, value):
         ("learning_rate", "train.learning_rate: has no value; write one, or leave the key out for its default. Peak"),
         ("model.dtype", "model.dtype: has no value; write one, or leave the key out for its default. Dtype"),
         ("packing", "train.packing: has no value; write one, or leave the key out for its default. Pack"),
+        ("data.train", "data.train: has no value; write one. Folders or URLs"),
+        ("data.eval", "data.eval: has no value; write one, or [] for none. Held-out"),
+        ("data.weights", "data.weights: has no value; write one, or [] for none. Weights of"),
+        ("target_parameters", "lora.target_parameters: has no value; write one, or [] for none. Weights of"),
+        ("target_modules", "lora.target_modules: has no value; write one, or leave the key out for its default. Reg"),
     ],
 )
-def test_a_key_with_nothing_behind_it_is_told_in_words(problems, key, told):
-    found = problems(f"{key}=")
+@pytest.mark.parametrize("nothing", ["", "''", "'  '"])
+def test_a_key_with_nothing_behind_it_is_told_in_words(problems, key, nothing, told):
+    found = problems(f"{key}={nothing}")
     assert told in found
     assert "None" not in found
+
+
+@pytest.mark.parametrize("key", ["data.cache_dir", "data.quarantine", "chat_template", "resume_from_checkpoint"])
+def test_empty_text_is_not_the_current_folder(problems, key):
+    assert "has no value; write one, or leave the key out" in problems(f"{key}=''")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("data.train=[a, '']", "data.train.1: has no value; write one"),
+        ("data.train={path: ''}", "data.train.0.path: has no value; write one"),
+        ("data.train=true", "data.train = True: that names no folder"),
+        ("output_dir=5", "train.output_dir = 5: this is no path; write one, such as ./5. Folder"),
+        ("output_dir=[a]", "train.output_dir = ['a']: this is no path; write one. Folder"),
+    ],
+)
+def test_what_is_no_folder_is_told_by_its_key(problems, override, told):
+    assert told in problems(override)
+
+
+def test_the_home_of_a_user_is_no_folder_of_that_name(load, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    run = load("output_dir='~/o'", "data.train=[~/a, {path: ~/b}, c~/d]", "model_name_or_path=~/m")
+    assert str(run.train.output_dir) == "/home/me/o"
+    assert run.data.paths == ["/home/me/a", "/home/me/b", "c~/d"]
+    assert run.model.model_name_or_path == "/home/me/m"
 
 
 def test_an_unknown_key_of_a_source_is_named_once(problems):
@@ -380,7 +413,7 @@ def test_a_broken_accelerate_config_is_refused_in_words(tmp_path, text, told):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
         load_config(tmp_path / "nowhere.yaml")
-    with pytest.raises(ConfigError, match="not a text file"):
+    with pytest.raises(ConfigError, match="a folder; name a recipe"):
         load_config(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """What is written is whole and on the disk before it has its name, and readable for whom the umask says."""
 
+import contextlib
 import errno
 import os
 import stat
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from gemma_dist import ranklog
 from gemma_dist.errors import ConfigError
-from gemma_dist.files import UMASK, exclusive, link_or_copy, make_own, put, seal, whole_folder, writing
+from gemma_dist.files import UMASK, exclusive, link_or_copy, made, make_own, put, seal, whole_folder, writing
 from gemma_dist.logs import JsonlWriter
 from gemma_dist.shards.fetch import Fetcher
 from gemma_dist.shards.folder import Part, at_work
@@ -209,3 +210,23 @@ def test_an_output_folder_may_be_a_link_of_the_users(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "disk")
     with exclusive(tmp_path / "out", "taken"):
         pass
+
+
+def test_folders_that_were_begun_for_nothing_are_gone(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    folder = tmp_path / "old" / "a" / "b"
+    with pytest.raises(ConfigError, match="no"), made(folder):
+        raise ConfigError("no")
+    assert not folder.parent.exists()
+    with contextlib.suppress(ConfigError), made(folder):
+        (folder.parent / "file").touch()
+        raise ConfigError("no")
+    assert folder.parent.exists()
+    assert not folder.exists()
+    (folder.parent / "file").unlink()
+    folder.parent.rmdir()
+    with pytest.raises(ConfigError, match="no"), whole_folder(tmp_path / "new" / "deep" / "out", 1):
+        raise ConfigError("no")
+    with pytest.raises(ConfigError, match="no"), exclusive(tmp_path / "new" / "deep", "taken"):
+        raise ConfigError("no")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]

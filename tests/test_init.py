@@ -15,7 +15,7 @@ from gemma_dist.family import SIZES, hub_name
 from gemma_dist.plan.run import Request, make_plan
 from gemma_dist.recipe import load_config
 from gemma_dist.shards.reader import open_shards
-from gemma_dist.start.init import Wish, init
+from gemma_dist.start.init import CALLED, Wish, init
 from gemma_dist.topology import read_topology, require_fit
 from tests.support.corpus import row, shard_rows, write_rows
 
@@ -85,6 +85,22 @@ def test_a_run_on_the_cpu_passes_check(model: str, capfd: pytest.CaptureFixture[
     assert "4 trajectories" in capfd.readouterr().out
     assert main(["init", "run", "--model", model, "--data", str(shards), "--num-gpus", "0"]) == 2
     assert "run/recipe.yaml is there already" in capfd.readouterr().err
+
+
+def test_scripts_of_the_users_own_are_left_alone_and_told() -> None:
+    wish = Wish(hub_name("E4B"), "hf://datasets/org/rows", 1, 8)
+    Path("slurm").mkdir()
+    mine = Path("slurm/common.sh")
+    mine.write_text("# mine\n")
+    told = init(Path("run"), wish).render()
+    assert "left as it was: slurm/, without leader.sh, outcome.sh and with another common.sh; on Slurm run/tr" in told
+    assert [mine.read_text(), *Path("slurm").iterdir()] == ["# mine\n", mine]
+    shutil.rmtree("slurm")
+    assert not init(Path("first"), wish).left_alone
+    assert not init(Path("second"), wish).left_alone, "they are those of this version"
+    called = re.findall(r"\bslurm/(\w+\.sh)", "".join(path.read_text() for path in map(Path("slurm").joinpath, CALLED)))
+    called += re.findall(r"\bslurm/(\w+\.sh)", Path("first/train.sbatch").read_text())
+    assert sorted(set(called)) == list(CALLED)
 
 
 def test_rows_of_the_hub_are_to_be_sharded() -> None:

@@ -135,7 +135,7 @@ def test_the_command_line_takes_a_number_or_an_id(
     assert id_of(shards, "--row", "2") == "row-1"
     assert id_of(shards, "--id", "row-1") == "row-1"
     assert main(["inspect", str(shards), "--model", model, "--json", "--id", ""]) == 2  # an unset variable of the shell
-    assert "''" in capsys.readouterr().err
+    assert "--id has no value" in capsys.readouterr().err
     with serve({path.name: path.read_bytes() for path in shards.iterdir()}) as server:
         assert id_of(server.url, "--row", "4") == "row-3"
 

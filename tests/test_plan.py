@@ -252,7 +252,7 @@ def test_exit_code_3_where_it_does_not_fit(capsys):
     ("words", "message"),
     [
         (["--gpu-memory", "lots"], "--gpu-memory lots: no size of a GPU"),
-        (["--gpu-memory", ""], "no size of a GPU"),
+        (["--gpu-memory", ""], "--gpu-memory has no value"),
         (["--num-tokens", "100", "--num-images", "1"], "1 images of 280 tokens are 280 tokens"),
         (["--num-gpus", "3"], "not a multiple of 3 ranks"),
         (["lerning_rate=1"], "did you mean train.learning_rate"),

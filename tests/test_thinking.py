@@ -535,9 +535,15 @@ def test_shards_of_another_setting_are_refused_with_the_setting_that_made_them(
         assert "as they were made" in capsys.readouterr().err
     assert main(["check", *recipe, "data.enable_thinking=false", f"output_dir={tmp_path / 'out'}"]) == 0
     for command in ("check-prompts", "inspect", "stats"):
-        words = [command, str(shards), "--model", model, "--enable-thinking", "false", "--unroll", "reasoning"]
-        assert main(words) == 2
-        assert "--unroll reasoning is for raw rows" in capsys.readouterr().err
+        for option in ("--unroll reasoning", "--control-tokens escape"):
+            words = [command, str(shards), "--model", model, "--enable-thinking", "false", *option.split()]
+            assert main(words) == 2
+            assert f"{option} is for raw rows" in capsys.readouterr().err
+    words = ["--model", model, "--data", str(shards), "--out", str(tmp_path / "out"), "--schemas", "simplify"]
+    assert main(["evaluate", *words]) == 2
+    assert "--schemas simplify is for raw rows" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["stats", str(rows), "--against", str(shards), "--control-tokens", "escape"]) == 0, "it is of the rows"
 
 
 def test_the_flag_of_before_stands_for_true(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:

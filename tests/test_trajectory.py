@@ -409,8 +409,12 @@ REFUSED = [
         "turn 2 (assistant): a trajectory opens with a user",
     ),
     (changed("messages.4.role", "user") | {"tools": None}, None),
-    ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message is trained"),
-    (with_messages({"role": "assistant", "content": "x", "train": False}), "no assistant message is trained"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message is trained: there is none"),
+    (with_messages({"role": "assistant", "content": "x", "train": False}), "is trained: the only one has train: false"),
+    *(
+        (with_messages({"role": "tool", "content": "r", **names}), "open calls: none; put the assistant message with")
+        for names in ({}, {"name": "f"}, {"tool_call_id": "c"})
+    ),
     (changed("messages.4.content", " \n "), "turn 5 (assistant): says nothing"),
     (changed("messages.4.content", []), "turn 5 (assistant): says nothing"),
     (changed("messages.4.train", "false"), "`train` is 'false'"),

@@ -216,7 +216,7 @@ def _first_wrong(run: Episode) -> tuple[int | None, str | None]:
         return None, None
     right = [
         calls_text([_plain(call["function"]) for message in gold for call in message.get("tool_calls", [])])
-        for _, gold in run.task.points
+        for gold in run.task.answered
     ]
     return first_wrong_step([calls_text(step["calls"]) for step in run.steps], right), GOLD
 

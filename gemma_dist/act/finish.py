@@ -16,6 +16,7 @@ from gemma_dist.config_act import ActConfig
 from gemma_dist.errors import ConfigError
 from gemma_dist.evaluate.log import RUN
 from gemma_dist.evaluate.runs import REPORT, RUNS
+from gemma_dist.files import made
 from gemma_dist.logs import log, write_json
 
 
@@ -37,8 +38,8 @@ class Work:
         return self.tools is None
 
     def require_new(self) -> None:
-        """Make the folder of `keep`. Raises ConfigError where the result is there already, or would overwrite something
-        else's, or nothing could be kept."""
+        """Raises ConfigError where the result is there already, or would overwrite something else's, or nothing could
+        be kept."""
         if (self.out / REPORT).exists():
             raise ConfigError(f"{self.out / REPORT} exists already; name another folder or remove it")
         if self.keep is None:
@@ -50,7 +51,11 @@ class Work:
         # Beside runs.jsonl it may be what a killed command wrote: then `finish` compares.
         if self.keep.is_dir() or (self.keep.exists() and not (self.out / RUNS).exists()):
             raise exists_already(self.keep)
-        self.keep.parent.mkdir(parents=True, exist_ok=True)
+
+    def begin_keeping(self, stack: ExitStack) -> None:
+        """Make the folder of `keep`, before any answer is written. An error in `stack` takes it away while empty."""
+        if self.keep is not None:
+            stack.enter_context(made(self.keep.parent))
 
     def start_tools(self, stack: ExitStack) -> ToolServer | None:
         """The process of the user's functions, until `stack` ends. Raises ConfigError where they cannot be used."""

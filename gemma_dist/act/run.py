@@ -77,6 +77,7 @@ def act(model: str, adapter: Path | None, work: Work) -> dict[str, Any]:
             return work.described(describe_run(model, adapter, work.data, work.limit, encoder, settings))
 
         run, done = stack.enter_context(opened_runs(work.out, describe))
+        work.begin_keeping(stack)
         jobs, keys = my_jobs(work, run)
         loaded = load_for_evaluation(model, adapter, ple_on_host=settings.ple != "gpu")
         players = _Players(loaded, encoder, work, tools)

@@ -37,6 +37,7 @@ def act_served(model: str | None, work: Work, server: ServerConfig) -> dict[str,
         tools = work.start_tools(stack)
         described = work.described(describe_served(asking, work.data, work.limit))
         run, done = stack.enter_context(opened_runs(work.out, lambda: described))
+        work.begin_keeping(stack)
         jobs, keys = my_jobs(work, run)
         todo = [job for job in jobs if (job.key, job.number) not in done]
         took = _play(asking, work, tools, todo, answered=bool(done))

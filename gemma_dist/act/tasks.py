@@ -7,7 +7,7 @@ and so no gold: then each message of the user is a turn, and may bring `tools`, 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice, pairwise, repeat
+from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,18 @@ class Task:
         return 1 + [message["role"] for message in self.trajectory.messages].index("user")
 
     @property
+    def answered(self) -> list[list[Message]]:
+        """Gold's answers from the first to the last one that it trains. A run answers where one between is not trained,
+        too."""
+        last, _ = self.points[-1]
+        given = groupby(enumerate(self.trajectory.messages), lambda one: one[1]["role"])
+        turns = [list(group) for role, group in given if role == "assistant"]
+        return [[message for _, message in turn] for turn in turns if self.length <= turn[0][0] <= last]
+
+    @property
     def turns(self) -> list[tuple[int, int]]:
-        """From which message to which the row goes on by itself: with gold, behind each answer and what its calls came
-        to, up to the next one; else, each of the user's messages."""
-        if not self.has_gold:
-            return [(index, index + 1) for index in range(self.length, len(self.trajectory.messages) - 1)]
+        """From which message to which gold goes on by itself: behind each answer that it trains and what its calls came
+        to, up to the next one."""
         turns = []
         for (index, gold), (following, _) in pairwise(self.points):
             start = index + len(gold)
@@ -81,9 +88,13 @@ class Task:
         return turns
 
     def script(self) -> Iterator[tuple[list[RawRow], Sequence[Any]]]:
-        """What the user says when the model has answered without a call, turn by turn, and the tools that it brings."""
-        said = ([one for one in self.given(*turn) if one["role"] == "user"] for turn in self.turns)
-        return zip(filter(None, said), chain(self.brought, repeat(())), strict=False)
+        """What the user says when the model has answered without a call, turn by turn, and the tools that it brings. Of
+        gold a turn is all that stands between two answers, up to the last one that is trained; else, one message."""
+        if not self.has_gold:
+            return zip(([one] for one in self.given(self.length, -1)), self.brought, strict=True)
+        last, _ = self.points[-1]
+        turns = groupby(self.given(self.length, last), lambda one: one["role"])
+        return ((list(said), ()) for role, said in turns if role == "user")
 
     def given(self, start: int, stop: int) -> list[RawRow]:
         """Messages of the row, images within, as a conversation takes them."""

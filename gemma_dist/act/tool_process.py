@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from gemma_dist.chat.tools import Function, Result, declare, load, load_functions, run
-from gemma_dist.data.strict import reason
 from gemma_dist.errors import ConfigError, GemmaDistError
 
 
@@ -27,7 +26,7 @@ def main() -> None:
         functions = load_functions(options["tools"])
         check, setup = (_load_one(options[name], f"--{name}") for name in ("check", "setup"))
     except GemmaDistError as error:
-        _tell(server, {"error": reason(error)})
+        _tell(server, {"error": str(error)})
         return
     _tell_names(server, functions, with_declarations=options["declare"])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended runs leave nothing to wait for
@@ -66,7 +65,7 @@ def _tell_names(server: socket.socket, functions: Mapping[str, Function], *, wit
         declared = declare(functions) if with_declarations else []
         _tell(server, {"names": list(functions), "declared": declared})
     except GemmaDistError as error:
-        _tell(server, {"error": reason(error)})
+        _tell(server, {"error": str(error)})
     finally:
         if with_declarations:
             os._exit(0)

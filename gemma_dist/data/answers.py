@@ -32,6 +32,10 @@ class _Waiting:
         """As errors name them."""
         return _names(list(self.by_id.values()))
 
+    def remedy(self, where_some_are_open: str) -> str:
+        """What to do about an answer that none of them takes."""
+        return where_some_are_open if self.by_id else "put the assistant message with the call in front, or remove this"
+
 
 def link_answers(places: list[str], messages: list[Message]) -> None:
     """Give each call an id and each tool message the id and name of the call that it answers, in place.
@@ -94,11 +98,13 @@ def _answered_call(answer: Message, waiting: _Waiting, answered: set[str], given
         if first is not None:
             return first
         raise DataError(
-            f"answers a call of {short(name)}, which is not open; open calls: {waiting.names()}; fix the name"
+            f"answers a call of {short(name)}, which is not open; open calls: {waiting.names()}; "
+            + waiting.remedy("fix the name")
         )
     if len(waiting.by_id) != 1:
         raise DataError(
-            f"has neither tool_call_id nor name, and one call has to be open; open calls: {waiting.names()}; add the id"
+            f"has neither tool_call_id nor name, and one call has to be open; open calls: {waiting.names()}; "
+            + waiting.remedy("add the id")
         )
     return next(iter(waiting.by_id.values()))
 
@@ -125,7 +131,7 @@ def _call_of_id(answer: Message, waiting: _Waiting, answered: set[str], given_id
         why = "no earlier turn made"
     raise DataError(
         f"answers call {short(call_id)}, which {why}; open calls: {waiting.names()}; "
-        "a call is answered once, right after the message that makes it"
+        + waiting.remedy("a call is answered once, right after the message that makes it")
     )
 
 

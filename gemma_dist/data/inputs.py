@@ -60,6 +60,8 @@ def _find(name: str) -> list[Path]:
         if not found:
             raise DataError(f"{name}: no file matches; check the pattern")
         return list(map(Path, found))
+    if "," in name and all(Path(one).exists() for one in name.split(",") if one):
+        raise DataError(f"{name}: no such file, but without commas there is; write blanks between inputs")
     hub = f", or for a dataset of the hub write {HUB}datasets/{name}" if _BARE.fullmatch(name) else ""
     raise DataError(f"{name}: no such file; check the path{hub}")
 

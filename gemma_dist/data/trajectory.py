@@ -97,6 +97,7 @@ def parse_row(row: object, where: Where | str, settings: RowConfig) -> Trajector
         _check_order(parsed.places, parsed.messages)
         parsed.places, parsed.messages = merge_parallel_calls(parsed.places, parsed.messages, notes)
         link_answers(parsed.places, parsed.messages)
+        _check_trained(parsed.messages)
         settle_nulls(parsed.places, parsed.messages, tools, settings.arrow_nulls, notes)
         if tools:
             check_calls(parsed.places, parsed.messages, without_schemas(tools) if expected.is_outline else tools)
@@ -197,7 +198,7 @@ def _media_root(given: Path | None, where: Where | str) -> Path:
 
 
 def _check_order(places: list[str], messages: list[Message]) -> None:
-    """An optional system message, then a user's; something to train on."""
+    """An optional system message, then a user's."""
     for index, (place, message) in enumerate(zip(places, messages, strict=True)):
         with error_context(place):
             if message["role"] == "system" and index > 0:
@@ -210,8 +211,18 @@ def _check_order(places: list[str], messages: list[Message]) -> None:
             raise DataError(
                 "a trajectory opens with a user message, after an optional system message; put the task first"
             )
-    if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
-        raise DataError("no assistant message is trained; add one or remove train: false")
+
+
+def _check_trained(messages: list[Message]) -> None:
+    """Something to train on."""
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise DataError("no assistant message is trained: there is none; add what the model should answer")
+    if not any(message.get("train", True) for message in answers):
+        these = "the only one has" if len(answers) == 1 else f"all {len(answers)} have"
+        raise DataError(
+            f"no assistant message is trained: {these} train: false (or weight: 0); take that out where it is right"
+        )
 
 
 def _load_images(image_places: list[_ImagePlace], column: object, media: Media, settings: RowConfig) -> list[bytes]:

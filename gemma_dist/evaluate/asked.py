@@ -12,7 +12,13 @@ from gemma_dist.evaluate.beside import GENERAL
 from gemma_dist.evaluate.images import swap_images
 from gemma_dist.evaluate.probes import WHY_NONE, Probes
 from gemma_dist.logs import log
-from gemma_dist.shards.reader import load_trajectories
+from gemma_dist.shards.reader import is_shard_folder, load_trajectories, refuse_row_settings
+
+
+def require_used(data: Path, settings: EvaluateConfig) -> None:
+    """Raises ConfigError where settings say how raw rows are read, and none are. Samples of shards can be unrolled."""
+    if is_shard_folder(data) and (settings.general is None or is_shard_folder(settings.general)):
+        refuse_row_settings(data, settings, but=("unroll",))
 
 
 def asked_rows(

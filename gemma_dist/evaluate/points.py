@@ -12,7 +12,7 @@ from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message
 from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import DataError
-from gemma_dist.evaluate.asked import asked_rows
+from gemma_dist.evaluate.asked import asked_rows, require_used
 from gemma_dist.evaluate.images import blank
 from gemma_dist.evaluate.runs import ToolSets, tools_key
 
@@ -49,6 +49,7 @@ def find_points(
     Raises:
         DataError: there are none, or a row breaks the data contract.
     """
+    require_used(data, settings)
     points: list[Point] = []
     tool_sets: ToolSets = {}
     number = 0

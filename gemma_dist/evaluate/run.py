@@ -29,7 +29,7 @@ from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import ConfigError, DataError, EvaluationError, PeerError
-from gemma_dist.evaluate.asked import asked_rows
+from gemma_dist.evaluate.asked import asked_rows, require_used
 from gemma_dist.evaluate.decision import AnsweredDecision
 from gemma_dist.evaluate.generate import Answer, Generator, Question
 from gemma_dist.evaluate.gold_tokens import GoldTokens, gold_tokens
@@ -133,6 +133,7 @@ def _my_decisions(
     decisions: list[Decision] = []
     tool_sets: ToolSets = {}
     num_trajectories = 0
+    require_used(data, settings)
     rows = asked_rows(data, limit, settings, limit_general=limit)
     for trajectory in chain.from_iterable(_samples(row, encoder, settings, data) for row in rows):
         num_trajectories += 1

@@ -50,8 +50,15 @@ def read_run(folder: Path) -> Run:
     Raises:
         ConfigError: the folder holds no report, or none that goes with its samples.
     """
+    if (folder / RUNS).is_file():
+        raise ConfigError(
+            f"{folder} holds runs of `act`, which were judged as they ended; `compare` takes two such folders"
+        )
     if not (folder / REPORT).is_file():
-        raise ConfigError(f"{folder} holds no {REPORT}: the run did not end; run the same command again")
+        raise ConfigError(
+            f"{folder} holds no {REPORT}: the run did not end, and the same command goes on with it; or another folder "
+            "is meant, that `evaluate` or `score` wrote"
+        )
     try:
         report = json.loads((folder / REPORT).read_bytes())
         lines = list(read_jsonl(folder / SAMPLES))

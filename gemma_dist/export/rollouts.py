@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from gemma_dist.data.strict import short
 from gemma_dist.errors import ConfigError, DataError
 from gemma_dist.evaluate.runs import RUNS, with_repeats
-from gemma_dist.files import writing
+from gemma_dist.files import made, writing
 from gemma_dist.logs import JsonlWriter, read_jsonl
 
 Layout = Literal["trl", "verl"]
@@ -132,8 +132,7 @@ def export_rollouts(runs: Path, out: Path, layout: Layout, *, whole: bool) -> Ro
     if out.exists():
         raise ConfigError(f"{out} exists already; name another file or remove it")
     report = RolloutReport(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with writing(out) as temporary:
+    with made(out.parent), writing(out) as temporary:
         _write(temporary, (rollout.to_row(layout) for rollout in _all(source, whole, report)), layout, out.suffix)
         if not report.num_runs:
             why = "; ".join(f"{number} {reason}" for reason, number in report.left_out.items()) or "it is empty"

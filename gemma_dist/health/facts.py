@@ -63,6 +63,8 @@ def look(settings: HealthConfig, look_at: Callable[[], tuple[list[str], list[str
         )
     said = [_kinds(names)]
     if settings.output_dir is not None:
+        if settings.output_dir.exists() and not settings.output_dir.is_dir():
+            problems.append(f"{settings.output_dir} is a file; name a folder")
         free = shutil.disk_usage(existing(settings.output_dir)).free
         said.append(f"{size(free)} free for {settings.output_dir}")
         if free < settings.min_free_gb * 1e9:

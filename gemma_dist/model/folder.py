@@ -40,6 +40,8 @@ def local_folder(model: str | Path, named: str) -> Path:
     """
     if Path(model).is_dir():
         return Path(model)
+    if Path(model).is_file():
+        raise CheckpointError(f"{named} is a file; name the folder of a model, or a model of the hub")
     from huggingface_hub import snapshot_download
 
     try:
@@ -117,8 +119,15 @@ def refuse_custom_code(model: str | Path) -> None:
 
     Raises:
         CheckpointError: one does, even if transformers knows a class to take instead: that would be another one; or as
-            `refuse_pickle`.
+            `refuse_pickle`; or there is a file of that name, or a folder without any of these files.
     """
+    if Path(model).is_file():
+        raise CheckpointError(f"{str(model)!r} is a file; name the folder of a model, or a model of the hub")
+    if Path(model).is_dir() and not any((Path(model) / name).exists() for name in (*CLASS_FILES, ADAPTER_CONFIG)):
+        raise CheckpointError(
+            f"{str(model)!r} holds no {CLASS_FILES[0]} nor any other file of a model; name the folder of one, or a "
+            "model of the hub"
+        )
     refuse_pickle(Path(model))
     for name in CLASS_FILES:
         path = _find(model, name)

@@ -358,7 +358,9 @@ def _require_adapter(folder: Path) -> None:
     path = folder / ADAPTER_CONFIG
     refuse_pickle(folder)
     if not path.is_file():
-        raise CheckpointError(f"{folder} is no adapter: it holds no {ADAPTER_CONFIG}")
+        raise CheckpointError(
+            f"{folder} is no adapter: it holds no {ADAPTER_CONFIG}; name one that PEFT or a run of tuning: lora saved"
+        )
     read_json_object(path, "the adapter's settings are broken")
 
 

@@ -75,6 +75,11 @@ def workload_of(
         origin = "as given" if num_tokens else f"{origin}; images as given"
     elif run is None:
         origin += "; text alone: there are no shards that say more"
+    if tokens_per_image and not images:
+        raise ConfigError(
+            f"--tokens-per-image {tokens_per_image} says nothing of a micro-batch without images; give --num-images, "
+            "or leave it out"
+        )
     of_image, num_ranks = tokens_per_image or found[1] or TOKENS_PER_IMAGE, config.train.sequence_parallel_size
     if images * of_image > tokens:
         raise ConfigError(

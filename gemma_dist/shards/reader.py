@@ -13,7 +13,7 @@ import json
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import pairwise
@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gemma_dist.config import RowConfig
-from gemma_dist.config_data import WeightsByStep
+from gemma_dist.config import RowConfig, ShardConfig
+from gemma_dist.config_data import EncodingConfig, WeightsByStep
 from gemma_dist.data.bfcl import read_with_answers
 from gemma_dist.data.encode import Encoder
 from gemma_dist.data.fit import parse
@@ -330,10 +330,22 @@ def _open_manifest(folder: str, fetcher: Fetcher) -> Manifest:
             raise DataError(f"the manifest was not given: {error}") from error
         begun = not is_url(folder) and (Path(folder) / UNFINISHED).exists()
         left = " (a `gemma-dist shard` run was interrupted there; run it again)" * begun
+        if not is_url(folder) and (others := _meant(folder)):
+            raise DataError(f"{folder} holds no {MANIFEST}; {others}") from None
         raise DataError(
             f"{folder} holds no {MANIFEST}{left}: {error}; make shards with `gemma-dist shard … --out {folder}`"
         ) from error
     return read_manifest(path, origin)
+
+
+def _meant(folder: str) -> str:
+    """What may be meant by the name of a folder that holds no shards: those in it, or several with commas between."""
+    parts = [part.strip() for part in folder.split(",") if part.strip()]
+    if "," in folder and all((Path(part) / MANIFEST).is_file() for part in parts):
+        return f"name several as a list: [{', '.join(parts)}]"
+    if inside := sorted(str(path.parent) for path in Path(folder).glob(f"*/{MANIFEST}")):
+        return f"these do: {', '.join(inside)}; name those that you mean"
+    return ""
 
 
 def open_shards(*folders: str | Path, weights: WeightsByStep | None = None, fetcher: Fetcher | None = None) -> Shards:
@@ -350,13 +362,15 @@ def is_shard_folder(path: str | Path) -> bool:
     return is_url(path) or (Path(path) / MANIFEST).exists() or (Path(path) / UNFINISHED).exists()
 
 
-def refuse_unroll(folder: str | Path, settings: RowConfig) -> None:
-    """Raises ConfigError where samples of shards are to be unrolled: that is decided when they are made."""
-    if settings.unroll != "none":
-        raise ConfigError(
-            f"{folder}: {setting('unroll', 'reasoning')} is for raw rows; the samples of shards were unrolled, or "
-            "not, when `gemma-dist shard` made them"
-        )
+def refuse_row_settings(folder: str | Path, settings: RowConfig, *, but: Sequence[str] = ()) -> None:
+    """Raises ConfigError where rows are to be read in a way that is decided when shards are made, `but` of these."""
+    for name, field in type(settings).model_fields.items():
+        decided = name in ShardConfig.model_fields and name not in (*EncodingConfig.model_fields, *but)
+        if decided and (value := getattr(settings, name)) != field.default:
+            raise ConfigError(
+                f"{folder}: `{name}: {value}` is for raw rows; the samples of shards are as `gemma-dist shard` "
+                "made them, so give it there, and leave it out here"
+            )
 
 
 def load_trajectories(path: Path, settings: RowConfig) -> Iterator[Trajectory]:

@@ -25,7 +25,7 @@ from gemma_dist.data.templates import read_template
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import DataError
-from gemma_dist.shards.reader import is_shard_folder, open_shards, refuse_unroll
+from gemma_dist.shards.reader import is_shard_folder, open_shards, refuse_row_settings
 
 NUM_SHOWN = 20
 AROUND = 40  # characters that are shown before and behind the place of a difference
@@ -120,7 +120,7 @@ def _server(model: str, template: str | None) -> Encoder:
 def _rows(data: str | Path, encoder: Encoder, settings: RowConfig) -> Iterator[PlacedSamples]:
     """Each row's place with its samples, or with why it is refused."""
     if is_shard_folder(data):
-        refuse_unroll(data, settings)
+        refuse_row_settings(data, settings)
         shards = open_shards(data)
         shards.require_encoding(encoder)
         for index in range(len(shards)):

@@ -20,7 +20,7 @@ from gemma_dist.data.types import Message
 from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import DataError, setting, spell
 from gemma_dist.gemma_format import IMAGE, TURN
-from gemma_dist.shards.reader import Shards, is_shard_folder, open_shards, refuse_unroll
+from gemma_dist.shards.reader import Shards, is_shard_folder, open_shards, refuse_row_settings
 from gemma_dist.shards.report import OPTIONS
 from gemma_dist.show.fingerprints import texts_of
 from gemma_dist.visible import visible
@@ -110,7 +110,7 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
             `settings.max_length`.
     """
     if is_shard_folder(data):
-        refuse_unroll(data, settings)
+        refuse_row_settings(data, settings)
         shards = open_shards(data)
         trajectory = shards.read(_sample(shards, row))
         encoder = load_encoder(model, settings)

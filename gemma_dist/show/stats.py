@@ -26,7 +26,7 @@ from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import ConfigError, DataError, setting
 from gemma_dist.logs import progress
-from gemma_dist.shards.reader import is_shard_folder, open_shards, refuse_unroll
+from gemma_dist.shards.reader import is_shard_folder, open_shards, refuse_row_settings
 from gemma_dist.show.duplicates import find_exact, find_near, find_overlap, find_same_prompt
 from gemma_dist.show.fingerprints import Fingerprints, texts_of
 from gemma_dist.show.stats_report import LENGTHS, NUM_BINS, TOKENS, CorpusStats, Refusal, Spread, Weights
@@ -71,11 +71,13 @@ def collect_stats(data: list[str], against: list[str], model: str | None, settin
         model: whose tokens are counted in raw rows; None: they are not. Shards know theirs.
 
     Raises:
-        ConfigError: rows are to be unrolled, and no model is named.
+        ConfigError: rows are to be unrolled, and no model is named; or to be read otherwise, and all are in shards.
         DataError: a file cannot be read as a whole, or a shard is damaged.
     """
     if settings.unroll != "none" and not model:
         raise ConfigError(f"{setting('unroll', 'reasoning')} asks the model's chat template; name the model, too")
+    if all(map(is_shard_folder, (*data, *against))):
+        refuse_row_settings(data[0], settings)
     encoder = load_encoder(model, settings) if model else None
     corpus = _collect(data, encoder, settings)
     overlap = None
@@ -137,7 +139,7 @@ def _read(path: str, encoder: Encoder | None, settings: RowConfig) -> Iterator[_
     """The rows of a file, or of a folder of shards."""
     if not is_shard_folder(path):
         return _read_raw(path, encoder, settings)
-    refuse_unroll(path, settings)
+    refuse_row_settings(path, RowConfig(unroll=settings.unroll))  # the others may be for raw rows beside them
     return _read_shards(path)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from gemma_dist.config import RunConfig, option
 from gemma_dist.data.inputs import HUB, find_inputs
+from gemma_dist.data.rows import read_rows
 from gemma_dist.errors import ConfigError
 from gemma_dist.family import SIZES, known_config
 from gemma_dist.files import put
@@ -30,6 +31,7 @@ from gemma_dist.shipped import PROCESSES, RECIPES, SCRIPTS, Recipe, copy_folder,
 from gemma_dist.topology import read_topology, require_fit
 
 CPUS_PER_GPU = 12  # of a batch job, as slurm/train.sbatch asks for
+CALLED = ("common.sh", "leader.sh", "outcome.sh")  # of slurm/, by a batch job
 OFFLOAD = "_offload"  # at the end of a name: the same launch, with weights and states in host memory
 SIZE_OF_OTHERS = "E4B"  # whose recipes a model of no known size gets
 _PLAIN = re.compile(r"[\w./~:-]+")  # a string that YAML takes without quotes
@@ -59,6 +61,7 @@ class Written:
     files: list[Path]
     plan: Plan
     commands: list[str]  # what comes next
+    left_alone: str = ""  # what was there, and is not as the files that were written need it
 
     def render(self) -> str:
         """For people."""
@@ -66,7 +69,8 @@ class Written:
         if self.plan.gpu_memory is not None:
             what = f"planned: {self.plan.needed / GIB:.1f} GiB of {self.plan.gpu_memory:g} on each GPU"
         wrote = (f"wrote {path}" for path in self.files)
-        return "\n".join([*wrote, what, "next:", *(f"  {command}" for command in self.commands)])
+        left_alone = [f"left as it was: {self.left_alone}"] if self.left_alone else []
+        return "\n".join([*wrote, *left_alone, what, "next:", *(f"  {command}" for command in self.commands)])
 
 
 def init(out: Path, wish: Wish) -> Written:
@@ -96,17 +100,18 @@ def init(out: Path, wish: Wish) -> Written:
     for name, text in files.items():
         put(out / name, text.encode())
     written = [out / name for name in files]
+    left_alone = _other_scripts(out)
     if not Path(SCRIPTS).exists():
         copy_folder(SCRIPTS, Path(SCRIPTS))
         written.append(Path(SCRIPTS))
     load_config(out / "recipe.yaml")  # what was written is what was planned
-    return Written(written, plan, commands)
+    return Written(written, plan, commands, left_alone)
 
 
 def require_data(data: str) -> None:
     """Raises DataError where there are neither rows nor shards of that name. Nothing is fetched."""
-    if not is_url(data):
-        find_inputs([data])
+    if not _is_shards(data) and not is_url(data):
+        next(read_rows(find_inputs([data])), None)  # whatever it is: sharding says what is wrong with a row
 
 
 # ---- which recipe ----------------------------------------------------------------------------------------------------
@@ -268,6 +273,26 @@ def _batch_script(out: Path, wish: Wish) -> str:
     rest = rest.replace("=${1:?$usage}", f"={shlex.quote(str(out / 'accelerate.yaml'))}")
     rest = rest.replace("=${2:?$usage}\nshift 2\n", f"={shlex.quote(str(out / 'recipe.yaml'))}\n")
     return "\n".join(head) + "\n" + mark + rest
+
+
+def _other_scripts(out: Path) -> str:
+    """What is there instead of the scripts that the batch script calls; "" where they are, or can be copied."""
+    here = Path(SCRIPTS)
+    if not here.exists():
+        return ""
+    absent = [name for name in CALLED if not (here / name).is_file()]
+    others = [
+        name
+        for name in CALLED
+        if name not in absent and (here / name).read_bytes() != (shipped(SCRIPTS) / name).read_bytes()
+    ]
+    found = [f"without {', '.join(absent)}"] * bool(absent) + [f"with another {', '.join(others)}"] * bool(others)
+    if not found:
+        return ""
+    return (
+        f"{here}/, {' and '.join(found)}; on Slurm {out / 'train.sbatch'} calls those that `gemma-dist recipes "
+        f"{option('out')} FOLDER` copies"
+    )
 
 
 def _commands(out: Path, wish: Wish, processes: str, config: RunConfig, shards: str) -> list[str]:

@@ -54,6 +54,11 @@ def _saved_files(folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         splits = ", ".join(str(child) for child in sorted(folder.iterdir()) if child.is_dir())
         raise DataError(f"{folder}: holds several splits; name those that you mean: {splits}")
+    if (folder / "manifest.arrow").is_file():
+        raise DataError(
+            f"{folder}: holds finished shards, which `train` and all that looks at rows take as they are; to make "
+            "others for another model, name the rows that these were made of"
+        )
     if not (folder / STATE).is_file():
         raise DataError(
             f"{folder}: neither finished shards (no manifest.arrow in it) nor a folder that datasets saved (no "
