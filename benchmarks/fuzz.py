@@ -1,15 +1,17 @@
 """Broken input of every kind, thrown at the command line: the table of docs/trust.md.
 
-    python benchmarks/fuzz.py [--only rows,schemas,…] [--num-cases 250] [--seed 0] [--keep FOLDER]
+    python benchmarks/fuzz.py [--only rows,schemas,…] [--num-cases 250] [--seed 0] [--keep FOLDER] [--fresh]
 
 Each case is a file that was right until one to four random changes were made to it, in its structure or in its bytes,
 and a command that reads it, in a process of its own. The command must do its work (exit code 0) or refuse in plain
 words (2; `check-model` 1, where it finds something): a traceback, a process that dies, more than TIMEOUT_S seconds and
 more than MAX_BYTES of memory are counted, and so is a refusal that leaves something finished behind. With --keep, the
-cases of these kinds stay there, to be looked at.
+cases of these kinds stay there, to be looked at. A case begins with torch and transformers imported, which takes five
+times as long as the case itself; with --fresh it imports them itself, or has another process do so, as a command does.
 """
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
@@ -37,7 +39,8 @@ MAX_BYTES = 4 << 30
 RIGHT, REFUSED, FOUND = 0, 2, 1
 VERDICTS = ("done", "refused", "traceback", "died", "too slow", "too large", "left behind")
 PROCESSES = multiprocessing.get_context("forkserver")  # not fork: Arrow's threads are not copied, but their locks are
-PROCESSES.set_forkserver_preload(["gemma_dist.shards.sharding", "gemma_dist.merge.run", "gemma_dist.__main__"])
+PRELOADED = ["gemma_dist.shards.sharding", "gemma_dist.merge.run", "gemma_dist.__main__"]
+HEAVY = ["torch", "transformers.models.gemma4.processing_gemma4", "gemma_dist.model.load"]
 
 HOSTILE: list[Any] = [
     *(None, True, 0, -1, 0.5, 10**400, 1e308, float("nan"), "", " ", "0", [], {}, [[]], [None], {"": None}),
@@ -116,7 +119,7 @@ def change_at(holder: Any, key: Any, chance: random.Random) -> None:
     elif kind == 5 and isinstance(value, int | float):
         holder[key] = chance.choice([-value, value * 10**9, value / 3, str(value), 2**31, 2**63])
     else:
-        holder[key] = chance.choice(HOSTILE)
+        holder[key] = copy.deepcopy(chance.choice(HOSTILE))  # which later changes may change, too
 
 
 def changed_bytes(data: bytes, chance: random.Random) -> bytes:
@@ -405,7 +408,9 @@ def main() -> None:
     parser.add_argument("--num-cases", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--fresh", action="store_true")
     options = parser.parse_args()
+    PROCESSES.set_forkserver_preload(PRELOADED + HEAVY * (not options.fresh))
     with tempfile.TemporaryDirectory() as temporary:
         kinds = options.only.split(",")
         total = fuzz(Path(temporary), kinds, options.num_cases, options.seed, options.keep)
