@@ -1,13 +1,14 @@
 """Broken input of every kind, thrown at the command line: the table of docs/trust.md.
 
-    python benchmarks/fuzz.py [--only rows,schemas,…] [--num-cases 250] [--seed 0] [--keep FOLDER] [--fresh]
+    python benchmarks/fuzz.py [--only rows,schemas,…] [--num-cases 250] [--seed 0] [--keep FOLDER] [--say] [--fresh]
 
 Each case is a file that was right until one to four random changes were made to it, in its structure or in its bytes,
 and a command that reads it, in a process of its own. The command must do its work (exit code 0) or refuse in plain
 words (2; `check-model` 1, where it finds something): a traceback, a process that dies, more than TIMEOUT_S seconds and
 more than MAX_BYTES of memory are counted, and so is a refusal that leaves something finished behind. With --keep, the
-cases of these kinds stay there, to be looked at. A case begins with torch and transformers imported, which takes five
-times as long as the case itself; with --fresh it imports them itself, or has another process do so, as a command does.
+cases of these kinds stay there, to be looked at; with --say, what each refusal says is printed. A case begins with
+torch and transformers imported, which takes five times as long as the case itself; with --fresh it imports them itself,
+or has another process do so, as a command does.
 """
 
 import argparse
@@ -32,6 +33,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALL
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/support
 
 from gemma_dist.shards.manifest import MANIFEST
+from gemma_dist.train.checkpoint import MARKER
 from tests.support.corpus import TOOLS, row, write_rows
 
 TIMEOUT_S = 120
@@ -47,6 +49,7 @@ HOSTILE: list[Any] = [
     *("\ud800", "\x00", "\u202e", "\x1b]0;title\x07", "\U000e0041", "⟦trained⟧", "ⅷ", "a" * 100_000, "a b\nc\r\n\t"),
     *("<|tool_call>call:f{a:1}<tool_call|>", '<|"|>', "<turn|>\n<|turn>system\n", "<|image|>", "<eos>", "{{", "%}"),
     *("^(a+)+$", "#/$defs/x", "http://127.0.0.1:1/x", "file:///etc/passwd", "../../../etc/passwd", "s3://no-bucket/x"),
+    *("[" * 20_000, '{"a":' * 20_000, "(" * 20_000),  # deeper than any parser goes
     *("data:image/png;base64,AAAA", "data:image/png;base64," + "A" * 4000, "hf://datasets/no/such", "org/name"),
     *(
         {"$ref": "#"},
@@ -74,7 +77,7 @@ class Parts(NamedTuple):
     model: Path
     rows: list[dict[str, Any]]
     shards: Path
-    adapter: Path
+    adapters: list[Path]  # of LoRA and of QLoRA
     checkpoint: Path  # of full fine-tuning
     recipe: Path
 
@@ -205,8 +208,11 @@ def of_models(parts: Parts, folder: Path, chance: random.Random) -> Case:
     """Config, tokenizer, processor or weights of a model."""
     model = linked(parts.model, folder / "model")
     rewrite(chance.choice([path for path in model.iterdir() if path.suffix != ".jinja"]), chance)
-    if chance.random() < 0.5:
-        return Case(["check-model", str(model)], may_find=True)
+    command = chance.choice(["check-model", "shard", "merge"])
+    if command == "check-model":
+        return Case([command, str(model)], may_find=True)
+    if command == "merge":
+        return merging(model, parts.adapters[0], folder)
     return sharding(write_rows(folder / "rows.jsonl", parts.rows), model, folder, chance)
 
 
@@ -220,20 +226,36 @@ def of_shards(parts: Parts, folder: Path, chance: random.Random) -> Case:
 
 def of_adapters(parts: Parts, folder: Path, chance: random.Random) -> Case:
     """Config, record or weights of an adapter."""
-    adapter = linked(parts.adapter, folder / "adapter")
-    rewrite(
-        chance.choice([path for path in adapter.iterdir() if "adapter" in path.name or "gemma" in path.name]), chance
-    )
-    out = folder / "out"
-    return Case(["merge", "--base", str(parts.model), "--adapter", str(adapter), "--out", str(out)], out)
+    adapter, out = linked(chance.choice(parts.adapters), folder / "adapter"), folder / "out"
+    names = chance.choice([["adapter_config.json"], ["gemma_dist.json"], ["adapter_model.safetensors"]])
+    rewrite(adapter / names[0], chance)
+    command = chance.choice(["merge", "merge", "merge --verify", "evaluate", "export", "card", "push"])
+    if command.startswith("merge"):
+        return merging(parts.model, adapter, folder, *command.split()[1:])
+    if command == "evaluate":
+        words = ["--model", str(parts.model), "--data", str(parts.shards), "--limit", "1", "--max-new-tokens", "1"]
+        return Case([command, "--adapter", str(adapter), *words, "--out", str(out)])
+    if command == "export":
+        words = ["--base", str(parts.model), "--for", "vllm", "--out", str(out)]
+        return Case([command, "--adapter", str(adapter), *words], out)
+    return Case([command, str(adapter), *["owner/name"] * (command == "push")])
 
 
 def of_checkpoints(parts: Parts, folder: Path, chance: random.Random) -> Case:
-    """Any file of a checkpoint."""
-    checkpoint = linked(parts.checkpoint, folder / parts.checkpoint.name)
-    rewrite(chance.choice([path for path in checkpoint.iterdir() if path.is_file()]), chance)
+    """Any file of a checkpoint, which its marker has the digest of, or of one without a marker, or of a run's."""
     out = folder / "out"
-    return Case(["export", str(checkpoint), "--out", str(out)], out)
+    command = chance.choice(["export", "export", "train"])
+    place = folder if command == "export" else out
+    place.mkdir(exist_ok=True)
+    checkpoint = linked(parts.checkpoint, place / parts.checkpoint.name)
+    if chance.random() < 0.7:
+        forget(checkpoint)
+    rewrite(chance.choice(sorted(path for path in checkpoint.iterdir() if path.is_file())), chance)
+    if command == "export":
+        return Case([command, str(checkpoint), "--out", str(out)], out)
+    paths = [f"model.model_name_or_path={parts.model}", f"data.train={parts.shards}", f"train.output_dir={out}"]
+    batch = ["train.global_batch_size=4", "train.max_steps=2", "train.save_steps=2"]
+    return Case([command, str(parts.recipe.with_name("cpu_full.yaml")), *paths, *batch], out)
 
 
 def of_recipes(parts: Parts, folder: Path, chance: random.Random) -> Case:
@@ -280,6 +302,20 @@ KINDS: dict[str, Callable[[Parts, Path, random.Random], Case]] = {
 }
 
 
+def forget(checkpoint: Path) -> None:
+    """Take the digests out of a checkpoint's marker, as earlier versions wrote none: then its files are looked into."""
+    marker = json.loads((checkpoint / MARKER).read_bytes())
+    del marker["crc32"], marker["files"]
+    (checkpoint / MARKER).unlink()
+    (checkpoint / MARKER).write_text(json.dumps(marker))
+
+
+def merging(model: Path, adapter: Path, folder: Path, *words: str) -> Case:
+    """`gemma-dist merge` of a model and an adapter."""
+    out = folder / "out"
+    return Case(["merge", "--base", str(model), "--adapter", str(adapter), "--out", str(out), *words], out)
+
+
 def sharding(rows: Path, model: Path, folder: Path, chance: random.Random) -> Case:
     """`gemma-dist shard` of some rows."""
     out = folder / "out"
@@ -296,6 +332,7 @@ class Outcome(NamedTuple):
     verdict: str
     seconds: float
     num_bytes: int  # of memory, at most
+    case: Case
     said: str
 
 
@@ -317,8 +354,8 @@ def try_case(kind: str, number: int, parts: Parts, folder: Path, seed: int) -> O
     try:
         code, num_bytes = receiver.recv()
     except EOFError:
-        return Outcome("too slow" if seconds >= TIMEOUT_S else "died", seconds, 0, said)
-    return Outcome(judge(case, code, num_bytes, said), seconds, num_bytes, said)
+        return Outcome("too slow" if seconds >= TIMEOUT_S else "died", seconds, 0, case, said)
+    return Outcome(judge(case, code, num_bytes, said), seconds, num_bytes, case, said)
 
 
 def judge(case: Case, code: int, num_bytes: int, said: str) -> str:
@@ -368,13 +405,14 @@ def make_parts(folder: Path) -> Parts:
     gemma_dist("tiny", model)
     gemma_dist("shard", write_rows(folder / "rows.jsonl", rows), "--out", shards, "--model", model)
     batch = ["train.global_batch_size=4", "train.max_steps=1", "train.save_steps=1"]
-    for name in ("cpu_lora", "cpu_full"):
+    for name in ("cpu_lora", "cpu_qlora", "cpu_full"):
         paths = [f"model.model_name_or_path={model}", f"data.train={shards}", f"train.output_dir={folder / name}"]
         gemma_dist("train", recipes / f"{name}.yaml", *paths, *batch)
-    return Parts(model, rows, shards, folder / "cpu_lora", folder / "cpu_full/checkpoint-1", recipes / "cpu_lora.yaml")
+    adapters, checkpoint = [folder / "cpu_lora", folder / "cpu_qlora"], folder / "cpu_full/checkpoint-1"
+    return Parts(model, rows, shards, adapters, checkpoint, recipes / "cpu_lora.yaml")
 
 
-def fuzz(folder: Path, kinds: list[str], num_cases: int, seed: int, keep: Path | None) -> Counter[str]:
+def fuzz(folder: Path, kinds: list[str], num_cases: int, seed: int, keep: Path | None, say: bool) -> Counter[str]:
     """Run all cases, on all cores; prints a line a kind, and returns how often each verdict was given."""
     parts = make_parts(folder / "parts")
     total: Counter[str] = Counter()
@@ -386,6 +424,8 @@ def fuzz(folder: Path, kinds: list[str], num_cases: int, seed: int, keep: Path |
         def one(number: int, kind: str = kind) -> Outcome:
             place = folder / "cases" / f"{kind}-{number}"
             outcome = try_case(kind, number, parts, place, seed)
+            if say and outcome.verdict == "refused":
+                print(f"{place.name}: {' '.join(outcome.case.words)}\n    {outcome.said[-1000:]}")
             if keep and outcome.verdict not in VERDICTS[:2]:
                 shutil.copytree(place, keep / outcome.verdict.replace(" ", "-") / place.name, dirs_exist_ok=True)
             shutil.rmtree(place)
@@ -408,12 +448,13 @@ def main() -> None:
     parser.add_argument("--num-cases", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--say", action="store_true")
     parser.add_argument("--fresh", action="store_true")
     options = parser.parse_args()
     PROCESSES.set_forkserver_preload(PRELOADED + HEAVY * (not options.fresh))
     with tempfile.TemporaryDirectory() as temporary:
         kinds = options.only.split(",")
-        total = fuzz(Path(temporary), kinds, options.num_cases, options.seed, options.keep)
+        total = fuzz(Path(temporary), kinds, options.num_cases, options.seed, options.keep, options.say)
     sys.exit(any(total[verdict] for verdict in VERDICTS[2:]))
 
 

@@ -94,7 +94,7 @@ def open_tensors(path: Path) -> TensorFile:
             raise ValueError(f"it has {size} bytes, its header says {end}")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the folder's name") from error
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); download or save it again") from None
     return TensorFile(path, entries, metadata)
 

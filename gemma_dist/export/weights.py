@@ -173,7 +173,7 @@ def require_complete(result: Result, config: Path, checkpoint: Path) -> None:
             model = getattr(transformers, name)(settings)
     except Exception as error:  # a broken config may raise anything
         raise CheckpointError(
-            f"transformers makes no model of {config} ({str(error).partition(chr(10))[0]}); put the config.json of the "
+            f"transformers makes no model of {config} ({' '.join(str(error).split())}); put the config.json of the "
             "trained model there, or update transformers"
         ) from error
     tied = model.all_tied_weights_keys if result.tied else {}

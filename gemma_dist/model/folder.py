@@ -79,7 +79,7 @@ def read_json_object(path: Path, problem: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{problem}: {path} cannot be read ({error.strerror}); check the folder's name") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{problem}: {path} is not JSON ({error}); save or download it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{problem}: {path} holds no JSON object; save or download it again")
@@ -92,7 +92,7 @@ def refuse_adapter(folder: Path) -> None:
         return
     try:
         base = str(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
         base = "BASE"
     raise CheckpointError(
         f"{folder} is an adapter, which is no model: name its base ({base}), and the adapter beside it where the "
@@ -126,7 +126,7 @@ def refuse_custom_code(model: str | Path) -> None:
             continue
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:  # loading says what is wrong with it
+        except (ValueError, RecursionError):  # loading says what is wrong with it
             continue
         for auto_map in _auto_maps(content):
             raise CheckpointError(

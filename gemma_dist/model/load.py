@@ -16,10 +16,11 @@ from gemma_dist import world
 from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.model import fsdp
-from gemma_dist.model.folder import ADAPTER_CONFIG, read_json_object, refuse_adapter, refuse_custom_code, refuse_pickle
+from gemma_dist.model.adapter_config import read_adapter_config
+from gemma_dist.model.folder import ADAPTER_CONFIG, refuse_adapter, refuse_custom_code, refuse_pickle
 from gemma_dist.model.images import use_known_places
 from gemma_dist.model.per_layer import TABLE, PerLayerTable, open_table, table_left_out, take_rows_of_batch
-from gemma_dist.model.record import ADAPTER_RECORD, four_bit_config, names_its_layers, quantization_of, read_record
+from gemma_dist.model.record import ADAPTER_RECORD, four_bit_config, quantization_of, read_record, why_not_in_4_bits
 from gemma_dist.model.rows import use_right_padding
 from gemma_dist.model.towers import Tower, config_without, linear_layers, modules_of, whole_modules
 from gemma_dist.model.vision import use_image_rule
@@ -115,14 +116,15 @@ def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool =
         _require_adapter(adapter)
         record = read_record(adapter)
         if record is not None and (quantization := record.get("quantization")):
-            if not names_its_layers(quantization):
+            if why := why_not_in_4_bits(quantization):
                 raise CheckpointError(
-                    f"{adapter / ADAPTER_RECORD}: quantization lists no modules or parameters by name; take the file "
-                    "from the training's result once more"
+                    f"{adapter / ADAPTER_RECORD}: {why}, as training writes it, so how the base was held is not known; "
+                    "take the file from the training's result once more"
                 )
             whole = sorted(linear_layers(config) - set(quantization["modules"]))
             arguments["quantization_config"] = four_bit_config(quantization, skip_modules=whole)
-            arguments["dtype"] = dtype = getattr(torch, quantization["weights_dtype"])
+            if "weights_dtype" in quantization:
+                arguments["dtype"] = dtype = getattr(torch, quantization["weights_dtype"])
             arguments["experts"] = "gpu" if quantization.get("parameters") else None
     zero3 = settings_for_evaluation(dtype)
     if zero3 is None and not (fsdp.is_launched() and "quantization_config" not in arguments):
@@ -135,8 +137,13 @@ def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool =
     if adapter is not None:
         try:
             loaded = with_adapter(loaded, adapter, autocast_adapter_dtype=zero3 is None)
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"adapter {adapter} does not fit {model!r}: {error}") from error
+        except CheckpointError:  # of its settings
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise CheckpointError(
+                f"adapter {adapter} does not fit {model!r}: {error}; give the model that it was trained on, and its "
+                f"own {ADAPTER_CONFIG}"
+            ) from error
     if zero3 is not None:
         if adapter is not None:
             _adapter_as_base(loaded)
@@ -149,22 +156,30 @@ def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool =
 
 def with_adapter(model: Any, adapter: Path, **arguments: Any) -> Any:
     """`model` with an adapter from a folder, as PEFT loads it."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    from gemma_dist.model.experts import adapt_four_bit_experts
-
-    settings = adapt_four_bit_experts(PeftConfig.from_pretrained(str(adapter)))
-    return PeftModel.from_pretrained(model, str(adapter), config=settings, **arguments)
+    return PeftModel.from_pretrained(model, str(adapter), config=_settings_of(adapter), **arguments)
 
 
 def load_another(adapted: Any, adapter: Path, name: str) -> None:
     """Give a model with an adapter one more, under a name of its own."""
+    adapted.add_adapter(name, _settings_of(adapter))
+    adapted.load_adapter(str(adapter), adapter_name=name)
+
+
+def _settings_of(adapter: Path) -> Any:
+    """PEFT's settings of an adapter. Raises CheckpointError where PEFT takes them for none."""
     from peft import PeftConfig
 
     from gemma_dist.model.experts import adapt_four_bit_experts
 
-    adapted.add_adapter(name, adapt_four_bit_experts(PeftConfig.from_pretrained(str(adapter))))
-    adapted.load_adapter(str(adapter), adapter_name=name)
+    try:
+        return adapt_four_bit_experts(PeftConfig.from_pretrained(str(adapter)))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{adapter / ADAPTER_CONFIG} holds no settings that PEFT takes ({type(error).__name__}: {error}); take the "
+            "file from the training's result once more"
+        ) from error
 
 
 def place_of_experts(
@@ -355,11 +370,10 @@ def _require_gemma4(name: str, model_type: str) -> None:
 def _require_adapter(folder: Path) -> None:
     """Raises CheckpointError unless PEFT's settings of an adapter can be read in `folder`: its own errors name none;
     and where its weights are a pickle."""
-    path = folder / ADAPTER_CONFIG
     refuse_pickle(folder)
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is no adapter: it holds no {ADAPTER_CONFIG}")
-    read_json_object(path, "the adapter's settings are broken")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{folder} is no adapter: it holds no {ADAPTER_CONFIG}; give the folder that has one")
+    read_adapter_config(folder)
 
 
 def _peft_config(settings: LoraConfig) -> Any:

@@ -52,6 +52,6 @@ def editions_of_newest(output_dir: Path, shards: Shards) -> list[Edition]:
         try:
             marker = json.loads(path.read_text(encoding="utf-8"))
             markers.append((marker["step"], editions_from(marker, shards)))
-        except (OSError, ValueError, LookupError, TypeError):  # damaged: a run would put it aside
+        except (OSError, ValueError, RecursionError, LookupError, TypeError):  # damaged: a run would put it aside
             continue
     return max(markers, default=(0, []))[1]

@@ -233,7 +233,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
     path = folder / MARKER
     try:
         marker = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path.name} is damaged: it is no JSON") from None
     if not isinstance(marker, dict) or type(marker.get("step")) is not int:
         raise CheckpointError(f"{path.name} is damaged: it names no step")

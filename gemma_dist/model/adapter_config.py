@@ -1,0 +1,131 @@
+"""`adapter_config.json`, the settings that PEFT keeps beside an adapter: each of the kind that PEFT writes, or refused.
+
+Whoever reads the file reads it here: PEFT itself takes whatever stands there, and fails somewhere else.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma_dist.errors import CheckpointError
+from gemma_dist.model.folder import ADAPTER_CONFIG, read_json_object
+
+SHOWN = 200  # characters of a value in a message
+Kind = tuple[Callable[[Any], bool], str]  # of a value: whether it is of that kind, and the kind in words
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The settings of an adapter in a folder.
+
+    Raises:
+        CheckpointError: there is no such file, or one that PEFT did not write.
+    """
+    path = folder / ADAPTER_CONFIG
+    settings = read_json_object(path, "the adapter is not a folder that PEFT saved")
+    if found := odd_value(settings, LORA if settings.get("peft_type") == "LORA" else OF_ALL):
+        raise CheckpointError(
+            f"{path}: {found}, as PEFT writes it; take the file from the training's result once more, or correct it"
+        )
+    return settings
+
+
+def odd_value(settings: Mapping[str, Any], kinds: Mapping[str, Kind]) -> str:
+    """The first value that is not of its kind, in words; empty where each is."""
+    for key, (is_right, words) in kinds.items():
+        if key in settings and not is_right(settings[key]):
+            value = json.dumps(settings[key], ensure_ascii=False)
+            return f"{key} = {value if len(value) <= SHOWN else value[:SHOWN] + '…'} is not {words}"
+    return ""
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text."""
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, TypeError, OverflowError, RecursionError):
+        return False
+    return True
+
+
+def _is_end(value: str) -> bool:
+    """Whether a key is a regular expression where PEFT puts it: at the end of a module's path."""
+    return _is_pattern(rf"(.*\.)?({value})$")
+
+
+def list_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Whether a value is a list of such values."""
+    return lambda value: isinstance(value, list) and all(map(is_right, value))
+
+
+def _object_of(is_name: Callable[[Any], bool], is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(is_name, value)) and all(map(is_right, value.values()))
+
+
+def _any_of(*kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: any(is_right(value) for is_right in kinds)
+
+
+def _is_null(value: Any) -> bool:
+    return value is None
+
+
+def _or_null(is_right: Callable[[Any], bool], words: str) -> Kind:
+    return _any_of(_is_null, is_right), f"{words} or null"
+
+
+_TEXT = _or_null(is_text, "a text")
+_TEXTS = _or_null(list_of(is_text), "a list of texts")
+_FLAG = _or_null(lambda value: isinstance(value, bool), "true, false")
+_COUNTS = _any_of(_is_count, list_of(_is_count))
+_TOKENS = _any_of(list_of(_is_count), _object_of(is_text, list_of(_is_count)))
+_PATTERN = _or_null(_any_of(_is_pattern, list_of(is_text)), "a regular expression, a list of texts")
+
+# Setting -> whether a value is of its kind, and that kind in words. Others have none: PEFT's own errors, and those of
+# `merge/kinds.py`, are about them.
+OF_ALL: dict[str, Kind] = {"peft_type": (is_text, "a text"), "base_model_name_or_path": _TEXT}
+LORA: dict[str, Kind] = {
+    **OF_ALL,
+    **dict.fromkeys(("bias", "peft_version", "revision", "task_type"), _TEXT),
+    **dict.fromkeys(("fan_in_fan_out", "inference_mode", "lora_bias", "use_dora", "use_qalora", "use_rslora"), _FLAG),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), _TEXTS),
+    **dict.fromkeys(("exclude_modules", "target_modules"), _PATTERN),
+    "alpha_pattern": _or_null(
+        _object_of(_is_end, _is_number), "an object of regular expressions, each with a finite number,"
+    ),
+    "init_lora_weights": _or_null(lambda value: isinstance(value, bool | str), "true, false, a text"),
+    "layers_pattern": _or_null(_any_of(is_text, list_of(is_text)), "a text, a list of texts"),
+    "layers_to_transform": _or_null(_COUNTS, "a whole number from 0, a list of them"),
+    "lora_alpha": (_is_number, "a finite number"),
+    "lora_dropout": (_is_share, "a number from 0 to 1"),
+    "r": (_is_rank, "a whole number above 0"),
+    "rank_pattern": _or_null(
+        _object_of(_is_end, _is_rank), "an object of regular expressions, each with a whole number above 0,"
+    ),
+    "trainable_token_indices": _or_null(_TOKENS, "a list of tokens' ids, an object of such lists"),
+}
