@@ -32,6 +32,8 @@ from typing import Any, NamedTuple
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/support
 
+import yaml
+
 from gemma_dist.shards.manifest import MANIFEST
 from gemma_dist.train.checkpoint import MARKER
 from tests.support.corpus import TOOLS, row, write_rows
@@ -146,11 +148,11 @@ def changed_bytes(data: bytes, chance: random.Random) -> bytes:
 
 
 def rewrite(path: Path, chance: random.Random) -> None:
-    """Break a file: JSON in its structure most of the time, others in their bytes."""
+    """Break a file: JSON and YAML in their structure most of the time, others in their bytes."""
     data = path.read_bytes()
     path.unlink()  # it may be a link
-    if path.suffix == ".json" and chance.random() < 0.7:
-        path.write_text(json.dumps(changed(json.loads(data), chance)))
+    if path.suffix in (".json", ".yaml") and chance.random() < 0.7:
+        path.write_text(json.dumps(changed(yaml.safe_load(data), chance)))  # which is YAML, too
         return
     path.write_bytes(changed_bytes(data, chance))
 
@@ -208,11 +210,13 @@ def of_models(parts: Parts, folder: Path, chance: random.Random) -> Case:
     """Config, tokenizer, processor or weights of a model."""
     model = linked(parts.model, folder / "model")
     rewrite(chance.choice([path for path in model.iterdir() if path.suffix != ".jinja"]), chance)
-    command = chance.choice(["check-model", "shard", "merge"])
+    command = chance.choice(["check-model", "shard", "merge", "evaluate"])
     if command == "check-model":
         return Case([command, str(model)], may_find=True)
     if command == "merge":
         return merging(model, parts.adapters[0], folder)
+    if command == "evaluate":
+        return evaluating(model, parts, folder)
     return sharding(write_rows(folder / "rows.jsonl", parts.rows), model, folder, chance)
 
 
@@ -233,8 +237,7 @@ def of_adapters(parts: Parts, folder: Path, chance: random.Random) -> Case:
     if command.startswith("merge"):
         return merging(parts.model, adapter, folder, *command.split()[1:])
     if command == "evaluate":
-        words = ["--model", str(parts.model), "--data", str(parts.shards), "--limit", "1", "--max-new-tokens", "1"]
-        return Case([command, "--adapter", str(adapter), *words, "--out", str(out)])
+        return evaluating(parts.model, parts, folder, "--adapter", str(adapter))
     if command == "export":
         words = ["--base", str(parts.model), "--for", "vllm", "--out", str(out)]
         return Case([command, "--adapter", str(adapter), *words], out)
@@ -263,6 +266,7 @@ def of_recipes(parts: Parts, folder: Path, chance: random.Random) -> Case:
     path = folder / "recipe.yaml"
     path.write_bytes(parts.recipe.read_bytes())
     command = chance.choice([["check"], ["plan"], ["batches", str(parts.shards)]])
+    (folder / "accelerate_configs").symlink_to(parts.recipe.parents[1] / "accelerate_configs")  # they name others
     words = [*command, str(path), f"model.model_name_or_path={parts.model}", f"data.train={parts.shards}"]
     if command[0] != "batches" and chance.random() < 0.3:
         name = chance.choice(["cpu_ddp", "cpu_zero3", "cpu_fsdp2"])
@@ -314,6 +318,13 @@ def merging(model: Path, adapter: Path, folder: Path, *words: str) -> Case:
     """`gemma-dist merge` of a model and an adapter."""
     out = folder / "out"
     return Case(["merge", "--base", str(model), "--adapter", str(adapter), "--out", str(out), *words], out)
+
+
+def evaluating(model: Path, parts: Parts, folder: Path, *words: str) -> Case:
+    """`gemma-dist evaluate` of a model, a token of one answer."""
+    limits = ["--limit", "1", "--max-new-tokens", "1"]
+    words = ("--model", str(model), "--data", str(parts.shards), "--out", str(folder / "out"), *limits, *words)
+    return Case(["evaluate", *words])
 
 
 def sharding(rows: Path, model: Path, folder: Path, chance: random.Random) -> Case:

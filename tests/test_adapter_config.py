@@ -1,6 +1,7 @@
-"""`adapter_config.json` and `gemma_dist.json` of anyone: each value is of the kind that is computed with, or refused."""
+"""`adapter_config.json` and `gemma_dist.json` of anyone: each value is of its kind, or refused by its name."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from gemma_dist.errors import CheckpointError
 from gemma_dist.model.adapter_config import read_adapter_config
 from gemma_dist.model.record import why_not_in_4_bits
 from tests.support.corpus import row, write_rows
+from tests.support.damages import truncate
 from tests.test_merge import write_adapter
 
 QUANTIZATION = {
@@ -53,7 +55,7 @@ def test_a_value_of_another_kind_is_named_with_its_file(key: str, value: Any, ki
     with pytest.raises(CheckpointError) as refused:
         read_adapter_config(write(tmp_path, **{key: value}))
     said = str(refused.value)
-    assert said.startswith(f"{tmp_path}/adapter_config.json: {key} = {json.dumps(value)[:200]}")
+    assert said.startswith(f"{tmp_path}/adapter_config.json: {key} = {json.dumps(value)[:100]}")
     assert kind in said
     assert "take the file from the training's result once more" in said
 
@@ -120,13 +122,29 @@ def test_every_command_says_which_setting_is_wrong(
     assert f'{tmp_path}/adapter_config.json: alpha_pattern = "x" is not an object' in capfd.readouterr().err
 
 
+def test_weights_cut_short_are_refused_before_the_model_is_loaded(
+    pair: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (base, adapter), rows = pair, write_rows(tmp_path / "rows.jsonl", [row(0)])
+    shutil.copytree(adapter, tmp_path / "cut")
+    truncate(tmp_path / "cut/adapter_model.safetensors")
+    words = ["--model", base, "--adapter", tmp_path / "cut", "--data", rows, "--out", tmp_path / "out"]
+    assert main(["evaluate", *map(str, words)]) == 2
+    said = capfd.readouterr().err
+    assert "adapter_model.safetensors is not a whole safetensors file" in said
+    assert "Loading weights" not in said
+
+
 def test_a_setting_that_peft_alone_knows_is_refused_in_words(
     pair: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (base, adapter), out = pair, tmp_path / "out"
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_model.safetensors").symlink_to(adapter / "adapter_model.safetensors")
-    settings = json.loads((adapter / "adapter_config.json").read_text()) | {"target_modules": "x", "layers_pattern": "y"}
+    settings = json.loads((adapter / "adapter_config.json").read_text()) | {
+        "target_modules": "x",
+        "layers_pattern": "y",
+    }
     broken = write(tmp_path / "adapter", **settings)
     assert main(["merge", "--base", str(base), "--adapter", str(broken), "--out", str(out), "--verify"]) == 2
     assert f"{broken}/adapter_config.json holds no settings that PEFT takes" in capfd.readouterr().err

@@ -23,6 +23,7 @@ from gemma_dist.model.adapter_config import read_adapter_config
 from gemma_dist.model.fingerprint import fingerprint_base
 from gemma_dist.model.folder import (
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     WEIGHTS,
     WEIGHTS_INDEX,
     local_folder,
@@ -37,7 +38,6 @@ from gemma_dist.tensorfile import TensorFile, open_tensors, write_tensors
 
 BaseWeights = Literal["as_trained", "original"]
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 EMBEDDING = re.compile(r"\bembed_tokens(_per_layer)?\.weight$")  # the tables that a token's id looks up
 
 # What stands beside the weights, apart from config.json: the adapter's own file wins where it has one, since training

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_dist.errors import CheckpointError
-from gemma_dist.model.folder import ADAPTER_CONFIG, read_json_object
+from gemma_dist.errors import CheckpointError, shortened
+from gemma_dist.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json_object, refuse_pickle
+from gemma_dist.tensorfile import open_tensors
 
-SHOWN = 200  # characters of a value in a message
 Kind = tuple[Callable[[Any], bool], str]  # of a value: whether it is of that kind, and the kind in words
 
 
@@ -32,12 +32,21 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def require_adapter(folder: Path) -> None:
+    """Raises CheckpointError unless settings and weights of an adapter can be read in a folder, the latter as far as
+    their header: PEFT's own errors name no file. And where the weights are a pickle."""
+    refuse_pickle(folder)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{folder} is no adapter: it holds no {ADAPTER_CONFIG}; give the folder that has one")
+    read_adapter_config(folder)
+    open_tensors(folder / ADAPTER_WEIGHTS)
+
+
 def odd_value(settings: Mapping[str, Any], kinds: Mapping[str, Kind]) -> str:
     """The first value that is not of its kind, in words; empty where each is."""
     for key, (is_right, words) in kinds.items():
         if key in settings and not is_right(settings[key]):
-            value = json.dumps(settings[key], ensure_ascii=False)
-            return f"{key} = {value if len(value) <= SHOWN else value[:SHOWN] + '…'} is not {words}"
+            return f"{key} = {shortened(json.dumps(settings[key], ensure_ascii=False))} is not {words}"
     return ""
 
 

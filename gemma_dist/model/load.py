@@ -11,13 +11,14 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
+from safetensors import SafetensorError
 
 from gemma_dist import world
 from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.model import fsdp
-from gemma_dist.model.adapter_config import read_adapter_config
-from gemma_dist.model.folder import ADAPTER_CONFIG, refuse_adapter, refuse_custom_code, refuse_pickle
+from gemma_dist.model.adapter_config import require_adapter
+from gemma_dist.model.folder import ADAPTER_CONFIG, refuse_adapter, refuse_custom_code
 from gemma_dist.model.images import use_known_places
 from gemma_dist.model.per_layer import TABLE, PerLayerTable, open_table, table_left_out, take_rows_of_batch
 from gemma_dist.model.record import ADAPTER_RECORD, four_bit_config, quantization_of, read_record, why_not_in_4_bits
@@ -113,7 +114,7 @@ def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool =
     config = read_config(model)
     dtype = config.dtype
     if adapter is not None:
-        _require_adapter(adapter)
+        require_adapter(adapter)
         record = read_record(adapter)
         if record is not None and (quantization := record.get("quantization")):
             if why := why_not_in_4_bits(quantization):
@@ -139,7 +140,7 @@ def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool =
             loaded = with_adapter(loaded, adapter, autocast_adapter_dtype=zero3 is None)
         except CheckpointError:  # of its settings
             raise
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        except (SafetensorError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise CheckpointError(
                 f"adapter {adapter} does not fit {model!r}: {error}; give the model that it was trained on, and its "
                 f"own {ADAPTER_CONFIG}"
@@ -365,15 +366,6 @@ def _require_gemma4(name: str, model_type: str) -> None:
     """Raises CheckpointError for any other `model_type` of a config.json."""
     if not model_type.startswith("gemma4"):
         raise CheckpointError(f"{name!r} is a {model_type} model; gemma_dist knows Gemma 4 alone")
-
-
-def _require_adapter(folder: Path) -> None:
-    """Raises CheckpointError unless PEFT's settings of an adapter can be read in `folder`: its own errors name none;
-    and where its weights are a pickle."""
-    refuse_pickle(folder)
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise CheckpointError(f"{folder} is no adapter: it holds no {ADAPTER_CONFIG}; give the folder that has one")
-    read_adapter_config(folder)
 
 
 def _peft_config(settings: LoraConfig) -> Any:

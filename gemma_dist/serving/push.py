@@ -17,12 +17,11 @@ from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.files import size
 from gemma_dist.model.adapter_config import read_adapter_config
 from gemma_dist.model.card import CARD, HUB_NAME, PEFTS, public_name
-from gemma_dist.model.folder import ADAPTER_CONFIG, weight_files
+from gemma_dist.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, weight_files
 from gemma_dist.serving.check import check_model
 from gemma_dist.serving.report import ModelReport
 from gemma_dist.tensorfile import open_tensors
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WANTED = re.compile(
     "|".join(
         (

@@ -1,0 +1,49 @@
+"""Which file of a model's folder keeps its processor from being loaded: the libraries that read them say no name."""
+
+from pathlib import Path
+
+from gemma_dist.data.strict import reason
+from gemma_dist.errors import CheckpointError
+from gemma_dist.model.folder import embedding_rows, read_json_object
+
+SETTINGS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "config.json")
+TOKENIZER = "tokenizer.json"
+
+
+def why_no_processor(folder: str, model: str, error: Exception) -> str:
+    """What to say where loading a processor from `folder`, beside the config of `model`, ended with `error`."""
+    found = _broken_setting(Path(folder)) or _broken_tokenizer(Path(folder)) or _broken_config(model) or reason(error)
+    return (
+        f"no processor can be loaded from {folder!r}: {found}; download or save that again, or copy processor and "
+        "tokenizer from the folder of the base"
+    )
+
+
+def _broken_setting(folder: Path) -> str:
+    for name in SETTINGS:
+        if (folder / name).is_file():
+            try:
+                read_json_object(folder / name, "")
+            except CheckpointError as error:
+                return str(error).removeprefix(": ").partition(";")[0]
+    return ""
+
+
+def _broken_tokenizer(folder: Path) -> str:
+    from tokenizers import Tokenizer
+
+    if not (folder / TOKENIZER).is_file():
+        return ""
+    try:
+        Tokenizer.from_file(str(folder / TOKENIZER))
+    except Exception as error:  # of Rust, which knows no other kind
+        return f"{folder / TOKENIZER} holds no tokenizer ({reason(error)})"
+    return ""
+
+
+def _broken_config(model: str) -> str:
+    try:
+        embedding_rows(model)
+    except Exception as error:  # transformers checks each value, with errors of its own
+        return f"config.json of {model!r} is refused by transformers ({reason(error)})"
+    return ""
