@@ -147,11 +147,12 @@ def changed_bytes(data: bytes, chance: random.Random) -> bytes:
 
 
 def rewrite(path: Path, chance: random.Random) -> None:
-    """Break a file: JSON, YAML and headers of safetensors in their structure most of the time, all else in its bytes."""
+    """Break a file: JSON, YAML and headers of safetensors in their structure most of the time, all else in bytes."""
     data = path.read_bytes()
     path.unlink()  # it may be a link
     if path.suffix in (".json", ".yaml") and chance.random() < 0.7:
-        path.write_text(json.dumps(changed(yaml.safe_load(data), chance)))  # which is YAML, too
+        right = json.loads(data) if path.suffix == ".json" else yaml.safe_load(data)
+        path.write_text(json.dumps(changed(right, chance)))  # which is YAML, too
         return
     if path.suffix == ".safetensors" and chance.random() < 0.7:
         end = 8 + int.from_bytes(data[:8], "little")

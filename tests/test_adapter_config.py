@@ -12,6 +12,7 @@ from gemma_dist.__main__ import main
 from gemma_dist.errors import CheckpointError
 from gemma_dist.model.adapter_config import read_adapter_config
 from gemma_dist.model.record import why_not_in_4_bits
+from gemma_dist.tensorfile import open_tensors
 from tests.support.corpus import row, write_rows
 from tests.support.damages import truncate
 from tests.test_merge import write_adapter
@@ -149,3 +150,24 @@ def test_a_setting_that_peft_alone_knows_is_refused_in_words(
     assert main(["merge", "--base", str(base), "--adapter", str(broken), "--out", str(out), "--verify"]) == 2
     assert f"{broken}/adapter_config.json holds no settings that PEFT takes" in capfd.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        "F32",
+        {"dtype": "F32", "shape": [2]},
+        {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [True, 8]},
+    ],
+)
+def test_a_header_of_weights_says_where_each_tensor_lies_or_is_refused(item: Any, tmp_path: Path) -> None:
+    header = json.dumps({"lora": item}).encode()
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(CheckpointError, match=r"not a whole safetensors file \(lora is .* no place of a tensor\)"):
+        open_tensors(path)

@@ -12,7 +12,8 @@ TOKENIZER = "tokenizer.json"
 
 def why_no_processor(folder: str, model: str, error: Exception) -> str:
     """What to say where loading a processor from `folder`, beside the config of `model`, ended with `error`."""
-    found = _broken_setting(Path(folder)) or _broken_tokenizer(Path(folder)) or _broken_config(model) or reason(error)
+    place = Path(folder)
+    found = _broken_setting(place) or _broken_tokenizer(place) or _broken_config(model) or _broken_part(place, error)
     return (
         f"no processor can be loaded from {folder!r}: {found}; download or save that again, or copy processor and "
         "tokenizer from the folder of the base"
@@ -39,6 +40,21 @@ def _broken_tokenizer(folder: Path) -> str:
     except Exception as error:  # of Rust, which knows no other kind
         return f"{folder / TOKENIZER} holds no tokenizer ({reason(error)})"
     return ""
+
+
+def _broken_part(folder: Path, error: Exception) -> str:
+    """Where all files can be read: which of them is absent, or holds a value that is none for transformers."""
+    from transformers import AutoTokenizer
+
+    if not folder.is_dir():
+        return reason(error)
+    if absent := [name for name in (SETTINGS[0], TOKENIZER) if not (folder / name).is_file()]:
+        return f"{folder / absent[0]} is absent"
+    try:
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as of_tokenizer:  # of such a value, anything may be raised
+        return f"{folder / 'tokenizer_config.json'} holds what transformers refuses ({reason(of_tokenizer)})"
+    return f"{folder / SETTINGS[0]} holds what transformers refuses ({reason(error)})"
 
 
 def _broken_config(model: str) -> str:

@@ -14,6 +14,7 @@ from gemma_dist.errors import CheckpointError, shortened
 from gemma_dist.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json_object, refuse_pickle
 from gemma_dist.tensorfile import open_tensors
 
+MOST = 2**31  # of layers, of tokens, of a rank: far beyond any
 Kind = tuple[Callable[[Any], bool], str]  # of a value: whether it is of that kind, and the kind in words
 
 
@@ -56,11 +57,11 @@ def is_text(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < MOST
 
 
 def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < MOST
 
 
 def _is_number(value: Any) -> bool:
@@ -115,23 +116,32 @@ _COUNTS = _any_of(_is_count, list_of(_is_count))
 _TOKENS = _any_of(list_of(_is_count), _object_of(is_text, list_of(_is_count)))
 _PATTERN = _or_null(_any_of(_is_pattern, list_of(is_text)), "a regular expression, a list of texts")
 
+_OBJECT = _or_null(lambda value: isinstance(value, dict), "an object")
+
 # Setting -> whether a value is of its kind, and that kind in words. Others have none: PEFT's own errors, and those of
 # `merge/kinds.py`, are about them.
 OF_ALL: dict[str, Kind] = {"peft_type": (is_text, "a text"), "base_model_name_or_path": _TEXT}
 LORA: dict[str, Kind] = {
     **OF_ALL,
-    **dict.fromkeys(("bias", "peft_version", "revision", "task_type"), _TEXT),
-    **dict.fromkeys(("fan_in_fan_out", "inference_mode", "lora_bias", "use_dora", "use_qalora", "use_rslora"), _FLAG),
+    **dict.fromkeys(("bias", "megatron_core", "peft_version", "revision", "task_type"), _TEXT),
+    **dict.fromkeys(("ensure_weight_tying", "fan_in_fan_out", "inference_mode", "lora_bias"), _FLAG),
+    **dict.fromkeys(("use_dora", "use_qalora", "use_rslora"), _FLAG),
+    **dict.fromkeys(("arrow_config", "auto_mapping", "corda_config", "eva_config", "kasa_config"), _OBJECT),
+    **dict.fromkeys(("loftq_config", "lora_ga_config", "megatron_config", "monteclora_config"), _OBJECT),
+    **dict.fromkeys(("runtime_config", "use_bdlora", "velora_config"), _OBJECT),
     **dict.fromkeys(("modules_to_save", "target_parameters"), _TEXTS),
     **dict.fromkeys(("exclude_modules", "target_modules"), _PATTERN),
+    "alora_invocation_tokens": _or_null(list_of(_is_count), "a list of tokens' ids"),
     "alpha_pattern": _or_null(
         _object_of(_is_end, _is_number), "an object of regular expressions, each with a finite number,"
     ),
     "init_lora_weights": _or_null(lambda value: isinstance(value, bool | str), "true, false, a text"),
+    "layer_replication": _or_null(list_of(list_of(_is_count)), "a list of pairs of layers"),
     "layers_pattern": _or_null(_any_of(is_text, list_of(is_text)), "a text, a list of texts"),
     "layers_to_transform": _or_null(_COUNTS, "a whole number from 0, a list of them"),
     "lora_alpha": (_is_number, "a finite number"),
     "lora_dropout": (_is_share, "a number from 0 to 1"),
+    "qalora_group_size": _or_null(_is_rank, "a whole number above 0"),
     "r": (_is_rank, "a whole number above 0"),
     "rank_pattern": _or_null(
         _object_of(_is_end, _is_rank), "an object of regular expressions, each with a whole number above 0,"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_dist.errors import CheckpointError
+from gemma_dist.errors import CheckpointError, shortened
 
 # The files in which transformers looks for `auto_map`, classes that lie as Python files in the folder.
 CLASS_FILES = (
@@ -23,6 +23,7 @@ CLASS_FILES = (
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
@@ -111,6 +112,22 @@ def read_model_config(model: str | Path, named: str) -> dict[str, Any]:
     folder = local_folder(model, named)
     refuse_adapter(folder)
     return read_json_object(folder / "config.json", named)
+
+
+def require_generation_config(model: str) -> None:
+    """Raises CheckpointError where the settings of generation in a model's folder are none: transformers says neither
+    file nor setting."""
+    from transformers import GenerationConfig
+
+    path = Path(model) / GENERATION_CONFIG
+    if path.is_file():
+        read_json_object(path, "the settings of generation are broken")
+        try:
+            GenerationConfig.from_pretrained(model)
+        except Exception as error:  # of values that are none, anything may be raised
+            raise CheckpointError(
+                f"{path} holds what transformers refuses ({shortened(str(error))}); take the file of the base"
+            ) from error
 
 
 def refuse_custom_code(model: str | Path) -> None:

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 
 from gemma_dist import world
 from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig
-from gemma_dist.errors import CheckpointError, ConfigError
+from gemma_dist.errors import CheckpointError, ConfigError, shortened
 from gemma_dist.model import fsdp
 from gemma_dist.model.adapter_config import require_adapter
-from gemma_dist.model.folder import ADAPTER_CONFIG, refuse_adapter, refuse_custom_code
+from gemma_dist.model.folder import ADAPTER_CONFIG, refuse_adapter, refuse_custom_code, require_generation_config
 from gemma_dist.model.images import use_known_places
 from gemma_dist.model.per_layer import TABLE, PerLayerTable, open_table, table_left_out, take_rows_of_batch
 from gemma_dist.model.record import ADAPTER_RECORD, four_bit_config, quantization_of, read_record, why_not_in_4_bits
@@ -142,8 +142,8 @@ def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool =
             raise
         except (SafetensorError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise CheckpointError(
-                f"adapter {adapter} does not fit {model!r}: {error}; give the model that it was trained on, and its "
-                f"own {ADAPTER_CONFIG}"
+                f"adapter {adapter} does not fit {model!r}: {shortened(str(error))}; give the model that it was "
+                f"trained on, and its own {ADAPTER_CONFIG}"
             ) from error
     if zero3 is not None:
         if adapter is not None:
@@ -178,7 +178,7 @@ def _settings_of(adapter: Path) -> Any:
         return adapt_four_bit_experts(PeftConfig.from_pretrained(str(adapter)))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{adapter / ADAPTER_CONFIG} holds no settings that PEFT takes ({type(error).__name__}: {error}); take the "
+            f"{adapter / ADAPTER_CONFIG} holds no settings that PEFT takes ({shortened(str(error))}); take the "
             "file from the training's result once more"
         ) from error
 
@@ -305,6 +305,7 @@ def _from_pretrained(
     from gemma_dist.model.experts import loading_experts
 
     config = config_without(read_config(name), without)
+    require_generation_config(name)
     model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     left_out = [*modules_of(without), *([TABLE] if table is not None else [])]
     try:
@@ -323,7 +324,7 @@ def _from_pretrained(
                 use_safetensors=True,  # of the hub, too
                 **arguments,
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(_no_model(name, error)) from error
     if report["mismatched_keys"]:
         weight, stored, described = min(report["mismatched_keys"])

@@ -23,13 +23,12 @@ from gemma_dist.gemma_format import (
     STOP_TOKENS,
     VIDEO,
 )
-from gemma_dist.model.folder import read_json_object
+from gemma_dist.model.folder import GENERATION_CONFIG, read_json_object
 from gemma_dist.model.towers import UNIFIED
 from gemma_dist.serving.commands import LLAMA_CPP
 from gemma_dist.serving.rendering import check_for_llama_cpp, check_rendering
 from gemma_dist.serving.report import Finding, ModelReport
 
-GENERATION_CONFIG = "generation_config.json"
 TEMPLATE, OLD_TEMPLATE = "chat_template.jinja", "chat_template.json"
 FROM_BASE = "copy it from the folder of the base"
 
