@@ -41,8 +41,8 @@ SECTIONS: dict[str, type[Section]] = {
     "lora": LoraConfig,
     "train": TrainConfig,
 }
-# Every setting of a recipe by its dotted key. The names after the dot are distinct, so that an override may be bare.
 WRITE_YAML = "a value that holds : # [ { or a tab stands in quotes, and launch/ has recipes to compare with"
+# Every setting of a recipe by its dotted key. The names after the dot are distinct, so that an override may be bare.
 KEYS = ["tuning", *(f"{section}.{name}" for section, kind in SECTIONS.items() for name in kind.model_fields)]
 
 

@@ -38,7 +38,10 @@ def require_adapter(folder: Path) -> None:
     their header: PEFT's own errors name no file. And where the weights are a pickle."""
     refuse_pickle(folder)
     if not (folder / ADAPTER_CONFIG).is_file():
-        raise CheckpointError(f"{folder} is no adapter: it holds no {ADAPTER_CONFIG}; give the folder that has one")
+        raise CheckpointError(
+            f"{folder} is no adapter: it holds no {ADAPTER_CONFIG}; name a folder that PEFT, or a run with tuning: "
+            "lora, saved"
+        )
     read_adapter_config(folder)
     open_tensors(folder / ADAPTER_WEIGHTS)
 
@@ -115,7 +118,6 @@ _FLAG = _or_null(lambda value: isinstance(value, bool), "true, false")
 _COUNTS = _any_of(_is_count, list_of(_is_count))
 _TOKENS = _any_of(list_of(_is_count), _object_of(is_text, list_of(_is_count)))
 _PATTERN = _or_null(_any_of(_is_pattern, list_of(is_text)), "a regular expression, a list of texts")
-
 _OBJECT = _or_null(lambda value: isinstance(value, dict), "an object")
 
 # Setting -> whether a value is of its kind, and that kind in words. Others have none: PEFT's own errors, and those of
