@@ -83,6 +83,7 @@ def open_tensors(path: Path) -> TensorFile:
         metadata = header.pop("__metadata__", None) or {}
         if not isinstance(metadata, dict) or not all(isinstance(one, str) for one in metadata.values()):
             raise ValueError(f"__metadata__ is {brief(metadata)}, which is no object of texts")
+        "".join([*header, *metadata, *metadata.values()]).encode()  # ValueError where UTF-8 cannot
         start = 8 + header_bytes
         entries = {}
         end = start

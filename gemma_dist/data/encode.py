@@ -35,7 +35,7 @@ from gemma_dist.data.content import count_images
 from gemma_dist.data.emitted import NEWER_TEMPLATE, Emitted, find_emitted
 from gemma_dist.data.images import decode_image, image_size
 from gemma_dist.data.kinds import kinds_of_characters
-from gemma_dist.data.processor_files import why_no_processor
+from gemma_dist.data.processor_files import require_image_settings, why_no_processor
 from gemma_dist.data.served import NO_THOUGHT, as_served, decision_points, is_target, opening_of
 from gemma_dist.data.strict import holds_null, reason
 from gemma_dist.data.templates import LOST_OPENING, newest, read_template, render, say_if_unknown, without_sandbox
@@ -380,6 +380,7 @@ def load_encoder(model: str, settings: EncodingConfig, *, adapter: Path | None =
         raise CheckpointError(f"{folder!r} holds a {type(processor).__name__}, not a Gemma 4 processor")
     require_embeddings(processor.tokenizer, rows, tokenizer_of=folder, model=model)
     require_tokens(processor, folder)
+    require_image_settings(processor, folder)
     model_template = None
     if isinstance(processor.chat_template, dict):  # several, by name
         processor.chat_template = processor.chat_template.get("default")

@@ -1,13 +1,29 @@
 """Which file of a model's folder keeps its processor from being loaded: the libraries that read them say no name."""
 
 from pathlib import Path
+from typing import Any
 
 from gemma_dist.data.strict import reason
 from gemma_dist.errors import CheckpointError
+from gemma_dist.model.adapter_config import FLAG, Kind, is_number, is_rank, odd_value
 from gemma_dist.model.folder import embedding_rows, read_json_object
 
 SETTINGS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "config.json")
 TOKENIZER = "tokenizer.json"
+
+
+def _are_numbers(value: object) -> bool:
+    return value is None or (isinstance(value, list | tuple) and all(map(is_number, value)))
+
+
+_SIZE: Kind = (is_rank, "a whole number above 0")
+_COLORS: Kind = (_are_numbers, "a list of numbers or null")
+IMAGES: dict[str, Kind] = {
+    **dict.fromkeys(("max_soft_tokens", "patch_size", "pooling_kernel_size"), _SIZE),
+    **dict.fromkeys(("do_convert_rgb", "do_normalize", "do_rescale", "do_resize"), FLAG),
+    **dict.fromkeys(("image_mean", "image_std"), _COLORS),
+    "rescale_factor": (is_number, "a number"),
+}
 
 
 def why_no_processor(folder: str, model: str, error: Exception) -> str:
@@ -18,6 +34,17 @@ def why_no_processor(folder: str, model: str, error: Exception) -> str:
         f"no processor can be loaded from {folder!r}: {found}; download or save that again, or copy processor and "
         "tokenizer from the folder of the base"
     )
+
+
+def require_image_settings(processor: Any, folder: str) -> None:
+    """Raises CheckpointError where a setting of images is of another kind than the processor's arithmetic takes."""
+    settings = {
+        key: getattr(processor.image_processor, key) for key in IMAGES if hasattr(processor.image_processor, key)
+    }
+    if found := odd_value(settings, IMAGES):
+        raise CheckpointError(
+            f"the image_processor of {folder!r} is broken: {found}; take processor_config.json of the folder of the base"
+        )
 
 
 def _broken_setting(folder: Path) -> str:

@@ -25,7 +25,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         CheckpointError: there is no such file, or one that PEFT did not write.
     """
     path = folder / ADAPTER_CONFIG
-    settings = read_json_object(path, "the adapter is not a folder that PEFT saved")
+    problem = "the adapter's settings are broken" if path.is_file() else "the adapter is not a folder that PEFT saved"
+    settings = read_json_object(path, problem)
     if found := odd_value(settings, LORA if settings.get("peft_type") == "LORA" else OF_ALL):
         raise CheckpointError(
             f"{path}: {found}, as PEFT writes it; take the file from the training's result once more, or correct it"
@@ -63,11 +64,13 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < MOST
 
 
-def _is_rank(value: Any) -> bool:
+def is_rank(value: Any) -> bool:
+    """Whether a value is a whole number above 0, as ranks and sizes are."""
     return type(value) is int and 0 < value < MOST
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
     try:
         return type(value) in (int, float) and math.isfinite(value)
     except OverflowError:  # an integer beyond all floats
@@ -75,7 +78,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 <= value <= 1
+    return is_number(value) and 0 <= value <= 1
 
 
 def _is_pattern(value: Any) -> bool:
@@ -114,7 +117,7 @@ def _or_null(is_right: Callable[[Any], bool], words: str) -> Kind:
 
 _TEXT = _or_null(is_text, "a text")
 _TEXTS = _or_null(list_of(is_text), "a list of texts")
-_FLAG = _or_null(lambda value: isinstance(value, bool), "true, false")
+FLAG = _or_null(lambda value: isinstance(value, bool), "true, false")
 _COUNTS = _any_of(_is_count, list_of(_is_count))
 _TOKENS = _any_of(list_of(_is_count), _object_of(is_text, list_of(_is_count)))
 _PATTERN = _or_null(_any_of(_is_pattern, list_of(is_text)), "a regular expression, a list of texts")
@@ -126,8 +129,8 @@ OF_ALL: dict[str, Kind] = {"peft_type": (is_text, "a text"), "base_model_name_or
 LORA: dict[str, Kind] = {
     **OF_ALL,
     **dict.fromkeys(("bias", "megatron_core", "peft_version", "revision", "task_type"), _TEXT),
-    **dict.fromkeys(("ensure_weight_tying", "fan_in_fan_out", "inference_mode", "lora_bias"), _FLAG),
-    **dict.fromkeys(("use_dora", "use_qalora", "use_rslora"), _FLAG),
+    **dict.fromkeys(("ensure_weight_tying", "fan_in_fan_out", "inference_mode", "lora_bias"), FLAG),
+    **dict.fromkeys(("use_dora", "use_qalora", "use_rslora"), FLAG),
     **dict.fromkeys(("arrow_config", "auto_mapping", "corda_config", "eva_config", "kasa_config"), _OBJECT),
     **dict.fromkeys(("loftq_config", "lora_ga_config", "megatron_config", "monteclora_config"), _OBJECT),
     **dict.fromkeys(("runtime_config", "use_bdlora", "velora_config"), _OBJECT),
@@ -135,18 +138,18 @@ LORA: dict[str, Kind] = {
     **dict.fromkeys(("exclude_modules", "target_modules"), _PATTERN),
     "alora_invocation_tokens": _or_null(list_of(_is_count), "a list of tokens' ids"),
     "alpha_pattern": _or_null(
-        _object_of(_is_end, _is_number), "an object of regular expressions, each with a finite number,"
+        _object_of(_is_end, is_number), "an object of regular expressions, each with a finite number,"
     ),
     "init_lora_weights": _or_null(lambda value: isinstance(value, bool | str), "true, false, a text"),
     "layer_replication": _or_null(list_of(list_of(_is_count)), "a list of pairs of layers"),
     "layers_pattern": _or_null(_any_of(is_text, list_of(is_text)), "a text, a list of texts"),
     "layers_to_transform": _or_null(_COUNTS, "a whole number from 0, a list of them"),
-    "lora_alpha": (_is_number, "a finite number"),
+    "lora_alpha": (is_number, "a finite number"),
     "lora_dropout": (_is_share, "a number from 0 to 1"),
-    "qalora_group_size": _or_null(_is_rank, "a whole number above 0"),
-    "r": (_is_rank, "a whole number above 0"),
+    "qalora_group_size": _or_null(is_rank, "a whole number above 0"),
+    "r": (is_rank, "a whole number above 0"),
     "rank_pattern": _or_null(
-        _object_of(_is_end, _is_rank), "an object of regular expressions, each with a whole number above 0,"
+        _object_of(_is_end, is_rank), "an object of regular expressions, each with a whole number above 0,"
     ),
     "trainable_token_indices": _or_null(_TOKENS, "a list of tokens' ids, an object of such lists"),
 }
