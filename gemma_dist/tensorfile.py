@@ -107,7 +107,7 @@ def open_tensors(path: Path) -> TensorFile:
 
 def _require_entry(name: str, item: object) -> None:
     """Raises ValueError unless an item of a header says where a tensor lies, in as many bytes as its shape takes."""
-    if isinstance(item, dict) and isinstance(item.get("dtype"), str):
+    if isinstance(item, dict) and isinstance(item.get("dtype"), str) and item["dtype"].isascii():
         shape, offsets = _counts(item.get("shape")), _counts(item.get("data_offsets"))
         if shape is not None and offsets is not None and len(offsets) == 2 and offsets[0] <= offsets[1]:
             dtype = DTYPE_OF.get(item["dtype"])

@@ -38,12 +38,10 @@ def why_no_processor(folder: str, model: str, error: Exception) -> str:
 
 def require_image_settings(processor: Any, folder: str) -> None:
     """Raises CheckpointError where a setting of images is of another kind than the processor's arithmetic takes."""
-    settings = {
-        key: getattr(processor.image_processor, key) for key in IMAGES if hasattr(processor.image_processor, key)
-    }
-    if found := odd_value(settings, IMAGES):
+    images = processor.image_processor
+    if found := odd_value({key: getattr(images, key) for key in IMAGES if hasattr(images, key)}, IMAGES):
         raise CheckpointError(
-            f"the image_processor of {folder!r} is broken: {found}; take processor_config.json of the folder of the base"
+            f"the image_processor of {folder!r} is broken: {found}; take processor_config.json of the base"
         )
 
 
