@@ -12,7 +12,6 @@ from typing import Any
 
 from gemma_dist.errors import CheckpointError, shortened
 from gemma_dist.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json_object, refuse_pickle
-from gemma_dist.tensorfile import open_tensors
 
 MOST = 2**31  # of layers, of tokens, of a rank: far beyond any
 Kind = tuple[Callable[[Any], bool], str]  # of a value: whether it is of that kind, and the kind in words
@@ -37,6 +36,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def require_adapter(folder: Path) -> None:
     """Raises CheckpointError unless settings and weights of an adapter can be read in a folder, the latter as far as
     their header: PEFT's own errors name no file. And where the weights are a pickle."""
+    from gemma_dist.tensorfile import open_tensors  # torch: processes that shard come by here without it
+
     refuse_pickle(folder)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
