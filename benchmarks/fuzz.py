@@ -1,15 +1,18 @@
 """Broken input of every kind, thrown at the command line: the table of docs/trust.md.
 
-    python benchmarks/fuzz.py [--only rows,schemas,…] [--num-cases 250] [--seed 0] [--keep FOLDER]
+    python benchmarks/fuzz.py [--only rows,schemas,…] [--num-cases 250] [--seed 0] [--keep FOLDER] [--say] [--fresh]
 
 Each case is a file that was right until one to four random changes were made to it, in its structure or in its bytes,
 and a command that reads it, in a process of its own. The command must do its work (exit code 0) or refuse in plain
 words (2; `check-model` 1, where it finds something): a traceback, a process that dies, more than TIMEOUT_S seconds and
 more than MAX_BYTES of memory are counted, and so is a refusal that leaves something finished behind. With --keep, the
-cases of these kinds stay there, to be looked at.
+cases of these kinds stay there, to be looked at; with --say, what each refusal says is printed. A case begins with
+torch and transformers imported, which takes five times as long as the case itself; with --fresh it imports them itself,
+or has another process do so, as a command does.
 """
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
@@ -19,7 +22,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +31,10 @@ from typing import Any, NamedTuple
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/support
 
+import yaml
+
 from gemma_dist.shards.manifest import MANIFEST
+from gemma_dist.train.checkpoint import MARKER
 from tests.support.corpus import TOOLS, row, write_rows
 
 TIMEOUT_S = 120
@@ -37,13 +42,15 @@ MAX_BYTES = 4 << 30
 RIGHT, REFUSED, FOUND = 0, 2, 1
 VERDICTS = ("done", "refused", "traceback", "died", "too slow", "too large", "left behind")
 PROCESSES = multiprocessing.get_context("forkserver")  # not fork: Arrow's threads are not copied, but their locks are
-PROCESSES.set_forkserver_preload(["gemma_dist.shards.sharding", "gemma_dist.merge.run", "gemma_dist.__main__"])
+PRELOADED = ["gemma_dist.shards.sharding", "gemma_dist.merge.run", "gemma_dist.__main__"]
+HEAVY = ["torch", "transformers.models.gemma4.processing_gemma4", "gemma_dist.model.load"]
 
 HOSTILE: list[Any] = [
     *(None, True, 0, -1, 0.5, 10**400, 1e308, float("nan"), "", " ", "0", [], {}, [[]], [None], {"": None}),
     *("\ud800", "\x00", "\u202e", "\x1b]0;title\x07", "\U000e0041", "⟦trained⟧", "ⅷ", "a" * 100_000, "a b\nc\r\n\t"),
     *("<|tool_call>call:f{a:1}<tool_call|>", '<|"|>', "<turn|>\n<|turn>system\n", "<|image|>", "<eos>", "{{", "%}"),
     *("^(a+)+$", "#/$defs/x", "http://127.0.0.1:1/x", "file:///etc/passwd", "../../../etc/passwd", "s3://no-bucket/x"),
+    *("[" * 20_000, '{"a":' * 20_000, "(" * 20_000),  # deeper than any parser goes
     *("data:image/png;base64,AAAA", "data:image/png;base64," + "A" * 4000, "hf://datasets/no/such", "org/name"),
     *(
         {"$ref": "#"},
@@ -71,7 +78,7 @@ class Parts(NamedTuple):
     model: Path
     rows: list[dict[str, Any]]
     shards: Path
-    adapter: Path
+    adapters: list[Path]  # of LoRA and of QLoRA
     checkpoint: Path  # of full fine-tuning
     recipe: Path
 
@@ -116,7 +123,7 @@ def change_at(holder: Any, key: Any, chance: random.Random) -> None:
     elif kind == 5 and isinstance(value, int | float):
         holder[key] = chance.choice([-value, value * 10**9, value / 3, str(value), 2**31, 2**63])
     else:
-        holder[key] = chance.choice(HOSTILE)
+        holder[key] = copy.deepcopy(chance.choice(HOSTILE))  # which later changes may change, too
 
 
 def changed_bytes(data: bytes, chance: random.Random) -> bytes:
@@ -140,11 +147,17 @@ def changed_bytes(data: bytes, chance: random.Random) -> bytes:
 
 
 def rewrite(path: Path, chance: random.Random) -> None:
-    """Break a file: JSON in its structure most of the time, others in their bytes."""
+    """Break a file: JSON, YAML and headers of safetensors in their structure most of the time, all else in bytes."""
     data = path.read_bytes()
     path.unlink()  # it may be a link
-    if path.suffix == ".json" and chance.random() < 0.7:
-        path.write_text(json.dumps(changed(json.loads(data), chance)))
+    if path.suffix in (".json", ".yaml") and chance.random() < 0.7:
+        right = json.loads(data) if path.suffix == ".json" else yaml.safe_load(data)
+        path.write_text(json.dumps(changed(right, chance)))  # which is YAML, too
+        return
+    if path.suffix == ".safetensors" and chance.random() < 0.7:
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.dumps(changed(json.loads(data[8:end]), chance)).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
         return
     path.write_bytes(changed_bytes(data, chance))
 
@@ -202,8 +215,13 @@ def of_models(parts: Parts, folder: Path, chance: random.Random) -> Case:
     """Config, tokenizer, processor or weights of a model."""
     model = linked(parts.model, folder / "model")
     rewrite(chance.choice([path for path in model.iterdir() if path.suffix != ".jinja"]), chance)
-    if chance.random() < 0.5:
-        return Case(["check-model", str(model)], may_find=True)
+    command = chance.choice(["check-model", "shard", "merge", "evaluate"])
+    if command == "check-model":
+        return Case([command, str(model)], may_find=True)
+    if command == "merge":
+        return merging(model, parts.adapters[0], folder)
+    if command == "evaluate":
+        return evaluating(model, parts, folder)
     return sharding(write_rows(folder / "rows.jsonl", parts.rows), model, folder, chance)
 
 
@@ -217,20 +235,35 @@ def of_shards(parts: Parts, folder: Path, chance: random.Random) -> Case:
 
 def of_adapters(parts: Parts, folder: Path, chance: random.Random) -> Case:
     """Config, record or weights of an adapter."""
-    adapter = linked(parts.adapter, folder / "adapter")
-    rewrite(
-        chance.choice([path for path in adapter.iterdir() if "adapter" in path.name or "gemma" in path.name]), chance
-    )
-    out = folder / "out"
-    return Case(["merge", "--base", str(parts.model), "--adapter", str(adapter), "--out", str(out)], out)
+    adapter, out = linked(chance.choice(parts.adapters), folder / "adapter"), folder / "out"
+    names = chance.choice([["adapter_config.json"], ["gemma_dist.json"], ["adapter_model.safetensors"]])
+    rewrite(adapter / names[0], chance)
+    command = chance.choice(["merge", "merge", "merge --verify", "evaluate", "export", "card", "push"])
+    if command.startswith("merge"):
+        return merging(parts.model, adapter, folder, *command.split()[1:])
+    if command == "evaluate":
+        return evaluating(parts.model, parts, folder, "--adapter", str(adapter))
+    if command == "export":
+        words = ["--base", str(parts.model), "--for", "vllm", "--out", str(out)]
+        return Case([command, "--adapter", str(adapter), *words], out)
+    return Case([command, str(adapter), *["owner/name"] * (command == "push")])
 
 
 def of_checkpoints(parts: Parts, folder: Path, chance: random.Random) -> Case:
-    """Any file of a checkpoint."""
-    checkpoint = linked(parts.checkpoint, folder / parts.checkpoint.name)
-    rewrite(chance.choice([path for path in checkpoint.iterdir() if path.is_file()]), chance)
+    """Any file of a checkpoint, which its marker has the digest of, or of one without a marker, or of a run's."""
     out = folder / "out"
-    return Case(["export", str(checkpoint), "--out", str(out)], out)
+    command = chance.choice(["export", "export", "train"])
+    place = folder if command == "export" else out
+    place.mkdir(exist_ok=True)
+    checkpoint = linked(parts.checkpoint, place / parts.checkpoint.name)
+    if chance.random() < 0.7:
+        forget(checkpoint)
+    rewrite(chance.choice(sorted(path for path in checkpoint.iterdir() if path.is_file())), chance)
+    if command == "export":
+        return Case([command, str(checkpoint), "--out", str(out)], out)
+    paths = [f"model.model_name_or_path={parts.model}", f"data.train={parts.shards}", f"train.output_dir={out}"]
+    batch = ["train.global_batch_size=4", "train.max_steps=2", "train.save_steps=2"]
+    return Case([command, str(parts.recipe.with_name("cpu_full.yaml")), *paths, *batch], out)
 
 
 def of_recipes(parts: Parts, folder: Path, chance: random.Random) -> Case:
@@ -238,6 +271,7 @@ def of_recipes(parts: Parts, folder: Path, chance: random.Random) -> Case:
     path = folder / "recipe.yaml"
     path.write_bytes(parts.recipe.read_bytes())
     command = chance.choice([["check"], ["plan"], ["batches", str(parts.shards)]])
+    (folder / "accelerate_configs").symlink_to(parts.recipe.parents[1] / "accelerate_configs")  # they name others
     words = [*command, str(path), f"model.model_name_or_path={parts.model}", f"data.train={parts.shards}"]
     if command[0] != "batches" and chance.random() < 0.3:
         name = chance.choice(["cpu_ddp", "cpu_zero3", "cpu_fsdp2"])
@@ -277,6 +311,27 @@ KINDS: dict[str, Callable[[Parts, Path, random.Random], Case]] = {
 }
 
 
+def forget(checkpoint: Path) -> None:
+    """Take the digests out of a checkpoint's marker, as earlier versions wrote none: then its files are looked into."""
+    marker = json.loads((checkpoint / MARKER).read_bytes())
+    del marker["crc32"], marker["files"]
+    (checkpoint / MARKER).unlink()
+    (checkpoint / MARKER).write_text(json.dumps(marker))
+
+
+def merging(model: Path, adapter: Path, folder: Path, *words: str) -> Case:
+    """`gemma-dist merge` of a model and an adapter."""
+    out = folder / "out"
+    return Case(["merge", "--base", str(model), "--adapter", str(adapter), "--out", str(out), *words], out)
+
+
+def evaluating(model: Path, parts: Parts, folder: Path, *words: str) -> Case:
+    """`gemma-dist evaluate` of a model, a token of one answer."""
+    limits = ["--limit", "1", "--max-new-tokens", "1"]
+    words = ("--model", str(model), "--data", str(parts.shards), "--out", str(folder / "out"), *limits, *words)
+    return Case(["evaluate", *words])
+
+
 def sharding(rows: Path, model: Path, folder: Path, chance: random.Random) -> Case:
     """`gemma-dist shard` of some rows."""
     out = folder / "out"
@@ -291,8 +346,9 @@ class Outcome(NamedTuple):
     """What came of a case."""
 
     verdict: str
-    seconds: float
+    seconds: float  # of processor time, that of its processes too: others may be at work on the machine
     num_bytes: int  # of memory, at most
+    case: Case
     said: str
 
 
@@ -301,21 +357,20 @@ def try_case(kind: str, number: int, parts: Parts, folder: Path, seed: int) -> O
     folder.mkdir(parents=True)
     case = KINDS[kind](parts, folder, random.Random(f"{kind}-{seed}-{number}"))
     receiver, sender = PROCESSES.Pipe(duplex=False)
-    started = time.monotonic()
     process = PROCESSES.Process(target=run_case, args=(case, folder, sender))
     process.start()
     sender.close()
-    process.join(TIMEOUT_S)
-    seconds = time.monotonic() - started
-    if process.is_alive():
+    for _ in range(TIMEOUT_S):  # not by the clock: whoever measures something may have halted all processes for a while
+        process.join(1)
+    if is_too_slow := process.is_alive():
         process.kill()
         process.join()
     said = (folder / "said.txt").read_text(errors="replace") if (folder / "said.txt").exists() else ""
     try:
-        code, num_bytes = receiver.recv()
+        code, num_bytes, seconds = receiver.recv()
     except EOFError:
-        return Outcome("too slow" if seconds >= TIMEOUT_S else "died", seconds, 0, said)
-    return Outcome(judge(case, code, num_bytes, said), seconds, num_bytes, said)
+        return Outcome("too slow" if is_too_slow else "died", TIMEOUT_S if is_too_slow else 0, 0, case, said)
+    return Outcome(judge(case, code, num_bytes, said), seconds, num_bytes, case, said)
 
 
 def judge(case: Case, code: int, num_bytes: int, said: str) -> str:
@@ -346,7 +401,9 @@ def run_case(case: Case, folder: Path, sender: Any) -> None:
     code = main(case.words)
     sys.stdout.flush()
     sys.stderr.flush()
-    sender.send((code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    own, of_others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = sum(one.ru_utime + one.ru_stime for one in (own, of_others))
+    sender.send((code, own.ru_maxrss * 1024, seconds))
     os.kill(os.getpid(), signal.SIGKILL)  # so that nothing of the interpreter's end counts
 
 
@@ -365,24 +422,28 @@ def make_parts(folder: Path) -> Parts:
     gemma_dist("tiny", model)
     gemma_dist("shard", write_rows(folder / "rows.jsonl", rows), "--out", shards, "--model", model)
     batch = ["train.global_batch_size=4", "train.max_steps=1", "train.save_steps=1"]
-    for name in ("cpu_lora", "cpu_full"):
+    for name in ("cpu_lora", "cpu_qlora", "cpu_full"):
         paths = [f"model.model_name_or_path={model}", f"data.train={shards}", f"train.output_dir={folder / name}"]
         gemma_dist("train", recipes / f"{name}.yaml", *paths, *batch)
-    return Parts(model, rows, shards, folder / "cpu_lora", folder / "cpu_full/checkpoint-1", recipes / "cpu_lora.yaml")
+    adapters, checkpoint = [folder / "cpu_lora", folder / "cpu_qlora"], folder / "cpu_full/checkpoint-1"
+    return Parts(model, rows, shards, adapters, checkpoint, recipes / "cpu_lora.yaml")
 
 
-def fuzz(folder: Path, kinds: list[str], num_cases: int, seed: int, keep: Path | None) -> Counter[str]:
+def fuzz(folder: Path, kinds: list[str], num_cases: int, seed: int, keep: Path | None, say: bool) -> Counter[str]:
     """Run all cases, on all cores; prints a line a kind, and returns how often each verdict was given."""
     parts = make_parts(folder / "parts")
     total: Counter[str] = Counter()
     columns = " ".join(f"{verdict:>11}" for verdict in VERDICTS)
-    print(f"{'':<12} {'cases':>6} {columns} {'longest s':>10} {'most MB':>8}")
+    print(f"{'':<12} {'cases':>6} {columns} {'CPU s, most':>11} {'most MB':>8}")
     for kind in kinds:
         found: list[Outcome] = []
 
         def one(number: int, kind: str = kind) -> Outcome:
             place = folder / "cases" / f"{kind}-{number}"
             outcome = try_case(kind, number, parts, place, seed)
+            if say and outcome.verdict == "refused":
+                words = " ".join(outcome.case.words)
+                print(f"{place.name}, {outcome.seconds:.1f} s: {words}\n    {outcome.said[-1000:]}")
             if keep and outcome.verdict not in VERDICTS[:2]:
                 shutil.copytree(place, keep / outcome.verdict.replace(" ", "-") / place.name, dirs_exist_ok=True)
             shutil.rmtree(place)
@@ -393,7 +454,7 @@ def fuzz(folder: Path, kinds: list[str], num_cases: int, seed: int, keep: Path |
         counts = Counter(outcome.verdict for outcome in found)
         numbers = " ".join(f"{counts[verdict]:>11,}" for verdict in VERDICTS)
         longest, most = max(one.seconds for one in found), max(one.num_bytes for one in found) / 10**6
-        print(f"{kind:<12} {num_cases:>6,} {numbers} {longest:>10.1f} {most:>8,.0f}", flush=True)
+        print(f"{kind:<12} {num_cases:>6,} {numbers} {longest:>11.1f} {most:>8,.0f}", flush=True)
         total.update(counts)
     return total
 
@@ -405,10 +466,13 @@ def main() -> None:
     parser.add_argument("--num-cases", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--say", action="store_true")
+    parser.add_argument("--fresh", action="store_true")
     options = parser.parse_args()
+    PROCESSES.set_forkserver_preload(PRELOADED + HEAVY * (not options.fresh))
     with tempfile.TemporaryDirectory() as temporary:
         kinds = options.only.split(",")
-        total = fuzz(Path(temporary), kinds, options.num_cases, options.seed, options.keep)
+        total = fuzz(Path(temporary), kinds, options.num_cases, options.seed, options.keep, options.say)
     sys.exit(any(total[verdict] for verdict in VERDICTS[2:]))
 
 

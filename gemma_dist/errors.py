@@ -32,6 +32,17 @@ def spell(message: str, spellings: Mapping[str, str]) -> str:
     return _SETTING.sub(spelled, message)
 
 
+def shortened(text: str) -> str:
+    """A text of others for a message, on one line of at most 200 characters: of a longer one, beginning and end."""
+    text = " ".join(text.split())
+    return text if len(text) <= 200 else f"{text[:120]} ... {text[-70:]}"
+
+
+def brief(value: object) -> str:
+    """A value of others for a message: as Python writes it, `shortened`."""
+    return shortened(repr(value))
+
+
 class GemmaDistError(ValueError):
     """Base of all user errors; anything else that escapes is an internal error (exit code 1)."""
 

@@ -29,7 +29,7 @@ from gemma_dist.config import (
 )
 from gemma_dist.config_data import FOLDER, MAPPING
 from gemma_dist.costs import cost_of
-from gemma_dist.errors import ConfigError
+from gemma_dist.errors import ConfigError, brief, shortened
 from gemma_dist.shipped import recipes, shipped_recipe
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ SECTIONS: dict[str, type[Section]] = {
     "lora": LoraConfig,
     "train": TrainConfig,
 }
+WRITE_YAML = "a value that holds : # [ { or a tab stands in quotes, and launch/ has recipes to compare with"
 # Every setting of a recipe by its dotted key. The names after the dot are distinct, so that an override may be bare.
 KEYS = ["tuning", *(f"{section}.{name}" for section, kind in SECTIONS.items() for name in kind.model_fields)]
 
@@ -82,7 +83,9 @@ def load_section(kind: type[S], options: Mapping[str, object]) -> S:
         problems = []
         for item in error.errors():
             name = str(item["loc"][0])
-            problems.append(f"{option(name)} {item['input']}: {_rule(item)}. {kind.model_fields[name].description}")
+            problems.append(
+                f"{option(name)} {shortened(str(item['input']))}: {_rule(item)}. {kind.model_fields[name].description}"
+            )
         raise ConfigError("\n".join(problems)) from None
 
 
@@ -97,7 +100,7 @@ def _messages(error: ValidationError, reported: Container[str]) -> Iterator[str]
         elif key and (item["input"] is None or (isinstance(item["input"], str) and not item["input"].strip())):
             yield f"{key}: has no value; write one{_or_else(key)}. {_description(key)}".rstrip()  # `key=`, `key: ''`
         elif key:
-            yield f"{key} = {item['input']!r}: {rule}. {_description(key)}".rstrip()
+            yield f"{key} = {brief(item['input'])}: {rule}. {_description(key)}".rstrip()
         else:
             yield from rule.splitlines()  # a cross-check: each line names its keys
 
@@ -131,13 +134,13 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[s
         key, equals, value = override.partition("=")
         if not equals or not key or key.startswith("-"):
             problems.append(
-                f"override {override!r}: write key=value without blanks, such as learning_rate=1e-4 or lora.r=8"
+                f"override {brief(override)}: write key=value without blanks, such as learning_rate=1e-4 or lora.r=8"
             )
             continue
         known = _keys_named(key)
         dotted = known[0] if len(known) == 1 else key
         section, _, name = dotted.partition(".")
-        parsed = _parse_yaml(value, f"override {override!r}")
+        parsed = _parse_yaml(value, f"override {brief(override)}")
         if not name or section not in SECTIONS:
             values[key] = parsed
         elif values.get(section) is None:
@@ -155,7 +158,8 @@ def given_twice(overrides: Sequence[str]) -> list[str]:
         known = _keys_named(key)
         values.setdefault(known[0] if len(known) == 1 else key, []).append(value)
     return [
-        f"{key} is given {len(given)} times ({', '.join(given)}): {given[-1]}, the last, is taken"
+        f"{key} is given {len(given)} times ({', '.join(map(shortened, given))}): {shortened(given[-1])}, the last, is "
+        "taken"
         for key, given in values.items()
         if len(set(given)) > 1
     ]
@@ -175,7 +179,7 @@ def _take_out_unknown(values: dict[str, Any]) -> dict[str, str]:
     problems = {}
     for key in list(values):
         if key not in RunConfig.model_fields:
-            problems[str(key)] = f"{key} = {values.pop(key)!r}: unknown key; {_hint(str(key))}"
+            problems[str(key)] = f"{key} = {brief(values.pop(key))}: unknown key; {_hint(str(key))}"
         elif key not in SECTIONS:
             continue  # a setting without a section
         elif values[key] is None:
@@ -185,7 +189,7 @@ def _take_out_unknown(values: dict[str, Any]) -> dict[str, str]:
         else:
             first_setting = next(iter(SECTIONS[key].model_fields))
             hint = _hint(key) if key in RENAMED else f"for example {key}.{first_setting}"
-            problems[key] = f"{key} = {values.pop(key)!r}: {key} is a section of settings; {hint}"
+            problems[key] = f"{key} = {brief(values.pop(key))}: {key} is a section of settings; {hint}"
     return problems
 
 
@@ -195,7 +199,7 @@ def _take_out_unknown_of(section: str, values: dict[str, Any]) -> dict[str, str]
     for name in list(values):
         if name not in SECTIONS[section].model_fields:
             key = f"{section}.{name}"
-            problems[key] = f"{key} = {values.pop(name)!r}: unknown key; {_hint(key)}"
+            problems[key] = f"{key} = {brief(values.pop(name))}: unknown key; {_hint(key)}"
     return problems
 
 
@@ -285,7 +289,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if values is None:
         raise ConfigError(f"{path}: it says nothing; a recipe is a YAML file like those in launch/")
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of sections (model, data, train …), not {values!r}")
+        raise ConfigError(f"{path}: a recipe is a mapping of sections (model, data, train …), not {brief(values)}")
     return values
 
 
@@ -325,6 +329,6 @@ def _parse_yaml(text: str, origin: str) -> object:
     except yaml.MarkedYAMLError as error:
         if error.problem_mark and "\n" in text:
             origin = f"{origin}:{error.problem_mark.line + 1}"
-        raise ConfigError(f"{origin}: not YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{origin}: not YAML: {error}") from None
+        raise ConfigError(f"{origin}: not YAML: {error.problem}; {WRITE_YAML}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin}: not YAML: {shortened(str(error))}; {WRITE_YAML}") from None

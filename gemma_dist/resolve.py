@@ -16,7 +16,7 @@ from typing import Any
 from gemma_dist.batch_plan import BatchPlan, batch_plan
 from gemma_dist.config import RunConfig
 from gemma_dist.config_data import WeightsByStep
-from gemma_dist.errors import ConfigError
+from gemma_dist.errors import ConfigError, brief
 from gemma_dist.model.towers import Tower, unneeded_towers
 from gemma_dist.stream.held_out import HeldOut, open_held_out
 from gemma_dist.stream.schedule import Edition, Schedule, open_schedule
@@ -68,7 +68,7 @@ class RunIdentity:
             if one.name not in saved:
                 different.append(f"{meaning} was not recorded, by an earlier version of gemma_dist")
             elif was != now:
-                different.append(f"{meaning} was {was!r} and is now {now!r}")
+                different.append(f"{meaning} was {brief(was)} and is now {brief(now)}")
         return different
 
     @classmethod

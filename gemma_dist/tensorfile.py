@@ -6,6 +6,7 @@ the header, "__metadata__" for a map of strings, spaces at the end allowed; then
 """
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import BinaryIO
 
 import torch
 
-from gemma_dist.errors import CheckpointError
+from gemma_dist.errors import CheckpointError, brief
 from gemma_dist.files import naming, writing
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -79,14 +80,19 @@ def open_tensors(path: Path) -> TensorFile:
             if header_bytes > min(size, MAX_HEADER_BYTES):
                 raise ValueError("the header is longer than the file")
             header = json.loads(file.read(header_bytes))
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(one, str) for one in metadata.values()):
+            raise ValueError(f"__metadata__ is {brief(metadata)}, which is no object of texts")
+        "".join([*header, *metadata, *metadata.values()]).encode()  # ValueError where UTF-8 cannot
         start = 8 + header_bytes
         entries = {}
         end = start
+        for name, item in header.items():
+            _require_entry(name, item)
         for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
             offsets = item["data_offsets"]
             entry = Entry(item["dtype"], tuple(item["shape"]), start + offsets[0], offsets[1] - offsets[0])
-            if entry.begin != end or entry.num_bytes < 0:
+            if entry.begin != end:
                 raise ValueError(f"{name} does not begin where the tensor before it ends")
             entries[name] = entry
             end += entry.num_bytes
@@ -94,9 +100,25 @@ def open_tensors(path: Path) -> TensorFile:
             raise ValueError(f"it has {size} bytes, its header says {end}")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the folder's name") from error
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); download or save it again") from None
     return TensorFile(path, entries, metadata)
+
+
+def _require_entry(name: str, item: object) -> None:
+    """Raises ValueError unless an item of a header says where a tensor lies, in as many bytes as its shape takes."""
+    if isinstance(item, dict) and isinstance(item.get("dtype"), str) and item["dtype"].isascii():
+        shape, offsets = _counts(item.get("shape")), _counts(item.get("data_offsets"))
+        if shape is not None and offsets is not None and len(offsets) == 2 and offsets[0] <= offsets[1]:
+            dtype = DTYPE_OF.get(item["dtype"])
+            if dtype is None or offsets[1] - offsets[0] == math.prod(shape) * dtype.itemsize:
+                return
+    raise ValueError(f"{name} is {brief(item)}, which is no place of a tensor")
+
+
+def _counts(value: object) -> list[int] | None:
+    """A list of numbers from 0; None for anything else."""
+    return value if isinstance(value, list) and all(type(one) is int and one >= 0 for one in value) else None
 
 
 def header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str], multiple_of: int = 8) -> bytes:

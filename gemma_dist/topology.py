@@ -17,7 +17,7 @@ import yaml
 from gemma_dist import fsdp_config
 from gemma_dist.batch_plan import BatchPlan, batch_plan
 from gemma_dist.config import RunConfig
-from gemma_dist.errors import ConfigError
+from gemma_dist.errors import ConfigError, brief, shortened
 
 TESTED_OPTIMIZERS = {"adamw_torch", "adamw_torch_fused"}  # what DeepSpeed takes without zero_allow_untested_optimizer
 # What a DeepSpeed config may say: nothing of it changes what is learned, or it is looked at here. Other settings may,
@@ -77,7 +77,9 @@ def read_topology(path: Path) -> Topology:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: no accelerate config can be read there: {error}") from None
+        raise ConfigError(
+            f"{path}: no accelerate config can be read there: {shortened(str(error))}; see accelerate_configs/"
+        ) from None
     if not isinstance(values, dict) or "distributed_type" not in values:
         raise ConfigError(f"{path}: not an accelerate config (it names no distributed_type); see accelerate_configs/")
     kind = str(values["distributed_type"])
@@ -85,7 +87,7 @@ def read_topology(path: Path) -> Topology:
     if kind == "DEEPSPEED":
         section = values.get("deepspeed_config") or {}
         if not isinstance(section, dict):
-            raise ConfigError(f"{path}: deepspeed_config is {section!r}; write a section: see accelerate_configs/")
+            raise ConfigError(f"{path}: deepspeed_config is {brief(section)}; write a section: see accelerate_configs/")
         file = section.get("deepspeed_config_file")
         deepspeed = _read_json(Path(str(file))) if file else _own_deepspeed(path, section)
     precision = str(values.get("mixed_precision", "no")).lower()
@@ -93,7 +95,9 @@ def read_topology(path: Path) -> Topology:
     fsdp = fsdp_config.of_config(values) if kind == "FSDP" else None
     num_processes = values.get("num_processes", 1)
     if not isinstance(num_processes, int) or isinstance(num_processes, bool) or num_processes < 1:
-        raise ConfigError(f"{path}: num_processes is {num_processes!r}; write how many GPUs there are, all machines")
+        raise ConfigError(
+            f"{path}: num_processes is {brief(num_processes)}; write how many GPUs there are, all machines"
+        )
     return Topology(str(path), num_processes, kind, precision, deepspeed, fsdp)
 
 
@@ -331,7 +335,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"deepspeed_config_file: {path}: no DeepSpeed config can be read there ({error}); the path is relative to "
             "the current directory, so start from the repository's root or write it in full"
@@ -342,7 +346,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path}: not a DeepSpeed config: it has no section zero_optimization; see accelerate_configs/"
         )
     if not isinstance(zero.get("stage", 0), int):
-        raise ConfigError(f"{path}: zero_optimization.stage is {json.dumps(zero['stage'])}; write 1, 2 or 3")
+        raise ConfigError(f"{path}: zero_optimization.stage is {shortened(json.dumps(zero['stage']))}; write 1, 2 or 3")
     sections = {
         "fp16": settings.get("fp16", {}),
         "bf16": settings.get("bf16", {}),
@@ -352,6 +356,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     for name, section in sections.items():
         if not isinstance(section, dict):
             raise ConfigError(
-                f"{path}: {name} is {json.dumps(section)}; write a section, such as {{}}, or leave it out"
+                f"{path}: {name} is {shortened(json.dumps(section))}; write a section, such as {{}}, or leave it out"
             )
     return settings

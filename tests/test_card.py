@@ -131,6 +131,8 @@ def test_pefts_template_is_replaced_and_a_users_own_card_stays(tmp_path: Path) -
     {"base_model": "/models/a|b: [\"c\"\n---\n# d", "recipe": {"optim": "x\n| y |"}},
     {"base_model": 7, "training": 5, "recipe": [1], "versions": "v"},
     {"training": {"manifest": "m", "lora": 3, "recipe": None}, "verification": {"kl": "?"}},
+    {"base_model": "\ud800/\0", "versions": {"\udc00": "\u202e"}, "adapters": {"\0": 1, "\ud800": 2}},
+    {"base_model": "a/" + "b" * 5000},
     {},
 ])  # fmt: skip
 def test_a_record_of_anyones_breaks_no_card(record: dict[str, Any], tmp_path: Path) -> None:

@@ -163,7 +163,21 @@ DAMAGES: Mapping[str, tuple[Callable[[Path], None], str, str]] = {
     ),
     "an adapter beside it": (write("adapter_config.json", "{}"), "adapter_config.json", "whole model's folder"),
     "no tokenizer": (remove("tokenizer.json"), "tokenizer and processor", ""),
-    "a broken tokenizer": (write("tokenizer.json", "{"), "tokenizer and processor", "no processor can be loaded"),
+    "a broken tokenizer": (
+        write("tokenizer.json", "{"),
+        "tokenizer and processor",
+        "tokenizer.json holds no tokenizer",
+    ),
+    "a broken setting of the processor": (
+        write("processor_config.json", "["),
+        "tokenizer and processor",
+        "processor_config.json is not JSON",
+    ),
+    "sizes of images that are none": (
+        change("processor_config.json", "image_processor", "patch_size", to="16"),
+        "tokenizer and processor",
+        'is broken: patch_size = "16" is not a whole number above 0',
+    ),
     "no processor": (remove("processor_config.json"), "tokenizer and processor", "no processor can be loaded"),
     "control tokens that are none": (of_another_tokenizer, "tokenizer.json", "does not read <|tool_call> as"),
     "ids of another tokenizer": (change("config.json", "image_token_id", to=3), "config.json", "image_token_id is 3"),

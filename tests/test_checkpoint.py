@@ -26,7 +26,7 @@ from gemma_dist.recipe import load_config
 from gemma_dist.resolve import RunIdentity, resolve
 from gemma_dist.topology import Topology
 from gemma_dist.train.checkpoint import MARKER, find_checkpoint, read_marker, saving, whole_checkpoint
-from gemma_dist.train.optimizer import optimizer_bytes, save_optimizer
+from gemma_dist.train.optimizer import load_optimizer, optimizer_bytes, save_optimizer
 from gemma_dist.train.run import train
 from gemma_dist.train.weights import bytes_to_save, weights_to_save
 from tests.support.corpus import row, shard_rows
@@ -119,6 +119,7 @@ MARKERS: dict[str, Callable[[dict[str, Any]], object]] = {
     "no files": lambda marker: {"step": 3, "files": None},
     "files that are none": lambda marker: {"step": 3, "files": {"a": {"bytes": None, "crc32": "x"}}},
     "a list": lambda marker: [marker],
+    "a corpus that is none": lambda marker: {"step": 3, "corpus": ["x"]},
 }
 
 
@@ -144,6 +145,20 @@ def test_a_checkpoint_of_an_earlier_version_has_no_checksums(
     zero(folder / "adapter_model.safetensors")
     found, _ = find_checkpoint(tmp_path, "auto", finished[1])
     assert whole_checkpoint(found, tmp_path, "auto", finished[1]) == (folder, 3)
+
+
+@pytest.mark.parametrize("broken", ["cut", "names"])
+def test_an_optimizer_of_a_checkpoint_without_checksums_is_refused_by_its_file(broken: str, tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    save_optimizer(tmp_path, model, optimizer)
+    (path,) = tmp_path.glob("optimizer-*.safetensors")
+    if broken == "cut":
+        truncate(path)
+    else:
+        path.write_bytes(path.read_bytes().replace(b"weight@0", b"weight@x"))
+    with pytest.raises(CheckpointError, match=rf"{path} is not what training wrote .*another train\.output_dir"):
+        load_optimizer(tmp_path, model, optimizer)
 
 
 def test_what_cannot_be_read_for_another_reason_is_not_taken_for_damage(

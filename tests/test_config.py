@@ -313,9 +313,18 @@ def test_broken_yaml_is_told_with_its_line(problems, text, place):
     assert place in problems(text=text)
 
 
-@pytest.mark.parametrize("text", ["", "just words", "- a\n- b", "!!python/object:os.system {}", "? [a]\n: b", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "just words", "- a\n- b", "!!python/object:os.system {}", "? [a]\n: b", "\x00", "[" * 20_000]
+)
 def test_what_is_no_recipe_is_refused(problems, text):
     assert "recipe.yaml" in problems(text=text)
+
+
+def test_of_a_long_value_its_ends_are_told(problems):
+    found = problems(f"lora.r={'a' * 100_000}b")
+    assert "lora.r = 'aaaa" in found
+    assert "aaab': Input should be a valid integer" in found
+    assert len(found) < 1000
 
 
 @pytest.mark.parametrize("value", ["", "[]", "[null]", "true", "[a, [b]]"])
@@ -401,6 +410,7 @@ def test_a_key_with_several_values_is_told(capfd, tmp_path):
         ("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: 3}\n", "no DeepSpeed config"),
         ("distributed_type: 2026-13-45\n", "no accelerate config can be read there"),
         ("[[", "no accelerate config can be read there"),
+        ("[" * 20_000, "no accelerate config can be read there"),
     ],
 )
 def test_a_broken_accelerate_config_is_refused_in_words(tmp_path, text, told):

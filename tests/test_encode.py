@@ -617,6 +617,9 @@ def test_a_template_that_loses_a_part_is_refused(
 
 
 def test_what_is_no_processor_and_no_template_is_said_so(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text("{{ bos_token }}\n{% if messages %}")
+    with pytest.raises(ConfigError, match=r"is none that Jinja reads: line 2: Unexpected end of template.*gemma4_v5"):
+        load_encoder(str(tiny_model()), EncodingConfig(chat_template=str(tmp_path / "own.jinja")))
     with pytest.raises(CheckpointError, match="no processor"):
         load_encoder(str(tmp_path), EncodingConfig())
     with pytest.raises(ConfigError, match=r"gemma4_v9.*gemma4_v5"):

@@ -555,6 +555,10 @@ REFUSED = [
     ),
     (changed("tools.0.function.parameters.properties.a", None), "not allowed ('a' was unexpected)"),
     (changed("tools.0.function.parameters.$schema", []), "tool add: parameters are no valid JSON schema"),
+    (
+        changed("tools.0.function.parameters.properties.a.maximum", "9"),
+        "parameters are no valid JSON schema: properties.a.maximum: '9' is not of type 'number'; fix the schema",
+    ),
     (changed("tools.0.function.parameters.properties.a", {"$ref": "https://example.com/a.json"}), "no remote $ref"),
     (changed("tools.0.function.parameters.properties.a", {"$ref": "#/$defs/none"}), "schema cannot be applied"),
     (changed("tools.0.function.parameters.properties.a", {"$ref": "#/properties/a"}), "schema cannot be applied"),

@@ -35,8 +35,9 @@ from gemma_dist.data.content import count_images
 from gemma_dist.data.emitted import NEWER_TEMPLATE, Emitted, find_emitted
 from gemma_dist.data.images import decode_image, image_size
 from gemma_dist.data.kinds import kinds_of_characters
+from gemma_dist.data.processor_files import require_image_settings, why_no_processor
 from gemma_dist.data.served import NO_THOUGHT, as_served, decision_points, is_target, opening_of
-from gemma_dist.data.strict import holds_null
+from gemma_dist.data.strict import holds_null, reason
 from gemma_dist.data.templates import LOST_OPENING, newest, read_template, render, say_if_unknown, without_sandbox
 from gemma_dist.data.tokenize import TextTokenizer, require_tokens
 from gemma_dist.data.trajectory import Trajectory
@@ -273,7 +274,7 @@ class Encoder:
         try:  # a tokenizer may have a token of any name, such as `tools`
             return render(template or self.processor.chat_template, self.tokenizer.special_tokens_map | given)
         except Exception as error:  # a template may raise anything: jinja's own errors, or its raise_exception
-            raise DataError(f"the chat template cannot render this row: {error}") from error
+            raise DataError(f"the chat template cannot render this row: {reason(error)}. {NEWER_TEMPLATE}") from error
 
     def _token_types(self, input_ids: npt.ArrayLike) -> list[int]:
         """(T,): 1 on image soft tokens, else 0."""
@@ -363,7 +364,7 @@ def load_encoder(model: str, settings: EncodingConfig, *, adapter: Path | None =
     Raises:
         CheckpointError: there is no Gemma 4 processor; it wants to run code of its own; its tokenizer has more tokens
             than the model's embeddings have rows, or other words for Gemma's tokens.
-        ConfigError: the template is neither a shipped name nor a file.
+        ConfigError: the template is neither a shipped name nor a file, or none that Jinja reads.
     """
     from transformers import AutoProcessor, Gemma4Processor, Gemma4UnifiedProcessor
 
@@ -375,11 +376,12 @@ def load_encoder(model: str, settings: EncodingConfig, *, adapter: Path | None =
     except Exception as error:  # of damaged files: what Rust cannot parse is a bare Exception, a list a TypeError
         if not Path(folder).exists():
             raise CheckpointError(f"{folder!r} is neither a folder nor a model that the hub gives: {error}") from error
-        raise CheckpointError(f"no processor can be loaded from {folder!r}: {error}") from error
+        raise CheckpointError(why_no_processor(folder, model, error)) from error
     if not isinstance(processor, Gemma4Processor | Gemma4UnifiedProcessor):
         raise CheckpointError(f"{folder!r} holds a {type(processor).__name__}, not a Gemma 4 processor")
     require_embeddings(processor.tokenizer, rows, tokenizer_of=folder, model=model)
     require_tokens(processor, folder)
+    require_image_settings(processor, folder)
     model_template = None
     if isinstance(processor.chat_template, dict):  # several, by name
         processor.chat_template = processor.chat_template.get("default")

@@ -224,7 +224,9 @@ def _validator(schema_json: str) -> jsonschema.protocols.Validator:
     except MemoryError:
         raise
     except Exception as error:  # whatever trips the validator's own reading of a schema is a fault of the schema
-        raise DataError(f"parameters are no valid JSON schema: {reason(error)}; fix the schema") from None
+        place = ".".join(map(str, getattr(error, "absolute_path", ())))  # within the schema
+        why = f"{place}: {reason(error)}" if place else reason(error)
+        raise DataError(f"parameters are no valid JSON schema: {why}; fix the schema") from None
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from jinja2 import Template, nodes
-from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
@@ -34,12 +34,15 @@ def bounded_render() -> Bounded:
     return Bounded("gemma_dist.data.strange_template:render", seconds=SECONDS, num_bytes=NUM_BYTES)
 
 
-def render(template: str, variables: dict[str, Any]) -> str:
-    """A template's text for these variables. Raises what Jinja and the template raise, TemplateError where the text is
-    too long."""
+def render(template: str, variables: dict[str, Any] | None) -> str:
+    """A template's text for these variables; empty for None, which asks whether Jinja can read the template. Raises
+    what Jinja and the template raise, TemplateError where the text is too long."""
+    read = compiled(template)
+    if variables is None:
+        return ""
     random.seed(0)  # of Jinja's `random` and `lipsum`: what is inspected is what is trained
     limit = 2 * len(json.dumps(variables, ensure_ascii=False)) + MAX_CHARACTERS_ADDED
-    return "".join(_at_most(limit, compiled(template).generate(**variables)))
+    return "".join(_at_most(limit, read.generate(**variables)))
 
 
 def _at_most(limit: int, pieces: Iterator[str]) -> Iterator[str]:
@@ -53,7 +56,7 @@ def _at_most(limit: int, pieces: Iterator[str]) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=4)
 def compiled(template: str) -> Template:
-    """The template in the environment that transformers gives it."""
+    """The template in the environment that transformers gives it. TemplateError, with the line, where it is none."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
@@ -62,7 +65,10 @@ def compiled(template: str) -> Template:
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.globals["dict"] = _Dict()
     environment.globals["namespace"] = _Namespace
-    return environment.from_string(template)
+    try:
+        return environment.from_string(template)
+    except TemplateSyntaxError as error:
+        raise TemplateError(f"line {error.lineno}: {error.message}") from None
 
 
 class _Generation(Extension):

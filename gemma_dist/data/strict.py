@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any, TypeGuard, TypeVar, cast
 
 from gemma_dist.data.types import ArrowStruct, Json, JsonObject, RawRow, TextObject
-from gemma_dist.errors import DataError
+from gemma_dist.errors import DataError, shortened
 from gemma_dist.gemma_format import MAX_DEPTH
 
 Value = TypeVar("Value")
@@ -37,9 +37,7 @@ def short(value: object) -> str:
 def reason(error: BaseException) -> str:
     """What an error of another library says, on one line of at most 200 characters, for an error message of ours. An
     object's address in memory, which is another one each time, is left out."""
-    text = " ".join(str(getattr(error, "message", "") or error or type(error).__name__).split())
-    text = _ADDRESS.sub("", text)
-    return text if len(text) <= 200 else f"{text[:120]} ... {text[-70:]}"
+    return shortened(_ADDRESS.sub("", str(getattr(error, "message", "") or error or type(error).__name__)))
 
 
 class error_context:  # not by contextlib, which takes three times as long: a row enters a hundred

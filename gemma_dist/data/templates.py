@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_dist import world
-from gemma_dist.data.bounded import Bounded, OverLimitError
+from gemma_dist.data.bounded import Bounded, OverLimitError, RefusedError
 from gemma_dist.data.gguf import is_gguf, read_metadata
 from gemma_dist.data.shared import of_shared
 from gemma_dist.data.strange_template import bounded_render
-from gemma_dist.errors import ConfigError
+from gemma_dist.errors import ConfigError, setting
 from gemma_dist.logs import log
 from gemma_dist.model.tiny import newest_template, shipped_templates
 
@@ -121,8 +121,21 @@ def render(template: str, variables: dict[str, Any]) -> str:
 
 @functools.cache
 def say_if_unknown(template: str) -> None:
-    """Warn of a template that is none of the known revisions, once; of several processes one speaks."""
-    if without_sandbox(template) is None and world.rank() == 0 and multiprocessing.parent_process() is None:
+    """Warn of a template that is none of the known revisions, once; of several processes one speaks.
+
+    Raises:
+        ConfigError: Jinja cannot read it.
+    """
+    if without_sandbox(template) is not None:
+        return
+    try:
+        _strange()(template, None)
+    except RefusedError as error:
+        raise ConfigError(
+            f"the chat template (sha256 {_sha256(template)}) is none that Jinja reads: {error}. Mend it, or use that "
+            f"of E2B and E4B by {setting('chat_template', 'gemma4_v5')}"
+        ) from None
+    if world.rank() == 0 and multiprocessing.parent_process() is None:
         log.warning(
             "the chat template is none of the revisions that are known here (sha256 %s). It is run within limits, what "
             "it makes of each row is compared with the row, and what it adds is counted: `gemma-dist inspect` shows it",

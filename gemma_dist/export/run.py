@@ -30,6 +30,7 @@ from gemma_dist.export.zero import ZeroFolder, find_zero_folder, open_zero_folde
 from gemma_dist.files import require_free, whole_folder
 from gemma_dist.logs import write_json
 from gemma_dist.merge.folders import check_room, choose_side_files, nearest_parent, open_base
+from gemma_dist.model.adapter_config import read_adapter_config
 from gemma_dist.model.folder import ADAPTER_CONFIG, local_folder, read_json_object, refuse_custom_code
 from gemma_dist.model.record import ADAPTER_RECORD, read_record
 from gemma_dist.train.checkpoint import MARKER, damage_of
@@ -149,9 +150,7 @@ def _require_whole_model(checkpoint: Path) -> None:
         )
     if (checkpoint / ADAPTER_CONFIG).is_file() and not (checkpoint / CONFIG).is_file():
         record = read_record(checkpoint) or {}
-        base = record.get("base_model") or read_json_object(checkpoint / ADAPTER_CONFIG, str(checkpoint)).get(
-            "base_model_name_or_path", "BASE"
-        )
+        base = record.get("base_model") or read_adapter_config(checkpoint).get("base_model_name_or_path", "BASE")
         raise CheckpointError(
             f"{checkpoint} holds an adapter, not a model; add it to its base: `gemma-dist merge --base {base} "
             f"--adapter {checkpoint} --out FOLDER`. For a server's LoRA, use --adapter {checkpoint} --for vllm"

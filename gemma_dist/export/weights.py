@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gemma_dist.config_merge import ExportConfig
+from gemma_dist.data.strict import reason
 from gemma_dist.errors import CheckpointError
 from gemma_dist.export.zero import Pieces, ZeroFolder
 from gemma_dist.files import link_or_copy
@@ -173,8 +174,8 @@ def require_complete(result: Result, config: Path, checkpoint: Path) -> None:
             model = getattr(transformers, name)(settings)
     except Exception as error:  # a broken config may raise anything
         raise CheckpointError(
-            f"transformers makes no model of {config} ({str(error).partition(chr(10))[0]}); put the config.json of the "
-            "trained model there, or update transformers"
+            f"transformers makes no model of {config} ({type(error).__name__}: {reason(error)}); put the "
+            "config.json of the trained model there, or update transformers"
         ) from error
     tied = model.all_tied_weights_keys if result.tied else {}
     have = {name_in_model(name, result.model_type): entry for name, entry in result.headers.items()}

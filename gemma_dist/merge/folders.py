@@ -19,9 +19,11 @@ from gemma_dist.errors import CheckpointError, ConfigError, setting
 from gemma_dist.files import require_free, size
 from gemma_dist.logs import write_json
 from gemma_dist.merge.plan import LORA_TENSOR, Headers, Lora
+from gemma_dist.model.adapter_config import read_adapter_config
 from gemma_dist.model.fingerprint import fingerprint_base
 from gemma_dist.model.folder import (
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     WEIGHTS,
     WEIGHTS_INDEX,
     local_folder,
@@ -31,12 +33,11 @@ from gemma_dist.model.folder import (
     refuse_pickle,
     require_embeddings,
 )
-from gemma_dist.model.record import ADAPTER_RECORD, AdapterRecord, Quantization, names_its_layers, read_record
+from gemma_dist.model.record import ADAPTER_RECORD, AdapterRecord, Quantization, read_record, why_not_in_4_bits
 from gemma_dist.tensorfile import TensorFile, open_tensors, write_tensors
 
 BaseWeights = Literal["as_trained", "original"]
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 EMBEDDING = re.compile(r"\bembed_tokens(_per_layer)?\.weight$")  # the tables that a token's id looks up
 
 # What stands beside the weights, apart from config.json: the adapter's own file wins where it has one, since training
@@ -158,7 +159,7 @@ def open_adapter(folder: Path) -> Adapter:
             f"{folder} has no {ADAPTER_CONFIG} itself, but {' and '.join(path.name for path in inner)} in it: "
             f"give --adapter {inner[0]}"
         )
-    settings = read_json_object(folder / ADAPTER_CONFIG, "the adapter is not a folder that PEFT saved")
+    settings = read_adapter_config(folder)
     refuse_pickle(folder)
     return Adapter(folder, settings, open_tensors(folder / ADAPTER_WEIGHTS), read_record(folder))
 
@@ -198,13 +199,11 @@ def read_quantization(adapter: Adapter, base_weights: BaseWeights) -> Quantizati
     quantization = adapter.record.get("quantization") if adapter.record else None
     if not quantization or base_weights == "original":
         return None
-    in_4_bits = quantization.get("load_in_4bit") and quantization.get("bnb_4bit_quant_type") in ("nf4", "fp4")
-    if not in_4_bits or not quantization.get("modules") or not names_its_layers(quantization):
-        shown = json.dumps({**quantization, "modules": "…", "parameters": "…"})
+    if why := why_not_in_4_bits(quantization):
         raise CheckpointError(
-            f"{adapter.folder / ADAPTER_RECORD}: quantization {shown} is not a "
-            "list of modules in 4-bit nf4 or fp4, the only ones whose weights can be made again; use "
-            f"{setting('base_weights', 'original')}"
+            f"{adapter.folder / ADAPTER_RECORD}: {why}, as training writes it, so the weights that the adapter was "
+            "trained on cannot be made again. Take the file from the training's result once more, or add the adapter "
+            f"to the base as it is, by {setting('base_weights', 'original')}"
         )
     return quantization
 
@@ -275,7 +274,7 @@ def _holds_template(path: Path) -> bool:
     """Whether a side file says how messages are rendered."""
     if path.name not in CONFIGS_WITH_TEMPLATE:
         return path.name in TEMPLATES
-    return bool(read_json_object(path, "it is to go into the result").get("chat_template"))
+    return bool(read_json_object(path, "a file that is to go into the result is broken").get("chat_template"))
 
 
 def check_side_files(side_files: Mapping[str, SideFile], base: BaseModel, adapters: Iterable[Adapter]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gemma_dist.errors import CheckpointError
+from gemma_dist.errors import CheckpointError, brief
 
 # Settings of PEFT's LoraConfig that change what the adapter computes in a way that is not a sum of ours.
 REFUSED_SETTINGS = {
@@ -41,30 +41,30 @@ def require_mergeable(settings: Mapping[str, Any]) -> None:
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(
-            f"adapter_config.json: peft_type {kind!r} is not merged; only LORA (with rsLoRA, DoRA and patterns) is. "
-            "Merge it with PEFT's merge_and_unload"
+            f"adapter_config.json: peft_type {brief(kind)} is not merged; only LORA (with rsLoRA, DoRA and patterns) "
+            "is. Merge it with PEFT's merge_and_unload"
         )
     for key, value in settings.items():
         if not value:
             continue
         if key in REFUSED_SETTINGS:
             raise CheckpointError(
-                f"adapter_config.json: {key} = {value!r} cannot be merged: {REFUSED_SETTINGS[key]}. "
+                f"adapter_config.json: {key} = {brief(value)} cannot be merged: {REFUSED_SETTINGS[key]}. "
                 "Keep adapter and base apart, or train without it"
             )
         if key not in HARMLESS_SETTINGS:
             raise CheckpointError(
-                f"adapter_config.json: {key} = {value!r} is not known here and may change what the adapter computes; "
-                f"merge it with the PEFT that wrote it (version {settings.get('peft_version', 'unknown')})"
+                f"adapter_config.json: {key} = {brief(value)} is not known here and may change what the adapter "
+                f"computes; merge it with the PEFT that wrote it (version {brief(settings.get('peft_version'))})"
             )
     if (bias := settings.get("bias", "none")) != "none":
         raise CheckpointError(
-            f"adapter_config.json: bias = {bias!r} cannot be merged: only weights are. Train with bias = 'none'"
+            f"adapter_config.json: bias = {brief(bias)} cannot be merged: only weights are. Train with bias = 'none'"
         )
     if (start := settings.get("init_lora_weights", True)) not in PLAIN_INITIALISATIONS:
         raise CheckpointError(
-            f"adapter_config.json: init_lora_weights = {start!r} moves part of the base weight into the adapter, so "
-            "the sum with the original base is wrong; save the adapter with PEFT's "
+            f"adapter_config.json: init_lora_weights = {brief(start)} moves part of the base weight into the adapter, "
+            "so the sum with the original base is wrong; save the adapter with PEFT's "
             "path_initial_model_for_weight_conversion, which turns it into plain LoRA"
         )
 
@@ -85,7 +85,7 @@ def token_indices(settings: Mapping[str, Any], module: str, tensor: str) -> tupl
     tokens = found[0] if len(found) == 1 and isinstance(found[0], list) else []
     if not tokens or not all(type(token) is int and token >= 0 for token in tokens) or len({*tokens}) < len(tokens):
         raise CheckpointError(
-            f"adapter_config.json: trainable_token_indices = {listed!r} does not list once each token whose row "
+            f"adapter_config.json: trainable_token_indices = {brief(listed)} does not list once each token whose row "
             f"{tensor} has; give the adapter's own adapter_config.json"
         )
     return tuple(tokens)

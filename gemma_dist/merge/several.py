@@ -21,10 +21,10 @@ def require_alike(adapters: Sequence[Adapter], base_weights: BaseWeights) -> Non
     """
     for first, other in combinations(adapters, 2):
         both = f"{first.folder} and {other.folder}"
-        hashes = {one.record.get("base_weights_hash") for one in (first, other) if one.record} - {None}
+        hashes = {str(one.record.get("base_weights_hash") or "") for one in (first, other) if one.record} - {""}
         if len(hashes) > 1:
             raise CheckpointError(
-                f"{both} were trained on different bases (base_weights_hash {' and '.join(sorted(map(str, hashes)))}); "
+                f"{both} were trained on different bases (base_weights_hash {' and '.join(sorted(hashes))}); "
                 "give adapters of one base"
             )
         held = [one.record.get("quantization") if one.record else None for one in (first, other)]

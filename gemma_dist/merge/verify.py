@@ -27,7 +27,7 @@ from gemma_dist.data.fit import encode_trained
 from gemma_dist.data.strict import error_context
 from gemma_dist.errors import CheckpointError, DataError
 from gemma_dist.merge.layerwise import Inputs, LayerwiseModel, Run
-from gemma_dist.model.folder import ADAPTER_CONFIG
+from gemma_dist.model.adapter_config import read_adapter_config
 from gemma_dist.model.record import Quantization
 from gemma_dist.model.vision import patches_of_config
 from gemma_dist.shards.reader import load_trajectories
@@ -176,8 +176,7 @@ def verify(
 
 def _trained_tokens(adapter: Path) -> list[int]:
     """The tokens whose rows of an embedding an adapter has."""
-    settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    listed = settings.get("trainable_token_indices") or []
+    listed = read_adapter_config(adapter).get("trainable_token_indices") or []
     return [token for tokens in (listed.values() if isinstance(listed, dict) else [listed]) for token in tokens]
 
 

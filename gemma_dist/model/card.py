@@ -14,7 +14,9 @@ from typing import Any
 import yaml
 
 from gemma_dist.files import writing
-from gemma_dist.model.folder import read_json_object
+from gemma_dist.model.adapter_config import read_adapter_config
+from gemma_dist.model.folder import ADAPTER_CONFIG
+from gemma_dist.visible import visible
 
 CARD = "README.md"
 # By this line a card is known to be as it was written: the hash is that of all other lines.
@@ -41,7 +43,7 @@ def public_name(model: str) -> str:
     """A model as others can name it: the hub's name, also of a folder in its cache, or the name of a folder alone."""
     if found := CACHED.search(model):
         return f"{found[1]}/{found[2]}"
-    if HUB_NAME.fullmatch(model) and not Path(model).exists():
+    if HUB_NAME.fullmatch(model) and not _is_folder(model):
         return model
     return Path(model).absolute().name
 
@@ -98,8 +100,8 @@ def write_card(folder: Path, record: Mapping[str, Any], report: Mapping[str, Any
     if not is_ours(folder / CARD):
         return False
     adapter = None
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        adapter = read_json_object(folder / "adapter_config.json", "the adapter's settings are broken")
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        adapter = read_adapter_config(folder)
     with writing(folder / CARD) as temporary:
         temporary.write_text(render_card(record, adapter, report), encoding="utf-8")
     return True
@@ -141,7 +143,7 @@ def render_card(record: Mapping[str, Any], adapter: Mapping[str, Any] | None, re
         "finetune": f"{name}, fine-tuned on tool calling.",
     }
     license_line = "as its base" + (f": {license_words['license']}" if "license" in license_words else "")
-    if texts := sorted(path.name for path in Path(base).glob("LICENSE*")) if base else []:
+    if texts := sorted(path.name for path in Path(base).glob("LICENSE*")) if base and _is_folder(base) else []:
         license_line += f" ({', '.join(texts)} in its folder)"
     lines = [
         "---",
@@ -170,14 +172,21 @@ def render_card(record: Mapping[str, Any], adapter: Mapping[str, Any] | None, re
     return f"{text[:head_end]}<!-- gemma_dist wrote this ({_hash(text)}). {words} -->\n{text[head_end:]}"
 
 
+def _is_folder(base: str) -> bool:
+    try:
+        return Path(base).is_dir()
+    except OSError:  # longer than any path
+        return False
+
+
 def _object(value: object) -> Mapping[str, Any]:
     """An object of a record, which may come from anyone; an empty one in the place of anything else."""
     return value if isinstance(value, Mapping) else {}
 
 
 def _line(value: object) -> str:
-    """A value as text that breaks no line or table."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+    """A value as text that breaks no line or table, and that UTF-8 can encode."""
+    return visible(" ".join(str(value).split())).replace("|", "\\|")
 
 
 def _rows(
@@ -229,8 +238,9 @@ def _evaluation(report: Mapping[str, Any] | None) -> list[str]:
             value, of = _number(metric["value"], ".1%"), _number(metric.get("denominator"), ",")
             lines.append(f"| {words} (`{name}`) | {value} | {of} |")
     points = f"{_number(report.get('num_decision_points'), ',')} decision points"
-    data = f"{_number(report.get('num_trajectories'), ',')} held-out trajectories (data `{report.get('data_hash')}`)"
-    return [*lines, "", f"By `gemma-dist evaluate`, on {points} of {data}."]
+    data = f"{_number(report.get('num_trajectories'), ',')} held-out trajectories"
+    line = f"By `gemma-dist evaluate`, on {points} of {data} (data `{_line(report.get('data_hash'))}`)."
+    return [*lines, "", line]
 
 
 def _use(tuning: str) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_dist.errors import CheckpointError
+from gemma_dist.errors import CheckpointError, shortened
 
 # The files in which transformers looks for `auto_map`, classes that lie as Python files in the folder.
 CLASS_FILES = (
@@ -22,6 +22,8 @@ CLASS_FILES = (
 )
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
@@ -81,7 +83,7 @@ def read_json_object(path: Path, problem: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{problem}: {path} cannot be read ({error.strerror}); check the folder's name") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{problem}: {path} is not JSON ({error}); save or download it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{problem}: {path} holds no JSON object; save or download it again")
@@ -94,7 +96,7 @@ def refuse_adapter(folder: Path) -> None:
         return
     try:
         base = str(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
         base = "BASE"
     raise CheckpointError(
         f"{folder} is an adapter, which is no model: name its base ({base}), and the adapter beside it where the "
@@ -112,6 +114,22 @@ def read_model_config(model: str | Path, named: str) -> dict[str, Any]:
     folder = local_folder(model, named)
     refuse_adapter(folder)
     return read_json_object(folder / "config.json", named)
+
+
+def require_generation_config(model: str) -> None:
+    """Raises CheckpointError where the settings of generation in a model's folder are none: transformers says neither
+    file nor setting."""
+    from transformers import GenerationConfig
+
+    path = Path(model) / GENERATION_CONFIG
+    if path.is_file():
+        read_json_object(path, "the settings of generation are broken")
+        try:
+            GenerationConfig.from_pretrained(model)
+        except Exception as error:  # of values that are none, anything may be raised
+            raise CheckpointError(
+                f"{path} holds what transformers refuses ({shortened(str(error))}); take the file of the base"
+            ) from error
 
 
 def refuse_custom_code(model: str | Path) -> None:
@@ -135,7 +153,7 @@ def refuse_custom_code(model: str | Path) -> None:
             continue
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:  # loading says what is wrong with it
+        except (ValueError, RecursionError):  # loading says what is wrong with it
             continue
         for auto_map in _auto_maps(content):
             raise CheckpointError(

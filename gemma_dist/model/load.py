@@ -11,15 +11,17 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
+from safetensors import SafetensorError
 
 from gemma_dist import world
 from gemma_dist.config import LoraConfig, ModelConfig, QuantizationConfig
-from gemma_dist.errors import CheckpointError, ConfigError
+from gemma_dist.errors import CheckpointError, ConfigError, shortened
 from gemma_dist.model import fsdp
-from gemma_dist.model.folder import ADAPTER_CONFIG, read_json_object, refuse_adapter, refuse_custom_code, refuse_pickle
+from gemma_dist.model.adapter_config import require_adapter
+from gemma_dist.model.folder import ADAPTER_CONFIG, refuse_adapter, refuse_custom_code, require_generation_config
 from gemma_dist.model.images import use_known_places
 from gemma_dist.model.per_layer import TABLE, PerLayerTable, open_table, table_left_out, take_rows_of_batch
-from gemma_dist.model.record import ADAPTER_RECORD, four_bit_config, names_its_layers, quantization_of, read_record
+from gemma_dist.model.record import ADAPTER_RECORD, four_bit_config, quantization_of, read_record, why_not_in_4_bits
 from gemma_dist.model.rows import use_right_padding
 from gemma_dist.model.towers import Tower, config_without, linear_layers, modules_of, whole_modules
 from gemma_dist.model.vision import use_image_rule
@@ -112,17 +114,18 @@ def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool =
     config = read_config(model)
     dtype = config.dtype
     if adapter is not None:
-        _require_adapter(adapter)
+        require_adapter(adapter)
         record = read_record(adapter)
         if record is not None and (quantization := record.get("quantization")):
-            if not names_its_layers(quantization):
+            if why := why_not_in_4_bits(quantization):
                 raise CheckpointError(
-                    f"{adapter / ADAPTER_RECORD}: quantization lists no modules or parameters by name; take the file "
-                    "from the training's result once more"
+                    f"{adapter / ADAPTER_RECORD}: {why}, as training writes it, so how the base was held is not known; "
+                    "take the file from the training's result once more"
                 )
             whole = sorted(linear_layers(config) - set(quantization["modules"]))
             arguments["quantization_config"] = four_bit_config(quantization, skip_modules=whole)
-            arguments["dtype"] = dtype = getattr(torch, quantization["weights_dtype"])
+            if "weights_dtype" in quantization:
+                arguments["dtype"] = dtype = getattr(torch, quantization["weights_dtype"])
             arguments["experts"] = "gpu" if quantization.get("parameters") else None
     zero3 = settings_for_evaluation(dtype)
     if zero3 is None and not (fsdp.is_launched() and "quantization_config" not in arguments):
@@ -135,8 +138,13 @@ def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool =
     if adapter is not None:
         try:
             loaded = with_adapter(loaded, adapter, autocast_adapter_dtype=zero3 is None)
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"adapter {adapter} does not fit {model!r}: {error}") from error
+        except CheckpointError:  # of its settings
+            raise
+        except (SafetensorError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise CheckpointError(
+                f"adapter {adapter} does not fit {model!r}: {shortened(str(error))}; give the model that it was "
+                f"trained on, and its own {ADAPTER_CONFIG}"
+            ) from error
     if zero3 is not None:
         if adapter is not None:
             _adapter_as_base(loaded)
@@ -149,22 +157,30 @@ def load_for_evaluation(model: str, adapter: Path | None, *, ple_on_host: bool =
 
 def with_adapter(model: Any, adapter: Path, **arguments: Any) -> Any:
     """`model` with an adapter from a folder, as PEFT loads it."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    from gemma_dist.model.experts import adapt_four_bit_experts
-
-    settings = adapt_four_bit_experts(PeftConfig.from_pretrained(str(adapter)))
-    return PeftModel.from_pretrained(model, str(adapter), config=settings, **arguments)
+    return PeftModel.from_pretrained(model, str(adapter), config=_settings_of(adapter), **arguments)
 
 
 def load_another(adapted: Any, adapter: Path, name: str) -> None:
     """Give a model with an adapter one more, under a name of its own."""
+    adapted.add_adapter(name, _settings_of(adapter))
+    adapted.load_adapter(str(adapter), adapter_name=name)
+
+
+def _settings_of(adapter: Path) -> Any:
+    """PEFT's settings of an adapter. Raises CheckpointError where PEFT takes them for none."""
     from peft import PeftConfig
 
     from gemma_dist.model.experts import adapt_four_bit_experts
 
-    adapted.add_adapter(name, adapt_four_bit_experts(PeftConfig.from_pretrained(str(adapter))))
-    adapted.load_adapter(str(adapter), adapter_name=name)
+    try:
+        return adapt_four_bit_experts(PeftConfig.from_pretrained(str(adapter)))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{adapter / ADAPTER_CONFIG} holds no settings that PEFT takes ({shortened(str(error))}); take the "
+            "file from the training's result once more"
+        ) from error
 
 
 def place_of_experts(
@@ -289,6 +305,7 @@ def _from_pretrained(
     from gemma_dist.model.experts import loading_experts
 
     config = config_without(read_config(name), without)
+    require_generation_config(name)
     model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     left_out = [*modules_of(without), *([TABLE] if table is not None else [])]
     try:
@@ -307,7 +324,7 @@ def _from_pretrained(
                 use_safetensors=True,  # of the hub, too
                 **arguments,
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(_no_model(name, error)) from error
     if report["mismatched_keys"]:
         weight, stored, described = min(report["mismatched_keys"])
@@ -350,18 +367,6 @@ def _require_gemma4(name: str, model_type: str) -> None:
     """Raises CheckpointError for any other `model_type` of a config.json."""
     if not model_type.startswith("gemma4"):
         raise CheckpointError(f"{name!r} is a {model_type} model; gemma_dist knows Gemma 4 alone")
-
-
-def _require_adapter(folder: Path) -> None:
-    """Raises CheckpointError unless PEFT's settings of an adapter can be read in `folder`: its own errors name none;
-    and where its weights are a pickle."""
-    path = folder / ADAPTER_CONFIG
-    refuse_pickle(folder)
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} is no adapter: it holds no {ADAPTER_CONFIG}; name one that PEFT or a run of tuning: lora saved"
-        )
-    read_json_object(path, "the adapter's settings are broken")
 
 
 def _peft_config(settings: LoraConfig) -> Any:

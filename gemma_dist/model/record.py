@@ -14,6 +14,7 @@ import torch
 from gemma_dist import __version__
 from gemma_dist.config import EXPERT_WEIGHTS, QuantizationConfig, RunConfig
 from gemma_dist.logs import write_json
+from gemma_dist.model.adapter_config import Kind, is_text, list_of, odd_value, read_adapter_config
 from gemma_dist.model.card import write_card
 from gemma_dist.model.fingerprint import fingerprint_base
 from gemma_dist.model.folder import read_json_object
@@ -25,6 +26,17 @@ RECIPE = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim"),
     *("num_train_epochs", "max_steps", "global_batch_size", "packing", "seed"),
 )
+
+_DTYPE: Kind = (lambda value: value in ("float32", "bfloat16"), "float32 or bfloat16")
+_NAMES: Kind = (list_of(is_text), "a list of names")
+NEEDED = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "modules")  # of `Quantization`
+QUANTIZATION: dict[str, Kind] = {
+    "load_in_4bit": (lambda value: value is True, "true"),
+    "bnb_4bit_quant_type": (lambda value: value in ("nf4", "fp4"), "nf4 or fp4"),
+    "bnb_4bit_use_double_quant": (lambda value: isinstance(value, bool), "true or false"),
+    **dict.fromkeys(("bnb_4bit_compute_dtype", "weights_dtype"), _DTYPE),
+    **dict.fromkeys(("modules", "parameters"), _NAMES),
+}
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
@@ -130,7 +142,7 @@ def _training_of(adapter: Path) -> dict[str, Any]:
     """What is known of how an adapter was trained: what its record says, or its own settings."""
     known = {key: value for key, value in (read_record(adapter) or {}).items() if key != "quantization"}
     if "lora" not in known:
-        settings = read_json_object(adapter / "adapter_config.json", "the adapter is not a folder that PEFT saved")
+        settings = read_adapter_config(adapter)
         known["lora"] = {key: settings.get(key) for key in ("r", "lora_alpha", "use_rslora", "use_dora")}
     return known
 
@@ -152,10 +164,14 @@ def read_record(adapter: Path) -> AdapterRecord | None:
     return cast(AdapterRecord, read_json_object(path, "the record of the training is broken"))
 
 
-def names_its_layers(quantization: Quantization) -> bool:
-    """Whether a record that was read says which layers and stacks are in 4 bits, as lists of names."""
-    lists = (quantization.get("modules"), quantization.get("parameters", []))
-    return all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
+def why_not_in_4_bits(quantization: Any) -> str:
+    """What keeps a record that was read from saying how a base was held in 4 bits, in words; empty where it does."""
+    if not isinstance(quantization, dict):
+        return "quantization is no object"
+    if absent := [key for key in NEEDED if not quantization.get(key)]:
+        return f"quantization has no {' and no '.join(absent)}"
+    found = odd_value(quantization, QUANTIZATION)
+    return f"quantization.{found}" if found else ""
 
 
 def four_bit_modules(model: Any) -> list[str]:

@@ -6,6 +6,7 @@ Nothing of the weights but their headers is read, no code of the folder is run, 
 import json
 from pathlib import Path
 
+from gemma_dist.data.strict import reason
 from gemma_dist.errors import CheckpointError
 from gemma_dist.model.flat_sizes import flat_sizes
 from gemma_dist.model.folder import ADAPTER_CONFIG, read_json_object, refuse_custom_code, refuse_pickle
@@ -38,7 +39,9 @@ def check_model(folder: Path) -> ModelReport:
     try:
         config = read_config(str(folder))
     except Exception as error:  # transformers checks each value, with errors of its own
-        report.findings.append(Finding("config.json", str(error), "no server can build the model", "take the base's"))
+        report.findings.append(
+            Finding("config.json", reason(error), "no server can build the model", "take the base's")
+        )
         return report
     report.model_class = (config.architectures or [""])[0]
     if not report.model_class.endswith("ForConditionalGeneration"):

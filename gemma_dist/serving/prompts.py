@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from gemma_dist.config import EncodingConfig
-from gemma_dist.data.encode import load_encoder
+from gemma_dist.data.encode import Encoder, load_encoder
+from gemma_dist.data.strict import short
 from gemma_dist.data.templates import revision_of
-from gemma_dist.errors import CheckpointError, GemmaDistError
+from gemma_dist.errors import CheckpointError, ConfigError, GemmaDistError
 from gemma_dist.gemma_format import (
     AUDIO,
     AUDIO_BEGIN,
@@ -21,13 +23,12 @@ from gemma_dist.gemma_format import (
     STOP_TOKENS,
     VIDEO,
 )
-from gemma_dist.model.folder import read_json_object
+from gemma_dist.model.folder import GENERATION_CONFIG, read_json_object
 from gemma_dist.model.towers import UNIFIED
 from gemma_dist.serving.commands import LLAMA_CPP
 from gemma_dist.serving.rendering import check_for_llama_cpp, check_rendering
 from gemma_dist.serving.report import Finding, ModelReport
 
-GENERATION_CONFIG = "generation_config.json"
 TEMPLATE, OLD_TEMPLATE = "chat_template.jinja", "chat_template.json"
 FROM_BASE = "copy it from the folder of the base"
 
@@ -56,8 +57,8 @@ def check_prompts(folder: Path, config: Any, report: ModelReport) -> None:
         where, template = next(iter(templates.items()))
         report.chat_template = revision_of(template)
         report.findings += check_rendering(template, where) + check_for_llama_cpp(template, where, "note")
-    try:  # without a template of its own, with another one: the rest is to be looked at, too
-        encoder = load_encoder(str(folder), EncodingConfig(chat_template=None if templates else "gemma4_v5"))
+    try:
+        encoder = _encoder(folder, has_template=bool(templates))
     except GemmaDistError as error:
         why = "no server can make a prompt, or see an image, without tokenizer and processor"
         report.findings.append(Finding("tokenizer and processor", str(error), why, FROM_BASE))
@@ -75,6 +76,15 @@ def check_prompts(folder: Path, config: Any, report: ModelReport) -> None:
         report.commands.pop(LLAMA_CPP, None)
 
 
+def _encoder(folder: Path, *, has_template: bool) -> Encoder:
+    """The encoder of a folder: without a template of its own that Jinja reads, with another one, so that the rest is
+    looked at, too."""
+    if has_template:
+        with suppress(ConfigError):  # it is said where the template is rendered
+            return load_encoder(str(folder), EncodingConfig())
+    return load_encoder(str(folder), EncodingConfig(chat_template="gemma4_v5"))
+
+
 def _templates(folder: Path) -> dict[str, str]:
     """The chat templates of a folder by the file that they lie in; the one that transformers takes comes first."""
     found = {}
@@ -83,7 +93,7 @@ def _templates(folder: Path) -> dict[str, str]:
     for name in (OLD_TEMPLATE, "tokenizer_config.json", "processor_config.json"):
         try:
             text = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
-        except (OSError, ValueError, AttributeError):  # what is broken is said where it is loaded
+        except (OSError, ValueError, RecursionError, AttributeError):  # what is broken is said where it is loaded
             continue
         if isinstance(text, str):
             found[name] = text
@@ -133,7 +143,7 @@ def _check_tokens(tokenizer: Any, config: Any) -> list[Finding]:
             findings.append(
                 Finding(
                     "config.json",
-                    f"{name} is {found}, and the tokenizer's id is {known}",
+                    f"{name} is {short(found)}, and the tokenizer's id is {known}",
                     "servers put images, pads and beginnings where the model does not look for them",
                     "take config.json and tokenizer from the same model",
                 )
@@ -160,7 +170,7 @@ def _check_stops(folder: Path, tokenizer: Any, config: Any) -> list[Finding]:
         findings.append(
             Finding(
                 GENERATION_CONFIG,
-                f"eos_token_id is {settings.get('eos_token_id')!r} and lacks {', '.join(lacking)}",
+                f"eos_token_id is {short(settings.get('eos_token_id'))} and lacks {', '.join(lacking)}",
                 "an answer does not end there: the model writes the tool's result, or the user's next turn, itself",
                 remedy,
             )

@@ -15,13 +15,13 @@ from typing import Any
 
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.files import size
+from gemma_dist.model.adapter_config import read_adapter_config
 from gemma_dist.model.card import CARD, HUB_NAME, PEFTS, public_name
-from gemma_dist.model.folder import ADAPTER_CONFIG, read_json_object, weight_files
+from gemma_dist.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, weight_files
 from gemma_dist.serving.check import check_model
 from gemma_dist.serving.report import ModelReport
 from gemma_dist.tensorfile import open_tensors
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WANTED = re.compile(
     "|".join(
         (
@@ -82,7 +82,7 @@ def plan_upload(folder: Path, name: str, *, private: bool) -> Upload:
         raise ConfigError(f"{name!r} is no name of the hub; give OWNER/MODEL")
     report = None
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-        read_json_object(folder / ADAPTER_CONFIG, "the adapter's settings are broken")
+        read_adapter_config(folder)
         weights = [folder / ADAPTER_WEIGHTS]
         open_tensors(weights[0])
     else:

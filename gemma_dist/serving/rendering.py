@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from gemma_dist.data.strict import reason
 from gemma_dist.data.templates import render
 from gemma_dist.gemma_format import BOS, CALL, IMAGE, RESPONSE, TOOL, TURN
 from gemma_dist.serving.report import Finding
@@ -35,7 +36,7 @@ def check_rendering(template: str, where: str) -> list[Finding]:
     try:
         text = render(template, given)
     except Exception as error:  # a template may raise anything: jinja's own errors, or its raise_exception
-        return [Finding(where, f"cannot render a tool call: {error}", "a server answers with an error", NEWER)]
+        return [Finding(where, f"cannot render a tool call: {reason(error)}", "a server answers with an error", NEWER)]
     lacking = {
         "declares no tools": f"{TOOL}declaration:plot_it",
         "does not show a call": f"{CALL}call:plot_it{{",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gemma_dist.data.strict import reason
 from gemma_dist.errors import CheckpointError
 from gemma_dist.model.folder import WEIGHTS, WEIGHTS_INDEX, read_json_object, refuse_pickle
 from gemma_dist.model.vision import name_in_model
@@ -115,7 +116,7 @@ def _compare(entries: Mapping[str, Entry], config: Any, report: ModelReport) -> 
         expected = _expected_shapes(config)
     except Exception as error:  # sizes that make no model may raise anything
         why = "no server can build the model"
-        return [Finding("config.json", f"makes no model: {error}", why, "take the config.json of the base")]
+        return [Finding("config.json", f"makes no model: {reason(error)}", why, "take the config.json of the base")]
     in_model = {name_in_model(name, config.model_type): name for name in entries}
     text = config.get_text_config()
     is_tied = getattr(config, "tie_word_embeddings", True)

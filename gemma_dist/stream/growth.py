@@ -40,6 +40,21 @@ def editions_from(marker: Mapping[str, Any], shards: Shards) -> list[Edition]:
     return editions if now == before else [*editions, Edition(marker["step"], now)]
 
 
+def is_corpus(found: Any) -> bool:
+    """Whether a value is what `remember` notes, as read from JSON."""
+    return isinstance(found, list) and all(
+        isinstance(one, dict)
+        and type(one.get("from_step")) is int
+        and _is_list_of(one.get("num_row_groups"), int)
+        and _is_list_of(one.get("rows"), str)
+        for one in found
+    )
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(one) is kind for one in value)
+
+
 def has_grown(marker: Mapping[str, Any], shards: Shards) -> bool:
     """Whether the corpus is that of a checkpoint with more behind it."""
     return len(editions_from(marker, shards)) > len(marker.get(CORPUS, []))
@@ -52,6 +67,6 @@ def editions_of_newest(output_dir: Path, shards: Shards) -> list[Edition]:
         try:
             marker = json.loads(path.read_text(encoding="utf-8"))
             markers.append((marker["step"], editions_from(marker, shards)))
-        except (OSError, ValueError, LookupError, TypeError):  # damaged: a run would put it aside
+        except (OSError, ValueError, RecursionError, LookupError, TypeError):  # damaged: a run would put it aside
             continue
     return max(markers, default=(0, []))[1]

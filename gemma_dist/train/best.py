@@ -99,6 +99,6 @@ def _read(path: Path) -> dict[str, Any]:
     """A JSON object; an empty one where the file is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -18,11 +18,11 @@ from typing import Any
 
 from gemma_dist import world
 from gemma_dist.config import RunConfig
-from gemma_dist.errors import CheckpointError, PeerError
+from gemma_dist.errors import CheckpointError, PeerError, shortened
 from gemma_dist.files import seal, size, sync
 from gemma_dist.logs import log, write_json
 from gemma_dist.resolve import Run, RunIdentity
-from gemma_dist.stream.growth import CORPUS, has_grown, remember
+from gemma_dist.stream.growth import CORPUS, has_grown, is_corpus, remember
 from gemma_dist.train.best import NAME, note_best
 from gemma_dist.train.digests import (
     UNREADABLE,
@@ -159,7 +159,7 @@ def changed_settings(folder: Path, config: RunConfig) -> list[str]:
     for key in sorted(then.keys() | now.keys()):
         before, after = then.get(key), now.get(key)
         if before != after:
-            changed.append(f"{key} {json.dumps(before)} -> {json.dumps(after)}")
+            changed.append(f"{key} {shortened(json.dumps(before))} -> {shortened(json.dumps(after))}")
     return changed
 
 
@@ -233,7 +233,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
     path = folder / MARKER
     try:
         marker = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path.name} is damaged: it is no JSON") from None
     if not isinstance(marker, dict) or type(marker.get("step")) is not int:
         raise CheckpointError(f"{path.name} is damaged: it names no step")
@@ -244,6 +244,8 @@ def read_marker(folder: Path) -> dict[str, Any]:
     for name in ("identity", "settings"):
         if not isinstance(marker[name], dict):
             raise CheckpointError(f"{path.name} is damaged: its {name} is no object")
+    if not is_corpus(marker.get(CORPUS, [])):
+        raise CheckpointError(f"{path.name} is damaged: its {CORPUS} is no list of what each folder had")
     return marker | {"files": require_digests(marker["files"], path)}
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -202,13 +202,19 @@ def _index(folder: Path, files: ExitStack) -> dict[str, dict[str, list[SavedTens
     """parameter -> state -> its tensors in the checkpoint's files, which stay open as long as `files`."""
     index: dict[str, dict[str, list[SavedTensor]]] = {}
     for path in sorted(folder.glob("optimizer-*.safetensors")):
-        file = files.enter_context(safe_open(path, framework="pt"))
-        for name in file.keys():  # noqa: SIM118
-            mark = "@" if "@" in name else "#"
-            parameter_and_state, _, start = name.rpartition(mark)  # model.norm.weight/exp_avg@0
-            parameter, _, state = parameter_and_state.rpartition("/")
-            saved = SavedTensor(name, file, int(start), follows_elements=mark == "@")
-            index.setdefault(parameter, {}).setdefault(state, []).append(saved)
+        try:
+            file = files.enter_context(safe_open(path, framework="pt"))
+            for name in file.keys():  # noqa: SIM118
+                mark = "@" if "@" in name else "#"
+                parameter_and_state, _, start = name.rpartition(mark)  # model.norm.weight/exp_avg@0
+                parameter, _, state = parameter_and_state.rpartition("/")
+                saved = SavedTensor(name, file, int(start), follows_elements=mark == "@")
+                index.setdefault(parameter, {}).setdefault(state, []).append(saved)
+        except (SafetensorError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is not what training wrote ({error}); resume from another checkpoint, or start afresh with "
+                "another train.output_dir"
+            ) from error
     return index
 
 
