@@ -760,7 +760,7 @@ def test_places_that_are_no_folders_are_refused(pair: Any, tmp_path: Path, capfd
         ((base, adapter, tmp_path / ("long" * 70)), "File name too long"),
         ((base, adapter, Path("/proc/out")), "you may not write in /proc|No such file|disk has 0.0 MiB free"),
         ((base, file, tmp_path / "out"), "the adapter is not a folder"),
-        ((file, adapter, tmp_path / "out"), "neither a folder"),
+        ((file, adapter, tmp_path / "out"), "is a file; name the folder of a model"),
     ):
         assert main_merge(*arguments) == 2
         said = capfd.readouterr().err

@@ -237,6 +237,7 @@ def ids(ranks: Any) -> Iterator[str]:
 @pytest.mark.parametrize("packing", ["false", "true"])
 def test_batches_says_what_the_schedule_gives(shards: Path, packing: str) -> None:
     words = ["launch/cpu_full.yaml", "global_batch_size=8", f"packing={packing}", "per_device_train_batch_size=2"]
+    words.append("max_steps=8")
     output = gemma_dist("batches", shards, *words, "--step", 1, "--num-steps", 8, "--world-size", 2, "--json")
     steps = [json.loads(line) for line in output.splitlines()]
     assert [step["step"] for step in steps] == list(range(1, 9))
