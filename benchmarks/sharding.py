@@ -216,10 +216,12 @@ def _watch(most: dict[str, float]) -> None:
         for process in [this, *this.children(recursive=True)]:
             try:
                 own = process.memory_full_info().uss / 1e6
-                has_torch = "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
+                maps = Path(f"/proc/{process.pid}/maps").read_text()
             except (psutil.Error, OSError):  # it has ended
                 continue
-            kind = "parent_mb" if process == this else "torch_child_mb" if has_torch else "child_mb"
+            if not maps:  # it is about to
+                continue
+            kind = "parent_mb" if process == this else "torch_child_mb" if "libtorch" in maps else "child_mb"
             most[kind] = max(most[kind], own)
         most["watch_s"] = time.thread_time()
         time.sleep(WATCH_S)
