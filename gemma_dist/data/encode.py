@@ -38,7 +38,7 @@ from gemma_dist.data.kinds import kinds_of_characters
 from gemma_dist.data.processor_files import require_image_settings, why_no_processor
 from gemma_dist.data.served import NO_THOUGHT, as_served, decision_points, is_target, opening_of
 from gemma_dist.data.strict import holds_null, reason
-from gemma_dist.data.templates import LOST_OPENING, newest, read_template, render, say_if_unknown, without_sandbox
+from gemma_dist.data.templates import LOST_OPENING, known_template, newest_known, read_template, render, say_if_unknown
 from gemma_dist.data.tokenize import TextTokenizer, require_tokens
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.types import Message, Processor, Tokenizer, Tool, ToolCall
@@ -304,8 +304,8 @@ class Encoder:
         _require_images(text, len(trajectory.images))
         widened = self._widen(text, image_lengths)
         emitted, added = find_emitted(widened, trajectory.messages), []
-        if without_sandbox(self.processor.chat_template) is None:
-            known = self._render(trajectory.messages, trajectory.tools, thinking=thinking, template=newest())
+        if known_template(self.processor.chat_template) is None:
+            known = self._render(trajectory.messages, trajectory.tools, thinking=thinking, template=newest_known())
             added = compare(widened, emitted, self._widen(known, image_lengths), trajectory)
         return _Rendered(widened, image_lengths, emitted, thinking, added)
 

@@ -8,16 +8,20 @@ and need none. All others are rendered in a process with limits (`strange_templa
 
 import functools
 import hashlib
-import json
 import multiprocessing
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_dist import world
+from gemma_dist.data import newest
 from gemma_dist.data.bounded import Bounded, OverLimitError, RefusedError
 from gemma_dist.data.gguf import is_gguf, read_metadata
 from gemma_dist.data.shared import of_shared
 from gemma_dist.data.strange_template import bounded_render
+from gemma_dist.data.types import Tool
 from gemma_dist.errors import ConfigError, setting
 from gemma_dist.logs import log
 from gemma_dist.model.tiny import newest_template, shipped_templates
@@ -72,10 +76,32 @@ def revision_of(template: str) -> str:
     return f"none of the revisions that are known here (sha256 {_sha256(template)})"
 
 
+@dataclass(frozen=True)
+class KnownTemplate:
+    """A template that TRL ships, compiled as transformers does but for the sandbox."""
+
+    jinja: "Template"
+    declare: Callable[[Tool], str]  # a tool, by the template's own macro: once, since rows share their tools
+    opens_empty_thought: bool | None  # of one that `newest.py` writes, else None
+
+    def render(self, variables: dict[str, Any]) -> str:
+        """The text, in Python where that is sure to be Jinja's."""
+        if self.opens_empty_thought is not None and not newest.OTHER_NAMES & variables.keys():
+            with suppress(newest.NotPlainError):
+                return newest.conversation(
+                    variables["messages"],
+                    [self.declare(tool) for tool in variables["tools"] or ()],
+                    bos=variables["bos_token"],
+                    thinking=variables["enable_thinking"],
+                    prompts=variables["add_generation_prompt"],
+                    opens_empty_thought=self.opens_empty_thought,
+                )
+        return self.jinja.render(**variables)
+
+
 @functools.cache
-def without_sandbox(text: str) -> "Template | None":
-    """A template that is known, compiled as transformers does but for the sandbox, and with each declaration of a tool
-    rendered once; None for any other."""
+def known_template(text: str) -> KnownTemplate | None:
+    """The template of a text, if it is one of those that TRL ships, or that of the large models."""
     from jinja2 import Environment
     from jinja2.runtime import Context
 
@@ -92,27 +118,31 @@ def without_sandbox(text: str) -> "Template | None":
     environment = Environment(trim_blocks=True, lstrip_blocks=True)
     environment.context_class = PlainContext
     macros: Any = environment.from_string(text).make_module({"messages": [{"role": "user", "content": ""}]})
+    opens_empty_thought = newest.opens_empty_thought(text)
 
-    @functools.lru_cache(maxsize=4096)
-    def declaration(tool_json: str) -> str:
-        return str(macros.format_function_declaration(json.loads(tool_json)))
+    @of_shared
+    def declare(tool: Tool) -> str:
+        if opens_empty_thought is not None:
+            with suppress(newest.NotPlainError):
+                return newest.declaration(tool)
+        return str(macros.format_function_declaration(tool))
 
-    # Rows share their tools, and a declaration depends on nothing else.
-    environment.globals["declaration"] = of_shared(lambda tool: declaration(json.dumps(tool)))
-    return environment.from_string(text.replace("format_function_declaration(tool)", "declaration(tool)"))
+    environment.globals["declaration"] = declare
+    compiled = environment.from_string(text.replace("format_function_declaration(tool)", "declaration(tool)"))
+    return KnownTemplate(compiled, declare, opens_empty_thought)
 
 
 @functools.cache
-def newest() -> str:
+def newest_known() -> str:
     """The newest known template, to compare others with: of a whole conversation that of all models makes the same."""
     return newest_template("e4b")
 
 
 def render(template: str, variables: dict[str, Any]) -> str:
     """The text of any template. Raises whatever the template does, RefusedError where it goes over a limit."""
-    known = without_sandbox(template)
+    known = known_template(template)
     if known is not None:
-        return known.render(**variables)
+        return known.render(variables)
     try:
         return str(_strange()(template, variables))
     except OverLimitError as error:
@@ -126,7 +156,7 @@ def say_if_unknown(template: str) -> None:
     Raises:
         ConfigError: Jinja cannot read it.
     """
-    if without_sandbox(template) is not None:
+    if known_template(template) is not None:
         return
     try:
         _strange()(template, None)

@@ -11,26 +11,24 @@ import functools
 import json
 import re
 from collections.abc import Callable
-from itertools import accumulate, chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gemma_dist.data.cuts import BLANK, find_cuts, find_word_cuts, types_of
 from gemma_dist.data.strict import short
 from gemma_dist.data.types import BackendTokenizer, Encoding
 from gemma_dist.errors import CheckpointError, DataError
-from gemma_dist.gemma_format import BOS, CONTROL_TOKENS, IMAGE, IMAGE_BEGIN, IMAGE_END, TOOL, TOOL_END, TURN
+from gemma_dist.gemma_format import BOS, IMAGE, IMAGE_BEGIN, IMAGE_END, TOOL, TOOL_END, TURN
 
 # What stands in rendered text by the tokenizer's word for it, whatever the chat template is.
 _NAMED = {"bos_token": BOS, "image_token": IMAGE, "boi_token": IMAGE_BEGIN, "eoi_token": IMAGE_END}
-_BLANK = "\u2581"  # ▁, as which Gemma's tokenizer writes a blank, so that one of the text reads back as a blank
 AROUND = 40  # characters that an error shows
 REMEDY = "take the tokenizer that the model was published with"
-_CUT_AT = [token for token in CONTROL_TOKENS if token != IMAGE]  # the soft tokens of an image come together
-_BY_THEMSELVES = {"Sequence", "Split", "Digits", "ByteLevel"}  # pre-tokenizers that know nothing but their piece
 _DECODERS_OF_GEMMA = [
-    {"type": "Replace", "pattern": {"String": _BLANK}, "content": " "},
+    {"type": "Replace", "pattern": {"String": BLANK}, "content": " "},
     {"type": "ByteFallback"},
     {"type": "Fuse"},
 ]
@@ -45,77 +43,81 @@ class TextTokenizer:
 
     def __init__(self, backend: BackendTokenizer) -> None:
         self._backend = backend
-        self._cut = find_cuts(backend)
-        self._words = find_words(backend)
-        self._known: dict[str, Tokens] = {}
-        self._room = _ROOM
+        self._says = find_words(backend)
+        self._cut = find_cuts(backend) if self._says else None
+        self._cut_words = find_word_cuts(backend) if self._cut else None
+        self._pieces, self._words = _Memory(self._of_pieces), _Memory(self._of_words)
 
     def __call__(self, text: str) -> Tokens:
         """The tokens of a text. Raises DataError as `tokenize`."""
         if self._cut is None:
             return self._of_whole(text)
-        known = self._known
         pieces: list[str] = []
-        declared: list[tuple[str, int, int]] = []  # new declarations, and which pieces they are made of
-        for part in text.split(TOOL_END):  # those that came before are taken whole: rows share them
-            if part in known:
-                pieces += part, TOOL_END
-                continue
-            first = len(pieces)
-            pieces += self._cut.split(part)
-            if part.startswith(TOOL):
-                declared.append((part, first, len(pieces)))
+        for part in text.split(TOOL_END):  # declarations are taken whole: rows share them
+            pieces += (part,) if part.startswith(TOOL) else self._cut.split(part)
             pieces.append(TOOL_END)
         pieces.pop()
         try:
-            self._learn(pieces, known)
+            steps = b"".join(self._pieces.of(pieces))
         except DataError:  # which is to say where in the whole text
             return self._of_whole(text)
-        tokens, starts = _joined([*map(known.__getitem__, pieces)], pieces)
-        for part, first, end in declared:
-            known[part] = own = tokens[:, starts[first] : starts[end]].copy()
-            own[1:] -= own[1, 0]
-        self._forget([part for part, _, _ in declared])
-        return tokens
+        ids, gaps, lengths = np.frombuffer(steps, np.int32).reshape(-1, 3).T
+        ends = np.cumsum(lengths, dtype=np.int32)
+        return np.stack((ids, ends - lengths + gaps, ends))
 
-    def _learn(self, pieces: list[str], known: dict[str, Tokens]) -> None:
-        """Add the tokens of new pieces, made at once: control tokens between them keep them apart."""
-        new = [*dict.fromkeys([piece for piece in pieces if piece not in known])]
-        if not new:
-            return
-        tokens = self._of_whole(TURN.join(new))
-        starts, num_tokens = _starts(new, len(TURN)), tokens.shape[1]
-        firsts = np.append(np.searchsorted(tokens[1], starts), num_tokens + 1)
-        tokens[1:] -= np.repeat(starts, np.diff(firsts))[:num_tokens]  # with the token behind each
-        places = firsts.tolist()
-        for piece, first, end in zip(new, places, places[1:], strict=False):
-            known[piece] = tokens[:, first : end - 1]
-        self._forget(new)
+    def _of_pieces(self, pieces: list[str]) -> list[bytes]:
+        """The steps of each piece, by its words."""
+        assert self._cut
+        cut_words = self._cut_words
+        words: list[str] = []
+        ends: list[int] = []
+        for piece in pieces:
+            for part in self._cut.split(piece) if TOOL in piece else (piece,):
+                words += cut_words.findall(part) if cut_words else (part,)
+            ends.append(len(words))
+        found = self._words.of(words)
+        return [b"".join(found[start:end]) for start, end in pairwise((0, *ends))]
 
-    def _forget(self, new: list[str]) -> None:
-        """Start a new memory where these pieces fill the one that they went to."""
-        self._room -= sum(map(len, new)) + _ROOM_OF_EACH * len(new)
-        if self._room < 0:
-            self._known, self._room = {}, _ROOM
+    def _of_words(self, words: list[str]) -> list[bytes]:
+        """The steps of each word, made at once: control tokens between them keep them apart."""
+        ids, starts, ends = self._of_whole(TURN.join(words))
+        steps = np.empty((len(ids), 3), np.int32)
+        before = np.append(np.int32(0), ends[:-1])
+        steps[:, 0], steps[:, 1], steps[:, 2] = ids, starts - before, ends - before
+        if (steps[:, 1] > 0).any():
+            raise DataError("no token has some of the characters")
+        lengths = np.fromiter(map(len, words), np.int64, len(words)) + len(TURN)
+        firsts = np.searchsorted(starts, np.cumsum(lengths) - lengths).tolist()
+        as_bytes = steps.tobytes()
+        return [as_bytes[12 * first : 12 * (end - 1)] for first, end in pairwise((*firsts, len(ids) + 1))]
 
     def _of_whole(self, text: str) -> Tokens:
         """The tokens of a text by the tokenizer itself. Raises DataError as `tokenize`."""
-        tokens = None if self._words is None else _by_words(self._backend, self._words, text)
+        tokens = None if self._says is None else _by_words(self._backend, self._says, text)
         return _as_array(tokenize(self._backend, text)) if tokens is None else tokens
 
 
-def _joined(found: list[Tokens], pieces: list[str]) -> tuple[Tokens, list[int]]:
-    """The tokens of a text from those of its pieces, and how many there are in front of each piece, and in all."""
-    counts = [one.shape[1] for one in found]
-    tokens = np.concatenate(found, axis=1)
-    tokens[1:] += np.repeat(_starts(pieces), counts)
-    return tokens, [*accumulate(counts, initial=0)]
+class _Memory:
+    """The steps of texts that came before. The step of a token is three int32: its id, how far from the end of the one
+    before it begins (0, or -1 within a character), and how far from there it ends. So steps can be put together."""
 
+    def __init__(self, make: Callable[[list[str]], list[bytes]]) -> None:
+        self._make = make
+        self._known: dict[str, bytes] = {}
+        self._room = _ROOM
 
-def _starts(pieces: list[str], gap: int = 0) -> npt.NDArray[np.int32]:
-    """Where each piece begins in the text of all, with so many characters between two."""
-    lengths = np.fromiter(map(len, pieces), np.int32, len(pieces)) + np.int32(gap)
-    return np.cumsum(lengths, dtype=np.int32) - lengths
+    def of(self, texts: list[str]) -> list[bytes]:
+        """The steps of each text; those of all new ones are made at once."""
+        known = self._known
+        try:
+            return [known[text] for text in texts]
+        except KeyError:
+            new = [text for text in dict.fromkeys(texts) if text not in known]
+        known.update(zip(new, self._make(new), strict=True))
+        self._room -= sum(map(len, new)) + _ROOM_OF_EACH * len(new)
+        if self._room < 0:
+            self._known, self._room = {}, _ROOM
+        return [known[text] for text in texts]
 
 
 def _as_array(encoding: Encoding) -> Tokens:
@@ -146,7 +148,7 @@ class Words:
 def find_words(backend: BackendTokenizer) -> Words | None:
     """What each token says, if a decoder is one of two that write each token by itself, and nothing moves the places of
     tokens afterwards, as a ByteLevel post-processor does that trims blanks; else None."""
-    if not _types_of(backend.post_processor) <= {"TemplateProcessing"}:
+    if not types_of(backend.post_processor) <= {"TemplateProcessing"}:
         return None
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}
     if decoder.get("type") == "ByteLevel":
@@ -157,8 +159,8 @@ def find_words(backend: BackendTokenizer) -> Words | None:
 
 
 def _by_gemma(token: str) -> bytes:
-    is_byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
-    return bytes.fromhex(is_byte[1]) if is_byte else token.replace(_BLANK, " ").encode()
+    is_byte = token.startswith("<0x") and re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
+    return bytes.fromhex(is_byte[1]) if is_byte else token.replace(BLANK, " ").encode()
 
 
 def _by_byte_level(token: str) -> bytes:
@@ -206,49 +208,6 @@ def _by_words(backend: BackendTokenizer, words: Words, text: str) -> Tokens | No
     return tokens
 
 
-def find_cuts(backend: BackendTokenizer) -> re.Pattern[str] | None:
-    """Where a text may be cut so that each piece has the tokens that it has in the text; None: nowhere for sure.
-
-    A tokenizer first takes the tokens that were added to its vocabulary out of the text as it is given: from left to
-    right, at each place the longest. What stands between two of them is normalized, split and merged by itself. So a
-    text may be cut in front of and behind each of _CUT_AT if
-
-    - it is such a token, is always taken, and no other one takes its place: none holds it, or ends as it begins;
-    - no added token looks at what stands around it, or takes blanks along;
-    - nothing else looks beyond a piece: the pre-tokenizer is of those that do not, a post-processor only adds special
-      tokens, which nobody asks for, and BPE merges without chance.
-    """
-    added = list(backend.get_added_tokens_decoder().values())
-    taken = [token.content for token in added if not token.normalized]
-    is_sure = (
-        not any(token.lstrip or token.rstrip or token.single_word for token in added)
-        and not backend.encode_special_tokens
-        and set(_CUT_AT) <= set(taken)
-        and not any(_takes_place(other, token) for token in _CUT_AT for other in taken)
-        and _types_of(backend.pre_tokenizer) <= _BY_THEMSELVES
-        and _types_of(backend.post_processor) <= {"TemplateProcessing"}
-        and type(backend.model).__name__ == "BPE"
-        and not backend.model.dropout
-    )
-    return re.compile(f"({'|'.join(map(re.escape, _CUT_AT))})") if is_sure else None
-
-
-def _takes_place(other: str, token: str) -> bool:
-    """Whether a text in which `token` begins may hold `other` there, or from further left on."""
-    is_longer = token in other and token != other
-    return is_longer or any(token.startswith(other[start:]) for start in range(1, len(other)))
-
-
-def _types_of(part: Any) -> set[str]:
-    """The types of a part of a tokenizer, and of the parts in it, as in `tokenizer.json`."""
-    found: set[str] = set()
-    left = [json.loads(part.__getstate__())] if part else []
-    for state in left:
-        found.add(state["type"])
-        left += state.get("pretokenizers", [])
-    return found
-
-
 def tokenize(backend: BackendTokenizer, text: str) -> Encoding:
     """As transformers' `tokenizer(text, add_special_tokens=False)`, which takes a third longer to hand it over.
 
@@ -264,7 +223,7 @@ def tokenize(backend: BackendTokenizer, text: str) -> Encoding:
         raise
     except BaseException as error:  # a panic of its Rust is no Exception
         raise DataError(f"the tokenizer fails on this row: {error}; {REMEDY}") from None
-    if said != text and said.replace(_BLANK, " ") != text.replace(_BLANK, " "):
+    if said != text and said.replace(BLANK, " ") != text.replace(BLANK, " "):
         pairs = enumerate(zip(said, text, strict=False))
         start = next((index for index, (one, other) in pairs if one != other), min(len(said), len(text)))
         found, given = (short(one[start : start + AROUND]) for one in (said, text))

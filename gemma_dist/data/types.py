@@ -106,6 +106,7 @@ class Encoding(Protocol):
 class BackendTokenizer(Protocol):
     """The `tokenizers.Tokenizer` inside of a fast tokenizer."""
 
+    normalizer: Any
     pre_tokenizer: Any
     decoder: Any
     post_processor: Any
@@ -114,6 +115,9 @@ class BackendTokenizer(Protocol):
 
     def get_added_tokens_decoder(self) -> Mapping[int, Any]:
         """Each `tokenizers.AddedToken` by its id."""
+
+    def get_vocab(self) -> dict[str, int]:
+        """The id of each token, the added ones among them."""
 
     def to_str(self) -> str:
         """Everything that it does, as JSON."""

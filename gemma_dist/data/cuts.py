@@ -1,0 +1,97 @@
+"""Where a text may be cut so that its parts have the tokens that they have in it: what comes again need not be
+tokenized again.
+
+There are two kinds of cuts. At control tokens a tokenizer cuts by itself. Within what stands between them Gemma's has
+none: it merges over the whole of it, yet never over the beginning of a word, since no token of its vocabulary does.
+"""
+
+import json
+import re
+from typing import Any
+
+from gemma_dist.data.types import BackendTokenizer
+from gemma_dist.gemma_format import CONTROL_TOKENS, IMAGE
+
+BLANK = "\u2581"  # ▁, as which Gemma's tokenizer writes a blank, so that one of the text reads back as a blank
+_CUT_AT = [token for token in CONTROL_TOKENS if token != IMAGE]  # the soft tokens of an image come together
+_BY_THEMSELVES = {"Sequence", "Split", "Digits", "ByteLevel"}  # pre-tokenizers that know nothing but their piece
+_NORMALIZER_OF_GEMMA = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
+_PRE_TOKENIZERS_OF_GEMMA = (  # both leave a text whole in which blanks have been replaced
+    None,
+    {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
+)
+_APART = "\ud800"  # stands in no token
+
+
+def find_cuts(backend: BackendTokenizer) -> re.Pattern[str] | None:
+    """Where a text may be cut so that each piece has the tokens that it has in the text; None: nowhere for sure.
+
+    A tokenizer first takes the tokens that were added to its vocabulary out of the text as it is given: from left to
+    right, at each place the longest. What stands between two of them is normalized, split and merged by itself. So a
+    text may be cut in front of and behind each of _CUT_AT if
+
+    - it is such a token, is always taken, and no other one takes its place: none holds it, or ends as it begins;
+    - no added token looks at what stands around it, or takes blanks along;
+    - nothing else looks beyond a piece: the pre-tokenizer is of those that do not, a post-processor only adds special
+      tokens, which nobody asks for, and BPE merges without chance.
+    """
+    added = list(backend.get_added_tokens_decoder().values())
+    taken = [token.content for token in added if not token.normalized]
+    is_sure = (
+        not any(token.lstrip or token.rstrip or token.single_word for token in added)
+        and not backend.encode_special_tokens
+        and set(_CUT_AT) <= set(taken)
+        and not any(_takes_place(other, token) for token in _CUT_AT for other in taken)
+        and types_of(backend.pre_tokenizer) <= _BY_THEMSELVES
+        and types_of(backend.post_processor) <= {"TemplateProcessing"}
+        and type(backend.model).__name__ == "BPE"
+        and not backend.model.dropout
+    )
+    return re.compile(f"({'|'.join(map(re.escape, _CUT_AT))})") if is_sure else None
+
+
+def find_word_cuts(backend: BackendTokenizer) -> re.Pattern[str] | None:
+    """What finds the words of a text between two control tokens, if each has the tokens there that
+    it has alone: a line's end, or several, and everything up to the next blanks. None: that is not sure.
+
+    BPE begins with characters and joins two neighbours where what both say is a token. So it joins nothing over a place
+    of which no token holds the characters on both sides, and what it joins on one side does not ask for the other. That
+    no token holds a line's end beside anything else, and which characters some token holds in front of a blank, is read
+    from the vocabulary. (Of Gemma 4's 262,144 tokens one holds a blank behind something else: `>▁</`.)
+
+    Raises nothing; the tokenizer must be one for which `find_cuts` finds cuts.
+    """
+    model = backend.model
+    is_gemmas = (
+        _state_of(backend.normalizer) == _NORMALIZER_OF_GEMMA
+        and _state_of(backend.pre_tokenizer) in _PRE_TOKENIZERS_OF_GEMMA
+        and not model.continuing_subword_prefix
+        and not model.end_of_word_suffix
+    )
+    vocabulary = backend.get_vocab() if is_gemmas else {}
+    tokens = _APART.join(vocabulary).replace(" ", BLANK)
+    if not {"\n", BLANK} <= vocabulary.keys() or re.search(f"[^\n{_APART}]\n|\n[^\n{_APART}]", tokens):
+        return None
+    joined = {BLANK, *re.findall(f"([^{BLANK}{_APART}]){BLANK}", tokens)}
+    return re.compile(rf"\n+| *[^ \n]+(?:(?<=[{re.escape(''.join(sorted(joined)))}]) +[^ \n]*)*| +")
+
+
+def _state_of(part: Any) -> Any:
+    """A part of a tokenizer, as in `tokenizer.json`."""
+    return json.loads(part.__getstate__()) if part else None
+
+
+def _takes_place(other: str, token: str) -> bool:
+    """Whether a text in which `token` begins may hold `other` there, or from further left on."""
+    is_longer = token in other and token != other
+    return is_longer or any(token.startswith(other[start:]) for start in range(1, len(other)))
+
+
+def types_of(part: Any) -> set[str]:
+    """The types of a part of a tokenizer, and of the parts in it, as in `tokenizer.json`."""
+    found: set[str] = set()
+    left = [_state_of(part)] if part else []
+    for state in left:
+        found.add(state["type"])
+        left += state.get("pretokenizers", [])
+    return found
