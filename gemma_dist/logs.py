@@ -93,8 +93,12 @@ class JsonlWriter:
 
     def write(self, row: Mapping[str, object]) -> None:
         """Add a line. OSError, with the file's name, where the disk refuses it."""
+        self.write_line(to_json(row))
+
+    def write_line(self, line: str) -> None:
+        """As `write`, of JSON that is written already."""
         with naming(self._path):
-            self._file.write(to_json(row) + "\n")
+            self._file.write(line + "\n")
             if self._flushes:
                 self._file.flush()
 

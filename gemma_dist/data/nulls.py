@@ -82,6 +82,9 @@ def _settle_call(
         schema: of the tool's parameters; {} where it has none, None where no tool of this name is declared.
         train: whether the message of the call is trained.
     """
+    if _is_settled(function["arguments"]):
+        function["arguments"] = dict(function["arguments"])
+        return
     root = schema or {}
     found = list(_find(function["arguments"], _alternatives([root], root), root))
     whole = _whole_numbers(found)
@@ -94,6 +97,13 @@ def _settle_call(
     function["arguments"] = _changed_object(function["arguments"], {**whole, **dict.fromkeys(dropped)})
     _count(notes, WHOLE, len(whole))
     _count(notes, FILLED if arrow_nulls == "auto" else GIVEN, len(dropped))
+
+
+def _is_settled(value: Json) -> bool:
+    """Whether a value holds no null and no struct of Arrow, at any depth."""
+    if isinstance(value, dict):
+        return not isinstance(value, ArrowStruct) and all(map(_is_settled, value.values()))
+    return all(map(_is_settled, value)) if isinstance(value, list) else value is not None
 
 
 def _count(notes: Counter[str], note: str, number: int) -> None:

@@ -4,7 +4,6 @@ Training data and evaluation ask the same function, so that a call that may be t
 """
 
 import functools
-import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -79,15 +78,13 @@ def _declare(function: dict[str, object], clean: Clean, notes: Counter[str]) -> 
 
 @functools.cache
 def _declared_before(clean: Clean) -> Callable[[dict[str, object]], tuple[Tool, Counter[str]]]:
-    """What a declaration becomes, by its identity, and, where it is another object, by what it says."""
-    return of_shared(lambda function: _remembered(json.dumps(function), clean))
+    """What a declaration becomes, and the notes on it; equal ones are one object (`to_openai_tools`)."""
 
+    def parse(function: dict[str, object]) -> tuple[Tool, Counter[str]]:
+        notes: Counter[str] = Counter()
+        return _parse_declaration(function, clean, notes), notes
 
-@functools.lru_cache(maxsize=4096)
-def _remembered(function_json: str, clean: Clean) -> tuple[Tool, Counter[str]]:
-    """A declaration, and the notes on it."""
-    notes: Counter[str] = Counter()
-    return _parse_declaration(json.loads(function_json), clean, notes), notes
+    return of_shared(parse)
 
 
 def _parse_declaration(function: dict[str, object], clean: Clean, notes: Counter[str]) -> Tool:

@@ -21,7 +21,7 @@ from jsonschema.exceptions import ValidationError
 from gemma_dist.data.bounded import Bounded, OverLimitError, RefusedError, spend
 from gemma_dist.data.schema_plain import is_plainly_valid, plainly_fits
 from gemma_dist.data.schema_walk import keywords, subschemas
-from gemma_dist.data.shared import shared_json
+from gemma_dist.data.shared import of_shared, shared_json
 from gemma_dist.data.strict import reason
 from gemma_dist.data.types import Json, JsonObject
 from gemma_dist.errors import DataError
@@ -30,6 +30,7 @@ SECONDS = 2  # of processor time, for one call's arguments; what is no trap take
 ROW_SECONDS = 10  # for all schemas and calls of a row
 NUM_BYTES = 2**30
 MAX_STEPS = 10_000_000  # characters of schema and arguments, multiplied: what is checked without a process of its own
+MAX_ARGUMENTS, MAX_SMALL_CHARACTERS = 50, 5_000  # of a call and its schema that are compared without a clock
 MAX_SCHEMA_CHARACTERS = 20_000  # of a schema that is itself checked so: `uniqueItems` of 500 entries
 
 _UNBOUNDED = keywords("pattern patternProperties $ref $dynamicRef $recursiveRef unevaluatedProperties unevaluatedItems")
@@ -68,7 +69,9 @@ def find_misfit(arguments: Mapping[str, Json], parameters: JsonObject | None) ->
     Raises:
         DataError: the schema is invalid or cannot be applied to these arguments, at all or in the time that it has.
     """
-    return _apply("best_misfit", arguments, parameters) if parameters else None
+    if not parameters or _fits_at_a_glance(arguments, parameters):
+        return None
+    return cast(str | None, _apply("best_misfit", arguments, parameters))
 
 
 def find_misfits(arguments: Mapping[str, Json], parameters: JsonObject | None) -> list[Misfit]:
@@ -82,6 +85,18 @@ def matches(pattern: str, key: str) -> bool:
     """Whether a pattern of `patternProperties` names a key; a broken one names none. DataError where it takes too
     long."""
     return bool(_elsewhere("is_match", pattern, key))
+
+
+def _fits_at_a_glance(arguments: Mapping[str, Json], schema: JsonObject) -> bool:
+    """Whether a few arguments without parts fit a small schema that is plainly valid, as those of most calls do."""
+    if len(arguments) > MAX_ARGUMENTS or any(isinstance(value, dict | list) for value in arguments.values()):
+        return False
+    return _is_small_and_plain(schema) and plainly_fits(dict(arguments), schema)
+
+
+@of_shared
+def _is_small_and_plain(schema: JsonObject) -> bool:
+    return len(shared_json(schema)) <= MAX_SMALL_CHARACTERS and is_plainly_valid(schema)
 
 
 # ---- here, or where it can be stopped --------------------------------------------------------------------------------

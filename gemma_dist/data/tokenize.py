@@ -109,15 +109,13 @@ class _Memory:
     def of(self, texts: list[str]) -> list[bytes]:
         """The steps of each text; those of all new ones are made at once."""
         known = self._known
-        try:
-            return [known[text] for text in texts]
-        except KeyError:
-            new = [text for text in dict.fromkeys(texts) if text not in known]
-        known.update(zip(new, self._make(new), strict=True))
-        self._room -= sum(map(len, new)) + _ROOM_OF_EACH * len(new)
-        if self._room < 0:
-            self._known, self._room = {}, _ROOM
-        return [known[text] for text in texts]
+        new = [*{*texts}.difference(known)]
+        if new:
+            known.update(zip(new, self._make(new), strict=True))
+            self._room -= sum(map(len, new)) + _ROOM_OF_EACH * len(new)
+            if self._room < 0:
+                self._known, self._room = {}, _ROOM
+        return [*map(known.__getitem__, texts)]
 
 
 def _as_array(encoding: Encoding) -> Tokens:

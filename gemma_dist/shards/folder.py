@@ -37,6 +37,7 @@ class Plan(CorpusHeader):
     inputs: list[list[str | int]]  # of each range of the input: its file, first byte, size and time of the file
     media_root: str
     skip_invalid: bool
+    pieces: int  # PIECE_FORMAT
     sizes: list[int]  # of a piece, a row group and a shard, at most, in bytes
     append_to: str | None  # sha256 of the manifest that is appended to
     choice: NotRequired[str]  # digest of which rows are taken; absent: all

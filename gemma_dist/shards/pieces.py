@@ -27,7 +27,6 @@ from gemma_dist.data.rows import read_ranges
 from gemma_dist.data.shared import of_shared
 from gemma_dist.data.strict import error_context
 from gemma_dist.data.trajectory import Trajectory
-from gemma_dist.data.types import Message, Tool
 from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import DataError, spell
 from gemma_dist.failures import is_of_a_disk
@@ -39,15 +38,16 @@ from gemma_dist.shards.manifest import COUNTS, RowGroupPlace, ShardEntry, digest
 from gemma_dist.shards.record import ORIGINS, PieceHeader, Sample, write_record
 from gemma_dist.shards.record import SCHEMA as RECORD_SCHEMA
 from gemma_dist.shards.report import OPTIONS, REJECTED, TOO_LONG, ShardReport
-from gemma_dist.shards.tools import SeenTools, digest_of_tool
+from gemma_dist.shards.tools import Declaration, SeenTools
 
 NUM_ERRORS_SHOWN = 5
-PIECE_TOOLS = "tools.jsonl"  # the declarations of a piece, each once
+PIECE_FORMAT = 2  # of the files of a piece: those of another one are not taken up
+PIECE_TOOLS = "tools.tsv"  # the declarations of a piece, each once; tools.jsonl in format 1
 PIECE_IDS = "ids.arrow"  # hashes of its ids
 UNDECLARED = "rows call tools but declare none"
 _PIECE_FILE = re.compile(  # as `ShardJob.path` names it, or `_partial` while it is written
     rf"\.?\.piece-(\d{{5,}})(?:-again)?(\.arrow|-{re.escape(REJECTED)}|-{re.escape(TOO_LONG)}"
-    rf"|-{re.escape(PIECE_TOOLS)}|-{re.escape(PIECE_IDS)}|-\d{{3,}}\.parquet)(\.tmp)?"
+    rf"|-tools\.(?:tsv|jsonl)|-{re.escape(PIECE_IDS)}|-\d{{3,}}\.parquet)(\.tmp)?"
 )
 
 IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -141,7 +141,7 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow], tell: Call
     errors: list[str] = []
     rejected = RowLog(job.path(f"-{REJECTED}"))
     too_long = RowLog(job.path(f"-{TOO_LONG}"))
-    tools, seen_tools = RowLog(job.path(f"-{PIECE_TOOLS}")), SeenTools(_shared_digest)
+    tools, seen_tools = RowLog(job.path(f"-{PIECE_TOOLS}")), SeenTools()
     writer = ShardWriter(job)
     for number, (where, row) in enumerate(rows):
         report.num_read += 1
@@ -168,8 +168,8 @@ def run_job(job: ShardJob, encoder: Encoder, rows: Iterable[ReadRow], tell: Call
                 report.num_dropped += sample.kept is None
             if sample.kept and sample.encoded:
                 writer.add(*_as_written(sample.kept, sample.encoded, where, number))
-                for tool in filter(seen_tools.is_new, sample.kept.tools):
-                    tools.write(tool)
+                for tool in filter(seen_tools.is_new, map(_declaration, sample.kept.tools)):
+                    tools.write_line(tool.line())
     tools.close()
     rejected.close()
     too_long.close()
@@ -181,8 +181,8 @@ def _as_written(trajectory: Trajectory, encoded: Encoded, where: Where, number: 
     images = [{"bytes": image, "path": None} for image in trajectory.images]
     row = {
         "id": trajectory.id,
-        "messages": _to_json(trajectory.messages),
-        "tools": f"[{','.join(map(_tool_json, trajectory.tools))}]",
+        "messages": json.dumps(trajectory.messages, ensure_ascii=False, allow_nan=False, separators=(",", ":")),
+        "tools": f"[{','.join([_declaration(tool).text for tool in trajectory.tools])}]",
         "images": images,
         "enable_thinking": trajectory.enable_thinking,
     }
@@ -344,8 +344,11 @@ class RowLog:
         self._file: JsonlWriter | None = None
 
     def write(self, row: Mapping[str, object]) -> None:
+        self.write_line(to_json(row))
+
+    def write_line(self, line: str) -> None:
         self._file = self._file or JsonlWriter(_partial(self._path), append=False, flushes=False)
-        self._file.write(row)
+        self._file.write_line(line)
 
     def close(self) -> None:
         if self._file:
@@ -364,11 +367,7 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def _to_json(value: list[Message] | Tool) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-
-
-_tool_json, _shared_digest = of_shared(_to_json), of_shared(digest_of_tool)
+_declaration = of_shared(Declaration.of)
 
 
 @dataclass(frozen=True)

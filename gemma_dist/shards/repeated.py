@@ -25,7 +25,7 @@ from gemma_dist.shards.manifest import COUNTS, WEIGHT, Manifest
 from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, PIECE_TOOLS, RowLog, ShardJob, ShardWriter, piece_files
 from gemma_dist.shards.record import ORIGINS, Sample, read_header, read_lines
 from gemma_dist.shards.report import OPTIONS, REJECTED, TOO_LONG, ShardReport
-from gemma_dist.shards.tools import SeenTools
+from gemma_dist.shards.tools import Declaration, SeenTools
 
 OLD_IDS_AT_ONCE = 1 << 22  # of the corpus that is added to: a file of hashes
 NUM_OPEN_RECORDS = 16
@@ -120,8 +120,8 @@ def _copy(job: ShardJob, again: ShardJob, refused: Refused) -> None:
         writer.add(row, sample)
         if row["tools"] != declared:
             declared = row["tools"]
-            for tool in filter(seen_tools.is_new, json.loads(declared)):
-                tools.write(tool)
+            for tool in filter(seen_tools.is_new, map(Declaration.of, json.loads(declared))):
+                tools.write_line(tool.line())
     tools.close()
     rejected = sorted([*header["rejected"], *refused])
     errors = sorted([*zip(header["rejected"], header["errors"], strict=False), *refused.items()])[:NUM_ERRORS_SHOWN]

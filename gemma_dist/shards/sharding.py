@@ -52,7 +52,7 @@ from gemma_dist.shards.folder import (
     one_at_a_time,
     open_to_append,
 )
-from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, ShardJob, run_job
+from gemma_dist.shards.pieces import NUM_ERRORS_SHOWN, PIECE_FORMAT, ShardJob, run_job
 from gemma_dist.shards.repeated import Refused, find_repeated, leave_out
 from gemma_dist.shards.report import ShardReport
 from gemma_dist.shards.store import Store
@@ -129,6 +129,7 @@ def _plan(encoder: Encoder, settings: ShardConfig, pieces: list[list[InputRange]
         "inputs": [_known(one, *identities[one.file]) for one in ranges],
         "media_root": str(settings.media_root),
         "skip_invalid": skip_invalid,
+        "pieces": PIECE_FORMAT,
         "sizes": [PIECE_BYTES, ROW_GROUP_BYTES, SHARD_BYTES],
         "append_to": None,
     }

@@ -10,34 +10,51 @@ They stand in the order in which they are first used. A name that rows declare i
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import pyarrow.parquet as pq
 
 from gemma_dist.errors import DataError
 from gemma_dist.files import begin, publish
-from gemma_dist.logs import read_jsonl
 from gemma_dist.shards.manifest import Manifest
 
 TOOLS = "tools.json"
 
 
+class Declaration(NamedTuple):
+    """A tool's declaration as it is written, and what two share that differ in the order of their keys alone. A piece
+    keeps the three side by side, between tabs: neither a name nor JSON holds one."""
+
+    digest: str
+    name: str
+    text: str  # JSON
+
+    @classmethod
+    def of(cls, tool: Any) -> Self:
+        """Of a tool in normal form."""
+        canonical = json.dumps(tool, sort_keys=True).encode()
+        digest = hashlib.blake2b(canonical, digest_size=16).hexdigest()
+        text = json.dumps(tool, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return cls(digest, tool["function"]["name"], text)
+
+    def line(self) -> str:
+        """In a piece."""
+        return "\t".join(self)
+
+
 class SeenTools:
     """Which declarations came before: of each, no more is held than a hash and its name."""
 
-    def __init__(self, digest: Callable[[Any], bytes] | None = None) -> None:
-        """`digest` is `digest_of_tool`, which may remember."""
-        self._seen: dict[bytes, str] = {}
-        self._digest = digest or digest_of_tool
+    def __init__(self) -> None:
+        self._seen: dict[str, str] = {}
 
-    def is_new(self, tool: Any) -> bool:
+    def is_new(self, tool: Declaration) -> bool:
         """Whether the declaration came for the first time; the order of its keys does not count."""
-        digest = self._digest(tool)
-        if digest in self._seen:
+        if tool.digest in self._seen:
             return False
-        self._seen[digest] = tool["function"]["name"]
+        self._seen[tool.digest] = tool.name
         return True
 
     def __len__(self) -> int:
@@ -52,9 +69,10 @@ class SeenTools:
         return sorted(twice)
 
 
-def digest_of_tool(tool: Any) -> bytes:
-    """What two declarations share that differ in nothing but the order of their keys."""
-    return hashlib.blake2b(json.dumps(tool, sort_keys=True).encode(), digest_size=16).digest()
+def _of_piece(path: Path) -> Iterator[Declaration]:
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for line in file:
+            yield Declaration(*line[:-1].split("\t"))
 
 
 def refuse_foreign_tools(out: Path, before: Manifest) -> None:
@@ -76,7 +94,7 @@ def write_tools(out: Path, before: Manifest | None, new: Iterable[Path]) -> Seen
         for tool in _old_and_new(out, before, new):
             if seen.is_new(tool):
                 lead = ",\n" if len(seen) > 1 else "[\n"
-                file.write(lead + json.dumps(tool, ensure_ascii=False, separators=(",", ":")))
+                file.write(lead + tool.text)
         file.write("\n]\n")
     if len(seen):
         publish(temporary, out / TOOLS)
@@ -85,12 +103,12 @@ def write_tools(out: Path, before: Manifest | None, new: Iterable[Path]) -> Seen
     return seen
 
 
-def _old_and_new(out: Path, before: Manifest | None, new: Iterable[Path]) -> Iterator[Any]:
+def _old_and_new(out: Path, before: Manifest | None, new: Iterable[Path]) -> Iterator[Declaration]:
     if before:
-        yield from _tools_of(out, before)
+        yield from map(Declaration.of, _tools_of(out, before))
     for path in new:
         if path.exists():
-            yield from read_jsonl(path)
+            yield from _of_piece(path)
 
 
 def _tools_of(out: Path, before: Manifest) -> Iterator[Any]:
