@@ -7,6 +7,7 @@ none: it merges over the whole of it, yet never over the beginning of a word, si
 
 import json
 import re
+import string
 from typing import Any
 
 from gemma_dist.data.types import BackendTokenizer
@@ -21,6 +22,7 @@ _PRE_TOKENIZERS_OF_GEMMA = (  # both leave a text whole in which blanks have bee
     {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
 )
 _APART = "\ud800"  # stands in no token
+_SIGNS = {*string.punctuation, *string.digits}
 
 
 def find_cuts(backend: BackendTokenizer) -> re.Pattern[str] | None:
@@ -50,30 +52,39 @@ def find_cuts(backend: BackendTokenizer) -> re.Pattern[str] | None:
     return re.compile(f"({'|'.join(map(re.escape, _CUT_AT))})") if is_sure else None
 
 
-def find_word_cuts(backend: BackendTokenizer) -> re.Pattern[str] | None:
-    """What finds the words of a text between two control tokens, if each has the tokens there that
-    it has alone: a line's end, or several, and everything up to the next blanks. None: that is not sure.
+def find_word_cuts(backend: BackendTokenizer) -> list[re.Pattern[str]]:
+    """What finds the words of a text between two control tokens, and then the parts of a word, if each has the tokens
+    that it has in the text. Nothing where that is not sure; the tokenizer must be one for which `find_cuts` finds cuts.
 
     BPE begins with characters and joins two neighbours where what both say is a token. So it joins nothing over a place
-    of which no token holds the characters on both sides, and what it joins on one side does not ask for the other. That
-    no token holds a line's end beside anything else, and which characters some token holds in front of a blank, is read
-    from the vocabulary. (Of Gemma 4's 262,144 tokens one holds a blank behind something else: `>▁</`.)
-
-    Raises nothing; the tokenizer must be one for which `find_cuts` finds cuts.
+    of which no token holds the characters on both sides, and what it joins on one side does not ask for the other. Of
+    Gemma 4's 262,144 tokens none holds a line's end beside anything else, one a blank behind anything else (`>▁</`),
+    and but for tags of HTML and the like none an ASCII letter beside another ASCII sign. What is so is read from the
+    vocabulary that is given.
     """
-    model = backend.model
     is_gemmas = (
         _state_of(backend.normalizer) == _NORMALIZER_OF_GEMMA
         and _state_of(backend.pre_tokenizer) in _PRE_TOKENIZERS_OF_GEMMA
-        and not model.continuing_subword_prefix
-        and not model.end_of_word_suffix
+        and not backend.model.continuing_subword_prefix
+        and not backend.model.end_of_word_suffix
     )
     vocabulary = backend.get_vocab() if is_gemmas else {}
     tokens = _APART.join(vocabulary).replace(" ", BLANK)
     if not {"\n", BLANK} <= vocabulary.keys() or re.search(f"[^\n{_APART}]\n|\n[^\n{_APART}]", tokens):
-        return None
-    joined = {BLANK, *re.findall(f"([^{BLANK}{_APART}]){BLANK}", tokens)}
-    return re.compile(rf"\n+| *[^ \n]+(?:(?<=[{re.escape(''.join(sorted(joined)))}]) +[^ \n]*)*| +")
+        return []
+    before_blanks = _any_of({BLANK, *re.findall(f"([^{BLANK}{_APART}]){BLANK}", tokens)})
+    words = re.compile(rf"\n+| *[^ \n]+(?:(?<={before_blanks}) +[^ \n]*)*| +")
+    behind_letters = _SIGNS.difference(re.findall("[A-Za-z]([^A-Za-z])", tokens))
+    before_letters = _SIGNS.difference(re.findall("([^A-Za-z])[A-Za-z]", tokens))
+    if not (behind_letters and before_letters):
+        return [words]
+    run, other = "[A-Za-z]+", "[^A-Za-z]+"
+    joined = rf"(?<=[A-Za-z])(?!{_any_of(behind_letters)}){other}|(?<!{_any_of(before_letters)}){run}"
+    return [words, re.compile(rf"(?:{run}|{other})(?:{joined})*")]
+
+
+def _any_of(characters: set[str]) -> str:
+    return f"[{re.escape(''.join(sorted(characters)))}]"
 
 
 def _state_of(part: Any) -> Any:

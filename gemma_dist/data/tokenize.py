@@ -35,6 +35,10 @@ _DECODERS_OF_GEMMA = [
 _ROOM = 6_000_000  # characters of pieces that are remembered, some 20 MB with their tokens
 _ROOM_OF_EACH = 100  # characters, that the bookkeeping of a piece takes
 
+# (T, 3): of each token its id, how far from the end of the one before it begins (0, or -1 within a character), and how
+# far from there it ends, in characters
+Steps = npt.NDArray[np.int32]
+_STEP = 12  # bytes of one
 Tokens = npt.NDArray[np.int32]  # (3, T): of each token its id, and the characters [start, end) that it has a byte of
 
 
@@ -45,8 +49,11 @@ class TextTokenizer:
         self._backend = backend
         self._says = find_words(backend)
         self._cut = find_cuts(backend) if self._says else None
-        self._cut_words = find_word_cuts(backend) if self._cut else None
-        self._pieces, self._words = _Memory(self._of_pieces), _Memory(self._of_words)
+        self._known = _Memory(self._of_words)
+        if self._cut:
+            for pattern in reversed(find_word_cuts(backend)):
+                self._known = _Memory(functools.partial(_of_parts, pattern.findall, self._known))
+            self._known = _Memory(functools.partial(_of_parts, self._cut.split, self._known))
 
     def __call__(self, text: str) -> Tokens:
         """The tokens of a text. Raises DataError as `tokenize`."""
@@ -58,48 +65,42 @@ class TextTokenizer:
             pieces.append(TOOL_END)
         pieces.pop()
         try:
-            steps = b"".join(self._pieces.of(pieces))
+            steps = b"".join(self._known.of(pieces))
         except DataError:  # which is to say where in the whole text
             return self._of_whole(text)
-        ids, gaps, lengths = np.frombuffer(steps, np.int32).reshape(-1, 3).T
-        ends = np.cumsum(lengths, dtype=np.int32)
-        return np.stack((ids, ends - lengths + gaps, ends))
-
-    def _of_pieces(self, pieces: list[str]) -> list[bytes]:
-        """The steps of each piece, by its words."""
-        assert self._cut
-        cut_words = self._cut_words
-        words: list[str] = []
-        ends: list[int] = []
-        for piece in pieces:
-            for part in self._cut.split(piece) if TOOL in piece else (piece,):
-                words += cut_words.findall(part) if cut_words else (part,)
-            ends.append(len(words))
-        found = self._words.of(words)
-        return [b"".join(found[start:end]) for start, end in pairwise((0, *ends))]
+        return _placed(np.frombuffer(steps, np.int32).reshape(-1, 3))
 
     def _of_words(self, words: list[str]) -> list[bytes]:
         """The steps of each word, made at once: control tokens between them keep them apart."""
-        ids, starts, ends = self._of_whole(TURN.join(words))
-        steps = np.empty((len(ids), 3), np.int32)
-        before = np.append(np.int32(0), ends[:-1])
-        steps[:, 0], steps[:, 1], steps[:, 2] = ids, starts - before, ends - before
-        if (steps[:, 1] > 0).any():
-            raise DataError("no token has some of the characters")
-        lengths = np.fromiter(map(len, words), np.int64, len(words)) + len(TURN)
-        firsts = np.searchsorted(starts, np.cumsum(lengths) - lengths).tolist()
+        assert self._says
+        steps = _by_words(self._backend, self._says, TURN.join(words))
+        if steps is None:
+            raise DataError("a word's tokens do not say it")
+        lengths = np.array([*map(len, words)]) + len(TURN)
+        begins = steps[:, 2].cumsum() - steps[:, 2]
+        firsts = begins.searchsorted(lengths.cumsum() - lengths).tolist()
         as_bytes = steps.tobytes()
-        return [as_bytes[12 * first : 12 * (end - 1)] for first, end in pairwise((*firsts, len(ids) + 1))]
+        return [as_bytes[_STEP * first : _STEP * (end - 1)] for first, end in pairwise((*firsts, len(steps) + 1))]
 
     def _of_whole(self, text: str) -> Tokens:
         """The tokens of a text by the tokenizer itself. Raises DataError as `tokenize`."""
-        tokens = None if self._says is None else _by_words(self._backend, self._says, text)
-        return _as_array(tokenize(self._backend, text)) if tokens is None else tokens
+        steps = None if self._says is None else _by_words(self._backend, self._says, text)
+        return _as_array(tokenize(self._backend, text)) if steps is None else _placed(steps)
+
+
+def _of_parts(cut: Callable[[str], list[str]], known: "_Memory", texts: list[str]) -> list[bytes]:
+    """The steps of each text, by the parts that it is cut into."""
+    parts: list[str] = []
+    ends = [0]
+    for text in texts:
+        parts += cut(text)
+        ends.append(len(parts))
+    found = known.of(parts)
+    return [b"".join(found[start:end]) for start, end in pairwise(ends)]
 
 
 class _Memory:
-    """The steps of texts that came before. The step of a token is three int32: its id, how far from the end of the one
-    before it begins (0, or -1 within a character), and how far from there it ends. So steps can be put together."""
+    """The steps of texts that came before, as bytes, which can be put together."""
 
     def __init__(self, make: Callable[[list[str]], list[bytes]]) -> None:
         self._make = make
@@ -177,8 +178,8 @@ def bytes_of_characters() -> dict[str, int]:
     return {chr(byte): byte for byte in shown} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
 
 
-def _by_words(backend: BackendTokenizer, words: Words, text: str) -> Tokens | None:
-    """The tokens of a text, read back and placed by their words: a tokenizer takes as long again to say where each
+def _by_words(backend: BackendTokenizer, words: Words, text: str) -> Steps | None:
+    """The steps of a text, read back and placed by their words: a tokenizer takes as long again to say where each
     begins. None where the words do not say the text, or where the tokenizer fails: `tokenize` says why."""
     backend.no_padding()
     backend.no_truncation()
@@ -193,17 +194,22 @@ def _by_words(backend: BackendTokenizer, words: Words, text: str) -> Tokens | No
     said = b"".join(found)
     if said != text.encode() or b"" in found:
         return None
-    tokens = np.empty((3, len(ids)), np.int32)
-    tokens[0] = ids
-    ends = np.cumsum(np.fromiter(map(len, found), np.int32, len(ids)), dtype=np.int32)
+    steps = np.zeros((len(ids), 3), np.int32)
+    steps[:, 0] = ids
+    steps[:, 2] = [*map(len, found)]
     if len(said) != len(text):  # characters of several bytes; a token may begin and end within one
-        of_bytes = np.cumsum(np.frombuffer(said, np.uint8) & 0xC0 != 0x80, dtype=np.int32)
-        tokens[1, 1:] = of_bytes[ends[:-1]] - 1
-        tokens[2] = of_bytes[ends - 1]
-    else:
-        tokens[1, 1:], tokens[2] = ends[:-1], ends
-    tokens[1, :1] = 0
-    return tokens
+        of_bytes = (np.frombuffer(said, np.uint8) & 0xC0 != 0x80).cumsum(dtype=np.int32)  # which character, from 1
+        ends_in_bytes = steps[:, 2].cumsum()
+        ends = of_bytes[ends_in_bytes - 1]
+        steps[1:, 1] = of_bytes[ends_in_bytes[:-1]] - 1 - ends[:-1]
+        steps[:, 2] = np.diff(ends, prepend=0)
+    return steps
+
+
+def _placed(steps: Steps) -> Tokens:
+    ids, starts, lengths = steps.T
+    ends = lengths.cumsum(dtype=np.int32)
+    return np.stack((ids, ends - lengths + starts, ends))
 
 
 def tokenize(backend: BackendTokenizer, text: str) -> Encoding:

@@ -134,6 +134,9 @@ class BackendTokenizer(Protocol):
     def id_to_token(self, token: int) -> str:
         """A token as the vocabulary has it."""
 
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token of the vocabulary."""
+
     def no_padding(self) -> None:
         """Stop padding."""
 
