@@ -231,12 +231,13 @@ class _Cursor:
         return end
 
 
-_canonical = json.JSONEncoder(sort_keys=True).encode
-
-
-def _equal(found: JsonObject, given: JsonObject) -> bool:
-    """Whether two objects are one JSON text: 1, 1.0 and true are three values."""
-    return _canonical(found) == _canonical(given)
+def _equal(found: Json, given: Json) -> bool:
+    """Whether two values are one JSON text, keys in any order: 1, 1.0 and true are three values, 0.0 and -0.0 two."""
+    if isinstance(found, dict) and isinstance(given, dict):
+        return found.keys() == given.keys() and all(_equal(value, given[key]) for key, value in found.items())
+    if isinstance(found, list) and isinstance(given, list):
+        return len(found) == len(given) and all(map(_equal, found, given))
+    return type(found) is type(given) and (found == given if isinstance(found, str) else repr(found) == repr(given))
 
 
 def _difference(called: CalledFunction) -> str:

@@ -166,7 +166,7 @@ class Encoder:
             answers=[(index, int(np.searchsorted(starts, start))) for index, start in served.starts],
             notes=served.notes + count_added(rendered.added),
             added=rendered.added,
-            kinds=np.where(is_trained, of_characters[starts], 0).astype(np.uint8).tobytes(),
+            kinds=(of_characters[starts] * is_trained).tobytes(),
         )
 
     def prompts(self, trajectory: Trajectory) -> list[Prompt]:

@@ -56,6 +56,8 @@ class _SaidMisfit(TypedDict):
 
 def require_valid(schema: JsonObject) -> None:
     """DataError where a schema is none of its dialect."""
+    if is_plainly_valid(schema):
+        return
     schema_json = json.dumps(schema)
     if len(schema_json) <= MAX_SCHEMA_CHARACTERS:
         _here("require_valid", schema_json)

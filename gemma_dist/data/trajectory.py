@@ -11,7 +11,7 @@ decode. What comes out is in the normal form that the chat template takes as it 
 import functools
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from gemma_dist.config import EvaluateConfig, RowConfig
@@ -167,7 +167,8 @@ def _parse_messages(converted: OpenAIRow, clean: Clean, keeps_nulls: bool) -> _P
         parsed.places.append(place)
         parsed.messages.append(message.message)
         parsed.image_places.extend(_ImagePlace(place, source) for source in message.image_sources)
-        converted.notes += message.notes
+        if message.notes:
+            converted.notes += message.notes
     return parsed
 
 
@@ -199,18 +200,17 @@ def _media_root(given: Path | None, where: Where | str) -> Path:
 
 def _check_order(places: list[str], messages: list[Message]) -> None:
     """An optional system message, then a user's."""
-    for index, (place, message) in enumerate(zip(places, messages, strict=True)):
-        with error_context(place):
-            if message["role"] == "system" and index > 0:
-                raise DataError("a system message may only stand first; merge it into the first message")
+    for place, message in islice(zip(places, messages, strict=True), 1, None):
+        if message["role"] == "system":
+            raise DataError(f"{place}: a system message may only stand first; merge it into the first message")
     first = 1 if messages[0]["role"] == "system" else 0
     if len(messages) == first:
         raise DataError("holds a system message alone; a trajectory continues with a user message")
-    with error_context(places[first]):
-        if messages[first]["role"] != "user":
-            raise DataError(
-                "a trajectory opens with a user message, after an optional system message; put the task first"
-            )
+    if messages[first]["role"] != "user":
+        raise DataError(
+            f"{places[first]}: a trajectory opens with a user message, after an optional system message; put the task "
+            "first"
+        )
 
 
 def _check_trained(messages: list[Message]) -> None:

@@ -201,8 +201,9 @@ def _as_written(trajectory: Trajectory, encoded: Encoded, where: Where, number: 
 def _notes(trajectory: Trajectory, encoded: Encoded) -> Counter[str]:
     """What the report says of a written row, in the words of the command line."""
     notes: Counter[str] = Counter()
-    for note, count in (trajectory.notes + encoded.notes).items():
-        notes[spell(note, OPTIONS)] += count
+    for found in (trajectory.notes, encoded.notes):
+        for note, count in found.items():
+            notes[spell(note, OPTIONS)] += count
     if not trajectory.tools and any("tool_calls" in message for message in trajectory.messages):
         notes[UNDECLARED] += 1
     return notes
