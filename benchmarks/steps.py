@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from gemma_dist.config import ModelConfig
-from gemma_dist.data.encode import IGNORE_INDEX, Encoded
+from gemma_dist.data.encoded import IGNORE_INDEX, Encoded
 from gemma_dist.logs import read_jsonl
 from gemma_dist.model.load import load_model
 from gemma_dist.model.tiny import write_tiny_model
@@ -133,7 +133,7 @@ def _sample(document: Document, ids: ControlIds) -> Sample:
     for piece in pieces[1:]:
         input_ids += [*image, *piece.tolist()]
     types = [int(token == ids.image) for token in input_ids]
-    encoded = Encoded(input_ids, [IGNORE_INDEX, *input_ids[1:]], types, num_images, 0)
+    encoded = Encoded.of_words(input_ids, [IGNORE_INDEX, *input_ids[1:]], types, num_images)
     grid = torch.cartesian_prod(*map(torch.arange, PATCHES[::-1])).flip(-1)
     pixels = {
         "pixel_values": torch.rand(num_images, math.prod(PATCHES), 768),

@@ -19,8 +19,9 @@ from typing import Any
 from gemma_dist.config import EvaluateConfig, RowConfig, RunConfig
 from gemma_dist.config_data import EncodingConfig
 from gemma_dist.config_merge import MergeConfig
-from gemma_dist.data.encode import Encoded, Encoder
+from gemma_dist.data.encode import Encoder
 from gemma_dist.data.encode import load_encoder as load_encoder_of
+from gemma_dist.data.encoded import Encoded
 from gemma_dist.data.read import Reading, read_output
 from gemma_dist.data.trajectory import Trajectory
 from gemma_dist.data.trajectory import parse_row as parse

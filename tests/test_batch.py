@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gemma_dist.data.encode import IGNORE_INDEX
+from gemma_dist.data.encoded import IGNORE_INDEX
 from gemma_dist.model.vision import Patches
 from gemma_dist.stream.collate import ControlIds, Sample, collate, collate_packs
 from tests.support.documents import document

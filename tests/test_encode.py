@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gemma_dist.config import EncodingConfig, EvaluateConfig, RowConfig
-from gemma_dist.data.encode import IGNORE_INDEX, Encoded, Encoder, load_encoder
+from gemma_dist.data.encode import Encoder, load_encoder
+from gemma_dist.data.encoded import IGNORE_INDEX, Encoded
 from gemma_dist.data.rows import read_rows
 from gemma_dist.data.templates import known_template
 from gemma_dist.data.trajectory import Trajectory, parse_row

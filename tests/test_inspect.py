@@ -11,7 +11,8 @@ from datasets import Dataset
 
 from gemma_dist.__main__ import main
 from gemma_dist.config import EncodingConfig, ShardConfig
-from gemma_dist.data.encode import IGNORE_INDEX, load_encoder
+from gemma_dist.data.encode import load_encoder
+from gemma_dist.data.encoded import IGNORE_INDEX
 from gemma_dist.data.rows import read_rows
 from gemma_dist.errors import DataError
 from gemma_dist.shards.reader import load_trajectories, open_shards

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gemma_dist.config import EncodingConfig, RowConfig
-from gemma_dist.data.encode import IGNORE_INDEX, Encoder, load_encoder
+from gemma_dist.data.encode import Encoder, load_encoder
+from gemma_dist.data.encoded import IGNORE_INDEX
 from gemma_dist.data.kinds import ARGUMENT, CALLS, KINDS, REASONING, TEXT
 from gemma_dist.data.trajectory import parse_row
 from gemma_dist.stream.collate import Sample, collate, collate_packs, control_ids

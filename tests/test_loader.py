@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from gemma_dist.batch_plan import BatchPlan
 from gemma_dist.config import EncodingConfig
-from gemma_dist.data.encode import IGNORE_INDEX, Encoder, load_encoder
+from gemma_dist.data.encode import Encoder, load_encoder
+from gemma_dist.data.encoded import IGNORE_INDEX
 from gemma_dist.errors import DataError
 from gemma_dist.shards import sharding
 from gemma_dist.shards.fetch import Fetcher

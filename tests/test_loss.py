@@ -12,7 +12,8 @@ import torch
 
 from gemma_dist.__main__ import main
 from gemma_dist.config import EvaluateConfig
-from gemma_dist.data.encode import IGNORE_INDEX, Encoder, load_encoder
+from gemma_dist.data.encode import Encoder, load_encoder
+from gemma_dist.data.encoded import IGNORE_INDEX
 from gemma_dist.data.kinds import KINDS
 from gemma_dist.evaluate import loss as loss_module
 from gemma_dist.evaluate.compare import compare

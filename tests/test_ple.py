@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma_dist.config import ModelConfig, QuantizationConfig
-from gemma_dist.data.encode import IGNORE_INDEX
+from gemma_dist.data.encoded import IGNORE_INDEX
 from gemma_dist.errors import CheckpointError, ConfigError
 from gemma_dist.merge.run import merge
 from gemma_dist.model.load import load_for_evaluation, load_model, read_config

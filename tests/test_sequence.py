@@ -22,7 +22,7 @@ from transformers import AutoProcessor
 from gemma_dist import world
 from gemma_dist.batch_plan import BatchPlan, batch_plan
 from gemma_dist.config import ModelConfig
-from gemma_dist.data.encode import IGNORE_INDEX
+from gemma_dist.data.encoded import IGNORE_INDEX
 from gemma_dist.errors import ConfigError
 from gemma_dist.model import sequence
 from gemma_dist.model.images import IMAGE_PLACES, SOFT_TOKENS

@@ -19,7 +19,8 @@ import tokenizers
 from gemma_dist.config import EncodingConfig, RowConfig, ShardConfig
 from gemma_dist.data import schema_fit, strange_template, templates
 from gemma_dist.data.bounded import Bounded, RefusedError
-from gemma_dist.data.encode import IGNORE_INDEX, Encoded, Encoder, load_encoder
+from gemma_dist.data.encode import Encoder, load_encoder
+from gemma_dist.data.encoded import IGNORE_INDEX, Encoded
 from gemma_dist.data.images import load_image
 from gemma_dist.data.places import Where
 from gemma_dist.data.schema_fit import find_misfit, find_misfits

@@ -15,7 +15,8 @@ import pytest
 from gemma_dist.__main__ import main
 from gemma_dist.config import EncodingConfig, EvaluateConfig, RowConfig, ShardConfig
 from gemma_dist.data import served
-from gemma_dist.data.encode import IGNORE_INDEX, Encoded, Encoder, load_encoder
+from gemma_dist.data.encode import Encoder, load_encoder
+from gemma_dist.data.encoded import IGNORE_INDEX, Encoded
 from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.data.unroll import unroll
 from gemma_dist.errors import DataError

@@ -19,20 +19,19 @@ import copy
 import functools
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from gemma_dist.config import EncodingConfig
 from gemma_dist.data.against_known import Added, compare, count_added
 from gemma_dist.data.content import count_images
 from gemma_dist.data.emitted import NEWER_TEMPLATE, Emitted, find_emitted
+from gemma_dist.data.encoded import Encoded
 from gemma_dist.data.images import decode_image, image_size
 from gemma_dist.data.kinds import kinds_of_characters
 from gemma_dist.data.processor_files import require_image_settings, why_no_processor
@@ -49,37 +48,9 @@ from gemma_dist.model.folder import embedding_rows, refuse_custom_code, require_
 if TYPE_CHECKING:
     import torch
 
-IGNORE_INDEX = -100  # the label of a token that is not trained: torch's cross entropy skips it
-
 # Part of the fingerprint: raise it when ids, labels or pixels of the same row change by a change of this file
 # or of images.py.
 ENCODING_VERSION = 2
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids and labels of one trajectory. T is its length in tokens, image soft tokens included."""
-
-    input_ids: list[int]  # (T,)
-    labels: list[int]  # (T,): the token's own id where it is trained (not shifted), else IGNORE_INDEX
-    mm_token_type_ids: list[int]  # (T,): 1 on image soft tokens, else 0
-    num_images: int
-    num_dropped_reasoning: int  # trained messages whose reasoning the template leaves out (before the last user turn)
-    enable_thinking: bool = False  # as it was rendered
-    # Of each trained answer (a message, or several in a row): the index of its first message, and how many tokens stand
-    # in front of what the model writes.
-    answers: list[tuple[int, int]] = field(default_factory=list)
-    notes: Counter[str] = field(default_factory=Counter)  # what is trained otherwise than rendered, in words: how often
-    added: list[Added] = field(default_factory=list)  # what the template writes of its own, if it is not known
-    kinds: bytes = b""  # (T,): of `data/kinds.py`, 0 where a token is not trained; b"": all that is trained is text
-
-    @functools.cached_property
-    def num_image_tokens(self) -> int:
-        return sum(self.mm_token_type_ids) if self.num_images else 0
-
-    @functools.cached_property
-    def num_target_tokens(self) -> int:
-        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
 @dataclass(frozen=True)
@@ -151,22 +122,20 @@ class Encoder:
             thinking=rendered.thinking,
         )
         ids, starts, ends = self._tokens_of(served.text)
-        input_ids = ids.tolist()
         of_characters = np.frombuffer(kinds_of_characters(served.text, served.spans), np.uint8)
         num_untrained = np.zeros(len(of_characters) + 1, np.int32)  # of the characters in front of each
         np.cumsum(of_characters == 0, out=num_untrained[1:])
         is_trained = num_untrained[np.maximum(ends, starts + 1)] == num_untrained[starts]
         return Encoded(
-            input_ids=input_ids,
-            labels=np.where(is_trained, ids, IGNORE_INDEX).tolist(),
-            mm_token_type_ids=self._token_types(ids) if trajectory.images else [0] * len(ids),
+            token_ids=ids.tobytes(),
+            kinds=(of_characters[starts] * is_trained).tobytes(),
+            is_soft_token=(ids == self.image_token_id).tobytes(),
             num_images=len(trajectory.images),
             num_dropped_reasoning=rendered.emitted.num_dropped_reasoning,
             enable_thinking=rendered.thinking,
             answers=[(index, int(np.searchsorted(starts, start))) for index, start in served.starts],
             notes=served.notes + count_added(rendered.added),
             added=rendered.added,
-            kinds=(of_characters[starts] * is_trained).tobytes(),
         )
 
     def prompts(self, trajectory: Trajectory) -> list[Prompt]:
@@ -184,7 +153,7 @@ class Encoder:
             prompts.append(
                 Prompt(
                     input_ids=input_ids,
-                    mm_token_type_ids=self._token_types(input_ids),
+                    mm_token_type_ids=[int(token == self.image_token_id) for token in input_ids],
                     images=trajectory.images[:num_images],
                     text=text,
                     turn=index + 1,
@@ -275,10 +244,6 @@ class Encoder:
             return render(template or self.processor.chat_template, self.tokenizer.special_tokens_map | given)
         except Exception as error:  # a template may raise anything: jinja's own errors, or its raise_exception
             raise DataError(f"the chat template cannot render this row: {reason(error)}. {NEWER_TEMPLATE}") from error
-
-    def _token_types(self, input_ids: npt.ArrayLike) -> list[int]:
-        """(T,): 1 on image soft tokens, else 0."""
-        return (np.asarray(input_ids) == self.image_token_id).astype(int).tolist()
 
     def _render_whole(self, trajectory: Trajectory) -> "_Rendered":
         """All messages as one string, with each image as wide as the model sees it, and with thinking on or off as the

@@ -4,7 +4,8 @@ What is sharded and what `inspect` shows goes through here, so that both see the
 """
 
 from gemma_dist.config import RowConfig, ShardConfig
-from gemma_dist.data.encode import Encoded, Encoder
+from gemma_dist.data.encode import Encoder
+from gemma_dist.data.encoded import Encoded
 from gemma_dist.data.places import Where
 from gemma_dist.data.trajectory import Trajectory, parse_row
 from gemma_dist.data.types import Message, RawRow
@@ -36,11 +37,11 @@ def fit(
         DataError: it is longer and `settings.too_long` is "error".
     """
     limit = settings.max_length
-    if limit is None or len(encoded.input_ids) <= limit:
+    if limit is None or encoded.num_tokens <= limit:
         return trajectory, encoded
     if settings.too_long == "error":
         raise DataError(
-            f"{len(encoded.input_ids):,} tokens ({encoded.num_image_tokens:,} of images), but max_length is "
+            f"{encoded.num_tokens:,} tokens ({encoded.num_image_tokens:,} of images), but max_length is "
             f"{limit:,}; raise it, or use {setting('too_long', 'drop')} or {setting('too_long', 'cut_turns')}"
         )
     if settings.too_long == "cut_turns":
@@ -49,7 +50,7 @@ def fit(
         for end in reversed(cut_points(trajectory.messages)):
             shorter = first_messages(trajectory, end)
             encoded = encoder.encode(shorter)
-            if len(encoded.input_ids) <= limit and encoded.num_target_tokens:
+            if encoded.num_tokens <= limit and encoded.num_target_tokens:
                 return shorter, encoded
     return None
 

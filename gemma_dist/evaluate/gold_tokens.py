@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gemma_dist.data.content import count_images
-from gemma_dist.data.encode import IGNORE_INDEX, Encoded, Encoder, Prompt
+from gemma_dist.data.encode import Encoder, Prompt
+from gemma_dist.data.encoded import Encoded
 from gemma_dist.data.gold import ACCEPTABLE
-from gemma_dist.data.kinds import TEXT
 from gemma_dist.data.trajectory import Trajectory
 
 SAME_END = 3  # tokens: the turn that the model is given, or the thought that is opened for it
@@ -69,10 +69,9 @@ def _answer(encoded: Encoded, prompt: Prompt, index: int) -> GoldTokens | None:
     if start is None or encoded.input_ids[start - SAME_END : start] != prompt.input_ids[-SAME_END:]:
         return None
     starts = sorted(begin for _, begin in encoded.answers if begin > start)
-    end = starts[0] if starts else len(encoded.labels)
-    trained = [place for place in range(start, end) if encoded.labels[place] != IGNORE_INDEX]
+    end = starts[0] if starts else encoded.num_tokens
+    trained = [place for place in range(start, end) if encoded.kinds[place]]
     if not trained:
         return None
     last = trained[-1] + 1
-    kinds = encoded.kinds[start:last] or bytes(TEXT * (label != IGNORE_INDEX) for label in encoded.labels[start:last])
-    return GoldTokens(prompt, encoded.input_ids[start:last], kinds)
+    return GoldTokens(prompt, encoded.input_ids[start:last], encoded.kinds[start:last])

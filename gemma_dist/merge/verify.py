@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from gemma_dist.config import RowConfig
-from gemma_dist.data.encode import IGNORE_INDEX, load_encoder
+from gemma_dist.data.encode import load_encoder
+from gemma_dist.data.encoded import IGNORE_INDEX
 from gemma_dist.data.fit import encode_trained
 from gemma_dist.data.strict import error_context
 from gemma_dist.errors import CheckpointError, DataError

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from gemma_dist.config import RunConfig
-from gemma_dist.data.encode import IGNORE_INDEX, Encoded
+from gemma_dist.data.encoded import IGNORE_INDEX, Encoded
 from gemma_dist.errors import ConfigError
 from gemma_dist.model.load import read_config
 from gemma_dist.model.per_layer import INDEX, ROWS
@@ -50,7 +50,7 @@ def _sample(ids: ControlIds, num_tokens: int, num_images: int, tokens_per_image:
     input_ids = [word] * num_text + image * num_images
     labels = [IGNORE_INDEX, *[word] * (num_text - 1), *[IGNORE_INDEX] * (len(input_ids) - num_text)]
     types = [int(token == ids.image) for token in input_ids]
-    encoded = Encoded(input_ids, labels, types, num_images=num_images, num_dropped_reasoning=0)
+    encoded = Encoded.of_words(input_ids, labels, types, num_images)
     pixels = ids.patches.image(tokens_per_image, 1)
     return Sample("", encoded, {name: tensor.expand(num_images, -1, -1) for name, tensor in pixels.items()})
 

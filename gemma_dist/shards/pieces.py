@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gemma_dist.config import ShardConfig
-from gemma_dist.data.encode import Encoded, Encoder
+from gemma_dist.data.encode import Encoder
+from gemma_dist.data.encoded import Encoded
 from gemma_dist.data.fit import encode_trained, fit, parse
 from gemma_dist.data.places import InputRange, ReadRow, Where
 from gemma_dist.data.rows import read_ranges
@@ -187,7 +188,7 @@ def _as_written(trajectory: Trajectory, encoded: Encoded, where: Where, number: 
         "enable_thinking": trajectory.enable_thinking,
     }
     counts = [
-        len(encoded.input_ids) - encoded.num_image_tokens,
+        encoded.num_tokens - encoded.num_image_tokens,
         encoded.num_image_tokens,
         encoded.num_images,
         encoded.num_target_tokens,
@@ -225,7 +226,7 @@ def _measure(sample: Trajectory, encoder: Encoder, settings: ShardConfig) -> _Me
         return _Measured(kept, encoded_kept, None)
     length = {
         "id": sample.id,
-        "num_tokens": len(encoded.input_ids),
+        "num_tokens": encoded.num_tokens,
         "num_messages": len(sample.messages),
         "num_messages_kept": len(kept.messages) if kept else 0,
     }

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemma_dist.config import ShardConfig
-from gemma_dist.data.encode import IGNORE_INDEX, Encoded, Encoder, load_encoder
+from gemma_dist.data.encode import Encoder, load_encoder
+from gemma_dist.data.encoded import IGNORE_INDEX, Encoded
 from gemma_dist.data.fit import encode_trained, fit, parse
-from gemma_dist.data.kinds import TEXT
 from gemma_dist.data.places import ReadRow
 from gemma_dist.data.rows import read_rows, row_of_sample
 from gemma_dist.data.strict import error_context
@@ -130,8 +130,8 @@ def inspect_row(data: str | Path, model: str, row: int | str, settings: ShardCon
             fitting = fit(trajectory, encoded, encoder, settings)
             if fitting is None:
                 raise DataError(
-                    f"{len(encoded.input_ids):,} tokens, but max_length is {settings.max_length:,}: `gemma-dist shard` "
-                    f"drops this row; use {setting('max_length', len(encoded.input_ids))} to see it"
+                    f"{encoded.num_tokens:,} tokens, but max_length is {settings.max_length:,}: `gemma-dist shard` "
+                    f"drops this row; use {setting('max_length', encoded.num_tokens)} to see it"
                 )
         trajectory, encoded = fitting
     ids, labels = encoded.input_ids, encoded.labels
@@ -164,10 +164,9 @@ def _said(message: Message) -> str:
 
 def _pieces(encoded: Encoded, encoder: Encoder) -> Iterator[Piece]:
     """The tokens, those of one turn and one kind together."""
-    kinds = encoded.kinds or bytes(TEXT * (label != IGNORE_INDEX) for label in encoded.labels)
     [turn_id] = encoder.tokenizer.convert_tokens_to_ids([TURN])
     turns = accumulate(token == turn_id for token in encoded.input_ids)
-    columns = zip(turns, kinds, map(bool, encoded.mm_token_type_ids), encoded.input_ids, strict=True)
+    columns = zip(turns, encoded.kinds, map(bool, encoded.mm_token_type_ids), encoded.input_ids, strict=True)
     for (turn, kind, is_image), group in groupby(columns, lambda column: column[:3]):
         tokens = [column[3] for column in group]
         yield Piece(turn, kind, is_image, encoder.tokenizer.decode(tokens), len(tokens))

@@ -173,7 +173,7 @@ def _read_raw(path: str, encoder: Encoder | None, settings: RowConfig) -> Iterat
 def _count_tokens(sample: Trajectory, encoder: Encoder) -> tuple[int, int, int]:
     """Tokens of text, of images, and of those the trained ones."""
     encoded = encode_trained(sample, encoder)
-    num_text = len(encoded.input_ids) - encoded.num_image_tokens
+    num_text = encoded.num_tokens - encoded.num_image_tokens
     return num_text, encoded.num_image_tokens, encoded.num_target_tokens
 
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from gemma_dist.data.encode import IGNORE_INDEX, Encoded
-from gemma_dist.data.kinds import TEXT
+from gemma_dist.data.encoded import IGNORE_INDEX, Encoded
 from gemma_dist.data.types import Processor
 from gemma_dist.model.vision import Patches, patches_of_processor
 
@@ -92,8 +91,7 @@ def _collate(packs: list[list[Sample]], ids: ControlIds, filler: bool) -> dict[s
             # The label of a token is scored on the token before it, which here may be another document's.
             assert sample.encoded.labels[0] == IGNORE_INDEX, f"{sample.id} trains its first token"
             encoded = sample.encoded
-            kinds = encoded.kinds or [TEXT * (label != IGNORE_INDEX) for label in encoded.labels]
-            _append(row, encoded.input_ids, encoded.labels, encoded.mm_token_type_ids, kinds=kinds)
+            _append(row, encoded.input_ids, encoded.labels, encoded.mm_token_type_ids, kinds=encoded.kinds)
         rows.append(row)
     images = [sample.pixels for pack in packs for sample in pack if sample.encoded.num_images]
     if not images and filler:
@@ -128,7 +126,7 @@ def _weights(packs: list[list[Sample]], length: int) -> torch.Tensor:
     for row, pack in zip(weights, packs, strict=True):
         start = 0
         for sample in pack:
-            end = start + len(sample.encoded.input_ids)
+            end = start + sample.encoded.num_tokens
             row[start:end] = sample.weight
             start = end
     return weights

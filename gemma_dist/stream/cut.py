@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from gemma_dist.data.encode import IGNORE_INDEX
+from gemma_dist.data.encoded import IGNORE_INDEX
 from gemma_dist.model.attention import lay_out
 from gemma_dist.model.images import places_of
 from gemma_dist.model.sequence import NUMBERS, SHARE, Share

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import pad
 from torch.utils.data import IterableDataset
 
-from gemma_dist.data.encode import IGNORE_INDEX
+from gemma_dist.data.encoded import IGNORE_INDEX
 from gemma_dist.model.attention import LAYOUT, PLACES, Shape, add_calls, lay_out
 from gemma_dist.model.head import IDS, KINDS, POSITIONS, WEIGHTS
 from gemma_dist.model.images import IMAGE_PLACES, places_of

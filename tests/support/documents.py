@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import pad
 
-from gemma_dist.data.encode import IGNORE_INDEX, Encoded
+from gemma_dist.data.encoded import IGNORE_INDEX, Encoded
 from gemma_dist.model.vision import Patches
 from gemma_dist.stream.collate import ControlIds, Sample
 
@@ -28,7 +28,7 @@ def document(ids: ControlIds, *parts: int | Size | str) -> Sample:
             input_ids.append({"<": ids.begin_image, ">": ids.end_image}[part])
     labels = [token if i and token >= FIRST_WORD else IGNORE_INDEX for i, token in enumerate(input_ids)]
     types = [int(token == ids.image) for token in input_ids]
-    encoded = Encoded(input_ids, labels, types, num_images=len(images), num_dropped_reasoning=0)
+    encoded = Encoded.of_words(input_ids, labels, types, len(images))
     return Sample(repr(parts), encoded, pixels(ids.patches, images, generator) if images else {})
 
 
