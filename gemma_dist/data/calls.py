@@ -45,6 +45,7 @@ SILENT_KEYS = (
     *("duration", "duration_ms", "latency", "latency_ms", "server_name", "server_label", "item_id", "finish_reason"),
 )
 _KNOWN_KEYS = {"type", *NAME_KEYS, *ARGUMENT_KEYS, *ID_KEYS, *ON_MESSAGE, *OFF_MESSAGE, *GOLD_KEYS}
+_OPENAI_KEYS, _OPENAI_FUNCTION = {"id", "type", "function"}, {"name", "arguments"}
 _RUN_BY_PROVIDER = "provider_executed"  # true of a tool that is none of the row's
 
 
@@ -92,6 +93,11 @@ def _parse_call(call: object, clean: Clean) -> ToolCall:
         call = parse_json(call)
     if not isinstance(call, dict) or call.get("type") not in (None, *TYPES):
         raise DataError(f'the call {short(call)} is no function call; write {{"function": {{"name", "arguments"}}}}')
+    function = call.get("function")
+    if isinstance(function, dict) and call.keys() <= _OPENAI_KEYS and function.keys() == _OPENAI_FUNCTION:
+        given_name = function["name"]
+        if isinstance(given_name, str):  # as most are, so that no other key is looked for
+            return _parse_openai_call(call.get("id"), given_name, function["arguments"], clean)
     described = _unwrap(call)
     name = tool_name(_name_of(described))
     with error_context(f"call of {name}"):
@@ -102,6 +108,14 @@ def _parse_call(call: object, clean: Clean) -> ToolCall:
         called: CalledFunction = {"name": name, "arguments": _parse_arguments(given, clean)}
         add_gold(called, described, clean)
     return {"id": call_id(first_of(described, ID_KEYS)), "type": "function", "function": called}
+
+
+def _parse_openai_call(given_id: object, given_name: str, given: object, clean: Clean) -> ToolCall:
+    """As `_parse_call`, of a call in OpenAI's form to the letter."""
+    name = tool_name(given_name)
+    with error_context(f"call of {name}"):
+        called: CalledFunction = {"name": name, "arguments": _parse_arguments(given, clean)}
+    return {"id": call_id(given_id), "type": "function", "function": called}
 
 
 def _unwrap(call: RawRow) -> RawRow:

@@ -7,7 +7,7 @@ all layouts. Each converted message remembers the turn that it came from, so tha
 from collections import Counter
 from collections.abc import Callable
 
-from gemma_dist.data.declarations import find_declarations, to_openai_tools, without_tools
+from gemma_dist.data.declarations import find_declarations, read_declarations, to_openai_tools, without_tools
 from gemma_dist.data.layouts import anthropic, exchanges, glaive, lone_events, prompt_completion, sharegpt, xlam
 from gemma_dist.data.layouts.beside import refuse_beside
 from gemma_dist.data.layouts.markers import image_column, place_images
@@ -39,8 +39,10 @@ def to_openai(row: RawRow) -> OpenAIRow:
             row[key] = read_json_text(row[key], key)
     is_plain = is_plain_row(row)
     converted = _openai(row) if is_plain else _moved(row)
-    converted.tools = find_declarations(row, converted.tools, converted.messages, converted.notes)
-    if not is_plain:
+    if is_plain:
+        converted.tools = read_declarations("tools", row.get("tools"), converted.notes)
+    else:
+        converted.tools = find_declarations(row, converted.tools, converted.messages, converted.notes)
         converted.messages = [(turn, without_tools(message)) for turn, message in converted.messages]
         if converted.messages and not converted.has_system:
             converted.messages = _with_system(row, converted.messages)

@@ -57,10 +57,8 @@ def find_declarations(row: RawRow, tools: object, messages: NumberedMessages, no
     Raises:
         DataError: two places declare different tools; a column looks like declarations and is not one that is read.
     """
-    declared: dict[str, object] = {}
-    for place, value in _places(row, tools, messages).items():
-        with error_context(f"`{place}`"):
-            declared[place] = to_openai_tools(decode_tools(value), notes)
+    places = _places(row, tools, messages)
+    declared = {place: read_declarations(place, value, notes) for place, value in places.items()}
     declared = {place: found for place, found in declared.items() if found}
     first, *others = declared or ["tools"]
     for other in others:
@@ -68,6 +66,12 @@ def find_declarations(row: RawRow, tools: object, messages: NumberedMessages, no
             raise DataError(f"`{first}` and `{other}` declare different tools; keep one of the two")
     _refuse_unread(row, first, declared.get(first))
     return declared.get(first)
+
+
+def read_declarations(place: str, value: object, notes: Counter[str]) -> object:
+    """What one place of a row declares, in OpenAI's form; None where it is empty."""
+    with error_context(f"`{place}`"):
+        return (to_openai_tools(decode_tools(value), notes) or None) if value else None
 
 
 def _places(row: RawRow, tools: object, messages: NumberedMessages) -> dict[str, object]:

@@ -54,15 +54,20 @@ def holds_foreign_call(text: str, tool_names: Iterable[str] = ()) -> bool:
 def find_attempt(text: str, tool_names: Iterable[str]) -> re.Match[str] | None:
     """What `holds_foreign_call` finds first in `text`, where tools of these names are declared."""
     names = frozenset(filter(None, tool_names))
-    if not names or any(name in text for name in names):
+    # What all names have in common is looked for first: a pattern of these names takes longer to compile than a row.
+    if not names or (any(name in text for name in names) and (_ATTEMPT.search(text) or not all(map(_is_word, names)))):
         return _attempt(names).search(text)
-    return _NAMELESS.search(text)  # the same, and nothing to compile, which takes longer than a row
+    return _NAMELESS.search(text)
 
 
 @lru_cache(maxsize=256)
 def _attempt(names: frozenset[str]) -> re.Pattern[str]:
     """What an attempt looks like where tools of these names are declared."""
-    name = f"(?:{'|'.join(map(re.escape, sorted(names)))})"
+    return _attempt_of(f"(?:{'|'.join(map(re.escape, sorted(names)))})")
+
+
+def _attempt_of(name: str) -> re.Pattern[str]:
+    """As `_attempt`, of any name that a pattern matches."""
     opener = r"""(?:print\(\s*+|(?:default_api|functions|tools?)\.|\[\s*+["']?+|await[ ])"""
     parameter = r"""\w++(?::[ ]?+[\w.\[\]| ]++(?:[ ]?+=[ ]?+[\w.'"]++)?+)?+"""  # "x", "x: str", "x: str = 'a'"
     return re.compile(
@@ -81,6 +86,11 @@ def _attempt(names: frozenset[str]) -> re.Pattern[str]:
     """,
         FLAGS,
     )
+
+
+_NAME = r"[\w./:-]+"  # of a tool, unless it is to be refused
+_is_word = lru_cache(maxsize=4096)(re.compile(_NAME).fullmatch)
+_ATTEMPT = _attempt_of(_NAME)
 
 
 def _holds_json_call(text: str) -> bool:

@@ -206,5 +206,6 @@ def _is_column(key: str, value: object) -> bool:
 
 def note_others(message: RawRow, notes: Counter[str]) -> None:
     """Count a mark that would train what the model never says."""
-    if any(message.get(key) in (1, True) for key in ON_MESSAGE):
+    given = message.keys() & ON_MESSAGE
+    if any(message[key] in (1, True) for key in given):
         notes[ON_OTHERS] += 1

@@ -25,6 +25,7 @@ _ROLES: dict[str, Role] = {
     "function": "tool",
 }
 _REFUSED_KEYS = ("audio", "images", "videos", "tool_responses", "refusal")  # would change what the message says
+_OPENAI_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name"}
 _KNOWN_KEYS = {
     *("role", "content", "name", "tool_name", "tool_calls", "function_call"),
     *("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks", "tools"),
@@ -147,6 +148,8 @@ def _refuse_other_content(message: RawRow) -> None:
 
 def _refuse_keys(message: RawRow) -> None:
     """DataError for a key that changes what the message says, or that looks as if it did under another name."""
+    if message.keys() <= _OPENAI_KEYS:
+        return
     is_result = message["role"] in ("tool", "function")
     for key, value in message.items():
         if key in _REFUSED_KEYS and value:

@@ -16,6 +16,7 @@ from gemma_dist.data.types import RawRow
 from gemma_dist.errors import DataError
 
 KEYS = ("reasoning_content", "reasoning", "thinking")
+_ALL_KEYS = {*KEYS, "reasoning_details", "thinking_blocks"}
 PART_TYPES = ("thinking", "reasoning")
 ENCRYPTED_TYPES = ("redacted_thinking", "reasoning.encrypted")
 ENCRYPTED = "encrypted blocks of reasoning, which nobody can read, were dropped"
@@ -169,6 +170,8 @@ def read_reasoning(message: RawRow, from_content: list[str], notes: Counter[str]
     Raises:
         DataError: one of the keys holds no string, or two of them say different things.
     """
+    if not from_content and message.keys().isdisjoint(_ALL_KEYS):
+        return ""
     given: dict[str, str] = {}
     for key in KEYS:
         text = _key_text(message, key)

@@ -30,6 +30,7 @@ _FAILED = ("is_error", "isError", "error", "failed")
 _SUCCEEDED = ("success", "ok")
 _FAILED_STATUS = ("error", "failed", "failure")
 KEYS = (*_FAILED, *_SUCCEEDED, *_STRUCTURED_KEYS, "status")  # what a tool's message may hold beside its content
+_BESIDE_CONTENT = {*KEYS, "tool_status"}
 _FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "none": False, "null": False}
 # What `error` says where there was none, and what any flag says where it is not set.
 _NO_ERROR = ("n/a", "nil", "-", "ok", "success", "no error", "no errors", "none", "null", "undefined")
@@ -49,6 +50,8 @@ def result_content(message: RawRow, notes: Counter[str], keeps_nulls: bool = Fal
         DataError: a flag is neither true nor false, parts stand beside values, or `error` says more than the content.
     """
     content = message.get("content")
+    if isinstance(content, str) and message.keys().isdisjoint(_BESIDE_CONTENT):
+        return content
     is_error = _has_failed(message)
     structured = message
     if _is_mcp(content):

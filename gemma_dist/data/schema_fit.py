@@ -56,7 +56,7 @@ class _SaidMisfit(TypedDict):
 
 def require_valid(schema: JsonObject) -> None:
     """DataError where a schema is none of its dialect."""
-    if is_plainly_valid(schema):
+    if _is_plain(schema):
         return
     schema_json = json.dumps(schema)
     if len(schema_json) <= MAX_SCHEMA_CHARACTERS:
@@ -98,7 +98,10 @@ def _fits_at_a_glance(arguments: Mapping[str, Json], schema: JsonObject) -> bool
 
 @of_shared
 def _is_small_and_plain(schema: JsonObject) -> bool:
-    return len(shared_json(schema)) <= MAX_SMALL_CHARACTERS and is_plainly_valid(schema)
+    return _is_plain(schema) and len(shared_json(schema)) <= MAX_SMALL_CHARACTERS
+
+
+_is_plain = of_shared(is_plainly_valid)
 
 
 # ---- here, or where it can be stopped --------------------------------------------------------------------------------
