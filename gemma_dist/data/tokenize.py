@@ -10,7 +10,9 @@ pieces have the ids that they have in it, and pieces that came before are neithe
 import functools
 import json
 import re
+from array import array
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import chain, pairwise
 from typing import Any
 
@@ -21,7 +23,7 @@ from gemma_dist.data.cuts import BLANK, find_cuts, find_word_cuts, types_of
 from gemma_dist.data.strict import short
 from gemma_dist.data.types import BackendTokenizer, Encoding
 from gemma_dist.errors import CheckpointError, DataError
-from gemma_dist.gemma_format import BOS, IMAGE, IMAGE_BEGIN, IMAGE_END, TOOL, TOOL_END, TURN
+from gemma_dist.gemma_format import BOS, IMAGE, IMAGE_BEGIN, IMAGE_END, TOOL, TOOL_END
 
 # What stands in rendered text by the tokenizer's word for it, whatever the chat template is.
 _NAMED = {"bos_token": BOS, "image_token": IMAGE, "boi_token": IMAGE_BEGIN, "eoi_token": IMAGE_END}
@@ -35,10 +37,6 @@ _DECODERS_OF_GEMMA = [
 _ROOM = 6_000_000  # characters of pieces that are remembered, some 20 MB with their tokens
 _ROOM_OF_EACH = 100  # characters, that the bookkeeping of a piece takes
 
-# (T, 3): of each token its id, how far from the end of the one before it begins (0, or -1 within a character), and how
-# far from there it ends, in characters
-Steps = npt.NDArray[np.int32]
-_STEP = 12  # bytes of one
 Tokens = npt.NDArray[np.int32]  # (3, T): of each token its id, and the characters [start, end) that it has a byte of
 
 
@@ -50,8 +48,12 @@ class TextTokenizer:
         self._says = find_words(backend)
         self._cut = find_cuts(backend) if self._says else None
         self._known = _Memory(self._of_words)
+        self._cuts_words: list[re.Pattern[str]] = []
         if self._cut:
-            for pattern in reversed(find_word_cuts(backend)):
+            self._model, self._cuts_words = backend.model, find_word_cuts(backend)
+            added = (token.content for token in backend.get_added_tokens_decoder().values())
+            self._added = re.compile("|".join(map(re.escape, added)))
+            for pattern in reversed(self._cuts_words):
                 self._known = _Memory(functools.partial(_of_parts, pattern.findall, self._known))
             self._known = _Memory(functools.partial(_of_parts, self._cut.split, self._known))
 
@@ -68,24 +70,51 @@ class TextTokenizer:
             steps = b"".join(self._known.of(pieces))
         except DataError:  # which is to say where in the whole text
             return self._of_whole(text)
-        return _placed(np.frombuffer(steps, np.int32).reshape(-1, 3))
+        return _placed(steps)
 
     def _of_words(self, words: list[str]) -> list[bytes]:
-        """The steps of each word, made at once: control tokens between them keep them apart."""
+        return [*map(self._steps, words)]
+
+    def _steps(self, text: str) -> bytes:
+        """The steps of a text, read back and placed by what its tokens say: a tokenizer takes as long again to say
+        where each begins. DataError where they do not say the text, or the tokenizer fails: `tokenize` says why."""
         assert self._says
-        steps = _by_words(self._backend, self._says, TURN.join(words))
-        if steps is None:
-            raise DataError("a word's tokens do not say it")
-        lengths = np.array([*map(len, words)]) + len(TURN)
-        begins = steps[:, 2].cumsum() - steps[:, 2]
-        firsts = begins.searchsorted(lengths.cumsum() - lengths).tolist()
-        as_bytes = steps.tobytes()
-        return [as_bytes[_STEP * first : _STEP * (end - 1)] for first, end in pairwise((*firsts, len(steps) + 1))]
+        try:
+            ids = self._ids(text)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException:  # a panic of its Rust is no Exception
+            raise DataError("the tokenizer fails") from None
+        says = self._says.of(ids)
+        if b"".join(says) != text.encode() or b"" in says:
+            raise DataError("the ids say something else")
+        steps = array("i")
+        if text.isascii():
+            for token, said in zip(ids, says, strict=True):
+                steps.extend((token, 0, len(said)))
+        else:  # a token may begin and end within a character
+            for token, said in zip(ids, says, strict=True):
+                steps.extend((token, -_is_inside(said[0]), len(said) - sum(map(_is_inside, said))))
+        return steps.tobytes()
+
+    def _ids(self, text: str) -> list[int]:
+        if self._cuts_words and not self._added.search(text):  # then nothing but the model has a part in it
+            return [token.id for token in self._model.tokenize(text.replace(" ", BLANK))]
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def _of_whole(self, text: str) -> Tokens:
         """The tokens of a text by the tokenizer itself. Raises DataError as `tokenize`."""
-        steps = None if self._says is None else _by_words(self._backend, self._says, text)
-        return _as_array(tokenize(self._backend, text)) if steps is None else _placed(steps)
+        if self._says is not None:
+            with suppress(DataError):
+                return _placed(self._steps(text))
+        return _as_array(tokenize(self._backend, text))
+
+
+def _is_inside(byte: int) -> bool:
+    """Whether a byte of UTF-8 is not the first of its character."""
+    return byte & 0xC0 == 0x80
 
 
 def _of_parts(cut: Callable[[str], list[str]], known: "_Memory", texts: list[str]) -> list[bytes]:
@@ -100,7 +129,7 @@ def _of_parts(cut: Callable[[str], list[str]], known: "_Memory", texts: list[str
 
 
 class _Memory:
-    """The steps of texts that came before, as bytes, which can be put together."""
+    """The steps of texts that came before (`_placed`)."""
 
     def __init__(self, make: Callable[[list[str]], list[bytes]]) -> None:
         self._make = make
@@ -178,38 +207,12 @@ def bytes_of_characters() -> dict[str, int]:
     return {chr(byte): byte for byte in shown} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
 
 
-def _by_words(backend: BackendTokenizer, words: Words, text: str) -> Steps | None:
-    """The steps of a text, read back and placed by their words: a tokenizer takes as long again to say where each
-    begins. None where the words do not say the text, or where the tokenizer fails: `tokenize` says why."""
-    backend.no_padding()
-    backend.no_truncation()
-    try:
-        (encoding,) = backend.encode_batch_fast([text], add_special_tokens=False)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException:  # a panic of its Rust is no Exception
-        return None
-    ids = encoding.ids
-    found = words.of(ids)
-    said = b"".join(found)
-    if said != text.encode() or b"" in found:
-        return None
-    steps = np.zeros((len(ids), 3), np.int32)
-    steps[:, 0] = ids
-    steps[:, 2] = [*map(len, found)]
-    if len(said) != len(text):  # characters of several bytes; a token may begin and end within one
-        of_bytes = (np.frombuffer(said, np.uint8) & 0xC0 != 0x80).cumsum(dtype=np.int32)  # which character, from 1
-        ends_in_bytes = steps[:, 2].cumsum()
-        ends = of_bytes[ends_in_bytes - 1]
-        steps[1:, 1] = of_bytes[ends_in_bytes[:-1]] - 1 - ends[:-1]
-        steps[:, 2] = np.diff(ends, prepend=0)
-    return steps
-
-
-def _placed(steps: Steps) -> Tokens:
-    ids, starts, lengths = steps.T
+def _placed(steps: bytes) -> Tokens:
+    """Tokens by their steps: of each its id, how far from the end of the one before it begins (0, or -1 within a
+    character), and how far from there it ends, in characters, as int32. Steps can be put together as they are."""
+    ids, gaps, lengths = np.frombuffer(steps, np.int32).reshape(-1, 3).T
     ends = lengths.cumsum(dtype=np.int32)
-    return np.stack((ids, ends - lengths + starts, ends))
+    return np.stack((ids, ends - lengths + gaps, ends))
 
 
 def tokenize(backend: BackendTokenizer, text: str) -> Encoding:
