@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from gemma_dist.data import tokenize
-from gemma_dist.data.tokenize import TextTokenizer, find_cuts, find_words
+from gemma_dist.data.cuts import find_cuts, find_word_cuts
+from gemma_dist.data.tokenize import TextTokenizer, find_words
+from gemma_dist.errors import DataError
 from gemma_dist.gemma_format import CONTROL_TOKENS
+from tests.support.vocabulary import of_gemma as in_gemmas_parts
 
 WORDS = (
     "model\n",
@@ -32,24 +36,6 @@ WORDS = (
     "|>",
     "<|tool>d",
 )
-BLANK = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-OF_GEMMA = {  # as in the tokenizer.json of google/gemma-4-*
-    "normalizer": BLANK,
-    "pre_tokenizer": {
-        "type": "Split",
-        "pattern": {"String": " "},
-        "behavior": "MergedWithPrevious",
-        "invert": False,
-    },
-    "decoder": {
-        "type": "Sequence",
-        "decoders": [
-            BLANK | {"pattern": {"String": "▁"}, "content": " "},
-            {"type": "ByteFallback"},
-            {"type": "Fuse"},
-        ],
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +49,24 @@ def backend(given: dict[str, Any], **parts: object) -> Any:
     return Tokenizer.from_str(json.dumps(given | parts))
 
 
-def of_gemma(given: dict[str, Any]) -> Any:
-    """One like Gemma's: blanks as ▁, no other split, bytes for what is no token."""
-    pieces = [token["content"] for token in given["added_tokens"]]
-    pieces += [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", "▁t", "▁th", *"themodlx12<|>", "th", "mo"]
+def of_gemma(given: dict[str, Any], *merges: str, **changes: object) -> Any:
+    """One like Gemma's: blanks as ▁, no other split, bytes for what is no token.
+
+    Args:
+        merges: pairs with a blank in between, whose words are in the vocabulary.
+    """
+    pairs = [merge.split(" ") for merge in ("▁ t", "▁t h", "t h", "m o", *merges)]
+    pieces = [token["content"] for token in given["added_tokens"]] + [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces += ["▁", "\n", *"themodlx12<|>", *chain.from_iterable((*pair, "".join(pair)) for pair in pairs)]
     model = {
         "type": "BPE",
         "byte_fallback": True,
         "fuse_unk": True,
         "unk_token": "<unk>",
         "vocab": {piece: number for number, piece in enumerate(dict.fromkeys(pieces))},
-        "merges": [["▁", "t"], ["▁t", "h"], ["t", "h"], ["m", "o"]],
+        "merges": pairs,
     }
-    return backend(given, model=model, **OF_GEMMA)
+    return backend(given, **in_gemmas_parts(model | changes))
 
 
 def texts(num: int) -> list[str]:
@@ -158,3 +149,76 @@ def test_gemmas_tokens_that_are_not_always_taken_forbid_cuts(given: dict[str, An
     as_text.encode_special_tokens = True
     by_chance = backend(given, model=given["model"] | {"dropout": 0.5})
     assert [find_cuts(one) for one in (normalized, as_text, by_chance)] == [None] * 3
+
+
+# ---- within the pieces -----------------------------------------------------------------------------------------------
+
+
+def test_words_are_tokenized_by_themselves_where_no_token_holds_the_beginning_of_one(given: dict[str, Any]) -> None:
+    plain = of_gemma(given)
+    words, parts = find_word_cuts(plain)
+    assert words.findall("the  mode\n\n x<1 ") == ["the", "  mode", "\n\n", " x<1", " "]
+    assert parts.findall(" mode.x-1:the") == [" mode", ".", "x", "-1:", "the"]
+    require_same(plain, 2000)
+
+
+@pytest.mark.parametrize(
+    ("merge", "num_cuts"),
+    [
+        ("> ▁", 2),  # a blank behind another sign
+        ("> ▁|> ▁<", 2),
+        ("x ▁|x▁ th", 2),
+        ("▁ ▁|▁▁ x", 2),
+        ("< x", 2),  # a letter and another sign
+        ("x >|< x>", 2),
+        ("1 x|x 2", 2),
+        ("é x", 2),
+        ("\n \n", 2),
+        ("\n x", 0),  # a line's end and anything else
+        ("x \n", 0),
+        ("\n ▁", 0),
+    ],
+)
+def test_words_that_a_token_holds_together_are_not_parted(given: dict[str, Any], merge: str, num_cuts: int) -> None:
+    joining = of_gemma(given, *merge.split("|"))
+    assert len(find_word_cuts(joining)) == num_cuts
+    require_same(joining, 1000)
+    tokenizer = TextTokenizer(joining)
+    text = f" the {merge.replace(' ', '').replace('|', ' ')} x".replace("▁", " ")
+    assert tokenizer(text)[0].tolist() == joining.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("content", ["x y", "> <", "a\nb", " x", "x>", "é", "1x"])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_added_tokens_are_not_parted(given: dict[str, Any], content: str, normalized: bool) -> None:
+    tokens = json.loads(of_gemma(given).to_str())
+    last = max(token["id"] for token in tokens["added_tokens"])
+    new = tokens["added_tokens"][0] | {"id": 1000 + last, "content": content, "normalized": normalized}
+    tokens["added_tokens"].append(new)
+    poisoned: Any = Tokenizer.from_str(json.dumps(tokens))
+    require_same(poisoned, 500)
+    text = f"the {content} mode{content}x {content}"
+    assert TextTokenizer(poisoned)(text)[0].tolist() == poisoned.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("changes", [{"continuing_subword_prefix": "##"}, {"end_of_word_suffix": "</w>"}])
+def test_models_that_look_at_where_a_word_stands_are_not_cut_within(given: dict[str, Any], changes: Any) -> None:
+    marked = of_gemma(given)
+    for name, value in changes.items():
+        setattr(marked.model, name, value)
+    assert find_word_cuts(marked) == []
+
+
+def test_words_of_a_model_without_bytes_are_those_of_the_text_or_refused(given: dict[str, Any]) -> None:
+    without_bytes = of_gemma(given, byte_fallback=False)
+    tokenizer = TextTokenizer(without_bytes)
+    assert find_word_cuts(without_bytes)
+    num_refused = 0
+    for text in texts(300):
+        whole = without_bytes.encode(text, add_special_tokens=False).ids
+        try:
+            assert tokenizer(text)[0].tolist() == whole
+        except DataError:  # of a token that says nothing
+            assert without_bytes.decode(whole, skip_special_tokens=False) != text
+            num_refused += 1
+    assert 0 < num_refused < 300

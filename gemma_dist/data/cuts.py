@@ -15,6 +15,7 @@ from gemma_dist.gemma_format import CONTROL_TOKENS, IMAGE
 
 BLANK = "\u2581"  # ▁, as which Gemma's tokenizer writes a blank, so that one of the text reads back as a blank
 _CUT_AT = [token for token in CONTROL_TOKENS if token != IMAGE]  # the soft tokens of an image come together
+_control = "|".join(map(re.escape, _CUT_AT))
 _BY_THEMSELVES = {"Sequence", "Split", "Digits", "ByteLevel"}  # pre-tokenizers that know nothing but their piece
 _NORMALIZER_OF_GEMMA = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
 _PRE_TOKENIZERS_OF_GEMMA = (  # both leave a text whole in which blanks have been replaced
@@ -49,7 +50,7 @@ def find_cuts(backend: BackendTokenizer) -> re.Pattern[str] | None:
         and type(backend.model).__name__ == "BPE"
         and not backend.model.dropout
     )
-    return re.compile(f"({'|'.join(map(re.escape, _CUT_AT))})") if is_sure else None
+    return re.compile(f"({_control})") if is_sure else None
 
 
 def find_word_cuts(backend: BackendTokenizer) -> list[re.Pattern[str]]:
@@ -69,7 +70,7 @@ def find_word_cuts(backend: BackendTokenizer) -> list[re.Pattern[str]]:
         and not backend.model.end_of_word_suffix
     )
     vocabulary = backend.get_vocab() if is_gemmas else {}
-    tokens = _APART.join(vocabulary).replace(" ", BLANK)
+    tokens = _APART.join(vocabulary.keys() - {*_CUT_AT}).replace(" ", BLANK)
     if not {"\n", BLANK} <= vocabulary.keys() or re.search(f"[^\n{_APART}]\n|\n[^\n{_APART}]", tokens):
         return []
     before_blanks = _any_of({BLANK, *re.findall(f"([^{BLANK}{_APART}]){BLANK}", tokens)})
@@ -80,7 +81,7 @@ def find_word_cuts(backend: BackendTokenizer) -> list[re.Pattern[str]]:
         return [words]
     run, other = "[A-Za-z]+", "[^A-Za-z]+"
     joined = rf"(?<=[A-Za-z])(?!{_any_of(behind_letters)}){other}|(?<!{_any_of(before_letters)}){run}"
-    return [words, re.compile(rf"(?:{run}|{other})(?:{joined})*")]
+    return [words, re.compile(rf"{_control}|(?:{run}|{other})(?:{joined})*")]
 
 
 def _any_of(characters: set[str]) -> str:

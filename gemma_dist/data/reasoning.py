@@ -54,7 +54,7 @@ def split_think_tags(text: str) -> tuple[str, str]:
         DataError: a tag stands elsewhere than around the beginning, so what was thought cannot be told.
     """
     given = text
-    text = _ANALYSIS.sub(r"<think>\1</think>", text)
+    text = _ANALYSIS.sub(r"<think>\1</think>", text) if "<|channel|>" in text else text
     xml = _XML.match(text)
     if not xml and not _TAG.search(text):
         return "", _without_frame(text)

@@ -49,7 +49,8 @@ def convert_text_calls(row: OpenAIRow) -> OpenAIRow:
     messages, styles = _convert_messages(row.messages, signatures)
     if signatures:
         num_like_calls = sum(_ends_like_a_call(message) for _, message in messages)
-        notes += Counter({_UNDECLARED: num_like_calls})
+        if num_like_calls:
+            notes[_UNDECLARED] += num_like_calls
     for style in sorted(styles):
         notes[f"rows with calls written as text ({style}) were converted"] += 1
     if listing and (listing.is_announced or styles):
