@@ -23,7 +23,10 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from gemma_dist.gemma_format import UNK
+from tests.support.vocabulary import of_gemma, with_vocabulary
 
 WATCH_S = 0.2  # between two looks at the memory
 ENCODED = pa.schema(
@@ -119,10 +122,12 @@ CONTENDERS: dict[str, Callable[[Path, Path, Path, int], None]] = {
 # ---- the corpus ------------------------------------------------------------------------------------------------------
 
 
-def make_corpus(folder: Path, source: Path, times: tuple[int, ...]) -> tuple[Path, list[Path]]:
-    """A model folder with a tokenizer of Gemma's kind, whose words are learned from the rows, and files of rows: the
-    first NUM_WARM, and all of them each so many times over. They are in normal form, so that every contender renders
-    the same messages."""
+def make_corpus(
+    folder: Path, source: Path, times: tuple[int, ...], vocabulary: Path | None = None
+) -> tuple[Path, list[Path]]:
+    """A model folder with a tokenizer of Gemma's kind, whose words are learned from the rows or those of a GGUF file,
+    and files of rows: the first NUM_WARM, and all of them each so many times over. They are in normal form, so that
+    every contender renders the same messages."""
     from gemma_dist.config import ShardConfig
     from gemma_dist.data.rows import read_rows
     from gemma_dist.data.trajectory import parse_row
@@ -130,7 +135,10 @@ def make_corpus(folder: Path, source: Path, times: tuple[int, ...]) -> tuple[Pat
 
     lines = source.read_text(encoding="utf-8").splitlines()
     tiny_processor(lines[:NUM_WARM], style="e4b", vocab_size=1000, chat_template=None).save_pretrained(folder / "model")
-    _write_tokenizer(folder / "model/tokenizer.json", [*map(json.loads, lines)])
+    path = folder / "model/tokenizer.json"
+    given = json.loads(path.read_text(encoding="utf-8"))
+    made = with_vocabulary(given, vocabulary) if vocabulary else _learned(given, [*map(json.loads, lines)])
+    path.write_text(json.dumps(made), encoding="utf-8")
     rows = [parse_row(row, where, ShardConfig()) for where, row in read_rows([source])]
     normal = [{"id": row.id, "messages": row.messages, "tools": row.tools} for row in rows]
     files = [_write(folder / "warm.jsonl", normal[:NUM_WARM])]
@@ -140,13 +148,11 @@ def make_corpus(folder: Path, source: Path, times: tuple[int, ...]) -> tuple[Pat
     return folder / "model", files
 
 
-def _write_tokenizer(path: Path, rows: list[Any]) -> None:
-    """Give the tokenizer of a model folder the parts of Gemma's: blanks are ▁, and no other word is cut before the
-    merges; what is no token becomes bytes. Merges are learned as Gemma's were: within words, and no letter is joined to
-    another sign (of Gemma 4's 262,144 tokens only tags of HTML and placeholders hold both in ASCII)."""
+def _learned(given: dict[str, Any], rows: list[Any]) -> dict[str, Any]:
+    """A `tokenizer.json` of Gemma's kind with words from the rows. Merges are learned as Gemma's were: within words,
+    and no letter is joined to another sign (of Gemma 4's 262,144 tokens only tags of HTML and the like hold both)."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-    given = json.loads(path.read_text(encoding="utf-8"))
     added = [token["content"] for token in given["added_tokens"]]  # in the order of their ids
     learned = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token=UNK))
     learned.normalizer = normalizers.Replace(" ", "▁")
@@ -156,12 +162,7 @@ def _write_tokenizer(path: Path, rows: list[Any]) -> None:
     trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=specials, show_progress=False)
     control = re.compile("|".join(map(re.escape, added)))
     learned.train_from_iterator((piece for text in _texts(rows) for piece in control.split(text)), trainer)
-    found = json.loads(learned.to_str())
-    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
-    blanks = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
-    decoder = {"type": "Sequence", "decoders": [blanks, {"type": "ByteFallback"}, {"type": "Fuse"}]}
-    parts = {"model": found["model"], "normalizer": found["normalizer"], "pre_tokenizer": split, "decoder": decoder}
-    path.write_text(json.dumps(given | parts), encoding="utf-8")
+    return given | of_gemma(json.loads(learned.to_str())["model"])
 
 
 def _texts(value: Any) -> Iterator[str]:

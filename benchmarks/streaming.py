@@ -1,6 +1,6 @@
 """What streaming costs and brings, beside what else there is: prints one table a section.
 
-    python benchmarks/streaming.py [--only read|store|index|shuffle|balance|train|shard]
+    python benchmarks/streaming.py [--only read|store|index|shuffle|balance|train|shard] [--vocabulary GGUF]
 
 Needs the `bench` extra for all of its competitors; those that are not installed are left out. `docs/benchmarks.md`
 explains the tables.
@@ -308,15 +308,19 @@ def train(folder: Path) -> None:
         print(f"\n{screenshots}: not there, so its screenshots are left out")
 
 
-def shard(folder: Path) -> None:
-    """Rows a CPU second from JSONL to parquet, beside `datasets`."""
+def shard(folder: Path, vocabulary: Path | None = None) -> None:
+    """Rows a CPU second from JSONL to parquet, beside `datasets`.
+
+    Args:
+        vocabulary: a GGUF file whose words are taken, instead of those that are learned from the rows.
+    """
     import sharding
 
     source = SHARED / "toolcalls" / "train.jsonl"
     if not source.exists():
         print(f"\n{source}: not there, so sharding is left out")
         return
-    model, (warm, once, ten_times) = sharding.make_corpus(folder, source, (1, 10))
+    model, (warm, once, ten_times) = sharding.make_corpus(folder, source, (1, 10), vocabulary)
     num_rows = len(once.read_text().splitlines())
     contenders = [("datasets map", 1), ("plain loop", 1), ("gemma_dist", 1), ("datasets map", 2), ("gemma_dist", 2)]
     starts: dict[tuple[str, int], list[sharding.Cost]] = {one: [] for one in contenders}
@@ -360,10 +364,12 @@ SECTIONS: dict[str, Callable[[Path], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=SECTIONS, help="one section instead of all")
-    only = parser.parse_args().only
+    parser.add_argument("--vocabulary", type=Path, help="a GGUF file whose words the section `shard` takes")
+    args = parser.parse_args()
+    sections = SECTIONS | {"shard": partial(shard, vocabulary=args.vocabulary)}
     with tempfile.TemporaryDirectory(prefix="gemma_dist-bench-") as folder:
-        for name, section in SECTIONS.items():
-            if only in (None, name):
+        for name, section in sections.items():
+            if args.only in (None, name):
                 section(Path(folder))
 
 

@@ -8,7 +8,7 @@ template would print as Python does, or not at all.
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from gemma_dist.data.types import JsonObject, Message, ToolCall
 from gemma_dist.gemma_format import (
@@ -65,59 +65,61 @@ def conversation(
     Raises:
         NotPlainError: Jinja is to do it.
     """
-    first = messages[0]
+    if not messages:
+        raise NotPlainError
+    has_system = messages[0]["role"] == "system"
     written = [bos]
-    last = ""  # what was written last: "call", "result", or something else
-    if first["role"] == "system":
-        messages = messages[1:]
-    if first["role"] == "system" or thinking or declarations:
-        written += TURN, "system\n", f"{THINK}\n" if thinking else ""
-        if first["role"] == "system":
-            written.append(_system(first))
+    if has_system or thinking or declarations:
+        written += TURN, "system\n", f"{THINK}\n" if thinking else "", _system(messages[0]) if has_system else ""
         for one in declarations:
             written += TOOL, one, TOOL_END
         written.append(f"{TURN_END}\n")
+    last = _write_turns(messages[has_system:], written)
+    if prompts and not last:
+        written.append(MODEL_TURN)
+        written += (THOUGHT, CHANNEL_END) if opens_empty_thought and not thinking else ()
+    elif prompts and last == "results" and thinking:
+        written.append(THOUGHT)
+    return "".join(written)
+
+
+def _write_turns(messages: Sequence[Message], written: list[str]) -> Literal["calls", "results", ""]:
+    """Write all messages behind the system's, and say what of the last one came last, but for its content."""
     roles = [message["role"] for message in messages]
     last_user = max((index for index, role in enumerate(roles) if role == "user"), default=-1)
     before = ""  # the role of the last message that is no tool's
+    last: Literal["calls", "results", ""] = ""
     for index, message in enumerate(messages):
         role = roles[index]
         if role == "tool":
             continue
+        if "reasoning" in message or "tool_responses" in message:
+            raise NotPlainError
         is_model = role == "assistant"
         if not (is_model and before == "assistant"):
             written.append(MODEL_TURN if is_model else f"{TURN}{role}\n")
         thought = message.get("reasoning_content")
         if thought and index > last_user:
             written += THOUGHT, thought, "\n", CHANNEL_END
-        if "reasoning" in message or "tool_responses" in message:
-            raise NotPlainError
-        calls = message.get("tool_calls") or ()
         after = index + 1
         while after < len(roles) and roles[after] == "tool":
             after += 1
+        calls = message.get("tool_calls") or ()
         results = messages[index + 1 : after] if calls else ()
         written += map(_call, calls)
-        for result in results:
-            written.append(_result(result, calls))
+        written += [_result(result, calls) for result in results]
         content = _content(message["content"], _without_thoughts if is_model else str.strip)
         written.append(content)
         following = roles[after] if after < len(roles) else ""
-        last = "result" if results else "call" if calls else ""
-        if last == "call":
+        last = "results" if results else "calls" if calls else ""
+        if last == "calls":
             written.append(RESPONSE)
         elif is_model and following == "assistant":
             pass  # one turn
         elif following or not results or content.strip():
             written.append(f"{TURN_END}\n")
         before = role
-    if prompts and not last:
-        written.append(MODEL_TURN)
-        if opens_empty_thought and not thinking:
-            written += THOUGHT, CHANNEL_END
-    elif prompts and last == "result" and thinking:
-        written.append(THOUGHT)
-    return "".join(written)
+    return last
 
 
 def _system(message: Message) -> str:

@@ -187,12 +187,8 @@ def _as_written(trajectory: Trajectory, encoded: Encoded, where: Where, number: 
         "images": images,
         "enable_thinking": trajectory.enable_thinking,
     }
-    counts = [
-        encoded.num_tokens - encoded.num_image_tokens,
-        encoded.num_image_tokens,
-        encoded.num_images,
-        encoded.num_target_tokens,
-    ]
+    num_text_tokens = encoded.num_tokens - encoded.num_image_tokens
+    counts = [num_text_tokens, encoded.num_image_tokens, encoded.num_images, encoded.num_target_tokens]
     notes = _notes(trajectory, encoded)
     noted = {"num_dropped_reasoning": encoded.num_dropped_reasoning, "notes": notes}
     text = intern(to_json(noted)) if any(noted.values()) else ""  # many samples have the same
