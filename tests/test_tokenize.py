@@ -201,7 +201,9 @@ def test_added_tokens_are_not_parted(given: dict[str, Any], content: str, normal
     assert TextTokenizer(poisoned)(text)[0].tolist() == poisoned.encode(text, add_special_tokens=False).ids
 
 
-@pytest.mark.parametrize("changes", [{"continuing_subword_prefix": "##"}, {"end_of_word_suffix": "</w>"}])
+@pytest.mark.parametrize(
+    "changes", [{"continuing_subword_prefix": "##"}, {"end_of_word_suffix": "</w>"}, {"ignore_merges": True}]
+)
 def test_models_that_look_at_where_a_word_stands_are_not_cut_within(given: dict[str, Any], changes: Any) -> None:
     marked = of_gemma(given)
     for name, value in changes.items():

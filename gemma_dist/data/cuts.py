@@ -68,6 +68,7 @@ def find_word_cuts(backend: BackendTokenizer) -> list[re.Pattern[str]]:
         and _state_of(backend.pre_tokenizer) in _PRE_TOKENIZERS_OF_GEMMA
         and not backend.model.continuing_subword_prefix
         and not backend.model.end_of_word_suffix
+        and not backend.model.ignore_merges  # which takes a whole text that is a token for one, however it came about
     )
     vocabulary = backend.get_vocab() if is_gemmas else {}
     tokens = _APART.join(vocabulary.keys() - {*_CUT_AT}).replace(" ", BLANK)

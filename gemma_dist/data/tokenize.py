@@ -3,8 +3,9 @@
 A `tokenizer.json` may replace or drop words before it cuts the text (`normalizer`, `pre_tokenizer`), and its settings
 may call any word the beginning of a text or of an image. So the ids of each text are read back, and must say the same.
 
-Conversations repeat one another: tools, system texts, openings of turns. So a text is cut at control tokens where its
-pieces have the ids that they have in it, and pieces that came before are neither tokenized nor read back again.
+Conversations repeat one another: tools, system texts, openings of turns, words. So a text is cut where its parts have
+the ids that they have in it (`cuts.py`): into what stands between control tokens, into words, and those into parts.
+What came before is neither tokenized nor read back again.
 """
 
 import functools
@@ -73,6 +74,7 @@ class TextTokenizer:
         return _placed(steps)
 
     def _of_words(self, words: list[str]) -> list[bytes]:
+        """The steps (`_placed`) of each word, or of each piece where words are not cut."""
         return [*map(self._steps, words)]
 
     def _steps(self, text: str) -> bytes:
