@@ -91,7 +91,7 @@ class KnownTemplate:
                 return newest.conversation(
                     variables["messages"],
                     [self.declare(tool) for tool in variables["tools"] or ()],
-                    bos=variables["bos_token"],
+                    bos=variables.get("bos_token", ""),
                     thinking=variables["enable_thinking"],
                     prompts=variables["add_generation_prompt"],
                     opens_empty_thought=self.opens_empty_thought,
