@@ -288,6 +288,8 @@ UNITS = [
         "[ ",
         "print( ",
         "tools.",
+        "-tools.",
+        "/functions.",
         "await ",
         "{ ",
         ", ",
@@ -305,10 +307,10 @@ UNITS = [
 
 @pytest.mark.parametrize("start", ["", "[f(", "[1,\n", '{"a":"', "Text\n"])
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("names", [(), ("g", "ff")], ids=["none declared", "declared"])
+@pytest.mark.parametrize("names", [(), ("g", "ff"), ("zz",)], ids=["none declared", "declared", "named"])
 def test_time_is_linear(unit: str, start: str, names: tuple[str, ...]) -> None:
     def fastest(count: int) -> float:
-        text = start + unit * count + "."
+        text = start + unit * count + ". zz"
         return min(_seconds(partial(holds_foreign_call, text, names)) for _ in range(2))
 
     # 16 times the text: about 16 times the time if linear, 256 times if quadratic.

@@ -188,6 +188,18 @@ def test_what_the_template_is_asked_besides_is_left_to_jinja() -> None:
     assert shown == jinja("e4b").render(**given)
 
 
+def test_roles_and_parts_that_no_row_has_are_left_to_jinja() -> None:
+    for messages in (
+        [{"role": "developer", "content": "x"}, {"role": "user", "content": "y"}],
+        [{"role": "user"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": [{"type": "audio"}]}],
+        [],
+    ):
+        given = variables(messages, [], prompts=True)
+        assert known("e4b").render(given) == jinja("e4b").render(**given)
+
+
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 

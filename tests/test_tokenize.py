@@ -188,7 +188,7 @@ def test_words_that_a_token_holds_together_are_not_parted(given: dict[str, Any],
     assert tokenizer(text)[0].tolist() == joining.encode(text, add_special_tokens=False).ids
 
 
-@pytest.mark.parametrize("content", ["x y", "> <", "a\nb", " x", "x>", "é", "1x"])
+@pytest.mark.parametrize("content", ["x y", "> <", "a\nb", " x", "x>", "é", "1x", "▁▁", "x▁y"])
 @pytest.mark.parametrize("normalized", [False, True])
 def test_added_tokens_are_not_parted(given: dict[str, Any], content: str, normalized: bool) -> None:
     tokens = json.loads(of_gemma(given).to_str())
@@ -197,7 +197,7 @@ def test_added_tokens_are_not_parted(given: dict[str, Any], content: str, normal
     tokens["added_tokens"].append(new)
     poisoned: Any = Tokenizer.from_str(json.dumps(tokens))
     require_same(poisoned, 500)
-    text = f"the {content} mode{content}x {content}"
+    text = f"the {content} mode{content}x {content}".replace("▁", " ")
     assert TextTokenizer(poisoned)(text)[0].tolist() == poisoned.encode(text, add_special_tokens=False).ids
 
 
@@ -209,6 +209,14 @@ def test_models_that_look_at_where_a_word_stands_are_not_cut_within(given: dict[
     for name, value in changes.items():
         setattr(marked.model, name, value)
     assert find_word_cuts(marked) == []
+
+
+@pytest.mark.parametrize("merge", ["a <0x3F>", "<0x51> <0x3F>", "<0xA9> ▁"])
+def test_bytes_that_are_joined_forbid_cuts_of_words(given: dict[str, Any], merge: str) -> None:
+    """Such a token says what it looks like, and no byte."""
+    assert find_word_cuts(of_gemma(given, merge)) == []
+    with pytest.raises(DataError, match="makes ids of this row that say"):
+        TextTokenizer(of_gemma(given, "a <0x3F>"))("a?")
 
 
 def test_words_of_a_model_without_bytes_are_those_of_the_text_or_refused(given: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ _PRE_TOKENIZERS_OF_GEMMA = (  # both leave a text whole in which blanks have bee
     None,
     {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
 )
+_BYTE = "<0x[0-9A-F]{2}>"
 _APART = "\ud800"  # stands in no token
 _SIGNS = {*string.punctuation, *string.digits}
 
@@ -73,6 +74,8 @@ def find_word_cuts(backend: BackendTokenizer) -> list[re.Pattern[str]]:
     vocabulary = backend.get_vocab() if is_gemmas else {}
     tokens = _APART.join(vocabulary.keys() - {*_CUT_AT}).replace(" ", BLANK)
     if not {"\n", BLANK} <= vocabulary.keys() or re.search(f"[^\n{_APART}]\n|\n[^\n{_APART}]", tokens):
+        return []
+    if re.search(f"[^{_APART}]{_BYTE}|{_BYTE}[^{_APART}]", tokens):  # joined to others they say what they look like
         return []
     before_blanks = _any_of({BLANK, *re.findall(f"([^{BLANK}{_APART}]){BLANK}", tokens)})
     words = re.compile(rf"\n+| *[^ \n]+(?:(?<={before_blanks}) +[^ \n]*)*| +")

@@ -88,7 +88,7 @@ def _attempt_of(name: str) -> re.Pattern[str]:
     )
 
 
-_NAME = r"[\w./:-]+"  # of a tool, unless it is to be refused
+_NAME = r"[\w./:-]{1,100}"  # of nearly all tools; without a bound each opener would be read to the end of the text
 _is_word = lru_cache(maxsize=4096)(re.compile(_NAME).fullmatch)
 _ATTEMPT = _attempt_of(_NAME)
 

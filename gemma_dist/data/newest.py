@@ -1,8 +1,8 @@
 """The newest chat template, gemma4_v5, in Python: what Jinja makes of it, to the letter, and sooner.
 
 Jinja is what decides. This is taken for two texts alone, by their digests: those whose output it was compared with
-(tests/test_newest.py). And it leaves to Jinja what is not plain: whatever a declaration or a message holds that the
-template would print as Python does, or not at all.
+(tests/test_newest.py), and for messages in normal form. It leaves to Jinja what is not plain: whatever a declaration or
+a message holds that the template would print as Python does, or not at all.
 """
 
 import functools
@@ -65,7 +65,7 @@ def conversation(
     Raises:
         NotPlainError: Jinja is to do it.
     """
-    if not messages:
+    if not messages or messages[0]["role"] not in ("system", "user", "assistant", "tool"):
         raise NotPlainError
     has_system = messages[0]["role"] == "system"
     written = [bos]

@@ -58,11 +58,12 @@ def parse_tools(tools: object, clean: Clean, notes: Counter[str]) -> list[Tool]:
             name = tool_name(function.get("name"))
         with error_context(f"tool {name}"):
             declared = _declare(function, clean, notes)
-            if parsed.setdefault(name, declared) is declared:
-                continue
-            if parsed[name] != declared:
+            if name not in parsed:
+                parsed[name] = declared
+            elif parsed[name] != declared:
                 raise DataError("is declared twice, and not the same; keep one of the two, or rename one")
-            notes[TWICE] += 1
+            else:
+                notes[TWICE] += 1
     return list(parsed.values())
 
 

@@ -87,7 +87,7 @@ class KnownTemplate:
     def render(self, variables: dict[str, Any]) -> str:
         """The text, in Python where that is sure to be Jinja's."""
         if self.opens_empty_thought is not None and not newest.OTHER_NAMES & variables.keys():
-            with suppress(newest.NotPlainError):
+            with suppress(newest.NotPlainError, KeyError, TypeError, AttributeError):
                 return newest.conversation(
                     variables["messages"],
                     [self.declare(tool) for tool in variables["tools"] or ()],
@@ -123,7 +123,7 @@ def known_template(text: str) -> KnownTemplate | None:
     @of_shared
     def declare(tool: Tool) -> str:
         if opens_empty_thought is not None:
-            with suppress(newest.NotPlainError):
+            with suppress(newest.NotPlainError, KeyError, TypeError, AttributeError):
                 return newest.declaration(tool)
         return str(macros.format_function_declaration(tool))
 

@@ -52,11 +52,14 @@ class TextTokenizer:
         self._cuts_words: list[re.Pattern[str]] = []
         if self._cut:
             self._model, self._cuts_words = backend.model, find_word_cuts(backend)
-            added = (token.content for token in backend.get_added_tokens_decoder().values())
+            added = (token.content.replace(" ", BLANK) for token in backend.get_added_tokens_decoder().values())
             self._added = re.compile("|".join(map(re.escape, added)))
             for pattern in reversed(self._cuts_words):
                 self._known = _Memory(functools.partial(_of_parts, pattern.findall, self._known))
             self._known = _Memory(functools.partial(_of_parts, self._cut.split, self._known))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # without its memory, which another process makes anew
+        return TextTokenizer, (self._backend,)
 
     def __call__(self, text: str) -> Tokens:
         """The tokens of a text. Raises DataError as `tokenize`."""
@@ -100,8 +103,9 @@ class TextTokenizer:
         return steps.tobytes()
 
     def _ids(self, text: str) -> list[int]:
-        if self._cuts_words and not self._added.search(text):  # then nothing but the model has a part in it
-            return [token.id for token in self._model.tokenize(text.replace(" ", BLANK))]
+        normal = text.replace(" ", BLANK)
+        if self._cuts_words and not self._added.search(normal):  # then nothing but the model has a part in it
+            return [token.id for token in self._model.tokenize(normal)]
         self._backend.no_padding()
         self._backend.no_truncation()
         return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids

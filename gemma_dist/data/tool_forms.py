@@ -14,7 +14,6 @@
 A single one may stand without a list, and any of them as JSON text. Whether they are right is checked by `schema.py`.
 """
 
-import functools
 import json
 import marshal
 from collections import Counter
@@ -64,6 +63,9 @@ OPENAI_KEYS = ("name", "description", "parameters")
 _SCHEMA_WORDS = ("$ref", "$defs", "definitions", "additionalProperties", "patternProperties", "dependentSchemas")
 ANNOTATIONS = ("default", "deprecated", "example", "examples", "readOnly", "strict", "writeOnly", "propertyOrdering")
 _BESIDE_FLAT = ("type", "required", "title", "description", "$schema", "additionalProperties")
+
+_NUM_KNOWN = 4096
+_known: dict[bytes, tuple[object, Counter[str]]] = {}  # declarations in OpenAI's form, and the notes on them
 
 FLAT_NOTE = "declarations had parameters without `properties` around them"
 
@@ -185,22 +187,24 @@ def _says_something(tool: object) -> bool:
 def _shared_tool(tool: object, notes: Counter[str]) -> object:
     """One declaration in OpenAI's form, which is the same object for equal ones; what is none passes."""
     try:
-        plain = marshal.dumps(
-            cast(Any, tool), 2
-        )  # the same bytes for what says the same; a third of the time that JSON takes
+        key = marshal.dumps(cast(Any, tool), 2)  # the same bytes for what says the same, and sooner than JSON
     except ValueError:  # of a struct of Arrow, whose nulls mean something else
         return _to_openai_tool(tool, notes)
-    converted, found = _remembered(plain)
-    if found:
-        notes.update(found)
+    found = _known.get(key)
+    if found is None:
+        try:
+            copied = json.loads(json.dumps(tool))
+        except (TypeError, ValueError):  # bytes, of parquet
+            return _to_openai_tool(tool, notes)
+        own: Counter[str] = Counter()
+        found = (_to_openai_tool(copied, own), own)
+        if len(_known) >= _NUM_KNOWN:
+            _known.clear()
+        _known[key] = found
+    converted, noted = found
+    if noted:
+        notes.update(noted)
     return converted
-
-
-@functools.lru_cache(maxsize=4096)
-def _remembered(plain: bytes) -> tuple[object, Counter[str]]:
-    """A declaration in OpenAI's form, and the notes on it."""
-    notes: Counter[str] = Counter()
-    return _to_openai_tool(marshal.loads(plain), notes), notes
 
 
 def _to_openai_tool(tool: object, notes: Counter[str]) -> object:

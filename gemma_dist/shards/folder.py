@@ -141,7 +141,7 @@ def finished_already(out: Path, plan: Plan, sizes: Mapping[str, int]) -> ShardRe
     manifest in place; what it left is then removed.
 
     Args:
-        plan: what this call is to do; `append_to` is not looked at.
+        plan: what this call is to do; `append_to` and `pieces` are not looked at.
         sizes: of files that lie elsewhere, by name: in a store.
 
     Raises:
@@ -155,7 +155,7 @@ def finished_already(out: Path, plan: Plan, sizes: Mapping[str, int]) -> ShardRe
     if "report" in left and named.issuperset(left["shards"]):  # else the manifest is the one from before the append
         tidy(out)
     done = _read_marker(out, FINISHED)
-    same = all(done.get(name) == value for name, value in plan.items() if name != "append_to")
+    same = all(done.get(name) == value for name, value in plan.items() if name not in ("append_to", "pieces"))
     if not same or not named.issuperset(done["shards"]):
         return None
     for shard in shards:
