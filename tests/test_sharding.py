@@ -24,6 +24,7 @@ from gemma_dist.shards import folder as folder_module
 from gemma_dist.shards import sharding as module
 from gemma_dist.shards.folder import Part, at_work
 from gemma_dist.shards.manifest import read_manifest
+from gemma_dist.shards.pieces import PIECE_FORMAT
 from gemma_dist.shards.reader import open_shards
 from gemma_dist.shards.sharding import run_shard
 from tests.support.corpus import row, write_rows
@@ -210,6 +211,16 @@ def test_the_same_command_again_says_that_all_is_there(model: str, tmp_path: Pat
     source.write_text(source.read_text() + json.dumps(ROWS[12]) + "\n")
     with pytest.raises(DataError, match="finished shards already"):
         shard([source], out, model)
+
+
+def test_what_an_earlier_version_finished_is_finished(model: str, tmp_path: Path) -> None:
+    """Its plan says nothing of the format of pieces, of which none is left."""
+    source, out = write_rows(tmp_path / "a.jsonl", ROWS[:8]), tmp_path / "shards"
+    first = shard([source], out, model)
+    plan = json.loads((out / ".finished").read_text())
+    assert plan.pop("pieces") == PIECE_FORMAT
+    (out / ".finished").write_text(json.dumps(plan))
+    assert shard([source], out, model) == first
 
 
 def test_a_run_that_was_killed_in_its_first_write_is_in_nobodys_way(model: str, tmp_path: Path) -> None:
