@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gemma_dist.config import RowConfig
@@ -424,3 +425,11 @@ def test_declarations_that_only_python_takes_for_equal_are_two(one: Any, other: 
         return found["function"]["parameters"]["properties"]["city"].get("default")
 
     assert [repr(default_of(value)) for value in (one, other, one)] == [repr(value) for value in (one, other, one)]
+
+
+def test_objects_of_python_are_taken_as_the_json_that_they_would_be() -> None:
+    """Rows that Python hands over may hold tuples and numpy's words."""
+    parameters = {**PARAMETERS, "required": ("city",), "description": np.str_("Of it.")}
+    given = {"type": "function", "function": {**FUNCTION, "parameters": parameters}}
+    (tool,) = parse(row(tools=[given])).tools
+    assert tool["function"]["parameters"] == {**PARAMETERS, "description": "Of it."}
